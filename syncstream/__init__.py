@@ -1,0 +1,56 @@
+"""Live streams from synchronous Python web applications.
+
+The map of the package, from top to bottom the way the data takes:
+
+====================  ==========================================================
+``errors``            every exception, as a tree
+``protocol``          bytes <-> values: event streams, NDJSON, JSON
+``waiting``           the one place that knows threads from gevent; the scope
+``stream``            one response's life: iterate, encode, close, one reason
+``servers``           the WSGI servers: where each keeps the socket, how it ends
+``wsgi``              the response classes and the middleware
+``flask django``      what each framework needs on top: its responses, ``@sse``
+``bottle pyramid``
+``falcon``
+``demo``              the demo of ``python -m syncstream demo``
+====================  ==========================================================
+
+Imports only point up that list. Importing the package starts no thread, sets no
+signal handler, patches nothing and imports no optional package.
+"""
+
+from .errors import (
+    ClientDisconnected,
+    ProtocolError,
+    RemoteProtocolError,
+    SyncStreamError,
+)
+from .flask import sse
+from .protocol.sse import Event
+from .stream import Stream, current_stream
+from .waiting import sleep
+from .wsgi import (
+    NDJSONResponse,
+    SSEResponse,
+    StreamMiddleware,
+    StreamResponse,
+    last_event_id,
+)
+
+__all__ = [
+    "ClientDisconnected",
+    "Event",
+    "NDJSONResponse",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "SSEResponse",
+    "Stream",
+    "StreamMiddleware",
+    "StreamResponse",
+    "SyncStreamError",
+    "current_stream",
+    "last_event_id",
+    "sleep",
+    "sse",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,32 @@
+"""Bottle: `respond` turns a response of ours into one of Bottle's; ``@sse``.
+
+Bottle would convert a foreign response, and answer 500.
+"""
+
+from __future__ import annotations
+
+from bottle import HTTPResponse, request
+
+from .views import decorator
+from .wsgi import NDJSONResponse, SSEResponse, StreamResponse
+
+__all__ = ["respond", "sse"]
+
+
+def respond(response: SSEResponse | NDJSONResponse | StreamResponse) -> HTTPResponse:
+    """Return a response of ours as Bottle's, from the view that handles a request.
+
+    >>> from bottle import route
+    >>> from syncstream import SSEResponse
+    >>> @route("/events")
+    ... def events():
+    ...     return respond(SSEResponse(["hello", "world"]))
+    """
+    body, status, headers = response.get_wsgi_response(request.environ)
+    if request.method == "HEAD":
+        # Bottle drops it. For an empty body it would say Content-Length: 0.
+        body = iter((b"\n",))
+    return HTTPResponse(body, status, headers)
+
+
+sse = decorator(lambda source, options: respond(SSEResponse(source, **options)))

@@ -1,0 +1,37 @@
+"""Falcon: `respond` puts a response of ours into Falcon's.
+
+Falcon takes no notice of what a responder returns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from falcon import Request, Response
+
+from .wsgi import NDJSONResponse, SSEResponse, StreamResponse
+
+__all__ = ["respond"]
+
+
+def respond(
+    req: Request,
+    resp: Response,
+    response: SSEResponse | NDJSONResponse | StreamResponse,
+) -> None:
+    """Answer a request with a response of ours.
+
+    >>> from syncstream import SSEResponse
+    >>> class Events:
+    ...     def on_get(self, req, resp):
+    ...         respond(req, resp, SSEResponse(["hello", "world"]))
+    """
+    body, status, headers = response.get_wsgi_response(req.env)
+    resp.status = status
+    for name, value in headers:
+        if name.lower() == "content-type":
+            resp.content_type = value
+        else:
+            resp.append_header(name, value)
+    stream: Any = body
+    resp.stream = stream

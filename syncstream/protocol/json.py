@@ -1,0 +1,72 @@
+"""Values as compact JSON text, the same with and without the ``fast`` extra.
+
+orjson (the ``fast`` extra) is tried first where it is installed; what it refuses
+and the standard library knows (integers beyond 64 bits, keys that are not
+strings) is given to the standard library. Both write what
+`JSON.stringify <https://tc39.es/ecma262/#sec-json.stringify>`_ writes for NaN and
+the infinities: ``null``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import decimal
+import enum
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+try:
+    import orjson
+except ImportError:
+    orjson = None  # type: ignore[assignment]
+
+__all__ = ["Dumps", "default_dumps"]
+
+Dumps = Callable[[Any], "str | bytes"]
+"""A JSON encoder: one value in, its text out."""
+
+
+def _plain(value: Any) -> Any:
+    """Turn what JSON has no word for into what it has."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (uuid.UUID, decimal.Decimal)):
+        return str(value)
+    kind = type(value)
+    raise TypeError(
+        f"cannot encode {kind.__module__}.{kind.__qualname__} as JSON:"
+        " yield its text, or give dumps="
+    )
+
+
+_encode = json.JSONEncoder(
+    separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain
+).encode
+_encode_nan = json.JSONEncoder(ensure_ascii=False, default=_plain).encode
+
+
+def _dumps_standard(value: Any) -> str:
+    try:
+        return _encode(value)
+    except ValueError:
+        # NaN or an infinity. (A circular structure fails again, for itself.)
+        return _encode(json.loads(_encode_nan(value), parse_constant=lambda _: None))
+
+
+def _dumps_orjson(value: Any) -> bytes:
+    try:
+        return orjson.dumps(value, _plain, orjson.OPT_PASSTHROUGH_DATACLASS)
+    except TypeError:
+        return _dumps_standard(value).encode()
+
+
+default_dumps: Dumps = _dumps_standard if orjson is None else _dumps_orjson

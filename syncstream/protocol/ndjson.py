@@ -1,0 +1,131 @@
+"""Newline-delimited JSON: one compact JSON value a line, both ways.
+
+Spec: https://github.com/ndjson/ndjson-spec (media type application/x-ndjson).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from json import JSONDecodeError, loads
+from typing import Any
+
+from ..errors import RemoteProtocolError
+from .json import Dumps, default_dumps
+from .sse import Event
+
+__all__ = ["Decoder", "encoder"]
+
+
+def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
+    """Return the function that turns what a generator yields into a line.
+
+    ``bytes`` pass through as they are, ``None`` and ``b""`` are checkpoints, an
+    `Event` is its data (text becomes a JSON string), all else is one JSON value.
+
+    The function raises ``TypeError`` or ``ValueError`` for what cannot be encoded,
+    also for a ``dumps`` that writes a value over several lines.
+    """
+    json = dumps or default_dumps
+
+    def encode(item: Any) -> bytes | None:
+        if item is None:
+            return None
+        if isinstance(item, (bytes, bytearray, memoryview)):
+            return bytes(item) or None
+        if isinstance(item, Event):
+            if item.data is None:
+                return None
+            item = item.data
+        text = json(item)
+        if isinstance(text, str):
+            text = text.encode()
+        elif not isinstance(text, (bytes, bytearray)):
+            raise TypeError(f"dumps must return str or bytes, got {text!r}")
+        if b"\n" in text or b"\r" in text:
+            raise ValueError("dumps must write a value on one line, without indent")
+        return b"%b\n" % text
+
+    return encode
+
+
+class Decoder:
+    """Turn the bytes of an NDJSON stream into values, chunk by chunk.
+
+    Args:
+        max_line: The longest line taken, bytes. ``None``: no limit.
+    """
+
+    def __init__(self, *, max_line: int | None = 4 * 1024 * 1024) -> None:
+        if max_line is not None and max_line <= 0:
+            raise ValueError(f"max_line must be positive or None, got {max_line!r}")
+        self._max_line = max_line
+        self._partial: list[bytes] = []
+        self._partial_size = 0
+        self._error: RemoteProtocolError | None = None
+        self._closed = False
+
+    def feed(self, chunk: bytes) -> list[Any]:
+        """Take the next bytes and return the values they complete, oldest first.
+
+        Empty lines are skipped; lines may end in LF or CRLF.
+
+        Raises:
+            RemoteProtocolError: A line is no JSON, not UTF-8, or over its limit.
+                Values that were complete before it are returned first, the error
+                is raised by the call that has none, and again by every later one.
+            ValueError: The decoder has been closed.
+        """
+        if self._closed:
+            raise ValueError("feed() after close()")
+        if self._error is not None:
+            raise self._error
+        lines = bytes(chunk).split(b"\n")
+        rest = lines.pop()
+        if lines and self._partial:
+            lines[0] = b"".join((*self._partial, lines[0]))
+            self._partial = []
+            self._partial_size = 0
+        if rest:
+            self._partial.append(rest)
+            self._partial_size += len(rest)
+        values: list[Any] = []
+        try:
+            for line in lines:
+                if line.strip():
+                    values.append(self._value(line))
+            self._check_size(self._partial_size)
+        except RemoteProtocolError as error:
+            self._error = error
+            if not values:
+                raise
+        return values
+
+    def close(self) -> list[Any]:
+        """End the stream; return the value of a last line that had no line end.
+
+        A number there may have been cut short, so it is not believed.
+
+        Raises:
+            RemoteProtocolError: The stream ended within a value.
+        """
+        self._closed = True
+        if self._error is not None:
+            raise self._error
+        rest = b"".join(self._partial).strip()
+        self._partial = []
+        if not rest:
+            return []
+        if rest[-1:].isdigit():
+            raise RemoteProtocolError("the stream ended within a number")
+        return [self._value(rest)]
+
+    def _check_size(self, size: int) -> None:
+        if self._max_line is not None and size > self._max_line:
+            raise RemoteProtocolError(f"a line is longer than {self._max_line} bytes")
+
+    def _value(self, line: bytes) -> Any:
+        self._check_size(len(line))
+        try:
+            return loads(line.decode())
+        except (JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise RemoteProtocolError(f"a line is not JSON: {error}") from error

@@ -1,0 +1,449 @@
+"""Server-sent events: the text/event-stream format, both ways.
+
+Spec: https://html.spec.whatwg.org/multipage/server-sent-events.html, §9.2.5
+(parsing) and §9.2.6 (interpreting). What `Event` accepts, the wire can carry;
+what it cannot carry, `Event` refuses where it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from json import loads
+from typing import Any
+
+from ..errors import RemoteProtocolError
+from .json import Dumps, default_dumps
+
+__all__ = ["END_ID", "Decoder", "Event", "encoder", "ends_blank"]
+
+END_ID = "syncstream-end"
+"""The last event id that tells a browser, when it comes back, to stay away."""
+
+_FIELDS = frozenset(("data", "event", "id", "retry", "comment"))
+
+
+def _lines(text: str) -> str:
+    """Return text with its line ends (CRLF, CR and LF, no others) all LF."""
+    if "\r" in text:
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text
+
+
+def _text(name: str, value: Any) -> str:
+    """Return value as text that UTF-8 can carry."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name} cannot be encoded as UTF-8: {error.reason}, got {value!r}"
+            ) from None
+        return value
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        try:
+            return bytes(value).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name} given as bytes must be UTF-8: {error.reason}"
+                f" at offset {error.start}, got {bytes(value)!r}"
+            ) from None
+    raise TypeError(f"{name} must be str, got {value!r}")
+
+
+def _name(name: str, value: Any) -> str:
+    """Return value as text that stays on its own line."""
+    text = _text(name, value)
+    if "\n" in text or "\r" in text or "\0" in text:
+        raise ValueError(f"{name} must not contain CR, LF or NUL, got {text!r}")
+    return text
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Event:
+    """One server-sent event, valid by construction and immutable.
+
+    Args:
+        data: The payload. ``str`` is sent as it is, over as many ``data:`` lines
+            as it has lines; ``bytes`` are UTF-8 text; ``None`` sends no data line
+            (then a browser dispatches nothing); anything else is sent as compact
+            JSON. ``""`` is one empty data line.
+        event: The event's name; ``None`` is what browsers call "message".
+        id: The event's id, ``str`` or ``int`` (kept as ``str``), which a client
+            sends back as Last-Event-ID. ``""`` makes the client forget its id.
+        retry: The client's reconnection time from now on, whole milliseconds
+            (the wire's unit), 0 or more.
+        comment: Text that clients ignore, over as many comment lines as it has
+            lines.
+
+    Raises:
+        ValueError: CR, LF or NUL in ``event`` or ``id``; the reserved id
+            ``syncstream-end``; text that UTF-8 cannot carry; a negative
+            ``retry``; no field at all.
+        TypeError: A field of the wrong type; ``bool`` is not an ``int`` here.
+
+    >>> Event("Full event data", id="evt-1", event="custom_event", retry=3000).encode()
+    b'id: evt-1\\nevent: custom_event\\nretry: 3000\\ndata: Full event data\\n\\n'
+    >>> str(Event({"temperature": 21.5}))
+    'data: {"temperature":21.5}\\n\\n'
+    >>> bytes(Event(comment="keepalive"))
+    b': keepalive\\n\\n'
+    """
+
+    data: Any
+    event: str | None
+    id: str | None
+    retry: int | None
+    comment: str | None
+
+    def __init__(
+        self,
+        data: Any = None,
+        *,
+        event: str | None = None,
+        id: str | int | None = None,
+        retry: int | None = None,
+        comment: str | None = None,
+    ) -> None:
+        if data is None:
+            if event is None and id is None and retry is None and comment is None:
+                raise ValueError(
+                    "an event needs data, event, id, retry or comment;"
+                    ' for a JSON null give data="null"'
+                )
+        elif isinstance(data, (str, bytes, bytearray, memoryview)):
+            data = _text("data", data)
+        if event is not None:
+            event = _name("event", event)
+        if id is not None:
+            if isinstance(id, bool) or not isinstance(id, (str, int)):
+                raise TypeError(f"id must be str or int, got {id!r}")
+            id = _name("id", str(id))
+            if id == END_ID:
+                raise ValueError(f"id {END_ID!r} is reserved for the end of a stream")
+        if retry is not None:
+            if isinstance(retry, bool) or not isinstance(retry, int):
+                raise TypeError(
+                    f"retry must be whole milliseconds as an int, got {retry!r}"
+                )
+            if retry < 0:
+                raise ValueError(f"retry must be 0 or more, got {retry!r}")
+        if comment is not None:
+            comment = _text("comment", comment)
+        _set_fields(self, data, event, id, retry, comment)
+
+    def encode(self, dumps: Dumps | None = None) -> bytes:
+        """Return the event's UTF-8 bytes, its closing blank line included.
+
+        Fields come in the order comment, id, event, retry, data; lines end in LF.
+
+        Args:
+            dumps: The JSON encoder for data that is not text; the default writes
+                compact JSON.
+
+        Raises:
+            TypeError, ValueError: From ``dumps``, for data it cannot encode.
+        """
+        out = ""
+        if self.comment is not None:
+            out = f": {_lines(self.comment)}".replace("\n", "\n: ") + "\n"
+        if self.id is not None:
+            out += f"id: {self.id}\n"
+        if self.event is not None:
+            out += f"event: {self.event}\n"
+        if self.retry is not None:
+            out += f"retry: {self.retry}\n"
+        data = self.data
+        if data is None:
+            return f"{out}\n".encode()
+        if not isinstance(data, str):
+            data = _json_text(data, dumps)
+        if "\n" in data or "\r" in data:
+            data = _lines(data).replace("\n", "\ndata: ")
+        return f"{out}data: {data}\n\n".encode()
+
+    def __bytes__(self) -> bytes:
+        return self.encode()
+
+    def __str__(self) -> str:
+        return self.encode().decode()
+
+    def json(self) -> Any:
+        """Return what a receiver gets who reads the data as JSON.
+
+        Raises:
+            ValueError: There is no data, or it is not JSON.
+        """
+        if self.data is None:
+            raise ValueError("the event has no data to read as JSON")
+        data = self.data
+        return loads(data if isinstance(data, str) else _json_text(data, None))
+
+
+def _slots(cls: type) -> Callable[..., None]:
+    """Return the one way past the frozen ``__setattr__``: the slots themselves."""
+    d, e, i, r, c = (
+        cls.__dict__[name].__set__
+        for name in ("data", "event", "id", "retry", "comment")
+    )
+
+    def set_fields(
+        self: object, data: Any, event: Any, id: Any, retry: Any, comment: Any
+    ) -> None:
+        d(self, data)
+        e(self, event)
+        i(self, id)
+        r(self, retry)
+        c(self, comment)
+
+    return set_fields
+
+
+_set_fields = _slots(Event)
+
+
+def _json_text(value: Any, dumps: Dumps | None) -> str:
+    text = (dumps or default_dumps)(value)
+    if isinstance(text, (bytes, bytearray)):
+        return text.decode()
+    if not isinstance(text, str):
+        raise TypeError(f"dumps must return str or bytes, got {text!r}")
+    return text
+
+
+def _fields(item: object) -> Event:
+    """Return the event that an object with a ``.data`` attribute stands for."""
+    return Event(
+        item.data,  # type: ignore[attr-defined]
+        event=getattr(item, "event", None),
+        id=getattr(item, "id", None),
+        retry=getattr(item, "retry", None),
+        comment=getattr(item, "comment", None),
+    )
+
+
+def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
+    """Return the function that turns what a generator yields into a chunk.
+
+    ============================================  ================================
+    yielded                                       written
+    ============================================  ================================
+    `Event`                                       the event
+    ``str``                                       an event with that data
+    a mapping with ``data``, all keys of it       an event with those fields
+    event fields
+    an object with a ``.data`` attribute (and     an event with those fields
+    maybe ``event, id, retry, comment``)
+    ``bytes``, ``bytearray``, ``memoryview``      as they are: already framed
+    ``None``, ``b""``                             nothing: a checkpoint
+    anything else                                 an event with that as JSON data
+    ============================================  ================================
+
+    The function raises ``TypeError`` or ``ValueError`` for what cannot be encoded.
+    """
+    json = dumps or default_dumps
+
+    def encode(item: Any) -> bytes | None:
+        if type(item) is str:
+            if "\n" in item or "\r" in item:
+                return Event(item).encode()
+            return f"data: {item}\n\n".encode()
+        if type(item) is dict and "data" not in item:
+            if dumps is not None:
+                return Event(item).encode(dumps)
+            text = json(item)
+            if type(text) is bytes:
+                return b"data: %b\n\n" % text
+            return f"data: {text}\n\n".encode()  # type: ignore[str-bytes-safe]
+        if type(item) is Event:
+            return item.encode(dumps)
+        if item is None:
+            return None
+        if isinstance(item, (bytes, bytearray, memoryview)):
+            return bytes(item) or None
+        if isinstance(item, (str, Event)):
+            event = Event(item) if isinstance(item, str) else item
+        elif isinstance(item, Mapping):
+            event = Event(**item) if "data" in item and item.keys() <= _FIELDS else (
+                Event(item)
+            )
+        elif hasattr(item, "data") and not isinstance(item, type):
+            event = _fields(item)
+        else:
+            event = Event(item)
+        return event.encode(dumps)
+
+    return encode
+
+
+def ends_blank(tail: bytes) -> bool:
+    """Tell whether a stream that ends in these bytes stands between two events.
+
+    Args:
+        tail: The last bytes written, at least 4 if there were as many. ``b""`` is
+            a stream with nothing written yet.
+    """
+    if not tail:
+        return True
+    return tail.replace(b"\r\n", b"\n").replace(b"\r", b"\n").endswith(b"\n\n")
+
+
+_BOM = b"\xef\xbb\xbf"
+_RETRY_DIGITS = 15  # beyond that the number is cut off: 31,000 years will do
+
+
+class Decoder:
+    """Turn the bytes of an event stream into events, chunk by chunk.
+
+    Args:
+        max_line: The longest line taken, bytes. ``None``: no limit.
+        max_event: The most data one event may hold, bytes. ``None``: no limit.
+        last_event_id: The id that is in force before the first event, for a
+            connection that resumes another.
+
+    Attributes:
+        retry: The reconnection time last sent, milliseconds; ``None`` before one.
+        last_event_id: The id to come back with; ``None`` before one, ``""`` after
+            the server has cleared it.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_line: int | None = 4 * 1024 * 1024,
+        max_event: int | None = 4 * 1024 * 1024,
+        last_event_id: str | None = None,
+    ) -> None:
+        for name, limit in (("max_line", max_line), ("max_event", max_event)):
+            if limit is not None and limit <= 0:
+                raise ValueError(f"{name} must be positive or None, got {limit!r}")
+        self.retry: int | None = None
+        self.last_event_id = last_event_id
+        self._max_line = max_line
+        self._max_event = max_event
+        self._start = True  # no line seen yet: a byte order mark may come
+        self._after_cr = False  # a LF that follows now belongs to that CR
+        self._partial: list[bytes] = []  # the line that has not ended
+        self._partial_size = 0
+        self._data: list[bytes] = []
+        self._data_size = 0
+        self._event = b""
+        self._id = last_event_id  # the buffer; in force once a block ends
+        self._error: RemoteProtocolError | None = None
+        self._closed = False
+
+    def feed(self, chunk: bytes) -> list[Event]:
+        """Take the next bytes and return the events they complete, oldest first.
+
+        In each event ``.data`` is text, ``.event`` is ``None`` for "message", and
+        ``.id`` the last event id in force.
+
+        Raises:
+            RemoteProtocolError: A line or an event is over its limit. Events that
+                were complete before it are returned first, the error is raised by
+                the call that has none, and again by every later one.
+            ValueError: The decoder has been closed.
+        """
+        if self._closed:
+            raise ValueError("feed() after close()")
+        if self._error is not None:
+            raise self._error
+        events: list[Event] = []
+        try:
+            for line in self._complete_lines(bytes(chunk)):
+                event = self._take(line)
+                if event is not None:
+                    events.append(event)
+        except RemoteProtocolError as error:
+            self._error = error
+            if not events:
+                raise
+        return events
+
+    def close(self) -> None:
+        """End the stream; an event that is not complete is discarded (§9.2.6).
+
+        Raises:
+            RemoteProtocolError: An error that `feed` still had to report.
+        """
+        self._closed = True
+        if self._error is not None:
+            raise self._error
+
+    def _complete_lines(self, chunk: bytes) -> list[bytes]:
+        """Return the lines that chunk ends, without their line ends."""
+        if self._after_cr and chunk:
+            self._after_cr = False
+            if chunk[:1] == b"\n":
+                chunk = chunk[1:]
+        if b"\r" in chunk:
+            self._after_cr = chunk.endswith(b"\r")
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        lines = chunk.split(b"\n")
+        rest = lines.pop()
+        if lines:
+            if self._partial:
+                lines[0] = b"".join((*self._partial, lines[0]))
+                self._partial = []
+                self._partial_size = 0
+        if rest:
+            self._partial.append(rest)
+            self._partial_size += len(rest)
+        if self._max_line is not None and self._partial_size > self._max_line:
+            lines.append(b"".join(self._partial))  # _take refuses it, in its turn
+        return lines
+
+    def _take(self, line: bytes) -> Event | None:
+        """Process one line; return an event if the line dispatches one."""
+        if self._max_line is not None and len(line) > self._max_line:
+            raise RemoteProtocolError(
+                f"a line of the event stream is longer than {self._max_line} bytes"
+            )
+        if self._start:
+            self._start = False
+            if line.startswith(_BOM):
+                line = line[3:]
+        if not line:
+            return self._dispatch()
+        name, colon, value = line.partition(b":")
+        if value[:1] == b" ":
+            value = value[1:]
+        if name == b"data":
+            # The line end that joins it to the next line counts too.
+            self._data_size += len(value) + 1
+            if self._max_event is not None and self._data_size - 1 > self._max_event:
+                raise RemoteProtocolError(
+                    f"an event holds more than {self._max_event} bytes of data"
+                )
+            self._data.append(value)
+        elif name == b"event":
+            self._event = value
+        elif name == b"id":
+            if b"\0" not in value:
+                self._id = value.decode(errors="replace")
+        elif name == b"retry" and value.isdigit():
+            digits = value.lstrip(b"0")
+            if len(digits) > _RETRY_DIGITS:
+                digits = b"9" * _RETRY_DIGITS
+            self.retry = int(digits or b"0")
+        return None
+
+    def _dispatch(self) -> Event | None:
+        self.last_event_id = self._id
+        data, event = self._data, self._event
+        if event:
+            self._event = b""
+        if not data:
+            return None
+        self._data = []
+        self._data_size = 0
+        decoded = object.__new__(Event)
+        _set_fields(
+            decoded,
+            b"\n".join(data).decode(errors="replace"),
+            event.decode(errors="replace") or None,
+            self._id,
+            None,
+            None,
+        )
+        return decoded

@@ -1,0 +1,27 @@
+"""Pyramid: ``config.include("syncstream.pyramid")``, and views return ours.
+
+Without it Pyramid refuses a foreign response with a ValueError.
+"""
+
+from __future__ import annotations
+
+from pyramid.config import Configurator
+from pyramid.response import Response
+from pyramid.threadlocal import get_current_request
+
+from .wsgi import NDJSONResponse, SSEResponse, StreamResponse
+
+__all__ = ["includeme"]
+
+
+def includeme(config: Configurator) -> None:
+    """Let views return `SSEResponse`, `NDJSONResponse` and `StreamResponse`."""
+    for kind in (SSEResponse, NDJSONResponse, StreamResponse):
+        config.add_response_adapter(_adapt, kind)
+
+
+def _adapt(response: SSEResponse | NDJSONResponse | StreamResponse) -> Response:
+    # An adapter is not given the request, whose thread or greenlet this is.
+    environ = get_current_request().environ
+    body, status, headers = response.get_wsgi_response(environ)
+    return Response(status=status, headerlist=headers, app_iter=body)

@@ -1,0 +1,32 @@
+"""uWSGI: threads, gevent, behind its HTTP router or with ``--http-socket``."""
+
+from __future__ import annotations
+
+from .contract import Environ, Server, SocketLike
+
+__all__ = ["SERVER"]
+
+
+class _Connection:
+    """The running request's connection, of which uWSGI shows the descriptor."""
+
+    def fileno(self) -> int:
+        import uwsgi
+
+        fd: int = uwsgi.connection_fd()
+        return fd
+
+
+def _socket(environ: Environ) -> SocketLike | None:
+    return _Connection()
+
+
+SERVER = Server(
+    "uwsgi",
+    runs=lambda environ: "uwsgi.version" in environ,
+    socket=_socket,
+    # It logs a traceback for any exception, so just end; and it never chunks.
+    gone=lambda: None,
+    marks_end=lambda environ: False,
+    is_tls=lambda environ: environ.get("HTTPS") == "on",
+)

@@ -1,0 +1,134 @@
+"""Waiting, and the one place that knows threads from gevent.
+
+The *scope* is whatever is running in this thread or greenlet on behalf of one
+stream. A contextvar holds it, so that nested applications and generators that
+create generators each see their own; it counts only for the thread or greenlet
+that entered it, because spawned greenlets (gevent copies the context) and, from
+Python 3.14, threads inherit contextvars.
+
+Everything is looked up when it is called: gevent may patch the standard library
+after this module was imported.
+"""
+
+from __future__ import annotations
+
+import select
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+__all__ = [
+    "Scope",
+    "current",
+    "current_scope",
+    "entered",
+    "is_greenlet_exit",
+    "is_hung_up",
+    "runner",
+    "sleep",
+]
+
+
+class Scope(Protocol):
+    """What waits need to know of the stream they wait in."""
+
+    runner: object
+
+    def before_wait(self) -> None:
+        """Raise `ClientDisconnected` if there is nobody left to wait for."""
+
+
+current: ContextVar[Scope | None] = ContextVar("syncstream_scope", default=None)
+"""Set by a stream for as long as it is inside its source. Read `current_scope`."""
+
+
+def runner() -> object:
+    """Return what tells the running greenlet, else the running thread, from others."""
+    greenlet = sys.modules.get("greenlet")
+    # Each thread has a main greenlet of its own, so this covers threads too.
+    return greenlet.getcurrent() if greenlet is not None else threading.get_ident()
+
+
+def current_scope() -> Scope | None:
+    """Return the scope this thread or greenlet is in, ``None`` outside of any."""
+    scope = current.get()
+    # A thread's ident: greenlet has been imported since the scope was entered.
+    if scope is None or scope.runner not in (runner(), threading.get_ident()):
+        return None
+    return scope
+
+
+@contextmanager
+def entered(scope: Scope) -> Iterator[None]:
+    """Run a block in a scope, in this thread or greenlet."""
+    token = current.set(scope)
+    scope.runner = runner()
+    try:
+        yield
+    finally:
+        current.reset(token)
+
+
+def is_greenlet_exit(error: BaseException) -> bool:
+    """Tell whether an exception is gevent's way to end this greenlet."""
+    greenlet = sys.modules.get("greenlet")
+    return greenlet is not None and isinstance(error, greenlet.GreenletExit)
+
+
+def sleep(seconds: float) -> None:
+    """Sleep without holding up others: in a gevent greenlet, let the others run.
+
+    Inside a stream's generator it ends the generator when the client has gone, as
+    far as that is known before and after the sleep. Elsewhere it is a plain sleep.
+
+    Args:
+        seconds: How long; 0 lets others run.
+
+    Raises:
+        ClientDisconnected: In a stream's generator: the client has gone.
+        ValueError: ``seconds`` is negative.
+    """
+    if not seconds >= 0:
+        raise ValueError(f"seconds must be 0 or more, got {seconds!r}")
+    scope = current_scope()
+    if scope is not None:
+        scope.before_wait()
+    _sleep(seconds)
+    if scope is not None:
+        scope.before_wait()
+
+
+def _sleep(seconds: float) -> None:
+    gevent = sys.modules.get("gevent")
+    # Without monkey-patching time.sleep would hold up the whole hub. The hub's own
+    # greenlet has no parent and cannot wait on itself.
+    if gevent is not None and gevent.getcurrent().parent is not None:
+        gevent.sleep(seconds)
+    else:
+        time.sleep(seconds)
+
+
+def _native(module: Any, name: str) -> Any:
+    """Return a function as it was before gevent patched it."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None:
+        return monkey.get_original(module.__name__, name)
+    return getattr(module, name)
+
+
+def is_hung_up(fd: int) -> bool:
+    """Tell at once whether the peer of a socket has closed or reset it.
+
+    Nothing is read: bytes that wait there do not matter, nor does TLS. (Measured:
+    gevent's patched poll never reports POLLRDHUP, the original does. Where the
+    platform has no POLLRDHUP, only a reset is seen.)
+    """
+    if fd < 0:
+        return True
+    poll = _native(select, "poll")()
+    poll.register(fd, getattr(select, "POLLRDHUP", 0))
+    return any(events for _, events in poll.poll(0))

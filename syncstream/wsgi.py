@@ -1,0 +1,606 @@
+"""All of PEP 3333: connections, the response classes, the middleware.
+
+Spec: https://peps.python.org/pep-3333/. A response of ours under the middleware is
+one stream: the middleware leaves a `Connection` in the environ, the response marks
+it as taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
+from wsgiref.util import is_hop_by_hop
+
+from werkzeug.datastructures import Headers
+from werkzeug.wrappers import Response
+
+from .protocol import ndjson, raw, sse
+from .protocol.json import Dumps
+from .servers import Server, server_of
+from .stream import Format, Stream
+from .waiting import is_hung_up
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+__all__ = [
+    "Connection",
+    "NDJSONResponse",
+    "SSEResponse",
+    "StreamMiddleware",
+    "StreamResponse",
+    "last_event_id",
+]
+
+log = logging.getLogger(__name__)
+
+CONNECTION = "syncstream.connection"
+"""The environ key under which the middleware leaves the connection."""
+
+_LIVE = {
+    # no-transform keeps proxies from compressing, and so from buffering; nginx
+    # wants to be told by a header of its own.
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",
+}
+_EVENT_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", **_LIVE}
+_NDJSON_HEADERS = {"Content-Type": "application/x-ndjson", **_LIVE}
+
+_EVENT_TYPE = "text/event-stream"
+_NDJSON_TYPES = frozenset(
+    f"application/{name}" for name in ("x-ndjson", "ndjson", "jsonl", "x-jsonlines")
+)
+
+HeaderSource = (
+    Mapping[str, "str | int | None"] | Iterable[tuple[str, "str | int | None"]]
+)
+"""Header names and values; the value ``None`` removes a default."""
+
+
+def last_event_id(environ: WSGIEnvironment) -> str | None:
+    """Return the id of the last event that a client has, ``None`` if it says none.
+
+    The header Last-Event-ID comes first, then the query's ``last_event_id`` and
+    ``lastEventId``, for clients that cannot set headers. It comes from outside:
+    expect any text.
+
+    Args:
+        environ: The request's WSGI environ, ``request.environ`` in Flask.
+    """
+    header: str | None = environ.get("HTTP_LAST_EVENT_ID")
+    if header is not None:
+        # Browsers send UTF-8, and PEP 3333 shows its bytes as Latin-1.
+        return header.encode("latin-1", "replace").decode(errors="replace")
+    text = environ.get("QUERY_STRING", "")
+    if "last_event_id=" not in text and "lastEventId=" not in text:
+        return None
+    try:
+        query = parse_qs(text, keep_blank_values=True, errors="replace")
+    except ValueError:  # too many fields
+        return None
+    ids = query.get("last_event_id") or query.get("lastEventId")
+    return ids[0] if ids else None
+
+
+class Connection:
+    """The request's connection, and what its server lets us do with it.
+
+    Attributes:
+        stream: The stream that is written to it, once there is one.
+    """
+
+    def __init__(self, environ: WSGIEnvironment) -> None:
+        self.environ = environ
+        self.stream: Stream | None = None
+
+    @classmethod
+    def of(cls, environ: WSGIEnvironment) -> Connection:
+        """Return the connection that the middleware has left, or a new one."""
+        connection = environ.get(CONNECTION)
+        return connection if isinstance(connection, cls) else cls(environ)
+
+    def take(self, stream: Stream, headers: Iterable[tuple[str, str]] = ()) -> None:
+        """Say which stream is written to it, under these response headers."""
+        self.stream = stream
+        encoded = any(name.lower() == "content-encoding" for name, _ in headers)
+        stream.connect(self, is_encoded=encoded)
+
+    @functools.cached_property
+    def server(self) -> Server:
+        return server_of(self.environ)
+
+    @property
+    def label(self) -> str:
+        environ = self.environ
+        path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+        return f"{environ.get('REQUEST_METHOD')} {path!a}"
+
+    @functools.cached_property
+    def last_event_id(self) -> str | None:
+        return last_event_id(self.environ)
+
+    @property
+    def is_event_source(self) -> bool:
+        # What the standard's EventSource sends (Chromium 156 and npm's eventsource
+        # 5 do, exactly). httpx-sse would make an event of the end block: it sends
+        # no-store.
+        environ = self.environ
+        return (
+            environ.get("REQUEST_METHOD") == "GET"
+            and _EVENT_TYPE in environ.get("HTTP_ACCEPT", "")
+            and environ.get("HTTP_CACHE_CONTROL", "").strip().lower() == "no-cache"
+        )
+
+    @property
+    def is_head(self) -> bool:
+        return self.environ.get("REQUEST_METHOD") == "HEAD"
+
+    def is_hung_up(self) -> bool:
+        fd = self._fd
+        return fd is not None and is_hung_up(fd)
+
+    @property
+    def _fd(self) -> int | None:
+        sock = self.server.socket(self.environ)
+        return None if sock is None else sock.fileno()
+
+    def gone(self) -> BaseException | None:
+        return self.server.gone()
+
+    def cut(self) -> BaseException | None:
+        """Let the client see that the response is not whole.
+
+        Where the end would be marked, leaving the mark out does it. Elsewhere
+        (HTTP/1.0, uWSGI) only a reset can.
+        """
+        if not self.server.marks_end(self.environ):
+            self._reset()
+        return self.server.gone()
+
+    def _reset(self) -> None:
+        """Reset the TCP connection, where the server lets us have it.
+
+        The server would shut it down before it closes it, which ends it in good
+        order. So the descriptor is given another, dead socket, and the kernel
+        resets the one that loses its last owner while SO_LINGER is 0.
+        """
+        fd = self._fd
+        if fd is None or fd < 0 or self.server.is_tls(self.environ):
+            log.debug("%s: cannot be reset, the client sees an end", self.label)
+            return
+        try:
+            ours, theirs = socket.socketpair()
+            with ours, theirs, socket.socket(fileno=os.dup(fd)) as client:
+                client.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
+                theirs.shutdown(socket.SHUT_RDWR)
+                os.dup2(ours.fileno(), fd, inheritable=False)
+        except OSError as error:
+            log.warning(
+                "%s: could not be reset, the client sees an end: %s", self.label, error
+            )
+
+
+def has_body(connection: Connection, status: int) -> bool:
+    """Tell whether a response has a body (RFC 9110 §6.4.1)."""
+    return not (connection.is_head or status < 200 or status in (204, 205, 304))
+
+
+def merge_headers(
+    defaults: Mapping[str, str], given: HeaderSource | None
+) -> list[tuple[str, str]]:
+    """Return the defaults with the given headers over them.
+
+    Hop-by-hop headers are the server's own (PEP 3333): on wsgiref, waitress and
+    Django's runserver one of them is a 500. They are left out.
+    """
+    pairs: list[tuple[str, str | int | None]] = []
+    if given is not None:
+        # Werkzeug's Headers are a multidict: items() repeats a name.
+        items = given.items() if hasattr(given, "items") else given
+        pairs = [(str(name), value) for name, value in items]
+    names = {name.lower() for name, _ in pairs}
+    merged = [(n, v) for n, v in defaults.items() if n.lower() not in names]
+    merged += [(name, str(value)) for name, value in pairs if value is not None]
+    return without_hop_by_hop(merged)
+
+
+def without_hop_by_hop(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(name, value) for name, value in headers if not is_hop_by_hop(name)]
+
+
+def _ends_line(tail: bytes) -> bool:
+    return tail[-1:] in (b"", b"\n")
+
+
+@functools.cache
+def _joined(ours: type, theirs: type) -> type:
+    return type(ours.__name__, (ours, theirs), {})
+
+
+class _Streaming(Response):
+    """A Werkzeug response whose body is a `Stream`."""
+
+    # Both would run an endless source to its end.
+    automatically_set_content_length = False
+    implicit_sequence_conversion = False
+
+    def __init__(
+        self,
+        stream: Stream,
+        defaults: Mapping[str, str],
+        status: int | str,
+        headers: HeaderSource | None,
+    ) -> None:
+        self.stream = stream
+        merged = merge_headers(defaults, headers)
+        super().__init__(response=stream, status=status, headers=Headers(merged))
+        if "content-type" not in {name.lower() for name, _ in merged}:
+            del self.headers["Content-Type"]  # Werkzeug's default, not ours
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Werkzeug's force_type, and so Flask's make_response, gives a foreign
+        # response the application's class. It becomes one of both.
+        if name == "__class__" and not issubclass(value, _Streaming):
+            value = _joined(type(self), value)
+        super().__setattr__(name, value)
+
+    def call_on_close(self, func: Callable[[], Any]) -> Callable[[], Any]:
+        """Call a function, once, when the response has ended and is closed."""
+        self.stream.on_close(func)
+        return func
+
+    def close(self) -> None:
+        """Close the source, once, and run what `call_on_close` was given."""
+        try:
+            if self.response is not self.stream and hasattr(self.response, "close"):
+                self.response.close()
+        finally:
+            self.stream.close()
+
+    def get_wsgi_headers(self, environ: WSGIEnvironment) -> Headers:
+        headers = super().get_wsgi_headers(environ)
+        for name in {name for name, _ in headers if is_hop_by_hop(name)}:
+            del headers[name]
+        if self.status_code == 204:
+            del headers["Content-Type"]
+        return headers
+
+    def get_wsgi_response(
+        self, environ: WSGIEnvironment
+    ) -> tuple[Iterable[bytes], str, list[tuple[str, str]]]:
+        """Return what a server needs for this request: body, status line, headers.
+
+        The body goes to the connection of that request, and may be taken once.
+        """
+        connection = Connection.of(environ)
+        if self.stream.is_over_for(connection):
+            self.status_code = 204
+        app_iter, status, headers = super().get_wsgi_response(environ)
+        if not has_body(connection, self.status_code):
+            self.stream.close()
+        elif self.response is self.stream:
+            connection.take(self.stream, headers)
+            app_iter = self.stream
+        return app_iter, status, headers
+
+
+class SSEResponse(_Streaming):
+    """An event stream: each item that the source yields leaves as one event.
+
+    It is a Werkzeug and Flask response, and by itself a WSGI application. A comment
+    (and ``retry``) leaves at once, before the source has yielded anything.
+
+    Args:
+        source: A generator or another iterable of events. What it may yield, and
+            what becomes of it: `syncstream.protocol.sse.encoder`. It runs in the
+            thread or greenlet of the request, and is closed exactly once, there,
+            when it ends, fails, or the client has left. For HEAD, and for a
+            status without a body, it is closed without having run.
+        status: The HTTP status.
+        headers: Headers on top of the defaults (``Content-Type:
+            text/event-stream; charset=utf-8``, ``Cache-Control: no-cache,
+            no-transform``, ``X-Accel-Buffering: no``). Yours win; ``None`` removes
+            a default. Hop-by-hop headers are left to the server.
+        retry: The client's reconnection time, whole milliseconds; ``None`` leaves
+            it to the client (Chromium 3 s, Firefox 5 s).
+        end: What a browser does when the source has finished. ``"stop"``: it stays
+            away (it gets the reserved id ``syncstream-end``, returns once with
+            that, and gets 204; the view has run once more, its source has not).
+            ``"reconnect"``: it comes back and the view runs again.
+        on_error: Called with the exception when the source has failed (an
+            ``Exception``, not ``SystemExit`` and its kin); what it returns is
+            encoded and sent as the last event, ``None`` sends nothing. Without it
+            the client learns no more than that the stream broke.
+        dumps: Encodes what is sent as JSON, into ``str`` or ``bytes``. The default
+            is compact, and orjson with the ``fast`` extra.
+
+    Raises:
+        TypeError: ``source`` cannot be iterated, or is asynchronous.
+        ValueError: ``retry`` is negative, ``end`` is neither of the two.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        status: int | str = 200,
+        headers: HeaderSource | None = None,
+        *,
+        retry: int | None = None,
+        end: str = "stop",
+        on_error: Callable[[Exception], Any] | None = None,
+        dumps: Dumps | None = None,
+    ) -> None:
+        format = Format(sse.encoder(dumps), sse.ends_blank, is_events=True)
+        stream = Stream(source, format, retry=retry, end=end, on_error=on_error)
+        super().__init__(stream, _EVENT_HEADERS, status, headers)
+
+
+class NDJSONResponse(_Streaming):
+    """A stream of JSON values (``application/x-ndjson``), one compact one a line.
+
+    Each line leaves at once. NDJSON has no comments: the response's head leaves
+    with the first line.
+
+    Args:
+        source: A generator or another iterable of values. What becomes of them:
+            `syncstream.protocol.ndjson.encoder`.
+        status, headers: As for `SSEResponse`.
+        on_error: Called with the exception when the source has failed; what it
+            returns is sent as the last value, ``None`` sends nothing.
+        dumps: Encodes a value into ``str`` or ``bytes`` without line ends.
+
+    Raises:
+        TypeError: ``source`` cannot be iterated, or is asynchronous.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        status: int | str = 200,
+        headers: HeaderSource | None = None,
+        *,
+        on_error: Callable[[Exception], Any] | None = None,
+        dumps: Dumps | None = None,
+    ) -> None:
+        stream = Stream(
+            source, Format(ndjson.encoder(dumps), _ends_line), on_error=on_error
+        )
+        super().__init__(stream, _NDJSON_HEADERS, status, headers)
+
+
+class StreamResponse(_Streaming):
+    """A stream of text or bytes; each chunk leaves at once.
+
+    The response's head leaves with the first chunk.
+
+    Args:
+        source: A generator or another iterable of ``str`` (sent as UTF-8), bytes,
+            or ``None`` (a checkpoint: nothing is sent).
+        status, headers: As for `SSEResponse`. Give a Content-Length where you know
+            it, and clients can show the progress of a download.
+        content_type: The body's media type.
+
+    Raises:
+        TypeError: ``source`` cannot be iterated, or is asynchronous.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[str | bytes | None],
+        status: int | str = 200,
+        headers: HeaderSource | None = None,
+        *,
+        content_type: str = "text/plain; charset=utf-8",
+    ) -> None:
+        defaults = {"Content-Type": content_type, **_LIVE}
+        stream = Stream(source, Format(raw.encode, lambda tail: False))
+        super().__init__(stream, defaults, status, headers)
+
+
+class StreamMiddleware:
+    """Give the streams of any WSGI application the life of ours.
+
+    What is found to be a stream, by its Content-Type ``text/event-stream`` or one
+    of NDJSON's, gets the headers, the first flush (event streams), closing and
+    error handling of `SSEResponse`; its generator may use `current_stream` and
+    `sleep`. Its chunks are passed through as they are, and it may end as it always
+    did (clients reconnect). Responses with a Content-Length, ``wsgi.file_wrapper``
+    ones, and all others are left alone.
+
+    Args:
+        app: The WSGI application. Flask: ``app.wsgi_app =
+            StreamMiddleware(app.wsgi_app)``; Django: ``application =
+            StreamMiddleware(get_wsgi_application())``.
+    """
+
+    def __init__(self, app: WSGIApplication) -> None:
+        if not callable(app):
+            raise TypeError(f"app must be a WSGI application, got {app!r}")
+        self.app = app
+
+    def __call__(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        if CONNECTION in environ:  # installed twice
+            return self.app(environ, start_response)
+        connection = environ[CONNECTION] = Connection(environ)
+        head = _Head(connection, start_response)
+        app_iter = self.app(environ, head.start_response)
+        if connection.stream is not None or _is_file(environ, app_iter):
+            return app_iter
+        if not head.is_started:
+            return _Lazy(app_iter, head)
+        return app_iter if head.format is None else head.respond(app_iter)
+
+
+def _is_file(environ: WSGIEnvironment, app_iter: object) -> bool:
+    wrapper = environ.get("wsgi.file_wrapper")
+    return isinstance(wrapper, type) and isinstance(app_iter, wrapper)
+
+
+class _Head:
+    """The start_response that the middleware gives to its application."""
+
+    def __init__(self, connection: Connection, start_response: StartResponse) -> None:
+        self.connection = connection
+        self.is_started = False
+        self.is_late = False  # the application has been called, and has returned
+        self.is_opened = False
+        self.format: Format | None = None
+        self._start_response = start_response
+        self._status = 0
+        self._headers: list[tuple[str, str]] = []
+
+    def start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
+    ) -> Callable[[bytes], object]:
+        self.is_started = True
+        if self.connection.stream is None:
+            self.format = _format_of(headers)
+            self._status = int(status[:3])
+        if self.format is None:
+            return self._call(status, headers, exc_info)
+        headers = merge_headers(_LIVE, headers)
+        self._headers = headers
+        write = self._call(status, headers, exc_info)
+        if self.is_late and self.format.is_events and self.has_body:
+            self._open(write)
+        return write
+
+    def _call(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any
+    ) -> Callable[[bytes], object]:
+        # Some servers take no third argument unless there is one to give.
+        if exc_info is None:
+            return self._start_response(status, headers)
+        return self._start_response(status, headers, exc_info)
+
+    def _open(self, write: Callable[[bytes], object]) -> None:
+        """Write the opening now: the application is in its first step already.
+
+        Only through the server's own ``write``: what a middleware hands out may
+        keep the bytes, or change them.
+        """
+        module = getattr(write, "__module__", None)
+        if module and module == self.connection.server.write_module:
+            self.is_opened = True
+            try:
+                write(sse.Event(comment="ok").encode())
+            except OSError as error:
+                # The client has left: the stream will find that out for itself.
+                log.debug("%s: %s", self.connection.label, error)
+
+    @property
+    def has_body(self) -> bool:
+        return has_body(self.connection, self._status)
+
+    def respond(self, source: Iterable[bytes]) -> Iterable[bytes]:
+        """Make the application's iterable the source of a stream."""
+        assert self.format is not None
+        stream = Stream(source, self.format)
+        if not self.has_body:
+            stream.close()
+            return ()
+        self.connection.take(stream, self._headers)
+        if self.is_opened:
+            stream.connect(self.connection, is_opened=True)
+        return stream
+
+
+def _format_of(headers: Iterable[tuple[str, str]]) -> Format | None:
+    """Return the format of an application's stream, ``None`` if it is not one."""
+    values = {name.lower(): value for name, value in headers}
+    if "content-length" in values:
+        return None
+    mimetype = values.get("content-type", "").partition(";")[0].strip().lower()
+    if mimetype == _EVENT_TYPE:
+        return Format(raw.encode_bytes, sse.ends_blank, is_events=True)
+    if mimetype in _NDJSON_TYPES:
+        return Format(raw.encode_bytes, _ends_line)
+    return None
+
+
+class _Lazy:
+    """The iterable of an application that calls start_response in its first step.
+
+    After that step it is known whether this is a stream; if so, what is left of
+    the application, beginning with the step's outcome, becomes a stream's source.
+    """
+
+    def __init__(self, app_iter: Iterable[bytes], head: _Head) -> None:
+        self._app_iter = app_iter
+        self._head = head
+        self._chunks: Iterator[bytes] | None = None
+        self._stream: Iterable[bytes] | None = None
+        head.is_late = True
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._chunks is None:
+            self._chunks = self._first_step()
+        return next(self._chunks)
+
+    def _first_step(self) -> Iterator[bytes]:
+        iterator = iter(self._app_iter)
+        head = self._head
+        try:
+            first = next(iterator)
+        except BaseException as error:
+            if head.format is None:
+                raise
+            rest = _Rest(self._app_iter, iterator, error=error)
+        else:
+            rest = _Rest(self._app_iter, iterator, first=first)
+        if head.format is None:
+            return rest
+        self._stream = head.respond(rest)
+        return iter(self._stream)
+
+    def close(self) -> None:
+        closable = self._app_iter if self._stream is None else self._stream
+        close = getattr(closable, "close", None)
+        if close is not None:
+            close()
+
+
+class _Rest:
+    """An iterator whose first step has been taken already."""
+
+    def __init__(
+        self,
+        app_iter: Iterable[bytes],
+        iterator: Iterator[bytes],
+        *,
+        first: bytes | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        self._app_iter = app_iter
+        self._iterator = iterator
+        self._first = [first] if error is None else []
+        self._error = error
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        if self._first:
+            return self._first.pop()  # type: ignore[return-value]
+        return next(self._iterator)
+
+    def close(self) -> None:
+        close = getattr(self._app_iter, "close", None)
+        if close is not None:
+            close()
