@@ -1,0 +1,59 @@
+"""A WSGI application without a framework, with our responses and by hand."""
+
+from urllib.parse import parse_qs
+
+from apps.sources import SOURCES, as_sse
+from syncstream import (
+    NDJSONResponse,
+    SSEResponse,
+    StreamMiddleware,
+    StreamResponse,
+    current_stream,
+)
+
+
+def app(environ, start_response):
+    """/KIND/SOURCE?key=KEY"""
+    query = parse_qs(environ["QUERY_STRING"])
+    _, kind, *rest = environ["PATH_INFO"].split("/")
+    if kind == "health":
+        start_response("200 OK", [("Content-Length", "2")])
+        return [b"ok"]
+    if kind == "kinds":
+        source = current()
+    else:
+        source = SOURCES[rest[0]](query["key"][0])
+    if kind == "sse":
+        response = SSEResponse(source)
+    elif kind == "error":
+        response = SSEResponse(source, on_error=lambda e: {"error": str(e)})
+    elif kind == "refused":
+        response = SSEResponse(source, 204)
+    elif kind == "ndjson":
+        response = NDJSONResponse(source)
+    elif kind == "raw":
+        response = StreamResponse(map(str, source))
+    elif kind == "handwritten":
+        start_response("200 OK", [("Content-Type", "text/event-stream")])
+        return as_sse(source)
+    elif kind == "lazy":
+        return lazy(source, start_response)
+    else:
+        raise LookupError(kind)
+    return response(environ, start_response)
+
+
+def lazy(source, start_response):
+    """Call start_response in the first step, as generator applications do."""
+    start_response(
+        "200 OK",
+        [("Content-Type", "text/event-stream"), ("Connection", "keep-alive")],
+    )
+    yield from as_sse(source)
+
+
+def current():
+    yield type(current_stream()).__name__
+
+
+wrapped = StreamMiddleware(app)

@@ -1,0 +1,49 @@
+"""Serve ``module:attribute`` by a server that has no command of its own.
+
+python serve.py pywsgi|werkzeug|waitress|cheroot MODULE:ATTRIBUTE PORT
+"""
+
+import importlib
+import sys
+
+
+def main() -> None:
+    kind, target, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    if kind == "pywsgi":
+        from gevent import monkey
+
+        monkey.patch_all()
+    module, _, attribute = target.partition(":")
+    app = getattr(importlib.import_module(module), attribute)
+    globals()[f"serve_{kind}"](app, port)
+
+
+def serve_pywsgi(app, port):
+    from gevent.pywsgi import WSGIServer
+
+    WSGIServer(("127.0.0.1", port), app).serve_forever()
+
+
+def serve_werkzeug(app, port):
+    from werkzeug.serving import run_simple
+
+    run_simple("127.0.0.1", port, app, threaded=True)
+
+
+def serve_waitress(app, port):
+    import logging
+
+    import waitress
+
+    logging.basicConfig()
+    waitress.serve(app, host="127.0.0.1", port=port, threads=8)
+
+
+def serve_cheroot(app, port):
+    from cheroot.wsgi import Server
+
+    server = Server(("127.0.0.1", port), app, numthreads=8)
+    server.safe_start()
+
+
+main()

@@ -1,0 +1,404 @@
+"""Real servers in subprocesses, a control line to their generators, a raw client.
+
+The control line: an application under test calls `note` and `gate` of
+``apps.control``, over a TCP connection of its own, so that a test steps through a
+generator and learns what it did, whatever the server's threads are doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import queue
+import random
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+TIMEOUT = 15.0  # seconds to wait for what must happen; not what it may take
+
+GUNICORN = {
+    "gunicorn-sync": ["-k", "sync"],
+    "gunicorn-gthread": ["-k", "gthread", "--threads", "8"],
+    "gunicorn-gevent": ["-k", "gevent"],
+}
+SERVERS = (
+    *GUNICORN,
+    "pywsgi",
+    "werkzeug",
+    "waitress",
+    "cheroot",
+    "uwsgi",
+)
+
+
+def free_port() -> int:
+    """Return a port nobody listens on, outside of the range of outgoing ones."""
+    while True:
+        port = random.randrange(15000, 32000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+def command(kind: str, app: str, port: int, *options: str) -> list[str]:
+    """Return the command that serves ``module:attribute`` by one worker."""
+    if kind in GUNICORN:
+        return [
+            *(sys.executable, "-m", "gunicorn", *GUNICORN[kind], "-w", "1"),
+            *("-b", f"127.0.0.1:{port}", "--graceful-timeout", "2"),
+            *("--no-control-socket", "--log-level", "info", *options, app),
+        ]
+    if kind == "uwsgi":
+        return [
+            *(str(Path(sys.executable).with_name("uwsgi")), "--need-app"),
+            *("--http-socket", f"127.0.0.1:{port}", "--threads", "8"),
+            *("--die-on-term", "--wsgi", app, "--home", sys.prefix, *options),
+        ]
+    return [sys.executable, str(TESTS / "apps" / "serve.py"), kind, app, str(port)]
+
+
+class LiveServer:
+    """A running server; its log and its control messages.
+
+    Args:
+        kind: One of `SERVERS`.
+        app: ``module:attribute`` of the WSGI application, importable from tests/.
+        options: More words for the server's command line.
+        env: More environment variables.
+    """
+
+    def __init__(
+        self, kind: str, app: str, *options: str, env: dict[str, str] | None = None
+    ) -> None:
+        self.kind = kind
+        self.control = Control()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115: closed in stop()
+        self._command = (kind, app, options)
+        self._env = env or {}
+        self.port = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self, port: int | None = None) -> None:
+        """Start it, on the same port as before if that is given."""
+        kind, app, options = self._command
+        self.port = port or free_port()
+        path = os.pathsep.join((str(TESTS), str(TESTS.parent)))
+        self._process = subprocess.Popen(
+            command(kind, app, self.port, *options),
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            cwd=TESTS,
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "CONTROL": str(self.control.port),
+                **self._env,
+            },
+            start_new_session=True,
+        )
+        self._await_ready()
+
+    def _await_ready(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + 3 * TIMEOUT
+        while True:
+            try:
+                with self.connect() as client:
+                    client.send(f"GET /health HTTP/1.0\r\nHost: {self.host}\r\n\r\n")
+                    if b"200" in client.read_until(b"\r\n"):
+                        return
+            except OSError:
+                pass
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{self.kind} did not start:\n{self.log()}")
+            time.sleep(0.02)
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}"
+
+    def connect(self) -> Client:
+        return Client(socket.create_connection(("127.0.0.1", self.port), TIMEOUT))
+
+    def get(self, path: str, **options: Any) -> Client:
+        """Return a client that has sent a request; see `Client.request`."""
+        client = self.connect()
+        client.request("GET", path, **options)
+        return client
+
+    def log(self) -> str:
+        """Return what the server has written so far."""
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
+
+    def await_log(self, text: str) -> None:
+        """Wait until the server has written this."""
+        await_true(lambda: text in self.log(), lambda: self.log())
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self.signal(signal.SIGTERM)
+        try:
+            self._process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.signal(signal.SIGKILL)
+            self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            self.signal(signal.SIGKILL)  # workers that were left behind
+        self._process = None
+
+    def __enter__(self) -> LiveServer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.control.close()
+        self.stop()
+        self._log.close()
+
+
+def await_true(condition: Any, explain: Any = lambda: "") -> None:
+    """Wait until a condition holds, at most `TIMEOUT` seconds."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {TIMEOUT} s in vain\n{explain()}")
+        time.sleep(0.005)
+
+
+class Control:
+    """The test's end of the control line.
+
+    An application's message waits in `messages`, under the key it has chosen;
+    a gate stays shut until the test opens it.
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[str, queue.Queue[Any]] = {}
+        self._gates: dict[str, threading.Semaphore] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        control = self
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                for line in self.rfile:
+                    verb, key, value = json.loads(line)
+                    if verb == "note":
+                        control._queue(key).put(value)
+                        answer = True
+                    else:
+                        answer = control._pass(key)
+                    with contextlib.suppress(OSError):
+                        self.wfile.write(json.dumps(answer).encode() + b"\n")
+
+        class Server(socketserver.ThreadingTCPServer):
+            daemon_threads = True
+            block_on_close = False
+            request_queue_size = 100
+
+            def handle_error(self, *args: object) -> None:
+                """The application's process has ended: nothing to report to."""
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.port: int = self._server.server_address[1]
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        )
+        self._thread.start()
+
+    def _queue(self, key: str) -> queue.Queue[Any]:
+        with self._lock:
+            return self._queues.setdefault(key, queue.Queue())
+
+    def _gate(self, key: str) -> threading.Semaphore:
+        with self._lock:
+            return self._gates.setdefault(key, threading.Semaphore(0))
+
+    def _pass(self, key: str) -> bool:
+        gate = self._gate(key)
+        while not self._closed.is_set():
+            if gate.acquire(timeout=0.1):
+                return True
+        return False
+
+    def open(self, key: str, times: int = 1) -> None:
+        """Let an application through a gate, that many times."""
+        self._gate(key).release(times)
+
+    def next(self, key: str, timeout: float = TIMEOUT) -> Any:
+        """Wait for the next message under a key."""
+        try:
+            return self._queue(key).get(timeout=timeout)
+        except queue.Empty:
+            raise AssertionError(f"no message {key!r} in {timeout} s") from None
+
+    def pending(self, key: str) -> list[Any]:
+        """Return the messages under a key that have come by now."""
+        waiting = self._queue(key)
+        return [waiting.get() for _ in range(waiting.qsize())]
+
+    def close(self) -> None:
+        self._closed.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class Client:
+    """A raw HTTP/1 client: sees what is on the wire, as it comes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self._buffer = b""
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self._body: Iterator[bytes] | None = None
+        self.is_whole = False  # the body's end was marked, or it had a length
+
+    def send(self, text: str) -> None:
+        self.socket.sendall(text.encode())
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        version: str = "1.1",
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        """Send a request."""
+        lines = [f"{method} {path} HTTP/{version}", "Host: localhost"]
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        self._method = method
+        self.send("\r\n".join([*lines, "", ""]))
+
+    def _receive(self) -> bytes:
+        return self.socket.recv(65536)
+
+    def read_until(self, mark: bytes) -> bytes:
+        """Return what comes up to and with a mark; all there is if it ends before."""
+        while mark not in self._buffer:
+            data = self._receive()
+            if not data:
+                break
+            self._buffer += data
+        found, self._buffer = self._split(mark)
+        return found
+
+    def _split(self, mark: bytes) -> tuple[bytes, bytes]:
+        head, mark, rest = self._buffer.partition(mark)
+        return head + mark, rest
+
+    def read_head(self) -> None:
+        """Read the response's head into `status` and `headers`."""
+        head = self.read_until(b"\r\n\r\n").decode("latin-1")
+        if not head:
+            raise EOFError("the connection ended before the head")
+        first, *lines = head.split("\r\n")
+        self.status = int(first.split()[1])
+        pairs = (line.partition(":") for line in lines if line)
+        self.headers = {name.lower(): value.strip() for name, _, value in pairs}
+        self._body = self._decode()
+
+    def _decode(self) -> Iterator[bytes]:
+        """Yield the body's pieces as they come, without the chunks' framing."""
+        if self.headers.get("transfer-encoding", "") == "chunked":
+            while True:
+                size_line = self.read_until(b"\r\n")
+                if not size_line.endswith(b"\r\n"):
+                    return
+                size = int(size_line, 16)
+                while len(self._buffer) < size + 2:
+                    data = self._receive()
+                    if not data:
+                        return
+                    self._buffer += data
+                data, self._buffer = self._buffer[:size], self._buffer[size + 2 :]
+                if size == 0:
+                    self.is_whole = True
+                    return
+                yield data
+        left = int(self.headers.get("content-length", sys.maxsize))
+        while left:
+            data = self._buffer or self._receive()
+            self._buffer = b""
+            if not data:
+                return
+            left -= len(data)
+            yield data
+        self.is_whole = True
+
+    def chunk(self) -> bytes:
+        """Return the next piece of the body, ``b""`` at its end."""
+        if self._body is None:
+            self.read_head()
+        assert self._body is not None
+        return next(self._body, b"")
+
+    def block(self) -> bytes:
+        """Return the body up to the next blank line, and not a byte more.
+
+        Whatever else has come is kept for the next call.
+        """
+        if self._body is None:
+            self.read_head()
+        self._text = getattr(self, "_text", b"")
+        while b"\n\n" not in self._text:
+            data = self.chunk()
+            if not data:
+                break
+            self._text += data
+        block, mark, self._text = self._text.partition(b"\n\n")
+        return block + mark
+
+    def rest(self) -> bytes:
+        """Return the body up to its end."""
+        if self._body is None:
+            self.read_head()
+        assert self._body is not None
+        text = getattr(self, "_text", b"")
+        self._text = b""
+        return text + b"".join(self._body)
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+_keys = itertools.count()
+
+
+def unique_key() -> str:
+    """Return a key for the control line that no other test uses."""
+    return f"k{next(_keys)}-{os.getpid()}"

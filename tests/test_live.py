@@ -1,0 +1,242 @@
+"""The promises of a stream, on every server: one test a promise.
+
+The table *servers × guarantees* of the README is made from this file.
+"""
+
+import re
+
+import pytest
+from live import GUNICORN, SERVERS, LiveServer, await_true, unique_key
+
+EVENT = "text/event-stream; charset=utf-8"
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request):
+    """Each server in turn, with the bare application."""
+    with LiveServer(request.param, "apps.bare:app") as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def wrapped(request):
+    """Each server in turn, with the middleware around the application."""
+    with LiveServer(request.param, "apps.bare:wrapped") as server:
+        yield server
+
+
+@pytest.fixture
+def key():
+    return unique_key()
+
+
+def assert_gated(server, path, key, version="1.1"):
+    """Step a gated generator: each event arrives before the next is made."""
+    with server.get(f"{path}?key={key}", version=version) as client:
+        client.read_head()
+        assert client.status == 200
+        assert client.block() == b": ok\n\n"
+        server.control.next(f"{key}-started")
+        for n in range(3):
+            assert server.control.pending(f"{key}-ended") == []
+            server.control.open(key)
+            assert client.block() == f"data: {n}\n\n".encode()
+    server.control.open(key, 50)
+    assert server.control.next(f"{key}-ended") == ["GeneratorExit", True]
+    return client
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_events_leave_one_at_a_time(server, key, version):
+    """Head and a comment leave before the first event, then each event alone."""
+    client = assert_gated(server, "/sse/gated", key, version)
+    assert client.headers["content-type"] == EVENT
+    assert client.headers["cache-control"] == "no-cache, no-transform"
+    assert client.headers["x-accel-buffering"] == "no"
+    assert "content-length" not in client.headers
+
+
+def test_handwritten_generators_get_the_same(wrapped, key):
+    """The middleware flushes, streams and closes a generator that is not ours."""
+    client = assert_gated(wrapped, "/handwritten/gated", key)
+    assert client.headers["cache-control"] == "no-cache, no-transform"
+
+
+def test_lazy_applications_get_the_same(wrapped, key):
+    """So does an application that calls start_response in its first step."""
+    with wrapped.get(f"/lazy/gated?key={key}") as client:
+        if wrapped.kind != "uwsgi":  # its write is no Python function
+            assert client.block() == b": ok\n\n"
+        for n in range(3):
+            wrapped.control.open(key)
+            if wrapped.kind == "uwsgi" and n == 0:
+                assert client.block() == b": ok\n\n"
+            assert client.block() == f"data: {n}\n\n".encode()
+        assert "connection" not in client.headers or (
+            client.headers["connection"] in ("close", "keep-alive")
+        )
+    wrapped.control.open(key, 50)
+    assert wrapped.control.next(f"{key}-ended") == ["GeneratorExit", True]
+
+
+def test_ours_under_the_middleware_is_one_stream(wrapped, key):
+    """A response of ours under the middleware has one opening, and one close."""
+    assert_gated(wrapped, "/sse/gated", key)
+    assert wrapped.control.pending(f"{key}-ended") == []
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize(
+    ("path", "content_type", "body"),
+    [
+        ("/sse/three", EVENT, b": ok\n\ndata: 0\n\ndata: 1\n\ndata: 2\n\n"),
+        ("/ndjson/three", "application/x-ndjson", b"0\n1\n2\n"),
+        ("/raw/three", "text/plain; charset=utf-8", b"012"),
+    ],
+)
+def test_a_finished_stream_is_whole(server, key, version, path, content_type, body):
+    """A source that ends gives a whole response, its end marked where chunked."""
+    with server.get(f"{path}?key={key}", version=version) as client:
+        assert client.rest() == body
+        assert client.headers["content-type"] == content_type
+        if version == "1.1" and server.kind != "uwsgi":
+            assert client.is_whole
+    assert server.control.next(f"{key}-ended") == ["finished", True]
+
+
+@pytest.mark.parametrize("path", ["/ndjson/gated", "/raw/gated"])
+def test_chunks_leave_one_at_a_time(server, key, path):
+    """Lines and raw chunks leave each alone, too."""
+    end = b"\n" if "ndjson" in path else b""
+    with server.get(f"{path}?key={key}") as client:
+        for n in range(3):
+            server.control.open(key)
+            assert client.chunk() == f"{n}".encode() + end
+    server.control.open(key, 50)
+    assert server.control.next(f"{key}-ended") == ["GeneratorExit", True]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("HEAD", "/sse"), ("GET", "/refused"), ("HEAD", "/ndjson")]
+)
+def test_without_a_body_the_source_never_starts(server, key, method, path):
+    """HEAD and 204 are answered at once; the source is closed, not started."""
+    with server.connect() as client:
+        client.request(method, f"{path}/gated?key={key}")
+        client.read_head()
+        assert client.status == (204 if path == "/refused" else 200)
+    server.control.open(key)
+    with server.get("/health") as client:
+        client.read_head()
+    assert server.control.pending(f"{key}-started") == []
+
+
+def test_middleware_answers_head(wrapped, key):
+    """HEAD on a hand-written generator does not start it either."""
+    with wrapped.connect() as client:
+        client.request("HEAD", f"/handwritten/gated?key={key}")
+        client.read_head()
+        assert client.status == 200
+    assert wrapped.control.pending(f"{key}-started") == []
+
+
+def test_a_client_that_comes_back_after_the_end_gets_204(server, key):
+    """Who presents the reserved id is told to stay away, and the source rests."""
+    headers = {
+        "Accept": "text/event-stream",
+        "Cache-Control": "no-cache",
+    }
+    with server.get(f"/sse/three?key={key}", headers=headers) as client:
+        assert client.rest().endswith(b"data: 2\n\nid: syncstream-end\n\n")
+    server.control.next(f"{key}-started")
+    headers["Last-Event-ID"] = "syncstream-end"
+    with server.get(f"/sse/three?key={key}", headers=headers) as client:
+        client.read_head()
+        assert client.status == 204
+    assert server.control.pending(f"{key}-started") == []
+
+
+def test_a_client_that_leaves_closes_the_generator(server, key):
+    """At its next yield the generator is closed; its finally runs once, right there."""
+    with server.get(f"/sse/ticking?key={key}") as client:
+        assert client.block() == b": ok\n\n"
+        assert client.block() == b"data: 0\n\n"
+        pid = server.control.next(f"{key}-started")
+    assert server.control.next(f"{key}-ended") == ["GeneratorExit", True]
+    with server.get(f"/sse/three?key={key}") as client:
+        client.rest()
+    assert server.control.next(f"{key}-started") == pid
+    assert server.control.next(f"{key}-ended") == ["finished", True]
+    assert server.control.pending(f"{key}-ended") == []
+    assert "Traceback" not in server.log()
+
+
+ERRORS = ["GeneratorExit", "SystemExit", "KeyboardInterrupt", "RuntimeError"]
+
+
+def assert_cut(server, path, key, version):
+    """Read a stream that breaks; return its body."""
+    with server.get(f"{path}?key={key}", version=version) as client:
+        client.read_head()
+        try:
+            body = b""
+            while chunk := client.chunk():
+                body += chunk
+            reset = False
+        except ConnectionResetError:
+            reset = True
+        assert not client.is_whole
+        chunked = "transfer-encoding" in client.headers
+        # Without chunks only a reset tells a cut from an end.
+        assert chunked or reset
+        return body
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("path", ["/error", "/ndjson", "/raw"])
+def test_an_error_truncates(server, key, path, error, version):
+    """Nothing of the source's leaves next(): one log line, no foreign bytes."""
+    before = server.log().count("Traceback")
+    body = assert_cut(server, f"{path}/raise-{error}", key, version)
+    pid = server.control.next(f"{key}-started")
+    assert server.control.next(f"{key}-ended") == [error, True]
+    if path == "/error":
+        last = b'data: {"error":"MARK"}\n\n' if error == "RuntimeError" else b""
+        expected = rb": ok\n\ndata: 0\n\n" + re.escape(last) + rb"retry: \d+\n\n"
+        assert re.fullmatch(expected, body)
+    else:
+        assert body == (b"0\n" if path == "/ndjson" else b"0")
+    # The worker lives, and has logged the error once and nothing else.
+    with server.get(f"/sse/three?key={key}") as client:
+        client.rest()
+    assert server.control.next(f"{key}-started") == pid
+    await_true(lambda: server.log().count("Traceback") > before)
+    log = server.log()
+    assert log.count("Traceback") == before + 1
+    path = f"{path}/raise-{error}"
+    assert log.count(f"the source of GET '{path}' failed") == log.count(f"'{path}'")
+
+
+def test_an_error_truncates_handwritten_streams(wrapped, key):
+    """The middleware cuts a hand-written generator that fails."""
+    body = assert_cut(wrapped, "/handwritten/raise-RuntimeError", key, "1.1")
+    assert re.fullmatch(rb": ok\n\ndata: 0\n\nretry: \d+\n\n", body)
+    body = assert_cut(wrapped, "/lazy/raise-RuntimeError", key, "1.1")
+    assert re.fullmatch(rb": ok\n\ndata: 0\n\nretry: \d+\n\n", body)
+
+
+@pytest.mark.parametrize("kind", GUNICORN)
+def test_next_request_on_the_connection_is_unharmed(kind, key):
+    """After a finished stream a keep-alive connection serves the next request."""
+    with (
+        LiveServer(kind, "apps.bare:app") as server,
+        server.get(f"/sse/three?key={key}") as client,
+    ):
+        client.rest()
+        if kind == "gunicorn-sync":  # it always closes
+            assert client.headers["connection"] == "close"
+            return
+        client._body = None
+        client.request("GET", "/health")
+        assert client.rest() == b"ok"
