@@ -27,7 +27,7 @@ def respond(
     ...         respond(req, resp, SSEResponse(["hello", "world"]))
     """
     body, status, headers = response.get_wsgi_response(req.env)
-    resp.status = status
+    resp.status = int(status[:3])  # by its text Falcon knows only its own
     for name, value in headers:
         if name.lower() == "content-type":
             resp.content_type = value

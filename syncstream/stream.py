@@ -97,7 +97,7 @@ def check_source(source: Any) -> None:
         TypeError: Always for a reason that its message names.
     """
     problem = None
-    if inspect.isasyncgen(source) or hasattr(source, "__aiter__"):
+    if hasattr(source, "__aiter__") and not hasattr(source, "__iter__"):
         problem = "an asynchronous one cannot be iterated here: make it a `def`"
     elif hasattr(source, "__await__"):
         problem = "a coroutine is not awaited here: make it a generator"

@@ -249,7 +249,8 @@ class Control:
 
     def open(self, key: str, times: int = 1) -> None:
         """Let an application through a gate, that many times."""
-        self._gate(key).release(times)
+        if times:
+            self._gate(key).release(times)
 
     def next(self, key: str, timeout: float = TIMEOUT) -> Any:
         """Wait for the next message under a key."""

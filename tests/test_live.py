@@ -30,8 +30,9 @@ def key():
     return unique_key()
 
 
-def assert_gated(server, path, key, version="1.1"):
+def assert_gated(server, path, key, version="1.1", opened=0):
     """Step a gated generator: each event arrives before the next is made."""
+    server.control.open(key, opened)
     with server.get(f"{path}?key={key}", version=version) as client:
         client.read_head()
         assert client.status == 200
@@ -39,7 +40,8 @@ def assert_gated(server, path, key, version="1.1"):
         server.control.next(f"{key}-started")
         for n in range(3):
             assert server.control.pending(f"{key}-ended") == []
-            server.control.open(key)
+            if n >= opened:
+                server.control.open(key)
             assert client.block() == f"data: {n}\n\n".encode()
     server.control.open(key, 50)
     assert server.control.next(f"{key}-ended") == ["GeneratorExit", True]

@@ -1,0 +1,62 @@
+"""Bottle, with our responses, ``@sse``, and views written by hand."""
+
+import bottle
+from apps.sources import SOURCES, as_sse
+from syncstream import (
+    NDJSONResponse,
+    SSEResponse,
+    StreamMiddleware,
+    StreamResponse,
+    current_stream,
+)
+from syncstream.bottle import respond, sse
+
+app = bottle.Bottle()
+
+
+@app.get("/health")
+def health():
+    return "ok"
+
+
+@app.get("/sse/<name>")
+def events(name):
+    response = SSEResponse(SOURCES[name](bottle.request.query.key))
+    response.set_cookie("cookie", "crumb")
+    return respond(response)
+
+
+@app.get("/ndjson/<name>")
+def ndjson(name):
+    return respond(NDJSONResponse(SOURCES[name](bottle.request.query.key)))
+
+
+@app.get("/raw/<name>")
+def raw(name):
+    return respond(StreamResponse(map(str, SOURCES[name](bottle.request.query.key))))
+
+
+@app.get("/decorated/<name>")
+@sse
+def decorated(name):
+    yield from SOURCES[name](bottle.request.query.key)
+
+
+@app.get("/stream")
+@sse(end="reconnect")
+def stream():
+    yield type(current_stream()).__name__ + bottle.request.path
+
+
+@app.get("/handwritten/<name>")
+def handwritten(name):
+    bottle.response.content_type = "text/event-stream"
+    return as_sse(SOURCES[name](bottle.request.query.key))
+
+
+@app.hook("after_request")
+def after():
+    bottle.response.headers["X-After"] = "after"
+
+
+wrapped = StreamMiddleware(app)
