@@ -6,6 +6,7 @@ from Django's ``request_started`` signal, in the thread or greenlet that handles
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
@@ -19,20 +20,24 @@ from .views import decorator
 
 __all__ = ["NDJSONResponse", "SSEResponse", "StreamResponse", "sse"]
 
-# The environ of the request that runs here, "asgi" under ASGI.
-_request: ContextVar[dict[str, Any] | str | None] = ContextVar(
-    "syncstream_django_request", default=None
+_environ: ContextVar[dict[str, Any] | None] = ContextVar(
+    "syncstream_django_environ", default=None
 )
+# Under ASGI Django sends the signal in a task of its own, whose context is lost,
+# but in the thread that then runs the synchronous views of the request.
+_thread = threading.local()
 
 
 def _started(
     sender: object, environ: dict[str, Any] | None = None, **kwargs: Any
 ) -> None:
-    _request.set("asgi" if environ is None else environ)
+    _environ.set(environ)
+    _thread.is_asgi = environ is None
 
 
 def _finished(sender: object, **kwargs: Any) -> None:
-    _request.set(None)
+    _environ.set(None)
+    _thread.is_asgi = False
 
 
 request_started.connect(_started, dispatch_uid="syncstream")
@@ -49,8 +54,8 @@ class _Streaming(StreamingHttpResponse):
     def __init__(
         self, response: wsgi.SSEResponse | wsgi.NDJSONResponse | wsgi.StreamResponse
     ) -> None:
-        environ = _request.get()
-        if isinstance(environ, str):
+        environ = _environ.get()
+        if environ is None and getattr(_thread, "is_asgi", False):
             response.close()
             raise RuntimeError(_ASGI)
         # No request at all: a response that a test made, of a RequestFactory's.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from .views import decorator
@@ -16,7 +16,7 @@ def _respond(source: Iterable[Any], options: dict[str, Any]) -> SSEResponse:
     # Flask's request ends before the generator starts; a view reads `request`.
     flask = sys.modules.get("flask")
     if flask is not None and flask.has_request_context():
-        source = flask.stream_with_context(source)  # type: ignore[type-var]
+        source = flask.stream_with_context(source)
     return SSEResponse(source, **options)
 
 

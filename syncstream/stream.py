@@ -18,6 +18,7 @@ import inspect
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -150,7 +151,7 @@ class Stream:
         self._connection: Connection | None = None
         self._to_close: list[Any] = [source]  # popped by whoever closes it
         self._ended: dict[str, str] = {}  # setdefault: the first reason wins
-        self._callbacks: list[Callable[[], object]] = []
+        self._callbacks: deque[Callable[[], object]] = deque()
         self._in_next = False
         self._closing = False
         self._tail = b""
@@ -201,11 +202,12 @@ class Stream:
             self._end("disconnected" if gone else "closed")
         # The other side sets _in_next before it reads _ended: one of the two sees
         # the other, and whoever pops the source closes it.
-        if self._in_next:
+        if self._in_next or self._body is None:
             return
         self._close_source()
         self._body = None  # it refers to us
         self._run_callbacks()
+        log.debug("%s ended: %s", self._label, self.reason)
 
     # For the generator.
 
@@ -260,7 +262,7 @@ class Stream:
 
     def _chunks(self, source: Iterable[Any]) -> Iterator[bytes]:
         """Yield the response's chunks; the one place that runs the source."""
-        if self._opening is not None:
+        if self._opening is not None and not self._ended:
             self._tail = self._opening
             yield self._opening
         if self._ended:
@@ -290,6 +292,7 @@ class Stream:
                 if refused is None:
                     item = advance()
                 else:
+                    assert throw is not None
                     problem, refused = refused, None
                     item = throw(problem)
             except StopIteration:
@@ -335,7 +338,7 @@ class Stream:
             if block:
                 yield block
         elif self.reason == "disconnected":
-            self._raise(connection and connection.gone())
+            self._raise(connection.gone() if connection else None)
 
     def _end_block(self) -> bytes:
         """Return the block after which a browser, coming back, gets 204."""
@@ -416,12 +419,14 @@ class Stream:
 
     def _run_callbacks(self) -> None:
         while self._callbacks:
-            callback = self._callbacks.pop(0)
+            try:
+                callback = self._callbacks.popleft()
+            except IndexError:  # another thread was faster
+                return
             try:
                 callback()
             except BaseException as error:
                 self._log_error("a callback at the end of %s failed", error)
-        log.debug("%s ended: %s", self._label, self.reason)
 
     def _log_error(self, message: str, error: BaseException) -> None:
         log.error(message, self._label, exc_info=error)

@@ -221,7 +221,7 @@ def _ends_line(tail: bytes) -> bool:
 
 
 @functools.cache
-def _joined(ours: type, theirs: type) -> type:
+def _joined(ours: Any, theirs: Any) -> Any:
     return type(ours.__name__, (ours, theirs), {})
 
 
@@ -239,7 +239,7 @@ class _Streaming(Response):
         status: int | str,
         headers: HeaderSource | None,
     ) -> None:
-        self.stream = stream
+        self._stream = stream
         merged = merge_headers(defaults, headers)
         super().__init__(response=stream, status=status, headers=Headers(merged))
         if "content-type" not in {name.lower() for name, _ in merged}:
@@ -249,21 +249,22 @@ class _Streaming(Response):
         # Werkzeug's force_type, and so Flask's make_response, gives a foreign
         # response the application's class. It becomes one of both.
         if name == "__class__" and not issubclass(value, _Streaming):
-            value = _joined(type(self), value)
+            ours: Any = type(self)
+            value = _joined(ours, value)
         super().__setattr__(name, value)
 
     def call_on_close(self, func: Callable[[], Any]) -> Callable[[], Any]:
         """Call a function, once, when the response has ended and is closed."""
-        self.stream.on_close(func)
+        self._stream.on_close(func)
         return func
 
     def close(self) -> None:
         """Close the source, once, and run what `call_on_close` was given."""
         try:
-            if self.response is not self.stream and hasattr(self.response, "close"):
+            if self.response is not self._stream and hasattr(self.response, "close"):
                 self.response.close()
         finally:
-            self.stream.close()
+            self._stream.close()
 
     def get_wsgi_headers(self, environ: WSGIEnvironment) -> Headers:
         headers = super().get_wsgi_headers(environ)
@@ -281,14 +282,14 @@ class _Streaming(Response):
         The body goes to the connection of that request, and may be taken once.
         """
         connection = Connection.of(environ)
-        if self.stream.is_over_for(connection):
+        if self._stream.is_over_for(connection):
             self.status_code = 204
         app_iter, status, headers = super().get_wsgi_response(environ)
         if not has_body(connection, self.status_code):
-            self.stream.close()
-        elif self.response is self.stream:
-            connection.take(self.stream, headers)
-            app_iter = self.stream
+            self._stream.close()
+        elif self.response is self._stream:
+            connection.take(self._stream, headers)
+            app_iter = self._stream
         return app_iter, status, headers
 
 

@@ -87,7 +87,7 @@ class LiveServer:
     ) -> None:
         self.kind = kind
         self.control = Control()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115: closed in stop()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in stop())
         self._command = (kind, app, options)
         self._env = env or {}
         self.port = 0

@@ -6,6 +6,7 @@ Each framework's application exists twice: as it is, and under the middleware.
 import re
 
 import pytest
+
 from live import LiveServer, unique_key
 from test_live import assert_cut, assert_gated
 

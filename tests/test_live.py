@@ -6,6 +6,7 @@ The table *servers × guarantees* of the README is made from this file.
 import re
 
 import pytest
+
 from live import GUNICORN, SERVERS, LiveServer, await_true, unique_key
 
 EVENT = "text/event-stream; charset=utf-8"

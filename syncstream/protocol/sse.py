@@ -264,8 +264,10 @@ def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
         if isinstance(item, (str, Event)):
             event = Event(item) if isinstance(item, str) else item
         elif isinstance(item, Mapping):
-            event = Event(**item) if "data" in item and item.keys() <= _FIELDS else (
-                Event(item)
+            event = (
+                Event(**item)
+                if "data" in item and item.keys() <= _FIELDS
+                else (Event(item))
             )
         elif hasattr(item, "data") and not isinstance(item, type):
             event = _fields(item)
@@ -381,11 +383,10 @@ class Decoder:
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         lines = chunk.split(b"\n")
         rest = lines.pop()
-        if lines:
-            if self._partial:
-                lines[0] = b"".join((*self._partial, lines[0]))
-                self._partial = []
-                self._partial_size = 0
+        if lines and self._partial:
+            lines[0] = b"".join((*self._partial, lines[0]))
+            self._partial = []
+            self._partial_size = 0
         if rest:
             self._partial.append(rest)
             self._partial_size += len(rest)
@@ -405,7 +406,7 @@ class Decoder:
                 line = line[3:]
         if not line:
             return self._dispatch()
-        name, colon, value = line.partition(b":")
+        name, _, value = line.partition(b":")
         if value[:1] == b" ":
             value = value[1:]
         if name == b"data":

@@ -7,8 +7,8 @@ uWSGI 2.0.30. A server that is not listed works too, without a look at its socke
 
 from __future__ import annotations
 
-from .contract import Environ, Server
 from . import cheroot, gunicorn, pywsgi, uwsgi, waitress, werkzeug
+from .contract import Environ, Server
 
 __all__ = ["Server", "server_of"]
 

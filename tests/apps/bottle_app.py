@@ -1,6 +1,7 @@
 """Bottle, with our responses, ``@sse``, and views written by hand."""
 
 import bottle
+
 from apps.sources import SOURCES, as_sse
 from syncstream import (
     NDJSONResponse,

@@ -1,12 +1,13 @@
 """Django in one file, with our responses, ``@sse``, and views written by hand."""
 
 import django
-from apps.control import note
-from apps.sources import SOURCES, as_sse
 from django.conf import settings
 from django.core.wsgi import get_wsgi_application
 from django.http import HttpResponse, StreamingHttpResponse
 from django.urls import path
+
+from apps.control import note
+from apps.sources import SOURCES, as_sse
 
 settings.configure(
     ROOT_URLCONF=__name__,
@@ -20,8 +21,8 @@ settings.configure(
 )
 django.setup()
 
-from syncstream import StreamMiddleware, current_stream  # noqa: E402: after setup()
-from syncstream.django import (  # noqa: E402: after setup()
+from syncstream import StreamMiddleware, current_stream  # noqa: E402 (after setup())
+from syncstream.django import (  # noqa: E402 (after setup())
     NDJSONResponse,
     SSEResponse,
     StreamResponse,

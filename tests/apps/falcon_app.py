@@ -1,6 +1,7 @@
 """Falcon, with our responses, and responders written by hand."""
 
 import falcon
+
 from apps.sources import SOURCES, as_sse
 from syncstream import (
     NDJSONResponse,

@@ -1,6 +1,7 @@
 """Flask, with our responses, ``@sse``, and views written by hand."""
 
 import flask
+
 from apps.control import note
 from apps.sources import SOURCES, as_sse
 from syncstream import (

@@ -1,9 +1,10 @@
 """Pyramid, with our responses, and views written by hand."""
 
-from apps.sources import SOURCES, as_sse
 from pyramid.config import Configurator
 from pyramid.events import NewResponse
 from pyramid.response import Response
+
+from apps.sources import SOURCES, as_sse
 from syncstream import (
     NDJSONResponse,
     SSEResponse,

@@ -1,0 +1,119 @@
+"""The package as a whole: layers, names, what importing it does."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import syncstream
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "syncstream"
+
+# From the bottom to the top; a module may import what stands before its own layer,
+# and its own folder.
+LAYERS = (
+    ("errors",),
+    ("protocol",),
+    ("waiting",),
+    ("stream",),
+    ("servers",),
+    ("wsgi",),
+    ("views",),
+    ("flask", "django", "bottle", "pyramid", "falcon"),
+    ("__init__",),
+    ("demo",),
+    ("__main__",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def unit_of(path):
+    """Return the name under which a file stands in LAYERS."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path):
+    """Yield the units of the package that a file imports, wherever it does."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "syncstream":
+                    yield [*alias.name.split("."), "__init__"][1]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0:
+                first, *rest = (node.module or "").split(".")
+                if first != "syncstream":
+                    continue
+            elif node.level < depth:
+                continue  # within the folder
+            else:
+                rest = (node.module or "").split(".") if node.module else []
+            if rest:
+                yield rest[0]
+            else:
+                names = (alias.name for alias in node.names)
+                yield from (n if n in LEVEL else "__init__" for n in names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    """No module imports from its own layer or from above it."""
+    unit = unit_of(path)
+    assert unit in LEVEL, f"{unit} has no layer: give it one in LAYERS"
+    for imported in imports_of(path):
+        assert LEVEL[imported] < LEVEL[unit] or imported == unit, (
+            f"{unit} imports {imported}"
+        )
+
+
+def test_the_layer_test_sees_imports():
+    """It is no test if it finds none."""
+    found = {imported for path in MODULES for imported in imports_of(path)}
+    assert {"errors", "protocol", "waiting", "stream", "servers", "wsgi"} <= found
+
+
+def test_public_names_are_sorted_and_exist():
+    """`__all__` is sorted, each name is there and has a docstring."""
+    assert syncstream.__all__ == sorted(syncstream.__all__)
+    for name in syncstream.__all__:
+        assert getattr(syncstream, name).__doc__, name
+
+
+def test_the_readme_table_is_all():
+    """README's table of public names equals `__all__`."""
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("## Public names")[2].partition("\n## ")[0]
+    names = re.findall(r"^\| `(\w+)", table, re.MULTILINE)
+    assert sorted(names) == syncstream.__all__
+
+
+def test_importing_is_free_of_side_effects():
+    """No thread, no signal handler, no patch, no optional package."""
+    code = """
+import signal, sys, threading
+import werkzeug.wrappers, werkzeug.test
+before = set(sys.modules)
+handlers = [signal.getsignal(n) for n in signal.valid_signals()]
+import syncstream
+assert threading.active_count() == 1
+assert handlers == [signal.getsignal(n) for n in signal.valid_signals()]
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(sorted(new - set(sys.stdlib_module_names)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    # orjson is the `fast` extra: used wherever it is installed.
+    assert done.stdout.strip() in ("['orjson', 'syncstream']", "['syncstream']")
+
+
+def test_version():
+    """The changelog speaks of this version."""
+    assert f"## {syncstream.__version__}" in (ROOT / "CHANGELOG.md").read_text()

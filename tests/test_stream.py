@@ -1,0 +1,611 @@
+"""Stream: one life, one end, the source closed once, in the right place."""
+
+import asyncio
+import contextvars
+import logging
+import sys
+import threading
+import time
+
+import pytest
+
+from syncstream import (
+    ClientDisconnected,
+    Event,
+    SSEResponse,
+    Stream,
+    current_stream,
+    sleep,
+)
+from syncstream.protocol import raw, sse
+from syncstream.stream import Format
+
+EVENTS = Format(sse.encoder(), sse.ends_blank, is_events=True)
+RAW = Format(raw.encode, lambda tail: False)
+
+
+class Line:
+    """A connection as a stream sees it, without a server."""
+
+    label = "GET '/test'"
+    last_event_id = None
+    is_event_source = False
+
+    def __init__(self):
+        self.hung_up = False
+
+    def is_hung_up(self):
+        return self.hung_up
+
+    def gone(self):
+        return ConnectionResetError("gone")
+
+    def cut(self):
+        return ConnectionResetError("cut")
+
+
+@pytest.fixture
+def line():
+    return Line()
+
+
+@pytest.fixture(params=["threads", "gevent"])
+def spawn(request):
+    """Run a function beside this one: in a thread, or in a greenlet."""
+    if request.param == "threads":
+
+        def run(function):
+            context = contextvars.copy_context()  # as Python 3.14 may do
+            thread = threading.Thread(target=context.run, args=(function,))
+            thread.start()
+            thread.join()
+
+    else:
+        gevent = pytest.importorskip("gevent")
+
+        def run(function):
+            gevent.spawn(function).join()
+
+    return run
+
+
+def stream_of(source, line=None, format=EVENTS, **options):
+    stream = Stream(source, format, **options)
+    if line is not None:
+        stream.connect(line)
+    return stream
+
+
+class Closing:
+    """A source that counts how often it is closed."""
+
+    def __init__(self, items=()):
+        self.items = iter(items)
+        self.closed = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.items)
+
+    def close(self):
+        self.closed += 1
+
+
+def test_the_opening_leaves_before_the_source_starts():
+    """A comment, and retry, come before the source is even asked."""
+    source = Closing(["a"])
+    source.items = iter(["a"])
+    chunks = iter(stream_of(source, retry=2000))
+    assert next(chunks) == b": ok\nretry: 2000\n\n"
+    assert list(chunks) == [b"data: a\n\n"]
+
+
+def test_none_is_a_checkpoint():
+    """None and empty chunks write nothing, and no empty chunk ever leaves."""
+    assert list(stream_of([None, "a", b"", "b"]))[1:] == [
+        b"data: a\n\n",
+        b"data: b\n\n",
+    ]
+    assert list(stream_of(["", "a", b"", None], format=RAW)) == [b"a"]
+
+
+@pytest.mark.parametrize("close_after", [0, 1, 2, 9])
+def test_a_source_is_closed_once(close_after):
+    """Whenever it ends, and however often close() is called."""
+    source = Closing(["a", "b", "c"])
+    stream = stream_of(source)
+    chunks = iter(stream)
+    for _ in range(close_after):
+        next(chunks, None)
+    stream.close()
+    stream.close()
+    assert source.closed == 1
+    assert list(stream) == []
+    assert list(chunks) == []
+    assert stream.reason == ("finished" if close_after == 9 else "closed")
+
+
+def test_an_iterable_and_its_iterator_are_both_closed():
+    """A generator behind an object with a close() of its own is closed first."""
+    order = []
+
+    class Source:
+        def __iter__(self):
+            try:
+                yield "a"
+                yield "b"
+            finally:
+                order.append("generator")
+
+        def close(self):
+            order.append("source")
+
+    stream = stream_of(Source())
+    chunks = iter(stream)
+    next(chunks), next(chunks)
+    stream.close()
+    assert order == ["generator", "source"]
+
+
+def test_an_error_is_logged_once_and_cuts(line, caplog):
+    """With its traceback; a jittered retry leaves; the rest is not run."""
+
+    def source():
+        yield "a"
+        raise RuntimeError("broken")
+
+    stream = stream_of(source(), line)
+    chunks = iter(stream)
+    assert next(chunks) == b": ok\n\n"
+    assert next(chunks) == b"data: a\n\n"
+    retry = int(next(chunks).removeprefix(b"retry: "))
+    assert 5000 <= retry <= 15000
+    with pytest.raises(ConnectionResetError, match="cut"):
+        next(chunks)
+    stream.close()
+    assert stream.reason == "error"
+    assert [record.getMessage() for record in caplog.records] == [
+        "the source of GET '/test' failed"
+    ]
+    assert caplog.records[0].exc_info[1].args == ("broken",)
+
+
+def test_on_error_says_the_last_word(line):
+    """What on_error returns is the last event."""
+
+    def source():
+        yield "a"
+        raise RuntimeError("broken")
+
+    def on_error(error):
+        return Event({"error": str(error)}, event="error")
+
+    chunks = iter(stream_of(source(), line, on_error=on_error))
+    next(chunks), next(chunks)
+    assert next(chunks).startswith(b'event: error\ndata: {"error":"broken"}\n\nretry: ')
+
+
+def test_nothing_is_added_within_an_event(line):
+    """After half an event of the source's own framing no words are added."""
+
+    def source():
+        yield b"data: half"
+        raise RuntimeError("broken")
+
+    chunks = iter(stream_of(source(), line, on_error=lambda error: "error"))
+    next(chunks), next(chunks)
+    with pytest.raises(ConnectionResetError):
+        next(chunks)
+
+
+def test_on_error_may_fail(line, caplog):
+    """An exception in on_error is logged, and the stream is cut all the same."""
+
+    def on_error(error):
+        raise SystemExit("worse")
+
+    chunks = iter(stream_of(iter([object()]), line, on_error=on_error))
+    with pytest.raises(ConnectionResetError):
+        list(chunks)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        "the source of GET '/test' failed",
+        "on_error of GET '/test' failed",
+    ]
+
+
+def test_what_cannot_be_encoded_is_thrown_at_the_yield(caplog):
+    """The generator may catch it there and go on; else its line is in the log."""
+
+    def source():
+        with pytest.raises(TypeError, match=r"cannot encode builtins\.object"):
+            yield object()
+        try:
+            yield Event("a"), {"not": {1, 2}}
+        except TypeError:
+            yield "caught"
+        yield object()  # the user's line
+
+    body = b"".join(iter(stream_of(source())))
+    assert b"data: caught\n\n" in body
+    assert "yield object()  # the user's line" in caplog.text
+
+
+def test_a_generator_that_yields_while_it_is_closed(caplog):
+    """The value is dropped, the rest of its clean-up runs, one line is logged."""
+    done = []
+
+    def source():
+        try:
+            yield "a"
+        finally:
+            try:
+                yield "bye"
+            finally:
+                done.append(True)
+
+    stream = stream_of(source())
+    chunks = iter(stream)
+    next(chunks), next(chunks)
+    stream.close()
+    assert done == [True]
+    assert caplog.text.count("generator ignored GeneratorExit") == 1
+
+
+def test_errors_of_closing_are_logged(caplog):
+    """Django swallows what a close raises, so the stream logs it."""
+
+    def source():
+        try:
+            yield "a"
+        finally:
+            raise KeyError("clean-up")
+
+    stream = stream_of(source())
+    chunks = iter(stream)
+    next(chunks), next(chunks)
+    stream.close()
+    assert "closing the source of a stream failed" in caplog.text
+    assert "KeyError: 'clean-up'" in caplog.text
+
+
+def test_a_hang_up_closes_at_the_next_yield(line):
+    """The value is not written, the generator is closed, the server told."""
+    how = []
+
+    def source():
+        try:
+            line.hung_up = True
+            yield "unsent"
+        except GeneratorExit:
+            how.append("closed")
+            raise
+
+    stream = stream_of(source(), line)
+    chunks = iter(stream)
+    next(chunks)
+    with pytest.raises(ConnectionResetError, match="gone"):
+        next(chunks)
+    assert how == ["closed"]
+    assert stream.reason == "disconnected"
+    assert not stream.connected
+
+
+def test_sleep_raises_once_and_then_never_again(line, caplog):
+    """A wait ends with ClientDisconnected; in `finally` it is a plain sleep."""
+    seen = []
+
+    def source():
+        try:
+            line.hung_up = True
+            sleep(0)
+        except Exception:
+            seen.append("Exception")
+        except GeneratorExit as error:
+            seen.append(type(error))
+            raise
+        finally:
+            sleep(0)
+            current_stream().sleep(0)
+            seen.append("finally")
+        yield "never"
+
+    chunks = iter(stream_of(source(), line))
+    next(chunks)
+    with pytest.raises(ConnectionResetError, match="gone"):
+        next(chunks)
+    assert seen == [ClientDisconnected, "finally"]
+    assert caplog.records == []
+
+
+def test_a_client_that_leaves_during_close_is_not_told_again(line):
+    """Once closing has begun, waits are plain."""
+    seen = []
+
+    def source():
+        try:
+            yield "a"
+        finally:
+            line.hung_up = True
+            sleep(0)
+            seen.append(current_stream().reason)
+
+    stream = stream_of(source(), line)
+    chunks = iter(stream)
+    next(chunks), next(chunks)
+    stream.close()
+    assert seen == ["closed"]
+
+
+def test_current_stream_is_the_running_one():
+    """Inside the generator only, and in generators that it runs."""
+
+    def inner():
+        yield current_stream()
+
+    seen = []
+
+    def source():
+        seen.append(current_stream())
+        seen.extend(inner())
+        yield "a"
+        seen.append(current_stream())
+
+    stream = stream_of(source())
+    assert current_stream() is None
+    for _ in stream:
+        assert current_stream() is None
+    assert seen == [stream, stream, stream]
+
+
+def test_nested_streams_see_themselves():
+    """A stream that runs another one's body finds itself again afterwards."""
+    seen = []
+
+    def inner():
+        seen.append(current_stream())
+        yield "inner"
+
+    def outer():
+        child = stream_of(inner())
+        for chunk in child:
+            seen.append(current_stream())
+            yield chunk
+        seen.append(current_stream() is not child)
+
+    stream = stream_of(outer())
+    list(stream)
+    assert seen[0] is stream
+    assert seen[1] is not stream
+    assert seen[2:] == [stream, True]
+
+
+def test_contexts_are_not_inherited(spawn):
+    """Threads and greenlets that a generator starts are outside of its stream."""
+    seen = []
+
+    def source():
+        spawn(lambda: seen.append(current_stream()))
+        seen.append(current_stream() is not None)
+        yield "a"
+
+    list(stream_of(source()))
+    assert seen == [None, True]
+
+
+def test_streams_side_by_side_do_not_mix(spawn):
+    """Two streams that run at once each see themselves."""
+    seen = {}
+
+    def source(name):
+        for _ in range(20):
+            seen.setdefault(name, set()).add(current_stream())
+            sleep(0)
+            seen[name].add(current_stream())
+            yield name
+
+    streams = {name: stream_of(source(name)) for name in "abc"}
+    threads = [threading.Thread(target=list, args=(s,)) for s in streams.values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {name: {stream} for name, stream in streams.items()}
+
+
+def test_close_from_another_thread_leaves_it_to_the_running_one():
+    """The generator is closed by the thread that is inside it."""
+    inside, go = threading.Event(), threading.Event()
+    closed_in = []
+
+    def source():
+        try:
+            inside.set()
+            go.wait(10)
+            yield "unsent"
+        finally:
+            closed_in.append(threading.get_ident())
+
+    stream = stream_of(source())
+    chunks = []
+    thread = threading.Thread(target=lambda: chunks.extend(stream))
+    thread.start()
+    assert inside.wait(10)
+    stream.close()
+    assert closed_in == []
+    go.set()
+    thread.join()
+    assert closed_in == [thread.ident]
+    assert chunks == [b": ok\n\n"]
+
+
+@pytest.fixture
+def hasty_threads():
+    """Let threads change places a thousand times as often as they do."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_close_races_with_next(caplog):
+    """500 times: close() from another thread loses or doubles nothing."""
+    for _ in range(500):
+        source = Closing(iter(lambda: "a", None))
+        stream = stream_of(source)
+        thread = threading.Thread(target=list, args=(stream,))
+        thread.start()
+        stream.close()
+        thread.join()
+        stream.close()
+        assert source.closed == 1
+    assert caplog.records == []
+
+
+def test_on_close_runs_once_in_order(caplog):
+    """After the source was closed; a failing callback does not stop the others."""
+    order = []
+
+    def source():
+        try:
+            current_stream().on_close(lambda: order.append("first"))
+            current_stream().on_close(lambda: 1 / 0)
+            current_stream().on_close(lambda: order.append("second"))
+            yield "a"
+        finally:
+            order.append("source")
+
+    stream = stream_of(source())
+    list(stream)
+    stream.close()
+    stream.close()
+    stream.on_close(lambda: order.append("late"))
+    assert order == ["source", "first", "second", "late"]
+    assert caplog.text.count("ZeroDivisionError") == 1
+
+
+def test_greenlet_exit_is_a_shutdown(line, caplog):
+    """gevent's kill ends the stream quietly, and does not leave next()."""
+    gevent = pytest.importorskip("gevent")
+
+    def source():
+        yield "a"
+        gevent.sleep(30)
+
+    stream = stream_of(source(), line)
+    greenlet = gevent.spawn(list, stream)
+    gevent.sleep(0.01)
+    greenlet.kill()
+    assert stream.reason == "shutdown"
+    assert greenlet.value == [b": ok\n\n", b"data: a\n\n"]
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_the_end_block(line, stops):
+    """Only who asks as an EventSource does is told to stop."""
+    line.is_event_source = stops
+    body = b"".join(stream_of(["a"], line, end="stop"))
+    assert body.endswith(b"id: syncstream-end\n\n") is stops
+    assert b"syncstream-end" not in b"".join(stream_of(["a"], line, end="reconnect"))
+    half = b"".join(stream_of([b"data: half\n"], line, end="stop"))
+    assert half.endswith(b"data: half\n")
+
+
+def test_split_framing_is_whole_again(line):
+    """Bytes that complete a block over several chunks end at a boundary."""
+    line.is_event_source = True
+    body = b"".join(stream_of([b"data: a", b"\r", b"\n\r", b"\n"], line, end="stop"))
+    assert body.endswith(b"data: a\r\n\r\nid: syncstream-end\n\n")
+
+
+async def agen():
+    yield "a"
+
+
+async def coro():
+    return []
+
+
+def generator():
+    yield "a"
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        (lambda: agen(), "make it a `def`"),
+        (lambda: coro(), "make it a generator"),
+        (lambda: generator, "has not been called"),
+        (lambda: agen, "has not been called"),
+        (lambda: "text", "put it in a list"),
+        (lambda: b"bytes", "put it in a list"),
+        (lambda: {"data": 1}, "put it in a list"),
+        (lambda: Event("a"), "put it in a list"),
+        (lambda: None, "cannot be iterated"),
+        (lambda: 5, "cannot be iterated"),
+        (lambda: Closing, "has not been called"),
+    ],
+)
+def test_bad_sources_are_refused(source, problem):
+    """With a message that says what came and how to mend it; no warnings."""
+    value = source()
+    with pytest.raises(TypeError, match=problem) as info:
+        SSEResponse(value)
+    assert "source must be a generator" in str(info.value)
+    if hasattr(value, "aclose"):
+        asyncio.run(value.aclose())
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"end": "never"}, ValueError),
+        ({"retry": -1}, ValueError),
+        ({"retry": 1.5}, TypeError),
+        ({"retry": True}, TypeError),
+        ({"on_error": "text"}, TypeError),
+    ],
+)
+def test_bad_options_are_refused(options, error):
+    """The message names the argument."""
+    with pytest.raises(error, match=next(iter(options))):
+        SSEResponse([], **options)
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan")])
+def test_sleep_refuses_nonsense(seconds):
+    """Negative and NaN durations are a ValueError."""
+    with pytest.raises(ValueError, match="seconds must be 0 or more"):
+        sleep(seconds)
+
+
+def test_sleep_lets_other_greenlets_run():
+    """In a greenlet it gives way, without monkey-patching."""
+    gevent = pytest.importorskip("gevent")
+    order = []
+
+    def one():
+        order.append(1)
+        sleep(0.01)
+        order.append(3)
+
+    gevent.joinall([gevent.spawn(one), gevent.spawn(order.append, 2)])
+    assert order == [1, 2, 3]
+    start = time.monotonic()
+    sleep(0.01)
+    assert time.monotonic() - start >= 0.009
+
+
+def test_the_end_is_logged_for_debugging(line, caplog):
+    """One line a stream, with its one reason."""
+    caplog.set_level(logging.DEBUG, "syncstream")
+    stream = stream_of(["a"], line)
+    list(stream)
+    stream.close()
+    stream.close()
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["GET '/test' ended: finished"]

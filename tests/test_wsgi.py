@@ -1,0 +1,442 @@
+"""The WSGI side: responses, headers, the middleware, and what frameworks do to them."""
+
+import io
+
+import flask
+import pytest
+from werkzeug.datastructures import Headers
+from werkzeug.middleware.lint import LintMiddleware
+from werkzeug.test import Client, create_environ, run_wsgi_app
+from werkzeug.wrappers import Response
+
+from syncstream import (
+    NDJSONResponse,
+    SSEResponse,
+    StreamMiddleware,
+    StreamResponse,
+    last_event_id,
+    sse,
+)
+
+ASK = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
+
+
+class Closing:
+    """A source that knows whether it was started, and how often it was closed."""
+
+    def __init__(self, items=("a",)):
+        self.items = iter(items)
+        self.started = False
+        self.closed = 0
+
+    def __iter__(self):
+        self.started = True
+        return self
+
+    def __next__(self):
+        return next(self.items)
+
+    def close(self):
+        self.closed += 1
+
+
+def get(app, method="GET", **options):
+    return Client(LintMiddleware(app)).open("/", method=method, **options)
+
+
+@pytest.mark.parametrize("make", [SSEResponse, NDJSONResponse, StreamResponse])
+@pytest.mark.parametrize("wrap", [lambda app: app, StreamMiddleware])
+@pytest.mark.parametrize(
+    ("method", "status"), [("HEAD", 200), ("GET", 204), ("GET", 304)]
+)
+def test_without_a_body_the_source_is_closed_unstarted(make, wrap, method, status):
+    """HEAD, 204 and 304: closed exactly once, never started; callbacks run once."""
+    source, ended = Closing(), []
+    response = make(source, status)
+    response.call_on_close(lambda: ended.append(True))
+    # Not linted: for 204 it wants a Content-Length, which RFC 9110 §8.6 forbids.
+    answer = Client(wrap(response)).open("/", method=method)
+    assert answer.data == b""
+    assert answer.status_code == status
+    answer.close()
+    assert (source.started, source.closed, ended) == (False, 1, [True])
+
+
+def test_a_response_that_is_never_called_can_be_closed():
+    """A response that was replaced closes its source when it is closed."""
+    source, ended = Closing(), []
+    with SSEResponse(source) as response:
+
+        @response.call_on_close
+        def end():
+            ended.append("closed")
+
+        assert ended == []
+    assert source.closed == 1
+    assert ended == ["closed"]
+
+
+@pytest.mark.parametrize("wrap", [lambda app: app, StreamMiddleware])
+def test_bare_wsgi(wrap):
+    """A response is a WSGI application by itself."""
+    source = Closing(["a", {"n": 1}])
+    answer = get(wrap(SSEResponse(source, retry=3000, headers={"X-A": "1"})))
+    assert answer.data == b': ok\nretry: 3000\n\ndata: a\n\ndata: {"n":1}\n\n'
+    assert dict(answer.headers) == {
+        "Content-Type": "text/event-stream; charset=utf-8",
+        "Cache-Control": "no-cache, no-transform",
+        "X-Accel-Buffering": "no",
+        "X-A": "1",
+    }
+    answer.close()
+    assert source.closed == 1
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Cache-Control": "no-store", "X-Accel-Buffering": None, "X-N": 5},
+        [("cache-control", "no-store"), ("x-accel-buffering", None), ("x-n", "5")],
+        Headers([("Cache-Control", "no-store"), ("X-N", "5")]),
+    ],
+)
+def test_the_users_headers_win(headers):
+    """They replace the defaults, None removes one."""
+    response = SSEResponse([], headers=headers)
+    assert response.headers["Cache-Control"] == "no-store"
+    assert response.headers["X-N"] == "5"
+    if not isinstance(headers, Headers):
+        assert "X-Accel-Buffering" not in response.headers
+
+
+def test_a_repeated_header_is_kept():
+    """Two cookies stay two."""
+    headers = [("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")]
+    response = SSEResponse([], headers=headers)
+    assert response.headers.getlist("Set-Cookie") == ["a=1", "b=2"]
+
+
+def test_hop_by_hop_headers_are_the_servers():
+    """They are a 500 on waitress, wsgiref and Django's runserver: left out."""
+    hop = {"Connection": "keep-alive", "Keep-Alive": "5", "Transfer-Encoding": "x"}
+    response = SSEResponse([], headers=hop)
+    response.headers["Connection"] = "keep-alive"  # a hook may say it, too
+    for app in (response, StreamMiddleware(handwritten(hop.items()))):
+        names = {name.lower() for name, _ in get(app).headers}
+        assert not names & {"connection", "keep-alive", "transfer-encoding"}
+
+
+def test_content_type_can_be_removed_and_chosen():
+    """StreamResponse takes a content type; None removes any."""
+    response = StreamResponse([b"x"], content_type="application/octet-stream")
+    assert get(response).content_type == "application/octet-stream"
+    assert "Content-Type" not in SSEResponse([], headers={"Content-Type": None}).headers
+
+
+def test_a_download_may_have_a_length():
+    """A Content-Length of the user's reaches the client."""
+    answer = get(StreamResponse([b"abc", b"def"], headers={"Content-Length": "6"}))
+    assert (answer.content_length, answer.data) == (6, b"abcdef")
+
+
+def test_reading_the_data_does_not_run_an_endless_source():
+    """Werkzeug would collect the body: here that is an error, not a hang."""
+    with pytest.raises(RuntimeError, match="sequence"):
+        SSEResponse(iter(lambda: "a", None)).get_data()
+
+
+def test_force_type_keeps_our_promises():
+    """Flask's make_response gives foreign responses its class: it becomes both."""
+    app = flask.Flask(__name__)
+
+    class AppResponse(flask.Response):
+        pass
+
+    app.response_class = AppResponse
+    with app.test_request_context("/"):
+        response = app.make_response((SSEResponse(["a"]), 201, {"X-A": "1"}))
+        assert isinstance(response, AppResponse)
+        assert isinstance(response, SSEResponse)
+        assert response.status_code == 201
+    forced = Response.force_type(SSEResponse(["a"]))
+    assert isinstance(forced, SSEResponse)
+    assert get(response).data == b": ok\n\ndata: a\n\n"
+
+
+def test_a_body_that_a_hook_replaced_is_served():
+    """What an after_request hook makes of the response goes out."""
+    source = Closing()
+    response = SSEResponse(source)
+    response.set_data(b"replaced")
+    with get(response) as answer:
+        assert answer.data == b"replaced"
+    assert source.closed == 1
+    source = Closing()
+    response = SSEResponse(source)
+    response.response = (chunk.upper() for chunk in response.response)
+    with get(response) as answer:
+        assert answer.data == b": OK\n\nDATA: A\n\n"
+    assert source.closed == 1
+
+
+@pytest.mark.parametrize("middleware", [False, True])
+def test_flask_context_in_the_generator(middleware):
+    """`@sse` and stream_with_context: a generator reads the request."""
+    app = flask.Flask(__name__)
+    app.testing = True
+    app.add_url_rule("/a", view_func=sse(view_of_request), endpoint="a")
+
+    @app.get("/b")
+    def b():
+        return SSEResponse(flask.stream_with_context(view_of_request()))
+
+    @app.get("/c")
+    @sse(end="reconnect", retry=1000)
+    def c():
+        return flask.redirect("/elsewhere")
+
+    if middleware:
+        app.wsgi_app = StreamMiddleware(app.wsgi_app)
+    client = app.test_client()
+    assert client.get("/a?x=1").data == b": ok\n\ndata: 1\n\n"
+    assert client.get("/b?x=2").data == b": ok\n\ndata: 2\n\n"
+    assert client.get("/c").status_code == 302
+
+
+def view_of_request():
+    yield flask.request.args["x"]
+
+
+def test_sse_refuses_asynchronous_views():
+    """Where they are decorated, not when they are called."""
+
+    async def view():
+        yield "a"
+
+    async def coroutine():
+        return "a"
+
+    for bad in (view, coroutine, "text"):
+        with pytest.raises(TypeError, match="@sse takes"):
+            sse(bad)
+
+
+@pytest.mark.parametrize(
+    ("environ", "id"),
+    [
+        ({}, None),
+        ({"headers": {"Last-Event-ID": "5"}}, "5"),
+        ({"headers": {"Last-Event-ID": ""}}, ""),
+        ({"query_string": "last_event_id=6"}, "6"),
+        ({"query_string": "lastEventId=7"}, "7"),
+        ({"query_string": "lastEventId="}, ""),
+        ({"query_string": "last_event_id=%C3%A4%00%FF"}, "ä\0\ufffd"),
+        ({"query_string": "a=1;last_event_id=6"}, None),
+        ({"query_string": "x=1&last_event_id=6&last_event_id=7"}, "6"),
+        (
+            {"headers": {"Last-Event-ID": "h"}, "query_string": "last_event_id=q"},
+            "h",
+        ),
+        ({"headers": {"Last-Event-ID": "x" * 10000}}, "x" * 10000),
+    ],
+)
+def test_last_event_id(environ, id):
+    """The header comes first, then the query; any text is taken."""
+    assert last_event_id(create_environ(**environ)) == id
+
+
+def test_last_event_id_is_utf8():
+    """Browsers send UTF-8, and WSGI shows it as Latin-1."""
+    environ = {"HTTP_LAST_EVENT_ID": "zähler-→".encode().decode("latin-1")}
+    assert last_event_id(environ) == "zähler-→"
+    assert last_event_id({"HTTP_LAST_EVENT_ID": "\xff"}) == "\ufffd"
+
+
+def test_the_end_id_is_not_a_users_id():
+    """With end="reconnect" the reserved id means nothing to the generator."""
+    seen = []
+
+    def source():
+        from syncstream import current_stream
+
+        seen.append(current_stream().last_event_id)
+        yield "a"
+
+    headers = {**ASK, "Last-Event-ID": "syncstream-end"}
+    assert get(SSEResponse(source()), headers=headers).status_code == 204
+    answer = get(SSEResponse(source(), end="reconnect"), headers=headers)
+    assert answer.data == b": ok\n\ndata: a\n\n"
+    assert seen == [None]
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "told"),
+    [
+        ("GET", ASK, True),
+        ("GET", {**ASK, "Cache-Control": "no-store"}, False),
+        ("GET", {"Accept": "text/event-stream"}, False),
+        ("GET", {**ASK, "Accept": "*/*"}, False),
+        ("POST", ASK, False),
+    ],
+)
+def test_only_an_event_source_is_told_to_stop(method, headers, told):
+    """httpx-sse and curl never see the end block."""
+    answer = get(SSEResponse(["a"]), method, headers=headers)
+    assert answer.data.endswith(b"id: syncstream-end\n\n") is told
+
+
+def test_encoded_streams_get_nothing_added():
+    """Under a Content-Encoding of the user's no comment and no end are written."""
+    response = SSEResponse([b"\x1f\x8b"], headers={"Content-Encoding": "gzip"})
+    assert get(response, headers=ASK).data == b"\x1f\x8b"
+    app = handwritten([("Content-Encoding", "gzip")], [b"\x1f\x8b"])
+    assert get(StreamMiddleware(app)).data == b"\x1f\x8b"
+
+
+def handwritten(headers=(), body=(b"data: a\n\n",), content_type="text/event-stream"):
+    """An application that knows nothing of us."""
+
+    def app(environ, start_response):
+        start_response("200 OK", [("Content-Type", content_type), *headers])
+        return iter(body) if not callable(body) else body(environ)
+
+    return app
+
+
+def lazy(headers=(), body=(b"data: a\n\n",), content_type="text/event-stream"):
+    """The same, calling start_response in its first step."""
+
+    def app(environ, start_response):
+        start_response("200 OK", [("Content-Type", content_type), *headers])
+        yield from body
+
+    return app
+
+
+@pytest.mark.parametrize("app", [handwritten, lazy])
+@pytest.mark.parametrize(
+    ("content_type", "opening"),
+    [
+        ("text/event-stream", b": ok\n\n"),
+        ("Text/Event-Stream; charset=utf-8", b": ok\n\n"),
+        ("application/x-ndjson", b""),
+        ("application/jsonl", b""),
+    ],
+)
+def test_the_middleware_finds_streams(app, content_type, opening):
+    """By their media type, whenever start_response is called."""
+    answer = get(
+        StreamMiddleware(app(body=(b"a", b"", b"b"), content_type=content_type))
+    )
+    assert answer.data == opening + b"ab"
+    assert answer.headers["X-Accel-Buffering"] == "no"
+    assert answer.headers["Cache-Control"] == "no-cache, no-transform"
+
+
+@pytest.mark.parametrize("app", [handwritten, lazy])
+@pytest.mark.parametrize(
+    ("headers", "content_type"),
+    [
+        ([], "text/html"),
+        ([("Content-Length", "1")], "text/event-stream"),
+    ],
+)
+def test_the_middleware_leaves_others_alone(app, headers, content_type):
+    """Bodies of a known length and other types pass as they are."""
+    inner = app(headers, (b"a",), content_type)
+    answer = get(StreamMiddleware(inner))
+    assert answer.data == b"a"
+    assert "X-Accel-Buffering" not in answer.headers
+
+
+def test_the_middleware_keeps_the_users_headers():
+    """What the application says about caching stays."""
+    app = handwritten([("Cache-Control", "no-store")])
+    assert get(StreamMiddleware(app)).headers["Cache-Control"] == "no-store"
+
+
+def test_the_middleware_leaves_file_wrappers_alone():
+    """The server must get the very object, to send the file by itself."""
+
+    class Wrapper:
+        def __init__(self, file):
+            self.file = file
+
+    def app(environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/event-stream")])
+        return environ["wsgi.file_wrapper"](io.BytesIO(b"data: a\n\n"))
+
+    environ = {**create_environ(), "wsgi.file_wrapper": Wrapper}
+    body = StreamMiddleware(app)(environ, lambda status, headers, exc_info=None: None)
+    assert isinstance(body, Wrapper)
+
+
+def test_errors_before_the_head_reach_the_server():
+    """A lazy application that fails before start_response gets the server's 500."""
+
+    def app(environ, start_response):
+        raise LookupError("early")
+        yield
+
+    with pytest.raises(LookupError, match="early"):
+        run_wsgi_app(StreamMiddleware(app), create_environ())
+
+
+@pytest.mark.parametrize("app", [handwritten, lazy])
+def test_the_middleware_passes_exc_info(app):
+    """A second start_response with exc_info replaces the first one's head."""
+    calls = []
+
+    def failing(environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/event-stream")])
+        try:
+            raise LookupError("late")
+        except LookupError:
+            import sys
+
+            start_response("500 Oops", [("Content-Type", "text/plain")], sys.exc_info())
+        return [b"oops"]
+
+    def start_response(status, headers, exc_info=None):
+        calls.append((status, exc_info is not None))
+
+    body = StreamMiddleware(failing)(create_environ(), start_response)
+    assert list(body) == [b"oops"]
+    assert calls == [("200 OK", False), ("500 Oops", True)]
+
+
+def test_the_middleware_twice_is_once():
+    """Installing it twice changes nothing."""
+    app = StreamMiddleware(StreamMiddleware(handwritten()))
+    assert get(app).data == b": ok\n\ndata: a\n\n"
+
+
+def test_the_middleware_closes_once():
+    """The application's iterable is closed exactly once, lazy or not."""
+    for content_type in ("text/event-stream", "text/html"):
+        source = Closing([b"a"])
+
+        def app(environ, start_response, source=source, type=content_type):
+            start_response("200 OK", [("Content-Type", type)])
+            return source
+
+        body, _, _ = run_wsgi_app(StreamMiddleware(app), create_environ())
+        list(body)
+        body.close()
+        assert source.closed == 1
+
+
+def test_str_chunks_under_the_middleware_are_the_applications_error(caplog):
+    """PEP 3333 wants bytes: text is thrown at the generator that yields it."""
+    body, _, _ = run_wsgi_app(
+        StreamMiddleware(handwritten(body=["text"])), create_environ()
+    )
+    with pytest.raises(ConnectionResetError):
+        list(body)
+    assert "a chunk must be" in caplog.text
+
+
+def test_the_middleware_wants_an_application():
+    """Not the framework's name, or None."""
+    with pytest.raises(TypeError, match="app must be a WSGI application, got None"):
+        StreamMiddleware(None)
