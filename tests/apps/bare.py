@@ -8,7 +8,6 @@ from syncstream import (
     SSEResponse,
     StreamMiddleware,
     StreamResponse,
-    current_stream,
 )
 
 
@@ -19,10 +18,7 @@ def app(environ, start_response):
     if kind == "health":
         start_response("200 OK", [("Content-Length", "2")])
         return [b"ok"]
-    if kind == "kinds":
-        source = current()
-    else:
-        source = SOURCES[rest[0]](query["key"][0])
+    source = SOURCES[rest[0]](query["key"][0])
     if kind == "sse":
         response = SSEResponse(source)
     elif kind == "error":
@@ -50,10 +46,6 @@ def lazy(source, start_response):
         [("Content-Type", "text/event-stream"), ("Connection", "keep-alive")],
     )
     yield from as_sse(source)
-
-
-def current():
-    yield type(current_stream()).__name__
 
 
 wrapped = StreamMiddleware(app)

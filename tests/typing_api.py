@@ -1,0 +1,64 @@
+"""What a user may write, checked by mypy --strict and never run."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import flask
+
+from syncstream import (
+    ClientDisconnected,
+    Event,
+    NDJSONResponse,
+    SSEResponse,
+    Stream,
+    StreamMiddleware,
+    StreamResponse,
+    current_stream,
+    last_event_id,
+    sleep,
+    sse,
+)
+
+app = flask.Flask(__name__)
+
+
+def numbers() -> Iterator[int | str | Event | None | dict[str, int]]:
+    stream: Stream | None = current_stream()
+    if stream is not None and stream.connected:
+        stream.on_close(lambda: print(stream.reason, stream.last_event_id))
+    yield Event({"n": 1}, event="number", id=1, retry=3000)
+    yield Event(comment="keepalive")
+    sleep(0.5)
+    yield from (1, "two", {"three": 3}, None)
+
+
+@app.get("/a")
+def a() -> SSEResponse:
+    id: str | None = last_event_id(flask.request.environ)
+    return SSEResponse(
+        numbers(), 200, {"X-Id": id}, retry=1000, end="reconnect", on_error=error
+    )
+
+
+def error(exception: Exception) -> Event:
+    return Event(str(exception), event="error")
+
+
+@app.get("/b")
+def b() -> flask.Response | NDJSONResponse | StreamResponse:
+    if flask.request.args:
+        return NDJSONResponse([1, 2], headers=[("X-A", "1")])
+    return StreamResponse(iter(["text", b"bytes", None]), content_type="text/csv")
+
+
+@app.get("/c")
+@sse
+def c() -> Iterator[Any]:
+    try:
+        yield {"data": 1, "event": "number"}
+    except ClientDisconnected:
+        raise
+
+
+app.wsgi_app = StreamMiddleware(app.wsgi_app)  # type: ignore[method-assign]
+encoded: bytes = Event("a").encode()
