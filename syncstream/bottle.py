@@ -29,4 +29,4 @@ def respond(response: SSEResponse | NDJSONResponse | StreamResponse) -> HTTPResp
     return HTTPResponse(body, status, headers)
 
 
-sse = decorator(lambda source, options: respond(SSEResponse(source, **options)))
+sse = decorator(SSEResponse, finish=respond)

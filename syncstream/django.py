@@ -133,4 +133,4 @@ class StreamResponse(_Streaming):
         super().__init__(response)
 
 
-sse = decorator(lambda source, options: SSEResponse(source, **options))
+sse = decorator(SSEResponse)

@@ -12,12 +12,13 @@ from .wsgi import SSEResponse
 __all__ = ["sse"]
 
 
-def _respond(source: Iterable[Any], options: dict[str, Any]) -> SSEResponse:
+def _in_request(source: Iterable[Any]) -> Iterable[Any]:
     # Flask's request ends before the generator starts; a view reads `request`.
     flask = sys.modules.get("flask")
-    if flask is not None and flask.has_request_context():
-        source = flask.stream_with_context(source)
-    return SSEResponse(source, **options)
+    if flask is None or not flask.has_request_context():
+        return source
+    wrapped: Iterable[Any] = flask.stream_with_context(source)
+    return wrapped
 
 
-sse = decorator(_respond)
+sse = decorator(SSEResponse, prepare=_in_request)

@@ -5,22 +5,59 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ParamSpec, Protocol, overload
 
-__all__ = ["decorator"]
+from .protocol.json import Dumps
 
-Respond = Callable[[Iterable[Any], dict[str, Any]], Any]
-View = Callable[..., Any]
+__all__ = ["ViewDecorator", "decorator"]
+
+P = ParamSpec("P")
 
 
-def decorator(respond: Respond) -> Any:
+class ViewDecorator(Protocol):
+    """``@sse``, and ``@sse(…)`` with the options of `SSEResponse`."""
+
+    @overload
+    def __call__(self, view: Callable[P, Any], /) -> Callable[P, Any]: ...
+
+    @overload
+    def __call__(
+        self,
+        *,
+        retry: int | None = None,
+        end: str = "stop",
+        on_error: Callable[[Exception], Any] | None = None,
+        dumps: Dumps | None = None,
+    ) -> Callable[[Callable[P, Any]], Callable[P, Any]]: ...
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def decorator(
+    response: Callable[..., Any],
+    *,
+    prepare: Callable[[Iterable[Any]], Iterable[Any]] = _same,
+    finish: Callable[[Any], Any] = _same,
+) -> ViewDecorator:
     """Return the decorator that turns a generator view into an event stream.
 
     Args:
-        respond: Makes a framework's SSEResponse of a source and its options.
+        response: A framework's SSEResponse.
+        prepare: What the generator goes through before.
+        finish: What the response goes through after.
     """
 
-    def sse(view: View | None = None, **options: Any) -> Any:
+    def sse(
+        view: Callable[P, Any] | None = None,
+        /,
+        *,
+        retry: int | None = None,
+        end: str = "stop",
+        on_error: Callable[[Exception], Any] | None = None,
+        dumps: Dumps | None = None,
+    ) -> Any:
         """Turn a generator view into a view that returns an SSEResponse.
 
         Use it as ``@sse`` or ``@sse(retry=…, end=…)``, below the framework's own
@@ -31,20 +68,25 @@ def decorator(respond: Respond) -> Any:
         Raises:
             TypeError: The view is asynchronous, or not a function.
         """
-        if view is None:
-            return functools.partial(sse, **options)
-        if not callable(view):
-            raise TypeError(f"@sse takes a view function, got {view!r}")
-        if inspect.iscoroutinefunction(view) or inspect.isasyncgenfunction(view):
-            raise TypeError(f"@sse takes a synchronous view, make it a def: {view!r}")
+        options = {"retry": retry, "end": end, "on_error": on_error, "dumps": dumps}
 
-        @functools.wraps(view)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            result = view(*args, **kwargs)
-            if not inspect.isgenerator(result):
-                return result
-            return respond(result, options)
+        def decorate(view: Callable[P, Any]) -> Callable[P, Any]:
+            if not callable(view):
+                raise TypeError(f"@sse takes a view function, got {view!r}")
+            if inspect.iscoroutinefunction(view) or inspect.isasyncgenfunction(view):
+                raise TypeError(
+                    f"@sse takes a synchronous view: make it a def, got {view!r}"
+                )
 
-        return wrapper
+            @functools.wraps(view)
+            def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
+                result = view(*args, **kwargs)
+                if not inspect.isgenerator(result):
+                    return result
+                return finish(response(prepare(result), **options))
+
+            return wrapper
+
+        return decorate if view is None else decorate(view)
 
     return sse
