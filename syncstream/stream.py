@@ -173,7 +173,14 @@ class Stream:
             is_encoded: The response has a Content-Encoding: the source's bytes are
                 not events as they stand, and nothing may be added to them.
             is_opened: The opening has been written already.
+
+        Raises:
+            RuntimeError: It goes to another connection already, or has ended.
         """
+        if self._connection not in (None, connection) or self._ended:
+            raise RuntimeError(
+                "a stream answers one request: make a new response for each"
+            )
         self._connection = connection
         if is_opened and self._opening is not None:
             self._tail, self._opening = self._opening, None
@@ -213,18 +220,19 @@ class Stream:
 
     @property
     def reason(self) -> str | None:
+        """Why the stream has ended, one word; ``None`` while it lives."""
         return self._ended.get("reason")
 
     @property
     def connected(self) -> bool:
         """Whether the client is there: one look at the socket, now.
 
-        ``True`` where the server hides its socket.
+        ``True`` where the server hides its socket, ``False`` once the stream has
+        been closed.
         """
-        return not (
-            self.reason == "disconnected"
-            or (self._connection is not None and self._connection.is_hung_up())
-        )
+        if self._body is None or self.reason == "disconnected":
+            return False
+        return self._connection is None or not self._connection.is_hung_up()
 
     @property
     def last_event_id(self) -> str | None:

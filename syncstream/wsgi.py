@@ -22,7 +22,7 @@ from werkzeug.wrappers import Response
 
 from .protocol import ndjson, raw, sse
 from .protocol.json import Dumps
-from .servers import Server, server_of
+from .servers import Server, SocketLike, server_of
 from .stream import Format, Stream
 from .waiting import is_hung_up
 
@@ -145,10 +145,13 @@ class Connection:
         fd = self._fd
         return fd is not None and is_hung_up(fd)
 
+    @functools.cached_property
+    def _socket(self) -> SocketLike | None:
+        return self.server.socket(self.environ)
+
     @property
     def _fd(self) -> int | None:
-        sock = self.server.socket(self.environ)
-        return None if sock is None else sock.fileno()
+        return None if self._socket is None else self._socket.fileno()
 
     def gone(self) -> BaseException | None:
         return self.server.gone()
@@ -232,6 +235,9 @@ class _Streaming(Response):
     automatically_set_content_length = False
     implicit_sequence_conversion = False
 
+    # Comments and last words are not in anybody's count.
+    _may_have_length = False
+
     def __init__(
         self,
         stream: Stream,
@@ -272,6 +278,8 @@ class _Streaming(Response):
             del headers[name]
         if self.status_code == 204:
             del headers["Content-Type"]
+        if self.response is self._stream and not self._may_have_length:
+            del headers["Content-Length"]
         return headers
 
     def get_wsgi_response(
@@ -392,6 +400,8 @@ class StreamResponse(_Streaming):
     Raises:
         TypeError: ``source`` cannot be iterated, or is asynchronous.
     """
+
+    _may_have_length = True
 
     def __init__(
         self,

@@ -208,9 +208,7 @@ def assert_cut(server, path, key, version, record=lambda name, value: None):
 def test_an_error_truncates(server, key, path, error, version, record_property):
     """Nothing of the source's leaves next(): one log line, no foreign bytes."""
     before = server.log().count("Traceback")
-    body = assert_cut(
-        server, f"{path}/raise-{error}", key, version, record_property
-    )
+    body = assert_cut(server, f"{path}/raise-{error}", key, version, record_property)
     pid = server.control.next(f"{key}-started")
     assert server.control.next(f"{key}-ended") == [error, True]
     if path == "/error":

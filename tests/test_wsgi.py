@@ -139,6 +139,21 @@ def test_a_download_may_have_a_length():
     assert (answer.content_length, answer.data) == (6, b"abcdef")
 
 
+@pytest.mark.parametrize("make", [SSEResponse, NDJSONResponse])
+def test_events_and_lines_have_no_length(make):
+    """A Content-Length of the user's would cut them."""
+    response = make(["a", "b"], headers={"Content-Length": "3"})
+    assert "Content-Length" not in get(response).headers
+
+
+def test_a_response_answers_one_request():
+    """The second gets an error, not an empty stream."""
+    response = SSEResponse(["a"])
+    assert get(response).data == b": ok\n\ndata: a\n\n"
+    with pytest.raises(RuntimeError, match="answers one request"):
+        get(response)
+
+
 def test_reading_the_data_does_not_run_an_endless_source():
     """Werkzeug would collect the body: here that is an error, not a hang."""
     with pytest.raises(RuntimeError, match="sequence"):

@@ -2,7 +2,8 @@
 
 orjson (the ``fast`` extra) is tried first where it is installed; what it refuses
 and the standard library knows (integers beyond 64 bits, keys that are not
-strings) is given to the standard library. Both write what
+strings) is given to the standard library. The texts differ in how they spell the
+exponent of a float (``1e-7``, ``1e-07``), in nothing else. Both write what
 `JSON.stringify <https://tc39.es/ecma262/#sec-json.stringify>`_ writes for NaN and
 the infinities: ``null``.
 """
@@ -32,7 +33,7 @@ Dumps = Callable[[Any], "str | bytes"]
 def _plain(value: Any) -> Any:
     """Turn what JSON has no word for into what it has."""
     if isinstance(value, Mapping):
-        return dict(value)
+        return dict(value.items())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
@@ -62,9 +63,21 @@ def _dumps_standard(value: Any) -> str:
         return _encode(json.loads(_encode_nan(value), parse_constant=lambda _: None))
 
 
+# Where orjson's own way would write something else: it leaves out a dataclass's
+# fields that begin with "_", rounds a UTC offset to minutes, and reads a dict
+# subclass past its items() (Werkzeug's MultiDict, Django's QueryDict).
+_OPTIONS = (
+    0
+    if orjson is None
+    else orjson.OPT_PASSTHROUGH_DATACLASS
+    | orjson.OPT_PASSTHROUGH_DATETIME
+    | orjson.OPT_PASSTHROUGH_SUBCLASS
+)
+
+
 def _dumps_orjson(value: Any) -> bytes:
     try:
-        return orjson.dumps(value, _plain, orjson.OPT_PASSTHROUGH_DATACLASS)
+        return orjson.dumps(value, _plain, _OPTIONS)
     except TypeError:
         return _dumps_standard(value).encode()
 

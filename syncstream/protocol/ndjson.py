@@ -6,7 +6,7 @@ Spec: https://github.com/ndjson/ndjson-spec (media type application/x-ndjson).
 from __future__ import annotations
 
 from collections.abc import Callable
-from json import JSONDecodeError, loads
+from json import loads
 from typing import Any
 
 from ..errors import RemoteProtocolError
@@ -46,6 +46,10 @@ def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
         return b"%b\n" % text
 
     return encode
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 class Decoder:
@@ -91,6 +95,7 @@ class Decoder:
         values: list[Any] = []
         try:
             for line in lines:
+                self._check_size(len(line))
                 if line.strip():
                     values.append(self._value(line))
             self._check_size(self._partial_size)
@@ -124,8 +129,9 @@ class Decoder:
             raise RemoteProtocolError(f"a line is longer than {self._max_line} bytes")
 
     def _value(self, line: bytes) -> Any:
-        self._check_size(len(line))
         try:
-            return loads(line.decode())
-        except (JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            return loads(line.decode(), parse_constant=_refuse)
+        # Bad JSON and bad UTF-8 are ValueErrors, and so is an integer of more
+        # digits than sys.get_int_max_str_digits().
+        except (ValueError, RecursionError) as error:
             raise RemoteProtocolError(f"a line is not JSON: {error}") from error

@@ -14,15 +14,22 @@ def encode(item: Any) -> bytes | None:
     """
     if isinstance(item, str):
         return item.encode() or None
-    return encode_bytes(item)
+    return _passed(item, "str, bytes or None")
 
 
 def encode_bytes(item: Any) -> bytes | None:
-    """Pass a WSGI application's own chunk through; ``b""`` is a checkpoint."""
+    """Pass a WSGI application's own chunk through; ``b""`` is a checkpoint.
+
+    So is ``None``. Anything else but bytes is a ``TypeError``.
+    """
+    return _passed(item, "bytes")
+
+
+def _passed(item: Any, expected: str) -> bytes | None:
     if type(item) is bytes:
         return item or None
     if item is None:
         return None
     if isinstance(item, (bytes, bytearray, memoryview)):
         return bytes(item) or None
-    raise TypeError(f"a chunk must be str, bytes or None, got {item!r}")
+    raise TypeError(f"a chunk must be {expected}, got {item!r}")

@@ -31,24 +31,29 @@ def _lines(text: str) -> str:
 
 
 def _text(name: str, value: Any) -> str:
-    """Return value as text that UTF-8 can carry."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{name} cannot be encoded as UTF-8: {error.reason}, got {value!r}"
-            ) from None
-        return value
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        try:
-            return bytes(value).decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{name} given as bytes must be UTF-8: {error.reason}"
-                f" at offset {error.start}, got {bytes(value)!r}"
-            ) from None
-    raise TypeError(f"{name} must be str, got {value!r}")
+    """Return value as text that UTF-8 can carry, of the exact type ``str``."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be str, got {value!r}")
+    # A subclass prints what it likes: Python formats class Word(str, Enum) as
+    # "Word.A", and a line end in __str__ would forge fields.
+    text = str.__str__(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} cannot be encoded as UTF-8: {error.reason}, got {text!r}"
+        ) from None
+    return text
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"data given as bytes must be UTF-8: {error.reason}"
+            f" at offset {error.start}, got {data!r}"
+        ) from None
 
 
 def _name(name: str, value: Any) -> str:
@@ -111,21 +116,24 @@ class Event:
                     "an event needs data, event, id, retry or comment;"
                     ' for a JSON null give data="null"'
                 )
-        elif isinstance(data, (str, bytes, bytearray, memoryview)):
+        elif isinstance(data, str):
             data = _text("data", data)
+        elif isinstance(data, (bytes, bytearray, memoryview)):
+            data = _decoded(bytes(data))
         if event is not None:
             event = _name("event", event)
         if id is not None:
             if isinstance(id, bool) or not isinstance(id, (str, int)):
                 raise TypeError(f"id must be str or int, got {id!r}")
-            id = _name("id", str(id))
-            if id == END_ID:
+            id = _name("id", id if isinstance(id, str) else int.__repr__(id))
+            if id.strip() == END_ID:  # HTTP strips Last-Event-ID, too
                 raise ValueError(f"id {END_ID!r} is reserved for the end of a stream")
         if retry is not None:
             if isinstance(retry, bool) or not isinstance(retry, int):
                 raise TypeError(
                     f"retry must be whole milliseconds as an int, got {retry!r}"
                 )
+            retry = int.__index__(retry)  # the number, not what a subclass prints
             if retry < 0:
                 raise ValueError(f"retry must be 0 or more, got {retry!r}")
         if comment is not None:
@@ -264,11 +272,11 @@ def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
         if isinstance(item, (str, Event)):
             event = Event(item) if isinstance(item, str) else item
         elif isinstance(item, Mapping):
-            event = (
-                Event(**item)
-                if "data" in item and item.keys() <= _FIELDS
-                else (Event(item))
-            )
+            if "data" in item and item.keys() <= _FIELDS:
+                # By item: ** would read a multidict's lists.
+                event = Event(**{name: item[name] for name in item})
+            else:
+                event = Event(item)
         elif hasattr(item, "data") and not isinstance(item, type):
             event = _fields(item)
         else:

@@ -8,9 +8,9 @@ uWSGI 2.0.30. A server that is not listed works too, without a look at its socke
 from __future__ import annotations
 
 from . import cheroot, gunicorn, pywsgi, uwsgi, waitress, werkzeug
-from .contract import Environ, Server
+from .contract import Environ, Server, SocketLike
 
-__all__ = ["Server", "server_of"]
+__all__ = ["Server", "SocketLike", "server_of"]
 
 SERVERS = (
     gunicorn.SERVER,

@@ -8,13 +8,18 @@ __all__ = ["SERVER"]
 
 
 class _Connection:
-    """The running request's connection, of which uWSGI shows the descriptor."""
+    """The running request's connection, of which uWSGI shows the descriptor.
 
-    def fileno(self) -> int:
+    It shows it to the thread of the request only, so it is asked once, there.
+    """
+
+    def __init__(self) -> None:
         import uwsgi
 
-        fd: int = uwsgi.connection_fd()
-        return fd
+        self._fd: int = uwsgi.connection_fd()
+
+    def fileno(self) -> int:
+        return self._fd
 
 
 def _socket(environ: Environ) -> SocketLike | None:
