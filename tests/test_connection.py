@@ -1,0 +1,130 @@
+"""Connections: hang-ups are seen, cuts are visible, with sockets that are real."""
+
+import os
+import resource
+import socket
+import ssl
+import struct
+
+import pytest
+
+from syncstream.servers import server_of
+from syncstream.waiting import is_hung_up
+from syncstream.wsgi import Connection
+
+
+@pytest.fixture
+def pair():
+    """A TCP connection: our end as a server has it, and the client's."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname(), 10)
+        server, _ = listener.accept()
+    with server, client:
+        yield server, client
+
+
+def environ_of(server, protocol="HTTP/1.1"):
+    return {
+        "REQUEST_METHOD": "GET",
+        "PATH_INFO": "/events",
+        "SERVER_PROTOCOL": protocol,
+        "gunicorn.socket": server,
+    }
+
+
+def test_a_hang_up_is_seen_behind_unread_bytes(pair):
+    """A FIN is seen though bytes wait before it; a reset, too; nothing is read."""
+    server, client = pair
+    assert not is_hung_up(server.fileno())
+    client.sendall(b"stray bytes")
+    assert not is_hung_up(server.fileno())
+    client.shutdown(socket.SHUT_WR)
+    assert is_hung_up(server.fileno())
+    assert server.recv(100) == b"stray bytes"
+
+
+def test_a_reset_is_seen(pair):
+    """As a hang-up."""
+    server, client = pair
+    linger = struct.pack("ii", 1, 0)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    client.close()
+    assert is_hung_up(server.fileno())
+
+
+def test_a_closed_descriptor_is_a_hang_up(pair):
+    """The server has closed the socket: there is nobody left."""
+    server, _ = pair
+    connection = Connection(environ_of(server))
+    assert not connection.is_hung_up()
+    server.close()
+    assert connection.is_hung_up()
+
+
+def test_an_unknown_server_shows_no_hang_up():
+    """Without a socket to look at, the client counts as there."""
+    connection = Connection({"REQUEST_METHOD": "GET", "SERVER_SOFTWARE": "WSGIServer"})
+    assert connection.server.name == "another server"
+    assert not connection.is_hung_up()
+    assert isinstance(connection.cut(), ConnectionResetError)
+
+
+def test_http_1_0_is_cut_by_a_reset(pair):
+    """The client reads all that was sent, then a reset, though the server goes on."""
+    server, client = pair
+    server.sendall(b"data: 0\n\n")
+    error = Connection(environ_of(server, "HTTP/1.0")).cut()
+    assert isinstance(error, ConnectionResetError)
+    assert client.recv(100) == b"data: 0\n\n"
+    with pytest.raises(ConnectionResetError):
+        client.recv(100)
+    with pytest.raises(BrokenPipeError):  # what servers take for a gone client
+        server.sendall(b"more")
+
+
+def test_http_1_1_is_not_reset(pair):
+    """The missing end mark shows there, and nothing sent is lost."""
+    server, client = pair
+    Connection(environ_of(server)).cut()
+    server.sendall(b"data: 0\n\n")
+    assert client.recv(100) == b"data: 0\n\n"
+
+
+@pytest.fixture
+def no_descriptors():
+    """The process may open no more descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    probe = os.dup(0)
+    os.close(probe)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (probe, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_full_descriptor_table(pair, caplog, no_descriptors):
+    """A hang-up is seen without a descriptor; a reset that fails is said."""
+    server, client = pair
+    connection = Connection(environ_of(server, "HTTP/1.0"))
+    assert not connection.is_hung_up()
+    assert isinstance(connection.cut(), ConnectionResetError)
+    assert "could not be reset, the client sees an end" in caplog.text
+    client.close()
+    assert connection.is_hung_up()
+
+
+def test_tls_is_told_from_plain(pair):
+    """A TLS socket of the server's is not reset, whoever says https."""
+    server, client = pair
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    environ = {**environ_of(server), "wsgi.url_scheme": "https"}
+    assert not server_of(environ).is_tls(environ)  # a proxy's word
+    wrapped = context.wrap_socket(
+        server, server_side=True, do_handshake_on_connect=False
+    )
+    with wrapped:
+        environ["gunicorn.socket"] = wrapped
+        assert server_of(environ).is_tls(environ)
+        environ["SERVER_PROTOCOL"] = "HTTP/1.0"
+        Connection(environ).cut()
+        assert not is_hung_up(wrapped.fileno())
+    client.close()
