@@ -32,6 +32,8 @@ def _lines(text: str) -> str:
 
 def _text(name: str, value: Any) -> str:
     """Return value as text that UTF-8 can carry, of the exact type ``str``."""
+    if type(value) is str and value.isascii():
+        return value
     if not isinstance(value, str):
         raise TypeError(f"{name} must be str, got {value!r}")
     # A subclass prints what it likes: Python formats class Word(str, Enum) as
@@ -58,6 +60,8 @@ def _decoded(data: bytes) -> str:
 
 def _name(name: str, value: Any) -> str:
     """Return value as text that stays on its own line."""
+    if type(value) is str and value.isprintable():  # no controls, no surrogates
+        return value
     text = _text(name, value)
     if "\n" in text or "\r" in text or "\0" in text:
         raise ValueError(f"{name} must not contain CR, LF or NUL, got {text!r}")
@@ -123,9 +127,12 @@ class Event:
         if event is not None:
             event = _name("event", event)
         if id is not None:
-            if isinstance(id, bool) or not isinstance(id, (str, int)):
+            if isinstance(id, str):
+                id = _name("id", id)
+            elif isinstance(id, int) and not isinstance(id, bool):
+                id = int.__repr__(id)
+            else:
                 raise TypeError(f"id must be str or int, got {id!r}")
-            id = _name("id", id if isinstance(id, str) else int.__repr__(id))
             if id.strip() == END_ID:  # HTTP strips Last-Event-ID, too
                 raise ValueError(f"id {END_ID!r} is reserved for the end of a stream")
         if retry is not None:
@@ -138,7 +145,11 @@ class Event:
                 raise ValueError(f"retry must be 0 or more, got {retry!r}")
         if comment is not None:
             comment = _text("comment", comment)
-        _set_fields(self, data, event, id, retry, comment)
+        _set_data(self, data)
+        _set_event(self, event)
+        _set_id(self, id)
+        _set_retry(self, retry)
+        _set_comment(self, comment)
 
     def encode(self, dumps: Dumps | None = None) -> bytes:
         """Return the event's UTF-8 bytes, its closing blank line included.
@@ -188,26 +199,11 @@ class Event:
         return loads(data if isinstance(data, str) else _json_text(data, None))
 
 
-def _slots(cls: type) -> Callable[..., None]:
-    """Return the one way past the frozen ``__setattr__``: the slots themselves."""
-    d, e, i, r, c = (
-        cls.__dict__[name].__set__
-        for name in ("data", "event", "id", "retry", "comment")
-    )
-
-    def set_fields(
-        self: object, data: Any, event: Any, id: Any, retry: Any, comment: Any
-    ) -> None:
-        d(self, data)
-        e(self, event)
-        i(self, id)
-        r(self, retry)
-        c(self, comment)
-
-    return set_fields
-
-
-_set_fields = _slots(Event)
+# The ways past the frozen __setattr__: the slots themselves.
+_set_data, _set_event, _set_id, _set_retry, _set_comment = (
+    Event.__dict__[name].__set__
+    for name in ("data", "event", "id", "retry", "comment")
+)
 
 
 def _json_text(value: Any, dumps: Dumps | None) -> str:
@@ -254,7 +250,7 @@ def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
     def encode(item: Any) -> bytes | None:
         if type(item) is str:
             if "\n" in item or "\r" in item:
-                return Event(item).encode()
+                item = _lines(item).replace("\n", "\ndata: ")
             return f"data: {item}\n\n".encode()
         if type(item) is dict and "data" not in item:
             if dumps is not None:
@@ -446,13 +442,11 @@ class Decoder:
             return None
         self._data = []
         self._data_size = 0
+        # Past Event's own checks: a name may hold NUL here, and the id be reserved.
         decoded = object.__new__(Event)
-        _set_fields(
-            decoded,
-            b"\n".join(data).decode(errors="replace"),
-            event.decode(errors="replace") or None,
-            self._id,
-            None,
-            None,
-        )
+        _set_data(decoded, b"\n".join(data).decode(errors="replace"))
+        _set_event(decoded, event.decode(errors="replace") or None)
+        _set_id(decoded, self._id)
+        _set_retry(decoded, None)
+        _set_comment(decoded, None)
         return decoded

@@ -1,0 +1,127 @@
+"""The command line: ``syncstream``, or ``python -m syncstream``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from . import __version__
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit status.
+
+    Args:
+        argv: The words after the program's name; ``None`` takes ``sys.argv``'s.
+
+    Raises:
+        SystemExit: From argparse, and at the end of a server.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.run is None:
+        parser.print_help()
+        return 0
+    try:
+        status: int = options.run(options)
+    except KeyboardInterrupt:
+        return 130  # the shell's 128 + SIGINT
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="syncstream",
+        description="Live streams (SSE, NDJSON) from synchronous Python web apps.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"syncstream {__version__}"
+    )
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="")
+    demo = commands.add_parser(
+        "demo",
+        help="serve a page with a live chart, and its stream",
+        description="Serve a page with a live chart, by one gunicorn gevent worker.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: every one"
+    )
+    demo.add_argument(
+        "--port", type=_port, default=8000, help="port to listen on; 0: a free one"
+    )
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _port(text: str) -> int:
+    if text.isascii() and text.isdecimal() and int(text) < 65536:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be 0 to 65535, got {text!r}")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    """Become the demo's server, or say what is in the way."""
+    missing = [n for n in ("flask", "gevent", "gunicorn") if find_spec(n) is None]
+    if missing:
+        return _fail(
+            f"the demo needs {', '.join(missing)}: pip install 'syncstream[demo]'"
+        )
+    try:
+        sock = _bind(options.host, options.port)
+    except OSError as error:
+        where = f"port {options.port} of {options.host}"
+        return _fail(f"cannot listen on {where}: {error.strerror}; see --host, --port")
+    print(f"syncstream demo: open {_url(sock)} (Ctrl-C stops it)", flush=True)
+    # In a process of its own making: gevent patches what nobody has imported yet.
+    settings = Path(__file__).with_name("demo") / "settings.py"
+    sock.set_inheritable(True)
+    gunicorn = [sys.executable, "-m", "gunicorn", "-c", str(settings)]
+    return os.execv(sys.executable, [*gunicorn, "-b", f"fd://{sock.fileno()}"])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket.
+
+    It is bound here, so that a busy port is one clear error (gunicorn alone tries
+    five times, for five seconds) and port 0 takes a free one.
+
+    Raises:
+        OSError: The port is taken or not allowed, or the host is not this machine.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen()  # with SO_REUSEADDR two may bind until one of them listens
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _url(sock: socket.socket) -> str:
+    """Return the URL to open on this machine."""
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+def _fail(message: str) -> int:
+    print(f"syncstream: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
