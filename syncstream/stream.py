@@ -140,7 +140,7 @@ class Stream:
             raise ValueError(f"end must be 'stop' or 'reconnect', got {end!r}")
         if on_error is not None and not callable(on_error):
             raise TypeError(f"on_error must be callable, got {on_error!r}")
-        self.runner: object = None  # of the last next(); see waiting.py
+        self.runner: object = None  # see waiting.py
         self._format = format
         self._end_mode = end
         self._retry = retry
@@ -152,7 +152,7 @@ class Stream:
         self._to_close: list[Any] = [source]  # popped by whoever closes it
         self._ended: dict[str, str] = {}  # setdefault: the first reason wins
         self._callbacks: deque[Callable[[], object]] = deque()
-        self._in_next = False
+        self.is_running = False  # inside the source; see waiting.py
         self._closing = False
         self._tail = b""
         self._body: Iterator[bytes] | None = self._chunks(source)
@@ -207,9 +207,9 @@ class Stream:
         if not self._ended:
             gone = self._connection is not None and self._connection.is_hung_up()
             self._end("disconnected" if gone else "closed")
-        # The other side sets _in_next before it reads _ended: one of the two sees
+        # The other side sets is_running before it reads _ended: one of the two sees
         # the other, and whoever pops the source closes it.
-        if self._in_next or self._body is None:
+        if self.is_running or self._body is None:
             return
         self._close_source()
         self._body = None  # it refers to us
@@ -288,12 +288,19 @@ class Stream:
         encode, connection, ended = self._format.encode, self._connection, self._ended
         refused: BaseException | None = None  # why the last item cannot be encoded
         failure: BaseException | None = None
-        looked = 0.0
+        monotonic, running, looked = time.monotonic, current.get, 0.0
         while True:
-            # entered(self), inlined: this is the path of every event.
-            token = current.set(self)
-            self.runner = runner()
-            self._in_next = True
+            # What entered(self) does, for the path of every event: the scope stays
+            # ours after the step, unless it was another running stream's.
+            outer = running()
+            if outer is self:
+                outer = None
+            else:
+                if outer is not None and not outer.is_running:
+                    outer = None
+                current.set(self)
+                self.runner = runner()
+            self.is_running = True
             try:
                 if ended:
                     break
@@ -315,8 +322,9 @@ class Stream:
                     break
                 failure = error
             finally:
-                self._in_next = False
-                current.reset(token)
+                self.is_running = False
+                if outer is not None:
+                    current.set(outer)
             if ended:
                 break
             chunk = None
@@ -331,9 +339,8 @@ class Stream:
             if failure is not None:
                 yield from self._fail(failure)
                 return
-            now = time.monotonic()
-            if now - looked >= LOOK_EVERY and connection is not None:
-                looked = now
+            if connection is not None and monotonic() - looked >= LOOK_EVERY:
+                looked = monotonic()
                 if connection.is_hung_up():
                     self._end("disconnected")
                     break
@@ -409,6 +416,8 @@ class Stream:
                 continue
             with entered(self):
                 self._try_close(close)
+        if current.get() is self:
+            current.set(None)  # or this thread would keep us alive
 
     def _try_close(self, close: Callable[[], object]) -> None:
         for attempt in range(_CLOSE_TRIES):

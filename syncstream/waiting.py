@@ -34,8 +34,14 @@ __all__ = [
 
 
 class Scope(Protocol):
-    """What waits need to know of the stream they wait in."""
+    """What waits need to know of the stream they wait in.
 
+    Attributes:
+        is_running: The stream is inside its source now.
+        runner: The thread or greenlet that runs it.
+    """
+
+    is_running: bool
     runner: object
 
     def before_wait(self) -> None:
@@ -43,7 +49,7 @@ class Scope(Protocol):
 
 
 current: ContextVar[Scope | None] = ContextVar("syncstream_scope", default=None)
-"""Set by a stream for as long as it is inside its source. Read `current_scope`."""
+"""The scope last entered here; it may be running no more. Read `current_scope`."""
 
 
 def runner() -> object:
@@ -56,8 +62,10 @@ def runner() -> object:
 def current_scope() -> Scope | None:
     """Return the scope this thread or greenlet is in, ``None`` outside of any."""
     scope = current.get()
+    if scope is None or not scope.is_running:
+        return None
     # A thread's ident: greenlet has been imported since the scope was entered.
-    if scope is None or scope.runner not in (runner(), threading.get_ident()):
+    if scope.runner not in (runner(), threading.get_ident()):
         return None
     return scope
 
@@ -66,10 +74,13 @@ def current_scope() -> Scope | None:
 def entered(scope: Scope) -> Iterator[None]:
     """Run a block in a scope, in this thread or greenlet."""
     token = current.set(scope)
+    was_running = scope.is_running
     scope.runner = runner()
+    scope.is_running = True
     try:
         yield
     finally:
+        scope.is_running = was_running
         current.reset(token)
 
 

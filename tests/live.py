@@ -80,16 +80,24 @@ class LiveServer:
         app: ``module:attribute`` of the WSGI application, importable from tests/.
         options: More words for the server's command line.
         env: More environment variables.
+        ready: Method and path of the request that a server that is ready answers
+            with 200. HEAD starts no stream.
     """
 
     def __init__(
-        self, kind: str, app: str, *options: str, env: dict[str, str] | None = None
+        self,
+        kind: str,
+        app: str,
+        *options: str,
+        env: dict[str, str] | None = None,
+        ready: str = "GET /health",
     ) -> None:
         self.kind = kind
         self.control = Control()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in stop())
         self._command = (kind, app, options)
         self._env = env or {}
+        self._ready = ready
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -120,7 +128,7 @@ class LiveServer:
         while True:
             try:
                 with self.connect() as client:
-                    client.send(f"GET /health HTTP/1.0\r\nHost: {self.host}\r\n\r\n")
+                    client.send(f"{self._ready} HTTP/1.0\r\nHost: {self.host}\r\n\r\n")
                     if b"200" in client.read_until(b"\r\n"):
                         return
             except OSError:
