@@ -1,0 +1,60 @@
+"""All of it together: resumable, kept alive, patient, the same from every worker.
+
+    gunicorn -k gevent -w 2 examples.production:app
+    curl -N -H 'Last-Event-ID: 0' http://127.0.0.1:8000/events
+
+Events are rows of a table; ``curl -X POST http://127.0.0.1:8000/events/hi`` adds one.
+"""
+
+import os
+import sqlite3
+import time
+from contextlib import closing
+
+from flask import Flask, request
+
+from syncstream import Event, current_stream, sleep, sse
+
+DATABASE = os.environ.get("DATABASE", "events.sqlite3")
+INTERVAL = float(os.environ.get("INTERVAL", 1))
+KEEPALIVE = float(os.environ.get("KEEPALIVE", 15))
+
+app = Flask(__name__)
+app.logger.setLevel("INFO")
+with closing(sqlite3.connect(DATABASE)) as db:
+    db.execute("CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, data)")
+
+
+def fetch(db, last):
+    query = "SELECT id, data FROM events WHERE id > ? ORDER BY id LIMIT 100"
+    try:
+        return [Event(d, id=n, event="update") for n, d in db.execute(query, (last,))]
+    except sqlite3.Error as error:
+        app.logger.error("Error fetching data: %s", error)
+        return [Event({"error": "Temporary error, retrying"}, event="error")]
+
+
+@app.get("/events")
+@sse(retry=3000, end="reconnect")
+def events():
+    stream, client = current_stream(), request.headers.get("X-Client-ID", "unknown")
+    id, wrote = stream.last_event_id or "0", time.monotonic()
+    last = int(id) if id.isdecimal() and len(id) < 19 else 0
+    app.logger.info("Client %s connected after event %d", client, last)
+    stream.on_close(lambda: app.logger.info("Client %s: %s", client, stream.reason))
+    with closing(sqlite3.connect(DATABASE)) as db:
+        while True:
+            items = fetch(db, last)
+            if not items and time.monotonic() - wrote > KEEPALIVE:
+                items = [Event(comment="keepalive")]
+            for event in items:
+                yield event
+                last, wrote = int(event.id or last), time.monotonic()
+            sleep(INTERVAL)
+
+
+@app.post("/events/<data>")
+def add(data):
+    with closing(sqlite3.connect(DATABASE)) as db, db:
+        db.execute("INSERT INTO events (data) VALUES (?)", (data,))
+    return "", 201
