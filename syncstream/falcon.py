@@ -21,6 +21,8 @@ def respond(
 ) -> None:
     """Answer a request with a response of ours.
 
+    Falcon answers HEAD with 405 unless there is a responder: ``on_head = on_get``.
+
     >>> from syncstream import SSEResponse
     >>> class Events:
     ...     def on_get(self, req, resp):

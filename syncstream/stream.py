@@ -26,7 +26,14 @@ from typing import Any, Protocol, cast
 from .errors import ClientDisconnected
 from .protocol import sse
 from .protocol.sse import Event
-from .waiting import current, current_scope, entered, is_greenlet_exit, runner, sleep
+from .waiting import (
+    current,
+    current_scope,
+    entered,
+    is_greenlet_exit,
+    runner_function,
+    sleep,
+)
 
 __all__ = ["Connection", "Format", "Stream", "current_stream"]
 
@@ -288,7 +295,8 @@ class Stream:
         encode, connection, ended = self._format.encode, self._connection, self._ended
         refused: BaseException | None = None  # why the last item cannot be encoded
         failure: BaseException | None = None
-        monotonic, running, looked = time.monotonic, current.get, 0.0
+        monotonic, running, runner = time.monotonic, current.get, runner_function()
+        looked = 0.0
         while True:
             # What entered(self) does, for the path of every event: the scope stays
             # ours after the step, unless it was another running stream's.
@@ -299,7 +307,7 @@ class Stream:
                 if outer is not None and not outer.is_running:
                     outer = None
                 current.set(self)
-                self.runner = runner()
+            self.runner = runner()  # a copied context may have brought us elsewhere
             self.is_running = True
             try:
                 if ended:

@@ -16,7 +16,7 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ __all__ = [
     "is_greenlet_exit",
     "is_hung_up",
     "runner",
+    "runner_function",
     "sleep",
 ]
 
@@ -54,9 +55,17 @@ current: ContextVar[Scope | None] = ContextVar("syncstream_scope", default=None)
 
 def runner() -> object:
     """Return what tells the running greenlet, else the running thread, from others."""
+    return runner_function()()
+
+
+def runner_function() -> Callable[[], object]:
+    """Return the function that does what `runner` does, for many calls."""
     greenlet = sys.modules.get("greenlet")
+    if greenlet is None:
+        return threading.get_ident
     # Each thread has a main greenlet of its own, so this covers threads too.
-    return greenlet.getcurrent() if greenlet is not None else threading.get_ident()
+    function: Callable[[], object] = greenlet.getcurrent
+    return function
 
 
 def current_scope() -> Scope | None:

@@ -388,7 +388,9 @@ class NDJSONResponse(_Streaming):
 class StreamResponse(_Streaming):
     """A stream of text or bytes; each chunk leaves at once.
 
-    The response's head leaves with the first chunk.
+    The response's head leaves with the first chunk. A source that fails is cut: there
+    are no last words in a format that is not ours. For a file behind nginx, whose
+    buffering is of use there, remove the header ``X-Accel-Buffering``.
 
     Args:
         source: A generator or another iterable of ``str`` (sent as UTF-8), bytes,

@@ -53,6 +53,8 @@ def chrome(*flags: str, size: tuple[int, int] = (1280, 800)) -> Iterator[Chrome]
         size: The page's width and height in CSS pixels; a window as narrow as a
             phone is not to be had, so it is emulated.
     """
+    os.environ.setdefault("SE_OFFLINE", "true")  # selenium asks nobody
+    os.environ.setdefault("SE_AVOID_STATS", "true")
     options = ChromeOptions()
     options.binary_location = program("chromium")
     service = Service(executable_path=program("chromedriver"))

@@ -395,6 +395,26 @@ def test_contexts_are_not_inherited(spawn):
     assert seen == [None, True]
 
 
+def test_a_stream_moves_between_threads_with_its_context():
+    """A step in another thread, in a copy of the context, finds the stream, too."""
+    seen = []
+
+    def source():
+        for _ in range(3):
+            seen.append(current_stream())
+            yield "a"
+
+    stream = stream_of(source())
+    chunks = iter(stream)
+    next(chunks), next(chunks)
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(next, chunks))
+    thread.start()
+    thread.join()
+    next(chunks)
+    assert seen == [stream, stream, stream]
+
+
 def test_streams_side_by_side_do_not_mix(spawn):
     """Two streams that run at once each see themselves."""
     seen = {}

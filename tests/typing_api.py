@@ -22,7 +22,7 @@ from syncstream import (
 app = flask.Flask(__name__)
 
 
-def numbers() -> Iterator[int | str | Event | None | dict[str, int]]:
+def numbers() -> Iterator[int | str | Event | dict[str, int] | None]:
     stream: Stream | None = current_stream()
     if stream is not None and stream.connected:
         stream.on_close(lambda: print(stream.reason, stream.last_event_id))

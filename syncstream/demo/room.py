@@ -179,7 +179,7 @@ class _Walk:
         return self._place > 50
 
     def step(self) -> float:
-        pull = (50 - self._place) * 0.012
+        pull = (50 - self._place) * 0.02
         self._speed = 0.88 * self._speed + pull + random.gauss(0, 1.1)
         self._place = min(98.0, max(2.0, self._place + self._speed))
         return self._place

@@ -201,8 +201,7 @@ class Event:
 
 # The ways past the frozen __setattr__: the slots themselves.
 _set_data, _set_event, _set_id, _set_retry, _set_comment = (
-    Event.__dict__[name].__set__
-    for name in ("data", "event", "id", "retry", "comment")
+    Event.__dict__[name].__set__ for name in ("data", "event", "id", "retry", "comment")
 )
 
 
