@@ -7,7 +7,7 @@ from Django's ``request_started`` signal, in the thread or greenlet that handles
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,23 +20,25 @@ from .views import decorator
 
 __all__ = ["NDJSONResponse", "SSEResponse", "StreamResponse", "sse"]
 
-_environ: ContextVar[dict[str, Any] | None] = ContextVar(
-    "syncstream_django_environ", default=None
+Environ = dict[str, Any] | None
+
+# The environ of the request that runs here, and of the one around it: a view may use
+# Django's test client.
+_environ: ContextVar[tuple[Environ, Environ]] = ContextVar(
+    "syncstream_django_environ", default=(None, None)
 )
 # Under ASGI Django sends the signal in a task of its own, whose context is lost,
 # but in the thread that then runs the synchronous views of the request.
 _thread = threading.local()
 
 
-def _started(
-    sender: object, environ: dict[str, Any] | None = None, **kwargs: Any
-) -> None:
-    _environ.set(environ)
+def _started(sender: object, environ: Environ = None, **kwargs: Any) -> None:
+    _environ.set((environ, _environ.get()[0]))
     _thread.is_asgi = environ is None
 
 
 def _finished(sender: object, **kwargs: Any) -> None:
-    _environ.set(None)
+    _environ.set((_environ.get()[1], None))
     _thread.is_asgi = False
 
 
@@ -54,7 +56,7 @@ class _Streaming(StreamingHttpResponse):
     def __init__(
         self, response: wsgi.SSEResponse | wsgi.NDJSONResponse | wsgi.StreamResponse
     ) -> None:
-        environ = _environ.get()
+        environ, _ = _environ.get()
         if environ is None and getattr(_thread, "is_asgi", False):
             response.close()
             raise RuntimeError(_ASGI)
@@ -66,7 +68,25 @@ class _Streaming(StreamingHttpResponse):
         super().__init__(body, status=int(code), reason=reason)
         del self.headers["Content-Type"]  # Django's default
         for name, value in headers:
-            self.headers[name] = value
+            if name.lower() == "set-cookie":
+                self.cookies.load(value)
+            elif name in self.headers:  # Django's are a mapping
+                self.headers[name] = f"{self.headers[name]}, {value}"
+            else:
+                self.headers[name] = value
+        self._response = response
+
+    def items(self) -> Any:
+        """Return the headers that WSGI leaves to the application."""
+        return wsgi.without_hop_by_hop(super().items())
+
+    def __iter__(self) -> Iterator[bytes]:
+        # A middleware may have changed the status since.
+        if self.status_code in wsgi.BODILESS:
+            self._response.close()
+            return iter(())
+        iterator: Iterator[bytes] = super().__iter__()
+        return iterator
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         raise RuntimeError(_ASGI)

@@ -2,7 +2,9 @@
 
 A `Stream` iterates its source in the thread or greenlet of the request, encodes
 what it yields, looks whether the client is still there, and closes the source
-exactly once, for every cause of an end, in the thread or greenlet that iterates.
+exactly once, for every cause of an end, in the thread or greenlet that iterates. A
+client that has gone is an end like any other: what the server still writes fails, and
+servers take that quietly.
 
 Nothing of the source's leaves ``next()``: an exception that leaks there kills a
 gthread worker (GeneratorExit), writes a 500 page into the running response (sync,
@@ -17,9 +19,13 @@ from __future__ import annotations
 import inspect
 import logging
 import random
+import sys
 import time
+import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -81,9 +87,6 @@ class Connection(Protocol):
 
     def is_hung_up(self) -> bool:
         """Tell at once whether the client has gone; ``False`` where unknown."""
-
-    def gone(self) -> BaseException | None:
-        """Return what the server takes quietly for "the client has gone"."""
 
     def cut(self) -> BaseException | None:
         """Make truncation visible; return what to raise, ``None`` to just end."""
@@ -148,6 +151,7 @@ class Stream:
         if on_error is not None and not callable(on_error):
             raise TypeError(f"on_error must be callable, got {on_error!r}")
         self.runner: object = None  # see waiting.py
+        self.reference: Callable[[], Any] = weakref.ref(self)
         self._format = format
         self._end_mode = end
         self._retry = retry
@@ -156,13 +160,17 @@ class Stream:
             Event(comment=_OPENING, retry=retry).encode() if format.is_events else None
         )
         self._connection: Connection | None = None
+        self._source: Iterable[Any] | None = source
         self._to_close: list[Any] = [source]  # popped by whoever closes it
         self._ended: dict[str, str] = {}  # setdefault: the first reason wins
         self._callbacks: deque[Callable[[], object]] = deque()
         self.is_running = False  # inside the source; see waiting.py
         self._closing = False
+        self._is_closed = False
         self._tail = b""
-        self._body: Iterator[bytes] | None = self._chunks(source)
+        # Weak, for its frame refers to us: who drops both ends the stream.
+        self._body: weakref.ref[Iterator[bytes]] | None = None
+        self._pulled: Iterator[bytes] | None = None  # by __next__
 
     # For whoever writes it to a client.
 
@@ -171,7 +179,7 @@ class Stream:
         connection: Connection,
         *,
         is_encoded: bool = False,
-        is_opened: bool = False,
+        written: bytes = b"",
     ) -> None:
         """Say which connection the chunks go to, before the first is taken.
 
@@ -179,7 +187,8 @@ class Stream:
             connection: The connection.
             is_encoded: The response has a Content-Encoding: the source's bytes are
                 not events as they stand, and nothing may be added to them.
-            is_opened: The opening has been written already.
+            written: What has been written already, or the last 4 bytes of it;
+                then the opening is left out.
 
         Raises:
             RuntimeError: It goes to another connection already, or has ended.
@@ -189,8 +198,8 @@ class Stream:
                 "a stream answers one request: make a new response for each"
             )
         self._connection = connection
-        if is_opened and self._opening is not None:
-            self._tail, self._opening = self._opening, None
+        if written:
+            self._tail, self._opening = written, None
         if is_encoded:
             self._opening = None
             self._format = Format(self._format.encode, lambda tail: False)
@@ -200,10 +209,17 @@ class Stream:
         return self._end_mode == "stop" and connection.last_event_id == sse.END_ID
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(()) if self._body is None else self._body
+        if self._body is None and self._source is not None:
+            body = self._chunks(self._source)
+            self._body = weakref.ref(body)
+            return body
+        running = self._body() if self._body is not None else None
+        return iter(()) if running is None else running
 
     def __next__(self) -> bytes:
-        return next(iter(self))
+        if self._pulled is None:
+            self._pulled = iter(self)
+        return next(self._pulled)
 
     def close(self) -> None:
         """End the stream and close its source, exactly once.
@@ -216,12 +232,13 @@ class Stream:
             self._end("disconnected" if gone else "closed")
         # The other side sets is_running before it reads _ended: one of the two sees
         # the other, and whoever pops the source closes it.
-        if self.is_running or self._body is None:
+        if self.is_running or self._is_closed:
             return
         self._close_source()
-        self._body = None  # it refers to us
+        self._is_closed = True
+        self._source = self._pulled = None
         self._run_callbacks()
-        log.debug("%s ended: %s", self._label, self.reason)
+        self._log(logging.DEBUG, f"%s ended: {self.reason}")
 
     # For the generator.
 
@@ -237,7 +254,7 @@ class Stream:
         ``True`` where the server hides its socket, ``False`` once the stream has
         been closed.
         """
-        if self._body is None or self.reason == "disconnected":
+        if self._is_closed or self.reason == "disconnected":
             return False
         return self._connection is None or not self._connection.is_hung_up()
 
@@ -261,9 +278,14 @@ class Stream:
 
         Callbacks run after the source was closed, in the order they were given; an
         exception in one is logged. On a stream that has closed it runs at once.
+
+        Raises:
+            TypeError: It cannot be called.
         """
+        if not callable(callback):
+            raise TypeError(f"callback must be callable, got {callback!r}")
         self._callbacks.append(callback)
-        if self._body is None:
+        if self._is_closed:
             self._run_callbacks()
 
     def before_wait(self) -> None:
@@ -277,91 +299,92 @@ class Stream:
 
     def _chunks(self, source: Iterable[Any]) -> Iterator[bytes]:
         """Yield the response's chunks; the one place that runs the source."""
-        if self._opening is not None and not self._ended:
-            self._tail = self._opening
-            yield self._opening
-        if self._ended:
-            return
         try:
-            with entered(self):
-                iterator = iter(source)
-        except BaseException as error:
-            yield from self._fail(error)
-            return
-        if iterator is not source:
-            self._to_close.append(iterator)
-        advance: Callable[[], Any] = iterator.__next__
-        throw = getattr(iterator, "throw", None)
-        encode, connection, ended = self._format.encode, self._connection, self._ended
-        refused: BaseException | None = None  # why the last item cannot be encoded
-        failure: BaseException | None = None
-        monotonic, running, runner = time.monotonic, current.get, runner_function()
-        looked = 0.0
-        while True:
-            # What entered(self) does, for the path of every event: the scope stays
-            # ours after the step, unless it was another running stream's.
-            outer = running()
-            if outer is self:
-                outer = None
-            else:
-                if outer is not None and not outer.is_running:
-                    outer = None
-                current.set(self)
-            self.runner = runner()  # a copied context may have brought us elsewhere
-            self.is_running = True
+            if self._opening is not None and not self._ended:
+                self._tail = self._opening
+                yield self._opening
+            if self._ended:
+                return
+            failed: list[BaseException] = []  # lists: a name here would keep an error
+            refused: list[BaseException] = []  # alive by its own traceback
             try:
+                with entered(self):
+                    iterator = iter(source)
+                    if iterator is not source:
+                        self._to_close.append(iterator)
+                    advance: Callable[[], Any] = iterator.__next__
+                    throw = getattr(iterator, "throw", None)
+            except BaseException as error:
+                failed.append(error)
+            if failed:
+                yield from self._fail(failed)
+                return
+            encode, ended = self._format.encode, self._ended
+            connection, reference = self._connection, self.reference
+            monotonic, running, runner = time.monotonic, current.get, runner_function()
+            looked = 0.0
+            while True:
+                # What entered(self) does, for the path of every event: the scope
+                # stays ours after the step, unless another running stream's was.
+                outer = running()
+                if outer is reference:
+                    outer = None
+                else:
+                    scope = outer() if outer is not None else None
+                    if scope is None or not scope.is_running:
+                        outer = None
+                    current.set(reference)
+                self.runner = runner()  # a copied context may have moved us
+                self.is_running = True
+                try:
+                    if ended:
+                        break
+                    item = throw(refused.pop()) if refused and throw else advance()
+                except StopIteration:
+                    self._end("finished")
+                    break
+                except BaseException as error:
+                    # before_wait raises it once it has set the end; else it is the
+                    # source's own.
+                    if isinstance(error, ClientDisconnected) and (
+                        ended or not self.connected
+                    ):
+                        self._end("disconnected")
+                        break
+                    failed.append(error)
+                finally:
+                    self.is_running = False
+                    if outer is not None:
+                        current.set(outer)
                 if ended:
                     break
-                if refused is None:
-                    item = advance()
-                else:
-                    assert throw is not None
-                    problem, refused = refused, None
-                    item = throw(problem)
-            except StopIteration:
-                self._end("finished")
-                break
-            except ClientDisconnected:
-                self._end("disconnected")
-                break
-            except BaseException as error:
-                if is_greenlet_exit(error):
-                    self._end("shutdown")
-                    break
-                failure = error
-            finally:
-                self.is_running = False
-                if outer is not None:
-                    current.set(outer)
-            if ended:
-                break
-            chunk = None
-            if failure is None:
-                try:
-                    chunk = encode(item)
-                except BaseException as error:
-                    if throw is None:
-                        failure = error
-                    else:
-                        refused = error  # the user's line is in its traceback then
-            if failure is not None:
-                yield from self._fail(failure)
-                return
-            if connection is not None and monotonic() - looked >= LOOK_EVERY:
-                looked = monotonic()
-                if connection.is_hung_up():
-                    self._end("disconnected")
-                    break
-            if chunk is not None:
-                self._tail = chunk if len(chunk) > 3 else (self._tail + chunk)[-4:]
-                yield chunk
-        self._close_source()
-        if self.reason == "finished":
-            block = self._end_block()
-            if block:
-                yield block
-        elif self.reason == "disconnected":
-            self._raise(connection.gone() if connection else None)
+                chunk = None
+                if not failed:
+                    try:
+                        chunk = encode(item)
+                    except BaseException as error:
+                        # Thrown at the yield, the user's line is in its traceback.
+                        (failed if throw is None else refused).append(error)
+                if failed:
+                    yield from self._fail(failed)
+                    return
+                if connection is not None and monotonic() - looked >= LOOK_EVERY:
+                    looked = monotonic()
+                    if connection.is_hung_up():
+                        self._end("disconnected")
+                        break
+                if chunk is not None:
+                    self._tail = chunk if len(chunk) > 3 else (self._tail + chunk)[-4:]
+                    yield chunk
+            self._close_source()
+            if self.reason == "finished":
+                block = self._end_block()
+                if block:
+                    yield block
+        except GeneratorExit:
+            # Whoever wraps us by `yield from`, or just drops us, closes the stream.
+            self.close()
+            raise
 
     def _end_block(self) -> bytes:
         """Return the block after which a browser, coming back, gets 204."""
@@ -376,16 +399,31 @@ class Stream:
         # The blank line puts the id in force; there is no data, so no event.
         return f"id: {sse.END_ID}\n\n".encode()
 
-    def _fail(self, error: BaseException) -> Iterator[bytes]:
-        """Log a source's error, say a last word to the client, cut the response."""
-        self._end("error")
-        self._log_error("the source of %s failed", error)
-        self._close_source()
-        last = self._last_words(error)
+    def _fail(self, failed: list[BaseException]) -> Iterator[bytes]:
+        """Log a source's error, say a last word to the client, cut the response.
+
+        Args:
+            failed: The error, alone; it is taken out.
+        """
+        last = self._bury(failed.pop())
         if last:
             yield last
-        connection = self._connection
-        self._raise(connection.cut() if connection else None)
+        raised = self._connection.cut() if self._connection else None
+        if raised is not None:
+            raise raised
+
+    def _bury(self, error: BaseException) -> bytes:
+        """Log a source's error, close the source; return the last words."""
+        if is_greenlet_exit(error):
+            # gevent ends this greenlet, or the source ends itself in that way.
+            self._end("shutdown")
+            self._log(logging.WARNING, "the greenlet of %s was killed")
+            self._close_source()
+            return b""
+        self._end("error")
+        self._log(logging.ERROR, "the source of %s failed", error)
+        self._close_source()
+        return self._last_words(error)
 
     def _last_words(self, error: BaseException) -> bytes:
         if not self._format.is_whole(self._tail):
@@ -396,17 +434,12 @@ class Stream:
                 with entered(self):
                     words = self._format.encode(self._on_error(error)) or b""
             except BaseException as second:
-                self._log_error("on_error of %s failed", second)
+                self._log(logging.ERROR, "on_error of %s failed", second)
         if self._format.is_events and self._format.is_whole(words):
             # Jittered, or all the clients of a broken view return together.
             base = max(self._retry or 0, _ERROR_RETRY)
             words += Event(retry=round(base * random.uniform(1, 3))).encode()
         return words
-
-    @staticmethod
-    def _raise(error: BaseException | None) -> None:
-        if error is not None:
-            raise error
 
     def _end(self, reason: str) -> None:
         self._ended.setdefault("reason", reason)
@@ -419,25 +452,21 @@ class Stream:
                 closable = self._to_close.pop()
             except IndexError:  # another thread was faster
                 return
-            close = getattr(closable, "close", None)
-            if close is None:
-                continue
             with entered(self):
-                self._try_close(close)
-        if current.get() is self:
-            current.set(None)  # or this thread would keep us alive
+                self._try_close(closable)
 
-    def _try_close(self, close: Callable[[], object]) -> None:
+    def _try_close(self, closable: Any) -> None:
         for attempt in range(_CLOSE_TRIES):
             try:
-                close()
+                close = getattr(closable, "close", None)
+                if close is not None:
+                    close()
             except BaseException as error:
-                ignored = (
-                    isinstance(error, RuntimeError)
-                    and str(error) == "generator ignored GeneratorExit"
+                ignored = type(error) is RuntimeError and error.args == (
+                    "generator ignored GeneratorExit",
                 )
                 if not ignored or attempt == 0:
-                    self._log_error("closing the source of %s failed", error)
+                    self._log(logging.ERROR, "closing the source of %s failed", error)
                 if ignored:
                     continue  # it yielded while it was closed: drop that, go on
             return
@@ -451,10 +480,35 @@ class Stream:
             try:
                 callback()
             except BaseException as error:
-                self._log_error("a callback at the end of %s failed", error)
+                message = "a callback at the end of %s failed"
+                self._log(logging.ERROR, message, error)
 
-    def _log_error(self, message: str, error: BaseException) -> None:
-        log.error(message, self._label, exc_info=error)
+    def _log(
+        self, level: int, message: str, error: BaseException | None = None
+    ) -> None:
+        """Log a line; a handler that is broken does not break the stream."""
+        # Not the error itself: logging asks whether it is true, and one with a
+        # __len__ may say no.
+        info = (type(error), error, error.__traceback__) if error is not None else None
+        try:
+            log.log(level, message, self._label, exc_info=info)
+        except Exception as problem:
+            self._print(message, error, problem)
+
+    def _print(
+        self, message: str, error: BaseException | None, problem: Exception
+    ) -> None:
+        """Print what could not be logged, without asking the exceptions anything."""
+        if sys.stderr is None:
+            return
+        with suppress(OSError, ValueError):  # there is no third place to say it
+            if error is not None:
+                traceback.print_tb(error.__traceback__)
+            names = [type(e).__name__ for e in (error, problem) if e is not None]
+            print(
+                f"syncstream: {message % self._label} (not logged: {', '.join(names)})",
+                file=sys.stderr,
+            )
 
     @property
     def _label(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, Protocol, overload
 
 from .protocol.json import Dumps
+from .wsgi import SSEResponse
 
 __all__ = ["ViewDecorator", "decorator"]
 
@@ -66,8 +67,11 @@ def decorator(
         as a redirect, is left to the framework.
 
         Raises:
-            TypeError: The view is asynchronous, or not a function.
+            TypeError, ValueError: The view is asynchronous, or not a function; an
+                option is wrong.
         """
+        # Wrong options fail here, not in every request.
+        SSEResponse([], retry=retry, end=end, on_error=on_error, dumps=dumps)
         options = {"retry": retry, "end": end, "on_error": on_error, "dumps": dumps}
 
         def decorate(view: Callable[P, Any]) -> Callable[P, Any]:

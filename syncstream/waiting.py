@@ -12,7 +12,10 @@ after this module was imported.
 
 from __future__ import annotations
 
+import ctypes
 import select
+import socket
+import struct
 import sys
 import threading
 import time
@@ -26,8 +29,10 @@ __all__ = [
     "current",
     "current_scope",
     "entered",
+    "hang_up",
     "is_greenlet_exit",
     "is_hung_up",
+    "reset",
     "runner",
     "runner_function",
     "sleep",
@@ -39,18 +44,25 @@ class Scope(Protocol):
 
     Attributes:
         is_running: The stream is inside its source now.
+        reference: A weak reference to it.
         runner: The thread or greenlet that runs it.
     """
 
     is_running: bool
     runner: object
 
+    @property
+    def reference(self) -> Reference: ...
+
     def before_wait(self) -> None:
         """Raise `ClientDisconnected` if there is nobody left to wait for."""
 
 
-current: ContextVar[Scope | None] = ContextVar("syncstream_scope", default=None)
-"""The scope last entered here; it may be running no more. Read `current_scope`."""
+Reference = Callable[[], Any]
+
+current: ContextVar[Reference | None] = ContextVar("syncstream_scope", default=None)
+"""A weak reference to the scope last entered here; it may be running no more, or be
+gone. Read `current_scope`."""
 
 
 def runner() -> object:
@@ -70,7 +82,8 @@ def runner_function() -> Callable[[], object]:
 
 def current_scope() -> Scope | None:
     """Return the scope this thread or greenlet is in, ``None`` outside of any."""
-    scope = current.get()
+    reference = current.get()
+    scope: Scope | None = reference() if reference is not None else None
     if scope is None or not scope.is_running:
         return None
     # A thread's ident: greenlet has been imported since the scope was entered.
@@ -82,7 +95,7 @@ def current_scope() -> Scope | None:
 @contextmanager
 def entered(scope: Scope) -> Iterator[None]:
     """Run a block in a scope, in this thread or greenlet."""
-    token = current.set(scope)
+    token = current.set(scope.reference)
     was_running = scope.is_running
     scope.runner = runner()
     scope.is_running = True
@@ -110,8 +123,11 @@ def sleep(seconds: float) -> None:
 
     Raises:
         ClientDisconnected: In a stream's generator: the client has gone.
+        TypeError: ``seconds`` is not a number.
         ValueError: ``seconds`` is negative.
     """
+    if not isinstance(seconds, (int, float)):
+        raise TypeError(f"seconds must be a number, got {seconds!r}")
     if not seconds >= 0:
         raise ValueError(f"seconds must be 0 or more, got {seconds!r}")
     scope = current_scope()
@@ -152,3 +168,30 @@ def is_hung_up(fd: int) -> bool:
     poll = _native(select, "poll")()
     poll.register(fd, getattr(select, "POLLRDHUP", 0))
     return any(events for _, events in poll.poll(0))
+
+
+def hang_up(fd: int) -> None:
+    """Shut a socket down: what was sent still arrives, and nothing more is.
+
+    By its descriptor, because ``SSLSocket.shutdown`` would forget the encryption.
+    Writes then fail as if the peer had gone, reads show an end.
+    """
+    _libc().shutdown(fd, socket.SHUT_RDWR)
+
+
+def reset(fd: int) -> bool:
+    """Reset a TCP connection at once, and tell whether that could be done.
+
+    connect(2) to AF_UNSPEC does it, on Linux, without a descriptor of its own. (The
+    portable way, to close with SO_LINGER 0, is the server's to go, and servers shut
+    down before they close: that is an end in good order.)
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    address = struct.pack("H14x", socket.AF_UNSPEC)
+    done: int = _libc().connect(fd, address, len(address))
+    return done == 0
+
+
+def _libc() -> Any:
+    return ctypes.CDLL(None)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import socket
-import struct
+import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
@@ -22,9 +21,9 @@ from werkzeug.wrappers import Response
 
 from .protocol import ndjson, raw, sse
 from .protocol.json import Dumps
-from .servers import Server, SocketLike, server_of
+from .servers import Server, SocketLike, connection_reset, server_of
 from .stream import Format, Stream
-from .waiting import is_hung_up
+from .waiting import hang_up, is_hung_up, reset
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -56,6 +55,9 @@ _EVENT_TYPE = "text/event-stream"
 _NDJSON_TYPES = frozenset(
     f"application/{name}" for name in ("x-ndjson", "ndjson", "jsonl", "x-jsonlines")
 )
+
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_CONTROLS = re.compile(r"[\r\n\0]")
 
 HeaderSource = (
     Mapping[str, "str | int | None"] | Iterable[tuple[str, "str | int | None"]]
@@ -92,24 +94,36 @@ class Connection:
     """The request's connection, and what its server lets us do with it.
 
     Attributes:
-        stream: The stream that is written to it, once there is one.
+        stream: The stream that is written to it, ``None`` before and after.
     """
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         self.environ = environ
-        self.stream: Stream | None = None
+        # Weak references, here and in the environ: no cycle keeps either alive.
+        self._stream: weakref.ref[Stream] | None = None
 
     @classmethod
     def of(cls, environ: WSGIEnvironment) -> Connection:
         """Return the connection that the middleware has left, or a new one."""
-        connection = environ.get(CONNECTION)
+        reference = environ.get(CONNECTION)
+        connection = reference() if reference is not None else None
         return connection if isinstance(connection, cls) else cls(environ)
 
-    def take(self, stream: Stream, headers: Iterable[tuple[str, str]] = ()) -> None:
-        """Say which stream is written to it, under these response headers."""
-        self.stream = stream
+    @property
+    def stream(self) -> Stream | None:
+        stream = self._stream() if self._stream is not None else None
+        return None if stream is None or stream.reason is not None else stream
+
+    def take(
+        self,
+        stream: Stream,
+        headers: Iterable[tuple[str, str]] = (),
+        written: bytes = b"",
+    ) -> None:
+        """Say which stream is written to it, under which response headers."""
+        self._stream = weakref.ref(stream)
         encoded = any(name.lower() == "content-encoding" for name, _ in headers)
-        stream.connect(self, is_encoded=encoded)
+        stream.connect(self, is_encoded=encoded, written=written)
 
     @functools.cached_property
     def server(self) -> Server:
@@ -117,9 +131,11 @@ class Connection:
 
     @property
     def label(self) -> str:
+        # From outside: no escape sequence and no endless line gets into the log.
         environ = self.environ
-        path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-        return f"{environ.get('REQUEST_METHOD')} {path!a}"
+        method = ascii(environ.get("REQUEST_METHOD", ""))[1:-1]
+        path = ascii(environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", ""))
+        return f"{_short(method, 20)} {_short(path, 200)}"
 
     @functools.cached_property
     def last_event_id(self) -> str | None:
@@ -153,47 +169,37 @@ class Connection:
     def _fd(self) -> int | None:
         return None if self._socket is None else self._socket.fileno()
 
-    def gone(self) -> BaseException | None:
-        return self.server.gone()
-
     def cut(self) -> BaseException | None:
         """Let the client see that the response is not whole.
 
-        Where the end would be marked, leaving the mark out does it. Elsewhere
-        (HTTP/1.0, uWSGI) only a reset can.
+        Where the end would be marked, the mark must not come: the connection is
+        shut down, after what was sent. Elsewhere (HTTP/1.0, uWSGI) only a reset
+        can tell.
         """
-        if not self.server.marks_end(self.environ):
-            self._reset()
-        return self.server.gone()
+        fd, server = self._fd, self.server
+        if fd is None:
+            return connection_reset()
+        if fd >= 0:
+            if (
+                not server.marks_end(self.environ)
+                and not server.is_tls(self.environ)
+                and not reset(fd)
+            ):
+                log.warning("%s cannot be reset: the client sees an end", self.label)
+            hang_up(fd)
+        return server.raises()
 
-    def _reset(self) -> None:
-        """Reset the TCP connection, where the server lets us have it.
 
-        The server would shut it down before it closes it, which ends it in good
-        order. So the descriptor is given another, dead socket, and the kernel
-        resets the one that loses its last owner while SO_LINGER is 0.
-        """
-        fd = self._fd
-        if fd is None or fd < 0 or self.server.is_tls(self.environ):
-            log.debug("%s: cannot be reset, the client sees an end", self.label)
-            return
-        try:
-            ours, theirs = socket.socketpair()
-            with ours, theirs, socket.socket(fileno=os.dup(fd)) as client:
-                client.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-                )
-                theirs.shutdown(socket.SHUT_RDWR)
-                os.dup2(ours.fileno(), fd, inheritable=False)
-        except OSError as error:
-            log.warning(
-                "%s: could not be reset, the client sees an end: %s", self.label, error
-            )
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+BODILESS = frozenset((204, 205, 304))
 
 
 def has_body(connection: Connection, status: int) -> bool:
     """Tell whether a response has a body (RFC 9110 §6.4.1)."""
-    return not (connection.is_head or status < 200 or status in (204, 205, 304))
+    return not (connection.is_head or status < 200 or status in BODILESS)
 
 
 def merge_headers(
@@ -208,11 +214,27 @@ def merge_headers(
     if given is not None:
         # Werkzeug's Headers are a multidict: items() repeats a name.
         items = given.items() if hasattr(given, "items") else given
-        pairs = [(str(name), value) for name, value in items]
+        pairs = [_checked_header(item) for item in items]
     names = {name.lower() for name, _ in pairs}
     merged = [(n, v) for n, v in defaults.items() if n.lower() not in names]
     merged += [(name, str(value)) for name, value in pairs if value is not None]
     return without_hop_by_hop(merged)
+
+
+def _checked_header(item: Any) -> tuple[str, str | int | None]:
+    """Return a header that can be sent (RFC 9110 §5), or say why it cannot."""
+    if not isinstance(item, tuple) or len(item) != 2:
+        raise TypeError(
+            f"headers must be a mapping or pairs of name and value, got {item!r}"
+        )
+    name, value = item
+    if not isinstance(name, str) or not _TOKEN.fullmatch(name):
+        raise ValueError(f"headers must have tokens for names, got {name!r}")
+    if value is not None and not isinstance(value, (str, int)):
+        raise TypeError(f"headers must have str, int or None for values, got {item!r}")
+    if isinstance(value, str) and _CONTROLS.search(value):
+        raise ValueError(f"headers must not contain CR, LF or NUL, got {item!r}")
+    return name, value
 
 
 def without_hop_by_hop(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -247,7 +269,13 @@ class _Streaming(Response):
     ) -> None:
         self._stream = stream
         merged = merge_headers(defaults, headers)
+        if not isinstance(status, (int, str)) or isinstance(status, bool):
+            raise TypeError(f"status must be int or str, got {status!r}")
         super().__init__(response=stream, status=status, headers=Headers(merged))
+        if not 200 <= self.status_code <= 599 or _CONTROLS.search(self.status):
+            raise ValueError(
+                f"status must be one of HTTP's, 200 to 599, got {status!r}"
+            )
         if "content-type" not in {name.lower() for name, _ in merged}:
             del self.headers["Content-Type"]  # Werkzeug's default, not ours
 
@@ -295,9 +323,10 @@ class _Streaming(Response):
         app_iter, status, headers = super().get_wsgi_response(environ)
         if not has_body(connection, self.status_code):
             self._stream.close()
-        elif self.response is self._stream:
+        elif not self.is_sequence:  # a hook may have set plain data instead
             connection.take(self._stream, headers)
-            app_iter = self._stream
+            if self.response is self._stream:
+                app_iter = self._stream
         return app_iter, status, headers
 
 
@@ -413,6 +442,8 @@ class StreamResponse(_Streaming):
         *,
         content_type: str = "text/plain; charset=utf-8",
     ) -> None:
+        if not isinstance(content_type, str):
+            raise TypeError(f"content_type must be str, got {content_type!r}")
         defaults = {"Content-Type": content_type, **_LIVE}
         stream = Stream(source, Format(raw.encode, lambda tail: False))
         super().__init__(stream, defaults, status, headers)
@@ -426,7 +457,9 @@ class StreamMiddleware:
     error handling of `SSEResponse`; its generator may use `current_stream` and
     `sleep`. Its chunks are passed through as they are, and it may end as it always
     did (clients reconnect). Responses with a Content-Length, ``wsgi.file_wrapper``
-    ones, and all others are left alone.
+    ones, and all others are left alone. (An application that calls start_response in
+    its first step is known to be a stream after that step only: in it,
+    `current_stream` is None.)
 
     Args:
         app: The WSGI application. Flask: ``app.wsgi_app =
@@ -444,7 +477,8 @@ class StreamMiddleware:
     ) -> Iterable[bytes]:
         if CONNECTION in environ:  # installed twice
             return self.app(environ, start_response)
-        connection = environ[CONNECTION] = Connection(environ)
+        connection = Connection(environ)
+        environ[CONNECTION] = weakref.ref(connection)
         head = _Head(connection, start_response)
         app_iter = self.app(environ, head.start_response)
         if connection.stream is not None or _is_file(environ, app_iter):
@@ -466,8 +500,8 @@ class _Head:
         self.connection = connection
         self.is_started = False
         self.is_late = False  # the application has been called, and has returned
-        self.is_opened = False
         self.format: Format | None = None
+        self.written = b""  # by the application or us, before there is a stream
         self._start_response = start_response
         self._status = 0
         self._headers: list[tuple[str, str]] = []
@@ -486,7 +520,12 @@ class _Head:
         write = self._call(status, headers, exc_info)
         if self.is_late and self.format.is_events and self.has_body:
             self._open(write)
-        return write
+
+        def noted(data: bytes) -> object:
+            self.written = (self.written + data)[-4:]
+            return write(data)
+
+        return noted
 
     def _call(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any
@@ -504,9 +543,9 @@ class _Head:
         """
         module = getattr(write, "__module__", None)
         if module and module == self.connection.server.write_module:
-            self.is_opened = True
+            self.written = sse.Event(comment="ok").encode()
             try:
-                write(sse.Event(comment="ok").encode())
+                write(self.written)
             except OSError as error:
                 # The client has left: the stream will find that out for itself.
                 log.debug("%s: %s", self.connection.label, error)
@@ -522,9 +561,7 @@ class _Head:
         if not self.has_body:
             stream.close()
             return ()
-        self.connection.take(stream, self._headers)
-        if self.is_opened:
-            stream.connect(self.connection, is_opened=True)
+        self.connection.take(stream, self._headers, self.written)
         return stream
 
 

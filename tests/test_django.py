@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from django.core.handlers.asgi import ASGIHandler
+from django.core.signals import request_finished, request_started
 from django.test import Client, RequestFactory
 
 from apps import django_app
@@ -84,3 +85,26 @@ def test_asynchronous_iteration_is_a_clear_error():
     with pytest.raises(RuntimeError, match="under WSGI"):
         aiter(response)
     response.close()
+
+
+def test_what_a_middleware_changes_is_heeded():
+    """A status without a body stops the source; hop-by-hop headers stay inside."""
+    source = iter(["a"])
+    response = SSEResponse(source, headers=[("Link", "<a>"), ("Link", "<b>")])
+    response["Connection"] = "keep-alive"
+    response.status_code = 204
+    assert b"".join(response) == b""
+    assert list(source) == ["a"]
+    headers = dict(response.items())
+    assert headers["Link"] == "<a>, <b>"
+    assert "Connection" not in headers
+
+
+def test_a_view_may_use_the_test_client(client):
+    """The request within does not take the outer one's place."""
+    environ = {"REQUEST_METHOD": "HEAD"}
+    request_started.send(sender=None, environ=environ)
+    assert client.get("/health").content == b"ok"
+    response = SSEResponse(["a"])
+    assert b"".join(response) == b""
+    request_finished.send(sender=None)

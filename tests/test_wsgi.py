@@ -426,6 +426,87 @@ def test_the_middleware_twice_is_once():
     assert get(app).data == b": ok\n\ndata: a\n\n"
 
 
+def test_the_middleware_knows_what_was_written():
+    """After an application's own write() no comment falls into its event."""
+    sent = []
+
+    def app(environ, start_response):
+        write = start_response("200 OK", [("Content-Type", "text/event-stream")])
+        write(b"data: a\n")
+        return [b"data: b\n\n"]
+
+    def start_response(status, headers, exc_info=None):
+        return sent.append
+
+    body = StreamMiddleware(app)(create_environ(), start_response)
+    assert b"".join(sent) + b"".join(body) == b"data: a\ndata: b\n\n"
+
+
+def test_a_sub_request_does_not_use_up_the_middleware():
+    """An application that runs another one for its own use is wrapped still."""
+
+    def app(environ, start_response):
+        body, _, _ = run_wsgi_app(SSEResponse(["inner"]), environ)
+        inner = b"".join(body)
+        body.close()
+        assert inner == b": ok\n\ndata: inner\n\n"
+        start_response("200 OK", [("Content-Type", "text/event-stream")])
+        return [inner]
+
+    answer = get(StreamMiddleware(app))
+    assert answer.data == b": ok\n\n: ok\n\ndata: inner\n\n"
+    assert answer.headers["X-Accel-Buffering"] == "no"
+
+
+def test_a_wrapped_body_is_still_connected(caplog):
+    """A hook that wraps the body changes nothing about the life of the stream."""
+
+    def source():
+        yield "a"
+        raise RuntimeError("broken")
+
+    response = SSEResponse(source())
+    response.response = (chunk for chunk in response.response)
+    body, _, _ = run_wsgi_app(StreamMiddleware(response), create_environ("/events"))
+    with pytest.raises(ConnectionResetError):
+        list(body)
+    body.close()
+    assert "the source of GET '/events' failed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"dumps": 5}, "dumps must be callable, got 5"),
+        ({"status": 2.5}, "status must be int or str"),
+        ({"status": True}, "status must be int or str"),
+        ({"status": "abc"}, "status must be one of HTTP's"),
+        ({"status": 99999}, "status must be one of HTTP's"),
+        ({"status": 101}, "status must be one of HTTP's"),
+        ({"status": "200 OK\r\nX: y"}, "status must be one of HTTP's"),
+        ({"headers": "abc"}, "headers must be a mapping or pairs"),
+        ({"headers": {"X\r\nY": "a"}}, "headers must have tokens for names"),
+        ({"headers": {"X": "a\r\nY: b"}}, "headers must not contain CR"),
+        ({"headers": {"X": b"a"}}, "headers must have str, int or None"),
+        ({"headers": {5: "a"}}, "headers must have tokens for names"),
+    ],
+)
+def test_bad_arguments_are_refused(options, error):
+    """With a message that names the argument."""
+    with pytest.raises((TypeError, ValueError), match=error):
+        NDJSONResponse([], **options)
+
+
+def test_bad_options_of_sse_are_refused_where_it_decorates():
+    """Not in every request."""
+    with pytest.raises(ValueError, match="end must be"):
+        sse(end="never")
+    with pytest.raises(TypeError, match="content_type must be str"):
+        StreamResponse([], content_type=None)
+    with pytest.raises(TypeError, match="callback must be callable"):
+        SSEResponse([]).call_on_close(5)
+
+
 def test_the_middleware_closes_once():
     """The application's iterable is closed exactly once, lazy or not."""
     for content_type in ("text/event-stream", "text/html"):

@@ -24,7 +24,7 @@ try:
 except ImportError:
     orjson = None  # type: ignore[assignment]
 
-__all__ = ["Dumps", "default_dumps"]
+__all__ = ["Dumps", "default_dumps", "dumps_or_default"]
 
 Dumps = Callable[[Any], "str | bytes"]
 """A JSON encoder: one value in, its text out."""
@@ -83,3 +83,14 @@ def _dumps_orjson(value: Any) -> bytes:
 
 
 default_dumps: Dumps = _dumps_standard if orjson is None else _dumps_orjson
+
+
+def dumps_or_default(dumps: Dumps | None) -> Dumps:
+    """Return the encoder to use.
+
+    Raises:
+        TypeError: ``dumps`` cannot be called.
+    """
+    if dumps is not None and not callable(dumps):
+        raise TypeError(f"dumps must be callable, got {dumps!r}")
+    return dumps or default_dumps

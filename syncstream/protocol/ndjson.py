@@ -10,7 +10,7 @@ from json import loads
 from typing import Any
 
 from ..errors import RemoteProtocolError
-from .json import Dumps, default_dumps
+from .json import Dumps, dumps_or_default
 from .sse import Event
 
 __all__ = ["Decoder", "encoder"]
@@ -25,7 +25,7 @@ def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
     The function raises ``TypeError`` or ``ValueError`` for what cannot be encoded,
     also for a ``dumps`` that writes a value over several lines.
     """
-    json = dumps or default_dumps
+    json = dumps_or_default(dumps)
 
     def encode(item: Any) -> bytes | None:
         if item is None:

@@ -13,13 +13,14 @@ from json import loads
 from typing import Any
 
 from ..errors import RemoteProtocolError
-from .json import Dumps, default_dumps
+from .json import Dumps, default_dumps, dumps_or_default
 
 __all__ = ["END_ID", "Decoder", "Event", "encoder", "ends_blank"]
 
 END_ID = "syncstream-end"
 """The last event id that tells a browser, when it comes back, to stay away."""
 
+_RETRY_DIGITS = 15  # 31,000 years will do; the decoder takes more for that much
 _FIELDS = frozenset(("data", "event", "id", "retry", "comment"))
 
 
@@ -143,6 +144,8 @@ class Event:
             retry = int.__index__(retry)  # the number, not what a subclass prints
             if retry < 0:
                 raise ValueError(f"retry must be 0 or more, got {retry!r}")
+            if retry >= 10**_RETRY_DIGITS:
+                raise ValueError(f"retry must have at most {_RETRY_DIGITS} digits")
         if comment is not None:
             comment = _text("comment", comment)
         _set_data(self, data)
@@ -244,7 +247,7 @@ def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
 
     The function raises ``TypeError`` or ``ValueError`` for what cannot be encoded.
     """
-    json = dumps or default_dumps
+    json = dumps_or_default(dumps)
 
     def encode(item: Any) -> bytes | None:
         if type(item) is str:
@@ -294,7 +297,6 @@ def ends_blank(tail: bytes) -> bool:
 
 
 _BOM = b"\xef\xbb\xbf"
-_RETRY_DIGITS = 15  # beyond that the number is cut off: 31,000 years will do
 
 
 class Decoder:

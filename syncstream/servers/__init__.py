@@ -8,9 +8,9 @@ uWSGI 2.0.30. A server that is not listed works too, without a look at its socke
 from __future__ import annotations
 
 from . import cheroot, gunicorn, pywsgi, uwsgi, waitress, werkzeug
-from .contract import Environ, Server, SocketLike
+from .contract import Environ, Server, SocketLike, connection_reset
 
-__all__ = ["Server", "SocketLike", "server_of"]
+__all__ = ["Server", "SocketLike", "connection_reset", "server_of"]
 
 SERVERS = (
     gunicorn.SERVER,
@@ -20,7 +20,7 @@ SERVERS = (
     pywsgi.SERVER,
     cheroot.SERVER,
 )
-OTHER = Server("another server", runs=lambda environ: True)
+OTHER = Server("another server", runs=lambda environ: True, raises=connection_reset)
 
 
 def server_of(environ: Environ) -> Server:

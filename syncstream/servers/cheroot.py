@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .contract import Environ, Server, SocketLike, has_cipher
+from .contract import Environ, Server, SocketLike, connection_reset, has_cipher
 
 __all__ = ["SERVER"]
 
@@ -19,6 +19,8 @@ SERVER = Server(
     "cheroot",
     runs=lambda environ: "Cheroot" in environ.get("SERVER_SOFTWARE", ""),
     socket=_socket,
+    # What it cannot write it keeps, and Python 3.13 complains of that later.
+    raises=connection_reset,
     is_tls=lambda environ: has_cipher(_socket(environ)),
     write_module="cheroot.wsgi",
 )

@@ -20,7 +20,7 @@ class SocketLike(Protocol):
         """Return the descriptor, -1 once it is closed."""
 
 
-def connection_reset() -> BaseException | None:
+def connection_reset() -> BaseException:
     """Return the exception that most servers take quietly for a client's leaving.
 
     With its errno: without it gunicorn and pywsgi log a traceback.
@@ -41,8 +41,10 @@ class Server:
         name: For the log and the tests.
         runs: Tells from an environ whether this server made it.
         socket: The client's socket, ``None`` where it cannot be had.
-        gone: Makes what to raise from ``next()`` when the client has gone, or the
-            response has to be cut; ``None``: end the iteration instead.
+        raises: What a cut raises from ``next()``, after the socket has been shut
+            down. ``None``, the rule: the iteration just ends, and what the server
+            still writes fails as if the client had gone. Nothing can swallow or
+            log that on its way, as Werkzeug's debugger does with exceptions.
         marks_end: Tells whether the server marks the end of a response without
             Content-Length (chunked), so that a missing mark shows a truncation.
         is_tls: Tells whether the server itself speaks TLS to the client.
@@ -53,7 +55,7 @@ class Server:
     name: str
     runs: Callable[[Environ], bool]
     socket: Callable[[Environ], SocketLike | None] = lambda environ: None
-    gone: Callable[[], BaseException | None] = connection_reset
+    raises: Callable[[], BaseException | None] = lambda: None
     marks_end: Callable[[Environ], bool] = speaks_http_1_1
     is_tls: Callable[[Environ], bool] = lambda environ: (
         environ.get("wsgi.url_scheme") == "https"

@@ -30,8 +30,7 @@ SERVER = Server(
     "uwsgi",
     runs=lambda environ: "uwsgi.version" in environ,
     socket=_socket,
-    # It logs a traceback for any exception, so just end; and it never chunks.
-    gone=lambda: None,
+    # It never chunks.
     marks_end=lambda environ: False,
     is_tls=lambda environ: environ.get("HTTPS") == "on",
 )

@@ -14,19 +14,10 @@ def _socket(environ: Environ) -> SocketLike | None:
     return socket
 
 
-def _gone() -> BaseException:
-    # Any other exception is logged with its traceback.
-    from waitress.channel import ClientDisconnected
-
-    error: BaseException = ClientDisconnected()
-    return error
-
-
 SERVER = Server(
     "waitress",
     runs=lambda environ: "waitress.client_disconnected" in environ,
     socket=_socket,
-    gone=_gone,
     is_tls=lambda environ: False,
     write_module="waitress.task",
 )
