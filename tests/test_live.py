@@ -229,6 +229,33 @@ def test_an_error_truncates(server, key, path, error, version, record_property):
     assert log.count(f"the source of GET '{path}' failed") == log.count(f"'{path}'")
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_an_error_before_the_first_chunk(server, key, version):
+    """Where nothing has been sent, the connection ends without a whole response."""
+    with server.get(f"/ndjson/broken?key={key}", version=version) as client:
+        try:
+            body = client.rest()
+        except (EOFError, ConnectionResetError):
+            pass
+        else:
+            assert body == b""
+            assert not client.is_whole
+    assert server.control.next(f"{key}-ended") == ["RuntimeError", True]
+
+
+@pytest.mark.parametrize("kind", ["werkzeug", "gunicorn-gthread", "gunicorn-gevent"])
+def test_a_debugger_above_swallows_no_cut(kind, key):
+    """Werkzeug's debugger, of `flask run --debug`, has nothing to catch or log."""
+    with LiveServer(kind, "apps.bare:debugged") as server:
+        body = assert_cut(server, "/error/raise-RuntimeError", key, "1.1")
+        assert body.startswith(b': ok\n\ndata: 0\n\ndata: {"error":"MARK"}\n\nretry')
+        with server.get(f"/sse/ticking?key={key}") as client:
+            client.block(), client.block()
+        assert server.control.next(f"{key}-ended") == ["RuntimeError", True]
+        assert server.control.next(f"{key}-ended") == ["GeneratorExit", True]
+        assert server.tracebacks() == 1
+
+
 def test_an_error_truncates_handwritten_streams(wrapped, key):
     """The middleware cuts a hand-written generator that fails."""
     body = assert_cut(wrapped, "/handwritten/raise-RuntimeError", key, "1.1")

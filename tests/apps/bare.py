@@ -2,6 +2,8 @@
 
 from urllib.parse import parse_qs
 
+from werkzeug.debug import DebuggedApplication
+
 from apps.sources import SOURCES, as_sse
 from syncstream import (
     NDJSONResponse,
@@ -49,3 +51,4 @@ def lazy(source, start_response):
 
 
 wrapped = StreamMiddleware(app)
+debugged = DebuggedApplication(app)

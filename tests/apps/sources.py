@@ -63,6 +63,13 @@ def silent(key):
     yield
 
 
+@noted
+def broken(key):
+    """Fail before the first item."""
+    raise RuntimeError("MARK")
+    yield
+
+
 def raising(error):
     @noted
     def source(key):
@@ -77,6 +84,7 @@ SOURCES = {
     "ticking": ticking,
     "three": three,
     "silent": silent,
+    "broken": broken,
     **{
         f"raise-{error.__name__}": raising(error("MARK"))
         for error in (GeneratorExit, SystemExit, KeyboardInterrupt, RuntimeError)
