@@ -12,7 +12,6 @@ import datetime
 import decimal
 import enum
 import json
-import random
 import re
 import types
 import uuid
@@ -22,6 +21,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from cuts import cut_at, cuts
 from syncstream.errors import RemoteProtocolError
 from syncstream.protocol.ndjson import Decoder, encoder
 from syncstream.protocol.sse import Event
@@ -224,28 +224,6 @@ def decode(chunks: list[bytes], **options: Any) -> Outcome:
     except RemoteProtocolError as error:
         return Outcome(values, str(error))
     return Outcome(values, None)
-
-
-def cut_at(wire: bytes, places: list[int]) -> list[bytes]:
-    """Cut wire at places (taken modulo its length; equal ones give empty chunks)."""
-    ends = sorted(place % (len(wire) + 1) for place in places)
-    starts = [0, *ends]
-    return [
-        wire[start:end] for start, end in zip(starts, [*ends, len(wire)], strict=True)
-    ]
-
-
-def cuts(wire: bytes, how: str) -> list[list[bytes]]:
-    """Return the ways to cut wire: one for "whole" and "bytes", many for "random"."""
-    if how == "whole":
-        return [[wire]]
-    if how == "bytes":
-        return [[wire[i : i + 1] for i in range(len(wire))]]
-    rng = random.Random(wire)
-    return [
-        cut_at(wire, [rng.randrange(len(wire) + 1) for _ in range(rng.randrange(1, 9))])
-        for _ in range(20)
-    ]
 
 
 def case(

@@ -119,6 +119,8 @@ REFUSED = [
     refused("id UUID", TypeError, "id must be str or int, got UUID",
             id=uuid.UUID(int=1)),
     refused("retry negative", ValueError, "retry must be 0 or more, got -1", retry=-1),
+    refused("retry endless", ValueError, "retry must have at most 15 digits",
+            retry=10**5000),
     refused("retry True", TypeError,
             "retry must be whole milliseconds as an int, got True", retry=True),
     refused("retry False", TypeError, "retry must be .* got False", retry=False),

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import RemoteProtocolError
 from .json import Dumps, dumps_or_default
+from .lines import LineBuffer
 from .sse import Event
 
 __all__ = ["Decoder", "encoder"]
@@ -63,8 +64,7 @@ class Decoder:
         if max_line is not None and max_line <= 0:
             raise ValueError(f"max_line must be positive or None, got {max_line!r}")
         self._max_line = max_line
-        self._partial: list[bytes] = []
-        self._partial_size = 0
+        self._buffer = LineBuffer()
         self._error: RemoteProtocolError | None = None
         self._closed = False
 
@@ -83,22 +83,13 @@ class Decoder:
             raise ValueError("feed() after close()")
         if self._error is not None:
             raise self._error
-        lines = bytes(chunk).split(b"\n")
-        rest = lines.pop()
-        if lines and self._partial:
-            lines[0] = b"".join((*self._partial, lines[0]))
-            self._partial = []
-            self._partial_size = 0
-        if rest:
-            self._partial.append(rest)
-            self._partial_size += len(rest)
         values: list[Any] = []
         try:
-            for line in lines:
+            for line in self._buffer.split(bytes(chunk)):
                 self._check_size(len(line))
                 if line.strip():
                     values.append(self._value(line))
-            self._check_size(self._partial_size)
+            self._check_size(self._buffer.size)
         except RemoteProtocolError as error:
             self._error = error
             if not values:
@@ -116,8 +107,8 @@ class Decoder:
         self._closed = True
         if self._error is not None:
             raise self._error
-        rest = b"".join(self._partial).strip()
-        self._partial = []
+        rest = self._buffer.rest().strip()
+        self._buffer = LineBuffer()
         if not rest:
             return []
         if rest[-1:].isdigit():

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import RemoteProtocolError
 from .json import Dumps, default_dumps, dumps_or_default
+from .lines import LineBuffer
 
 __all__ = ["END_ID", "Decoder", "Event", "encoder", "ends_blank"]
 
@@ -330,8 +331,7 @@ class Decoder:
         self._max_event = max_event
         self._start = True  # no line seen yet: a byte order mark may come
         self._after_cr = False  # a LF that follows now belongs to that CR
-        self._partial: list[bytes] = []  # the line that has not ended
-        self._partial_size = 0
+        self._buffer = LineBuffer()
         self._data: list[bytes] = []
         self._data_size = 0
         self._event = b""
@@ -386,17 +386,9 @@ class Decoder:
         if b"\r" in chunk:
             self._after_cr = chunk.endswith(b"\r")
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        lines = chunk.split(b"\n")
-        rest = lines.pop()
-        if lines and self._partial:
-            lines[0] = b"".join((*self._partial, lines[0]))
-            self._partial = []
-            self._partial_size = 0
-        if rest:
-            self._partial.append(rest)
-            self._partial_size += len(rest)
-        if self._max_line is not None and self._partial_size > self._max_line:
-            lines.append(b"".join(self._partial))  # _take refuses it, in its turn
+        lines = self._buffer.split(chunk)
+        if self._max_line is not None and self._buffer.size > self._max_line:
+            lines.append(self._buffer.rest())  # _take refuses it, in its turn
         return lines
 
     def _take(self, line: bytes) -> Event | None:
