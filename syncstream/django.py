@@ -6,21 +6,27 @@ from Django's ``request_started`` signal, in the thread or greenlet that handles
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+from django.conf import settings
 from django.core.signals import request_finished, request_started
+from django.db import connections
 from django.http import StreamingHttpResponse
 
 from . import wsgi
+from .process import process
 from .protocol.json import Dumps
 from .views import decorator
 
 __all__ = ["NDJSONResponse", "SSEResponse", "StreamResponse", "sse"]
 
 Environ = dict[str, Any] | None
+
+log = logging.getLogger(__name__)
 
 # The environ of the request that runs here, and of the one around it: a view may use
 # Django's test client.
@@ -35,6 +41,19 @@ _thread = threading.local()
 def _started(sender: object, environ: Environ = None, **kwargs: Any) -> None:
     _environ.set((environ, _environ.get()[0]))
     _thread.is_asgi = environ is None
+    if environ is not None:
+        environ[wsgi.BEFORE_WAIT] = [_give_connections_back]
+
+
+def _give_connections_back() -> None:
+    """Close this thread's database connections, or return them to their pool.
+
+    Django does so between requests, and a stream is one long request. One inside of
+    ``atomic()`` stays: its work is not done.
+    """
+    for connection in connections.all(initialized_only=True):
+        if connection.connection is not None and not connection.in_atomic_block:
+            connection.close()
 
 
 def _finished(sender: object, **kwargs: Any) -> None:
@@ -66,6 +85,7 @@ class _Streaming(StreamingHttpResponse):
         )
         code, _, reason = status.partition(" ")
         super().__init__(body, status=int(code), reason=reason)
+        _warn_of_gzip()
         del self.headers["Content-Type"]  # Django's default
         for name, value in headers:
             if name.lower() == "set-cookie":
@@ -92,6 +112,16 @@ class _Streaming(StreamingHttpResponse):
         raise RuntimeError(_ASGI)
 
 
+def _warn_of_gzip() -> None:
+    if any(name.endswith(".GZipMiddleware") for name in settings.MIDDLEWARE):
+        process().warn_once(
+            log,
+            "Django's GZipMiddleware holds back what streams send: take it out of"
+            " MIDDLEWARE, and let the proxy compress, or decorate the other views"
+            " with gzip_page",
+        )
+
+
 class SSEResponse(_Streaming):
     """`syncstream.SSEResponse` for Django views; the same arguments."""
 
@@ -101,7 +131,10 @@ class SSEResponse(_Streaming):
         status: int = 200,
         headers: wsgi.HeaderSource | None = None,
         *,
+        keepalive: float | None = 15.0,
         retry: int | None = None,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
         end: str = "stop",
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
@@ -110,7 +143,10 @@ class SSEResponse(_Streaming):
             source,
             status,
             headers,
+            keepalive=keepalive,
             retry=retry,
+            send_timeout=send_timeout,
+            max_duration=max_duration,
             end=end,
             on_error=on_error,
             dumps=dumps,
@@ -127,11 +163,19 @@ class NDJSONResponse(_Streaming):
         status: int = 200,
         headers: wsgi.HeaderSource | None = None,
         *,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:
         response = wsgi.NDJSONResponse(
-            source, status, headers, on_error=on_error, dumps=dumps
+            source,
+            status,
+            headers,
+            send_timeout=send_timeout,
+            max_duration=max_duration,
+            on_error=on_error,
+            dumps=dumps,
         )
         super().__init__(response)
 
@@ -145,10 +189,17 @@ class StreamResponse(_Streaming):
         status: int = 200,
         headers: wsgi.HeaderSource | None = None,
         *,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
         content_type: str = "text/plain; charset=utf-8",
     ) -> None:
         response = wsgi.StreamResponse(
-            source, status, headers, content_type=content_type
+            source,
+            status,
+            headers,
+            send_timeout=send_timeout,
+            max_duration=max_duration,
+            content_type=content_type,
         )
         super().__init__(response)
 

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import random
 import sys
+import threading
 import time
 import traceback
 import weakref
@@ -27,31 +29,53 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from .errors import ClientDisconnected
+from .process import Process, Stopping, process
 from .protocol import sse
 from .protocol.sse import Event
+from .sockets import (
+    acknowledged,
+    give_up_after,
+    hang_up,
+    has_timed_out,
+    is_socket,
+)
 from .waiting import (
+    Parked,
     current,
     current_scope,
     entered,
+    hub,
     is_greenlet_exit,
+    make_lock,
     runner_function,
     sleep,
+    wait,
 )
+from .watch import Timer, Watch, watch
 
-__all__ = ["Connection", "Format", "Stream", "current_stream"]
+__all__ = ["Connection", "Format", "Life", "Stream", "current_stream"]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.1
-"""At most every so many seconds a busy stream looks for a hang-up (1.5 µs a look);
-a stream that is busier than that learns it from the failing write anyway."""
+"""At most every so many seconds a busy stream looks for an end by itself (1.5 µs a
+look): a generator that never waits never lets a gevent hub, and its watch, run."""
+
+REASONS = frozenset(("closed", "finished", "kicked", "denied", "shutdown"))
+"""Why an application may stop a stream."""
 
 _OPENING = "ok"
+_KEEPALIVE = Event(comment="keepalive").encode()
 _ERROR_RETRY = 5000  # milliseconds; browsers' own 3 to 5 s would hammer a broken view
+_RETURN_RETRY = 1000  # milliseconds; after an end that is no error
 _CLOSE_TRIES = 10
+_GRACE = 1.5  # seconds that the kernel waits longer than we do, for a frozen client
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +94,36 @@ class Format:
     is_events: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Life:
+    """How long a stream waits, and lives: seconds, ``None`` for no limit.
+
+    Attributes:
+        keepalive: After so much silence a comment is sent.
+        send_timeout: A client that takes nothing for so long is dropped.
+        max_duration: The stream ends after that, and the client comes back.
+
+    Raises:
+        TypeError, ValueError: A duration is no number, or not above 0.
+    """
+
+    keepalive: float | None = 15.0
+    send_timeout: float | None = 30.0
+    max_duration: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("keepalive", "send_timeout", "max_duration"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise TypeError(f"{name} must be seconds or None, got {value!r}")
+            if not 0 < value < math.inf:
+                raise ValueError(
+                    f"{name} must be above 0 seconds, or None, got {value!r}"
+                )
+
+
 class Connection(Protocol):
     """What a stream needs to know of the connection that it is written to."""
 
@@ -85,8 +139,27 @@ class Connection(Protocol):
     def is_event_source(self) -> bool:
         """The client asks as a browser's EventSource does, and obeys an end id."""
 
+    @property
+    def fd(self) -> int | None:
+        """The socket's descriptor, ``None`` where the server hides it."""
+
+    @property
+    def write(self) -> Callable[[bytes], object] | None:
+        """The server's own ``write``, if others than its thread may write by it, and
+        what they write reaches the client as it is."""
+
+    @property
+    def stopping(self) -> Stopping | None:
+        """Tells whether the server has been told to stop; ``None`` if unknown."""
+
+    def before_wait(self) -> None:
+        """Give back what the application should not hold while the stream waits."""
+
     def is_hung_up(self) -> bool:
         """Tell at once whether the client has gone; ``False`` where unknown."""
+
+    def is_full(self) -> bool:
+        """Tell at once whether the server or the kernel has bytes it cannot send."""
 
     def cut(self) -> BaseException | None:
         """Make truncation visible; return what to raise, ``None`` to just end."""
@@ -133,7 +206,8 @@ class Stream:
 
     Attributes:
         reason: ``None`` while the stream lives, then why it ended: "finished",
-            "disconnected", "error", "closed" or "shutdown".
+            "disconnected", "send_timeout", "max_duration", "shutdown", "error",
+            "closed", "kicked", "denied" or "refused".
     """
 
     def __init__(
@@ -141,6 +215,7 @@ class Stream:
         source: Iterable[Any],
         format: Format,
         *,
+        life: Life | None = None,
         retry: int | None = None,
         end: str = "reconnect",
         on_error: Callable[[Exception], Any] | None = None,
@@ -150,9 +225,11 @@ class Stream:
             raise ValueError(f"end must be 'stop' or 'reconnect', got {end!r}")
         if on_error is not None and not callable(on_error):
             raise TypeError(f"on_error must be callable, got {on_error!r}")
-        self.runner: object = None  # see waiting.py
+        self.runner: Any = None  # see waiting.py
         self.reference: Callable[[], Any] = weakref.ref(self)
+        self.parked: Parked | None = None
         self._format = format
+        self._life = life or Life()
         self._end_mode = end
         self._retry = retry
         self._on_error = on_error
@@ -162,12 +239,29 @@ class Stream:
         self._connection: Connection | None = None
         self._source: Iterable[Any] | None = source
         self._to_close: list[Any] = [source]  # popped by whoever closes it
-        self._ended: dict[str, str] = {}  # setdefault: the first reason wins
+        # What can happen but once, by the token of who was first.
+        self._once: dict[str, tuple[str]] = {}
         self._callbacks: deque[Callable[[], object]] = deque()
+        self._links: deque[Any] = deque()
         self.is_running = False  # inside the source; see waiting.py
         self._closing = False
         self._is_closed = False
         self._tail = b""
+        self._events = self._bytes = 0
+        # The watch's side.
+        self._process: Process | None = None
+        self._watch: Watch | None = None
+        self._timer: Timer | None = None
+        self._hung_up: Callable[[], object] | None = None
+        self._fd = -1
+        self._kernel_timeout: float | None = None  # what held before ours
+        self._in_hub = False
+        self._began = self._moved = 0.0  # `time.monotonic`; at the last chunk
+        self._deadline = math.inf
+        self._write_lock: Any = None
+        self._is_writing = False  # the watch is, under that lock
+        self._full_since = 0.0  # the client takes nothing; 0: it does
+        self._acknowledged: int | None = None
         # Weak, for its frame refers to us: who drops both ends the stream.
         self._body: weakref.ref[Iterator[bytes]] | None = None
         self._pulled: Iterator[bytes] | None = None  # by __next__
@@ -193,7 +287,7 @@ class Stream:
         Raises:
             RuntimeError: It goes to another connection already, or has ended.
         """
-        if self._connection not in (None, connection) or self._ended:
+        if self._connection not in (None, connection) or self.reason:
             raise RuntimeError(
                 "a stream answers one request: make a new response for each"
             )
@@ -227,25 +321,52 @@ class Stream:
         Called while the source is running, be it from another thread, this leaves
         the closing to the thread that runs it. Calling it again does nothing.
         """
-        if not self._ended:
+        if not self._once:
             gone = self._connection is not None and self._connection.is_hung_up()
             self._end("disconnected" if gone else "closed")
-        # The other side sets is_running before it reads _ended: one of the two sees
-        # the other, and whoever pops the source closes it.
+        # The other side sets is_running before it looks for an end: one of the two
+        # sees the other, and whoever pops the source closes it.
         if self.is_running or self._is_closed:
             return
         self._close_source()
         self._is_closed = True
         self._source = self._pulled = None
+        self._unwatch()
         self._run_callbacks()
-        self._log(logging.DEBUG, f"%s ended: {self.reason}")
+        if self._is_first("counted", "yes"):
+            self._count()
+
+    def stop(self, reason: str = "closed") -> None:
+        """End the stream, from any thread or greenlet, in good order.
+
+        A wait in its generator ends at once; a generator that is busy with something
+        else is closed at its next yield. The client sees a whole response, and a
+        browser comes back, except after "finished" of a stream with ``end="stop"``.
+
+        Args:
+            reason: "closed", "finished", "kicked", "denied" or "shutdown".
+
+        Raises:
+            ValueError: It is none of these.
+        """
+        if reason not in REASONS:
+            raise ValueError(
+                f"reason must be one of {', '.join(sorted(REASONS))}, got {reason!r}"
+            )
+        self._over(reason)
+
+    def refuse(self) -> None:
+        """End it before it has begun: there is no place for it."""
+        self._end("refused")
+        self.close()
 
     # For the generator.
 
     @property
     def reason(self) -> str | None:
         """Why the stream has ended, one word; ``None`` while it lives."""
-        return self._ended.get("reason")
+        token = self._once.get("end")
+        return None if token is None else token[0]
 
     @property
     def connected(self) -> bool:
@@ -254,7 +375,7 @@ class Stream:
         ``True`` where the server hides its socket, ``False`` once the stream has
         been closed.
         """
-        if self._is_closed or self.reason == "disconnected":
+        if self._is_closed or self.reason in ("disconnected", "send_timeout"):
             return False
         return self._connection is None or not self._connection.is_hung_up()
 
@@ -273,6 +394,57 @@ class Stream:
         """Do as `syncstream.sleep`."""
         sleep(seconds)
 
+    def wait(self, waitable: Any, timeout: float | None = None) -> Any:
+        """Wait for a queue's next item, an event or a condition.
+
+        It does what the waitable's own ``get(timeout=timeout)`` or ``wait(timeout)``
+        does, and ends at once, as `sleep` does, when the stream ends. Nothing polls.
+
+        Args:
+            waitable: A ``queue.Queue`` or one of its kin, a ``threading.Event`` or
+                ``threading.Condition`` (held by the caller); under gevent also
+                gevent's own.
+            timeout: Seconds, ``None`` for no limit.
+
+        Returns:
+            A queue's item; else whether it came before the time was over.
+
+        Raises:
+            queue.Empty: The time is over, and the queue has nothing.
+            ClientDisconnected: The client has gone.
+            GeneratorExit: The stream ends for another reason.
+            TypeError: Nothing could wake such a wait (``queue.SimpleQueue`` in a
+                thread, for one).
+        """
+        return wait(waitable, timeout)
+
+    def link(self, closable: T) -> T:
+        """Close this when the stream ends, and at once when the client leaves.
+
+        For what a thread blocks on, and nothing else could wake: a response of
+        `requests`, a socket, a database connection or cursor. At an end that comes
+        while the generator runs, a socket is shut down, so that a read ends; what
+        has ``cancel()`` or ``interrupt()`` (database drivers) gets that; else it is
+        closed, from another thread. What that raises in the generator is not taken
+        for an error. (Under gevent the generator is interrupted anyway.)
+
+        Args:
+            closable: It has a ``close()``, which the generator's own thread calls
+                at the end of the stream.
+
+        Returns:
+            The same.
+
+        Raises:
+            TypeError: It has no ``close()``.
+        """
+        if not callable(getattr(closable, "close", None)):
+            raise TypeError(f"closable must have a close(), got {closable!r}")
+        self._links.append(closable)
+        if self.is_over():
+            self._interrupt()
+        return closable
+
     def on_close(self, callback: Callable[[], object]) -> None:
         """Call this once, without arguments, when the stream has ended.
 
@@ -288,27 +460,45 @@ class Stream:
         if self._is_closed:
             self._run_callbacks()
 
-    def before_wait(self) -> None:
-        """Raise `ClientDisconnected`, once, if the client is known to have gone."""
-        if not self._closing and not self.connected:
-            self._closing = True
+    # For the waits.
+
+    def is_over(self) -> bool:
+        """Tell whether it has ended, and its source has not been told yet."""
+        return bool(self._once) and not self._closing
+
+    def check(self) -> None:
+        """Raise the end of the stream, once, if it is known by now."""
+        if self._closing:
+            return
+        connection = self._connection
+        if not self._once and connection is not None and connection.is_hung_up():
             self._end("disconnected")
-            raise ClientDisconnected("the client has closed the connection")
+        if self._once:
+            self._closing = True
+            raise self._exit()
+
+    def before_wait(self) -> None:
+        """Give back what the application should not hold while the stream waits."""
+        if self._connection is not None:
+            self._connection.before_wait()
 
     # The life itself.
 
     def _chunks(self, source: Iterable[Any]) -> Iterator[bytes]:
         """Yield the response's chunks; the one place that runs the source."""
         try:
-            if self._opening is not None and not self._ended:
+            self._begin()
+            if self._opening is not None and not self._once:
                 self._tail = self._opening
+                self._bytes += len(self._opening)
                 yield self._opening
-            if self._ended:
+            if self._once:
                 return
             failed: list[BaseException] = []  # lists: a name here would keep an error
             refused: list[BaseException] = []  # alive by its own traceback
             try:
                 with entered(self):
+                    self.before_wait()
                     iterator = iter(source)
                     if iterator is not source:
                         self._to_close.append(iterator)
@@ -319,10 +509,10 @@ class Stream:
             if failed:
                 yield from self._fail(failed)
                 return
-            encode, ended = self._format.encode, self._ended
-            connection, reference = self._connection, self.reference
+            encode, ended = self._format.encode, self._once
+            reference = self.reference
             monotonic, running, runner = time.monotonic, current.get, runner_function()
-            looked = 0.0
+            look_at = 0.0
             while True:
                 # What entered(self) does, for the path of every event: the scope
                 # stays ours after the step, unless another running stream's was.
@@ -344,16 +534,17 @@ class Stream:
                     self._end("finished")
                     break
                 except BaseException as error:
-                    # before_wait raises it once it has set the end; else it is the
-                    # source's own.
-                    if isinstance(error, ClientDisconnected) and (
-                        ended or not self.connected
+                    if ended or (
+                        isinstance(error, ClientDisconnected) and not self.connected
                     ):
                         self._end("disconnected")
+                        self._after_end(error)
                         break
                     failed.append(error)
                 finally:
                     self.is_running = False
+                    if self._is_writing:
+                        self._await_writer()
                     if outer is not None:
                         current.set(outer)
                 if ended:
@@ -368,32 +559,81 @@ class Stream:
                 if failed:
                     yield from self._fail(failed)
                     return
-                if connection is not None and monotonic() - looked >= LOOK_EVERY:
-                    looked = monotonic()
-                    if connection.is_hung_up():
-                        self._end("disconnected")
+                now = monotonic()
+                if now >= look_at:
+                    look_at = now + LOOK_EVERY
+                    self._look(now)
+                    if ended:
                         break
                 if chunk is not None:
                     self._tail = chunk if len(chunk) > 3 else (self._tail + chunk)[-4:]
+                    self._moved = now
+                    self._events += 1
+                    self._bytes += len(chunk)
                     yield chunk
+                elif self._is_silent(now) and self._format.is_whole(self._tail):
+                    self._moved = now
+                    self._bytes += len(_KEEPALIVE)
+                    yield _KEEPALIVE
             self._close_source()
-            if self.reason == "finished":
-                block = self._end_block()
-                if block:
-                    yield block
+            last = self._last_block()
+            if last:
+                self._bytes += len(last)
+                yield last
         except GeneratorExit:
             # Whoever wraps us by `yield from`, or just drops us, closes the stream.
             self.close()
             raise
 
+    def _look(self, now: float) -> None:
+        """See for ourselves what the watch would tell, if it came to run."""
+        connection, process = self._connection, self._process
+        if connection is not None and connection.is_hung_up():
+            self._end("disconnected")
+        elif now >= self._deadline:
+            self._end("max_duration")
+        elif process is not None and process.is_stopping:
+            self._end("shutdown")
+
+    def _is_silent(self, now: float) -> bool:
+        keepalive = self._life.keepalive
+        return (
+            keepalive is not None
+            and self._format.is_events
+            and now - self._moved >= keepalive
+        )
+
+    def _after_end(self, error: BaseException) -> None:
+        """Take what left the source after the stream had ended."""
+        if isinstance(error, GeneratorExit) or is_greenlet_exit(error):
+            return
+        # What a link that was cut makes the source raise is not its fault, nor is
+        # the exit of a worker that stops.
+        expected = bool(self._links) or not isinstance(error, Exception)
+        level = logging.DEBUG if expected else logging.ERROR
+        self._log(level, f"the source of %s failed at its end ({self.reason})", error)
+
+    def _last_block(self) -> bytes:
+        """Return what the client is told at an end in good order."""
+        if not (self._format.is_events and self._format.is_whole(self._tail)):
+            return b""
+        if self.reason == "finished":
+            return self._end_block()
+        if self.reason in ("shutdown", "max_duration"):
+            return self._jittered_retry(_RETURN_RETRY)
+        return b""
+
+    def _jittered_retry(self, least: int) -> bytes:
+        # Or all the clients that were here return together.
+        base = max(self._retry or 0, least)
+        return Event(retry=round(base * random.uniform(1, 3))).encode()
+
     def _end_block(self) -> bytes:
         """Return the block after which a browser, coming back, gets 204."""
         if not (
             self._end_mode == "stop"
-            and self._format.is_events
             and self._connection is not None
             and self._connection.is_event_source
-            and self._format.is_whole(self._tail)
         ):
             return b""
         # The blank line puts the id in force; there is no data, so no event.
@@ -407,6 +647,7 @@ class Stream:
         """
         last = self._bury(failed.pop())
         if last:
+            self._bytes += len(last)
             yield last
         raised = self._connection.cut() if self._connection else None
         if raised is not None:
@@ -436,24 +677,218 @@ class Stream:
             except BaseException as second:
                 self._log(logging.ERROR, "on_error of %s failed", second)
         if self._format.is_events and self._format.is_whole(words):
-            # Jittered, or all the clients of a broken view return together.
-            base = max(self._retry or 0, _ERROR_RETRY)
-            words += Event(retry=round(base * random.uniform(1, 3))).encode()
+            words += self._jittered_retry(_ERROR_RETRY)
         return words
 
-    def _end(self, reason: str) -> None:
-        self._ended.setdefault("reason", reason)
+    # Its ends.
+
+    def _is_first(self, what: str, value: str) -> bool:
+        """Tell whether this is the first time, whichever threads try at once."""
+        token = (value,)
+        return self._once.setdefault(what, token) is token
+
+    def _end(self, reason: str) -> bool:
+        """Set the reason; tell whether it is the first one, which stays."""
+        return self._is_first("end", reason)
+
+    def _over(self, reason: str) -> None:
+        """End the stream from outside of its source, and wake that."""
+        if self._end(reason) and self._watch is not None:
+            self._watch.run(self._interrupt)
+
+    def _exit(self) -> GeneratorExit:
+        if self.reason in ("disconnected", "send_timeout"):
+            return ClientDisconnected("the client has gone")
+        return GeneratorExit(f"the stream has ended: {self.reason}")
+
+    def _interrupt(self) -> None:
+        """Get the source out of what it waits in: in a hub callback, or any thread.
+
+        Under gevent the decision and the throw are one callback of the hub, so no
+        other greenlet runs in between: thrown a moment later (`gevent.kill`), it
+        could hit the server's own code, or its next request's.
+        """
+        if not self.is_running or self._closing:
+            return
+        if self._in_hub:
+            self._closing = True
+            self.runner.throw(self._exit())
+            return
+        for closable in tuple(self._links):
+            _unblock(closable)
+        parked = self.parked
+        if parked is not None and not parked.wake() and self._watch is not None:
+            # Somebody holds its condition just now.
+            self._watch.call_at(
+                time.monotonic() + 0.005,
+                lambda: None if parked.wake() else time.monotonic() + 0.005,
+            )
+
+    # The watch's side: in its thread, or in a callback of the hub.
+
+    def _begin(self) -> None:
+        """Let the process and its watch know; in the thread or greenlet it is in."""
+        self._began = self._moved = now = time.monotonic()
+        self._in_hub = hub() is not None
+        record = self._process = process()
+        connection, life = self._connection, self._life
+        if life.max_duration is not None:
+            # Jittered, or clients that came together return together.
+            self._deadline = now + life.max_duration * random.uniform(0.9, 1)
+        try:
+            self._watch = watch()
+            fd = connection.fd if connection is not None else None
+            if fd is not None and fd >= 0:
+                hung_up = _weakly(self._on_hang_up, None)
+                self._watch.add(fd, hung_up)
+                self._fd, self._hung_up = fd, hung_up
+                if life.send_timeout is not None:
+                    timeout = life.send_timeout + _GRACE
+                    self._kernel_timeout = give_up_after(fd, timeout)
+            tick = self._next_tick(now)
+            if tick < math.inf:
+                self._timer = self._watch.call_at(tick, _weakly(self._tick, None))
+        except (OSError, RuntimeError) as error:  # no descriptor or thread is left
+            self._log(logging.WARNING, "%s is not watched for a hang-up", error)
+        if connection is not None and not record.knows_stopping:
+            stopping = connection.stopping
+            if stopping is not None:
+                record.stop_when(stopping)
+        record.opened(self, self._watch)
+
+    def _unwatch(self) -> None:
+        if self._watch is None:
+            return
+        if self._timer is not None:
+            self._watch.cancel(self._timer)
+        if self._hung_up is not None:
+            self._watch.remove(self._fd, self._hung_up)
+            # The connection may serve other requests after this one.
+            if self._life.send_timeout is not None:
+                give_up_after(self._fd, self._kernel_timeout)
+            self._hung_up = None
+
+    def _on_hang_up(self) -> None:
+        timed_out = has_timed_out(self._fd)
+        self._over("send_timeout" if timed_out else "disconnected")
+
+    def _next_tick(self, now: float) -> float:
+        """Return when the clock is to look at this stream next."""
+        life = self._life
+        if self._once:
+            tick = math.inf
+        else:
+            tick = self._deadline
+            if life.keepalive is not None and self._format.is_events:
+                due = self._moved + life.keepalive
+                # Due already: something is in its way, for a moment at least.
+                tick = min(tick, due if due > now else now + life.keepalive / 4)
+        if life.send_timeout is not None and self._fd >= 0:
+            # Twice per time-out, to see that the client takes nothing; from then on
+            # more often, and at the time itself.
+            tick = min(tick, now + life.send_timeout / 2)
+            if self._full_since:
+                due = max(now + 0.01, self._full_since + life.send_timeout)
+                tick = min(tick, now + life.send_timeout / 4, due)
+        return tick
+
+    def _tick(self) -> float | None:
+        """Look whether something is due."""
+        if self._is_closed or self._watch is None:
+            return None
+        now = time.monotonic()
+        if now >= self._deadline:
+            self._over("max_duration")
+        if self._fd >= 0 and self._life.send_timeout is not None:
+            self._look_at_the_client(now, self._life.send_timeout)
+        if self._is_silent(now) and not self._once:
+            self._watch.spawn(self._keep_alive)
+        tick = self._next_tick(time.monotonic())
+        return None if tick == math.inf else tick
+
+    def _look_at_the_client(self, now: float, send_timeout: float) -> None:
+        """Drop a client to which nothing has gone for a time, though it should."""
+        connection = self._connection
+        if connection is None or not connection.is_full():
+            self._full_since = 0.0
+            return
+        taken = acknowledged(self._fd)
+        if not self._full_since:
+            # A write that blocks has done so since the chunk was yielded.
+            self._full_since = now if self.is_running else self._moved
+        elif taken != self._acknowledged:
+            self._full_since = now
+        elif now - self._full_since >= send_timeout:
+            self._over("send_timeout")
+            hang_up(self._fd)
+        self._acknowledged = taken
+
+    def _keep_alive(self) -> None:
+        """Write a comment while the source is busy, if it can be done now.
+
+        The source's side leaves ``is_running`` before it looks for ``_is_writing``:
+        one of the two sees the other.
+        """
+        if self._write_lock is None:
+            self._write_lock = make_lock()
+        with self._write_lock:
+            self._is_writing = True
+            try:
+                if self._may_write():
+                    assert self._connection is not None
+                    assert self._connection.write is not None
+                    self._connection.write(_KEEPALIVE)
+                    self._bytes += len(_KEEPALIVE)
+                    self._moved = time.monotonic()
+            except Exception as error:
+                # The client has left: that is found out where it belongs.
+                self._log(logging.DEBUG, "no keepalive for %s", error)
+            finally:
+                self._is_writing = False
+
+    def _may_write(self) -> bool:
+        connection = self._connection
+        return (
+            self.is_running
+            and not self._once
+            and self._is_silent(time.monotonic())
+            # Not into the middle of an event.
+            and self._format.is_whole(self._tail)
+            and connection is not None
+            and connection.write is not None
+            and not connection.is_full()
+        )
+
+    def _await_writer(self) -> None:
+        with self._write_lock:
+            pass
+
+    def _count(self) -> None:
+        reason, record = str(self.reason), self._process
+        if record is None and reason == "closed":  # HEAD, or never sent
+            self._log(logging.DEBUG, "%s was closed before it began")
+            return
+        seconds = time.monotonic() - self._began if record is not None else 0.0
+        (record or process()).closed(self, reason, seconds, self._events, self._bytes)
+        self._log(
+            logging.DEBUG,
+            f"%s ended: {reason}, {seconds:.3f} s, {self._events} events,"
+            f" {self._bytes} bytes",
+        )
+
+    # Closing.
 
     def _close_source(self) -> None:
         """Close what has not been closed: the iterator, then what it came from."""
         self._closing = True
-        while self._to_close:
-            try:
-                closable = self._to_close.pop()
-            except IndexError:  # another thread was faster
-                return
-            with entered(self):
-                self._try_close(closable)
+        for closables in (self._to_close, self._links):
+            while closables:
+                try:
+                    closable = closables.pop()
+                except IndexError:  # another thread was faster
+                    break
+                with entered(self):
+                    self._try_close(closable)
 
     def _try_close(self, closable: Any) -> None:
         for attempt in range(_CLOSE_TRIES):
@@ -513,3 +948,46 @@ class Stream:
     @property
     def _label(self) -> str:
         return self._connection.label if self._connection else "a stream"
+
+
+def _weakly(method: Callable[[], R], default: R) -> Callable[[], R]:
+    """Return a call of a method that does not keep its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> R:
+        found = reference()
+        return default if found is None else found()
+
+    return call
+
+
+def _unblock(closable: Any) -> None:
+    """Get a thread out of a call that it makes on something; from another thread.
+
+    A socket is shut down: closing it would not wake a read, and a buffered reader
+    cannot be closed while one goes on.
+    """
+    for name in ("cancel", "interrupt"):
+        for target in (closable, getattr(closable, "connection", None)):
+            method = getattr(target, name, None)
+            if callable(method):
+                # It may connect to its server, which takes its time.
+                _in_a_thread(method)
+                return
+    for target in (closable, getattr(closable, "raw", None)):
+        with suppress(OSError, ValueError, AttributeError, TypeError):
+            fd: int = target.fileno()  # type: ignore[union-attr]
+            if is_socket(fd):
+                hang_up(fd)
+                return
+    _in_a_thread(closable.close)
+
+
+def _in_a_thread(function: Callable[[], object]) -> None:
+    def run() -> None:
+        try:
+            function()
+        except Exception as error:
+            log.debug("a linked object could not be closed: %r", error)
+
+    threading.Thread(target=run, name="syncstream-link", daemon=True).start()

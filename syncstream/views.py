@@ -25,7 +25,10 @@ class ViewDecorator(Protocol):
     def __call__(
         self,
         *,
+        keepalive: float | None = 15.0,
         retry: int | None = None,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
         end: str = "stop",
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
@@ -54,7 +57,10 @@ def decorator(
         view: Callable[P, Any] | None = None,
         /,
         *,
+        keepalive: float | None = 15.0,
         retry: int | None = None,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
         end: str = "stop",
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
@@ -71,8 +77,25 @@ def decorator(
                 option is wrong.
         """
         # Wrong options fail here, not in every request.
-        SSEResponse([], retry=retry, end=end, on_error=on_error, dumps=dumps)
-        options = {"retry": retry, "end": end, "on_error": on_error, "dumps": dumps}
+        SSEResponse(
+            [],
+            keepalive=keepalive,
+            retry=retry,
+            send_timeout=send_timeout,
+            max_duration=max_duration,
+            end=end,
+            on_error=on_error,
+            dumps=dumps,
+        )
+        options = {
+            "keepalive": keepalive,
+            "retry": retry,
+            "send_timeout": send_timeout,
+            "max_duration": max_duration,
+            "end": end,
+            "on_error": on_error,
+            "dumps": dumps,
+        }
 
         def decorate(view: Callable[P, Any]) -> Callable[P, Any]:
             if not callable(view):

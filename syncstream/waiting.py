@@ -12,30 +12,31 @@ after this module was imported.
 
 from __future__ import annotations
 
-import ctypes
-import select
-import socket
-import struct
+import _thread
+import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+from .sockets import native
+
 __all__ = [
+    "Parked",
     "Scope",
     "current",
     "current_scope",
     "entered",
-    "hang_up",
+    "hub",
     "is_greenlet_exit",
-    "is_hung_up",
-    "reset",
+    "make_lock",
     "runner",
     "runner_function",
     "sleep",
+    "wait",
 ]
 
 
@@ -44,18 +45,30 @@ class Scope(Protocol):
 
     Attributes:
         is_running: The stream is inside its source now.
-        reference: A weak reference to it.
         runner: The thread or greenlet that runs it.
+        reference: A weak reference to it.
+        parked: The wait that its thread is in, for whoever ends the stream: sets an
+            end first, then looks here; waits look the other way round.
     """
 
     is_running: bool
     runner: object
+    parked: Parked | None
 
     @property
     def reference(self) -> Reference: ...
 
+    def is_over(self) -> bool:
+        """Tell whether it has ended: there is nothing left to wait for."""
+
+    def check(self) -> None:
+        """Raise `ClientDisconnected` or another `GeneratorExit`, once, if it is over.
+
+        Not in a source that is being closed: its ``finally`` may wait.
+        """
+
     def before_wait(self) -> None:
-        """Raise `ClientDisconnected` if there is nobody left to wait for."""
+        """Give back what is not to be held during a wait."""
 
 
 Reference = Callable[[], Any]
@@ -106,6 +119,28 @@ def entered(scope: Scope) -> Iterator[None]:
         current.reset(token)
 
 
+def hub() -> Any:
+    """Return the gevent hub in which waits go on here; ``None``: a thread waits.
+
+    Greenlets wait in it; so does everything in a patched process, the main greenlet
+    too. The hub itself has nothing to wait in.
+    """
+    gevent = sys.modules.get("gevent")
+    getcurrent = getattr(gevent, "getcurrent", None)
+    if gevent is None or getcurrent is None:
+        return None
+    greenlet = getcurrent()
+    if greenlet.parent is None and not _is_patched():
+        return None
+    hub = gevent.get_hub()
+    return None if greenlet is hub else hub
+
+
+def _is_patched() -> bool:
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("threading"))
+
+
 def is_greenlet_exit(error: BaseException) -> bool:
     """Tell whether an exception is gevent's way to end this greenlet."""
     greenlet = sys.modules.get("greenlet")
@@ -115,83 +150,218 @@ def is_greenlet_exit(error: BaseException) -> bool:
 def sleep(seconds: float) -> None:
     """Sleep without holding up others: in a gevent greenlet, let the others run.
 
-    Inside a stream's generator it ends the generator when the client has gone, as
-    far as that is known before and after the sleep. Elsewhere it is a plain sleep.
+    Inside a stream's generator it ends at once, and ends the generator, when the
+    client has gone or the stream is told to stop. Elsewhere it is a plain sleep.
 
     Args:
         seconds: How long; 0 lets others run.
 
     Raises:
         ClientDisconnected: In a stream's generator: the client has gone.
+        GeneratorExit: In a stream's generator: the stream ends for another reason.
         TypeError: ``seconds`` is not a number.
-        ValueError: ``seconds`` is negative.
+        ValueError: ``seconds`` is negative, or not a number's worth.
     """
     if not isinstance(seconds, (int, float)):
         raise TypeError(f"seconds must be a number, got {seconds!r}")
     if not seconds >= 0:
         raise ValueError(f"seconds must be 0 or more, got {seconds!r}")
     scope = current_scope()
-    if scope is not None:
-        scope.before_wait()
-    _sleep(seconds)
-    if scope is not None:
-        scope.before_wait()
+    if scope is None:
+        _sleep(seconds)
+        return
+    scope.check()
+    scope.before_wait()
+    if seconds and hub() is None:
+        _park(scope, seconds)
+    else:
+        _sleep(seconds)
+    scope.check()
 
 
 def _sleep(seconds: float) -> None:
-    gevent = sys.modules.get("gevent")
-    # Without monkey-patching time.sleep would hold up the whole hub. The hub's own
-    # greenlet has no parent and cannot wait on itself.
-    if gevent is not None and gevent.getcurrent().parent is not None:
-        gevent.sleep(seconds)
+    # Without monkey-patching time.sleep would hold up the whole hub.
+    if hub() is not None:
+        sys.modules["gevent"].sleep(seconds)
     else:
         time.sleep(seconds)
 
 
-def _native(module: Any, name: str) -> Any:
-    """Return a function as it was before gevent patched it."""
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is not None:
-        return monkey.get_original(module.__name__, name)
-    return getattr(module, name)
+def wait(waitable: Any, timeout: float | None = None) -> Any:
+    """Wait for a queue's next item, an event or a condition.
 
+    It does what the waitable's own ``get(timeout=timeout)`` or ``wait(timeout)``
+    does, and in a stream's generator ends as `sleep` does. No polling: a thread is
+    woken by the end of the stream as by the waitable itself.
 
-def is_hung_up(fd: int) -> bool:
-    """Tell at once whether the peer of a socket has closed or reset it.
+    Args:
+        waitable: A ``queue.Queue`` or one of its kin, a ``threading.Event`` or
+            ``threading.Condition`` (held by the caller, as always); under gevent
+            also gevent's own.
+        timeout: Seconds, ``None`` for no limit.
 
-    Nothing is read: bytes that wait there do not matter, nor does TLS. (Measured:
-    gevent's patched poll never reports POLLRDHUP, the original does. Where the
-    platform has no POLLRDHUP, only a reset is seen.)
+    Returns:
+        A queue's item; otherwise whether it was notified, not timed out.
+
+    Raises:
+        queue.Empty: The time is over, and the queue has nothing.
+        ClientDisconnected, GeneratorExit: As from `sleep`.
+        TypeError: It cannot be waited for, or nothing could wake the wait.
+        ValueError: ``timeout`` is negative.
     """
-    if fd < 0:
-        return True
-    poll = _native(select, "poll")()
-    poll.register(fd, getattr(select, "POLLRDHUP", 0))
-    return any(events for _, events in poll.poll(0))
+    if timeout is not None and not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number or None, got {timeout!r}")
+    if timeout is not None and not timeout >= 0:
+        raise ValueError(f"timeout must be 0 or more, got {timeout!r}")
+    in_hub = hub() is not None
+    condition: Any = None if in_hub else _condition_of(waitable)
+    if condition is None and not (in_hub and _is_cooperative(waitable)):
+        raise TypeError(
+            "waitable must be a queue.Queue, an Event or a Condition that this"
+            f" {'hub' if in_hub else 'thread'} can wait for, got {waitable!r}"
+        )
+    scope = current_scope()
+    if scope is None:
+        return _plain_wait(waitable, timeout)
+    scope.check()
+    if in_hub:
+        scope.before_wait()
+        return _plain_wait(waitable, timeout)
+    if waitable is condition:
+        scope.before_wait()
+        notified = _park(scope, timeout, condition)
+        scope.check()
+        return notified
+    if hasattr(waitable, "is_set"):
+        with condition:
+            if not waitable.is_set():
+                scope.before_wait()
+                _park(scope, timeout, condition)
+        scope.check()
+        return waitable.is_set()
+    return _queue_get(scope, waitable, timeout)
 
 
-def hang_up(fd: int) -> None:
-    """Shut a socket down: what was sent still arrives, and nothing more is.
+def _queue_get(scope: Scope, items: Any, timeout: float | None) -> Any:
+    deadline = None if timeout is None else time.monotonic() + timeout
+    has_waited = False
+    while True:
+        with suppress(queue.Empty):
+            return items.get(block=False)
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            raise queue.Empty
+        if not has_waited:
+            scope.before_wait()  # not under the queue's lock: it may take time
+            has_waited = True
+        with items.not_empty:
+            if not items._qsize() and not getattr(items, "is_shutdown", False):
+                _park(scope, left, items.not_empty)
+        scope.check()
 
-    By its descriptor, because ``SSLSocket.shutdown`` would forget the encryption.
-    Writes then fail as if the peer had gone, reads show an end.
-    """
-    _libc().shutdown(fd, socket.SHUT_RDWR)
+
+def _plain_wait(waitable: Any, timeout: float | None) -> Any:
+    if hasattr(waitable, "get"):
+        return waitable.get(timeout=timeout)
+    return waitable.wait(timeout)
 
 
-def reset(fd: int) -> bool:
-    """Reset a TCP connection at once, and tell whether that could be done.
+def _condition_of(waitable: Any) -> Any:
+    """Return the condition that wakes who waits, if a single waiter can be told."""
+    for name in ("not_empty", "_cond"):
+        condition = getattr(waitable, name, None)
+        if condition is not None:
+            break
+    else:
+        condition = waitable
+    return condition if hasattr(condition, "_waiters") else None
 
-    connect(2) to AF_UNSPEC does it, on Linux, without a descriptor of its own. (The
-    portable way, to close with SO_LINGER 0, is the server's to go, and servers shut
-    down before they close: that is an end in good order.)
-    """
-    if not sys.platform.startswith("linux"):
+
+def _is_cooperative(waitable: Any) -> bool:
+    """Tell whether a wait for it lets other greenlets run."""
+    if not (hasattr(waitable, "get") or hasattr(waitable, "wait")):
         return False
-    address = struct.pack("H14x", socket.AF_UNSPEC)
-    done: int = _libc().connect(fd, address, len(address))
-    return done == 0
+    if type(waitable).__module__.startswith("gevent."):
+        return True
+    # The standard library's: only as gevent has patched it.
+    return _is_patched() and _condition_of(waitable) is not None
 
 
-def _libc() -> Any:
-    return ctypes.CDLL(None)
+def make_lock() -> Any:
+    """Return a lock for what waits here: greenlets of a hub, else threads."""
+    if hub() is None:
+        return native(_thread, "allocate_lock")()
+    from gevent.lock import BoundedSemaphore
+
+    return BoundedSemaphore(1)
+
+
+class Parked:
+    """A thread's wait, alone or as one of a condition's, that others can end."""
+
+    __slots__ = ("_condition", "_lock", "is_woken")
+
+    def __init__(self, condition: Any = None) -> None:
+        self._condition = condition
+        self._lock = native(_thread, "allocate_lock")()
+        self._lock.acquire()
+        self.is_woken = False
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait; tell whether it was ended, by whomever, before its time."""
+        limit = -1.0 if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+        condition = self._condition
+        if condition is None:
+            ended: bool = self._lock.acquire(True, limit)
+            return ended
+        # What Condition.wait does, with a lock that we know.
+        condition._waiters.append(self._lock)
+        saved = condition._release_save()
+        ended = False
+        try:
+            ended = self._lock.acquire(True, limit)
+        finally:
+            condition._acquire_restore(saved)
+            if not ended:
+                with suppress(ValueError):
+                    condition._waiters.remove(self._lock)
+        return ended
+
+    def wake(self) -> bool:
+        """End the wait; ``False``: its condition is held, try again soon."""
+        condition = self._condition
+        if condition is None:
+            self.is_woken = True
+            self._lock.release()
+            return True
+        if not condition.acquire(False):
+            return False
+        try:
+            # Who was notified already is not among them any more.
+            if self._lock in condition._waiters:
+                condition._waiters.remove(self._lock)
+                self.is_woken = True
+                self._lock.release()
+        finally:
+            condition.release()
+        return True
+
+    def pass_on(self) -> None:
+        """Give the notification that came to the next one: we do not need it."""
+        if self._condition is not None:
+            self._condition.notify()
+
+
+def _park(scope: Scope, timeout: float | None, condition: Any = None) -> bool:
+    """Wait until notified, woken by the scope's end, or the time is over."""
+    parked = Parked(condition)
+    scope.parked = parked
+    try:
+        if scope.is_over():
+            return False
+        ended = parked.wait(timeout)
+        if ended and not parked.is_woken and scope.is_over():
+            parked.pass_on()
+        return ended and not parked.is_woken
+    finally:
+        scope.parked = None

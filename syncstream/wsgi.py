@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
+import random
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 from wsgiref.util import is_hop_by_hop
@@ -19,11 +21,13 @@ from wsgiref.util import is_hop_by_hop
 from werkzeug.datastructures import Headers
 from werkzeug.wrappers import Response
 
+from .capacity import Capacity
+from .process import Stopping, process
 from .protocol import ndjson, raw, sse
 from .protocol.json import Dumps
 from .servers import Server, SocketLike, connection_reset, server_of
-from .stream import Format, Stream
-from .waiting import hang_up, is_hung_up, reset
+from .sockets import hang_up, is_hung_up, is_writable, reset
+from .stream import Format, Life, Stream
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -40,7 +44,11 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 CONNECTION = "syncstream.connection"
-"""The environ key under which the middleware leaves the connection."""
+"""The environ key of the connection: a weak reference to it."""
+
+BEFORE_WAIT = "syncstream.before_wait"
+"""The environ key of callables that give back, before a stream begins and whenever
+it waits, what should not be held so long: a list of them."""
 
 _LIVE = {
     # no-transform keeps proxies from compressing, and so from buffering; nginx
@@ -101,13 +109,17 @@ class Connection:
         self.environ = environ
         # Weak references, here and in the environ: no cycle keeps either alive.
         self._stream: weakref.ref[Stream] | None = None
+        self._write: Callable[[bytes], object] | None = None
 
     @classmethod
     def of(cls, environ: WSGIEnvironment) -> Connection:
-        """Return the connection that the middleware has left, or a new one."""
+        """Return the connection of a request; the same again while it is held."""
         reference = environ.get(CONNECTION)
         connection = reference() if reference is not None else None
-        return connection if isinstance(connection, cls) else cls(environ)
+        if not isinstance(connection, cls):
+            connection = cls(environ)
+            environ[CONNECTION] = weakref.ref(connection)
+        return connection
 
     @property
     def stream(self) -> Stream | None:
@@ -122,8 +134,25 @@ class Connection:
     ) -> None:
         """Say which stream is written to it, under which response headers."""
         self._stream = weakref.ref(stream)
+        self._warn()
         encoded = any(name.lower() == "content-encoding" for name, _ in headers)
         stream.connect(self, is_encoded=encoded, written=written)
+
+    def _warn(self) -> None:
+        """Say, once a process, what an operator should change."""
+        record, server, environ = process(), self.server, self.environ
+        key = ("warning", server.name, environ.get("SERVER_PROTOCOL"))
+        warning = record.memo(key, lambda: server.warning(environ))
+        if warning is not None:
+            record.warn_once(log, warning)
+        threads, streams = self.threads, record.open_streams + 1
+        if threads is not None and threads > 1 and streams >= threads:
+            record.warn_once(
+                log,
+                f"all {threads} threads of this server process hold streams, other"
+                " requests wait: give it more threads, or gevent, or set"
+                " StreamMiddleware(app, reserve_threads=…)",
+            )
 
     @functools.cached_property
     def server(self) -> Server:
@@ -158,15 +187,53 @@ class Connection:
         return self.environ.get("REQUEST_METHOD") == "HEAD"
 
     def is_hung_up(self) -> bool:
-        fd = self._fd
+        fd = self.fd
         return fd is not None and is_hung_up(fd)
+
+    def is_full(self) -> bool:
+        fd = self.fd
+        if fd is not None and not is_writable(fd):
+            return True
+        return self.server.unsent(self.environ) > 0
+
+    def started(self, write: Callable[[bytes], object]) -> None:
+        """Take what the server's, or a middleware's, start_response has returned."""
+        module = getattr(write, "__module__", None)
+        if module and module == self.server.write_module:
+            self._write = write
+
+    @property
+    def write(self) -> Callable[[bytes], object] | None:
+        write = self._write
+        headers = self.server.headers(write) if write is not None else None
+        if headers is None:
+            return None
+        # A middleware above us may compress, and pass the server's write through.
+        encoded = any(name.lower() == "content-encoding" for name, _ in headers)
+        return None if encoded else write
+
+    @property
+    def stopping(self) -> Stopping | None:
+        return self.server.stopping(self.environ)
+
+    @property
+    def threads(self) -> int | None:
+        """How many requests the server process serves at once."""
+        threads: int | None = process().memo(
+            "threads", lambda: self.server.threads(self.environ)
+        )
+        return threads
+
+    def before_wait(self) -> None:
+        for give_back in self.environ.get(BEFORE_WAIT, ()):
+            give_back()
 
     @functools.cached_property
     def _socket(self) -> SocketLike | None:
         return self.server.socket(self.environ)
 
     @property
-    def _fd(self) -> int | None:
+    def fd(self) -> int | None:
         return None if self._socket is None else self._socket.fileno()
 
     def cut(self) -> BaseException | None:
@@ -176,7 +243,7 @@ class Connection:
         shut down, after what was sent. Elsewhere (HTTP/1.0, uWSGI) only a reset
         can tell.
         """
-        fd, server = self._fd, self.server
+        fd, server = self.fd, self.server
         if fd is None:
             return connection_reset()
         if fd >= 0:
@@ -318,6 +385,7 @@ class _Streaming(Response):
         The body goes to the connection of that request, and may be taken once.
         """
         connection = Connection.of(environ)
+        self._connection = connection  # an environ holds it weakly
         if self._stream.is_over_for(connection):
             self.status_code = 204
         app_iter, status, headers = super().get_wsgi_response(environ)
@@ -328,6 +396,14 @@ class _Streaming(Response):
             if self.response is self._stream:
                 app_iter = self._stream
         return app_iter, status, headers
+
+    def __call__(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Answer a request: this is a WSGI application."""
+        app_iter, status, headers = self.get_wsgi_response(environ)
+        self._connection.started(start_response(status, headers))
+        return app_iter
 
 
 class SSEResponse(_Streaming):
@@ -347,8 +423,18 @@ class SSEResponse(_Streaming):
             text/event-stream; charset=utf-8``, ``Cache-Control: no-cache,
             no-transform``, ``X-Accel-Buffering: no``). Yours win; ``None`` removes
             a default. Hop-by-hop headers are left to the server.
+        keepalive: After so many seconds of silence a comment is sent, which clients
+            skip and proxies count. ``None`` for none. Also while the source is busy
+            or waits: everywhere but on uWSGI, and, without `StreamMiddleware`, in
+            Django, Bottle, Pyramid and Falcon. There it is sent when the source
+            yields ``None``.
         retry: The client's reconnection time, whole milliseconds; ``None`` leaves
             it to the client (Chromium 3 s, Firefox 5 s).
+        send_timeout: A client that takes nothing for so many seconds, though there
+            is something for it, is dropped; also one that is gone without a word.
+            ``None``: the system decides (some 15 minutes, or never).
+        max_duration: The stream ends after so many seconds (up to a tenth less, by
+            chance), in good order, and the client comes back. ``None``: never.
         end: What a browser does when the source has finished. ``"stop"``: it stays
             away (it gets the reserved id ``syncstream-end``, returns once with
             that, and gets 204; the view has run once more, its source has not).
@@ -362,7 +448,8 @@ class SSEResponse(_Streaming):
 
     Raises:
         TypeError: ``source`` cannot be iterated, or is asynchronous.
-        ValueError: ``retry`` is negative, ``end`` is neither of the two.
+        ValueError: ``retry`` is negative, ``end`` is neither of the two, a number
+            of seconds is not above 0.
     """
 
     def __init__(
@@ -371,13 +458,19 @@ class SSEResponse(_Streaming):
         status: int | str = 200,
         headers: HeaderSource | None = None,
         *,
+        keepalive: float | None = 15.0,
         retry: int | None = None,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
         end: str = "stop",
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:
         format = Format(sse.encoder(dumps), sse.ends_blank, is_events=True)
-        stream = Stream(source, format, retry=retry, end=end, on_error=on_error)
+        life = Life(keepalive, send_timeout, max_duration)
+        stream = Stream(
+            source, format, life=life, retry=retry, end=end, on_error=on_error
+        )
         super().__init__(stream, _EVENT_HEADERS, status, headers)
 
 
@@ -391,6 +484,7 @@ class NDJSONResponse(_Streaming):
         source: A generator or another iterable of values. What becomes of them:
             `syncstream.protocol.ndjson.encoder`.
         status, headers: As for `SSEResponse`.
+        send_timeout, max_duration: As for `SSEResponse`.
         on_error: Called with the exception when the source has failed; what it
             returns is sent as the last value, ``None`` sends nothing.
         dumps: Encodes a value into ``str`` or ``bytes`` without line ends.
@@ -405,12 +499,14 @@ class NDJSONResponse(_Streaming):
         status: int | str = 200,
         headers: HeaderSource | None = None,
         *,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:
-        stream = Stream(
-            source, Format(ndjson.encoder(dumps), _ends_line), on_error=on_error
-        )
+        format = Format(ndjson.encoder(dumps), _ends_line)
+        life = Life(None, send_timeout, max_duration)
+        stream = Stream(source, format, life=life, on_error=on_error)
         super().__init__(stream, _NDJSON_HEADERS, status, headers)
 
 
@@ -426,6 +522,7 @@ class StreamResponse(_Streaming):
             or ``None`` (a checkpoint: nothing is sent).
         status, headers: As for `SSEResponse`. Give a Content-Length where you know
             it, and clients can show the progress of a download.
+        send_timeout, max_duration: As for `SSEResponse`.
         content_type: The body's media type.
 
     Raises:
@@ -440,12 +537,15 @@ class StreamResponse(_Streaming):
         status: int | str = 200,
         headers: HeaderSource | None = None,
         *,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
         content_type: str = "text/plain; charset=utf-8",
     ) -> None:
         if not isinstance(content_type, str):
             raise TypeError(f"content_type must be str, got {content_type!r}")
         defaults = {"Content-Type": content_type, **_LIVE}
-        stream = Stream(source, Format(raw.encode, lambda tail: False))
+        life = Life(None, send_timeout, max_duration)
+        stream = Stream(source, Format(raw.encode, lambda tail: False), life=life)
         super().__init__(stream, defaults, status, headers)
 
 
@@ -453,35 +553,70 @@ class StreamMiddleware:
     """Give the streams of any WSGI application the life of ours.
 
     What is found to be a stream, by its Content-Type ``text/event-stream`` or one
-    of NDJSON's, gets the headers, the first flush (event streams), closing and
-    error handling of `SSEResponse`; its generator may use `current_stream` and
-    `sleep`. Its chunks are passed through as they are, and it may end as it always
-    did (clients reconnect). Responses with a Content-Length, ``wsgi.file_wrapper``
-    ones, and all others are left alone. (An application that calls start_response in
-    its first step is known to be a stream after that step only: in it,
-    `current_stream` is None.)
+    of NDJSON's, gets the headers, the first flush (event streams), the keepalive,
+    the time-outs, closing and error handling of `SSEResponse`; its generator may
+    use `current_stream` and `sleep`. Its chunks are passed through as they are, and
+    it may end as it always did (clients reconnect). Responses with a
+    Content-Length, ``wsgi.file_wrapper`` ones, and all others are left alone. (An
+    application that calls start_response in its first step is known to be a stream
+    after that step only: in it, `current_stream` is None.)
+
+    With limits, a stream beyond them is refused: 503 with Retry-After, or, because a
+    browser's EventSource gives up for good on that, an empty event stream that asks
+    it to come back a little later. A refused view has run, its generator has not.
 
     Args:
         app: The WSGI application. Flask: ``app.wsgi_app =
             StreamMiddleware(app.wsgi_app)``; Django: ``application =
             StreamMiddleware(get_wsgi_application())``.
+        keepalive, send_timeout, max_duration: As for `SSEResponse`, for streams
+            that are not responses of ours.
+        max_streams: So many streams at once in this process, ours included;
+            ``None`` for no limit.
+        reserve_threads: So many of the server's threads are kept free of streams;
+            ``None`` for none. (Werkzeug makes as many as it needs: no limit there.)
+        limit_by: Returns, for an environ, whose stream it is, say ``lambda environ:
+            environ["REMOTE_ADDR"]``; ``None``: not counted for anybody.
+        max_per_key: So many streams at once for each of these.
+
+    Raises:
+        TypeError, ValueError: An argument is not what it should be.
     """
 
-    def __init__(self, app: WSGIApplication) -> None:
+    def __init__(
+        self,
+        app: WSGIApplication,
+        *,
+        keepalive: float | None = 15.0,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
+        max_streams: int | None = None,
+        reserve_threads: int | None = None,
+        limit_by: Callable[[WSGIEnvironment], Hashable] | None = None,
+        max_per_key: int | None = None,
+    ) -> None:
         if not callable(app):
             raise TypeError(f"app must be a WSGI application, got {app!r}")
         self.app = app
+        self._life = Life(keepalive, send_timeout, max_duration)
+        self._capacity = Capacity(max_streams, reserve_threads, limit_by, max_per_key)
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         if CONNECTION in environ:  # installed twice
             return self.app(environ, start_response)
-        connection = Connection(environ)
-        environ[CONNECTION] = weakref.ref(connection)
-        head = _Head(connection, start_response)
-        app_iter = self.app(environ, head.start_response)
+        connection = Connection.of(environ)
+        head = _Head(connection, start_response, self._life, self._capacity)
+        try:
+            app_iter = self.app(environ, head.start_response)
+        except BaseException:
+            head.release()
+            raise
+        if head.refusal is not None:
+            return head.refuse(app_iter)
         if connection.stream is not None or _is_file(environ, app_iter):
+            head.hand_over(connection.stream)
             return app_iter
         if not head.is_started:
             return _Lazy(app_iter, head)
@@ -496,13 +631,23 @@ def _is_file(environ: WSGIEnvironment, app_iter: object) -> bool:
 class _Head:
     """The start_response that the middleware gives to its application."""
 
-    def __init__(self, connection: Connection, start_response: StartResponse) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        start_response: StartResponse,
+        life: Life,
+        capacity: Capacity,
+    ) -> None:
         self.connection = connection
         self.is_started = False
         self.is_late = False  # the application has been called, and has returned
         self.format: Format | None = None
         self.written = b""  # by the application or us, before there is a stream
+        self.refusal: bytes | None = None  # the body of one
         self._start_response = start_response
+        self._life = life
+        self._capacity = capacity
+        self._release: Callable[[], None] | None = None
         self._status = 0
         self._headers: list[tuple[str, str]] = []
 
@@ -510,16 +655,23 @@ class _Head:
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
     ) -> Callable[[bytes], object]:
         self.is_started = True
-        if self.connection.stream is None:
-            self.format = _format_of(headers)
-            self._status = int(status[:3])
+        self._status = int(status[:3])
+        ours = self.connection.stream
+        self.format = _format_of(headers) if ours is None else None
+        self.release()  # called again, for an error
+        if (ours is not None or self.format is not None) and self.has_body:
+            environ, connection = self.connection.environ, self.connection
+            release = self._capacity.admit(environ, lambda: connection.threads)
+            if release is None:
+                return self._refuse(exc_info)
+            self._release = release
         if self.format is None:
             return self._call(status, headers, exc_info)
         headers = merge_headers(_LIVE, headers)
         self._headers = headers
         write = self._call(status, headers, exc_info)
         if self.is_late and self.format.is_events and self.has_body:
-            self._open(write)
+            self._open()
 
         def noted(data: bytes) -> object:
             self.written = (self.written + data)[-4:]
@@ -532,17 +684,20 @@ class _Head:
     ) -> Callable[[bytes], object]:
         # Some servers take no third argument unless there is one to give.
         if exc_info is None:
-            return self._start_response(status, headers)
-        return self._start_response(status, headers, exc_info)
+            write = self._start_response(status, headers)
+        else:
+            write = self._start_response(status, headers, exc_info)
+        self.connection.started(write)
+        return write
 
-    def _open(self, write: Callable[[bytes], object]) -> None:
+    def _open(self) -> None:
         """Write the opening now: the application is in its first step already.
 
         Only through the server's own ``write``: what a middleware hands out may
         keep the bytes, or change them.
         """
-        module = getattr(write, "__module__", None)
-        if module and module == self.connection.server.write_module:
+        write = self.connection.write
+        if write is not None:
             self.written = sse.Event(comment="ok").encode()
             try:
                 write(self.written)
@@ -557,12 +712,62 @@ class _Head:
     def respond(self, source: Iterable[bytes]) -> Iterable[bytes]:
         """Make the application's iterable the source of a stream."""
         assert self.format is not None
-        stream = Stream(source, self.format)
+        stream = Stream(source, self.format, life=self._life)
         if not self.has_body:
             stream.close()
             return ()
+        self.hand_over(stream)
         self.connection.take(stream, self._headers, self.written)
         return stream
+
+    # A place among those that the capacity allows.
+
+    def release(self) -> None:
+        """Give the place back: there is no stream."""
+        if self._release is not None:
+            self._release()
+            self._release = None
+
+    def hand_over(self, stream: Stream | None) -> None:
+        """Leave the place to a stream, until it ends."""
+        if stream is not None and self._release is not None:
+            stream.on_close(self._release)
+            self._release = None
+        self.release()
+
+    def _refuse(self, exc_info: Any) -> Callable[[bytes], object]:
+        """Start the answer for a stream that there is no place for."""
+        record = process()
+        record.warn_once(log, "a stream was refused: all places are taken", "refused")
+        log.debug("%s was refused", self.connection.label)
+        wait = random.uniform(2, 6)  # seconds, jittered: not all at once
+        if self.connection.is_event_source:
+            self.refusal = sse.Event(retry=round(wait * 1000)).encode()
+            status, headers = "200 OK", [("Content-Type", _EVENT_TYPE)]
+        else:
+            self.refusal = b"too many streams, come back a little later\n"
+            status = "503 Service Unavailable"
+            headers = [
+                ("Content-Type", "text/plain; charset=utf-8"),
+                ("Retry-After", str(math.ceil(wait))),
+            ]
+        headers += [
+            ("Cache-Control", "no-store"),
+            ("Content-Length", str(len(self.refusal))),
+        ]
+        self._call(status, headers, exc_info)
+        return lambda data: None
+
+    def refuse(self, app_iter: Iterable[bytes]) -> Iterable[bytes]:
+        """Close what the application has returned; return the refusal instead."""
+        assert self.refusal is not None
+        stream = self.connection.stream
+        if stream is not None:
+            stream.refuse()
+        close = getattr(app_iter, "close", None)
+        if close is not None:
+            close()
+        return [self.refusal]
 
 
 def _format_of(headers: Iterable[tuple[str, str]]) -> Format | None:
@@ -606,11 +811,13 @@ class _Lazy:
         try:
             first = next(iterator)
         except BaseException as error:
-            if head.format is None:
+            if head.format is None and head.refusal is None:
                 raise
             rest = _Rest(self._app_iter, iterator, error=error)
         else:
             rest = _Rest(self._app_iter, iterator, first=first)
+        if head.refusal is not None:
+            return iter(head.refuse(rest))
         if head.format is None:
             return rest
         self._stream = head.respond(rest)

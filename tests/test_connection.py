@@ -9,7 +9,7 @@ import struct
 import pytest
 
 from syncstream.servers import server_of
-from syncstream.waiting import is_hung_up
+from syncstream.sockets import is_hung_up
 from syncstream.wsgi import Connection
 
 

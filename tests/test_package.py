@@ -18,14 +18,17 @@ PACKAGE = ROOT / "syncstream"
 LAYERS = (
     ("errors",),
     ("protocol",),
+    ("sockets",),
     ("waiting",),
+    ("capacity", "watch"),
+    ("process",),
     ("stream",),
     ("servers",),
     ("wsgi",),
     ("views",),
     ("flask", "django", "bottle", "pyramid", "falcon"),
     ("__init__",),
-    ("demo",),
+    ("demo", "doctor"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -7,7 +7,7 @@ uWSGI 2.0.30. A server that is not listed works too, without a look at its socke
 
 from __future__ import annotations
 
-from . import cheroot, gunicorn, pywsgi, uwsgi, waitress, werkzeug
+from . import asgi, cheroot, gunicorn, pywsgi, uwsgi, waitress, werkzeug
 from .contract import Environ, Server, SocketLike, connection_reset
 
 __all__ = ["Server", "SocketLike", "connection_reset", "server_of"]
@@ -19,6 +19,7 @@ SERVERS = (
     uwsgi.SERVER,
     pywsgi.SERVER,
     cheroot.SERVER,
+    asgi.SERVER,
 )
 OTHER = Server("another server", runs=lambda environ: True, raises=connection_reset)
 

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from .contract import Environ, Server, SocketLike, connection_reset, has_cipher
+from collections.abc import Callable
+from typing import Any
+
+from .contract import (
+    Environ,
+    Headers,
+    Server,
+    SocketLike,
+    Write,
+    connection_reset,
+    decoded,
+    has_cipher,
+    running,
+)
 
 __all__ = ["SERVER"]
 
@@ -15,6 +28,32 @@ def _socket(environ: Environ) -> SocketLike | None:
     return socket
 
 
+def _headers(write: Write) -> Headers | None:
+    request = getattr(getattr(write, "__self__", None), "req", None)
+    headers = getattr(request, "outheaders", None)
+    return None if headers is None else decoded(headers)
+
+
+def _server() -> Any:
+    return getattr(running("cheroot.server", "server"), "server", None)
+
+
+def _stopping(environ: Environ) -> Callable[[], bool] | None:
+    server = _server()
+    # stop() begins with ``ready``; a thread's SystemExit with ``interrupt`` (11.1).
+    return (
+        None
+        if server is None
+        else lambda: not (server.ready and server.interrupt is None)
+    )
+
+
+def _threads(environ: Environ) -> int | None:
+    # It has the pool grow to ``min`` and no further, whatever ``max`` is (11.1).
+    threads: int | None = getattr(_server(), "numthreads", None)
+    return threads
+
+
 SERVER = Server(
     "cheroot",
     runs=lambda environ: "Cheroot" in environ.get("SERVER_SOFTWARE", ""),
@@ -23,4 +62,7 @@ SERVER = Server(
     raises=connection_reset,
     is_tls=lambda environ: has_cipher(_socket(environ)),
     write_module="cheroot.wsgi",
+    headers=_headers,
+    stopping=_stopping,
+    threads=_threads,
 )

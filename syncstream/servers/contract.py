@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol
 
-__all__ = ["Environ", "Server", "SocketLike", "connection_reset", "speaks_http_1_1"]
+__all__ = [
+    "Environ",
+    "Headers",
+    "Server",
+    "SocketLike",
+    "Write",
+    "connection_reset",
+    "decoded",
+    "has_cipher",
+    "running",
+    "speaks_http_1_1",
+    "unpatched",
+]
 
 Environ = dict[str, Any]
+Headers = Iterable[tuple[str, str]]
+Write = Callable[[bytes], object]
 
 
 class SocketLike(Protocol):
@@ -50,6 +66,23 @@ class Server:
         is_tls: Tells whether the server itself speaks TLS to the client.
         write_module: Where the ``write`` that its start_response returns comes
             from; middlewares hand out others, which do not write at once.
+        headers: The response's headers as the server sends them or has sent them,
+            given its own ``write`` (see ``write_module``): what middlewares above
+            us have added is among them, what the server adds itself may be.
+            ``None`` where they cannot be had. (With Content-Encoding added and
+            ``write`` passed through, what we write would be garbage.)
+        unsent: How many bytes for this client the server keeps in buffers of its
+            own, beyond the kernel's. From any thread.
+        stopping: Returns what tells whether this process has been told to stop,
+            ``None`` where nothing shows it. Once a process, in the thread or
+            greenlet of a request that is being served; what it returns may be
+            called often, from any thread, and holds no request.
+        threads: How many requests this process serves at once, ``None`` where
+            there is no such limit, or where it cannot be told. Under gevent it
+            counts greenlets. In the thread or greenlet of the request.
+        warning: What an operator should change where streams are served in this
+            way, in one sentence for the log; ``None`` if nothing. In the thread or
+            greenlet of the request.
     """
 
     name: str
@@ -61,8 +94,59 @@ class Server:
         environ.get("wsgi.url_scheme") == "https"
     )
     write_module: str = ""
+    headers: Callable[[Write], Headers | None] = lambda write: None
+    unsent: Callable[[Environ], int] = lambda environ: 0
+    stopping: Callable[[Environ], Callable[[], bool] | None] = lambda environ: None
+    threads: Callable[[Environ], int | None] = lambda environ: None
+    warning: Callable[[Environ], str | None] = lambda environ: None
 
 
 def has_cipher(socket: SocketLike | None) -> bool:
     """Tell an ``ssl.SSLSocket``, gevent's too, from a plain socket."""
     return hasattr(socket, "cipher")
+
+
+def decoded(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """Return headers that a server keeps as bytes, as `str` (PEP 3333: Latin-1)."""
+    return [
+        (name.decode("latin-1"), value.decode("latin-1")) for name, value in headers
+    ]
+
+
+def running(module: str, attribute: str, frame: FrameType | None = None) -> Any:
+    """Return whose method is running here, by the module that it is written in.
+
+    Most servers leave themselves out of the environ, but not out of the stack.
+
+    Args:
+        module: The server's module, or its package.
+        attribute: What the object must have.
+        frame: Where to begin; by default with the caller, in this thread or
+            greenlet.
+
+    Returns:
+        The ``self`` of the innermost such call, ``None`` if there is none.
+    """
+    frame = sys._getframe(1) if frame is None else frame
+    while frame is not None:
+        # Others are not looked into: up to Python 3.12 a frame keeps the f_locals
+        # that were read, and so whatever the application had in its variables.
+        name = frame.f_globals.get("__name__") or ""
+        if name == module or name.startswith(f"{module}."):
+            owner = frame.f_locals.get("self")
+            if hasattr(owner, attribute):
+                return owner
+        frame = frame.f_back
+    return None
+
+
+def unpatched() -> str | None:
+    """Return the warning that gevent serves code which it has not patched."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and all(map(monkey.is_module_patched, ("time", "socket"))):
+        return None
+    return (
+        "gevent has not patched the standard library, so that one stream that sleeps "
+        "or waits holds up all others: call gevent.monkey.patch_all() before anything "
+        "else is imported"
+    )

@@ -1,8 +1,22 @@
-"""gevent.pywsgi."""
+"""gevent.pywsgi, also as gunicorn's gevent_pywsgi worker."""
 
 from __future__ import annotations
 
-from .contract import Environ, Server, SocketLike, has_cipher
+from collections.abc import Callable
+from typing import Any
+
+from . import gunicorn
+from .contract import (
+    Environ,
+    Headers,
+    Server,
+    SocketLike,
+    Write,
+    decoded,
+    has_cipher,
+    running,
+    unpatched,
+)
 
 __all__ = ["SERVER"]
 
@@ -13,10 +27,38 @@ def _socket(environ: Environ) -> SocketLike | None:
     return socket
 
 
+def _headers(write: Write) -> Headers | None:
+    handler = getattr(write, "__self__", None)
+    headers = getattr(handler, "response_headers", None)
+    return None if headers is None else decoded(headers)
+
+
+def _server() -> Any:
+    return getattr(running("gevent.pywsgi", "server"), "server", None)
+
+
+def _stopping(environ: Environ) -> Callable[[], bool] | None:
+    if "gunicorn.sock" in environ:  # its worker closes the server up to 1 s later
+        return gunicorn.is_stopping(gunicorn.worker())
+    server = _server()
+    # Its close() sets an event, and stop() begins with that (26.9).
+    return None if server is None else lambda: not server.started
+
+
+def _threads(environ: Environ) -> int | None:
+    pool = getattr(_server(), "pool", None)
+    size: int | None = getattr(pool, "size", None)
+    return size
+
+
 SERVER = Server(
     "pywsgi",
     runs=lambda environ: environ.get("SERVER_SOFTWARE", "").startswith("gevent/"),
     socket=_socket,
     is_tls=lambda environ: has_cipher(_socket(environ)),
     write_module="gevent.pywsgi",
+    headers=_headers,
+    stopping=_stopping,
+    threads=_threads,
+    warning=lambda environ: unpatched(),
 )

@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
-from .contract import Environ, Server, SocketLike
+from collections.abc import Callable
+from typing import Any
+
+from .contract import Environ, Headers, Server, SocketLike, Write
 
 __all__ = ["SERVER"]
 
 
-def _socket(environ: Environ) -> SocketLike | None:
+def _channel(environ: Environ) -> Any:
     # The callable is a bound method of the channel.
-    channel = environ["waitress.client_disconnected"].__self__
-    socket: SocketLike | None = channel.socket
+    return environ["waitress.client_disconnected"].__self__
+
+
+def _socket(environ: Environ) -> SocketLike | None:
+    socket: SocketLike | None = _channel(environ).socket
     return socket
+
+
+def _headers(write: Write) -> Headers | None:
+    task = getattr(write, "__self__", None)
+    headers: Headers | None = getattr(task, "response_headers", None)
+    return headers
+
+
+def _unsent(environ: Environ) -> int:
+    # Up to outbuf_high_watermark, 16 MiB by default; 0 once it is closed (3.0).
+    unsent: int = _channel(environ).total_outbufs_len
+    return unsent
+
+
+def _stopping(environ: Environ) -> Callable[[], bool]:
+    server = _channel(environ).server
+    dispatcher = server.task_dispatcher
+
+    def is_stopping() -> bool:
+        # Ctrl-C tells every thread to stop, and waits 5 s for those that serve (3.0);
+        # close() leaves the threads, and stops accepting.
+        return len(dispatcher.threads) <= dispatcher.stop_count or not server.accepting
+
+    return is_stopping
+
+
+def _threads(environ: Environ) -> int | None:
+    threads: int = _channel(environ).adj.threads
+    return threads
 
 
 SERVER = Server(
@@ -20,4 +55,8 @@ SERVER = Server(
     socket=_socket,
     is_tls=lambda environ: False,
     write_module="waitress.task",
+    headers=_headers,
+    unsent=_unsent,
+    stopping=_stopping,
+    threads=_threads,
 )

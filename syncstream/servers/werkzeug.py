@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from .contract import Environ, Server, has_cipher, speaks_http_1_1
+from collections.abc import Callable
+from typing import Any
+
+from .contract import (
+    Environ,
+    Headers,
+    Server,
+    Write,
+    has_cipher,
+    running,
+    speaks_http_1_1,
+)
 
 __all__ = ["SERVER"]
 
@@ -13,6 +24,33 @@ def _marks_end(environ: Environ) -> bool:
     return many and speaks_http_1_1(environ)
 
 
+def _headers(write: Write) -> Headers | None:
+    # They are a variable of run_wsgi, around its write().
+    names: tuple[str, ...] = getattr(
+        getattr(write, "__code__", None), "co_freevars", ()
+    )
+    if "headers_set" not in names:
+        return None
+    cells: Any = getattr(write, "__closure__", None)
+    headers: Headers = cells[names.index("headers_set")].cell_contents
+    return headers
+
+
+def _stopping(environ: Environ) -> Callable[[], bool] | None:
+    handler = running("werkzeug.serving", "server")
+    if handler is None:
+        return None
+    server = handler.server
+    # serve_forever() ends with server_close(), for Ctrl-C and shutdown() (3.1).
+    return lambda: server.socket.fileno() < 0
+
+
+def _threads(environ: Environ) -> int | None:
+    # A thread for each request; or a process for each, of which there may be more.
+    many = environ["wsgi.multithread"] or environ["wsgi.multiprocess"]
+    return None if many else 1
+
+
 SERVER = Server(
     "werkzeug",
     runs=lambda environ: "werkzeug.socket" in environ,
@@ -20,4 +58,7 @@ SERVER = Server(
     marks_end=_marks_end,
     is_tls=lambda environ: has_cipher(environ["werkzeug.socket"]),
     write_module="werkzeug.serving",
+    headers=_headers,
+    stopping=_stopping,
+    threads=_threads,
 )

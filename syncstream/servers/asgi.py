@@ -1,0 +1,37 @@
+"""ASGI servers' bridges to WSGI: a2wsgi, and those of uvicorn, Starlette, hypercorn.
+
+They leave nothing of the connection to an application, and do not tell it that the
+client has gone: its thread goes on, until the generator ends by itself (a2wsgi
+1.10, uvicorn 0.54, hypercorn 0.18).
+"""
+
+from __future__ import annotations
+
+from .contract import Environ, Server, connection_reset
+
+__all__ = ["SERVER"]
+
+
+def _runs(environ: Environ) -> bool:
+    if "asgi.scope" in environ:  # a2wsgi
+        return True
+    # The others do not name themselves. SERVER_PORT is an int with them, or None,
+    # where PEP 3333 wants a str.
+    return (
+        "SERVER_SOFTWARE" not in environ
+        and not isinstance(environ.get("SERVER_PORT", ""), str)
+        and environ.get("wsgi.multithread") is True
+        and environ.get("wsgi.multiprocess") is True
+    )
+
+
+SERVER = Server(
+    "ASGI bridge",
+    runs=_runs,
+    raises=connection_reset,
+    warning=lambda environ: (
+        "this ASGI server's WSGI bridge does not notice that a client has left, so "
+        "that each stream that does not end by itself takes a thread for ever: serve "
+        "the application by a WSGI server, as gunicorn -k gthread or -k gevent"
+    ),
+)

@@ -1,0 +1,184 @@
+"""What a stream asks of a socket, by its descriptor, without reading or writing.
+
+By the descriptor, because the socket belongs to the server, and because what an
+``ssl.SSLSocket`` or gevent's sockets do is not what is wanted here. Nothing blocks.
+"""
+
+from __future__ import annotations
+
+import _socket
+import ctypes
+import errno
+import functools
+import select
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+__all__ = [
+    "POLLRDHUP",
+    "acknowledged",
+    "give_up_after",
+    "hang_up",
+    "has_timed_out",
+    "is_hung_up",
+    "is_socket",
+    "is_writable",
+    "native",
+    "reset",
+]
+
+POLLRDHUP: int = getattr(select, "POLLRDHUP", 0)
+"""The peer will write no more; 0 where poll cannot tell (macOS)."""
+
+_TCP_USER_TIMEOUT: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)
+# struct tcp_info of linux/tcp.h: 8 bytes, 24 u32, two u64, then this one.
+_BYTES_ACKED = 120
+# The probes of an idle connection: the first after 30 s, then every 10 s.
+_PROBES = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+
+
+def native(module: Any, name: str) -> Any:
+    """Return a function as it was before gevent patched it."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None:
+        return monkey.get_original(module.__name__, name)
+    return getattr(module, name)
+
+
+def is_hung_up(fd: int) -> bool:
+    """Tell at once whether the peer of a socket has closed or reset it.
+
+    Nothing is read: bytes that wait there do not matter, nor does TLS. (Measured:
+    gevent's patched poll never reports POLLRDHUP, the original does.) Without
+    POLLRDHUP an end is seen only when no bytes wait before it.
+    """
+    if fd < 0:
+        return True
+    poll = native(select, "poll")()
+    poll.register(fd, POLLRDHUP or select.POLLIN)
+    for _, events in poll.poll(0):
+        if events != select.POLLIN:
+            return True
+        try:
+            with _borrowed(fd) as sock:
+                return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+    return False
+
+
+def is_writable(fd: int) -> bool:
+    """Tell at once whether the kernel takes a few bytes more.
+
+    ``True`` for a socket in error: who writes to it learns that.
+    """
+    if fd < 0:
+        return True
+    poll = native(select, "poll")()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+def hang_up(fd: int) -> None:
+    """Shut a socket down: what was sent still arrives, and nothing more is.
+
+    By its descriptor, because ``SSLSocket.shutdown`` would forget the encryption.
+    Writes then fail as if the peer had gone, reads show an end.
+    """
+    _libc().shutdown(fd, socket.SHUT_RDWR)
+
+
+def reset(fd: int) -> bool:
+    """Reset a TCP connection at once, and tell whether that could be done.
+
+    connect(2) to AF_UNSPEC does it, on Linux, without a descriptor of its own. (The
+    portable way, to close with SO_LINGER 0, is the server's to go, and servers shut
+    down before they close: that is an end in good order.)
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    address = struct.pack("H14x", socket.AF_UNSPEC)
+    done: int = _libc().connect(fd, address, len(address))
+    return done == 0
+
+
+def give_up_after(fd: int, seconds: float | None) -> float | None:
+    """Let the kernel give a TCP connection up whose peer acknowledges nothing.
+
+    TCP_USER_TIMEOUT counts from the first byte that waits, a peer that is gone
+    without a word and one that does not read alike. An idle connection is probed
+    from now on (SO_KEEPALIVE), so that a peer that is gone is missed there too.
+
+    Args:
+        seconds: How long; ``None`` leaves it to the system (15 minutes and more).
+
+    Returns:
+        What held before, to be restored; ``None`` also where this cannot be set.
+    """
+    if _TCP_USER_TIMEOUT is None:
+        return None
+    with suppress(OSError), _borrowed(fd) as sock:  # no TCP, or closed already
+        before = sock.getsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT)
+        timeout = round(seconds * 1000) if seconds is not None else 0
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, timeout)
+        if seconds is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _PROBES:
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        return before / 1000 or None
+    return None
+
+
+def has_timed_out(fd: int) -> bool:
+    """Tell whether the kernel has given a connection up; this clears its error.
+
+    Uncleared, the server's next write would fail with ETIMEDOUT, which gunicorn
+    logs with a traceback; cleared, it fails with EPIPE.
+    """
+    with suppress(OSError), _borrowed(fd) as sock:
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return error in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+    return False
+
+
+def acknowledged(fd: int) -> int | None:
+    """Return how many bytes the peer has taken so far, ``None`` if it is not told."""
+    if not sys.platform.startswith("linux"):
+        return None
+    with suppress(OSError), _borrowed(fd) as sock:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+        if len(info) >= _BYTES_ACKED + 8:
+            return int.from_bytes(info[_BYTES_ACKED : _BYTES_ACKED + 8], sys.byteorder)
+    return None
+
+
+def is_socket(fd: int) -> bool:
+    """Tell a connected socket's descriptor from a file's or a listener's."""
+    try:
+        with _borrowed(fd) as sock:
+            sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _borrowed(fd: int) -> Iterator[Any]:
+    """Lend a native socket object for a descriptor that stays its owner's."""
+    # Below gevent's and Python's own classes; the family does not matter here.
+    sock = _socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=fd)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+@functools.cache
+def _libc() -> Any:
+    return ctypes.CDLL(None)

@@ -1,0 +1,358 @@
+"""Hang-ups and a clock: who watches the connections while their generators wait.
+
+One `Watch` per process, and per gevent hub. It knows descriptors and callables, not
+streams. In a process of threads it is a thread of its own; under gevent it is one
+epoll descriptor inside the hub's own loop, and one timer.
+
+Hang-ups come from epoll, with EPOLLRDHUP and without EPOLLIN: bytes that nobody
+reads never wake it, and an end behind such bytes is seen (measured). Where there is
+no epoll (macOS), each socket is looked at 20 times a second.
+
+What it calls must not block: a call holds up all the others, and under gevent it
+runs in the hub, where nothing may wait; `Watch.spawn` is for the rest.
+"""
+
+from __future__ import annotations
+
+import _thread
+import heapq
+import itertools
+import logging
+import os
+import select
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from .sockets import is_hung_up, native
+from .waiting import hub
+
+__all__ = ["Timer", "Watch", "watch"]
+
+log = logging.getLogger(__name__)
+
+Callback = Callable[[], object]
+
+LOOK_EVERY = 0.05  # seconds, without epoll
+_COMPACT = 1000  # cancelled timers that are kept, at least
+
+
+class Timer:
+    """A call at a time to come.
+
+    Attributes:
+        callback: Returns when it wants to be called again (`time.monotonic`), or
+            ``None``.
+    """
+
+    __slots__ = ("callback",)
+
+    def __init__(self, callback: Callable[[], float | None]) -> None:
+        self.callback: Callable[[], float | None] | None = callback
+
+
+class Watch:
+    """Calls back when a connection hangs up, and when a time has come.
+
+    All methods may be called from any thread of a process of threads, and under
+    gevent from the greenlets of its hub; `run` from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._hung_up: dict[int, Callback] = {}  # by descriptor
+        self._timers: list[tuple[float, int, Timer]] = []  # a heap
+        self._order = itertools.count()
+        self._cancelled = 0
+        self._pid = os.getpid()
+        # Reentrant: a garbage collection in here may close a stream.
+        self._lock = native(_thread, "RLock")()
+        epoll = native_epoll()
+        self._epoll = epoll() if epoll is not None else None
+        if self._epoll is None:
+            self.call_at(time.monotonic(), self._look)
+
+    # Hang-ups.
+
+    def add(self, fd: int, hung_up: Callback) -> None:
+        """Call back, once, when the peer of a socket has closed or reset it.
+
+        Remove it before its server closes it: the number may then be another's.
+        """
+        with self._lock:
+            known = fd in self._hung_up
+            self._hung_up[fd] = hung_up
+            if self._epoll is None:
+                return
+            mask = select.EPOLLRDHUP | select.EPOLLONESHOT
+            try:
+                self._epoll.register(fd, mask)
+            except FileExistsError:  # nobody has removed the one before
+                self._epoll.modify(fd, mask)
+            except BaseException:
+                if not known:
+                    del self._hung_up[fd]
+                raise
+
+    def remove(self, fd: int, hung_up: Callback) -> None:
+        """Watch a socket no more; unless it has become another's meanwhile."""
+        with self._lock:
+            if self._hung_up.get(fd) is not hung_up:
+                return
+            del self._hung_up[fd]
+            # A forked child shares the epoll with its parent, who goes on.
+            if self._epoll is None or self._pid != os.getpid():
+                return
+            with suppress(OSError):  # the server was faster, and closed it
+                self._epoll.unregister(fd)
+
+    def _look(self) -> float:
+        for fd in tuple(self._hung_up):
+            self._look_at(fd)
+        return time.monotonic() + LOOK_EVERY
+
+    def _look_at(self, fd: int) -> None:
+        # A look at the socket: the number may have become another's since.
+        hung_up = self._hung_up.get(fd)
+        if hung_up is not None and is_hung_up(fd):
+            _guarded(hung_up)
+
+    def _read(self, timeout: float) -> None:
+        """Wait for epoll, at most so many seconds, and tell of hang-ups."""
+        assert self._epoll is not None
+        for fd, _ in self._epoll.poll(timeout):
+            if fd in self._hung_up:
+                self._look_at(fd)
+            else:
+                self._woken(fd)
+
+    def _woken(self, fd: int) -> None:
+        """Take note that a descriptor which is not a connection is ready."""
+
+    # The clock.
+
+    def call_at(self, when: float, callback: Callable[[], float | None]) -> Timer:
+        """Call at a time (`time.monotonic`), and again whenever it says.
+
+        Args:
+            when: The first time.
+            callback: Returns the next time, ``None`` for never again.
+        """
+        timer = Timer(callback)
+        with self._lock:
+            is_first = not self._timers or when < self._timers[0][0]
+            heapq.heappush(self._timers, (when, next(self._order), timer))
+        if is_first:
+            self._wake()
+        return timer
+
+    def cancel(self, timer: Timer) -> None:
+        """Call it no more."""
+        if timer.callback is None:
+            return
+        timer.callback = None
+        with self._lock:
+            self._cancelled += 1
+            if self._cancelled > max(_COMPACT, len(self._timers) // 2):
+                self._timers = [t for t in self._timers if t[2].callback is not None]
+                heapq.heapify(self._timers)
+                self._cancelled = 0
+
+    def _run_timers(self) -> float | None:
+        """Make the calls that are due; return when the next one is."""
+        while True:
+            with self._lock:
+                if not self._timers:
+                    return None
+                when, _, timer = self._timers[0]
+                if when > time.monotonic():
+                    return when
+                heapq.heappop(self._timers)
+                callback = timer.callback
+                if callback is None:
+                    self._cancelled -= 1
+                    continue
+            again = _guarded(callback)
+            if again is not None and timer.callback is not None:
+                with self._lock:
+                    heapq.heappush(self._timers, (again, next(self._order), timer))
+
+    def _wake(self) -> None:
+        """Let the watch look at its timers again: the first one has changed."""
+        raise NotImplementedError
+
+    # Elsewhere.
+
+    def run(self, callback: Callback) -> None:
+        """Run something where greenlets may be interrupted; from any thread."""
+        raise NotImplementedError
+
+    def spawn(self, callback: Callback) -> None:
+        """Run something that may wait a little, soon, one after the other."""
+        raise NotImplementedError
+
+
+class _ThreadWatch(Watch):
+    """The watch of a process of threads: a thread."""
+
+    def __init__(self) -> None:
+        self._ready = native_lock()  # without epoll: released to wake the thread
+        self._event_fd = -1
+        super().__init__()
+        if self._epoll is not None:
+            self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._epoll.register(self._event_fd, select.EPOLLIN)
+        thread = threading.Thread(target=self._loop, name="syncstream-watch")
+        thread.daemon = True
+        thread.start()
+
+    def _loop(self) -> None:
+        while True:
+            when = self._run_timers()
+            left = -1.0 if when is None else max(0.0, when - time.monotonic())
+            if self._epoll is not None:
+                self._read(left)
+            else:
+                self._ready.acquire(True, left)
+
+    def _wake(self) -> None:
+        if self._event_fd >= 0:
+            os.eventfd_write(self._event_fd, 1)
+        elif self._epoll is None and self._ready.locked():
+            try:
+                self._ready.release()
+            except RuntimeError as error:  # another thread was faster
+                log.debug("the watch is awake: %s", error)
+
+    def _woken(self, fd: int) -> None:
+        if fd == self._event_fd:
+            os.eventfd_read(fd)
+
+    def run(self, callback: Callback) -> None:
+        callback()
+
+    def spawn(self, callback: Callback) -> None:
+        callback()
+
+
+class _HubWatch(Watch):
+    """The watch of a gevent hub: in its loop, without a thread."""
+
+    def __init__(self, hub: Any) -> None:
+        self._hub = weakref.ref(hub)
+        self._timer: Any = None
+        self._timer_at = float("inf")
+        self._io: Any = None
+        self._jobs: deque[Callback] = deque()
+        self._is_working = False
+        super().__init__()
+        if self._epoll is not None:
+            # An epoll descriptor is readable when one of its own is ready. Without
+            # a reference: a hub with nothing else to wait for may end.
+            self._io = hub.loop.io(self._epoll.fileno(), 1, ref=False)
+            self._io.start(self._read, 0)
+
+    def _wake(self) -> None:
+        hub = self._hub()
+        if hub is None or not self._timers:
+            return
+        when = self._timers[0][0]
+        if when >= self._timer_at:
+            return
+        self._set_timer(hub, when)
+
+    def _set_timer(self, hub: Any, when: float) -> None:
+        if self._timer is not None:
+            self._timer.stop()
+            self._timer.close()
+        self._timer_at = when
+        # Not before its time: the loop's clock is a little behind ours.
+        left = max(0.0, when - time.monotonic()) + 0.0005
+        self._timer = hub.loop.timer(left, ref=False)
+        self._timer.start(self._tick, update=True)
+
+    def _tick(self) -> None:
+        self._timer_at = float("inf")
+        when = self._run_timers()
+        hub = self._hub()
+        if when is not None and hub is not None and when < self._timer_at:
+            self._set_timer(hub, when)
+
+    def run(self, callback: Callback) -> None:
+        hub = self._hub()
+        if hub is not None:
+            hub.loop.run_callback_threadsafe(_guarded, callback)
+
+    def spawn(self, callback: Callback) -> None:
+        self._jobs.append(callback)
+        if not self._is_working:
+            import gevent
+
+            self._is_working = True
+            gevent.spawn(self._work)
+
+    def _work(self) -> None:
+        try:
+            while self._jobs:
+                _guarded(self._jobs.popleft())
+        finally:
+            self._is_working = False
+
+
+def _guarded(callback: Callable[[], Any]) -> Any:
+    """Call; a callback that fails does not end the watch."""
+    try:
+        return callback()
+    except Exception:
+        log.exception("a callback of the watch failed")
+        return None
+
+
+def native_lock() -> Any:
+    """Return a real lock: held for moments, and never while a greenlet switches."""
+    return native(_thread, "allocate_lock")()
+
+
+def native_epoll() -> Any:
+    """Return the real epoll, which gevent takes away; ``None`` without one."""
+    if not hasattr(os, "eventfd"):
+        return None
+    try:
+        return native(select, "epoll")
+    except AttributeError:
+        return None
+
+
+class _Watches:
+    """The watches of one process."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.lock = native_lock()
+        self.of_threads: Watch | None = None
+        self.of_hubs: weakref.WeakKeyDictionary[Any, Watch] = (
+            weakref.WeakKeyDictionary()
+        )
+
+
+_watches = _Watches()
+
+
+def watch() -> Watch:
+    """Return the watch that suits what runs here, of this process; start it first."""
+    global _watches
+    if _watches.pid != os.getpid():  # forked: what there was is the parent's
+        _watches = _Watches()
+    here = hub()
+    with _watches.lock:
+        if here is None:
+            if _watches.of_threads is None:
+                _watches.of_threads = _ThreadWatch()
+            return _watches.of_threads
+        found = _watches.of_hubs.get(here)
+        if found is None:
+            found = _watches.of_hubs[here] = _HubWatch(here)
+        return found

@@ -1,0 +1,212 @@
+"""A WSGI application for the life of a stream: waits, silence, floods, ends.
+
+/KIND/SOURCE?key=KEY, and the options of `SSEResponse` in the query. KIND is "sse" for
+a response, "hand" for a generator by hand. Each source tells when, how and where it
+has ended: ``{key}-ended`` is [time.monotonic(), exception, in its own thread].
+"""
+
+import os
+import queue
+import threading
+import time
+from urllib.parse import parse_qs
+
+import psutil
+import requests
+
+from apps.control import gate, note
+from syncstream import SSEResponse, StreamMiddleware, current_stream, sleep
+from syncstream.process import stats
+
+OPTIONS = {
+    "keepalive": float,
+    "send_timeout": float,
+    "max_duration": float,
+    "retry": int,
+    "end": str,
+}
+
+
+def lived(source):
+    """Note a source's start, and its end."""
+
+    def run(key, query):
+        thread = threading.get_ident()
+        note(f"{key}-started", os.getpid())
+        how = "finished"
+        try:
+            yield from source(key, query)
+        except BaseException as error:
+            how = type(error).__name__
+            raise
+        finally:
+            now = time.monotonic()
+            note(f"{key}-ended", [now, how, threading.get_ident() == thread])
+
+    return run
+
+
+def waits(wait):
+    """Make the source that yields once, then waits in some way."""
+
+    @lived
+    def source(key, query):
+        yield "waiting"
+        soon = threading.Timer(0.02, note, (f"{key}-waiting", True))
+        soon.start()
+        wait()
+        yield "woken"
+
+    return source
+
+
+def wait_for_queue():
+    current_stream().wait(queue.Queue())
+
+
+def wait_for_event():
+    current_stream().wait(threading.Event())
+
+
+def wait_for_condition():
+    condition = threading.Condition()
+    with condition:
+        current_stream().wait(condition)
+
+
+@lived
+def linked(key, query):
+    """Read from an upstream that sends one line, and then nothing."""
+    upstream = requests.get(query["upstream"], stream=True, timeout=60)
+    current_stream().link(upstream)
+    for line in upstream.iter_lines(chunk_size=1):
+        yield line.decode()
+
+
+@lived
+def ticking(key, query):
+    """Yield numbers, and sleep in between."""
+    n = 0
+    while True:
+        yield n
+        n += 1
+        sleep(0.05)
+
+
+@lived
+def flood(key, query):
+    """Yield as fast as it goes."""
+    payload = "x" * 1000
+    while True:
+        yield payload
+        note_moment(key)
+
+
+moments = {}
+
+
+def note_moment(key):
+    moments[key] = time.monotonic()
+
+
+@lived
+def pieces(key, query):
+    """Yield numbered events, some of them in pieces, with pauses of a plain kind."""
+    for n in range(int(query["n"])):
+        event = f"id: {n}\ndata: event {n}\n\n".encode()
+        if n % 3 == 0:
+            yield event
+        elif n % 3 == 1:
+            yield event[:5]
+            time.sleep(0.002)
+            yield event[5:]
+        else:
+            yield event[:-1]
+            time.sleep(0.0001)
+            yield event[-1:]
+        if n % 2:
+            time.sleep(0.002)
+
+
+@lived
+def gated(key, query):
+    """Yield a number for each time the gate is opened."""
+    n = 0
+    while True:
+        gate(key)
+        yield n
+        n += 1
+
+
+@lived
+def stubborn(key, query):
+    """Swallow the end, and yield once more."""
+    yield "waiting"
+    try:
+        sleep(30)
+    except BaseException:
+        yield "swallowed"
+    note(f"{key}-went-on", True)
+
+
+SOURCES = {
+    "sleep": waits(lambda: sleep(30)),
+    "queue": waits(wait_for_queue),
+    "event": waits(wait_for_event),
+    "condition": waits(wait_for_condition),
+    "time.sleep": waits(lambda: time.sleep(30)),
+    "busy": waits(lambda: time.sleep(1.2)),
+    "linked": linked,
+    "ticking": ticking,
+    "flood": flood,
+    "pieces": pieces,
+    "gated": gated,
+    "stubborn": stubborn,
+}
+
+
+def app(environ, start_response):
+    query = {name: v[0] for name, v in parse_qs(environ["QUERY_STRING"]).items()}
+    _, kind, *rest = environ["PATH_INFO"].split("/")
+    if kind == "health":
+        return plain("ok", start_response)
+    if kind == "stats":
+        return plain(repr(state()), start_response)
+    if kind == "moment":
+        return plain(repr(moments.get(query["key"])), start_response)
+    source = SOURCES[rest[0]](query.get("key"), query)
+    if kind == "hand":
+        start_response("200 OK", [("Content-Type", "text/event-stream")])
+        return (
+            item if isinstance(item, bytes) else f"data: {item}\n\n".encode()
+            for item in source
+        )
+    options = {
+        name: None if query[name] == "None" else kind(query[name])
+        for name, kind in OPTIONS.items()
+        if name in query
+    }
+    return SSEResponse(source, **options)(environ, start_response)
+
+
+def state():
+    """What the process holds, for tests that look for leaks."""
+    me = psutil.Process()
+    return {
+        **stats(),
+        "threads": me.num_threads(),
+        "fds": me.num_fds(),
+        "rss": me.memory_info().rss,
+        "cpu": sum(me.cpu_times()[:2]),
+        "pid": me.pid,
+    }
+
+
+def plain(text, start_response):
+    body = text.encode()
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+
+
+wrapped = StreamMiddleware(app, keepalive=float(os.environ.get("KEEPALIVE", 15)))
+limited = StreamMiddleware(app, reserve_threads=1)
