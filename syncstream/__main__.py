@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, doctor
+
+if TYPE_CHECKING:
+    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 __all__ = ["main"]
 
@@ -59,7 +64,86 @@ def _parser() -> argparse.ArgumentParser:
         "--port", type=_port, default=8000, help="port to listen on; 0: a free one"
     )
     demo.set_defaults(run=_demo)
+    _add_doctor(commands)
     return parser
+
+
+def _add_doctor(commands: _Commands) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="listen to a stream, and say what is wrong with it",
+        description="Listen to a stream as a browser would, and say what is wrong"
+        " with it: late heads, buffering, compression, headers, cuts.",
+        epilog="Exit status: 0 healthy, 1 something is at fault, 2 no connection.",
+    )
+    command.add_argument(
+        "url", type=_checked(doctor.parse_url), help="http or https address of a stream"
+    )
+    command.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=20.0,
+        metavar="N",
+        help="how long to listen (default: 20)",
+    )
+    command.add_argument(
+        "--header",
+        type=_checked(doctor.parse_header),
+        action="append",
+        default=[],
+        metavar="'NAME: VALUE'",
+        help="send this header, a cookie for one; may be repeated",
+    )
+    command.add_argument(
+        "--last-event-id", metavar="ID", help="resume after this event"
+    )
+    command.add_argument(
+        "--insecure", action="store_true", help="take any TLS certificate"
+    )
+    command.set_defaults(run=_doctor)
+
+
+def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return parse with its reasons in argparse's messages."""
+
+    def checked(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 86400:
+            return float(text)
+    raise argparse.ArgumentTypeError(
+        f"must be more than 0, at most a day, got {text!r}"
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """Listen, and print what is to be said."""
+    print(f"syncstream: listening for {options.seconds:g} s", file=sys.stderr)
+    try:
+        seen = doctor.examine(
+            options.url,
+            seconds=options.seconds,
+            headers=options.header,
+            last_event_id=options.last_event_id,
+            insecure=options.insecure,
+        )
+    except ValueError as error:
+        print(f"syncstream: {error}", file=sys.stderr)
+        return 2
+    findings = doctor.judge(seen)
+    try:
+        print(doctor.report(seen, findings), end="", flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; the exit would flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return doctor.exit_status(seen, findings)
 
 
 def _port(text: str) -> int:
