@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from django.conf import settings
 from django.core.signals import request_finished, request_started
 from django.db import connections
+from django.db.backends.signals import connection_created
 from django.http import StreamingHttpResponse
 
 from . import wsgi
@@ -43,16 +45,77 @@ def _started(sender: object, environ: Environ = None, **kwargs: Any) -> None:
     _thread.is_asgi = environ is None
     if environ is not None:
         environ[wsgi.BEFORE_WAIT] = [_give_connections_back]
+        for connection in connections.all(initialized_only=True):
+            _OpenCursors.of(connection)
+
+
+class _OpenCursors:
+    """The open cursors of a connection: an execute wrapper, for what has executed.
+
+    Those of ``queryset.iterator()`` are among them. Who closes their connection takes
+    rows away that have not been read.
+
+    https://docs.djangoproject.com/en/stable/topics/db/instrumentation/
+    """
+
+    def __init__(self) -> None:
+        self._cursors: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    @classmethod
+    def of(cls, connection: Any) -> _OpenCursors:
+        """Return those of a connection; from the first call on they are watched."""
+        for wrapper in connection.execute_wrappers:
+            if isinstance(wrapper, cls):
+                return wrapper
+        cursors = cls()
+        # First: `connection.execute_wrapper` takes its own out by popping the last.
+        connection.execute_wrappers.insert(0, cursors)
+        return cursors
+
+    def __call__(
+        self, execute: Any, sql: Any, params: Any, many: Any, context: Any
+    ) -> Any:
+        cursor = context["cursor"]
+        if cursor not in self._cursors:
+            self._cursors.add(cursor)
+            cursor.close = self._closing(cursor)
+        return execute(sql, params, many, context)
+
+    def _closing(self, cursor: Any) -> Callable[[], Any]:
+        # Not every driver's cursors tell whether they are closed: sqlite3's do not.
+        reference, close = weakref.ref(cursor), cursor.close
+
+        def closing() -> Any:
+            if (found := reference()) is not None:
+                self._cursors.discard(found)
+            return close()
+
+        return closing
+
+    def __len__(self) -> int:
+        return len(self._cursors)
+
+    def clear(self) -> None:
+        self._cursors.clear()
+
+
+def _connected(sender: object, connection: Any, **kwargs: Any) -> None:
+    _OpenCursors.of(connection).clear()  # the connection before this one's
 
 
 def _give_connections_back() -> None:
     """Close this thread's database connections, or return them to their pool.
 
-    Django does so between requests, and a stream is one long request. One inside of
-    ``atomic()`` stays: its work is not done.
+    Django does so between requests, and a stream is one long request. What is in use
+    stays: in a transaction, by ``atomic()`` or without autocommit, or by a cursor.
     """
     for connection in connections.all(initialized_only=True):
-        if connection.connection is not None and not connection.in_atomic_block:
+        if (
+            connection.connection is not None
+            and not connection.in_atomic_block
+            and connection.get_autocommit()
+            and not _OpenCursors.of(connection)
+        ):
             connection.close()
 
 
@@ -63,6 +126,7 @@ def _finished(sender: object, **kwargs: Any) -> None:
 
 request_started.connect(_started, dispatch_uid="syncstream")
 request_finished.connect(_finished, dispatch_uid="syncstream")
+connection_created.connect(_connected, dispatch_uid="syncstream")
 
 _ASGI = (
     "syncstream streams synchronous generators under WSGI, and this runs under ASGI:"

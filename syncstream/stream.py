@@ -377,7 +377,13 @@ class Stream:
         """
         if self._is_closed or self.reason in ("disconnected", "send_timeout"):
             return False
-        return self._connection is None or not self._connection.is_hung_up()
+        if self._connection is None or not self._connection.is_hung_up():
+            return True
+        if current_scope() is self:
+            # Its generator knows now, and may clean up: it is not interrupted.
+            self._end("disconnected")
+            self._closing = True
+        return False
 
     @property
     def last_event_id(self) -> str | None:
@@ -534,10 +540,7 @@ class Stream:
                     self._end("finished")
                     break
                 except BaseException as error:
-                    if ended or (
-                        isinstance(error, ClientDisconnected) and not self.connected
-                    ):
-                        self._end("disconnected")
+                    if ended or self._is_end(error):
                         self._after_end(error)
                         break
                     failed.append(error)
@@ -584,6 +587,14 @@ class Stream:
             # Whoever wraps us by `yield from`, or just drops us, closes the stream.
             self.close()
             raise
+
+    def _is_end(self, error: BaseException) -> bool:
+        """Tell an end of which we did not know yet from a failure."""
+        if isinstance(error, ClientDisconnected) and not self.connected:
+            return self._end("disconnected")
+        # gunicorn exits in the handler of SIGQUIT, which a sync worker runs in here.
+        stops = self._process is not None and self._process.is_stopping
+        return isinstance(error, SystemExit) and stops and self._end("shutdown")
 
     def _look(self, now: float) -> None:
         """See for ourselves what the watch would tell, if it came to run."""
@@ -739,9 +750,9 @@ class Stream:
             self._watch = watch()
             fd = connection.fd if connection is not None else None
             if fd is not None and fd >= 0:
-                hung_up = _weakly(self._on_hang_up, None)
-                self._watch.add(fd, hung_up)
-                self._fd, self._hung_up = fd, hung_up
+                # First: the client may have gone already, and we are told at once.
+                self._fd, self._hung_up = fd, _weakly(self._on_hang_up, None)
+                self._watch.add(fd, self._hung_up)
                 if life.send_timeout is not None:
                     timeout = life.send_timeout + _GRACE
                     self._kernel_timeout = give_up_after(fd, timeout)

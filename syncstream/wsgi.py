@@ -149,9 +149,9 @@ class Connection:
         if threads is not None and threads > 1 and streams >= threads:
             record.warn_once(
                 log,
-                f"all {threads} threads of this server process hold streams, other"
-                " requests wait: give it more threads, or gevent, or set"
-                " StreamMiddleware(app, reserve_threads=…)",
+                f"streams hold all of the {threads} requests that this server process"
+                " serves at once, the others wait: give it more threads (or greenlets),"
+                " or set StreamMiddleware(app, reserve_threads=…)",
             )
 
     @functools.cached_property

@@ -7,17 +7,16 @@ skipped; under ``CI=true`` it fails.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 
 from live import await_true
+from programs import program
 
 _FLAGS = (
     "--headless",
@@ -33,17 +32,6 @@ _FLAGS = (
 )
 
 
-def program(name: str) -> str:
-    """Return a program's path; skip the test, or in CI fail it, where it is missing."""
-    path = shutil.which(name)
-    if path is None:
-        message = f"no {name}: apt-get install chromium chromium-driver"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    return path
-
-
 @contextmanager
 def chrome(*flags: str, size: tuple[int, int] = (1280, 800)) -> Iterator[Chrome]:
     """Run a browser with a fresh profile for the length of a block.
@@ -56,8 +44,8 @@ def chrome(*flags: str, size: tuple[int, int] = (1280, 800)) -> Iterator[Chrome]
     os.environ.setdefault("SE_OFFLINE", "true")  # selenium asks nobody
     os.environ.setdefault("SE_AVOID_STATS", "true")
     options = ChromeOptions()
-    options.binary_location = program("chromium")
-    service = Service(executable_path=program("chromedriver"))
+    options.binary_location = program("chromium", "chromium")
+    service = Service(executable_path=program("chromedriver", "chromium-driver"))
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         for flag in (*_FLAGS, f"--user-data-dir={profile}", *flags):

@@ -17,6 +17,7 @@ import re
 import signal
 import socket
 import socketserver
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -83,6 +84,7 @@ class LiveServer:
         env: More environment variables.
         ready: Method and path of the request that a server that is ready answers
             with 200. HEAD starts no stream.
+        tls: The server speaks TLS.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class LiveServer:
         *options: str,
         env: dict[str, str] | None = None,
         ready: str = "GET /health",
+        tls: bool = False,
     ) -> None:
         self.kind = kind
         self.control = Control()
@@ -99,6 +102,7 @@ class LiveServer:
         self._command = (kind, app, options)
         self._env = env or {}
         self._ready = ready
+        self._tls = tls
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
         try:
@@ -151,7 +155,12 @@ class LiveServer:
         return f"http://{self.host}"
 
     def connect(self) -> Client:
-        return Client(socket.create_connection(("127.0.0.1", self.port), TIMEOUT))
+        sock = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
+        if self._tls:
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            sock = context.wrap_socket(sock)
+        return Client(sock)
 
     def get(self, path: str, **options: Any) -> Client:
         """Return a client that has sent a request; see `Client.request`."""
@@ -181,6 +190,11 @@ class LiveServer:
     def signal(self, number: int) -> None:
         assert self._process is not None
         os.killpg(self._process.pid, number)
+
+    def signal_one(self, number: int) -> None:
+        """Signal the process that was started, and none of its children."""
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def stop(self) -> None:
         if self._process is None:

@@ -2,10 +2,8 @@
 
 import contextlib
 import gzip
-import os
 import random
 import re
-import shutil
 import socket
 import ssl
 import subprocess
@@ -17,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from live import LiveServer, await_true, free_port
+from programs import certificate, program
 from syncstream import doctor
 from syncstream.__main__ import main
 from syncstream.doctor import Arrival, Finding, Head, Observation, judge, report
@@ -578,27 +577,15 @@ def test_a_redirect_to_nobody(serve):
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """Return the file of a certificate for example.com, and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is missing")
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
-            *("-subj", "/CN=example.com", "-keyout", path, "-out", f"{path}.crt"),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
-    return path
+def certified(tmp_path_factory):
+    """Return the files of a certificate for example.com, and its key."""
+    return certificate(tmp_path_factory.mktemp("tls"), "example.com")
 
 
-def test_tls(serve, certificate):
+def test_tls(serve, certified):
     """A certificate that is not trusted is named; --insecure takes it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
+    context.load_cert_chain(*certified)
     server = serve(say(HEAD, EVENT, hold=True), context)
     url = server.url.replace("http:", "https:")
     refused = doctor.examine(url, seconds=1)
@@ -721,9 +708,7 @@ def test_live_buffering(server, capsys):
 @pytest.fixture
 def nginx(server, tmp_path):
     """Return the address of an nginx before the server, which is set up badly."""
-    command = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-    if command is None:
-        pytest.skip("nginx is missing")
+    command = program("nginx", "nginx-light")
     port = free_port()
     temporary = "".join(
         f"{name}_temp_path {tmp_path}/{name};"

@@ -4,15 +4,21 @@ Done by real clients on real servers; the table *servers × guarantees* of the R
 is made from this file, too.
 """
 
+import ast
+import os
+import re
+import signal
 import socket
 import socketserver
 import struct
 import threading
 import time
 
+import psutil
 import pytest
 
-from live import SERVERS, TIMEOUT, LiveServer, await_true, unique_key
+from live import GUNICORN, SERVERS, LiveServer, await_true, unique_key
+from programs import certificate
 from syncstream.protocol.sse import Decoder
 
 GEVENT = ("gunicorn-gevent", "pywsgi")
@@ -97,16 +103,6 @@ def test_a_generator_that_swallows_its_end_is_closed(server, key):
     assert server.control.pending(f"{key}-went-on") == []
 
 
-def keepalives(client, seconds):
-    """Return when keepalives came in so many seconds, from the first byte on."""
-    times = []
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if client.block() == b": keepalive\n\n":
-            times.append(time.monotonic())
-    return times
-
-
 @pytest.mark.parametrize("app", ["app", "wrapped"])
 @pytest.mark.parametrize("kind", SERVERS)
 def test_silence_is_broken(kind, app, key, record_property):
@@ -146,3 +142,199 @@ def test_keepalives_corrupt_no_event(kind, path, key):
     ]
     comments = body.count(b": keepalive\n\n")
     assert comments == 0 if kind == "uwsgi" else comments > 20
+
+
+TLS = ("gunicorn-gthread", "gunicorn-gevent")
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory):
+    """gunicorn's options for a certificate that is signed by nobody else."""
+    cert, key = certificate(tmp_path_factory.mktemp("tls"))
+    return "--certfile", str(cert), "--keyfile", str(key)
+
+
+@pytest.mark.parametrize("kind", TLS)
+def test_the_same_over_tls(kind, tls, key, upstream):
+    """Hang-up, keepalive, and the frozen client, where the server speaks TLS."""
+    waits = [*WAITS] + (["time.sleep"] if kind in GEVENT else [])
+    with LiveServer(kind, "apps.life:app", *tls, tls=True) as server:
+        for wait in waits:
+            for how in ("FIN", "RST"):
+                one = f"{key}-{wait}-{how}"
+                with server.get(f"/sse/{wait}?key={one}&upstream={upstream}") as c:
+                    assert c.block() + c.block() == b": ok\n\ndata: waiting\n\n"
+                    if wait != "linked":
+                        server.control.next(f"{one}-waiting")
+                    left = leave(c, how)
+                    at, _, same = server.control.next(f"{one}-ended")
+                assert same
+                assert at - left < 5
+        with server.get(f"/sse/busy?key={key}&keepalive=0.2") as client:
+            blocks = [client.block() for _ in range(5)]
+            assert blocks[2:] == [b": keepalive\n\n"] * 3
+        with server.get(f"/sse/flood?key={key}-flood&send_timeout=1") as client:
+            client.block()
+            _, _, same = server.control.next(f"{key}-flood-ended")
+            assert same
+        assert server.tracebacks() == 0
+
+
+def moment(server, key):
+    """Return when a flood's last chunk was taken; `time.monotonic`."""
+    with server.get(f"/moment?key={key}") as client:
+        return float(client.rest())
+
+
+def state(server):
+    with server.get("/stats") as client:
+        return ast.literal_eval(client.rest().decode())
+
+
+# What the server itself keeps for a client that does not read.
+BUFFERS = {"waitress": 20 << 20}
+
+
+def test_a_client_that_does_not_read_is_dropped(server, key, record_property):
+    """`send_timeout` after the kernel takes no more; nobody else notices."""
+    before = state(server) if server.kind != "gunicorn-sync" else None
+    path = f"/sse/flood?key={key}&send_timeout=1.5"
+    began = time.monotonic()
+    with server.get(path) as frozen:
+        assert frozen.block() == b": ok\n\n"
+        if before is not None:
+            # Another stream, meanwhile.
+            with server.get(f"/sse/ticking?key={key}-other") as other:
+                blocks = [other.block() for _ in range(10)]
+            assert blocks[-1] == b"data: 8\n\n"
+        at, error, same = server.control.next(f"{key}-ended")
+    assert (error, same) == ("GeneratorExit", True)
+    if server.kind in BUFFERS:
+        record_property("cell", "yes, and it buffers 16 MiB itself")
+        assert 1 < at - began < 5
+    else:
+        assert 1 < at - moment(server, key) < 3
+    after = state(server)
+    assert "send_timeout" in after["ended"]
+    if before is not None:
+        grown = after["rss"] - before["rss"]
+        assert grown < 10 << 20 or grown < BUFFERS.get(server.kind, 0)
+    assert server.tracebacks() == 0
+
+
+def test_a_stream_ends_after_its_time(server, key):
+    """`max_duration`: with a `retry:`, in good order, though the source sleeps."""
+    began = time.monotonic()
+    with server.get(f"/sse/sleep?key={key}&max_duration=0.5&end=stop") as client:
+        body = client.rest()
+        at, error, same = server.control.next(f"{key}-ended")
+    assert re.fullmatch(rb": ok\n\ndata: waiting\n\nretry: \d+\n\n", body)
+    assert client.is_whole or server.kind == "uwsgi"
+    assert (error, same) == ("GeneratorExit", True)
+    assert 0.4 < at - began < 5
+
+
+STOPS = {
+    "gunicorn-sync": ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGINT"),
+    "gunicorn-gthread": ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGINT"),
+    "gunicorn-gevent": ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGINT"),
+    "pywsgi": ("SIGINT",),
+    "werkzeug": ("SIGINT",),
+    "waitress": ("SIGINT",),
+    "cheroot": ("SIGINT",),
+}
+
+
+def assert_stops(server, send, key, count=1, gone=lambda: None):
+    """Streams end with a `retry:` and an end mark; `finally` has run."""
+    clients = [server.get(f"/sse/sleep?key={key}") for _ in range(count)]
+    try:
+        for client in clients:
+            assert client.block() == b": ok\n\n"
+            first = client.block()
+            if send is None:  # it has stopped already: this is its last request
+                assert re.fullmatch(rb"retry: \d+\n\n", first)
+                return 0, 0
+            assert first == b"data: waiting\n\n"
+        for _ in clients:
+            server.control.next(f"{key}-waiting")
+        sent = time.monotonic()
+        send()
+        ends = []
+        for client in clients:
+            assert re.fullmatch(rb"retry: \d+\n\n", client.rest())
+            assert client.is_whole
+            ends.append(time.monotonic() - sent)
+            client.close()
+        for _ in clients:
+            _, error, same = server.control.next(f"{key}-ended")
+            assert error in ("GeneratorExit", "SystemExit")
+            assert same
+        gone()
+        return max(ends), time.monotonic() - sent
+    finally:
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"), [(kind, n) for kind, names in STOPS.items() for n in names]
+)
+def test_streams_end_when_the_server_stops(kind, number, key):
+    """At once, though gunicorn would wait 30 s for them, and then kill them."""
+    count = {"gunicorn-sync": 1, "waitress": 6, "cheroot": 6}.get(kind, 20)
+    options = ["--graceful-timeout", "30"] if kind in GUNICORN else []
+    options += ["--threads", "24"] if kind == "gunicorn-gthread" else []
+    with LiveServer(kind, "apps.life:app", *options) as server:
+        pid = state(server)["pid"]
+        ended, gone = assert_stops(
+            server,
+            lambda: server.signal_one(getattr(signal, number)),
+            key,
+            count,
+            gone=lambda: await_true(lambda: not is_running(pid), server.log),
+        )
+        assert ended < 5  # usually 0.05
+        assert gone < 8  # usually 0.3, and 1.3 for gevent
+        if kind in GUNICORN and number != "SIGINT":  # it prints one of its own there
+            assert server.tracebacks() == 0
+
+
+def is_running(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("kind", GUNICORN)
+@pytest.mark.parametrize("how", ["preload", "handlers", "max_requests", "reload"])
+def test_streams_end_however_gunicorn_is_told(kind, how, key, tmp_path):
+    """With --preload; handlers that are wrapped; max_requests; --reload."""
+    options = ["--graceful-timeout", "30"]
+    env = {}
+    if how == "preload":
+        options += ["--preload"]
+    elif how == "handlers":
+        env = {"WRAP_HANDLERS": "1"}
+    elif how == "max_requests":
+        options += ["--max-requests", "2" if kind == "gunicorn-sync" else "4"]
+    else:
+        watched = tmp_path / "watched.txt"
+        watched.write_text("before")
+        options += ["--reload", "--reload-extra-file", str(watched)]
+        options += ["--reload-engine", "poll"]
+    with LiveServer(kind, "apps.life:app", *options, env=env) as server:
+
+        def send():
+            if how == "reload":
+                os.utime(watched, (time.time() + 9, time.time() + 9))
+            elif how == "max_requests":
+                for _ in range(2):
+                    with server.get("/health") as client:
+                        client.rest()
+            else:
+                server.signal_one(signal.SIGTERM)
+
+        is_last = how == "max_requests" and kind == "gunicorn-sync"
+        assert_stops(server, None if is_last else send, key)

@@ -5,6 +5,7 @@ import contextvars
 import gc
 import logging
 import re
+import socket
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from syncstream import (
 )
 from syncstream.protocol import raw, sse
 from syncstream.stream import Format
+from syncstream.watch import Watch
 
 EVENTS = Format(sse.encoder(), sse.ends_blank, is_events=True)
 RAW = Format(raw.encode, lambda tail: False)
@@ -785,3 +787,22 @@ def test_a_source_that_plays_disconnected_has_failed(line, caplog):
         list(stream)
     assert stream.reason == "error"
     assert caplog.messages == ["the source of GET '/test' failed"]
+
+
+def test_the_watch_may_be_faster(line, monkeypatch):
+    """A client that has gone already may be told of before add() returns."""
+    add = Watch.add
+
+    def told_at_once(self, fd, hung_up):
+        add(self, fd, hung_up)
+        hung_up()
+
+    monkeypatch.setattr(Watch, "add", told_at_once)
+    server, client = socket.socketpair()
+    with server:
+        client.close()
+        line.fd = server.fileno()
+        source = Closing(["a"])
+        stream = stream_of(source, line)
+        assert list(stream) == []
+        assert (stream.reason, source.closed) == ("disconnected", 1)

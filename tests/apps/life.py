@@ -7,6 +7,7 @@ has ended: ``{key}-ended`` is [time.monotonic(), exception, in its own thread].
 
 import os
 import queue
+import signal
 import threading
 import time
 from urllib.parse import parse_qs
@@ -148,6 +149,12 @@ def stubborn(key, query):
         yield "swallowed"
     note(f"{key}-went-on", True)
 
+
+if "WRAP_HANDLERS" in os.environ:
+    # As some tracing tools do, whatever is installed.
+    for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT):
+        before = signal.getsignal(number)
+        signal.signal(number, lambda n, frame, before=before: before(n, frame))
 
 SOURCES = {
     "sleep": waits(lambda: sleep(30)),

@@ -19,9 +19,14 @@ def main() -> None:
 
 
 def serve_pywsgi(app, port):
+    import signal
+
+    import gevent
     from gevent.pywsgi import WSGIServer
 
-    WSGIServer(("127.0.0.1", port), app).serve_forever()
+    server = WSGIServer(("127.0.0.1", port), app)
+    gevent.signal_handler(signal.SIGINT, server.stop)
+    server.serve_forever()
 
 
 def serve_werkzeug(app, port):
