@@ -8,7 +8,6 @@ Events are rows of a table; ``curl -X POST http://127.0.0.1:8000/events/hi`` add
 
 import os
 import sqlite3
-import time
 from contextlib import closing
 
 from flask import Flask, request
@@ -35,21 +34,18 @@ def fetch(db, last):
 
 
 @app.get("/events")
-@sse(retry=3000, end="reconnect")
+@sse(retry=3000, end="reconnect", keepalive=KEEPALIVE, max_duration=3600)
 def events():
     stream, client = current_stream(), request.headers.get("X-Client-ID", "unknown")
-    id, wrote = stream.last_event_id or "0", time.monotonic()
+    id = stream.last_event_id or "0"
     last = int(id) if id.isdecimal() and len(id) < 19 else 0
     app.logger.info("Client %s connected after event %d", client, last)
     stream.on_close(lambda: app.logger.info("Client %s: %s", client, stream.reason))
     with closing(sqlite3.connect(DATABASE)) as db:
         while True:
-            items = fetch(db, last)
-            if not items and time.monotonic() - wrote > KEEPALIVE:
-                items = [Event(comment="keepalive")]
-            for event in items:
+            for event in fetch(db, last):
                 yield event
-                last, wrote = int(event.id or last), time.monotonic()
+                last = int(event.id or last)
             sleep(INTERVAL)
 
 

@@ -5,13 +5,18 @@ The map of the package, from top to bottom the way the data takes:
 ====================  ==========================================================
 ``errors``            every exception, as a tree
 ``protocol``          bytes <-> values: event streams, NDJSON, JSON
+``sockets``           what is asked of a socket, by its descriptor
 ``waiting``           the one place that knows threads from gevent; the scope
+``watch``             hang-ups and a clock, one per process
+``process``           the process's streams, and its stop
 ``stream``            one response's life: iterate, encode, close, one reason
 ``servers``           the WSGI servers: where each keeps the socket, how it ends
+``capacity``          how many streams there may be
 ``wsgi``              the response classes and the middleware
 ``flask django``      what each framework needs on top: its responses, ``@sse``
 ``bottle pyramid``
-``falcon``
+``falcon gunicorn``
+``doctor``            ``python -m syncstream doctor``
 ``demo``              the demo of ``python -m syncstream demo``
 ====================  ==========================================================
 

@@ -8,6 +8,7 @@ the interpreter's exit they are told, too, and get a second.
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import logging
 import os
@@ -20,7 +21,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from .watch import Watch, native_lock
+from .sockets import native
+from .watch import Watch
 
 __all__ = ["Process", "process", "stats"]
 
@@ -50,10 +52,11 @@ class Process:
     """The streams of one process. Get it from `process`."""
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
-        self._warned: set[str] = set()
+        self._warned: dict[str, object] = {}
         self._memo: dict[Hashable, Any] = {}
-        self._lock = native_lock()
+        # Reentrant: a garbage collection in here may end a stream, whose callback
+        # asks for these numbers; so may a signal's.
+        self._lock = native(_thread, "RLock")()
         # Weak: a stream that everybody has dropped ends.
         self._open: dict[int, weakref.ref[Stoppable]] = {}
         self._totals: dict[str, Total] = {}
@@ -66,9 +69,8 @@ class Process:
 
     def warn_once(self, log: logging.Logger, text: str, key: str = "") -> None:
         """Log a warning unless this process has done so before."""
-        key = key or text
-        if key not in self._warned:
-            self._warned.add(key)
+        token = object()
+        if self._warned.setdefault(key or text, token) is token:
             log.warning(text)
 
     def memo(self, key: Hashable, find: Callable[[], Any]) -> Any:
@@ -106,7 +108,10 @@ class Process:
 
     def _count(self) -> None:
         while self._news:
-            reason, seconds, events, bytes = self._news.popleft()
+            try:
+                reason, seconds, events, bytes = self._news.popleft()
+            except IndexError:  # a garbage collection's call was faster
+                return
             total = self._totals.setdefault(reason, Total())
             total.streams += 1
             total.seconds += seconds
@@ -153,19 +158,20 @@ class Process:
     def stats(self) -> dict[str, Any]:
         with self._lock:
             self._count()
-            ended = {reason: asdict(total) for reason, total in self._totals.items()}
+            totals = self._totals.copy()
+            ended = {reason: asdict(total) for reason, total in totals.items()}
         return {"open": len(self._open), "ended": ended}
 
 
-_process = Process()
+_processes: dict[int, Process] = {}  # this one's, and its parents' if it was forked
 
 
 def process() -> Process:
     """Return this process's record; a forked child begins with an empty one."""
-    global _process
-    if _process.pid != os.getpid():
-        _process = Process()
-    return _process
+    pid = os.getpid()
+    found = _processes.get(pid)
+    # One for all threads, whichever asks first.
+    return found if found is not None else _processes.setdefault(pid, Process())
 
 
 def stats() -> dict[str, Any]:
@@ -181,5 +187,4 @@ def stats() -> dict[str, Any]:
 
 
 def _at_exit() -> None:
-    if _process.pid == os.getpid():
-        _process.end(EXIT_WAIT)
+    process().end(EXIT_WAIT)

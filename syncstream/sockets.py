@@ -125,7 +125,7 @@ def give_up_after(fd: int, seconds: float | None) -> float | None:
         return None
     with suppress(OSError), _borrowed(fd) as sock:  # no TCP, or closed already
         before = sock.getsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT)
-        timeout = round(seconds * 1000) if seconds is not None else 0
+        timeout = _milliseconds(seconds) if seconds is not None else 0
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, timeout)
         if seconds is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -133,6 +133,10 @@ def give_up_after(fd: int, seconds: float | None) -> float | None:
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         return before / 1000 or None
     return None
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(min(seconds * 1000, 0x7FFFFFFF))  # what a C int takes: 24 days
 
 
 def has_timed_out(fd: int) -> bool:

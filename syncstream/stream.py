@@ -323,7 +323,7 @@ class Stream:
         """
         if not self._once:
             gone = self._connection is not None and self._connection.is_hung_up()
-            self._end("disconnected" if gone else "closed")
+            self._over("disconnected" if gone else "closed")
         # The other side sets is_running before it looks for an end: one of the two
         # sees the other, and whoever pops the source closes it.
         if self.is_running or self._is_closed:
@@ -591,10 +591,12 @@ class Stream:
     def _is_end(self, error: BaseException) -> bool:
         """Tell an end of which we did not know yet from a failure."""
         if isinstance(error, ClientDisconnected) and not self.connected:
-            return self._end("disconnected")
-        # gunicorn exits in the handler of SIGQUIT, which a sync worker runs in here.
+            self._end("disconnected")
+        # gunicorn's handler of SIGQUIT exits, and a sync worker runs it in here.
         stops = self._process is not None and self._process.is_stopping
-        return isinstance(error, SystemExit) and stops and self._end("shutdown")
+        if stops and isinstance(error, SystemExit):
+            self._end("shutdown")
+        return bool(self._once)
 
     def _look(self, now: float) -> None:
         """See for ourselves what the watch would tell, if it came to run."""
@@ -704,8 +706,12 @@ class Stream:
 
     def _over(self, reason: str) -> None:
         """End the stream from outside of its source, and wake that."""
-        if self._end(reason) and self._watch is not None:
+        if not self._end(reason) or not self.is_running:
+            return
+        if self._watch is not None:
             self._watch.run(self._interrupt)
+        elif not self._in_hub:
+            self._interrupt()
 
     def _exit(self) -> GeneratorExit:
         if self.reason in ("disconnected", "send_timeout"):
@@ -726,7 +732,10 @@ class Stream:
             self.runner.throw(self._exit())
             return
         for closable in tuple(self._links):
-            _unblock(closable)
+            try:
+                _unblock(closable)
+            except Exception as error:  # the others, and the wait, must end too
+                log.debug("a linked object could not be unblocked: %r", error)
         parked = self.parked
         if parked is not None and not parked.wake() and self._watch is not None:
             # Somebody holds its condition just now.
@@ -768,8 +777,8 @@ class Stream:
         record.opened(self, self._watch)
 
     def _unwatch(self) -> None:
-        if self._watch is None:
-            return
+        if self._watch is None or self._process is not process():
+            return  # a forked child's copy: the socket is its parent's, too
         if self._timer is not None:
             self._watch.cancel(self._timer)
         if self._hung_up is not None:
@@ -985,7 +994,9 @@ def _unblock(closable: Any) -> None:
                 # It may connect to its server, which takes its time.
                 _in_a_thread(method)
                 return
-    for target in (closable, getattr(closable, "raw", None)):
+    # `requests` has its response in raw, http.client and others a socket in sock.
+    for name in ("", "raw", "sock"):
+        target = getattr(closable, name, None) if name else closable
         with suppress(OSError, ValueError, AttributeError, TypeError):
             fd: int = target.fileno()  # type: ignore[union-attr]
             if is_socket(fd):

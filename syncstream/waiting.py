@@ -176,7 +176,7 @@ def sleep(seconds: float) -> None:
         _park(scope, seconds)
     else:
         _sleep(seconds)
-    scope.check()
+        scope.check()
 
 
 def _sleep(seconds: float) -> None:
@@ -229,17 +229,19 @@ def wait(waitable: Any, timeout: float | None = None) -> Any:
         return _plain_wait(waitable, timeout)
     if waitable is condition:
         scope.before_wait()
-        notified = _park(scope, timeout, condition)
-        scope.check()
-        return notified
+        return _park(scope, timeout, condition)
     if hasattr(waitable, "is_set"):
-        with condition:
-            if not waitable.is_set():
-                scope.before_wait()
-                _park(scope, timeout, condition)
-        scope.check()
-        return waitable.is_set()
+        return _event_wait(scope, waitable, timeout)
     return _queue_get(scope, waitable, timeout)
+
+
+def _event_wait(scope: Scope, event: Any, timeout: float | None) -> bool:
+    if event.is_set():
+        return True
+    scope.before_wait()  # not under the event's lock: it may take time, or set it
+    with event._cond:
+        # Everybody is notified: there is nothing to pass on.
+        return event.is_set() or _park(scope, timeout, event._cond, passes_on=False)
 
 
 def _queue_get(scope: Scope, items: Any, timeout: float | None) -> Any:
@@ -257,7 +259,6 @@ def _queue_get(scope: Scope, items: Any, timeout: float | None) -> Any:
         with items.not_empty:
             if not items._qsize() and not getattr(items, "is_shutdown", False):
                 _park(scope, left, items.not_empty)
-        scope.check()
 
 
 def _plain_wait(waitable: Any, timeout: float | None) -> Any:
@@ -268,13 +269,15 @@ def _plain_wait(waitable: Any, timeout: float | None) -> Any:
 
 def _condition_of(waitable: Any) -> Any:
     """Return the condition that wakes who waits, if a single waiter can be told."""
-    for name in ("not_empty", "_cond"):
-        condition = getattr(waitable, name, None)
-        if condition is not None:
-            break
+    if hasattr(waitable, "get"):
+        condition = getattr(waitable, "not_empty", None)
+    elif hasattr(waitable, "is_set"):
+        condition = getattr(waitable, "_cond", None)
     else:
         condition = waitable
-    return condition if hasattr(condition, "_waiters") else None
+    # asyncio's have waiters, too, but nothing to release.
+    is_one = hasattr(condition, "_waiters") and hasattr(condition, "_release_save")
+    return condition if is_one else None
 
 
 def _is_cooperative(waitable: Any) -> bool:
@@ -315,24 +318,35 @@ class Parked:
             ended: bool = self._lock.acquire(True, limit)
             return ended
         # What Condition.wait does, with a lock that we know.
+        if not condition._is_owned():
+            raise RuntimeError("cannot wait on un-acquired lock")
         condition._waiters.append(self._lock)
         saved = condition._release_save()
-        ended = False
+        ended = has_failed = False
         try:
             ended = self._lock.acquire(True, limit)
+        except BaseException:  # a signal handler's, KeyboardInterrupt for one
+            has_failed = True
+            raise
         finally:
             condition._acquire_restore(saved)
             if not ended:
-                with suppress(ValueError):
+                try:
                     condition._waiters.remove(self._lock)
+                except ValueError:  # ended in the very last moment
+                    ended = True
+                    if has_failed and not self.is_woken:
+                        self.pass_on()
         return ended
 
     def wake(self) -> bool:
         """End the wait; ``False``: its condition is held, try again soon."""
         condition = self._condition
         if condition is None:
-            self.is_woken = True
-            self._lock.release()
+            if not self.is_woken:
+                self.is_woken = True
+                with suppress(RuntimeError):  # another thread was faster
+                    self._lock.release()
             return True
         if not condition.acquire(False):
             return False
@@ -352,16 +366,33 @@ class Parked:
             self._condition.notify()
 
 
-def _park(scope: Scope, timeout: float | None, condition: Any = None) -> bool:
-    """Wait until notified, woken by the scope's end, or the time is over."""
+def _park(
+    scope: Scope,
+    timeout: float | None,
+    condition: Any = None,
+    *,
+    passes_on: bool = True,
+) -> bool:
+    """Wait until notified, or the time is over: tell which; check the scope.
+
+    Args:
+        passes_on: A notification that comes to a scope at its end is the next
+            waiter's.
+    """
     parked = Parked(condition)
     scope.parked = parked
+    notified = False
     try:
-        if scope.is_over():
-            return False
-        ended = parked.wait(timeout)
-        if ended and not parked.is_woken and scope.is_over():
-            parked.pass_on()
-        return ended and not parked.is_woken
+        if not scope.is_over():
+            notified = parked.wait(timeout) and not parked.is_woken
     finally:
         scope.parked = None
+    try:
+        # Here, where the condition is held: an end that is found out a moment later
+        # would take the notification with it.
+        scope.check()
+    except BaseException:
+        if notified and passes_on:
+            parked.pass_on()
+        raise
+    return notified

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 Callback = Callable[[], object]
 
 LOOK_EVERY = 0.05  # seconds, without epoll
+_LONGEST = 3600.0  # seconds at a stretch: epoll takes 24 days at most
 _COMPACT = 1000  # cancelled timers that are kept, at least
 
 
@@ -99,15 +100,23 @@ class Watch:
 
     def remove(self, fd: int, hung_up: Callback) -> None:
         """Watch a socket no more; unless it has become another's meanwhile."""
+        # A forked child shares the epoll with its parent, who goes on; and the lock
+        # may have been another thread's, which the child does not have.
+        if self._is_foreign:
+            return
         with self._lock:
             if self._hung_up.get(fd) is not hung_up:
                 return
             del self._hung_up[fd]
-            # A forked child shares the epoll with its parent, who goes on.
-            if self._epoll is None or self._pid != os.getpid():
+            if self._epoll is None:
                 return
             with suppress(OSError):  # the server was faster, and closed it
                 self._epoll.unregister(fd)
+
+    @property
+    def _is_foreign(self) -> bool:
+        """This is a forked child, and the watch its parent's."""
+        return self._pid != os.getpid()
 
     def _look(self) -> float:
         for fd in tuple(self._hung_up):
@@ -154,21 +163,26 @@ class Watch:
         if timer.callback is None:
             return
         timer.callback = None
+        if self._is_foreign:
+            return
         with self._lock:
             self._cancelled += 1
             if self._cancelled > max(_COMPACT, len(self._timers) // 2):
-                self._timers = [t for t in self._timers if t[2].callback is not None]
-                heapq.heapify(self._timers)
                 self._cancelled = 0
+                timers, self._timers = self._timers, []
+                live = [t for t in timers if t[2].callback is not None]
+                self._timers += live  # a garbage collection may have added some
+                heapq.heapify(self._timers)
 
     def _run_timers(self) -> float | None:
         """Make the calls that are due; return when the next one is."""
+        now = time.monotonic()  # what falls due from now on waits for its turn
         while True:
             with self._lock:
                 if not self._timers:
                     return None
                 when, _, timer = self._timers[0]
-                if when > time.monotonic():
+                if when > now:
                     return when
                 heapq.heappop(self._timers)
                 callback = timer.callback
@@ -204,15 +218,21 @@ class _ThreadWatch(Watch):
         super().__init__()
         if self._epoll is not None:
             self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._epoll.register(self._event_fd, select.EPOLLIN)
-        thread = threading.Thread(target=self._loop, name="syncstream-watch")
-        thread.daemon = True
-        thread.start()
+        try:
+            if self._epoll is not None:
+                self._epoll.register(self._event_fd, select.EPOLLIN)
+            thread = threading.Thread(target=self._loop, name="syncstream-watch")
+            thread.daemon = True
+            thread.start()
+        except BaseException:  # no thread is left, and the next one will try again
+            if self._event_fd >= 0:
+                os.close(self._event_fd)
+            raise
 
     def _loop(self) -> None:
         while True:
             when = self._run_timers()
-            left = -1.0 if when is None else max(0.0, when - time.monotonic())
+            left = -1.0 if when is None else _left(when)
             if self._epoll is not None:
                 self._read(left)
             else:
@@ -253,7 +273,13 @@ class _HubWatch(Watch):
             # An epoll descriptor is readable when one of its own is ready. Without
             # a reference: a hub with nothing else to wait for may end.
             self._io = hub.loop.io(self._epoll.fileno(), 1, ref=False)
-            self._io.start(self._read, 0)
+            self._io.start(self._read_now)
+
+    def _read_now(self) -> None:
+        if self._is_foreign:  # its parent is told of this, or nobody
+            self._io.stop()
+            return
+        self._read(0)
 
     def _wake(self) -> None:
         hub = self._hub()
@@ -270,12 +296,14 @@ class _HubWatch(Watch):
             self._timer.close()
         self._timer_at = when
         # Not before its time: the loop's clock is a little behind ours.
-        left = max(0.0, when - time.monotonic()) + 0.0005
+        left = _left(when) + 0.0005
         self._timer = hub.loop.timer(left, ref=False)
         self._timer.start(self._tick, update=True)
 
     def _tick(self) -> None:
         self._timer_at = float("inf")
+        if self._is_foreign:
+            return
         when = self._run_timers()
         hub = self._hub()
         if when is not None and hub is not None and when < self._timer_at:
@@ -300,6 +328,11 @@ class _HubWatch(Watch):
                 _guarded(self._jobs.popleft())
         finally:
             self._is_working = False
+
+
+def _left(when: float) -> float:
+    """Return for how long to wait at most: a timer is looked at before its time."""
+    return min(max(0.0, when - time.monotonic()), _LONGEST)
 
 
 def _guarded(callback: Callable[[], Any]) -> Any:

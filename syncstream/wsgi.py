@@ -655,6 +655,7 @@ class _Head:
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
     ) -> Callable[[bytes], object]:
         self.is_started = True
+        self.refusal = None  # called again, for an error of a refused application
         self._status = int(status[:3])
         ours = self.connection.stream
         self.format = _format_of(headers) if ours is None else None
@@ -817,6 +818,7 @@ class _Lazy:
         else:
             rest = _Rest(self._app_iter, iterator, first=first)
         if head.refusal is not None:
+            self._app_iter = ()  # closed now
             return iter(head.refuse(rest))
         if head.format is None:
             return rest

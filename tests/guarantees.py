@@ -1,4 +1,4 @@
-"""The README's table *servers × guarantees*, made from a run of tests/test_live.py.
+"""The README's table *servers × guarantees*, made from a run of the tests.
 
     python tests/guarantees.py REPORT.xml            compare, fail if they differ
     python tests/guarantees.py REPORT.xml --write    write it into the README
@@ -28,6 +28,7 @@ NAMES = {
     "werkzeug": "Werkzeug",
     "uwsgi": "uWSGI",
 }
+FILES = ("test_live", "test_life")
 # The promise, the test, and the words that its ids must hold.
 PROMISES = (
     ("opening, then each event at once", "test_events_leave_one_at_a_time", ""),
@@ -51,6 +52,20 @@ PROMISES = (
         "test_a_client_that_leaves_closes_the_generator",
         "",
     ),
+    (
+        "client leaves: waits end at once",
+        "test_a_client_that_leaves_ends_a_wait",
+        "",
+    ),
+    (
+        "client leaves: `time.sleep` ends",
+        "test_a_client_that_leaves_ends_a_plain_sleep",
+        "",
+    ),
+    ("keepalive while the generator blocks", "test_silence_is_broken", "app"),
+    ("frozen client dropped", "test_a_client_that_does_not_read_is_dropped", ""),
+    ("`max_duration`", "test_a_stream_ends_after_its_time", ""),
+    ("server stops: ended in order", "test_streams_end_when_the_server_stops", ""),
     ("error seen as truncation, HTTP/1.1", "test_an_error_truncates", "1.1"),
     ("error seen as truncation, HTTP/1.0", "test_an_error_truncates", "1.0"),
 )
@@ -63,7 +78,7 @@ def cells(report: Path) -> dict[tuple[str, str], str]:
         name, _, ids = case.attrib["name"].partition("[")
         ids = ids.removesuffix("]")
         server = next((s for s in SERVERS if re.search(rf"\b{s}\b", ids)), None)
-        if not server or not case.attrib["classname"].endswith("test_live"):
+        if not server or not case.attrib["classname"].endswith(FILES):
             continue
         if any(case.find(tag) is not None for tag in ("failure", "error", "skipped")):
             recorded = "FAILED"

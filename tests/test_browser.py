@@ -1,5 +1,7 @@
 """What a real browser's EventSource makes of our streams."""
 
+import collections
+import contextlib
 import json
 
 import pytest
@@ -90,3 +92,39 @@ def test_ids_names_and_lines_arrive(server, driver, follow):
     server.control.open(key)
     await_page(driver, f"{stream}.source.readyState === 2", stream)
     assert counts(server, key) == ([None, "syncstream-end"], 1)
+
+
+def test_a_refused_event_source_comes_back(driver):
+    """Four threads, one of them reserved: a browser waits for a place among three."""
+    with (
+        LiveServer(
+            "gunicorn-gthread", "apps.browser:limited", "--threads", "4"
+        ) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        key = unique_key()
+        clients = [
+            stack.enter_context(server.get(f"/stop/gated?key={key}")) for _ in range(20)
+        ]
+        statuses = collections.Counter()
+        for client in clients:
+            client.read_head()
+            statuses[client.status] += 1
+            if client.status == 503:
+                assert 2 <= int(client.headers["retry-after"]) <= 6
+        assert statuses == {200: 3, 503: 17}
+        # Ordinary requests go on, the page is one.
+        driver.get(server.url)
+        other = unique_key()
+        driver.execute_script("follow(...arguments)", "/stop/gated", other)
+        stream = f"followed['{other}']"
+        await_page(driver, f"{stream}.opened >= 1", stream)
+        await_page(driver, f"{stream}.source.readyState === 0", stream)
+        for client in clients:
+            client.close()
+        for _ in range(3):  # their generators are in a gate, and see it after that
+            server.control.open(key)
+        server.control.open(other)
+        await_page(driver, f"{stream}.events.length === 1", stream)
+        assert counts(server, other)[1] == 1  # refused: not started
+        driver.execute_script(f"{stream}.source.close()")

@@ -306,11 +306,11 @@ def test_reconnection_has_a_page(reconnection):
 
 
 @pytest.mark.parametrize("kind", ["gunicorn-gevent", "gunicorn-gthread"])
-def test_manual_keepalive_only_when_idle(kind):
+def test_keepalive_only_when_idle(kind):
     """A comment comes when there was nothing to send for so long, not earlier."""
     idle = 0.5
     with (
-        serve("manual_keepalive", kind, IDLE=str(idle)) as server,
+        serve("keepalive", kind, IDLE=str(idle)) as server,
         server.get("/events") as client,
     ):
         asked = time.monotonic()
@@ -339,9 +339,9 @@ def test_manual_keepalive_only_when_idle(kind):
         assert time.monotonic() - said >= idle
 
 
-def test_manual_keepalive_finds_out_who_has_left():
+def test_keepalive_finds_out_who_has_left():
     """A silent client that leaves is forgotten after the next comment."""
-    with serve("manual_keepalive", IDLE="0.05") as server:
+    with serve("keepalive", IDLE="0.05") as server:
         with server.get("/events") as client:
             assert client.block() == b": ok\n\n"
             assert client.block() == b": keepalive\n\n"

@@ -5,6 +5,7 @@ is made from this file, too.
 """
 
 import ast
+import contextlib
 import os
 import re
 import signal
@@ -72,11 +73,9 @@ def leave(client, how):
 
 
 @pytest.mark.parametrize("how", LEAVES)
-@pytest.mark.parametrize("wait", [*WAITS, "time.sleep"])
+@pytest.mark.parametrize("wait", WAITS)
 def test_a_client_that_leaves_ends_a_wait(server, wait, how, key, upstream):
     """At once, in the generator's own thread or greenlet, `finally` and all."""
-    if wait == "time.sleep" and server.kind not in GEVENT:
-        return  # a thread cannot be interrupted there: see the README
     with server.get(f"/sse/{wait}?key={key}&upstream={upstream}") as client:
         assert client.block() == b": ok\n\n"
         assert client.block() == b"data: waiting\n\n"
@@ -88,6 +87,24 @@ def test_a_client_that_leaves_ends_a_wait(server, wait, how, key, upstream):
     if wait != "linked":
         assert error == "ClientDisconnected"
     assert at - left < 5  # benchmarks/leave.py has the figures
+    assert server.tracebacks() == 0
+
+
+@pytest.mark.parametrize("how", LEAVES)
+def test_a_client_that_leaves_ends_a_plain_sleep(server, how, key, record_property):
+    """Under gevent at once, as any call that it has patched; a thread wakes first."""
+    in_hub = server.kind in GEVENT
+    with server.get(f"/sse/{'time.sleep' if in_hub else 'busy'}?key={key}") as client:
+        assert client.block() + client.block() == b": ok\n\ndata: waiting\n\n"
+        server.control.next(f"{key}-waiting")
+        left = leave(client, how)
+        at, error, same = server.control.next(f"{key}-ended")
+    assert same
+    if in_hub:
+        assert (error, at - left < 5) == ("ClientDisconnected", True)
+    else:
+        record_property("cell", "when it wakes")
+        assert (error, at - left > 0.5) == ("GeneratorExit", True)
     assert server.tracebacks() == 0
 
 
@@ -242,6 +259,7 @@ STOPS = {
     "werkzeug": ("SIGINT",),
     "waitress": ("SIGINT",),
     "cheroot": ("SIGINT",),
+    "uwsgi": ("SIGTERM",),
 }
 
 
@@ -280,8 +298,20 @@ def assert_stops(server, send, key, count=1, gone=lambda: None):
 @pytest.mark.parametrize(
     ("kind", "number"), [(kind, n) for kind, names in STOPS.items() for n in names]
 )
-def test_streams_end_when_the_server_stops(kind, number, key):
+def test_streams_end_when_the_server_stops(kind, number, key, record_property):
     """At once, though gunicorn would wait 30 s for them, and then kill them."""
+    if kind == "uwsgi":
+        record_property("cell", "cut by it")
+        with (
+            LiveServer(kind, "apps.life:app") as server,
+            server.get(f"/sse/sleep?key={key}") as client,
+        ):
+            assert client.block() + client.block() == b": ok\n\ndata: waiting\n\n"
+            server.signal(signal.SIGTERM)
+            assert client.rest() == b""
+        return
+    if kind not in GUNICORN:
+        record_property("cell", "on Ctrl-C")
     count = {"gunicorn-sync": 1, "waitress": 6, "cheroot": 6}.get(kind, 20)
     options = ["--graceful-timeout", "30"] if kind in GUNICORN else []
     options += ["--threads", "24"] if kind == "gunicorn-gthread" else []
@@ -338,3 +368,50 @@ def test_streams_end_however_gunicorn_is_told(kind, how, key, tmp_path):
 
         is_last = how == "max_requests" and kind == "gunicorn-sync"
         assert_stops(server, None if is_last else send, key)
+
+
+def test_ordinary_requests_go_on_beside_streams(key):
+    """4 threads, 20 streams asked for, `reserve_threads=1`; the others get a 503."""
+    with (
+        LiveServer("gunicorn-gthread", "apps.life:limited", "--threads", "4") as server,
+        contextlib.ExitStack() as stack,
+    ):
+        path = f"/sse/ticking?key={key}"
+        clients = [stack.enter_context(server.get(path)) for _ in range(20)]
+        for client in clients:
+            client.read_head()
+        assert sorted(client.status for client in clients) == [200] * 3 + [503] * 17
+        for client in clients:
+            if client.status == 503:
+                assert 2 <= int(client.headers["retry-after"]) <= 6
+                assert client.rest() == b"too many streams, come back a little later\n"
+        for _ in range(20):
+            with server.get("/health") as ordinary:
+                assert ordinary.rest() == b"ok"
+        assert len(server.control.pending(f"{key}-started")) == 3
+        # An EventSource would give up for good on a 503.
+        source = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
+        with server.get(path, headers=source) as refused:
+            body = refused.rest()
+        assert refused.status == 200
+        assert refused.headers["content-type"] == "text/event-stream"
+        assert re.fullmatch(rb"retry: [2-6]\d{3}\n\n", body)
+        # A place that becomes free is given to the next.
+        next(client for client in clients if client.status == 200).close()
+        server.control.next(f"{key}-ended")
+
+        def is_taken():
+            with server.get(path) as again:
+                again.read_head()
+                return again.status == 200
+
+        await_true(is_taken)
+
+
+@pytest.mark.parametrize("kind", GUNICORN)
+def test_gunicorns_hooks(kind, key, tmp_path):
+    """`syncstream.gunicorn` in a configuration file ends streams on SIGQUIT."""
+    settings = tmp_path / "gunicorn.conf.py"
+    settings.write_text("from syncstream.gunicorn import post_worker_init, worker_int")
+    with LiveServer(kind, "apps.life:app", "-c", str(settings)) as server:
+        assert_stops(server, lambda: server.signal_one(signal.SIGQUIT), key)

@@ -26,7 +26,7 @@ LAYERS = (
     ("servers",),
     ("wsgi",),
     ("views",),
-    ("flask", "django", "bottle", "pyramid", "falcon"),
+    ("flask", "django", "bottle", "pyramid", "falcon", "gunicorn"),
     ("__init__",),
     ("demo", "doctor"),
     ("__main__",),

@@ -805,4 +805,5 @@ def test_the_watch_may_be_faster(line, monkeypatch):
         source = Closing(["a"])
         stream = stream_of(source, line)
         assert list(stream) == []
+        stream.close()
         assert (stream.reason, source.closed) == ("disconnected", 1)

@@ -34,7 +34,7 @@ class Viewer:
 
     def __init__(self, room: Room, client: str) -> None:
         self.client = client
-        self.is_dropped = room.is_closed
+        self.is_dropped = False
         self._room = room
         self._position = room.length
 
@@ -52,13 +52,11 @@ class Room:
     Attributes:
         news: Names and data of the latest events, oldest first.
         length: How many events there have ever been.
-        is_closed: All streams, and those that are still to come, are to end.
     """
 
     def __init__(self) -> None:
         self.news: deque[tuple[str, dict[str, Any]]] = deque(maxlen=100)
         self.length = 0
-        self.is_closed = False
         self._viewers: list[Viewer] = []
         self._waves = 0
         self._cpu = _Cpu()
@@ -90,12 +88,6 @@ class Room:
         for viewer in found:
             viewer.is_dropped = True
         return bool(found)
-
-    def close(self) -> None:
-        """End all streams. It may be called in a signal handler."""
-        self.is_closed = True
-        for viewer in self._viewers:
-            viewer.is_dropped = True
 
     def numbers(self) -> dict[str, float]:
         """Return the series' names and values, 0 to 100, of about now.

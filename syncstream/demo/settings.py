@@ -7,14 +7,13 @@ tries the demo is not used. gunicorn leaves out what it does not know.
 from __future__ import annotations
 
 import signal
-from types import FrameType
 from typing import Any
 
 wsgi_app = "syncstream.demo:app"
 worker_class = "gevent"
 workers = 1
-# Streams end at once (below), and so do connections between two requests: this is
-# for clients that have stopped reading.
+# Streams end at once, and so do connections between two requests: this is for clients
+# that have stopped reading.
 graceful_timeout = 3
 keepalive = 0
 # Its first lines would bury the URL, and each request shows on the page.
@@ -23,18 +22,10 @@ control_socket_disable = True  # gunicorn 25 and later
 
 
 def post_worker_init(worker: Any) -> None:
-    """End the streams when the server is told to end, or it waits for them in vain.
+    """Let Ctrl-C reach the worker by the arbiter alone.
 
-    Ctrl-C reaches the worker by the arbiter alone: gunicorn's gevent worker spawns a
-    greenlet that calls ``sys.exit`` for the terminal's SIGINT and one for the
-    arbiter's SIGQUIT, and the second prints a traceback (gunicorn 27.0.1).
+    gunicorn's gevent worker spawns a greenlet that calls ``sys.exit`` for the
+    terminal's SIGINT and one for the arbiter's SIGQUIT, and the second prints a
+    traceback (gunicorn 27.0.1).
     """
-    from syncstream.demo import room
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        room.close()
-        worker.handle_exit(number, frame)
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGQUIT, stop)
-    signal.signal(signal.SIGTERM, stop)

@@ -5,7 +5,7 @@ import collections
 import flask
 
 from apps.control import gate
-from syncstream import Event, SSEResponse, last_event_id
+from syncstream import Event, SSEResponse, StreamMiddleware, last_event_id
 
 app = flask.Flask(__name__)
 asked = collections.defaultdict(list)  # a key's Last-Event-IDs, one a request
@@ -81,3 +81,6 @@ def events(end, name):
         yield from SOURCES[name](key)
 
     return SSEResponse(counted(), retry=50, end=end)
+
+
+limited = StreamMiddleware(app.wsgi_app, reserve_threads=1)

@@ -1,12 +1,12 @@
 """A comment that keeps the connection alive, sent only when there is nothing else.
 
-    gunicorn -k gevent examples.manual_keepalive:app
+    gunicorn -k gevent examples.keepalive:app
     curl -N http://127.0.0.1:8000/events
 
 And, to send something, ``curl -X POST http://127.0.0.1:8000/say/hello``.
 
-Each wait for a message is a new one: every message puts the comment off. It is also
-what finds out, on a silent stream, that the client has left.
+The wait for a message ends at once when the client leaves. Every message puts the
+comment off, and the wait is not interrupted for it.
 """
 
 import os
@@ -14,7 +14,7 @@ import queue
 
 from flask import Flask
 
-from syncstream import Event, sse
+from syncstream import Event, current_stream, sse
 
 IDLE = float(os.environ.get("IDLE", 15))
 
@@ -23,18 +23,14 @@ inboxes = set()  # of this process: one queue for each client
 
 
 @app.get("/events")
-@sse(end="reconnect")
+@sse(end="reconnect", keepalive=IDLE)
 def events():
     inbox = queue.Queue()
     inboxes.add(inbox)
     try:
         while True:
-            try:
-                text = inbox.get(timeout=IDLE)
-            except queue.Empty:
-                yield Event(comment="keepalive")
-            else:
-                yield Event({"text": text}, event="update")
+            text = current_stream().wait(inbox)
+            yield Event({"text": text}, event="update")
     finally:
         inboxes.discard(inbox)
 
