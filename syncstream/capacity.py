@@ -64,6 +64,7 @@ class Capacity:
         self._reserve_threads = reserve_threads
         self._limit_by = limit_by
         self._max_per_key = max_per_key
+        self._is_limited = any(number is not None for number in numbers.values())
         # Reentrant: a garbage collection in here may close a stream.
         self._lock = native(_thread, "RLock")()
         self._count = 0
@@ -78,6 +79,8 @@ class Capacity:
             environ: The request's.
             threads: How many the server has; asked only if it matters.
         """
+        if not self._is_limited:
+            return _nothing
         limit = self._max_streams
         if self._reserve_threads is not None:
             number = threads()
@@ -110,3 +113,7 @@ class Capacity:
                         del self._counts[key]
 
         return release
+
+
+def _nothing() -> None:
+    """Release a place that nobody counts."""

@@ -732,7 +732,10 @@ class _Head:
     def hand_over(self, stream: Stream | None) -> None:
         """Leave the place to a stream, until it ends."""
         if stream is not None and self._release is not None:
-            stream.on_close(self._release)
+            # Also if the framework drops its response without closing it.
+            release = weakref.finalize(stream, self._release)
+            release.atexit = False
+            stream.on_close(release)
             self._release = None
         self.release()
 

@@ -6,6 +6,7 @@ is made from this file, too.
 
 import ast
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -236,6 +237,33 @@ def test_a_client_that_does_not_read_is_dropped(server, key, record_property):
     if before is not None:
         grown = after["rss"] - before["rss"]
         assert grown < 10 << 20 or grown < BUFFERS.get(server.kind, 0)
+    assert server.tracebacks() == 0
+
+
+def vanish(client):
+    """Let the kernel drop what comes for a client: nothing is acknowledged any more."""
+    drop_all = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+    program = struct.pack("HL", 1, ctypes.addressof(drop_all))  # struct sock_fprog
+    attach_filter = 26  # SO_ATTACH_FILTER, asm-generic/socket.h
+    client.socket.setsockopt(socket.SOL_SOCKET, attach_filter, program)
+
+
+@pytest.mark.parametrize("source", ["ticking", "sleep"])
+def test_a_client_that_vanishes_is_dropped(server, source, key):
+    """No FIN, no RST: what is sent, be it a keepalive, is not acknowledged in time."""
+    if server.kind == "uwsgi":  # silent it stays: TCP's own probes need a minute
+        source = "ticking"
+    path = f"/sse/{source}?key={key}&send_timeout=1&keepalive=0.2"
+    with server.get(path) as client:
+        assert client.block() == b": ok\n\n"
+        client.block()
+        vanish(client)
+        vanished = time.monotonic()
+        at, error, same = server.control.next(f"{key}-ended")
+    assert same
+    assert error in ("ClientDisconnected", "GeneratorExit")
+    assert 0.9 < at - vanished < 8
+    assert "send_timeout" in state(server)["ended"]
     assert server.tracebacks() == 0
 
 
