@@ -225,6 +225,9 @@ def wait(waitable: Any, timeout: float | None = None) -> Any:
         return _plain_wait(waitable, timeout)
     scope.check()
     if in_hub:
+        if hasattr(waitable, "get_nowait"):
+            with suppress(queue.Empty):
+                return waitable.get_nowait()
         scope.before_wait()
         return _plain_wait(waitable, timeout)
     if waitable is condition:

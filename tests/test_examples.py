@@ -581,6 +581,28 @@ def test_handwritten_is_closed():
         assert "Traceback" not in server.log()
 
 
+@pytest.mark.parametrize("kind", ["gunicorn-gevent", "gunicorn-gthread"])
+def test_database(tmp_path, kind):
+    """Ten streams, a pool of two, and none of its connections in use meanwhile."""
+    url = f"sqlite:///{tmp_path / 'rows'}"
+    threads = ["--threads", "16"] if kind == "gunicorn-gthread" else []
+    with (
+        serve("database", kind, *threads, URL=url) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(server.get("/events")) for _ in range(10)]
+        assert [client.block() for client in clients] == [b": ok\n\n"] * 10
+        for n in range(1, 4):
+            post(server, f"/events/row{n}")
+            expected = b"id: %d\ndata: row%d\n\n" % (n, n)
+            assert [client.block() for client in clients] == [expected] * 10
+            await_true(lambda: get_json(server, "/pool") == {"checked_out": 0})
+        with server.get("/events", headers={"Last-Event-ID": "2"}) as client:
+            assert client.block() == b": ok\n\n"
+            assert client.block() == b"id: 3\ndata: row3\n\n"
+        assert "Traceback" not in server.log()
+
+
 FRAMEWORKS = ("bottle_app", "django_app", "falcon_app", "pyramid_app")
 
 
