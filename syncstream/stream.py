@@ -261,6 +261,7 @@ class Stream:
         self._write_lock: Any = None
         self._is_writing = False  # the watch is, under that lock
         self._full_since = 0.0  # the client takes nothing; 0: it does
+        self._taking_at = 0.0  # when we last saw that it does
         self._acknowledged: int | None = None
         # Weak, for its frame refers to us: who drops both ends the stream.
         self._body: weakref.ref[Iterator[bytes]] | None = None
@@ -830,12 +831,14 @@ class Stream:
         """Drop a client to which nothing has gone for a time, though it should."""
         connection = self._connection
         if connection is None or not connection.is_full():
-            self._full_since = 0.0
+            self._full_since, self._taking_at = 0.0, now
             return
         taken = acknowledged(self._fd)
         if not self._full_since:
-            # A write that blocks has done so since the chunk was yielded.
-            self._full_since = now if self.is_running else self._moved
+            # A write that blocks has done so since the chunk was yielded; or, of a
+            # large one, since we last saw that it goes on.
+            began = max(self._moved, self._taking_at)
+            self._full_since = now if self.is_running else began
         elif taken != self._acknowledged:
             self._full_since = now
         elif now - self._full_since >= send_timeout:
@@ -901,16 +904,19 @@ class Stream:
     def _close_source(self) -> None:
         """Close what has not been closed: the iterator, then what it came from."""
         self._closing = True
-        for closables in (self._to_close, self._links):
+        # A link may have been closed by the source itself, with what it hangs on: a
+        # sqlite3 cursor's close() fails after its connection's.
+        ours = (self._to_close, logging.ERROR), (self._links, logging.DEBUG)
+        for closables, level in ours:
             while closables:
                 try:
                     closable = closables.pop()
                 except IndexError:  # another thread was faster
                     break
                 with entered(self):
-                    self._try_close(closable)
+                    self._try_close(closable, level)
 
-    def _try_close(self, closable: Any) -> None:
+    def _try_close(self, closable: Any, level: int) -> None:
         for attempt in range(_CLOSE_TRIES):
             try:
                 close = getattr(closable, "close", None)
@@ -921,7 +927,7 @@ class Stream:
                     "generator ignored GeneratorExit",
                 )
                 if not ignored or attempt == 0:
-                    self._log(logging.ERROR, "closing the source of %s failed", error)
+                    self._log(level, "closing the source of %s failed", error)
                 if ignored:
                     continue  # it yielded while it was closed: drop that, go on
             return

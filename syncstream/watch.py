@@ -225,7 +225,8 @@ class _ThreadWatch(Watch):
             thread.daemon = True
             thread.start()
         except BaseException:  # no thread is left, and the next one will try again
-            if self._event_fd >= 0:
+            if self._epoll is not None:
+                self._epoll.close()
                 os.close(self._event_fd)
             raise
 

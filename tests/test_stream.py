@@ -22,7 +22,7 @@ from syncstream import (
     sleep,
 )
 from syncstream.protocol import raw, sse
-from syncstream.stream import Format
+from syncstream.stream import Format, Life
 from syncstream.watch import Watch
 
 EVENTS = Format(sse.encoder(), sse.ends_blank, is_events=True)
@@ -807,3 +807,26 @@ def test_the_watch_may_be_faster(line, monkeypatch):
         assert list(stream) == []
         stream.close()
         assert (stream.reason, source.closed) == ("disconnected", 1)
+
+
+def test_a_client_that_is_slow_at_last_is_not_dropped(line):
+    """A large chunk may take longer than send_timeout, as long as it goes on."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()),
+    ):
+        server, _ = listener.accept()
+        with server:
+            line.fd = server.fileno()
+            stream = stream_of(["large"], line, RAW, life=Life(send_timeout=10))
+            chunks = iter(stream)
+            next(chunks)
+            yielded = time.monotonic()
+            stream._look_at_the_client(yielded + 20, 10)
+            line.is_full = lambda: True
+            for later in (24, 25, 29):
+                stream._look_at_the_client(yielded + later, 10)
+                assert stream.reason is None
+            stream._look_at_the_client(yielded + 30, 10)
+            assert stream.reason == "send_timeout"
+            stream.close()
