@@ -99,14 +99,20 @@ class Process:
     ) -> None:
         """Let a stream go, and count it."""
         self._open.pop(id(stream), None)
+        self.count(reason, seconds, events, bytes)
+
+    def count(
+        self, reason: str, seconds: float = 0.0, events: int = 0, bytes: int = 0
+    ) -> None:
+        """Count the end of a stream, also of one that never came to be."""
         self._news.append((reason, seconds, events, bytes))
         if len(self._news) > 100 and self._lock.acquire(False):
             try:
-                self._count()
+                self._add_up()
             finally:
                 self._lock.release()
 
-    def _count(self) -> None:
+    def _add_up(self) -> None:
         while self._news:
             try:
                 reason, seconds, events, bytes = self._news.popleft()
@@ -157,7 +163,7 @@ class Process:
 
     def stats(self) -> dict[str, Any]:
         with self._lock:
-            self._count()
+            self._add_up()
             totals = self._totals.copy()
             ended = {reason: asdict(total) for reason, total in totals.items()}
         return {"open": len(self._open), "ended": ended}

@@ -768,6 +768,8 @@ class _Head:
         stream = self.connection.stream
         if stream is not None:
             stream.refuse()
+        else:
+            process().count("refused")
         close = getattr(app_iter, "close", None)
         if close is not None:
             close()

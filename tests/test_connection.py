@@ -5,11 +5,12 @@ import resource
 import socket
 import ssl
 import struct
+import sys
 
 import pytest
 
 from syncstream.servers import server_of
-from syncstream.sockets import is_hung_up
+from syncstream.sockets import give_up_after, is_hung_up
 from syncstream.wsgi import Connection
 
 
@@ -146,3 +147,14 @@ def test_tls_is_told_from_plain(pair):
         environ["SERVER_PROTOCOL"] = "HTTP/1.0"
         Connection(environ).cut()
     assert client.recv(100) == b""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="TCP_USER_TIMEOUT is Linux's")
+@pytest.mark.parametrize("seconds", [3.5, 11.5, 31.5, 61.5, 301.5])
+def test_a_lost_probe_ends_no_idle_connection(pair, seconds):
+    """Three go unanswered before TCP_USER_TIMEOUT, after which one is enough."""
+    server, _ = pair
+    give_up_after(server.fileno(), seconds)
+    idle = server.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+    interval = server.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
+    assert idle + 2 * interval < seconds

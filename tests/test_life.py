@@ -424,6 +424,10 @@ def test_ordinary_requests_go_on_beside_streams(key):
         assert refused.status == 200
         assert refused.headers["content-type"] == "text/event-stream"
         assert re.fullmatch(rb"retry: [2-6]\d{3}\n\n", body)
+        with server.get(f"/hand/ticking?key={key}") as refused:
+            refused.read_head()
+        assert refused.status == 503
+        assert state(server)["ended"]["refused"]["streams"] == 19
         # A place that becomes free is given to the next.
         next(client for client in clients if client.status == 200).close()
         server.control.next(f"{key}-ended")
