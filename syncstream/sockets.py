@@ -43,8 +43,12 @@ _PROBES = (("TCP_KEEPIDLE", 30, 2), ("TCP_KEEPINTVL", 10, 6))
 _PROBE_COUNT = 3
 
 
+@functools.cache
 def native(module: Any, name: str) -> Any:
-    """Return a function as it was before gevent patched it."""
+    """Return a function as it was before gevent patched it.
+
+    Always the same one, whether that has happened already or comes to happen.
+    """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None:
         return monkey.get_original(module.__name__, name)

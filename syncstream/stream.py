@@ -64,8 +64,10 @@ R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.1
-"""At most every so many seconds a busy stream looks for an end by itself (1.5 µs a
-look): a generator that never waits never lets a gevent hub, and its watch, run."""
+"""At most every so many seconds a busy stream looks for an end by itself."""
+WATCHED_LOOK_EVERY = 1.0
+"""The same where it is watched: a generator that never waits never lets a gevent hub,
+and its watch, run."""
 
 REASONS = frozenset(("closed", "finished", "kicked", "denied", "shutdown"))
 """Why an application may stop a stream."""
@@ -520,6 +522,7 @@ class Stream:
             reference = self.reference
             monotonic, running, runner = time.monotonic, current.get, runner_function()
             look_at = 0.0
+            look_every = LOOK_EVERY if self._hung_up is None else WATCHED_LOOK_EVERY
             while True:
                 # What entered(self) does, for the path of every event: the scope
                 # stays ours after the step, unless another running stream's was.
@@ -565,7 +568,7 @@ class Stream:
                     return
                 now = monotonic()
                 if now >= look_at:
-                    look_at = now + LOOK_EVERY
+                    look_at = now + look_every
                     self._look(now)
                     if ended:
                         break
