@@ -263,8 +263,9 @@ class Stream:
         self._write_lock: Any = None
         self._is_writing = False  # the watch is, under that lock
         self._full_since = 0.0  # the client takes nothing; 0: it does
-        self._taking_at = 0.0  # when we last saw that it does
-        self._acknowledged: int | None = None
+        self._looked_at = 0.0  # for that, the last time
+        self._acknowledged: int | None = None  # bytes, at that time
+        self._all_sent = -1  # `_bytes` when all of them had gone
         # Weak, for its frame refers to us: who drops both ends the stream.
         self._body: weakref.ref[Iterator[bytes]] | None = None
         self._pulled: Iterator[bytes] | None = None  # by __next__
@@ -808,12 +809,11 @@ class Stream:
                 # Due already: something is in its way, for a moment at least.
                 tick = min(tick, due if due > now else now + life.keepalive / 4)
         if life.send_timeout is not None and self._fd >= 0:
-            # Twice per time-out, to see that the client takes nothing; from then on
-            # more often, and at the time itself.
-            tick = min(tick, now + life.send_timeout / 2)
+            # By so much, at most, a client is dropped too late.
+            tick = min(tick, now + life.send_timeout / 4)
             if self._full_since:
-                due = max(now + 0.01, self._full_since + life.send_timeout)
-                tick = min(tick, now + life.send_timeout / 4, due)
+                due = self._full_since + life.send_timeout
+                tick = min(tick, max(now + 0.01, due))
         return tick
 
     def _tick(self) -> float | None:
@@ -832,22 +832,22 @@ class Stream:
 
     def _look_at_the_client(self, now: float, send_timeout: float) -> None:
         """Drop a client to which nothing has gone for a time, though it should."""
-        connection = self._connection
-        if connection is None or not connection.is_full():
-            self._full_since, self._taking_at = 0.0, now
-            return
+        connection, sent = self._connection, self._bytes
+        if connection is None or (self.is_running and sent == self._all_sent):
+            return  # idle: all has gone when we looked last, and there is no more
         taken = acknowledged(self._fd)
-        if not self._full_since:
-            # A write that blocks has done so since the chunk was yielded; or, of a
-            # large one, since we last saw that it goes on.
-            began = max(self._moved, self._taking_at)
-            self._full_since = now if self.is_running else began
-        elif taken != self._acknowledged:
+        if not connection.is_full():
+            self._full_since = 0.0
+            self._all_sent = sent if self.is_running else -1
+        elif taken is not None and taken != self._acknowledged:
             self._full_since = now
-        elif now - self._full_since >= send_timeout:
+        elif not self._full_since:
+            # Nothing was taken since the last look, nor before the last chunk.
+            self._full_since = max(self._moved, self._looked_at)
+        if self._full_since and now - self._full_since >= send_timeout:
             self._over("send_timeout")
             hang_up(self._fd)
-        self._acknowledged = taken
+        self._looked_at, self._acknowledged = now, taken
 
     def _keep_alive(self) -> None:
         """Write a comment while the source is busy, if it can be done now.

@@ -202,8 +202,9 @@ class Connection:
         if module and module == self.server.write_module:
             self._write = write
 
-    @property
+    @functools.cached_property
     def write(self) -> Callable[[bytes], object] | None:
+        # Asked when there is a head: it stays what it is.
         write = self._write
         headers = self.server.headers(write) if write is not None else None
         if headers is None:
