@@ -1,6 +1,6 @@
 """gunicorn: hooks for a configuration file, for who would rather say it.
 
-Nothing needs them: the worker is found at the first stream, and looked at 20 times a
+Nothing needs them: the worker is found at the first stream, and looked at 12 times a
 second. With them it is told before any request, and streams end in the moment of a
 SIGINT or SIGQUIT, after which gunicorn leaves them 0.1 s. In gunicorn.conf.py::
 

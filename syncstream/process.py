@@ -1,7 +1,7 @@
 """What this process has of streams: the open ones, how others ended, its own stop.
 
 A server that is told to stop tells nobody: streams would go on until it kills them.
-So while there are streams, the flag by which the server knows it is looked at 20
+So while there are streams, the flag by which the server knows it is looked at 12
 times a second (gunicorn's SIGQUIT leaves 0.1 s), and then they are told to end. At
 the interpreter's exit they are told, too, and get a second.
 """
@@ -22,11 +22,10 @@ from functools import partial
 from typing import Any, Protocol
 
 from .sockets import native
-from .watch import Watch
+from .watch import GRID, Watch, on_grid
 
 __all__ = ["Process", "process", "stats"]
 
-LOOK_EVERY = 0.05  # seconds
 EXIT_WAIT = 1.0  # seconds
 
 Stopping = Callable[[], bool]
@@ -92,7 +91,7 @@ class Process:
             atexit.register(_at_exit)
         if watch is not None and self._stopping is not None and not self._is_looking:
             self._is_looking = True
-            watch.call_at(time.monotonic() + LOOK_EVERY, self._look)
+            watch.call_at(on_grid(time.monotonic()), self._look)
 
     def closed(
         self, stream: Stoppable, reason: str, seconds: float, events: int, bytes: int
@@ -151,7 +150,7 @@ class Process:
             self._is_looking = True
         if self.is_stopping:
             self.stop()
-        return time.monotonic() + LOOK_EVERY
+        return on_grid(time.monotonic() + GRID / 2)
 
     def end(self, limit: float) -> None:
         """Tell all streams to end, and wait for that, at most so many seconds."""

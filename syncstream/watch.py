@@ -32,7 +32,7 @@ from typing import Any
 from .sockets import is_hung_up, native
 from .waiting import hub
 
-__all__ = ["Timer", "Watch", "watch"]
+__all__ = ["GRID", "Timer", "Watch", "on_grid", "watch"]
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ Callback = Callable[[], object]
 
 LOOK_EVERY = 0.05  # seconds, without epoll
 _LONGEST = 3600.0  # seconds at a stretch: epoll takes 24 days at most
-GRID = 0.05  # seconds between two times at which timers that are far off run
+GRID = 0.08  # seconds between two times at which timers that are not urgent run
 _COMPACT = 1000  # cancelled timers that are kept, at least
 
 
@@ -340,14 +340,16 @@ def _left(when: float) -> float:
     return min(max(0.0, when - time.monotonic()), _LONGEST)
 
 
-def _shared(when: float) -> float:
-    """Return a time, a little later, that other timers have, too, if it is far off.
+def on_grid(when: float) -> float:
+    """Return a time, a little later, that other timers have, too.
 
     Each waking costs more than what is done then: 100 µs in a gevent hub.
     """
-    if when - time.monotonic() < 1:
-        return when
     return math.ceil(when / GRID) * GRID
+
+
+def _shared(when: float) -> float:
+    return when if when - time.monotonic() < 1 else on_grid(when)
 
 
 def _guarded(callback: Callable[[], Any]) -> Any:
