@@ -273,6 +273,12 @@ class _HubWatch(Watch):
         self._io: Any = None
         self._jobs: deque[Callback] = deque()
         self._is_working = False
+        self._calls: deque[Callback] = deque()
+        # gevent's run_callback_threadsafe counts references without a lock while the
+        # loop runs (libev's ev_ref), and now and then the loop ended, with LoopExit
+        # (gevent 26.9). To send is what libev allows from other threads.
+        self._async = hub.loop.async_(ref=False)
+        self._async.start(self._run_calls)
         super().__init__()
         if self._epoll is not None:
             # An epoll descriptor is readable when one of its own is ready. Without
@@ -315,9 +321,12 @@ class _HubWatch(Watch):
             self._set_timer(hub, when)
 
     def run(self, callback: Callback) -> None:
-        hub = self._hub()
-        if hub is not None:
-            hub.loop.run_callback_threadsafe(_guarded, callback)
+        self._calls.append(callback)
+        self._async.send()
+
+    def _run_calls(self) -> None:
+        while self._calls:
+            _guarded(self._calls.popleft())
 
     def spawn(self, callback: Callback) -> None:
         self._jobs.append(callback)
