@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from .sockets import native
 from .watch import GRID, Watch, on_grid
 
-__all__ = ["Process", "process", "stats"]
+__all__ = ["Process", "Served", "Stopping", "process", "stats"]
 
 EXIT_WAIT = 1.0  # seconds
 
@@ -47,6 +47,30 @@ class Total:
     bytes: int = 0
 
 
+class Served:
+    """The open streams of one server; a process may have several.
+
+    Attributes:
+        stopping: Tells whether the server has been told to stop, ``None`` if nothing
+            does.
+    """
+
+    def __init__(self, stopping: Stopping | None) -> None:
+        self.stopping = stopping
+        # Weak: a stream that everybody has dropped ends.
+        self.open: dict[int, weakref.ref[Stoppable]] = {}
+
+    def is_stopping(self) -> bool:
+        return self.stopping is not None and self.stopping()
+
+    def stop(self) -> None:
+        """Tell all its streams to end."""
+        for reference in list(self.open.values()):
+            stream = reference()
+            if stream is not None:
+                stream.stop("shutdown")
+
+
 class Process:
     """The streams of one process. Get it from `process`."""
 
@@ -56,8 +80,8 @@ class Process:
         # Reentrant: a garbage collection in here may end a stream, whose callback
         # asks for these numbers; so may a signal's.
         self._lock = native(_thread, "RLock")()
-        # Weak: a stream that everybody has dropped ends.
-        self._open: dict[int, weakref.ref[Stoppable]] = {}
+        self._served: dict[Hashable, Served] = {}  # by server, the one that is now
+        self._all: dict[int, Served] = {}  # all that have streams
         self._totals: dict[str, Total] = {}
         # Not counted yet: a garbage collection may close streams anywhere, in the
         # middle of counting, too.
@@ -70,7 +94,10 @@ class Process:
         """Log a warning unless this process has done so before."""
         token = object()
         if self._warned.setdefault(key or text, token) is token:
-            log.warning(text)
+            try:
+                log.warning(text)
+            except Exception as error:  # a broken handler does not break a stream
+                print(f"syncstream: {text} (not logged: {error!r})", file=sys.stderr)
 
     def memo(self, key: Hashable, find: Callable[[], Any]) -> Any:
         """Return what was found for a key; find it the first time."""
@@ -80,25 +107,42 @@ class Process:
 
     @property
     def open_streams(self) -> int:
-        return len(self._open)
+        return sum(len(served.open) for served in list(self._all.values()))
 
-    def opened(self, stream: Stoppable, watch: Watch | None) -> None:
-        """Take a stream on; look by its watch whether the server stops."""
+    def opened(
+        self,
+        stream: Stoppable,
+        watch: Watch | None,
+        server: Hashable,
+        find: Callable[[], Stopping | None],
+    ) -> Served:
+        """Take a stream on; look by its watch whether its server stops.
+
+        Args:
+            stream: It is held weakly.
+            watch: Its watch.
+            server: Tells its server from others of this process.
+            find: Returns what tells whether that has been told to stop.
+        """
+        served = self._served.get(server)
+        if served is None or served.is_stopping():
+            # Another one may have taken the place of one that has stopped.
+            served = self._served[server] = Served(find())
         key = id(stream)
-        self._open[key] = weakref.ref(stream, partial(self._open.pop, key))
+        served.open[key] = weakref.ref(stream, partial(served.open.pop, key))
+        self._all[id(served)] = served
         if not self._has_exit:
             self._has_exit = True
             atexit.register(_at_exit)
-        if watch is not None and self._stopping is not None and not self._is_looking:
+        is_told = served.stopping is not None or self._stopping is not None
+        if watch is not None and is_told and not self._is_looking:
             self._is_looking = True
             watch.call_at(on_grid(time.monotonic()), self._look)
+        return served
 
-    def closed(
-        self, stream: Stoppable, reason: str, seconds: float, events: int, bytes: int
-    ) -> None:
-        """Let a stream go, and count it."""
-        self._open.pop(id(stream), None)
-        self.count(reason, seconds, events, bytes)
+    def closed(self, stream: Stoppable, served: Served) -> None:
+        """Let a stream go."""
+        served.open.pop(id(stream), None)
 
     def count(
         self, reason: str, seconds: float = 0.0, events: int = 0, bytes: int = 0
@@ -123,33 +167,36 @@ class Process:
             total.events += events
             total.bytes += bytes
 
-    @property
-    def knows_stopping(self) -> bool:
-        return self._stopping is not None
-
     def stop_when(self, stopping: Stopping) -> None:
-        """Say how to learn that the server has been told to stop."""
+        """Say how to learn that the whole process has been told to stop."""
         self._stopping = stopping
 
-    @property
-    def is_stopping(self) -> bool:
-        return self._stopping is not None and self._stopping()
+    def is_stopping(self, served: Served) -> bool:
+        """Tell whether a server, or the process, has been told to stop."""
+        return served.is_stopping() or (self._stopping is not None and self._stopping())
 
     def stop(self) -> None:
         """Tell all open streams to end."""
-        for reference in list(self._open.values()):
-            stream = reference()
-            if stream is not None:
-                stream.stop("shutdown")
+        for served in list(self._all.values()):
+            served.stop()
 
     def _look(self) -> float | None:
-        if not self._open:
+        for key, served in list(self._all.items()):
+            if served.open:
+                if self.is_stopping(served):
+                    served.stop()
+                continue
+            # A server that may have gone is forgotten, and asked for again.
+            del self._all[key]
+            for name in [n for n, known in self._served.items() if known is served]:
+                del self._served[name]
+            if served.open:  # one came in between
+                self._all[key] = served
+        if not self._all:
             self._is_looking = False
-            if not self._open:  # none came in between
+            if not self._all:
                 return None
             self._is_looking = True
-        if self.is_stopping:
-            self.stop()
         return on_grid(time.monotonic() + GRID / 2)
 
     def end(self, limit: float) -> None:
@@ -157,7 +204,7 @@ class Process:
         self.stop()
         deadline = time.monotonic() + limit
         gevent: Any = sys.modules.get("gevent")
-        while self._open and time.monotonic() < deadline:
+        while self.open_streams and time.monotonic() < deadline:
             (gevent or time).sleep(0.01)
 
     def stats(self) -> dict[str, Any]:
@@ -165,7 +212,7 @@ class Process:
             self._add_up()
             totals = self._totals.copy()
             ended = {reason: asdict(total) for reason, total in totals.items()}
-        return {"open": len(self._open), "ended": ended}
+        return {"open": self.open_streams, "ended": ended}
 
 
 _processes: dict[int, Process] = {}  # this one's, and its parents' if it was forked

@@ -26,13 +26,13 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 from .errors import ClientDisconnected
-from .process import Process, Stopping, process
+from .process import Process, Served, Stopping, process
 from .protocol import sse
 from .protocol.sse import Event
 from .sockets import (
@@ -52,6 +52,7 @@ from .waiting import (
     make_lock,
     runner_function,
     sleep,
+    sleep_in_hub,
     wait,
 )
 from .watch import Timer, Watch, watch
@@ -65,9 +66,9 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.1
 """At most every so many seconds a busy stream looks for an end by itself."""
-WATCHED_LOOK_EVERY = 1.0
-"""The same where it is watched: a generator that never waits never lets a gevent hub,
-and its watch, run."""
+WATCHED_LOOK_EVERY = 1.0  # the same for what costs more, where it is watched
+VANISH_EVERY = 0.1  # seconds between two looks whether the server has closed a socket
+STARVED = 0.2  # seconds in which a hub has not run its watch
 
 REASONS = frozenset(("closed", "finished", "kicked", "denied", "shutdown"))
 """Why an application may stop a stream."""
@@ -120,7 +121,11 @@ class Life:
                 continue
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise TypeError(f"{name} must be seconds or None, got {value!r}")
-            if not 0 < value < math.inf:
+            try:
+                seconds = float(value)
+            except OverflowError:  # an int beyond all floats
+                seconds = math.inf
+            if not 0 < seconds < math.inf:
                 raise ValueError(
                     f"{name} must be above 0 seconds, or None, got {value!r}"
                 )
@@ -149,6 +154,14 @@ class Connection(Protocol):
     def write(self) -> Callable[[bytes], object] | None:
         """The server's own ``write``, if others than its thread may write by it, and
         what they write reaches the client as it is."""
+
+    @property
+    def server_key(self) -> Hashable:
+        """What tells its server from others of this process."""
+
+    @property
+    def may_vanish(self) -> bool:
+        """The server may close its socket while the source runs."""
 
     @property
     def stopping(self) -> Stopping | None:
@@ -252,6 +265,7 @@ class Stream:
         self._events = self._bytes = 0
         # The watch's side.
         self._process: Process | None = None
+        self._served: Served | None = None
         self._watch: Watch | None = None
         self._timer: Timer | None = None
         self._hung_up: Callable[[], object] | None = None
@@ -260,6 +274,7 @@ class Stream:
         self._in_hub = False
         self._began = self._moved = 0.0  # `time.monotonic`; at the last chunk
         self._deadline = math.inf
+        self._poll_at = 0.0
         self._write_lock: Any = None
         self._is_writing = False  # the watch is, under that lock
         self._full_since = 0.0  # the client takes nothing; 0: it does
@@ -330,15 +345,19 @@ class Stream:
             self._over("disconnected" if gone else "closed")
         # The other side sets is_running before it looks for an end: one of the two
         # sees the other, and whoever pops the source closes it.
-        if self.is_running or self._is_closed:
+        if self.is_running:
+            return
+        if self._is_closed:
+            self._let_go()
             return
         self._close_source()
-        self._is_closed = True
-        self._source = self._pulled = None
-        self._unwatch()
-        self._run_callbacks()
-        if self._is_first("counted", "yes"):
-            self._count()
+        self._settle()
+        self._let_go()
+
+    def __del__(self) -> None:
+        # A server that does not close what it has read to the end.
+        if getattr(self, "_served", None) is not None:
+            self._let_go()
 
     def stop(self, reason: str = "closed") -> None:
         """End the stream, from any thread or greenlet, in good order.
@@ -503,6 +522,8 @@ class Stream:
                 self._bytes += len(self._opening)
                 yield self._opening
             if self._once:
+                self._close_source()
+                self._settle()
                 return
             failed: list[BaseException] = []  # lists: a name here would keep an error
             refused: list[BaseException] = []  # alive by its own traceback
@@ -523,7 +544,6 @@ class Stream:
             reference = self.reference
             monotonic, running, runner = time.monotonic, current.get, runner_function()
             look_at = 0.0
-            look_every = LOOK_EVERY if self._hung_up is None else WATCHED_LOOK_EVERY
             while True:
                 # What entered(self) does, for the path of every event: the scope
                 # stays ours after the step, unless another running stream's was.
@@ -569,7 +589,7 @@ class Stream:
                     return
                 now = monotonic()
                 if now >= look_at:
-                    look_at = now + look_every
+                    look_at = now + LOOK_EVERY
                     self._look(now)
                     if ended:
                         break
@@ -588,6 +608,8 @@ class Stream:
             if last:
                 self._bytes += len(last)
                 yield last
+            # Not every server, and not every middleware, calls close().
+            self._settle()
         except GeneratorExit:
             # Whoever wraps us by `yield from`, or just drops us, closes the stream.
             self.close()
@@ -598,20 +620,32 @@ class Stream:
         if isinstance(error, ClientDisconnected) and not self.connected:
             self._end("disconnected")
         # gunicorn's handler of SIGQUIT exits, and a sync worker runs it in here.
-        stops = self._process is not None and self._process.is_stopping
-        if stops and isinstance(error, SystemExit):
+        if isinstance(error, SystemExit) and self._server_stops():
             self._end("shutdown")
         return bool(self._once)
 
     def _look(self, now: float) -> None:
         """See for ourselves what the watch would tell, if it came to run."""
-        connection, process = self._connection, self._process
+        watch, connection = self._watch, self._connection
+        # A generator that never waits never lets the hub run: nobody else is served,
+        # and gunicorn's SIGQUIT comes to nothing.
+        if self._in_hub and watch is not None and now - watch.ran_at > STARVED:
+            sleep_in_hub(0)
+        if now >= self._deadline:
+            self._end("max_duration")
+        if self._hung_up is not None and now < self._poll_at:
+            return
+        self._poll_at = now + WATCHED_LOOK_EVERY
         if connection is not None and connection.is_hung_up():
             self._end("disconnected")
-        elif now >= self._deadline:
-            self._end("max_duration")
-        elif process is not None and process.is_stopping:
+        elif self._server_stops():
             self._end("shutdown")
+
+    def _server_stops(self) -> bool:
+        process, served = self._process, self._served
+        return (
+            process is not None and served is not None and process.is_stopping(served)
+        )
 
     def _is_silent(self, now: float) -> bool:
         keepalive = self._life.keepalive
@@ -668,6 +702,7 @@ class Stream:
             self._bytes += len(last)
             yield last
         raised = self._connection.cut() if self._connection else None
+        self._settle()
         if raised is not None:
             raise raised
 
@@ -775,26 +810,43 @@ class Stream:
                 self._timer = self._watch.call_at(tick, _weakly(self._tick, None))
         except (OSError, RuntimeError) as error:  # no descriptor or thread is left
             self._log(logging.WARNING, "%s is not watched for a hang-up", error)
-        if connection is not None and not record.knows_stopping:
-            stopping = connection.stopping
-            if stopping is not None:
-                record.stop_when(stopping)
-        record.opened(self, self._watch)
+        self._served = record.opened(
+            self,
+            self._watch,
+            connection.server_key if connection is not None else None,
+            lambda: connection.stopping if connection is not None else None,
+        )
 
-    def _unwatch(self) -> None:
-        if self._watch is None or self._process is not process():
+    def _settle(self) -> None:
+        """Finish: tell the callbacks, count it. The server may still be writing."""
+        self._is_closed = True
+        self._source = self._pulled = None
+        self._run_callbacks()
+        if self._is_first("counted", "yes"):
+            self._count()
+
+    def _let_go(self) -> None:
+        """Have the watch and the process forget it: the server is done with it."""
+        served, self._served = self._served, None
+        if served is None or self._process is not process():
             return  # a forked child's copy: the socket is its parent's, too
-        if self._timer is not None:
-            self._watch.cancel(self._timer)
-        if self._hung_up is not None:
-            self._watch.remove(self._fd, self._hung_up)
+        self._process.closed(self, served)
+        watch = self._watch
+        if watch is not None and self._timer is not None:
+            watch.cancel(self._timer)
+        if watch is not None and self._hung_up is not None:
+            watch.remove(self._fd, self._hung_up)
             # The connection may serve other requests after this one.
-            if self._life.send_timeout is not None:
+            if self._life.send_timeout is not None and self._has_its_socket():
                 give_up_after(self._fd, self._kernel_timeout)
-            self._hung_up = None
+        self._watch = self._hung_up = None
+
+    def _has_its_socket(self) -> bool:
+        """Tell whether the descriptor is still that of our connection."""
+        return self._connection is not None and self._connection.fd == self._fd
 
     def _on_hang_up(self) -> None:
-        timed_out = has_timed_out(self._fd)
+        timed_out = self._has_its_socket() and has_timed_out(self._fd)
         self._over("send_timeout" if timed_out else "disconnected")
 
     def _next_tick(self, now: float) -> float:
@@ -814,13 +866,19 @@ class Stream:
             if self._full_since:
                 due = self._full_since + life.send_timeout
                 tick = min(tick, max(now + 0.01, due))
+        if self._connection is not None and self._connection.may_vanish:
+            tick = min(tick, now + VANISH_EVERY)
         return tick
 
     def _tick(self) -> float | None:
         """Look whether something is due."""
-        if self._is_closed or self._watch is None:
+        if self._watch is None:
             return None
         now = time.monotonic()
+        if self._fd >= 0 and not self._has_its_socket():
+            # waitress closes from its own thread, and epoll forgets what is closed.
+            self._over("disconnected")
+            return None
         if now >= self._deadline:
             self._over("max_duration")
         if self._fd >= 0 and self._life.send_timeout is not None:
@@ -895,7 +953,7 @@ class Stream:
             self._log(logging.DEBUG, "%s was closed before it began")
             return
         seconds = time.monotonic() - self._began if record is not None else 0.0
-        (record or process()).closed(self, reason, seconds, self._events, self._bytes)
+        (record or process()).count(reason, seconds, self._events, self._bytes)
         self._log(
             logging.DEBUG,
             f"%s ended: {reason}, {seconds:.3f} s, {self._events} events,"

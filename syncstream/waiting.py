@@ -36,6 +36,7 @@ __all__ = [
     "runner",
     "runner_function",
     "sleep",
+    "sleep_in_hub",
     "wait",
 ]
 
@@ -179,10 +180,15 @@ def sleep(seconds: float) -> None:
         scope.check()
 
 
+def sleep_in_hub(seconds: float) -> None:
+    """Let the other greenlets of this hub run."""
+    sys.modules["gevent"].sleep(seconds)
+
+
 def _sleep(seconds: float) -> None:
     # Without monkey-patching time.sleep would hold up the whole hub.
     if hub() is not None:
-        sys.modules["gevent"].sleep(seconds)
+        sleep_in_hub(seconds)
     else:
         time.sleep(seconds)
 
@@ -229,7 +235,12 @@ def wait(waitable: Any, timeout: float | None = None) -> Any:
             with suppress(queue.Empty):
                 return waitable.get_nowait()
         scope.before_wait()
-        return _plain_wait(waitable, timeout)
+        try:
+            return _plain_wait(waitable, timeout)
+        except GeneratorExit:
+            # It may have been notified in the same moment: others wait for that.
+            _pass_on(_condition_of(waitable))
+            raise
     if waitable is condition:
         scope.before_wait()
         return _park(scope, timeout, condition)
@@ -268,6 +279,16 @@ def _plain_wait(waitable: Any, timeout: float | None) -> Any:
     if hasattr(waitable, "get"):
         return waitable.get(timeout=timeout)
     return waitable.wait(timeout)
+
+
+def _pass_on(condition: Any) -> None:
+    if condition is None or not hasattr(condition, "notify"):
+        return
+    if condition._is_owned():
+        condition.notify()
+    else:
+        with condition:
+            condition.notify()
 
 
 def _condition_of(waitable: Any) -> Any:

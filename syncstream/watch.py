@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import select
+import sys
 import threading
 import time
 import weakref
@@ -66,6 +67,7 @@ class Watch:
     """
 
     def __init__(self) -> None:
+        self.ran_at = 0.0  # when it made a call last, if it is a hub's
         self._hung_up: dict[int, Callback] = {}  # by descriptor
         self._timers: list[tuple[float, int, Timer]] = []  # a heap
         self._order = itertools.count()
@@ -312,6 +314,7 @@ class _HubWatch(Watch):
         self._timer.start(self._tick, update=True)
 
     def _tick(self) -> None:
+        self.ran_at = time.monotonic()
         self._timer_at = float("inf")
         if self._is_foreign:
             return
@@ -365,8 +368,15 @@ def _guarded(callback: Callable[[], Any]) -> Any:
     """Call; a callback that fails does not end the watch."""
     try:
         return callback()
-    except Exception:
-        log.exception("a callback of the watch failed")
+    except Exception as error:
+        try:
+            log.exception("a callback of the watch failed")
+        except Exception as second:  # a broken handler does not end the watch, either
+            print(
+                f"syncstream: a callback of the watch failed: {error!r}"
+                f" (not logged: {second!r})",
+                file=sys.stderr,
+            )
         return None
 
 

@@ -214,6 +214,15 @@ class Connection:
         return None if encoded else write
 
     @property
+    def server_key(self) -> Hashable:
+        names = ("SERVER_NAME", "SERVER_PORT")
+        return (self.server.name, *(self.environ.get(name) for name in names))
+
+    @property
+    def may_vanish(self) -> bool:
+        return self.server.closes_early
+
+    @property
     def stopping(self) -> Stopping | None:
         return self.server.stopping(self.environ)
 
@@ -221,7 +230,7 @@ class Connection:
     def threads(self) -> int | None:
         """How many requests the server process serves at once."""
         threads: int | None = process().memo(
-            "threads", lambda: self.server.threads(self.environ)
+            ("threads", self.server_key), lambda: self.server.threads(self.environ)
         )
         return threads
 
@@ -302,6 +311,13 @@ def _checked_header(item: Any) -> tuple[str, str | int | None]:
         raise TypeError(f"headers must have str, int or None for values, got {item!r}")
     if isinstance(value, str) and _CONTROLS.search(value):
         raise ValueError(f"headers must not contain CR, LF or NUL, got {item!r}")
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode("latin-1")
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"headers must have Latin-1 for values (PEP 3333), got {item!r}"
+            ) from None
     return name, value
 
 
@@ -819,6 +835,7 @@ class _Lazy:
             first = next(iterator)
         except BaseException as error:
             if head.format is None and head.refusal is None:
+                head.hand_over(head.connection.stream)
                 raise
             rest = _Rest(self._app_iter, iterator, error=error)
         else:
@@ -827,6 +844,7 @@ class _Lazy:
             self._app_iter = ()  # closed now
             return iter(head.refuse(rest))
         if head.format is None:
+            head.hand_over(head.connection.stream)  # one of ours, or none
             return rest
         self._stream = head.respond(rest)
         return iter(self._stream)

@@ -33,6 +33,8 @@ class Line:
     is_event_source = False
     write = None
     stopping = None
+    server_key = None
+    may_vanish = False
 
     def __init__(self, sock: socket.socket | None = None) -> None:
         self.sock = sock

@@ -38,6 +38,8 @@ class Line:
     fd = None
     write = None
     stopping = None
+    server_key = None
+    may_vanish = False
 
     def __init__(self):
         self.hung_up = False

@@ -276,7 +276,7 @@ def test_a_dying_waiter_passes_a_notification_on(how, monkeypatch):
             monkeypatch.setattr(waiting.stream, "check", late_check)
             items.put("item")
         else:  # the watch does not know yet
-            waiting.stream._unwatch()
+            waiting.stream._let_go()
             client.close()
             await_true(PLACE, waiting.stream._connection.is_hung_up)
             items.put("item")

@@ -73,6 +73,8 @@ class Server:
             ``write`` passed through, what we write would be garbage.)
         unsent: How many bytes for this client the server keeps in buffers of its
             own, beyond the kernel's. From any thread.
+        closes_early: It may close the client's socket, from a thread of its own,
+            while the response is being made.
         stopping: Returns what tells whether this process has been told to stop,
             ``None`` where nothing shows it. Once a process, in the thread or
             greenlet of a request that is being served; what it returns may be
@@ -96,6 +98,7 @@ class Server:
     write_module: str = ""
     headers: Callable[[Write], Headers | None] = lambda write: None
     unsent: Callable[[Environ], int] = lambda environ: 0
+    closes_early: bool = False
     stopping: Callable[[Environ], Callable[[], bool] | None] = lambda environ: None
     threads: Callable[[Environ], int | None] = lambda environ: None
     warning: Callable[[Environ], str | None] = lambda environ: None

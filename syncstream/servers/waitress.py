@@ -57,6 +57,7 @@ SERVER = Server(
     write_module="waitress.task",
     headers=_headers,
     unsent=_unsent,
+    closes_early=True,  # a send that fails in its main thread
     stopping=_stopping,
     threads=_threads,
 )
