@@ -64,7 +64,11 @@ PROMISES = (
     ),
     ("keepalive while the generator blocks", "test_silence_is_broken", "app"),
     ("frozen client dropped", "test_a_client_that_does_not_read_is_dropped", ""),
-    ("client gone without a word dropped", "test_a_client_that_vanishes_is_dropped", ""),
+    (
+        "client gone without a word dropped",
+        "test_a_client_that_vanishes_is_dropped",
+        "",
+    ),
     ("`max_duration`", "test_a_stream_ends_after_its_time", ""),
     ("server stops: ended in order", "test_streams_end_when_the_server_stops", ""),
     ("error seen as truncation, HTTP/1.1", "test_an_error_truncates", "1.1"),

@@ -7,7 +7,7 @@ import random
 import threading
 
 import pytest
-from werkzeug.test import EnvironBuilder
+from werkzeug.test import Client, EnvironBuilder
 
 import syncstream.process
 from pairs import TIMEOUT, Threads
@@ -455,3 +455,20 @@ def test_many_come_at_once(app, caplog):
     assert len(codes) == 400
     assert limited._capacity._count == 0
     assert len(caplog.messages) <= 1
+
+
+def test_a_lazy_application_that_delegates_gives_its_place_back():
+    """It calls start_response in its first step, through a response of ours."""
+
+    def app(environ, start_response):
+        chunks = SSEResponse(["a"], end="reconnect")(environ, start_response)
+        try:
+            yield from chunks
+        finally:
+            chunks.close()
+
+    client = Client(StreamMiddleware(app, max_streams=2))
+    for _ in range(5):
+        response = client.get("/")
+        assert (response.status_code, response.data) == (200, b": ok\n\ndata: a\n\n")
+        response.close()

@@ -447,3 +447,35 @@ def test_gunicorns_hooks(kind, key, tmp_path):
     settings.write_text("from syncstream.gunicorn import post_worker_init, worker_int")
     with LiveServer(kind, "apps.life:app", "-c", str(settings)) as server:
         assert_stops(server, lambda: server.signal_one(signal.SIGQUIT), key)
+
+
+def test_a_generator_that_never_waits_hears_of_the_end(key):
+    """Under gevent it lets the hub run now and then: SIGQUIT comes in through it."""
+    with (
+        LiveServer("gunicorn-gevent", "apps.life:app") as server,
+        server.get(f"/sse/flood?key={key}") as client,
+    ):
+        assert client.block() == b": ok\n\n"
+        reader = threading.Thread(target=client.rest)
+        reader.start()
+        server.control.next(f"{key}-started")
+        server.signal_one(signal.SIGQUIT)
+        _, error, same = server.control.next(f"{key}-ended")
+        reader.join()
+        assert client.is_whole
+    assert (error, same) == ("GeneratorExit", True)
+
+
+def test_a_reset_before_all_was_sent_is_seen_by_waitress(key):
+    """Its main thread closes the socket then, which takes it out of any epoll."""
+    with LiveServer("waitress", "apps.life:app") as server:
+        for n in range(6):
+            path = f"/sse/large?key={key}-{n}"
+            with server.get(path) as client:
+                assert client.block() == b": ok\n\n"
+                server.control.next(f"{key}-{n}-started")
+                server.control.next(f"{key}-{n}-waiting")
+                left = leave(client, "RST")
+                at, error, same = server.control.next(f"{key}-{n}-ended")
+            assert (error, same) == ("ClientDisconnected", True)
+            assert at - left < 5

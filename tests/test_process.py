@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import pytest
+from werkzeug.serving import make_server
 
 import syncstream.process
 from pairs import (
@@ -592,3 +594,77 @@ def test_a_signal_may_stop_and_ask():
         signal.signal(signal.SIGUSR1, before)
     assert came
     assert sum(t["streams"] for t in stats()["ended"].values()) == 300
+
+
+def test_a_server_that_has_stopped_does_not_end_the_next_ones_streams():
+    """Test suites start one server after another, and some programs have two."""
+
+    def app(environ, start_response):
+        return SSEResponse(range(3), end="reconnect")(environ, start_response)
+
+    def fetch(server):
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/") as response:
+            return response.read()
+
+    def start():
+        server = make_server("127.0.0.1", 0, app, threaded=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        return server, thread
+
+    def stop(server, thread):
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+    body = b": ok\n\ndata: 0\n\ndata: 1\n\ndata: 2\n\n"
+    one, other = start(), start()
+    assert fetch(one[0]) == fetch(other[0]) == body
+    stop(*one)
+    assert fetch(other[0]) == body
+    stop(*other)
+    third = start()
+    assert fetch(third[0]) == body
+    stop(*third)
+
+
+def test_a_server_that_takes_anothers_place_is_asked_for_again():
+    """Under the same name and port; the old one has stopped for ever."""
+    record = Process()
+    stopped, alive = (lambda: True), (lambda: False)
+
+    class Stream:
+        def stop(self, reason="closed"):
+            """It is not looked at here."""
+
+    streams = [Stream(), Stream()]
+    old = record.opened(streams[0], None, "server", lambda: stopped)
+    new = record.opened(streams[1], None, "server", lambda: alive)
+    assert record.is_stopping(old)
+    assert not record.is_stopping(new)
+
+
+def test_a_stream_that_nobody_closes_is_counted():
+    """A middleware like ``yield from app(…)`` does not pass close() on."""
+    before = stats()["ended"].get("finished", {}).get("streams", 0)
+    called = []
+    stream = stream_of(["a"])
+    stream.on_close(lambda: called.append(stream.reason))
+    assert list(stream)
+    assert called == ["finished"]
+    assert stats()["ended"]["finished"]["streams"] == before + 1
+    stream.close()
+    assert called == ["finished"]
+    assert stats()["ended"]["finished"]["streams"] == before + 1
+
+
+def test_a_broken_handler_does_not_break_a_warning(monkeypatch, capsys):
+    """It goes to stderr then."""
+    log = logging.getLogger("syncstream.test")
+
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("broken")
+
+    monkeypatch.setattr(log, "warning", broken)
+    Process().warn_once(log, "take note")
+    assert "take note" in capsys.readouterr().err

@@ -951,3 +951,38 @@ def test_a_link_must_have_a_close(thing):
     """Said at once."""
     with pytest.raises(TypeError, match=r"closable must have a close\(\)"):
         stream_of([]).link(thing)
+
+
+def test_a_stopped_greenlet_passes_a_notification_on():
+    """Two streams wait on one condition; the first is stopped as it is notified."""
+    pytest.importorskip("gevent")
+    assert check_script(PASS_ON) == ""
+
+
+PASS_ON = """
+import gevent.monkey
+gevent.monkey.patch_all()
+import gevent, threading
+from pairs import Line, serve, stream_of
+from syncstream import current_stream
+
+condition, got = threading.Condition(), []
+
+def source(name):
+    yield name
+    with condition:
+        if current_stream().wait(condition, 5):
+            got.append(name)
+
+streams = {name: stream_of(source(name), Line()) for name in "ab"}
+greenlets = []
+for stream in streams.values():
+    greenlets.append(gevent.spawn(serve, stream))
+    gevent.sleep(0.01)
+streams["a"].stop("kicked")
+with condition:
+    condition.notify()
+gevent.joinall(greenlets, timeout=10)
+# It reached the first before its end did, or else the second.
+assert got, got
+"""

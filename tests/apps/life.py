@@ -130,6 +130,15 @@ def pieces(key, query):
 
 
 @lived
+def large(key, query):
+    """Yield more than the kernel takes at once, and sleep."""
+    for _ in range(9):
+        yield "x" * 1_000_000
+    threading.Timer(0.02, note, (f"{key}-waiting", True)).start()
+    sleep(30)
+
+
+@lived
 def gated(key, query):
     """Yield a number for each time the gate is opened."""
     n = 0
@@ -168,6 +177,7 @@ SOURCES = {
     "flood": flood,
     "pieces": pieces,
     "gated": gated,
+    "large": large,
     "stubborn": stubborn,
 }
 
