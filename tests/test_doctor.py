@@ -316,13 +316,19 @@ class RawServer:
                     self._answer(conn, self.requests[-1])
 
     def close(self):
-        with contextlib.suppress(OSError):
-            context = ssl._create_unverified_context() if self._context else None
-            with socket.create_connection(("127.0.0.1", self.port), 10) as conn:
-                sock = context.wrap_socket(conn) if context else conn
-                with sock:
-                    sock.sendall(b"stop")
-        self._thread.join(20)
+        context = ssl._create_unverified_context() if self._context else None
+        while self._thread.is_alive():
+            # Read to its end: a reset (of a TLS ticket that nobody reads, say) may
+            # be faster than the word.
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", self.port), 10) as conn,
+                context.wrap_socket(conn) if context else conn as sock,
+            ):
+                sock.sendall(b"stop")
+                while sock.recv(1000):
+                    pass
+            self._thread.join(0.5)
         self._server.close()
 
 

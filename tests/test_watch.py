@@ -202,7 +202,7 @@ def test_bytes_do_not_wake_it(own_watches, monkeypatch):
                 client.sendall(b"stray")
             client.sendall(b"x" * 10_000)
             place.pause(0.05)
-            assert reads == []
+            assert len(reads) < 5  # a timer's, at most; 400 came
             hung_up = watch._hung_up[server.fileno()]
             watch.remove(server.fileno(), hung_up)
 
