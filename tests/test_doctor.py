@@ -278,6 +278,9 @@ def test_a_cut_at_a_known_time(listened, last, who):
 # --- The network --------------------------------------------------------------------
 
 
+STOP = b"stop\r\n\r\n"
+
+
 class RawServer:
     """Answer each connection by what a test says, byte by byte if it wants.
 
@@ -310,7 +313,7 @@ class RawServer:
                         if not data:
                             break
                         request += data
-                    if request == b"stop":
+                    if request == STOP:
                         return
                     self.requests.append(request.decode())
                     self._answer(conn, self.requests[-1])
@@ -325,7 +328,7 @@ class RawServer:
                 socket.create_connection(("127.0.0.1", self.port), 10) as conn,
                 context.wrap_socket(conn) if context else conn as sock,
             ):
-                sock.sendall(b"stop")
+                sock.sendall(STOP)
                 while sock.recv(1000):
                     pass
             self._thread.join(0.5)
