@@ -17,7 +17,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from .sockets import native
 __all__ = [
     "Parked",
     "Scope",
+    "Waiter",
     "current",
     "current_scope",
     "entered",
@@ -38,6 +39,7 @@ __all__ = [
     "sleep",
     "sleep_in_hub",
     "wait",
+    "wake_all",
 ]
 
 
@@ -48,13 +50,15 @@ class Scope(Protocol):
         is_running: The stream is inside its source now.
         runner: The thread or greenlet that runs it.
         reference: A weak reference to it.
+        has_waited: Set by a wait that lets the others of a hub run.
         parked: The wait that its thread is in, for whoever ends the stream: sets an
             end first, then looks here; waits look the other way round.
     """
 
     is_running: bool
+    has_waited: bool
     runner: object
-    parked: Parked | None
+    parked: Parked | Waiter | None
 
     @property
     def reference(self) -> Reference: ...
@@ -420,3 +424,140 @@ def _park(
             parked.pass_on()
         raise
     return notified
+
+
+class Waiter:
+    """Where one thread or greenlet waits for its turns; made by it, for many waits.
+
+    A wake ends the wait that goes on, or else the next one: waits may end without
+    anything to wait for, so look again after each.
+    """
+
+    __slots__ = (
+        *("_greenlet", "_is_waiting", "_is_woken", "_lock", "_runner", "_scope"),
+        "hub",
+    )
+
+    def __init__(self) -> None:
+        self._scope = current_scope()
+        self.hub = hub()
+        self._runner = runner_function()
+        self._greenlet: Any = self._runner()
+        self._is_waiting = self._is_woken = False  # in its hub
+        # A thread waits to acquire it. Held but for the moment of a wake.
+        self._lock: Any = native(_thread, "allocate_lock")()
+        self._lock.acquire()
+
+    def is_ours(self) -> bool:
+        """Tell whether it is for the thread or greenlet and scope that run here."""
+        # `current_scope`, without its calls: this is asked for every event.
+        scope, running = self._scope, self._runner()
+        if scope is None:
+            return self._greenlet == running and current_scope() is None
+        return (
+            running == self._greenlet
+            and running == scope.runner
+            and scope.is_running
+            and current.get() is scope.reference
+        )
+
+    def wait(self, timeout: float | None) -> None:
+        """Wait until woken, or the scope's end, or the time is over.
+
+        Raises:
+            ClientDisconnected, GeneratorExit: The scope has ended.
+        """
+        scope = self._scope
+        if self.hub is None:
+            self._wait_in_thread(scope, timeout)
+        elif self._is_woken:  # while it was elsewhere
+            self._is_woken = False
+        elif timeout is not None:
+            self._wait_in_hub(timeout)
+        else:
+            self._is_waiting = True
+            try:
+                self.hub.switch()
+            finally:
+                self._is_waiting = False
+        if scope is not None:
+            scope.has_waited = True
+            if scope.is_over():
+                scope.check()
+
+    def _wait_in_thread(self, scope: Scope | None, timeout: float | None) -> None:
+        limit = -1.0 if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+        if scope is None:
+            self._lock.acquire(True, limit)
+            return
+        scope.parked = self
+        try:
+            if not scope.is_over():
+                self._lock.acquire(True, limit)
+        finally:
+            scope.parked = None
+
+    def _wait_in_hub(self, timeout: float) -> None:
+        timer = self.hub.loop.timer(timeout)
+        self._is_waiting = True
+        try:
+            timer.start(self.switch, update=True)
+            self.hub.switch()
+        finally:
+            self._is_waiting = False
+            timer.stop()
+            timer.close()
+
+    def switch(self) -> None:
+        """Let the greenlet go on, or else end its next wait; in its hub."""
+        if self._is_waiting:
+            self._is_waiting = False
+            self._greenlet.switch()
+        else:
+            self._is_woken = True
+
+    def wake(self) -> bool:
+        """Let the thread go on; for the scope's end, too."""
+        with suppress(RuntimeError):  # it is awake
+            self._lock.release()
+        return True
+
+
+def wake_all(waiters: Iterable[Waiter]) -> None:
+    """Wake all of them; from any thread.
+
+    The greenlets of one hub go on in one callback of that, one after the other: who
+    publishes pays for one, however many wait.
+    """
+    of_hubs: dict[Any, list[Waiter]] = {}
+    last: Any = None  # mostly all are of one
+    greenlets: list[Waiter] = []
+    for waiter in waiters:
+        hub = waiter.hub
+        if hub is None:
+            waiter.wake()
+            continue
+        if hub is not last:
+            last, greenlets = hub, of_hubs.setdefault(hub, [])
+        greenlets.append(waiter)
+    if not of_hubs:
+        return
+    here = _hub_of_this_thread()
+    for there, greenlets in of_hubs.items():
+        if there is here:
+            there.loop.run_callback(_switch_all, there, greenlets)
+        else:
+            there.loop.run_callback_threadsafe(_switch_all, there, greenlets)
+
+
+def _switch_all(hub: Any, waiters: list[Waiter]) -> None:
+    for waiter in waiters:
+        try:
+            waiter.switch()
+        except BaseException:
+            hub.handle_error(waiter, *sys.exc_info())
+
+
+def _hub_of_this_thread() -> Any:
+    gevent = sys.modules.get("gevent._hub_local")
+    return None if gevent is None else gevent.get_hub_if_exists()
