@@ -9,6 +9,9 @@ The map of the package, from top to bottom the way the data takes:
 ``waiting``           the one place that knows threads from gevent; the scope
 ``watch``             hang-ups and a clock, one per process
 ``process``           the process's streams, and its stop
+``log``               one channel's events: a bounded window, and positions in it
+``brokers``           what stores events, and tells of them: ``memory:``
+``hub``               channels: publish, subscribe, resume
 ``stream``            one response's life: iterate, encode, close, one reason
 ``servers``           the WSGI servers: where each keeps the socket, how it ends
 ``capacity``          how many streams there may be
@@ -25,12 +28,18 @@ signal handler, patches nothing and imports no optional package.
 """
 
 from .errors import (
+    BrokerError,
     ClientDisconnected,
+    Closed,
+    PayloadTooLarge,
     ProtocolError,
     RemoteProtocolError,
     SyncStreamError,
+    Unavailable,
+    Uncertain,
 )
 from .flask import sse
+from .hub import Gap, Hub, Subscription
 from .protocol.sse import Event
 from .stream import Stream, current_stream
 from .waiting import sleep
@@ -43,16 +52,24 @@ from .wsgi import (
 )
 
 __all__ = [
+    "BrokerError",
     "ClientDisconnected",
+    "Closed",
     "Event",
+    "Gap",
+    "Hub",
     "NDJSONResponse",
+    "PayloadTooLarge",
     "ProtocolError",
     "RemoteProtocolError",
     "SSEResponse",
     "Stream",
     "StreamMiddleware",
     "StreamResponse",
+    "Subscription",
     "SyncStreamError",
+    "Unavailable",
+    "Uncertain",
     "current_stream",
     "last_event_id",
     "sleep",

@@ -3,8 +3,13 @@
 ::
 
     SyncStreamError
-    └── ProtocolError
-        └── RemoteProtocolError      the peer sent what its format forbids
+    ├── ProtocolError
+    │   └── RemoteProtocolError      the peer sent what its format forbids
+    ├── Closed                       a subscription has ended; its `reason` says why
+    └── BrokerError                  what stores events could not do it
+        ├── Unavailable              nothing was stored: it may be tried again
+        ├── Uncertain                it may be stored, or not: again, it may be twice
+        └── PayloadTooLarge          an event is larger than the hub takes
 
     GeneratorExit
     └── ClientDisconnected           raised by the waits inside a stream's generator
@@ -18,10 +23,15 @@ Wrong arguments stay ``TypeError`` and ``ValueError``.
 from __future__ import annotations
 
 __all__ = [
+    "BrokerError",
     "ClientDisconnected",
+    "Closed",
+    "PayloadTooLarge",
     "ProtocolError",
     "RemoteProtocolError",
     "SyncStreamError",
+    "Unavailable",
+    "Uncertain",
 ]
 
 
@@ -35,6 +45,35 @@ class ProtocolError(SyncStreamError):
 
 class RemoteProtocolError(ProtocolError):
     """The peer sent what its format forbids, or more of it than allowed."""
+
+
+class Closed(SyncStreamError):
+    """A subscription has ended, and not because there is nothing more to come.
+
+    Attributes:
+        reason: "closed" (by the hub, or by `Subscription.close`), "kicked", "denied",
+            or "lagged" (with ``on_lag="drop"``).
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the subscription has ended: {reason}")
+        self.reason = reason
+
+
+class BrokerError(SyncStreamError):
+    """What stores events could not do what it was asked."""
+
+
+class Unavailable(BrokerError):
+    """It cannot be reached. Nothing was stored: the same may be tried again."""
+
+
+class Uncertain(BrokerError):
+    """The answer was lost: the events may be stored. Again, they may be twice."""
+
+
+class PayloadTooLarge(BrokerError, ValueError):
+    """An event is larger than ``max_payload``; nothing was stored."""
 
 
 class ClientDisconnected(GeneratorExit):

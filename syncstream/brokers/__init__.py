@@ -1,0 +1,138 @@
+"""What stores events and tells of them: the contract, and where URLs lead.
+
+An open set: one more broker is one more file here, and its line in `SCHEMES`. A
+broker appends, reads a range, and tells what is new. It knows no clients, and what
+it tells may come late, twice or not at all: the chain (see `syncstream.log`) shows
+it, and the hub reads what is missing. `syncstream.testing.check_broker` proves one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
+
+from ..log import Entry, Page
+
+__all__ = ["Broker", "Sink", "is_pattern", "matches", "open_broker"]
+
+
+class Sink(Protocol):
+    """Who is told: the hub. It may be called from any thread, and does not block."""
+
+    def deliver(self, channel: str, entry: Entry) -> None:
+        """Take an entry; those of a channel come in their order."""
+
+    def resync(self, channels: Iterable[str] | None) -> None:
+        """Read these channels (``None``: all that are watched): some may be lost."""
+
+    def state(self, is_up: bool, reason: str) -> None:
+        """Take note that the broker can be reached, or cannot."""
+
+
+class Broker(Protocol):
+    """Six methods. They may be called from any thread, and block.
+
+    Attributes:
+        scope: Who shares it: this "process", this "machine", or a "cluster".
+    """
+
+    @property
+    def scope(self) -> Literal["process", "machine", "cluster"]: ...
+
+    def publish(
+        self, items: Sequence[tuple[str, bytes]], *, connection: Any = None
+    ) -> list[str | None]:
+        """Store events, channel and payload each, in this order; return their ids.
+
+        Returns when the engine has acknowledged them.
+
+        Args:
+            items: As `hub.Hub` makes them.
+            connection: A database's, in whose transaction to store them; then the
+                ids are ``None``.
+
+        Raises:
+            Unavailable: Nothing was stored.
+            Uncertain: They may have been stored.
+            PayloadTooLarge: One is larger than the broker takes; nothing was stored.
+        """
+
+    def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
+        """Read what follows an id.
+
+        Args:
+            channel: Its name.
+            after: An id, of any provenance; "0" for the oldest that is kept;
+                ``None`` for the head alone.
+            limit: So many entries at most.
+
+        Returns:
+            If the id is known, what follows it, and ``complete``; else all that is
+            kept, from the oldest on.
+
+        Raises:
+            Unavailable: The engine does not answer.
+        """
+
+    def attach(self, sink: Sink) -> None:
+        """Begin to tell what is new; once a process."""
+
+    def watch(self, channel: str) -> None:
+        """Tell of a channel, or of all that match a pattern.
+
+        Returns when what is stored from now on will be told.
+        """
+
+    def unwatch(self, channel: str) -> None:
+        """Tell of it no more."""
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Stop, and leave no thread, descriptor or file behind."""
+
+
+def is_pattern(name: str) -> bool:
+    """Tell a pattern from a channel: its last level is ``*`` or ``#``."""
+    return name.rpartition(":")[2] in ("*", "#")
+
+
+def matches(pattern: str, channel: str) -> bool:
+    """Tell whether a pattern matches a channel.
+
+    ``chat:*`` matches one level more (``chat:7``), ``logs:#`` any number of levels,
+    none included (``logs``, ``logs:a``, ``logs:a:b``); ``*`` and ``#`` alone likewise.
+    """
+    prefix, _, last = pattern.rpartition(":")
+    if last == "#":
+        return not prefix or channel == prefix or channel.startswith(f"{prefix}:")
+    parent, _, _ = channel.rpartition(":")
+    return parent == prefix
+
+
+def _memory(url: str, options: dict[str, Any]) -> Broker:
+    from .memory import MemoryBroker
+
+    return MemoryBroker(**options)
+
+
+SCHEMES: dict[str, Callable[[str, dict[str, Any]], Broker]] = {"memory": _memory}
+
+
+def open_broker(
+    url: str, *, capacity: int = 1000, max_age: float | None = 3600.0
+) -> Broker:
+    """Return the broker that a URL names.
+
+    Args:
+        url: ``memory:``, this process.
+        capacity: So many events of each channel are kept.
+        max_age: Events are kept for so many seconds; ``None`` for no limit.
+
+    Raises:
+        ValueError: There is no such broker.
+    """
+    scheme = urlsplit(url).scheme
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{name}:" for name in SCHEMES)
+        raise ValueError(f"url must begin with one of {known}, got {url!r}")
+    return SCHEMES[scheme](url, {"capacity": capacity, "max_age": max_age})

@@ -1,0 +1,146 @@
+"""``memory:``, the broker of one process: nothing to install, nothing that lasts.
+
+Ids are ``<number>-<nonce>`` in hexadecimal digits; the nonce is one of this broker's
+life and the entry's own, so that the ids of an earlier run are not taken for ours.
+"""
+
+from __future__ import annotations
+
+import _thread
+import random
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from ..log import START, Entry, Log, Page
+from ..sockets import native
+from . import Sink, is_pattern, matches
+
+__all__ = ["MemoryBroker"]
+
+_SWEEP = 1000  # publishes between two looks for what is idle
+
+
+class MemoryBroker:
+    """Events in this process's memory.
+
+    Args:
+        capacity: So many events of each channel are kept.
+        max_age: Events are kept for so many seconds, and a channel without any is
+            forgotten; ``None`` for no limit.
+        max_size: So many bytes are kept of all channels together; beyond that the
+            channel that is written to keeps its newest event only.
+    """
+
+    scope: Literal["process"] = "process"
+
+    def __init__(
+        self,
+        capacity: int = 1000,
+        max_age: float | None = 3600.0,
+        max_size: int = 256 << 20,
+    ) -> None:
+        self._capacity = capacity
+        self._max_age = max_age
+        self._max_size = max_size
+        # Reentrant, as all that a garbage collection may enter.
+        self._lock = native(_thread, "RLock")()
+        self._logs: dict[str, Log] = {}
+        self._size = 0
+        self._published = 0
+        # Of all channels: one that was forgotten has no id a second time.
+        self._next = 1
+        # The head of channels without events. Another one after each that was
+        # forgotten, and in each life: who has it has missed nothing.
+        self._empty = _empty()
+        self._sink: Sink | None = None
+        self._watched: set[str] = set()
+        self._patterns: set[str] = set()
+
+    def publish(
+        self, items: Sequence[tuple[str, bytes]], *, connection: Any = None
+    ) -> list[str | None]:
+        if connection is not None:
+            raise ValueError("connection must be None: memory: has no transactions")
+        ids: list[str | None] = []
+        now = time.monotonic()
+        # The sink is told under the lock: what it gets is in order.
+        with self._lock:
+            for channel, payload in items:
+                log = self._logs.get(channel)
+                if log is None:
+                    log = self._logs[channel] = Log(self._empty)
+                nonce = random.getrandbits(32)
+                entry = Entry(f"{self._next:x}-{nonce:08x}", log.head, payload, now)
+                self._next += 1
+                before = log.size
+                log.append(entry)
+                self._trim(log, now)
+                self._size += log.size - before
+                ids.append(entry.id)
+                if self._sink is not None and self._is_watched(channel):
+                    self._sink.deliver(channel, entry)
+            self._published += len(items)
+            if self._published >= _SWEEP:
+                self._published = 0
+                self._sweep(now)
+        return ids
+
+    def _is_watched(self, channel: str) -> bool:
+        return channel in self._watched or any(
+            matches(pattern, channel) for pattern in self._patterns
+        )
+
+    def _trim(self, log: Log, now: float) -> None:
+        since = now - self._max_age if self._max_age is not None else float("-inf")
+        size = 0 if self._size > self._max_size else float("inf")
+        log.trim(self._capacity, since, size)
+
+    def _sweep(self, now: float) -> None:
+        """Forget what is too old, and channels of which nothing is left."""
+        for channel in list(self._logs):
+            log = self._logs[channel]
+            before = log.size
+            self._trim(log, now)
+            self._size += log.size - before
+            # Who listens knows its head: it must go on from there.
+            if not len(log) and channel not in self._watched:
+                del self._logs[channel]
+                self._empty = _empty()
+
+    def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
+        with self._lock:
+            log = self._logs.get(channel)
+            if log is None:
+                return Page((), after in (None, self._empty), self._empty)
+            before = log.size
+            self._trim(log, time.monotonic())
+            self._size += log.size - before
+            if after is None:
+                return Page((), True, log.head)
+            position = log.after(after)
+            is_known = position is not None
+            start = position if position is not None else log.first
+            return Page(log.read(start, limit), is_known, log.head)
+
+    def attach(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def watch(self, channel: str) -> None:
+        with self._lock:
+            (self._patterns if is_pattern(channel) else self._watched).add(channel)
+
+    def unwatch(self, channel: str) -> None:
+        with self._lock:
+            self._patterns.discard(channel)
+            self._watched.discard(channel)
+
+    def close(self, timeout: float = 5.0) -> None:
+        with self._lock:
+            self._sink = None
+            self._logs.clear()
+            self._size = 0
+
+
+def _empty() -> str:
+    return f"{START}-{random.getrandbits(32):08x}"

@@ -1,0 +1,1310 @@
+"""Channels: publish, subscribe, resume.
+
+A `Hub` keeps a window of each channel that has subscribers, a `Log`; a broker stores
+events and tells of new ones. A `Subscription` is a position in one log or several: to
+be behind is to have a lower one, to resume is to begin after an id. What is no more in
+the window is read from the broker; what is no more there either is announced by a
+`Gap`, never passed over.
+
+The one promise: after the id that a client presents it gets every later event, once
+and in order, or a reset first.
+"""
+
+from __future__ import annotations
+
+import _thread
+import hashlib
+import json
+import logging
+import re
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from .brokers import Broker, is_pattern, matches, open_broker
+from .errors import BrokerError, Closed, PayloadTooLarge
+from .log import START, Entry, Log, Page
+from .process import process
+from .protocol import sse
+from .protocol.json import Dumps, dumps_or_default
+from .protocol.sse import Event
+from .sockets import native
+from .waiting import Waiter, current_scope, wake_all
+
+__all__ = ["Gap", "Hub", "Subscription"]
+
+log = logging.getLogger(__name__)
+
+READ = 500  # entries that are read at once
+WINDOW = 256  # entries of a channel that are kept for its subscribers
+IDLE = 60.0  # seconds that a window without subscribers is kept
+MAX_CHANNELS = 32  # of one subscription, by name: their ids fit into one
+_MAX_ID = 4096  # characters of an id that are looked at
+_MAX_NAME = 200  # characters of a channel's name
+_ID = re.compile(r"[0-9a-f]+(-[0-9a-f]+)?")
+_NAME = re.compile(r"[^\s\x00-\x1f\x7f*#]+")
+
+GAP_EVENT = "reset"
+_NOWHERE = "-"  # an id that no broker has
+
+
+class Gap(Event):
+    """Events are missing: what a client has, it should fetch anew.
+
+    An event as others: ``event`` is "reset", ``data`` is JSON with the ``channel``
+    and the ``reason`` ("unknown": the id is not one that is kept, or "lagged": the
+    reader was too slow), and ``id`` the one before what follows, so that nothing is
+    lost if the connection ends in between.
+    """
+
+    __slots__ = ()
+
+
+def _gap(channel: str, reason: str, id: str) -> Gap:
+    return Gap({"channel": channel, "reason": reason}, event=GAP_EVENT, id=id)
+
+
+class _Channel:
+    """A channel that has, or had a moment ago, subscribers."""
+
+    __slots__ = (
+        *("idle_since", "is_doubtful", "is_watched", "log", "patterns"),
+        *("subscriptions", "tagged", "waiters"),
+    )
+
+    def __init__(self) -> None:
+        # The head is unknown: the first entry says what it follows.
+        self.log = Log("")
+        self.subscriptions = 0
+        self.is_watched = False  # by its name: the broker tells of it
+        # What was told did not fit: its head may be older than the channel's. The
+        # first to come to its end asks the broker.
+        self.is_doubtful = False
+        self.patterns = -1  # the `Hub._version` whose subscriptions know of it
+        self.waiters: dict[Waiter, None] = {}  # in the order in which they came
+        self.tagged = -1  # the last position whose entry is not for everybody
+        self.idle_since = time.monotonic()
+
+
+class Hub:
+    """Channels, and those who subscribe to them.
+
+    One of it in an application is enough; it is started by its first use. All
+    methods may be called from any thread or greenlet.
+
+    Args:
+        url: Where events are kept: ``memory:`` is this process.
+        broker: A broker, in place of a URL; see `syncstream.brokers`.
+        capacity: So many events of each channel are kept, for those who resume.
+        max_age: Events are kept for so many seconds, ``None`` for no limit.
+        max_payload: So many bytes an event may have, encoded.
+        dumps: Encodes what is not text, as in `SSEResponse`.
+
+    Raises:
+        TypeError, ValueError: An argument is not what it should be.
+    """
+
+    def __init__(
+        self,
+        url: str = "memory:",
+        *,
+        broker: Broker | None = None,
+        capacity: int = 1000,
+        max_age: float | None = 3600.0,
+        max_payload: int = 1 << 20,
+        dumps: Dumps | None = None,
+    ) -> None:
+        for name, number in (("capacity", capacity), ("max_payload", max_payload)):
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise TypeError(f"{name} must be int, got {number!r}")
+            if number < 1:
+                raise ValueError(f"{name} must be 1 or more, got {number!r}")
+        if max_age is not None:
+            if not isinstance(max_age, (int, float)) or isinstance(max_age, bool):
+                raise TypeError(f"max_age must be seconds or None, got {max_age!r}")
+            if not max_age > 0:
+                raise ValueError(f"max_age must be above 0, or None, got {max_age!r}")
+        if broker is None:
+            broker = open_broker(url, capacity=capacity, max_age=max_age)
+        self.broker = broker
+        self._max_payload = max_payload
+        self._dumps = dumps_or_default(dumps)
+        # Reentrant: a garbage collection in here may close a subscription. Never
+        # held while the broker is called: brokers call us under their own.
+        self._lock = native(_thread, "RLock")()
+        self._channels: dict[str, _Channel] = {}
+        self._patterns: dict[str, int] = {}  # how many subscriptions have each
+        self._with_patterns: dict[int, weakref.ref[Subscription]] = {}
+        self._version = 0  # of the subscriptions that have patterns
+        self._open: dict[int, weakref.ref[Subscription]] = {}
+        # What was dropped, not closed. Maybe by a garbage collection, anywhere, under
+        # any lock: to call the broker there is to wait for oneself.
+        self._dropped: deque[tuple[list[str], list[str], Any]] = deque()
+        self._published = self._delivered = 0
+        self._is_up = True
+        self._is_closed = False
+        self._swept = time.monotonic()
+        broker.attach(self)
+
+    # To publish.
+
+    def publish(
+        self,
+        channel: str,
+        data: Any = None,
+        *,
+        event: str | None = None,
+        retry: int | None = None,
+        only: Iterable[str] = (),
+        exclude: Iterable[str] = (),
+        connection: Any = None,
+    ) -> str | None:
+        """Send an event to all who subscribe to a channel, now or later.
+
+        Args:
+            channel: Its name: levels with ``:`` between them, no white space.
+            data: Text, or what becomes JSON; or an `Event` without an id.
+            event: Its name, as in `Event`.
+            retry: As in `Event`.
+            only: Tags: it is for subscriptions that have one of them.
+            exclude: Tags: it is not for subscriptions that have one of them.
+            connection: A database's, in whose transaction it is stored, for
+                brokers that have such.
+
+        Returns:
+            Its id; ``None`` within a transaction.
+
+        Raises:
+            Unavailable: Nothing was stored.
+            Uncertain: It may have been stored.
+            PayloadTooLarge: It is larger than ``max_payload``.
+            TypeError, ValueError: An argument is not what it should be.
+        """
+        if isinstance(data, Event):
+            if event is not None or retry is not None:
+                raise ValueError("event and retry must be the Event's own")
+            item = data
+        else:
+            item = self._event(data, event, retry)
+        return self.publish_many(
+            channel, [item], only=only, exclude=exclude, connection=connection
+        )[0]
+
+    def publish_many(
+        self,
+        channel: str,
+        items: Iterable[Any],
+        *,
+        only: Iterable[str] = (),
+        exclude: Iterable[str] = (),
+        connection: Any = None,
+    ) -> list[str | None]:
+        """Send events to a channel, in one go and in this order.
+
+        Args:
+            channel, only, exclude, connection: As for `publish`.
+            items: What `publish` takes as data, `Event` included.
+
+        Returns:
+            Their ids.
+
+        Raises:
+            Unavailable, Uncertain, PayloadTooLarge, TypeError, ValueError: As from
+                `publish`; then it holds for all of them.
+        """
+        if self._is_closed:
+            raise ValueError("publish after close()")
+        _check_name(channel)
+        prefix = _prefix(only, exclude)
+        batch = [(channel, prefix + self._payload(item)) for item in items]
+        for _, payload in batch:
+            if len(payload) > self._max_payload:
+                raise PayloadTooLarge(
+                    f"an event must have {self._max_payload} bytes at most, encoded,"
+                    f" got {len(payload)}"
+                )
+        self._clear()
+        ids = self.broker.publish(batch, connection=connection) if batch else []
+        self._published += len(ids)
+        return ids
+
+    def _event(self, data: Any, event: str | None, retry: int | None) -> Event:
+        if data is not None and not isinstance(data, (str, bytes, bytearray)):
+            text = self._dumps(data)
+            data = text if isinstance(text, str) else text.decode()
+        return Event(data, event=event, retry=retry)
+
+    def _payload(self, item: Any) -> bytes:
+        event = item if isinstance(item, Event) else self._event(item, None, None)
+        if event.id is not None:
+            raise ValueError(f"id must be the broker's own, got {event.id!r}")
+        if event.data is None:
+            # Readers would never see it: nothing is dispatched without data.
+            raise ValueError("data must be given: an event without is not dispatched")
+        return event.encode()
+
+    # To subscribe.
+
+    def subscribe(
+        self,
+        *channels: str,
+        after: str | int = "now",
+        on_gap: str | Callable[[], Iterable[Any]] = "replay",
+        on_lag: str = "reset",
+        key: Callable[[Event], Hashable] | None = None,
+        throttle: float | None = None,
+        tags: Iterable[str] = (),
+        who: Any = None,
+        announce: bool = False,
+        authorize: Callable[[Subscription], bool] | None = None,
+        reauthorize: float | None = None,
+    ) -> Subscription:
+        """Return a subscription: the events of these channels from a position on.
+
+        Args:
+            channels: Names; or patterns: ``chat:*`` for one level more, ``logs:#``
+                for all levels. Who comes back to a pattern gets a reset of it, then
+                what comes from now on: no broker knows which channels there were
+                in between. Of each channel that it brings a little is kept as long
+                as it lasts.
+            after: Where a first connection begins: "now", "start" (the oldest that
+                is kept), an id, or a number: so many of the newest of each. With
+                a pattern only "now". A client that comes back with a Last-Event-ID
+                begins there.
+            on_gap: What follows the reset when that id is not kept any more:
+                "replay", all that is kept; "live", what comes from now on; or a
+                callable, which returns events that make a client whole again (a
+                snapshot, without ids), and what came since it was called follows.
+                Who is cut off before its end gets another one.
+            on_lag: What becomes of a reader that falls behind what is kept:
+                "reset", it is told, and goes on with the oldest that is kept;
+                "drop", its stream ends, and the client comes back by itself;
+                "latest", of what it is behind it gets the newest for each key.
+            key: For "latest": an event's key.
+            throttle: Seconds between two deliveries, at least.
+            tags: What `publish` may select it by.
+            who: What `presence` shows of it; a user's name, say.
+            announce: Publish "join" and "leave" events to its channels, with ``who``.
+            authorize: Called when it is first read, and every ``reauthorize``
+                seconds; when it returns false, the stream ends.
+            reauthorize: Seconds.
+
+        Raises:
+            TypeError, ValueError: An argument is not what it should be.
+        """
+        return Subscription(
+            self,
+            channels,
+            after=after,
+            on_gap=on_gap,
+            on_lag=on_lag,
+            key=key,
+            throttle=throttle,
+            tags=tags,
+            who=who,
+            announce=announce,
+            authorize=authorize,
+            reauthorize=reauthorize,
+        )
+
+    def head(self, channel: str) -> str:
+        """Return the id of a channel's newest event.
+
+        For the page that is rendered before its stream opens: ``after=`` that id, and
+        nothing is missed in between.
+        """
+        _check_name(channel)
+        return self.broker.read(channel, None).head
+
+    # Who is there.
+
+    def presence(self, channel: str) -> list[Any]:
+        """Return the ``who`` of each subscription of this process to a channel."""
+        self._clear()
+        return [s.who for s in self._subscriptions() if s.hears(channel)]
+
+    def kick(self, predicate: Callable[[Subscription], bool]) -> int:
+        """End the subscriptions of this process that a predicate holds for.
+
+        Returns:
+            How many.
+        """
+        found = [s for s in self._subscriptions() if predicate(s)]
+        for subscription in found:
+            subscription.close("kicked")
+        return len(found)
+
+    def _subscriptions(self) -> list[Subscription]:
+        return _alive(self._open)
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts: of this process, and since it began.
+
+        Returns:
+            ``{"subscribers": 12, "channels": 3, "entries": 120, "bytes": 40320,
+            "published": 1000, "delivered": 12000, "up": True}``; channels, entries
+            and bytes are those of the windows that it keeps.
+        """
+        self._clear()
+        with self._lock:
+            logs = [channel.log for channel in self._channels.values()]
+            return {
+                "subscribers": len(self._open),
+                "channels": len(logs),
+                "entries": sum(len(log) for log in logs),
+                "bytes": sum(log.size for log in logs),
+                "published": self._published,
+                "delivered": self._delivered,
+                "up": self._is_up,
+            }
+
+    def close(self) -> None:
+        """End all subscriptions, and the broker."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for subscription in self._subscriptions():
+            subscription.close("closed")
+        self.broker.close()
+
+    # What the broker tells: a `Sink`.
+
+    def deliver(self, channel: str, entry: Entry) -> None:
+        with self._lock:
+            record = self._channels.get(channel)
+            if record is None:
+                if not any(matches(p, channel) for p in self._patterns):
+                    return
+                self._forget_idle(time.monotonic(), is_watched=False)
+                record = self._channels[channel] = _Channel()
+            window = record.log
+            if window.head and entry.prev != window.head:
+                if window.after(entry.id) is not None:
+                    return  # told twice
+                window.restart(entry.prev)
+                record.is_doubtful = True  # it may have come late
+            window.append(entry)
+            if entry.payload[:1] == b"\0":
+                record.tagged = window.end - 1
+            if len(window) > WINDOW:
+                window.trim(WINDOW, float("-inf"), float("inf"))
+            waiters, record.waiters = record.waiters, {}
+            if self._patterns and record.patterns != self._version:
+                record.patterns = self._version
+                for subscription in _alive(self._with_patterns):
+                    waiters |= subscription.discover(channel, entry.prev)
+        if waiters:
+            wake_all(waiters)
+
+    def resync(self, channels: Iterable[str] | None) -> None:
+        with self._lock:
+            channels = None if channels is None else list(channels)
+            names = list(self._channels) if channels is None else channels
+            waiters: dict[Waiter, None] = {}
+            is_lost = channels is None
+            for name in names:
+                record = self._channels.get(name)
+                if record is None:
+                    is_lost = True
+                    continue
+                # Readers find themselves outside of it, and ask the broker.
+                record.log.restart("")
+                record.is_doubtful = True
+                waiters.update(record.waiters)
+                record.waiters = {}
+            if is_lost:  # maybe of channels that nobody has heard of
+                for subscription in _alive(self._with_patterns):
+                    waiters |= subscription.lose(channels)
+        wake_all(waiters)
+
+    def state(self, is_up: bool, reason: str) -> None:
+        if is_up != self._is_up:
+            self._is_up = is_up
+            log.warning("the broker is %s: %s", "back" if is_up else "down", reason)
+
+    # For subscriptions.
+
+    def enter(self, subscription: Subscription) -> None:
+        """Count a subscription as present."""
+        self._clear()
+        with self._lock:
+            reference = self._open[id(subscription)] = weakref.ref(subscription)
+            if subscription.has_patterns:
+                self._with_patterns[id(subscription)] = reference
+                self._version += 1
+
+    def warn_of_processes(self) -> None:
+        """Say, once, that other processes have channels of their own."""
+        if self.broker.scope == "process":
+            process().warn_once(
+                log,
+                "this hub's channels are those of one process, and the server runs"
+                " several: what is published in one is not seen in the others. Use"
+                ' Hub("local:") or Hub("redis://…"), or run one worker',
+            )
+
+    def leave(self, subscription: Subscription) -> None:
+        self._open.pop(id(subscription), None)
+        self._with_patterns.pop(id(subscription), None)
+
+    def drop(
+        self, subscription: Subscription, watched: list[str], announced: list[str]
+    ) -> None:
+        """Take note of one that is gone without a `close`; calls nobody."""
+        self._open.pop(id(subscription), None)
+        self._with_patterns.pop(id(subscription), None)
+        self._dropped.append((watched, announced, subscription.who))
+
+    def _clear(self) -> None:
+        """Do what is left to do for those that were dropped."""
+        while self._dropped:
+            try:
+                watched, announced, who = self._dropped.popleft()
+            except IndexError:  # another thread was faster
+                return
+            for name in watched:
+                self.unwatch(name)
+            self.announce(announced, who, "leave")
+
+    def announce(self, channels: Iterable[str], who: Any, name: str) -> None:
+        """Tell channels who has come or gone."""
+        for channel in channels:
+            if self._is_closed:
+                return
+            try:
+                self.publish(channel, {"who": who}, event=name)
+            except BrokerError as error:
+                log.warning("%r could not be announced in %r: %s", name, channel, error)
+
+    def watch(self, name: str) -> _Channel | None:
+        """Have the broker tell of a channel, or of those that match a pattern."""
+        record = None
+        with self._lock:
+            if is_pattern(name):
+                self._patterns[name] = self._patterns.get(name, 0) + 1
+            else:
+                record = self._channels.setdefault(name, _Channel())
+                record.subscriptions += 1
+        # Others may have come first, and not be done: it is done twice, then.
+        if record is None or not record.is_watched:
+            self.broker.watch(name)
+            if record is not None:
+                record.is_watched = True
+        return record
+
+    def unwatch(self, name: str) -> None:
+        now = time.monotonic()
+        idle: list[str] = []
+        with self._lock:
+            if is_pattern(name):
+                self._patterns[name] -= 1
+                if not self._patterns[name]:
+                    del self._patterns[name]
+                    idle.append(name)
+            else:
+                record = self._channels[name]
+                record.subscriptions -= 1
+                record.idle_since = now
+            idle += self._forget_idle(now)
+        for name in idle:
+            self.broker.unwatch(name)
+            # Somebody may have come in between, and have it watched before this.
+            with self._lock:
+                found = self._channels.get(name)
+                is_back = name in self._patterns or (
+                    found is not None and found.subscriptions > 0
+                )
+            if is_back:
+                self.broker.watch(name)
+                self.resync([name])
+
+    def _forget_idle(self, now: float, is_watched: bool = True) -> list[str]:
+        """Drop windows that nobody wants, under the lock; return the watched ones'.
+
+        Args:
+            is_watched: Those that the broker tells of by their names, too.
+        """
+        if now - self._swept < IDLE / 4:
+            return []
+        self._swept = now
+        idle = [
+            (name, record)
+            for name, record in self._channels.items()
+            if not record.subscriptions
+            and now - record.idle_since > IDLE
+            and (is_watched or not record.is_watched)
+        ]
+        for name, _ in idle:
+            del self._channels[name]
+        return [name for name, record in idle if record.is_watched]
+
+    def record(self, name: str) -> _Channel:
+        with self._lock:
+            return self._channels.setdefault(name, _Channel())
+
+
+def _alive(
+    subscriptions: dict[int, weakref.ref[Subscription]],
+) -> list[Subscription]:
+    found = [reference() for reference in list(subscriptions.values())]
+    return [s for s in found if s is not None]
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"channel must be str, got {name!r}")
+    if not _NAME.fullmatch(name) or len(name) > _MAX_NAME:
+        raise ValueError(
+            f"channel must be 1 to {_MAX_NAME} characters, without white space, * and"
+            f" #, got {name!r}"
+        )
+
+
+def _check_tags(name: str, tags: Iterable[str]) -> list[str]:
+    if isinstance(tags, str):
+        raise TypeError(f"{name} must be several strings, got {tags!r}")
+    listed = list(tags)
+    for tag in listed:
+        if not isinstance(tag, str):
+            raise TypeError(f"{name} must be strings, got {tag!r}")
+    return listed
+
+
+def _prefix(only: Iterable[str], exclude: Iterable[str]) -> bytes:
+    """Return what stands before an event that is not for everybody."""
+    tags = {
+        name: _check_tags(name, given)
+        for name, given in (("only", only), ("exclude", exclude))
+        if given
+    }
+    return b"\0%b\n" % json.dumps(tags).encode() if tags else b""
+
+
+@dataclass(slots=True)
+class _Cursor:
+    """A subscription's place in one channel.
+
+    Attributes:
+        last: The id after which it goes on.
+        sent: The id of what was given out last; it may be behind.
+        position: The same in the window; -1 if it is not known to be there.
+        seen: The window's end before the broker was asked, and had nothing more; -1
+            if it may have. While the window's end is that, there is nothing new.
+        is_begun: It was found once, so that a gap is one of a lag.
+    """
+
+    name: str
+    record: _Channel
+    last: str
+    position: int = -1
+    seen: int = -1
+    is_begun: bool = False
+    sent: str = ""
+
+    def __post_init__(self) -> None:
+        self.sent = self.last
+
+
+Item = tuple["_Cursor", "Entry | Event"]
+
+
+class Subscription:
+    """The events of one channel or several, from a position on; from `Hub.subscribe`.
+
+    Iterate it; or `read` what is there; or give it to a response. Its position is
+    fixed, and it counts as present, when it is first read; in a stream's generator,
+    and in a response, that is after the client's Last-Event-ID if there is one. One
+    thread or greenlet reads it.
+
+    Attributes:
+        who: As given to `Hub.subscribe`.
+        tags: As given to `Hub.subscribe`.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        channels: Sequence[str],
+        *,
+        after: str | int,
+        on_gap: str | Callable[[], Iterable[Any]],
+        on_lag: str,
+        key: Callable[[Event], Hashable] | None,
+        throttle: float | None,
+        tags: Iterable[str],
+        who: Any,
+        announce: bool,
+        authorize: Callable[[Subscription], bool] | None,
+        reauthorize: float | None,
+    ) -> None:
+        if not channels:
+            raise ValueError("channels must be given, at least one")
+        for name in channels:
+            if isinstance(name, str) and is_pattern(name):
+                if name not in ("*", "#"):
+                    _check_name(name[:-2])
+            else:
+                _check_name(name)
+        if len(set(channels)) > MAX_CHANNELS:
+            raise ValueError(
+                f"channels must be {MAX_CHANNELS} at most, got {len(channels)}: use a"
+                " pattern"
+            )
+        if isinstance(after, bool) or not isinstance(after, (str, int)):
+            raise TypeError(f"after must be str or int, got {after!r}")
+        if after != "now" and any(is_pattern(name) for name in channels):
+            raise ValueError(
+                f"after must be 'now' where a channel is a pattern, got {after!r}"
+            )
+        if isinstance(after, int) and after < 1:
+            raise ValueError(f"after must be 1 or more events, got {after!r}")
+        if on_gap not in ("replay", "live") and not callable(on_gap):
+            raise ValueError(
+                f"on_gap must be 'replay', 'live' or a callable, got {on_gap!r}"
+            )
+        if on_lag not in ("reset", "drop", "latest"):
+            raise ValueError(
+                f"on_lag must be 'reset', 'drop' or 'latest', got {on_lag!r}"
+            )
+        if (on_lag == "latest") != (key is not None):
+            raise ValueError("on_lag='latest' and key must be given together")
+        for label, value in (("throttle", throttle), ("reauthorize", reauthorize)):
+            if value is not None and not (
+                isinstance(value, (int, float)) and value > 0
+            ):
+                raise ValueError(f"{label} must be above 0 seconds, got {value!r}")
+        if reauthorize is not None and authorize is None:
+            raise ValueError("reauthorize needs authorize")
+        self.hub = hub
+        self.channels = tuple(dict.fromkeys(channels))
+        self.tags = frozenset(_check_tags("tags", tags))
+        self.who = who
+        self._after = after
+        self._on_gap = on_gap
+        self._on_lag = on_lag
+        self._key = key
+        self._throttle = throttle
+        self._announce = announce
+        self._authorize = authorize
+        self._reauthorize = reauthorize
+        self._asked = 0.0
+        self._delivered = 0.0
+        self._cursors: dict[str, _Cursor] = {}
+        self._only: _Cursor | None = None  # the same, where there can be but one
+        self._found: list[tuple[str, str]] = []  # channels that a pattern has brought
+        self._waiter: Waiter | None = None
+        self._items: list[Item] = []  # read, and not given out; the next is the last
+        self._is_begun = False
+        self._watched: list[str] = []
+        self._lost: list[tuple[str, str]] = []  # patterns, and why
+        self._reason: str | None = None
+        self.has_patterns = any(is_pattern(name) for name in self.channels)
+        self._is_simple = len(self.channels) == 1 and not self.has_patterns
+
+    # To read.
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        if not self._items:
+            self._items = self._wait(None)[::-1]
+        return self._decoded(self._items.pop())
+
+    def read(self, timeout: float | None = None) -> list[Event]:
+        """Return what is there, oldest first; wait for it if there is nothing.
+
+        Args:
+            timeout: Seconds to wait, ``None`` for no limit; 0 not at all.
+
+        Returns:
+            Events, and `Gap`; empty when the time is over.
+
+        Raises:
+            Closed: The subscription has ended.
+            ClientDisconnected, GeneratorExit: As from `sleep`, in a stream.
+        """
+        items, self._items = self._items[::-1], []
+        return [self._decoded(item) for item in items or self._wait(timeout)]
+
+    def frames(self, is_events: bool, dumps: Dumps) -> Frames:
+        """Return its chunks for a response."""
+        is_shared = (
+            is_events
+            and self._is_simple
+            and self._key is None
+            and self._throttle is None
+        )
+        return Frames(self, self._frame if is_events else self._line(dumps), is_shared)
+
+    def _shared(self) -> tuple[bytes, int] | None:
+        """Wait for what is new; return it as bytes that others share.
+
+        Returns:
+            The bytes and how many events they are; ``None`` if that cannot be done.
+        """
+        cursor = self._only
+        if cursor is None:
+            (cursor,) = self._cursors.values()
+            self._only = cursor
+        record, hub = cursor.record, self.hub
+        window, lock = record.log, hub._lock
+        waiter = self._own_waiter()
+        while self._reauthorize is None:
+            with lock:
+                position = cursor.position
+                if (
+                    position < window.first
+                    or record.tagged >= position
+                    or self._reason is not None
+                ):
+                    return None
+                if position < window.end:
+                    end, chunk = window.joined(position)
+                    cursor.position = end
+                    is_all = end == window.end
+                    cursor.last = window.head if is_all else window.entry(end - 1).id
+                    cursor.is_begun = True
+                    count = end - position
+                    hub._delivered += count
+                    return chunk, count
+                if record.is_doubtful:
+                    return None
+                record.waiters[waiter] = None
+            try:
+                waiter.wait(None)
+            except BaseException:
+                self.close("closed")
+                raise
+        return None
+
+    def _own_waiter(self) -> Waiter:
+        waiter = self._waiter
+        if waiter is None or not waiter.is_ours():
+            self._withdraw()
+            waiter = self._waiter = Waiter()
+        return waiter
+
+    def _withdraw(self) -> None:
+        """Have the waiter woken by nothing more."""
+        waiter = self._waiter
+        if waiter is None:
+            return
+        with self.hub._lock:
+            for cursor in list(self._cursors.values()):
+                cursor.record.waiters.pop(waiter, None)
+
+    def close(self, reason: str = "closed") -> None:
+        """End it; whoever reads it gets `Closed`. From any thread."""
+        with self.hub._lock:
+            if self._reason is None:
+                self._reason = reason
+            was_begun, self._is_begun = self._is_begun, False
+            waiter = self._waiter
+        if waiter is not None:
+            wake_all([waiter])
+        if was_begun:
+            self._leave()
+
+    def __del__(self) -> None:
+        # Maybe in the midst of anything: see `Hub._dropped`.
+        if getattr(self, "_is_begun", False):
+            self._is_begun = False
+            self.hub.drop(self, self._watched, self._announced())
+
+    @property
+    def is_closed(self) -> bool:
+        return self._reason is not None
+
+    def hears(self, channel: str) -> bool:
+        """Tell whether it is subscribed to a channel."""
+        return any(
+            matches(name, channel) if is_pattern(name) else name == channel
+            for name in self.channels
+        )
+
+    def discover(self, channel: str, prev: str) -> dict[Waiter, None]:
+        """Take note of a channel that a pattern may match; return whom to wake.
+
+        By the hub, under its lock; of a channel that is known, too: its window may
+        be another one.
+        """
+        if not any(is_pattern(n) and matches(n, channel) for n in self.channels):
+            return {}
+        self._found.append((channel, prev))
+        return {} if self._waiter is None else {self._waiter: None}
+
+    def lose(self, channels: Iterable[str] | None) -> dict[Waiter, None]:
+        """Take note that channels may have had events; return whom to wake.
+
+        By the hub, under its lock.
+        """
+        lost = [
+            (name, "lagged")
+            for name in self.channels
+            if is_pattern(name)
+            and (channels is None or any(matches(name, c) for c in channels))
+        ]
+        self._lost += [pair for pair in lost if pair not in self._lost]
+        return {self._waiter: None} if lost and self._waiter is not None else {}
+
+    # Its position.
+
+    def begin(self) -> None:
+        """Fix the position and count as present now, before it is read.
+
+        Raises:
+            Closed: The subscription has ended.
+            BrokerError: Its position cannot be read.
+        """
+        if not self._is_begun:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Fix the position; count as present."""
+        self._check_allowed()
+        if self._reason is not None:
+            raise Closed(self._reason)
+        scope: Any = current_scope()
+        given = getattr(scope, "last_event_id", None)
+        if getattr(scope, "is_multiprocess", False):
+            self.hub.warn_of_processes()
+        self.hub.enter(self)
+        try:
+            self._begin_channels(given)
+        except BaseException:
+            self._leave(has_joined=False)
+            raise
+        with self.hub._lock:
+            if self.hub._is_closed and self._reason is None:
+                self._reason = "closed"
+            self._is_begun = self._reason is None
+        if self._reason is not None:
+            self._leave(has_joined=False)
+            raise Closed(self._reason)
+        # A generator that ends may be long in letting go of us.
+        if hasattr(scope, "on_close"):
+            scope.on_close(partial(_close, weakref.ref(self)))
+        self.hub.announce(self._announced(), self.who, "join")
+
+    def _begin_channels(self, given: str | None) -> None:
+        places = self._places(given)
+        if places is None and self._after not in ("now", "start"):
+            places = self._places(self._after) if isinstance(self._after, str) else None
+        self._cursors, self._only, self._lost = {}, None, []
+        for name in self.channels:
+            self._watched.append(name)
+            record = self.hub.watch(name)
+            if record is not None:
+                self._cursors[name] = self._cursor(name, record, places)
+            elif given is not None:
+                # No broker can tell which channels there have been since.
+                self._lost.append((name, "unknown"))
+
+    def _places(self, given: str | None) -> dict[str, str] | None:
+        """Return the id of each channel in a Last-Event-ID; ``None`` without one."""
+        if given is None:
+            return None
+        if self._is_simple:
+            return {self.channels[0]: given}
+        hashes = {_hash(name): name for name in self.channels}
+        places = {}
+        for part in given[:_MAX_ID].split(","):
+            short, _, id = part.partition(".")
+            if short in hashes:
+                places[hashes[short]] = id
+        return places
+
+    def _cursor(
+        self, name: str, record: _Channel, places: dict[str, str] | None
+    ) -> _Cursor:
+        if places is not None:
+            # Whatever it says, it comes from outside.
+            id = places.get(name, "")
+            known = len(id) <= 40 and _ID.fullmatch(id) is not None
+            return _Cursor(name, record, id if known else "")
+        after = self._after
+        if after == "now":
+            return _Cursor(name, record, self.hub.broker.read(name, None).head)
+        if after == "start":
+            page = self.hub.broker.read(name, START, 1)
+            return _Cursor(
+                name, record, page.entries[0].prev if page.entries else page.head
+            )
+        if isinstance(after, int):
+            return _Cursor(name, record, self._newest(name, after))
+        raise AssertionError(after)
+
+    def _newest(self, name: str, count: int) -> str:
+        """Return the id before so many of a channel's newest events."""
+        page = self.hub.broker.read(name, START, 1)
+        entries: list[Entry] = []
+        last = page.entries[0].prev if page.entries else page.head
+        while True:
+            page = self.hub.broker.read(name, last, READ)
+            if not page.entries:
+                break
+            entries = [*entries, *page.entries][-count:]
+            last = entries[-1].id
+        return entries[0].prev if entries else last
+
+    # To take what is there.
+
+    def _wait(self, timeout: float | None, once: bool = False) -> list[Item]:
+        """Return what is there, or wait for it.
+
+        Args:
+            timeout: As for `read`.
+            once: Return nothing rather than wait a second time.
+        """
+        if not self._is_begun:
+            if self._reason is not None:
+                raise Closed(self._reason)
+            self._begin()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        waiter = self._own_waiter()
+        while True:
+            self._check_allowed()
+            if self._reason is not None:
+                raise Closed(self._reason)
+            pause = self._pause()
+            if not pause:
+                items = self._take()
+                if items:
+                    self._delivered = time.monotonic()
+                    self.hub._delivered += len(items)
+                    return items
+                if not self._register(waiter):
+                    continue
+            left = self._left(deadline, pause)
+            if deadline is not None and time.monotonic() >= deadline:
+                self._withdraw()
+                return []
+            try:
+                scope = current_scope()
+                if scope is not None:
+                    scope.before_wait()
+                waiter.wait(left)
+            except BaseException:
+                self.close("closed")
+                raise
+            if not self._is_simple or left is not None:
+                self._withdraw()  # from those that did not wake it
+            if once:
+                return []
+
+    def _pause(self) -> float:
+        """Return for how long `throttle` holds it back."""
+        if self._throttle is None:
+            return 0.0
+        return max(0.0, self._delivered + self._throttle - time.monotonic())
+
+    def _left(self, deadline: float | None, pause: float) -> float | None:
+        ends = []
+        now = time.monotonic()
+        if deadline is not None:
+            ends.append(deadline - now)
+        if pause:
+            ends.append(pause)
+        if self._reauthorize is not None:
+            ends.append(self._asked + self._reauthorize - now)
+        return max(0.0, min(ends)) if ends else None
+
+    def _register(self, waiter: Waiter) -> bool:
+        """Have the waiter woken by what is new; ``False`` if something is there."""
+        with self.hub._lock:
+            if self._found or self._lost or self._reason is not None:
+                return False
+            for cursor in self._cursors.values():
+                record, at = cursor.record, cursor.position
+                # Outside of the window it is read from the broker, to its end.
+                if at < 0 or record.is_doubtful:
+                    at = cursor.seen
+                if record.log.end != at:
+                    return False
+            for cursor in self._cursors.values():
+                cursor.record.waiters[waiter] = None
+        return True
+
+    def _take(self) -> list[Item]:
+        """Return what is there: entries, and gaps."""
+        items: list[Item] = []
+        while self._lost:
+            name, reason = self._lost.pop(0)
+            if reason == "lagged" and self._on_lag == "drop":
+                self.close("lagged")
+                raise Closed("lagged")
+            items += self._lost_items(name, reason)
+        while self._found:
+            channel, prev = self._found.pop(0)
+            record = self.hub.record(channel)
+            cursor = self._cursors.get(channel)
+            if cursor is None:
+                self._cursors[channel] = _Cursor(channel, record, prev)
+            elif cursor.record is not record:
+                cursor.record, cursor.position = record, -1
+        for cursor in list(self._cursors.values()):
+            before = cursor.last
+            items += self._take_from(cursor)
+            # The newest of a key may be further on: all of it, in pieces.
+            while self._key is not None and cursor.last != before:
+                before = cursor.last
+                items = [*self._latest(items), *self._take_from(cursor)]
+        if self._key is not None and len(items) > 1:
+            items = self._latest(items)
+        return items
+
+    def _take_from(self, cursor: _Cursor) -> list[Item]:
+        window = cursor.record.log
+        with self.hub._lock:
+            if cursor.position < window.first:
+                place = window.after(cursor.last) if cursor.last else None
+                cursor.position = -1 if place is None else place
+            if cursor.position >= 0:
+                entries = window.read(cursor.position, READ)
+                cursor.position += len(entries)
+                if entries:
+                    cursor.last = entries[-1].id
+                cursor.is_begun = True
+                if entries or not cursor.record.is_doubtful:
+                    return [(cursor, e) for e in entries if self._is_for_us(e)]
+            end = window.end
+        page = self.hub.broker.read(cursor.name, cursor.last or _NOWHERE, READ)
+        last = page.entries[-1].id if page.entries else page.head
+        cursor.seen = end if last == page.head else -1
+        if cursor.record.is_doubtful:
+            self._settle(cursor, page.head, end)
+        if page.entries:
+            cursor.position = -1
+        if not page.complete:
+            return self._gap(cursor, page)
+        if page.entries:
+            cursor.last = last
+        cursor.is_begun = True
+        return [(cursor, e) for e in page.entries if self._is_for_us(e)]
+
+    def _settle(self, cursor: _Cursor, head: str, end: int) -> None:
+        """Put an end to a window's doubts, if it is as it was."""
+        record = cursor.record
+        with self.hub._lock:
+            if record.log.end == end:
+                record.is_doubtful = False
+                if record.log.head != head:
+                    record.log.restart(head)
+                    waiters, record.waiters = record.waiters, {}
+                    wake_all(waiters)
+
+    def _gap(self, cursor: _Cursor, page: Page) -> list[Item]:
+        """Return the reset, and what is to follow it."""
+        reason = "lagged" if cursor.is_begun else "unknown"
+        if cursor.is_begun and self._on_lag == "drop":
+            self.close("lagged")
+            raise Closed("lagged")
+        entries = page.entries
+        before = entries[0].prev if entries else page.head
+        snapshot: list[Event] = []
+        if self._on_gap != "replay" and reason == "unknown":
+            before, entries = page.head, ()
+            cursor.seen = -1  # more may have come
+            if callable(self._on_gap):
+                snapshot = [self._snapshot(item) for item in self._on_gap()]
+        cursor.is_begun = True
+        cursor.last = before
+        items = self._reset(cursor, reason, before, snapshot)
+        for entry in entries:
+            cursor.last = entry.id
+            if self._is_for_us(entry):
+                items.append((cursor, entry))
+        return items
+
+    def _lost_items(self, name: str, reason: str) -> list[Item]:
+        """Return the reset of a pattern; its cursor stands for all its channels."""
+        snapshot: list[Event] = []
+        if callable(self._on_gap) and reason == "unknown":
+            snapshot = [self._snapshot(item) for item in self._on_gap()]
+        cursor = _Cursor(name, _Channel(), _NOWHERE, is_begun=True)
+        return self._reset(cursor, reason, _NOWHERE, snapshot)
+
+    def _reset(
+        self, cursor: _Cursor, reason: str, before: str, snapshot: list[Event]
+    ) -> list[Item]:
+        """Return a reset and a snapshot, after which what follows an id follows."""
+        # Who is cut off within a snapshot needs all of it.
+        id = _NOWHERE if snapshot else before
+        items: list[Item] = [(cursor, _gap(cursor.name, reason, id))]
+        if snapshot:
+            *most, last = snapshot
+            items += [(cursor, event) for event in most]
+            last = Event(last.data, event=last.event, retry=last.retry, id=before)
+            items.append((cursor, last))
+        return items
+
+    def _snapshot(self, item: Any) -> Event:
+        event = item if isinstance(item, Event) else self.hub._event(item, None, None)
+        if event.id is not None:
+            raise ValueError("a snapshot's events must have no id")
+        if event.data is None:
+            raise ValueError("a snapshot's events must have data")
+        return event
+
+    def _is_for_us(self, entry: Entry) -> bool:
+        if entry.payload[:1] != b"\0":
+            return True
+        tags = json.loads(entry.tags)
+        only, exclude = tags.get("only"), tags.get("exclude")
+        if only is not None and self.tags.isdisjoint(only):
+            return False
+        return exclude is None or self.tags.isdisjoint(exclude)
+
+    def _latest(self, items: list[Item]) -> list[Item]:
+        """Keep the newest of each key; gaps stay."""
+        assert self._key is not None
+        seen: set[tuple[str, Hashable]] = set()
+        kept: list[Item] = []
+        for item in reversed(items):
+            cursor, entry = item
+            if isinstance(entry, Entry):
+                # Not `_decoded`: it is not given out yet.
+                (event,) = sse.Decoder().feed(entry.wire)
+                key = cursor.name, self._key(event)
+                if key in seen:
+                    continue
+                seen.add(key)
+            kept.append(item)
+        return kept[::-1]
+
+    # What is sent.
+
+    def _id(self, cursor: _Cursor, id: str) -> str:
+        """Return the id under which a client comes back that has got this one.
+
+        The other channels' are what it has got of them, not what was read. Patterns
+        have none: who comes back to one gets a reset.
+        """
+        if self._is_simple:
+            return id
+        cursor.sent = id
+        parts = [
+            f"{_hash(name)}.{self._cursors[name].sent}"
+            for name in self.channels
+            if not is_pattern(name)
+        ]
+        return ",".join(parts) or id
+
+    def _frame(self, item: Item) -> bytes:
+        cursor, entry = item
+        if isinstance(entry, Event):
+            return self._decoded(item).encode()
+        if self._is_simple:
+            return entry.wire
+        return b"id: %b\n%b" % (self._id(cursor, entry.id).encode(), entry.fields)
+
+    def _decoded(self, item: Item) -> Event:
+        cursor, entry = item
+        if isinstance(entry, Event):  # a gap, or a snapshot's
+            if self._is_simple or entry.id is None:
+                return entry
+            kind = Gap if isinstance(entry, Gap) else Event
+            id = self._id(cursor, str(entry.id))
+            return kind(entry.data, event=entry.event, retry=entry.retry, id=id)
+        decoder = sse.Decoder()
+        (event,) = decoder.feed(self._frame(item))
+        if decoder.retry is None:
+            return event
+        return Event(event.data, event=event.event, id=event.id, retry=decoder.retry)
+
+    def _line(self, dumps: Dumps) -> Callable[[Item], bytes]:
+        def line(item: Item) -> bytes:
+            event = self._decoded(item)
+            fields: Mapping[str, Any] = {
+                "id": event.id,
+                **({"event": event.event} if event.event else {}),
+                "data": event.data,
+            }
+            text = dumps(fields)
+            return (text.encode() if isinstance(text, str) else text) + b"\n"
+
+        return line
+
+    # Its end.
+
+    def _check_allowed(self) -> None:
+        if self._authorize is None:
+            return
+        now = time.monotonic()
+        if self._asked and (
+            self._reauthorize is None or now - self._asked < self._reauthorize
+        ):
+            return
+        self._asked = now
+        if not self._authorize(self):
+            self.close("denied")
+
+    def _leave(self, has_joined: bool = True) -> None:
+        self.hub.leave(self)
+        self._withdraw()
+        watched, self._watched = self._watched, []
+        for name in watched:
+            self.hub.unwatch(name)
+        if has_joined:
+            self.hub.announce(self._announced(), self.who, "leave")
+
+    def _announced(self) -> list[str]:
+        """Return the channels that are told who comes and goes."""
+        names = self.channels if self._announce else ()
+        return [name for name in names if not is_pattern(name)]
+
+
+def _close(reference: weakref.ref[Subscription]) -> None:
+    subscription = reference()
+    if subscription is not None:
+        subscription.close()
+
+
+class Frames:
+    """A subscription's chunks for a response: all that is there makes one.
+
+    Not a generator, and none around it: each would be a piece of the C stack, which
+    greenlets copy twice for every event.
+
+    Attributes:
+        more: So many events there were beyond one for each chunk.
+    """
+
+    __slots__ = ("_encode", "_is_shared", "_subscription", "more")
+
+    def __init__(
+        self,
+        subscription: Subscription,
+        encode: Callable[[Item], bytes],
+        is_shared: bool,
+    ) -> None:
+        self._subscription = subscription
+        self._encode = encode
+        self._is_shared = is_shared
+        self.more = 0
+
+    def __iter__(self) -> Frames:
+        return self
+
+    def __next__(self) -> bytes:
+        subscription = self._subscription
+        while True:
+            if self._is_shared and subscription._is_begun:
+                found = subscription._shared()
+                if found is not None:
+                    chunk, count = found
+                    self.more += count - 1
+                    return chunk
+            items = subscription._wait(None, once=self._is_shared)
+            if items:
+                self.more += len(items) - 1
+                return b"".join(map(self._encode, items))
+
+
+def _hash(name: str) -> str:
+    return hashlib.blake2b(name.encode(), digest_size=4).hexdigest()

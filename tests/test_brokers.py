@@ -1,0 +1,155 @@
+"""Brokers: each keeps the contract, by threads and by greenlets; the suite sees."""
+
+import threading
+
+import pytest
+
+from pairs import check_script
+from syncstream.brokers import matches, open_broker
+from syncstream.brokers.memory import MemoryBroker
+from syncstream.log import Entry, Page
+from syncstream.testing import check_broker
+
+BY_GREENLETS = """
+from gevent import monkey
+monkey.patch_all()
+from syncstream.brokers.memory import MemoryBroker
+from syncstream.testing import check_broker
+check_broker(MemoryBroker, rounds=300)
+check_broker(lambda: MemoryBroker(capacity=100), capacity=100, rounds=100)
+check_broker(lambda: MemoryBroker(max_age=0.2), max_age=0.2)
+"""
+
+
+@pytest.mark.parametrize("capacity", [1000, 100])
+def test_memory_keeps_the_contract_by_threads(capacity):
+    """The whole suite, with much and with little room."""
+    check_broker(
+        lambda: MemoryBroker(capacity=capacity), capacity=capacity, rounds=1000
+    )
+
+
+def test_memory_keeps_the_contract_by_age():
+    """What is too old is not kept, and not taken for complete."""
+    check_broker(lambda: MemoryBroker(max_age=0.2), max_age=0.2)
+
+
+def test_memory_keeps_the_contract_by_greenlets():
+    """The whole suite, in a process that gevent has patched."""
+    pytest.importorskip("gevent")
+    check_script(BY_GREENLETS)
+
+
+class Forgetful(MemoryBroker):
+    """Takes unknown ids for the newest."""
+
+    def read(self, channel, after, limit=1000):
+        page = super().read(channel, after, limit)
+        return Page(page.entries if page.complete else (), True, page.head)
+
+
+class Chainless(MemoryBroker):
+    """Says of each that it is the first."""
+
+    def read(self, channel, after, limit=1000):
+        page = super().read(channel, after, limit)
+        entries = [Entry(e.id, "0", e.payload, e.time) for e in page.entries]
+        return Page(entries, page.complete, page.head)
+
+
+class Silent(MemoryBroker):
+    """Tells nothing."""
+
+    def attach(self, sink):
+        pass
+
+
+class Greedy(MemoryBroker):
+    """Keeps more than it should."""
+
+    def __init__(self):
+        super().__init__(capacity=1001)
+
+
+@pytest.mark.parametrize(
+    ("broker", "sentence"),
+    [
+        (Forgetful, "complete|payloads"),
+        (Chainless, "prev"),
+        (Silent, "told"),
+        (Greedy, "trimmed|no more"),
+    ],
+)
+def test_the_suite_sees_what_is_broken(broker, sentence, monkeypatch):
+    """It is no suite if all pass."""
+    monkeypatch.setattr("syncstream.testing.LIMIT", 0.3)
+    with pytest.raises(AssertionError, match=sentence):
+        check_broker(broker, rounds=10)
+
+
+def test_memory_is_bounded():
+    """100,000 events leave no more than what is kept, in count and in bytes."""
+    broker = MemoryBroker(capacity=100, max_size=1_000_000)
+    for number in range(1000):
+        broker.publish([(f"c{number % 200}", b"x" * 100)] * 100)
+    kept = sum(len(broker.read(f"c{n}", "0").entries) * (100 + 350) for n in range(200))
+    assert kept < 1_200_000
+    broker.close()
+
+
+def test_memory_counts_what_reads_trim():
+    """What a read finds too old makes room again."""
+    broker = MemoryBroker(max_age=0.05)
+    broker.publish([("a", b"x" * 1000)] * 10)
+    assert broker._size > 10_000
+    deadline = threading.Event()
+    while broker.read("a", "0").entries:
+        deadline.wait(0.01)
+    assert broker._size == 0
+
+
+def test_memory_forgets_idle_channels():
+    """A channel without events is nothing, unless somebody listens."""
+    broker = MemoryBroker(max_age=0.01)
+    broker.watch("heard")
+    broker.publish([("heard", b"x"), ("idle", b"x")])
+    head = broker.read("heard", None).head
+    threading.Event().wait(0.05)
+    broker.publish([("busy", b"x")] * 1000)
+    assert broker.read("idle", None).head.startswith("0-")
+    assert broker.read("heard", None).head == head
+
+
+@pytest.mark.parametrize(
+    ("pattern", "channel", "expected"),
+    [
+        ("chat:*", "chat:7", True),
+        ("chat:*", "chat", False),
+        ("chat:*", "chat:7:8", False),
+        ("chat:*", "chats:7", False),
+        ("a:b:*", "a:b:c", True),
+        ("*", "a", True),
+        ("*", "a:b", False),
+        ("#", "a:b:c", True),
+        ("logs:#", "logs", True),
+        ("logs:#", "logs:a:b", True),
+        ("logs:#", "logsa", False),
+    ],
+)
+def test_matches(pattern, channel, expected):
+    """One level by *, any number by #."""
+    assert matches(pattern, channel) is expected
+
+
+def test_open_broker():
+    """A URL names a broker, or is refused."""
+    broker = open_broker("memory:", capacity=3)
+    assert broker.scope == "process"
+    with pytest.raises(ValueError, match="url must begin with one of memory:"):
+        open_broker("carrier-pigeon://roof")
+
+
+def test_memory_has_no_transactions():
+    """A connection is refused, not ignored."""
+    with pytest.raises(ValueError, match="connection must be None"):
+        MemoryBroker().publish([("a", b"x")], connection=object())

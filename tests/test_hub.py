@@ -1,0 +1,1293 @@
+"""Channels: nothing lost, nothing twice, in order; or a reset, which says so."""
+
+import gc
+import json
+import logging
+import random
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pairs import Greenlets, Threads, await_true, check_script, serve, stream_of
+from pairs import Line as PairsLine
+from syncstream import Closed, Event, Gap, Hub, PayloadTooLarge, Unavailable
+from syncstream import hub as hub_module
+from syncstream.brokers.memory import MemoryBroker
+from syncstream.testing import HOSTILE
+from syncstream.waiting import Waiter, wake_all
+
+TIMEOUT = 15.0
+
+
+class Line(PairsLine):
+    """A client's connection, with the id it has come back with."""
+
+    def __init__(self, last_event_id=None, is_multiprocess=False):
+        super().__init__()
+        self.last_event_id = last_event_id
+        self.is_multiprocess = is_multiprocess
+
+
+class Resumed:
+    """A subscription, read in a stream that came with a Last-Event-ID."""
+
+    def __init__(self, subscription, last_event_id):
+        self.subscription = subscription
+        self.found = []
+
+        def source():
+            while events := subscription.read(0):
+                self.found += events
+                yield None
+
+        serve(stream_of(source(), Line(last_event_id)))
+
+
+def resume(hub, id, *channels, **options):
+    """Return what a client gets that comes back with an id."""
+    return Resumed(hub.subscribe(*(channels or ("a",)), **options), id).found
+
+
+def data(events):
+    return [event.data for event in events]
+
+
+def read_all(subscription):
+    found = []
+    while events := subscription.read(0):
+        found += events
+    return found
+
+
+@pytest.fixture(params=["threads", "gevent"])
+def place(request):
+    if request.param == "threads":
+        return Threads()
+    pytest.importorskip("gevent")
+    return Greenlets()
+
+
+@pytest.fixture
+def hub():
+    hub = Hub()
+    yield hub
+    hub.close()
+
+
+def in_place(place, function):
+    """Run a test's function where it is to run: its waits are of that kind."""
+    return place.start(function)()
+
+
+# Publish, subscribe, resume.
+
+
+def test_publish_and_subscribe(hub):
+    """What is published after the first read is got, with its id."""
+    subscription = hub.subscribe("a")
+    hub.publish("a", "before")
+    assert subscription.read(0) == []
+    ids = [
+        hub.publish("a", "text", event="greeting", retry=5),
+        hub.publish("a", {"n": [1]}),
+        hub.publish("a", Event("x\ny", event="e")),
+        hub.publish("a", ""),
+    ]
+    events = subscription.read()
+    assert [event.id for event in events] == ids
+    assert data(events) == ["text", '{"n":[1]}', "x\ny", ""]
+    assert (events[0].event, events[0].retry) == ("greeting", 5)
+    assert events[1].json() == {"n": [1]}
+    assert hub.publish_many("a", []) == []
+    many = hub.publish_many("a", ["1", Event("2"), 3])
+    assert [event.id for event in subscription.read()] == many
+    assert hub.head("a") == many[-1]
+    assert subscription.read(0) == []
+    subscription.close()
+
+
+def test_it_waits(hub, place):
+    """A reader is woken by what comes, as a list, or one by one."""
+
+    def read():
+        subscription = hub.subscribe("a")
+        return [next(subscription).data, *data(subscription.read())]
+
+    join = place.start(read)
+    await_true(place, lambda: hub.stats()["subscribers"] == 1)
+    hub.publish("a", "1")
+    place.pause(0.01)
+    hub.publish("a", "2")
+    assert join() == ["1", "2"]
+
+
+def test_read_times_out(hub, place):
+    """With nothing there it returns nothing, after its time, and leaves nothing."""
+
+    def read():
+        subscription = hub.subscribe("a", "b")
+        began = time.monotonic()
+        for _ in range(20):
+            assert subscription.read(0.01) == []
+        record = hub._channels["a"]
+        assert len(record.waiters) <= 1
+        subscription.close()
+        assert not record.waiters
+        return time.monotonic() - began
+
+    assert 0.2 <= in_place(place, read) < 2
+
+
+def test_resume_at_each_position(hub):
+    """After any id the later ones follow, and no other."""
+    ids = hub.publish_many("a", map(str, range(600)))
+    first = hub.subscribe("a", after="start")
+    assert data(read_all(first)) == [*map(str, range(600))]
+    for place in (*range(0, 600, 7), 599):
+        assert data(resume(hub, ids[place])) == [*map(str, range(place + 1, 600))]
+    assert resume(hub, ids[-1]) == []
+    first.close()
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ("now", []),
+        ("start", ["0", "1", "2", "3"]),
+        (1, ["3"]),
+        (3, ["1", "2", "3"]),
+        (100, ["0", "1", "2", "3"]),
+    ],
+)
+def test_after(hub, after, expected):
+    """A first connection begins where it is told to."""
+    hub.publish_many("a", map(str, range(4)))
+    assert data(hub.subscribe("a", after=after).read(0)) == expected
+    assert hub.subscribe("nothing", after=after).read(0) == []
+
+
+def test_after_an_id(hub):
+    """It may be `head`, of an empty channel too, or a composite one."""
+    heads = hub.head("a"), hub.head("b")
+    assert all(re.fullmatch("0-[0-9a-f]{8}", head) for head in heads)
+    hub.publish("a", "1")
+    assert data(hub.subscribe("a", after=heads[0]).read(0)) == ["1"]
+    both = hub.subscribe("a", "b", after="start")
+    (event,) = both.read(0)
+    hub.publish("b", "2")
+    assert data(hub.subscribe("a", "b", after=event.id).read(0)) == ["2"]
+    (reset,) = hub.subscribe("b", after="nonsense", on_gap="live").read(0)
+    assert reset.event == "reset"
+
+
+def test_last_event_id_counts_more_than_after(hub):
+    """`after` is for first connections."""
+    ids = hub.publish_many("a", "123")
+    assert data(resume(hub, ids[1], after="start")) == ["3"]
+
+
+# Resets.
+
+
+def cut_anywhere(hub, found, expected, **options):
+    """Cut a client off after each of these events; it must come to the same end."""
+    for place, event in enumerate(found):
+        got = data(found[: place + 1])
+        again = resume(hub, event.id, **options)
+        rest = [e.data for e in again if not isinstance(e, Gap)]
+        got = [d for d in got if d in expected]
+        assert got + rest == expected, place
+
+
+@pytest.mark.parametrize("id", [*HOSTILE, "1", "ffffffff-00000000"])
+def test_unknown_ids_are_a_reset(hub, id):
+    """Whatever a client presents: a reset and all there is; cut there, none is lost."""
+    hub.publish_many("a", "123")
+    reset, *found = resume(hub, id)
+    assert isinstance(reset, Gap)
+    assert (reset.event, reset.json()) == (
+        "reset",
+        {"channel": "a", "reason": "unknown"},
+    )
+    assert data(found) == ["1", "2", "3"]
+    cut_anywhere(hub, [reset, *found], ["1", "2", "3"])
+
+
+@pytest.mark.parametrize("id", [*HOSTILE, "a" * 8, ",,,", "a.b,c.d", "." * 9999])
+def test_unknown_ids_of_several_are_resets(hub, id):
+    """Each channel of which nothing is known has its own."""
+    hub.publish_many("a", "12")
+    hub.publish_many("b", "3")
+    found = resume(hub, id, "a", "b")
+    assert data(e for e in found if not isinstance(e, Gap)) == ["1", "2", "3"]
+    assert [e.json()["channel"] for e in found if isinstance(e, Gap)] == ["a", "b"]
+
+
+def test_a_trimmed_id_is_a_reset():
+    """All that is kept follows, and the reset's id is the one before it."""
+    with_room = Hub(capacity=5)
+    ids = with_room.publish_many("a", map(str, range(10)))
+    reset, *found = resume(with_room, ids[3])
+    assert reset.id == ids[4]
+    assert data(found) == ["5", "6", "7", "8", "9"]
+    assert data(resume(with_room, ids[4])) == ["5", "6", "7", "8", "9"]
+    cut_anywhere(with_room, [reset, *found], ["5", "6", "7", "8", "9"])
+    with_room.close()
+
+
+def test_a_gap_of_an_empty_channel(hub):
+    """There is nothing, and the reset's id says so: the next event is got once."""
+    (reset,) = resume(hub, "1-aaaaaaaa")
+    hub.publish("a", "1")
+    assert data(resume(hub, reset.id)) == ["1"]
+
+
+def test_an_earlier_life_is_foreign():
+    """Ids of a hub that is gone are not taken for this one's."""
+    old, new = Hub(), Hub()
+    ids = old.publish_many("a", "12")
+    new.publish_many("a", "123")
+    for id in ids:
+        reset, *found = resume(new, id)
+        assert isinstance(reset, Gap)
+        assert data(found) == ["1", "2", "3"]
+
+
+def test_on_gap_live(hub):
+    """Only what comes from now on; cut at the reset, nothing of that is lost."""
+    hub.publish_many("a", "123")
+    subscription = hub.subscribe("a", on_gap="live", after="f-f")
+    (reset,) = subscription.read(0)
+    hub.publish("a", "4")
+    assert data(subscription.read(0)) == ["4"]
+    assert data(resume(hub, reset.id)) == ["4"]
+
+
+@pytest.mark.parametrize("channels", [("a",), ("a", "b"), ("b", "a")])
+def test_on_gap_callable(hub, channels):
+    """A snapshot, then what came since it was made; cut in it, it is made again."""
+    hub.publish_many("a", "12")
+
+    def snapshot():
+        hub.publish("a", "meanwhile")
+        return ["so far", Event("more", event="state")]
+
+    options = {"on_gap": lambda: snapshot(), "after": "f-f"}
+    if len(channels) == 2:
+        empty = hub.subscribe(*channels, after="start")
+        composite = empty.read(0)[-1].id
+        parts = composite.split(",")
+        parts[channels.index("a")] = parts[channels.index("a")].split(".")[0] + ".f-f"
+        options["after"] = ",".join(parts)
+    subscription = hub.subscribe(*channels, **options)
+    found = read_all(subscription)
+    assert isinstance(found[0], Gap)
+    assert data(found[1:]) == ["so far", "more", "meanwhile"]
+    assert [event.event for event in found] == ["reset", None, "state", None]
+    # After the last of it: what has come since. Before: all of it.
+    assert data(resume(hub, found[2].id, *channels)) == ["meanwhile"]
+    last = found[0].id if found[1].id is None else found[1].id
+    again = resume(hub, last, *channels, on_gap=lambda: ["anew"])
+    assert data(again[1:]) == ["anew"]
+
+
+@pytest.mark.parametrize("event", [Event("x", id="1"), Event(event="x")])
+def test_a_snapshot_has_no_ids(hub, event):
+    """They are the broker's; and an event without data never arrives."""
+    with pytest.raises(ValueError, match="a snapshot's events must have"):
+        hub.subscribe("a", after="f-f", on_gap=lambda: [event]).read(0)
+
+
+# Slow readers.
+
+
+def lagging(hub, count=20, **options):
+    """Return a subscription that has fallen behind what is kept."""
+    subscription = hub.subscribe("a", **options)
+    subscription.read(0)
+    hub.publish_many("a", map(str, range(count)))
+    return subscription
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(hub_module, "WINDOW", 4)
+    hub = Hub(capacity=5)
+    yield hub
+    hub.close()
+
+
+def test_on_lag_reset(small):
+    """It is told, and goes on with what is kept; ``on_gap`` is for who comes back."""
+    for on_gap in ("replay", "live", lambda: pytest.fail("no snapshot")):
+        subscription = lagging(small, on_gap=on_gap)
+        reset, *found = subscription.read(0)
+        assert reset.json() == {"channel": "a", "reason": "lagged"}
+        assert data(found) == ["15", "16", "17", "18", "19"]
+        assert data(resume(small, reset.id)) == data(found)
+
+
+def test_within_what_is_kept_nothing_is_lost(small):
+    """Behind the window, the broker is asked."""
+    assert data(read_all(lagging(small, 5))) == ["0", "1", "2", "3", "4"]
+
+
+def test_on_lag_drop(small):
+    """It ends; the client comes back, and is told."""
+    subscription = lagging(small, on_lag="drop")
+    with pytest.raises(Closed) as caught:
+        subscription.read(0)
+    assert caught.value.reason == "lagged"
+    assert small.stats()["subscribers"] == 0
+
+
+@pytest.mark.parametrize("channels", [("a",), ("a", "b")])
+def test_on_lag_latest(hub, channels):
+    """Of each key the newest; cut anywhere, each key's newest is got in the end."""
+    options = {"on_lag": "latest", "key": lambda event: event.json()["k"]}
+    subscription = hub.subscribe(*channels, **options)
+    subscription.read(0)
+    for number in range(30):
+        hub.publish(channels[number % len(channels)], {"k": number % 3, "n": number})
+    found = subscription.read(0)
+    keyed = {}
+    for number in range(30):
+        keyed[number % len(channels), number % 3] = number
+    assert sorted(event.json()["n"] for event in found) == sorted(keyed.values())
+    for place, event in enumerate(found):
+        got = found[: place + 1] + resume(hub, event.id, *channels, **options)
+        assert {e.json()["n"] for e in got} == set(keyed.values())
+
+
+def test_throttle(hub, place):
+    """Deliveries have their distance, and nothing is lost by it."""
+
+    def read():
+        subscription = hub.subscribe("a", throttle=0.1)
+        subscription.read(0)
+        hub.publish("a", "1")
+        found = [data(subscription.read())]
+        began = time.monotonic()
+        hub.publish_many("a", "23")
+        assert subscription.read(0) == []
+        found.append(data(subscription.read()))
+        assert 0.05 < time.monotonic() - began < 2
+        subscription.close()
+        return found
+
+    assert in_place(place, read) == [["1"], ["2", "3"]]
+
+
+def test_a_slow_reader_takes_no_memory(hub):
+    """It is a position; what is kept for it is what is kept for all."""
+    subscription = hub.subscribe("a")
+    subscription.read(0)
+    for _ in range(100):
+        hub.publish_many("a", ["x" * 100] * 100)
+    stats = hub.stats()
+    assert stats["entries"] <= hub_module.WINDOW
+    assert not subscription._items
+    assert len(hub.broker._logs["a"]) == 1000
+
+
+# Several channels, and patterns.
+
+
+def test_several_channels_resume_anywhere(hub):
+    """One id for all: cut anywhere, in the midst of one read too."""
+    expected = []
+    for number in range(60):
+        channel = "abc"[number * 7 % 3]
+        hub.publish(channel, f"{channel}{number}")
+        expected.append(f"{channel}{number}")
+    subscription = hub.subscribe("a", "b", "c", after="start")
+    found = read_all(subscription)
+    assert sorted(data(found)) == sorted(expected)
+    for place, event in enumerate(found):
+        rest = resume(hub, event.id, "c", "a", "b")
+        assert not any(isinstance(e, Gap) for e in rest)
+        got = data(found[: place + 1]) + data(rest)
+        for channel in "abc":
+            mine = [d for d in expected if d[0] == channel]
+            assert [d for d in got if d[0] == channel] == mine
+
+
+def test_a_channel_that_is_new_to_an_id_is_a_reset(hub):
+    """Of the others nothing is lost, nothing is twice."""
+    hub.publish("a", "1")
+    (event,) = hub.subscribe("a", "b", after="start").read(0)
+    hub.publish("b", "2")
+    hub.publish("c", "3")
+    found = resume(hub, event.id, "a", "b", "c")
+    assert data(e for e in found if not isinstance(e, Gap)) == ["2", "3"]
+    assert [e.json()["channel"] for e in found if isinstance(e, Gap)] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "heard"),
+    [
+        ("chat:*", ["chat:1"]),
+        ("chat:#", ["chat", "chat:1", "chat:1:2"]),
+        ("*", ["chat"]),
+        ("#", ["chat", "chat:1", "chat:1:2", "logs:x"]),
+    ],
+)
+def test_patterns(hub, pattern, heard):
+    """By them come the channels that match, of which somebody has heard or not."""
+    names = ["chat", "chat:1", "chat:1:2", "logs:x"]
+    by_name = [hub.subscribe(name) for name in names[:2]]
+    for subscription in by_name:
+        subscription.read(0)
+    hub.publish("chat:1", "before")
+    subscription = hub.subscribe(pattern)
+    assert subscription.read(0) == []
+    for _ in range(2):
+        for name in names:
+            hub.publish(name, name)
+        assert sorted(data(read_all(subscription))) == heard
+    later = hub.subscribe(pattern, "other")
+    assert later.read(0) == []
+    hub.publish(heard[0], "last")
+    assert data(subscription.read(0)) == data(later.read(0)) == ["last"]
+    for one in (*by_name, subscription, later):
+        one.close()
+    assert not hub._patterns
+    assert not hub._with_patterns
+    assert not hub.broker._patterns
+
+
+def test_a_pattern_wakes(hub, place):
+    """A channel that nobody has heard of wakes who waits for it."""
+
+    def read():
+        return data(hub.subscribe("chat:*").read())
+
+    join = place.start(read)
+    await_true(place, lambda: hub.stats()["subscribers"] == 1)
+    place.pause(0.02)
+    hub.publish("chat:1", "x")
+    assert join() == ["x"]
+
+
+def test_who_comes_back_to_a_pattern_is_told(hub):
+    """No broker knows which channels there were meanwhile: a reset says so."""
+    subscription = hub.subscribe("chat:*", "b")
+    subscription.read(0)
+    hub.publish("b", "0")
+    hub.publish("chat:1", "1")
+    last = read_all(subscription)[-1]
+    hub.publish("chat:2", "2")
+    hub.publish("b", "3")
+    reset, *found = resume(hub, last.id, "chat:*", "b")
+    assert reset.json() == {"channel": "chat:*", "reason": "unknown"}
+    assert data(found) == ["3"]
+    only = hub.subscribe("chat:*")
+    only.read(0)
+    hub.publish("chat:1", "4")
+    (event,) = only.read(0)
+    assert event.id
+    (reset, *_) = resume(hub, event.id, "chat:*", on_gap=lambda: ["state"])
+    assert isinstance(reset, Gap)
+
+
+def test_a_broker_that_lost_word_is_a_reset_for_patterns(hub):
+    """Channels may have come of which it never heard."""
+    subscription = hub.subscribe("chat:*")
+    subscription.read(0)
+    hub.resync(["other"])
+    assert subscription.read(0) == []
+    hub.resync(["chat:7"])
+    hub.resync(None)
+    (reset,) = subscription.read(0)
+    assert reset.json() == {"channel": "chat:*", "reason": "lagged"}
+
+
+def test_a_pattern_outlives_a_window(hub, monkeypatch):
+    """A window that nobody wants by its name is forgotten; its next event is got."""
+    monkeypatch.setattr(hub_module, "IDLE", 0.0)
+    subscription = hub.subscribe("chat:*")
+    subscription.read(0)
+    for number in range(5):
+        hub.publish("chat:1", str(number))
+        hub.publish(f"chat:x{number}", "x")
+        assert sorted(data(read_all(subscription))) == [str(number), "x"]
+    assert hub.stats()["channels"] < 5
+
+
+# Who gets it.
+
+
+def test_tags(hub):
+    """`only` and `exclude` select; a resume selects likewise."""
+    plain = hub.subscribe("a", after="start")
+    admin = hub.subscribe("a", after="start", tags=["admin", "7"])
+    hub.publish("a", "all")
+    hub.publish("a", "admins", only=["admin", "root"])
+    hub.publish("a", "not 7", exclude=["7"])
+    hub.publish("a", "neither", only=["admin"], exclude=["7"])
+    ids = [event.id for event in plain.read(0)]
+    assert data(resume(hub, ids[0])) == ["not 7"]
+    assert data(admin.read(0)) == ["all", "admins"]
+    assert data(resume(hub, ids[0], tags=["admin"])) == ["admins", "not 7", "neither"]
+    assert resume(hub, ids[-1]) == []
+
+
+def test_much_that_is_for_others_is_passed(hub):
+    """What is for others never stands in the way of what is not."""
+    hub.publish_many("a", ["x"] * 700, only=["others"])
+    hub.publish("a", "mine")
+    assert data(hub.subscribe("a", after="start").read(0)) == ["mine"]
+
+
+def test_authorize(hub):
+    """Asked at first, and every so often; a no is the end."""
+    asked = []
+
+    def authorize(subscription):
+        asked.append(subscription)
+        return len(asked) < 3
+
+    subscription = hub.subscribe("a", authorize=authorize, reauthorize=0.05)
+    with pytest.raises(Closed) as caught:
+        subscription.read(TIMEOUT)
+    assert caught.value.reason == "denied"
+    assert asked == [subscription] * 3
+    refused = hub.subscribe("a", authorize=lambda subscription: False)
+    with pytest.raises(Closed, match="denied"):
+        refused.read(0)
+    assert hub.stats()["subscribers"] == 0
+
+
+def test_reauthorize_on_a_busy_channel(hub):
+    """Who always has something to read is asked, too."""
+    answers = iter([True, False])
+    subscription = hub.subscribe(
+        "a", authorize=lambda s: next(answers), reauthorize=0.02
+    )
+    subscription.read(0)
+
+    def read():
+        while True:
+            hub.publish("a", "x")
+            subscription.read(0)
+
+    with pytest.raises(Closed, match="denied"):
+        read()
+
+
+def test_presence_kick_and_announce(hub):
+    """Who is there is shown and announced; who is kicked is told why."""
+    watcher = hub.subscribe("room")
+    watcher.read(0)
+    ada = hub.subscribe("room", "other", who="ada", announce=True)
+    assert hub.presence("room") == [None]
+    ada.read(0)
+    everybody = hub.subscribe("#", who="logger", announce=True)
+    everybody.read(0)
+    assert hub.presence("room") == [None, "ada", "logger"]
+    assert hub.presence("other") == ["ada", "logger"]
+    assert hub.kick(lambda subscription: subscription.who == "ada") == 1
+    with pytest.raises(Closed) as caught:
+        ada.read(0)
+    assert caught.value.reason == "kicked"
+    assert ada.is_closed
+    assert hub.presence("room") == [None, "logger"]
+    assert [(e.event, e.json()) for e in watcher.read(0)] == [
+        ("join", {"who": "ada"}),
+        ("leave", {"who": "ada"}),
+    ]
+
+
+def test_who_is_dropped_leaves(hub):
+    """A subscription that nobody closed is gone with its last reference."""
+    watcher = hub.subscribe("a")
+    subscription = hub.subscribe("a", "b:*", who="x", announce=True)
+    subscription.read(0)
+    watcher.read(0)
+    del subscription
+    gc.collect()
+    assert hub.presence("a") == [None]
+    assert hub.stats()["subscribers"] == 1
+    assert [event.event for event in watcher.read(0)] == ["leave"]
+    assert hub._channels["a"].subscriptions == 1
+    assert not hub._patterns
+
+
+def test_who_waited_and_left_is_not_held(hub, place):
+    """A quiet channel holds nothing of those who came and went."""
+
+    def come_and_go():
+        for _ in range(50):
+            subscription = hub.subscribe("quiet", "busy")
+            subscription.read(0)
+            hub.publish("busy", "x")
+            subscription.read()
+            subscription.read(0.001)
+            subscription.close()
+
+    in_place(place, come_and_go)
+    assert not hub._channels["quiet"].waiters
+    assert hub._channels["quiet"].subscriptions == 0
+    assert hub.stats()["subscribers"] == 0
+
+
+# Ends.
+
+
+def test_close_wakes_all(place):
+    """Whoever waits gets `Closed`, at once; whoever comes later, too."""
+    hub = Hub()
+
+    def read(*names, **options):
+        with pytest.raises(Closed) as caught:
+            hub.subscribe(*names, **options).read()
+        return caught.value.reason
+
+    joins = [
+        place.start(lambda: read("a")),
+        place.start(lambda: read("a", "b")),
+        place.start(lambda: read("c:*")),
+        place.start(lambda: read("a", throttle=100)),
+    ]
+    await_true(place, lambda: hub.stats()["subscribers"] == 4)
+    place.pause(0.02)
+    began = time.monotonic()
+    hub.close()
+    assert [join() for join in joins] == ["closed"] * 4
+    assert time.monotonic() - began < 1
+    assert place.start(lambda: read("a"))() == "closed"
+    assert hub.stats()["subscribers"] == 0
+    with pytest.raises(ValueError, match=r"publish after close\(\)"):
+        hub.publish("a", "x")
+    hub.close()
+
+
+def test_close_of_a_subscription(hub, place):
+    """From elsewhere, before it is read, while it is, twice."""
+    subscription = hub.subscribe("a")
+    subscription.close()
+    with pytest.raises(Closed):
+        subscription.read()
+    other = hub.subscribe("a")
+
+    def read():
+        with pytest.raises(Closed) as caught:
+            next(other)
+        return caught.value.reason
+
+    join = place.start(read)
+    await_true(place, lambda: hub.stats()["subscribers"] == 1)
+    other.close("kicked")
+    other.close()
+    assert join() == "kicked"
+    with pytest.raises(Closed):
+        iter(other).__next__()
+    assert hub.stats()["subscribers"] == 0
+
+
+def test_kicks_and_beginnings(hub):
+    """Closed in the moment in which it begins: nothing is left of it."""
+
+    def close():
+        while not stop:
+            for subscription in now:
+                subscription.close()
+
+    stop, now = [], []
+    join = Threads().start(close)
+    closed = 0
+    for _ in range(3000):
+        subscription = hub.subscribe("a", "b:*")
+        now[:] = [subscription]
+        try:
+            subscription.read(0)
+        except Closed:
+            closed += 1
+        subscription.close()
+    stop.append(True)
+    join()
+    assert closed
+    record = hub._channels.get("a")
+    assert record is None or record.subscriptions == 0
+    assert not hub._patterns
+    assert hub.stats()["subscribers"] == 0
+
+
+# What the broker tells.
+
+
+class Told(MemoryBroker):
+    """A broker that tells only what it is made to."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.sinks = []
+        self.reads = 0
+        self.is_down = self.is_deaf = False
+
+    def attach(self, sink):
+        self.sinks.append(sink)
+
+    def read(self, channel, after, limit=1000):
+        self.reads += 1
+        if self.is_down:
+            raise Unavailable("down")
+        return super().read(channel, after, limit)
+
+    def watch(self, channel):
+        if self.is_deaf:
+            raise Unavailable("down")
+        super().watch(channel)
+
+    def tell(self, channel, *places):
+        entries = MemoryBroker.read(self, channel, "0").entries
+        for place in places:
+            self.sinks[0].deliver(channel, entries[place])
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [0, 1, 2, 3],
+        [3],
+        [0, 3],
+        [1, 0, 3, 2],
+        [3, 2, 1, 0],
+        [0, 0, 1, 1, 3, 3, 0],
+        [2, 3, 0],
+        [0, 1, 2, 3, 1],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_read_between", [False, True])
+def test_word_may_be_late_twice_or_never(places, is_read_between):
+    """The chain shows it: no hole, nothing twice; and nobody looks without end."""
+    broker = Told()
+    hub = Hub(broker=broker)
+    subscription = hub.subscribe("a")
+    subscription.read(0)
+    found = []
+    hub.publish_many("a", "0123")
+    for place in places:
+        broker.tell("a", place)
+        if is_read_between:
+            found += data(read_all(subscription))
+    found += data(read_all(subscription))
+    assert found == ["0", "1", "2", "3"]
+    before = broker.reads
+    assert subscription.read(0.05) == []
+    assert broker.reads - before < 3
+    hub.publish("a", "4")
+    broker.tell("a", 4)
+    assert data(read_all(subscription)) == ["4"]
+    hub.close()
+
+
+def test_a_hole_in_what_is_told_is_read(hub):
+    """Who was at the end of a window is behind the hole, not beyond it."""
+    broker = Told()
+    hub = Hub(broker=broker)
+    subscription = hub.subscribe("a")
+    subscription.read(0)
+    hub.publish("a", "0")
+    broker.tell("a", 0)
+    assert data(subscription.read(0)) == ["0"]
+    hub.publish_many("a", "12")
+    broker.tell("a", 2)
+    assert data(read_all(subscription)) == ["1", "2"]
+    hub.publish("a", "3")
+    hub.resync(["a", "never heard of"])
+    assert data(read_all(subscription)) == ["3"]
+    hub.close()
+
+
+def test_a_window_that_was_not_told_for_long(hub):
+    """A pattern's window, left untold: a subscriber reads the broker, and waits."""
+    with_pattern = hub.subscribe("a:*")
+    with_pattern.read(0)
+    hub.publish("a:1", "0")
+    with_pattern.close()
+    hub.publish("a:1", "1")
+    subscription = hub.subscribe("a:1")
+    assert subscription.read(0.01) == []
+    began = time.process_time()
+    assert subscription.read(0.3) == []
+    assert time.process_time() - began < 0.15
+    hub.publish("a:1", "2")
+    assert data(subscription.read(0)) == ["2"]
+
+
+@pytest.mark.parametrize("what", ["is_down", "is_deaf"])
+def test_a_broker_that_is_down(what):
+    """Its error comes to who reads, and leaves nothing behind; then it goes on."""
+    broker = Told()
+    hub = Hub(broker=broker)
+    setattr(broker, what, True)
+    subscription = hub.subscribe("a", "b", announce=True)
+    with pytest.raises(Unavailable):
+        subscription.read(0)
+    assert hub.stats()["subscribers"] == 0
+    assert all(not record.subscriptions for record in hub._channels.values())
+    setattr(broker, what, False)
+    assert hub.head("a").startswith("0-")  # nobody has come, nobody has left
+    assert [event.event for event in read_all(subscription)] == ["join", "join"]
+    assert hub.stats()["subscribers"] == 1
+    subscription.close()
+    hub.close()
+
+
+def test_idle_channels_are_forgotten(hub, monkeypatch):
+    """A window without subscribers goes, and is no more told of."""
+    monkeypatch.setattr(hub_module, "IDLE", 0.0)
+    for number in range(10):
+        subscription = hub.subscribe(f"c{number}")
+        subscription.read(0)
+        subscription.close()
+        time.sleep(0.001)
+    assert hub.stats()["channels"] <= 1
+    assert len(hub.broker._watched) <= 1
+
+
+def test_forgotten_and_wanted_at_once(monkeypatch):
+    """A broker's unwatch that comes after another's watch costs nothing."""
+    monkeypatch.setattr(hub_module, "IDLE", -1.0)
+
+    class Late(MemoryBroker):
+        def unwatch(self, channel):
+            found.append(hub.subscribe("a"))
+            found[-1].read(0)
+            super().unwatch(channel)
+            hub.publish("a", "untold")
+
+    found = []
+    hub = Hub(broker=Late())
+    first = hub.subscribe("a")
+    first.read(0)
+    first.close()
+    assert data(found[0].read(0)) == ["untold"]
+    hub.publish("a", "told")
+    assert data(found[0].read(0)) == ["told"]
+
+
+def test_state(hub, caplog):
+    """Down and back are said once each."""
+    hub.state(True, "as it was")
+    hub.state(False, "no route")
+    hub.state(False, "no route")
+    assert hub.stats()["up"] is False
+    hub.state(True, "connected")
+    assert [record.message for record in caplog.records] == [
+        "the broker is down: no route",
+        "the broker is back: connected",
+    ]
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"capacity": 0}, ValueError),
+        ({"capacity": 1.5}, TypeError),
+        ({"capacity": True}, TypeError),
+        ({"max_payload": 0}, ValueError),
+        ({"max_age": 0}, ValueError),
+        ({"max_age": "1"}, TypeError),
+        ({"max_age": float("nan")}, ValueError),
+        ({"url": "nowhere:"}, ValueError),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_a_hub(options, error):
+    """Each is refused, by its name."""
+    with pytest.raises(error, match=next(iter(options))):
+        Hub(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "name"),
+    [
+        ({"after": 0}, ValueError, "after"),
+        ({"after": True}, TypeError, "after"),
+        ({"after": None}, TypeError, "after"),
+        ({"on_gap": "x"}, ValueError, "on_gap"),
+        ({"on_lag": "x"}, ValueError, "on_lag"),
+        ({"on_lag": "latest"}, ValueError, "key"),
+        ({"key": len}, ValueError, "key"),
+        ({"throttle": 0}, ValueError, "throttle"),
+        ({"reauthorize": 5}, ValueError, "authorize"),
+        ({"reauthorize": -1, "authorize": bool}, ValueError, "reauthorize"),
+        ({"tags": "x"}, TypeError, "tags"),
+        ({"tags": [1]}, TypeError, "tags"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_subscribe(hub, options, error, name):
+    """Each is refused where it is given, by its name."""
+    with pytest.raises(error, match=name):
+        hub.subscribe("a", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("", ValueError),
+        ("a b", ValueError),
+        ("a\n", ValueError),
+        ("a\0", ValueError),
+        ("x" * 201, ValueError),
+        ("a*", ValueError),
+        (7, TypeError),
+        (b"a", TypeError),
+    ],
+    ids=repr,
+)
+def test_wrong_channels(hub, name, error):
+    """A name is one, wherever it is given."""
+    for call in (lambda name: hub.publish(name, "x"), hub.subscribe, hub.head):
+        with pytest.raises(error, match="channel"):
+            call(name)
+
+
+def test_more_wrong_arguments(hub):
+    """Patterns are for subscriptions from now on; ids are the broker's."""
+    for name in ("a:*", "#", "*:a:*"):
+        with pytest.raises(ValueError, match="channel"):
+            hub.publish(name, "x")
+    with pytest.raises(ValueError, match="channel"):
+        hub.subscribe("a*:*")
+    with pytest.raises(ValueError, match="at least one"):
+        hub.subscribe()
+    with pytest.raises(ValueError, match="32 at most"):
+        hub.subscribe(*map(str, range(33)))
+    with pytest.raises(ValueError, match="after must be 'now'"):
+        hub.subscribe("a", "b:*", after="start")
+    with pytest.raises(ValueError, match="id must be the broker's own"):
+        hub.publish("a", Event("x", id="1"))
+    with pytest.raises(ValueError, match="data must be given"):
+        hub.publish("a", Event(event="x"))
+    with pytest.raises(ValueError, match="must be the Event's own"):
+        hub.publish("a", Event("x"), event="e")
+    with pytest.raises(TypeError, match="only"):
+        hub.publish("a", "x", only="admin")
+    assert hub.head("a").startswith("0-")
+
+
+def test_too_large():
+    """Refused, with all that came with it."""
+    hub = Hub(max_payload=100)
+    with pytest.raises(PayloadTooLarge, match="100 bytes at most"):
+        hub.publish_many("a", ["x", "x" * 100])
+    assert hub.head("a").startswith("0-")
+    hub.close()
+
+
+def test_dumps():
+    """What is not text is encoded by it."""
+    hub = Hub(dumps=lambda value: b"<%d>" % value)
+    hub.publish("a", 7)
+    assert data(hub.subscribe("a", after="start").read(0)) == ["<7>"]
+    hub.close()
+
+
+def test_many_processes_are_warned_of(hub, caplog):
+    """A hub of one process, in a server that has several."""
+
+    def subscribe():
+        with caplog.at_level(logging.WARNING):
+            serve(stream_of(iter([hub.subscribe("b").read(0)]), Line()))
+
+    def source():
+        assert hub.subscribe("a").read(0) == []
+        yield "x"
+
+    for _ in range(2):
+        serve(stream_of(source(), Line(is_multiprocess=True)))
+    warnings = [r.message for r in caplog.records if "one process" in r.message]
+    assert len(warnings) == 1
+
+
+def test_stats(hub):
+    """Counts, as the docstring has them."""
+    assert json.loads(json.dumps(hub.stats())) == {
+        "subscribers": 0,
+        "channels": 0,
+        "entries": 0,
+        "bytes": 0,
+        "published": 0,
+        "delivered": 0,
+        "up": True,
+    }
+    subscription = hub.subscribe("a")
+    subscription.read(0)
+    hub.publish_many("a", "123")
+    subscription.read(0)
+    stats = hub.stats()
+    assert (stats["subscribers"], stats["channels"], stats["entries"]) == (1, 1, 3)
+    assert (stats["published"], stats["delivered"]) == (3, 3)
+    assert stats["bytes"] > 0
+
+
+# In streams.
+
+
+def test_in_a_response(hub):
+    """Given to a stream: chunks that hold all there is, and the bytes are shared."""
+    ids = hub.publish_many("a", "12")
+    chunks = []
+    for _ in range(2):
+        subscription = hub.subscribe("a", after="start")
+        stream = stream_of(subscription, Line(), end=None)
+        chunks.append([next(stream), next(stream)])
+        hub.publish_many("a", [])
+        stream.close()
+    wire = b"id: %b\ndata: 1\n\nid: %b\ndata: 2\n\n" % tuple(i.encode() for i in ids)
+    assert chunks[0][1] == chunks[1][1] == wire
+    assert hub.stats()["subscribers"] == 0
+
+
+def test_an_end_of_the_stream_frees_a_generators_subscription(hub):
+    """Even where the generator's frame is held."""
+    held = []
+
+    def source():
+        subscription = hub.subscribe("a", after="start")
+        held.append(subscription)
+        yield from subscription
+
+    hub.publish("a", "1")
+    stream = stream_of(source(), Line())
+    next(stream)
+    next(stream)
+    assert hub.stats()["subscribers"] == 1
+    stream.close()
+    assert hub.stats()["subscribers"] == 0
+    assert held[0].is_closed
+
+
+# Accounts.
+
+
+def test_races_lose_nothing(place):
+    """Subscribe and publish at once, 10,000 times: each is got once, in order."""
+    hub = Hub(capacity=100_000)
+    start = hub.head("a")
+    stop = []
+
+    def publish():
+        number = 0
+        while not stop:
+            hub.publish("a", str(number))
+            number += 1
+            if number % 5 == 0:
+                place.pause(0)
+
+    def subscribe():
+        mine = random.Random(1)
+        expected, id = 0, start
+        try:
+            for _ in range(2500):
+                subscription = hub.subscribe("a", after=id)
+                events = subscription.read()
+                if mine.random() < 0.5:
+                    events += subscription.read(0)
+                subscription.close()
+                place.pause(0)
+                for event in events[: mine.randrange(1, len(events) + 1)]:
+                    assert event.data == str(expected), event
+                    expected, id = expected + 1, event.id
+        finally:
+            done.append(expected)
+
+    done = []
+    publisher = place.start(publish)
+    joins = [place.start(subscribe) for _ in range(4)]
+    try:
+        for join in joins:
+            deadline = time.monotonic() + 4 * TIMEOUT
+            while len(done) < 4 and time.monotonic() < deadline:
+                place.pause(0.01)
+            join()
+    finally:
+        stop.append(True)
+        publisher()
+    assert min(done) > 2500
+    hub.close()
+
+
+class Client:
+    """A client of one channel or several, that is cut off anywhere and comes back."""
+
+    def __init__(self, hub, channels, on_gap):
+        self.hub = hub
+        self.channels = channels
+        self.on_gap = on_gap
+        self.subscription = hub.subscribe(*channels, after="start")
+        self.subscription.read(0)
+        self.id = None
+        self.got = {channel: [] for channel in channels}
+
+    def take(self, events):
+        for event in events:
+            self.id = event.id or self.id
+            if isinstance(event, Gap):
+                self.got[event.json()["channel"]].append(None)
+            else:
+                channel, number = event.json()
+                self.got[channel].append(number)
+
+    def read(self):
+        self.take(self.subscription.read(0))
+
+    def cut(self, share):
+        events = self.subscription.read(0)
+        self.take(events[: int(len(events) * share)])
+        self.subscription.close()
+        if self.id is None:  # it begins anew
+            for numbers in self.got.values():
+                numbers.append(None)
+        self.subscription = self.hub.subscribe(
+            *self.channels, after=self.id or "start", on_gap=self.on_gap
+        )
+
+    def check(self, published):
+        self.take(read_all(self.subscription))
+        for channel in self.channels:
+            expected, is_told = 0, False
+            for number in self.got[channel]:
+                if number is None:
+                    is_told = True
+                    continue
+                assert number == expected or (is_told and number > expected)
+                expected, is_told = number + 1, False
+            assert is_told or expected == published[channel]
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("publish"), st.sampled_from("ab"), st.integers(1, 12)),
+        st.tuples(st.just("read"), st.integers(0, 2), st.just(0)),
+        st.tuples(st.just("cut"), st.integers(0, 2), st.floats(0, 1)),
+        st.tuples(st.just("trim"), st.sampled_from("ab"), st.integers(0, 8)),
+        st.tuples(st.just("resync"), st.just(0), st.just(0)),
+        st.tuples(st.just("forge"), st.integers(0, 2), st.just(0)),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(STEPS)
+def test_all_is_delivered_or_announced(steps):
+    """Whatever happens in whatever order: delivered once, in order, or announced."""
+    hub = Hub(capacity=20)
+    published = {"a": 0, "b": 0}
+    clients = [
+        Client(hub, ("a",), "replay"),
+        Client(hub, ("a", "b"), "replay"),
+        Client(hub, ("b", "a"), "replay"),
+    ]
+    for action, what, value in steps:
+        if action == "publish":
+            start = published[what]
+            hub.publish_many(what, [[what, start + n] for n in range(value)])
+            published[what] += value
+        elif action == "read":
+            clients[what].read()
+        elif action == "cut":
+            clients[what].cut(value)
+        elif action == "trim":
+            log = hub.broker._logs.get(what)
+            if log is not None:
+                log.trim(value, float("-inf"), float("inf"))
+        elif action == "resync":
+            hub.resync(None)
+        else:
+            clients[what].cut(1.0)
+            clients[what].id = "5-00000000"
+            # What it has got, it gets again, after a reset.
+            clients[what].got = {channel: [] for channel in clients[what].channels}
+            clients[what].cut(0.0)
+    for client in clients:
+        client.check(published)
+    hub.close()
+
+
+def test_a_wake_before_the_wait_ends_it(place):
+    """One that comes while the reader is elsewhere, asking a broker, say."""
+
+    def wait():
+        waiter = Waiter()
+        wake_all([waiter])
+        place.pause(0.01)
+        began = time.monotonic()
+        waiter.wait(5.0)
+        assert time.monotonic() - began < 2
+        began = time.monotonic()
+        waiter.wait(0.05)
+        return time.monotonic() - began
+
+    assert 0.03 < in_place(place, wait) < 2
+
+
+def test_a_kick_while_the_broker_is_asked(place):
+    """It is not lost in what the reader does before it waits."""
+    started = []
+
+    class Slow(MemoryBroker):
+        def read(self, channel, after, limit=1000):
+            page = super().read(channel, after, limit)
+            if after is not None:
+                started.append(channel)
+                place.pause(0.05)
+            return page
+
+    hub = Hub(broker=Slow())
+
+    def read():
+        with pytest.raises(Closed) as caught:
+            hub.subscribe("a").read(TIMEOUT)
+        return caught.value.reason
+
+    join = place.start(read)
+    await_true(place, lambda: started)
+    hub.kick(lambda subscription: True)
+    began = time.monotonic()
+    assert join() == "kicked"
+    assert time.monotonic() - began < 5
+    hub.close()
+
+
+# Size.
+
+MEMORY = """
+import os, sys
+sys.path.insert(0, ".")
+from syncstream import Hub
+
+def rss():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+count = int(sys.argv[1])
+hub = Hub()
+before = rss()
+subscriptions = [hub.subscribe(f"user:{n}") for n in range(count)]
+for subscription in subscriptions:
+    subscription.read(0)
+for n in range(10 * count):
+    hub.publish(f"user:{n}", "x" * 100)
+for n, subscription in enumerate(subscriptions):
+    assert len(subscription.read(0)) == 1
+print((rss() - before) / 1e6)
+"""
+
+
+def test_many_channels_are_small():
+    """10,000 subscribers, 100,000 channels: below 300 MB; here a tenth of them."""
+    megabytes = float(check_script(MEMORY, "1000"))
+    assert megabytes < 30 + 10
