@@ -199,7 +199,7 @@ class SSEResponse(_Streaming):
         retry: int | None = None,
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
-        end: str = "stop",
+        end: str | None = None,
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:

@@ -31,9 +31,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
-from .errors import ClientDisconnected
+from .errors import ClientDisconnected, Closed
+from .hub import Frames, Subscription
 from .process import Process, Served, Stopping, process
 from .protocol import sse
+from .protocol.json import Dumps, dumps_or_default
 from .protocol.sse import Event
 from .sockets import (
     acknowledged,
@@ -44,6 +46,7 @@ from .sockets import (
 )
 from .waiting import (
     Parked,
+    Waiter,
     current,
     current_scope,
     entered,
@@ -87,6 +90,7 @@ class Format:
 
     Attributes:
         encode: An item of the source to its chunk, ``None`` for a checkpoint.
+        dumps: Encodes the lines of a subscription, in a format without events.
         is_whole: Tells from the last bytes written (4 or more, or all there were)
             whether a new event or value may begin.
         is_events: Comments, ``retry:`` and ids exist in this format.
@@ -95,6 +99,7 @@ class Format:
     encode: Callable[[Any], bytes | None]
     is_whole: Callable[[bytes], bool]
     is_events: bool = False
+    dumps: Dumps | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +175,10 @@ class Connection(Protocol):
     def before_wait(self) -> None:
         """Give back what the application should not hold while the stream waits."""
 
+    @property
+    def is_multiprocess(self) -> bool:
+        """The server has other processes that answer requests."""
+
     def is_hung_up(self) -> bool:
         """Tell at once whether the client has gone; ``False`` where unknown."""
 
@@ -232,18 +241,21 @@ class Stream:
         *,
         life: Life | None = None,
         retry: int | None = None,
-        end: str = "reconnect",
+        end: str | None = "reconnect",
         on_error: Callable[[Exception], Any] | None = None,
     ) -> None:
         check_source(source)
+        if end is None:  # a subscription never ends by itself
+            end = "reconnect" if isinstance(source, Subscription) else "stop"
         if end not in ("stop", "reconnect"):
             raise ValueError(f"end must be 'stop' or 'reconnect', got {end!r}")
         if on_error is not None and not callable(on_error):
             raise TypeError(f"on_error must be callable, got {on_error!r}")
         self.runner: Any = None  # see waiting.py
         self.reference: Callable[[], Any] = weakref.ref(self)
-        self.parked: Parked | None = None
+        self.parked: Parked | Waiter | None = None
         self._format = format
+        self._is_event_stream = format.is_events  # whatever may be added to it
         self._life = life or Life()
         self._end_mode = end
         self._retry = retry
@@ -259,10 +271,12 @@ class Stream:
         self._callbacks: deque[Callable[[], object]] = deque()
         self._links: deque[Any] = deque()
         self.is_running = False  # inside the source; see waiting.py
+        self.has_waited = False  # since the last look
         self._closing = False
         self._is_closed = False
         self._tail = b""
         self._events = self._bytes = 0
+        self._frames: Frames | None = None  # their chunks may hold several events
         # The watch's side.
         self._process: Process | None = None
         self._served: Served | None = None
@@ -419,6 +433,11 @@ class Stream:
         id = self._connection.last_event_id
         return None if id == sse.END_ID else id
 
+    @property
+    def is_multiprocess(self) -> bool:
+        """Whether other processes of the server answer requests, too."""
+        return self._connection is not None and self._connection.is_multiprocess
+
     def sleep(self, seconds: float) -> None:
         """Do as `syncstream.sleep`."""
         sleep(seconds)
@@ -508,6 +527,7 @@ class Stream:
 
     def before_wait(self) -> None:
         """Give back what the application should not hold while the stream waits."""
+        self.has_waited = True
         if self._connection is not None:
             self._connection.before_wait()
 
@@ -517,6 +537,16 @@ class Stream:
         """Yield the response's chunks; the one place that runs the source."""
         try:
             self._begin()
+            failed: list[BaseException] = []  # lists: a name here would keep an error
+            refused: list[BaseException] = []  # alive by its own traceback
+            if isinstance(source, Subscription) and not self._once:
+                # Before the client hears that it is open: it may publish then.
+                try:
+                    with entered(self):
+                        source.begin()
+                except BaseException as error:
+                    if not self._is_end(error):
+                        failed.append(error)
             if self._opening is not None and not self._once:
                 self._tail = self._opening
                 self._bytes += len(self._opening)
@@ -525,22 +555,23 @@ class Stream:
                 self._close_source()
                 self._settle()
                 return
-            failed: list[BaseException] = []  # lists: a name here would keep an error
-            refused: list[BaseException] = []  # alive by its own traceback
-            try:
-                with entered(self):
-                    self.before_wait()
-                    iterator = iter(source)
-                    if iterator is not source:
-                        self._to_close.append(iterator)
-                    advance: Callable[[], Any] = iterator.__next__
-                    throw = getattr(iterator, "throw", None)
-            except BaseException as error:
-                failed.append(error)
+            if not failed:
+                try:
+                    with entered(self):
+                        self.before_wait()
+                        iterator = self._iterator(source)
+                        if iterator is not source:
+                            self._to_close.append(iterator)
+                        advance: Callable[[], Any] = iterator.__next__
+                        throw = getattr(iterator, "throw", None)
+                except BaseException as error:
+                    failed.append(error)
             if failed:
                 yield from self._fail(failed)
                 return
             encode, ended = self._format.encode, self._once
+            if isinstance(iterator, Frames):
+                encode = bytes  # they are
             reference = self.reference
             monotonic, running, runner = time.monotonic, current.get, runner_function()
             look_at = 0.0
@@ -615,10 +646,19 @@ class Stream:
             self.close()
             raise
 
+    def _iterator(self, source: Iterable[Any]) -> Iterator[Any]:
+        if not isinstance(source, Subscription):
+            return iter(source)
+        dumps = dumps_or_default(self._format.dumps)
+        self._frames = source.frames(self._is_event_stream, dumps)
+        return self._frames
+
     def _is_end(self, error: BaseException) -> bool:
         """Tell an end of which we did not know yet from a failure."""
         if isinstance(error, ClientDisconnected) and not self.connected:
             self._end("disconnected")
+        elif isinstance(error, Closed):
+            self._end(error.reason if error.reason in REASONS else "closed")
         # gunicorn's handler of SIGQUIT exits, and a sync worker runs it in here.
         if isinstance(error, SystemExit) and self._server_stops():
             self._end("shutdown")
@@ -629,7 +669,9 @@ class Stream:
         watch, connection = self._watch, self._connection
         # A generator that never waits never lets the hub run: nobody else is served,
         # and gunicorn's SIGQUIT comes to nothing.
-        if self._in_hub and watch is not None and now - watch.ran_at > STARVED:
+        if self.has_waited:
+            self.has_waited = False
+        elif self._in_hub and watch is not None and now - watch.ran_at > STARVED:
             sleep_in_hub(0)
         if now >= self._deadline:
             self._end("max_duration")
@@ -657,7 +699,7 @@ class Stream:
 
     def _after_end(self, error: BaseException) -> None:
         """Take what left the source after the stream had ended."""
-        if isinstance(error, GeneratorExit) or is_greenlet_exit(error):
+        if isinstance(error, (GeneratorExit, Closed)) or is_greenlet_exit(error):
             return
         # What a link that was cut makes the source raise is not its fault, nor is
         # the exit of a worker that stops.
@@ -953,6 +995,8 @@ class Stream:
             self._log(logging.DEBUG, "%s was closed before it began")
             return
         seconds = time.monotonic() - self._began if record is not None else 0.0
+        if self._frames is not None:
+            self._events += self._frames.more
         (record or process()).count(reason, seconds, self._events, self._bytes)
         self._log(
             logging.DEBUG,

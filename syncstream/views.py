@@ -29,7 +29,7 @@ class ViewDecorator(Protocol):
         retry: int | None = None,
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
-        end: str = "stop",
+        end: str | None = None,
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> Callable[[Callable[P, Any]], Callable[P, Any]]: ...
@@ -61,7 +61,7 @@ def decorator(
         retry: int | None = None,
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
-        end: str = "stop",
+        end: str | None = None,
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> Any:

@@ -183,6 +183,10 @@ class Connection:
         )
 
     @property
+    def is_multiprocess(self) -> bool:
+        return bool(self.environ.get("wsgi.multiprocess"))
+
+    @property
     def is_head(self) -> bool:
         return self.environ.get("REQUEST_METHOD") == "HEAD"
 
@@ -430,7 +434,8 @@ class SSEResponse(_Streaming):
     (and ``retry``) leaves at once, before the source has yielded anything.
 
     Args:
-        source: A generator or another iterable of events. What it may yield, and
+        source: A generator or another iterable of events, or a `Subscription`. What it
+            may yield, and
             what becomes of it: `syncstream.protocol.sse.encoder`. It runs in the
             thread or greenlet of the request, and is closed exactly once, there,
             when it ends, fails, or the client has left. For HEAD, and for a
@@ -455,7 +460,8 @@ class SSEResponse(_Streaming):
         end: What a browser does when the source has finished. ``"stop"``: it stays
             away (it gets the reserved id ``syncstream-end``, returns once with
             that, and gets 204; the view has run once more, its source has not).
-            ``"reconnect"``: it comes back and the view runs again.
+            ``"reconnect"``: it comes back and the view runs again. ``None``: "stop",
+            but for a `Subscription` "reconnect".
         on_error: Called with the exception when the source has failed (an
             ``Exception``, not ``SystemExit`` and its kin); what it returns is
             encoded and sent as the last event, ``None`` sends nothing. Without it
@@ -479,7 +485,7 @@ class SSEResponse(_Streaming):
         retry: int | None = None,
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
-        end: str = "stop",
+        end: str | None = None,
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:
@@ -521,7 +527,7 @@ class NDJSONResponse(_Streaming):
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:
-        format = Format(ndjson.encoder(dumps), _ends_line)
+        format = Format(ndjson.encoder(dumps), _ends_line, dumps=dumps)
         life = Life(None, send_timeout, max_duration)
         stream = Stream(source, format, life=life, on_error=on_error)
         super().__init__(stream, _NDJSON_HEADERS, status, headers)

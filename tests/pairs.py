@@ -35,6 +35,7 @@ class Line:
     stopping = None
     server_key = None
     may_vanish = False
+    is_multiprocess = False
 
     def __init__(self, sock: socket.socket | None = None) -> None:
         self.sock = sock

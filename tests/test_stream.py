@@ -40,6 +40,7 @@ class Line:
     stopping = None
     server_key = None
     may_vanish = False
+    is_multiprocess = False
 
     def __init__(self):
         self.hung_up = False
