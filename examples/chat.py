@@ -1,0 +1,51 @@
+"""A chat room: each line is an event of one channel, and everybody follows it.
+
+    gunicorn -k gevent examples.chat:app
+    curl -N http://127.0.0.1:8000/events
+
+The page is http://127.0.0.1:8000/; ``curl -d 'Hello' http://127.0.0.1:8000/say``
+writes, too. Who comes back gets what was missed, and a new page what is kept; a
+server that was restarted has forgotten it, and says so by a "reset".
+"""
+
+from flask import Flask, request
+
+from syncstream import Hub, SSEResponse
+
+app = Flask(__name__)
+hub = Hub()  # of this process: run one worker
+
+
+@app.get("/events")
+def events():
+    return SSEResponse(hub.subscribe("room", after="start"), retry=1000)
+
+
+@app.post("/say")
+def say():
+    return {"id": hub.publish("room", request.get_data(as_text=True))}
+
+
+@app.get("/")
+def page():
+    return """<!doctype html>
+<title>Chat</title>
+<form><input autofocus autocomplete="off"> <button>Say</button></form>
+<ul></ul>
+<script>
+  const show = (tag, text) => {
+    const item = document.createElement("li")
+    item.appendChild(document.createElement(tag)).textContent = text
+    document.querySelector("ul").append(item)
+  }
+  const source = new EventSource("/events")
+  source.onmessage = (e) => show("span", e.data)
+  source.addEventListener("reset", () => show("em", "Some lines may be missing."))
+
+  const [form, input] = document.querySelectorAll("form, input")
+  form.onsubmit = async (e) => {
+    e.preventDefault()
+    const answer = await fetch("/say", { method: "POST", body: input.value })
+    if (answer.ok) input.value = ""
+  }
+</script>"""

@@ -1,0 +1,59 @@
+"""Prices: who reads slower than they change gets the newest of each, not all.
+
+    gunicorn -k gevent examples.prices:app
+    curl -N http://127.0.0.1:8000/prices
+
+A hundred changes a second, and a table at http://127.0.0.1:8000/ that is told of
+them twice a second: at most one for each symbol. Nothing piles up for slow clients.
+"""
+
+import os
+import random
+import threading
+from itertools import count
+
+from flask import Flask
+
+from syncstream import Hub, SSEResponse, sleep
+
+INTERVAL = float(os.environ.get("INTERVAL", 0.01))
+THROTTLE = float(os.environ.get("THROTTLE", 0.5))
+
+app = Flask(__name__)
+hub = Hub()
+
+
+def change():
+    prices = {"ACME": 100.0, "INIT": 20.0, "UMBR": 7.0}
+    for n in count():
+        symbol = random.choice(list(prices))
+        prices[symbol] *= random.uniform(0.99, 1.01)
+        price = round(prices[symbol], 2)
+        hub.publish("prices", {"symbol": symbol, "price": price, "n": n})
+        sleep(INTERVAL)
+
+
+# In each worker. With gunicorn --preload it would have to start after the fork.
+threading.Thread(target=change, daemon=True).start()
+
+
+@app.get("/prices")
+def prices():
+    # The last hundred contain one of each symbol: the table is full at once.
+    newest = {"on_lag": "latest", "key": lambda event: event.json()["symbol"]}
+    return SSEResponse(hub.subscribe("prices", after=100, throttle=THROTTLE, **newest))
+
+
+@app.get("/")
+def page():
+    return """<!doctype html>
+<title>Prices</title>
+<table></table>
+<script>
+  const rows = {}
+  new EventSource("/prices").onmessage = (e) => {
+    const { symbol, price } = JSON.parse(e.data)
+    rows[symbol] ??= document.querySelector("table").insertRow()
+    rows[symbol].innerHTML = `<td>${symbol}<td>${price.toFixed(2)}`
+  }
+</script>"""

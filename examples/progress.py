@@ -1,0 +1,60 @@
+"""The progress of a long job, which goes on whether or not anybody looks.
+
+    gunicorn -k gevent examples.progress:app
+    curl -N http://127.0.0.1:8000/jobs/1/events
+
+``curl -X POST http://127.0.0.1:8000/jobs`` starts a job, as does the button at
+http://127.0.0.1:8000/. It runs in a thread and has a channel of its own; a page that
+is reloaded, or opened by somebody else, begins with the job's start.
+"""
+
+import os
+import threading
+from itertools import count
+
+from flask import Flask, redirect
+
+from syncstream import Hub, SSEResponse, sleep
+
+INTERVAL = float(os.environ.get("INTERVAL", 0.1))
+
+app = Flask(__name__)
+hub = Hub()  # of this process: run one worker
+numbers = count(1)
+
+
+def work(job):
+    for percent in range(101):
+        hub.publish(f"job:{job}", {"percent": percent})
+        sleep(INTERVAL)
+    hub.publish(f"job:{job}", "done", event="end")
+
+
+@app.post("/jobs")
+def start():
+    job = next(numbers)
+    threading.Thread(target=work, args=[job], daemon=True).start()
+    return redirect(f"/jobs/{job}", 303)
+
+
+@app.get("/jobs/<int:job>/events")
+def events(job):
+    return SSEResponse(hub.subscribe(f"job:{job}", after="start"), retry=1000)
+
+
+@app.get("/")
+@app.get("/jobs/<int:job>")
+def page(job=0):
+    return """<!doctype html>
+<title>Progress</title>
+<form method="post" action="/jobs"><button>Start a job</button></form>
+<progress max="100" value="0"></progress> <output></output>
+<script>
+  const [bar, output] = document.querySelectorAll("progress, output")
+  if (location.pathname !== "/") {
+    const source = new EventSource(location.pathname + "/events")
+    source.onmessage = (e) => { bar.value = JSON.parse(e.data).percent }
+    source.addEventListener("end", (e) => { output.value = e.data; source.close() })
+    source.addEventListener("reset", () => { output.value = "interrupted" })
+  }
+</script>"""
