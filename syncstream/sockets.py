@@ -21,6 +21,7 @@ from typing import Any
 __all__ = [
     "POLLRDHUP",
     "acknowledged",
+    "borrowed",
     "give_up_after",
     "hang_up",
     "has_timed_out",
@@ -41,6 +42,7 @@ _BYTES_ACKED = 120
 # and after each other; and which part of the time-out that may be.
 _PROBES = (("TCP_KEEPIDLE", 30, 2), ("TCP_KEEPINTVL", 10, 6))
 _PROBE_COUNT = 3
+_EPOLL_CTL_DEL = 2
 
 
 @functools.cache
@@ -70,7 +72,7 @@ def is_hung_up(fd: int) -> bool:
         if events != select.POLLIN:
             return True
         try:
-            with _borrowed(fd) as sock:
+            with borrowed(fd) as sock:
                 return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
@@ -129,7 +131,7 @@ def give_up_after(fd: int, seconds: float | None) -> float | None:
     """
     if _TCP_USER_TIMEOUT is None:
         return None
-    with suppress(OSError), _borrowed(fd) as sock:  # no TCP, or closed already
+    with suppress(OSError), borrowed(fd) as sock:  # no TCP, or closed already
         before = sock.getsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT)
         timeout = _milliseconds(seconds) if seconds is not None else 0
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, timeout)
@@ -156,7 +158,7 @@ def has_timed_out(fd: int) -> bool:
     Uncleared, the server's next write would fail with ETIMEDOUT, which gunicorn
     logs with a traceback; cleared, it fails with EPIPE.
     """
-    with suppress(OSError), _borrowed(fd) as sock:
+    with suppress(OSError), borrowed(fd) as sock:
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         return error in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
     return False
@@ -166,7 +168,7 @@ def acknowledged(fd: int) -> int | None:
     """Return how many bytes the peer has taken so far, ``None`` if it is not told."""
     if not sys.platform.startswith("linux"):
         return None
-    with suppress(OSError), _borrowed(fd) as sock:
+    with suppress(OSError), borrowed(fd) as sock:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
         if len(info) >= _BYTES_ACKED + 8:
             return int.from_bytes(info[_BYTES_ACKED : _BYTES_ACKED + 8], sys.byteorder)
@@ -176,15 +178,23 @@ def acknowledged(fd: int) -> int | None:
 def is_socket(fd: int) -> bool:
     """Tell a connected socket's descriptor from a file's or a listener's."""
     try:
-        with _borrowed(fd) as sock:
+        with borrowed(fd) as sock:
             sock.getpeername()
     except OSError:
         return False
     return True
 
 
+def forget(epoll: int, fd: int) -> None:
+    """Take a descriptor out of somebody's epoll; it need not be in there.
+
+    `select.epoll` would close an epoll that it is lent.
+    """
+    _libc().epoll_ctl(epoll, _EPOLL_CTL_DEL, fd, None)
+
+
 @contextmanager
-def _borrowed(fd: int) -> Iterator[Any]:
+def borrowed(fd: int) -> Iterator[Any]:
     """Lend a native socket object for a descriptor that stays its owner's."""
     # Below gevent's and Python's own classes; the family does not matter here.
     sock = _socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=fd)

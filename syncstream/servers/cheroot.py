@@ -13,6 +13,7 @@ from .contract import (
     Write,
     connection_reset,
     decoded,
+    drop_buffered,
     has_cipher,
     running,
 )
@@ -65,4 +66,6 @@ SERVER = Server(
     headers=_headers,
     stopping=_stopping,
     threads=_threads,
+    drop_read_ahead=lambda environ: drop_buffered(environ["wsgi.input"].rfile),
+    closes_first=True,  # and what it cannot write then, Python 3.13 complains of
 )

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ __all__ = [
     "Write",
     "connection_reset",
     "decoded",
+    "drop_buffered",
     "has_cipher",
     "running",
     "speaks_http_1_1",
@@ -85,6 +87,18 @@ class Server:
         warning: What an operator should change where streams are served in this
             way, in one sentence for the log; ``None`` if nothing. In the thread or
             greenlet of the request.
+        stays: Why a connection cannot leave this server, in plain words, ``None`` if
+            it can (see `handover`). That the method, the protocol, TLS and the
+            socket's type allow it is asked elsewhere.
+        plain_sockets: What ``socket`` returns beside Python's and gevent's plain
+            sockets: exact types that encrypt and keep nothing.
+        lock: What keeps threads of the server's own from the client's descriptor,
+            and from sending what it has in buffers of its own, while it is held. It
+            is held for moments, in the thread or greenlet of the request.
+        drop_read_ahead: Drops what the server has read of requests behind this one.
+            Nothing blocks: its descriptor reads an end.
+        closes_first: It calls the response's ``close()`` before it writes the mark
+            of the response's end.
     """
 
     name: str
@@ -102,6 +116,13 @@ class Server:
     stopping: Callable[[Environ], Callable[[], bool] | None] = lambda environ: None
     threads: Callable[[Environ], int | None] = lambda environ: None
     warning: Callable[[Environ], str | None] = lambda environ: None
+    stays: Callable[[Environ], str | None] = lambda environ: None
+    plain_sockets: tuple[type, ...] = ()
+    lock: Callable[[Environ], AbstractContextManager[Any]] = lambda environ: (
+        nullcontext()
+    )
+    drop_read_ahead: Callable[[Environ], object] = lambda environ: None
+    closes_first: bool = False
 
 
 def has_cipher(socket: SocketLike | None) -> bool:
@@ -114,6 +135,15 @@ def decoded(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
     return [
         (name.decode("latin-1"), value.decode("latin-1")) for name, value in headers
     ]
+
+
+def drop_buffered(reader: Any) -> None:
+    """Drop what an `io.BufferedReader` has read ahead of its socket's end."""
+    peek = getattr(reader, "peek", None)
+    if peek is None:
+        return
+    with suppress(OSError, ValueError):  # closed, or reset
+        reader.read(len(peek(1)))
 
 
 def running(module: str, attribute: str, frame: FrameType | None = None) -> Any:

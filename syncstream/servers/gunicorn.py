@@ -5,6 +5,7 @@ With gevent_pywsgi it is `pywsgi` that makes the environ, and asks here for the 
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -96,6 +97,21 @@ def _threads(environ: Environ) -> int | None:
     return limit
 
 
+def _stays(environ: Environ) -> str | None:
+    # Not by HTTP_VERSION, which a request's own header ``Version`` sets, too.
+    if any(key.startswith("gunicorn.http2") for key in environ):
+        return "the connection is shared by the streams of HTTP/2"
+    return None
+
+
+def _drop_read_ahead(environ: Environ) -> None:
+    # Body -> its reader -> the parser's unreader, whose ``buf`` is a BytesIO.
+    reader = getattr(environ["wsgi.input"], "reader", None)
+    unreader = getattr(reader, "unreader", None)
+    if unreader is not None:
+        unreader.buf = io.BytesIO()
+
+
 def _warning(environ: Environ) -> str | None:
     if _is_http_2(environ):
         # 27.0: handle_http2 runs one WSGI call after the other.
@@ -125,4 +141,6 @@ SERVER = Server(
     stopping=_stopping,
     threads=_threads,
     warning=_warning,
+    stays=_stays,
+    drop_read_ahead=_drop_read_ahead,
 )

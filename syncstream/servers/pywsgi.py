@@ -13,6 +13,7 @@ from .contract import (
     SocketLike,
     Write,
     decoded,
+    drop_buffered,
     has_cipher,
     running,
     unpatched,
@@ -61,4 +62,5 @@ SERVER = Server(
     stopping=_stopping,
     threads=_threads,
     warning=lambda environ: unpatched(),
+    drop_read_ahead=lambda environ: drop_buffered(environ["wsgi.input"].rfile),
 )

@@ -31,6 +31,16 @@ def _socket(environ: Environ) -> SocketLike | None:
     return _Connection()
 
 
+def _is_tls(environ: Environ) -> bool:
+    # nginx says HTTPS, too, for the TLS that is its own (its uwsgi_params).
+    import uwsgi
+
+    return environ.get("HTTPS") == "on" and any(
+        option.startswith(("https-socket", "suwsgi-socket", "ssl-socket"))
+        for option in uwsgi.opt
+    )
+
+
 def _threads(environ: Environ) -> int | None:
     import uwsgi
 
@@ -56,7 +66,8 @@ SERVER = Server(
     socket=_socket,
     # It never chunks.
     marks_end=lambda environ: False,
-    is_tls=lambda environ: environ.get("HTTPS") == "on",
+    is_tls=_is_tls,
     threads=_threads,
     warning=_warning,
+    plain_sockets=(_Connection,),
 )

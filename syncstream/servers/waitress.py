@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from .contract import Environ, Headers, Server, SocketLike, Write
@@ -49,6 +50,20 @@ def _threads(environ: Environ) -> int | None:
     return threads
 
 
+def _stays(environ: Environ) -> str | None:
+    if _channel(environ).adj.channel_request_lookahead:
+        # Its main thread then reads while a request is served, and may close the
+        # descriptor at any time.
+        return "waitress reads ahead (channel_request_lookahead)"
+    return None
+
+
+def _lock(environ: Environ) -> AbstractContextManager[Any]:
+    # A condition around a reentrant lock, held for each send and before each close.
+    lock: AbstractContextManager[Any] = _channel(environ).outbuf_lock
+    return lock
+
+
 SERVER = Server(
     "waitress",
     runs=lambda environ: "waitress.client_disconnected" in environ,
@@ -60,4 +75,7 @@ SERVER = Server(
     closes_early=True,  # a send that fails in its main thread
     stopping=_stopping,
     threads=_threads,
+    stays=_stays,
+    lock=_lock,
+    closes_first=True,
 )

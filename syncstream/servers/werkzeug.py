@@ -51,6 +51,12 @@ def _threads(environ: Environ) -> int | None:
     return None if many else 1
 
 
+def _stays(environ: Environ) -> str | None:
+    if environ["wsgi.multiprocess"]:
+        return "each request has a process of its own"
+    return None
+
+
 SERVER = Server(
     "werkzeug",
     runs=lambda environ: "werkzeug.socket" in environ,
@@ -61,4 +67,5 @@ SERVER = Server(
     headers=_headers,
     stopping=_stopping,
     threads=_threads,
+    stays=_stays,
 )

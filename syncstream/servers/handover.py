@@ -1,0 +1,562 @@
+"""Takes a connection away from its server, once the head of the response is out.
+
+A subscriber needs its connection, and not the thread or greenlet that its server
+would hold for it. So in the response's first step the server's descriptor is made
+one end of a socket pair; the server writes its head and our opening into that; in
+the second step they are read back. If they are exactly that, in a framing that is
+known by them (chunked or raw: it is learned, not assumed), the connection is ours, and
+the server finishes an ordinary response, into the pair. If they are anything else, or
+nothing, all is put back and sent as it came: until then nothing is lost.
+
+Who owns what. One client's bytes must never reach another, so at each time each
+descriptor has one owner, who alone writes to it and closes it:
+
+- The server's *number* is always the server's. Before `Swap`, and again after
+  `Swap.undo`, it stands for the connection; in between, and for ever after
+  `Swap.take`, for one end of the pair. We never close it. We change what it stands
+  for (dup2) twice at most: in `Swap`, and in `undo`, both before its server can have
+  closed it: in the request's own thread or greenlet, while that is in our iterable,
+  without a switch in between, and under `Server.lock` where the server has another
+  thread. `undo` asks first whether the number still stands for the pair, by its
+  inode. After `take` we do not so much as look at it: it may be another client's.
+- The connection itself, the duplicate that `Swap` makes, is the `Swap`'s, which
+  writes nothing to it, until `take` gives it away, once. Who is given it writes what
+  `take` has returned, closes it, and is the only one.
+- Our end of the pair is the `Swap`'s, and stays so. We only read from it. What the
+  server writes into it after `take` is read by nobody.
+
+Nobody may be watching the server's descriptor during a swap. What is still to be
+read from the client stays in the kernel, and is its new owner's: a request that came
+behind this one is not answered (RFC 9112 §9.6: the head says ``Connection: close``).
+
+Not used on purpose: SO_SNDTIMEO on the pair. A blocking send that runs into it ends
+with EAGAIN, for which gunicorn writes a traceback; what does not fit into the pair is
+fetched out of it instead.
+"""
+
+from __future__ import annotations
+
+import _socket
+import _thread
+import errno
+import fcntl
+import functools
+import logging
+import os
+import re
+import resource
+import select
+import socket
+import sys
+import time
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from ..sockets import borrowed, forget, hang_up, is_hung_up, native
+from ..waiting import hub
+from ..watch import Timer, watch
+from .contract import Environ, Server, SocketLike
+
+__all__ = ["Refused", "Swap", "Taken", "raise_descriptor_limit", "read_back"]
+
+log = logging.getLogger(__name__)
+
+LOWEST = 4096
+"""Where the descriptors of connections that were taken begin: select(2), by which
+waitress waits, dies of those from 1024 on, and these stay for as long as clients do."""
+
+_RESERVE = 64  # descriptors that stay free for the server, and for everything else
+_MOST_DESCRIPTORS = 1 << 20
+_LOOK_EVERY = 0.25  # seconds: what the server writes may be more than a pair takes
+_LOOK_AGAIN = 0.005  # seconds, if it was
+_MOST_WRITTEN = 16 << 20
+_SEND_TIMEOUT = 10.0  # seconds, for what is put back
+
+_SWAPPED, _TAKEN, _CLOSED = range(3)
+
+_handed_over: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The servers' socket objects whose connections were taken."""
+
+
+class Refused(Exception):
+    """A connection cannot leave its server; its text says why.
+
+    Attributes:
+        is_gone: Nobody is there to write to, for the server neither: the response is
+            to end.
+    """
+
+    def __init__(self, reason: str, *, is_gone: bool = False) -> None:
+        super().__init__(reason)
+        self.is_gone = is_gone
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A connection that is now its owner's, who closes it.
+
+    Attributes:
+        fd: Its descriptor: non-blocking, not inherited by other programs.
+        head: What must be sent first: the response's head, and the opening, framed.
+        is_chunked: Whatever follows must be sent in chunks (RFC 9112 §7.1).
+    """
+
+    fd: int
+    head: bytes
+    is_chunked: bool
+
+
+class Swap:
+    """A connection that its server does not have: what it writes comes to us.
+
+    All methods belong to the request's thread or greenlet.
+
+    Args:
+        environ: The request's WSGI environ.
+        server: The server that made it.
+
+    Raises:
+        Refused: The connection cannot leave, and nothing has changed.
+    """
+
+    def __init__(self, environ: Environ, server: Server) -> None:
+        self._state = _CLOSED
+        self._environ = environ
+        self._server = server
+        self._written = bytearray()
+        # For the watch's thread, held for moments: not what a greenlet waits for.
+        self._lock = native(_thread, "allocate_lock")()
+        self._socket = _checked(environ, server)
+        clock = watch()
+        with server.lock(environ):
+            if server.unsent(environ):
+                raise Refused("the server has not sent the response before it yet")
+            try:
+                self._swap(self._socket.fileno())
+            except OSError as error:
+                raise Refused(f"no descriptor: {error.strerror}") from error
+        self._clock = clock
+        # Not for as long as the clock has it: who drops a swap ends it.
+        reference = weakref.ref(self)
+
+        def look() -> float | None:
+            swap = reference()
+            return None if swap is None else swap._relieve()
+
+        self._timer: Timer = clock.call_at(time.monotonic() + _LOOK_EVERY, look)
+
+    def _swap(self, fd: int) -> None:
+        connection = _duplicate(fd)
+        try:
+            # Native: gevent's would wait in the hub, and defers what it closes.
+            theirs, ours = _socket.socketpair()
+        except BaseException:
+            _close(connection)
+            raise
+        try:
+            ours.setblocking(False)
+            # A flag of the file, not of its number: it does not come along. A gevent
+            # socket on a file that blocks stops the hub, any other fails on one that
+            # does not.
+            os.set_blocking(theirs.fileno(), os.get_blocking(fd))
+            _forget_in_hub(fd)
+            # Other programs would inherit the connection by default.
+            os.dup2(theirs.fileno(), fd, inheritable=False)
+        except BaseException:
+            ours.close()
+            _close(connection)
+            raise
+        finally:
+            theirs.close()
+        self._fd, self._connection, self._ours = fd, connection, ours
+        self._inode = _inode(fd)
+        self._state = _SWAPPED
+
+    def take(self, opening: bytes) -> Taken | None:
+        """Make the connection ours, if the server has written what it should have.
+
+        Args:
+            opening: What the iterable has yielded in between.
+
+        Returns:
+            The connection, which now belongs to the caller; ``None`` if what the
+            server wrote is not exactly a head and the opening, or if it has written
+            nothing (a middleware asks for more before it passes that on). Call
+            `undo` then.
+        """
+        with self._lock:
+            if self._state != _SWAPPED:
+                return None
+            self._fetch()
+            is_old = self._environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
+            found = read_back(bytes(self._written), opening, is_http_1_0=is_old)
+            if found is None:
+                return None
+            self._state = _TAKEN
+        self._clock.cancel(self._timer)
+        self._written.clear()
+        fd = self._connection
+        try:
+            self._part(fd)
+        except BaseException:
+            hang_up(fd)
+            _close(fd)
+            raise
+        finally:
+            self._connection = -1
+        return Taken(fd, *found)
+
+    def _part(self, fd: int) -> None:
+        """Let the server be done with a connection, and its new owner begin."""
+        # From here on the server reads an end: neither does it wait for another
+        # request, nor for the client to close.
+        with suppress(OSError):
+            self._ours.shutdown(socket.SHUT_WR)
+        # What it has read already it would answer, into the pair: pywsgi did.
+        self._server.drop_read_ahead(self._environ)
+        if type(self._socket) not in self._server.plain_sockets:
+            _handed_over.add(self._socket)
+        os.set_blocking(fd, False)
+        with suppress(OSError), borrowed(fd) as sock:  # a Unix socket has none
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def undo(self) -> None:
+        """Put the connection back, and send what the server has written meanwhile.
+
+        It waits, as the server's own send would, under gevent for the client alone;
+        a client that does not take it in time is hung up.
+        """
+        with self._server.lock(self._environ):
+            with self._lock:
+                if self._state != _SWAPPED:
+                    return
+                self._state = _CLOSED
+                self._fetch()
+                is_theirs = self._is_in_place()
+                if is_theirs:
+                    os.set_blocking(self._connection, os.get_blocking(self._fd))
+                    _forget_in_hub(self._fd)
+                    os.dup2(self._connection, self._fd, inheritable=False)
+                else:
+                    log.debug("a server has closed a connection that was swapped")
+                    hang_up(self._connection)
+                self._drop_connection()
+                self._drop_pair()
+            if is_theirs and not _send(self._fd, self._written):
+                hang_up(self._fd)
+        self._written.clear()
+        self._clock.cancel(self._timer)
+
+    def close(self) -> None:
+        """End a swap, when the server is done with the response: undo, or let go.
+
+        May be called more than once.
+        """
+        self.undo()
+        with self._lock:
+            if self._state != _TAKEN:
+                return
+            self._state = _CLOSED
+            if self._server.closes_first and self._drop_pair_later():
+                return
+            self._drop_pair()
+
+    def __del__(self) -> None:
+        # Nobody has closed it, and who collects it may be any thread: it is too late
+        # to put anything back.
+        if self._state == _CLOSED:
+            return
+        if self._state == _SWAPPED:
+            log.debug("a swap was dropped: its client is hung up")
+            hang_up(self._connection)
+            self._drop_connection()
+        self._drop_pair()
+        self._state = _CLOSED
+
+    # Under the lock.
+
+    def _fetch(self) -> None:
+        """Read what the server has written so far."""
+        while True:
+            try:
+                data = self._ours.recv(1 << 18)
+            except BlockingIOError:
+                return
+            except OSError as error:  # closed with bytes unread
+                log.debug("a server's end of a pair: %s", error)
+                return
+            if not data:
+                return
+            self._written += data
+
+    def _relieve(self) -> float | None:
+        """Make room for a server that writes more than the pair takes (200 KB)."""
+        with self._lock:
+            if self._state != _SWAPPED:
+                return None
+            before = len(self._written)
+            self._fetch()
+            after = len(self._written)
+            if after > _MOST_WRITTEN:
+                with suppress(OSError):
+                    self._ours.shutdown(socket.SHUT_RDWR)
+                return None
+        return time.monotonic() + (_LOOK_EVERY if before == after else _LOOK_AGAIN)
+
+    def _is_in_place(self) -> bool:
+        """Tell whether the server's number still stands for its end of the pair."""
+        try:
+            return self._socket.fileno() == self._fd and _inode(self._fd) == self._inode
+        except OSError:
+            return False
+
+    def _drop_connection(self) -> None:
+        fd, self._connection = self._connection, -1
+        _close(fd)
+
+    def _drop_pair(self) -> None:
+        # Shut down, not closed alone: a forked child may hold it, too, and under
+        # gevent the server would wait for a registration that is not there.
+        with suppress(OSError):
+            self._ours.shutdown(socket.SHUT_RDWR)
+        self._ours.close()
+
+    def _drop_pair_later(self) -> bool:
+        """Close our end when the server has closed its own."""
+        pair, clock = self._ours, self._clock
+        fd = pair.fileno()
+
+        def closed() -> None:
+            clock.remove(fd, closed)
+            pair.close()
+
+        try:
+            clock.add(fd, closed)
+        except OSError as error:
+            log.debug("a pair is closed early: %s", error)
+            return False
+        return True
+
+
+def _checked(environ: Environ, server: Server) -> SocketLike:
+    """Return the server's socket, or say why its connection cannot leave."""
+    method = environ.get("REQUEST_METHOD")
+    if method != "GET":
+        raise Refused(f"the method is {method}, not GET")
+    protocol = environ.get("SERVER_PROTOCOL")
+    if protocol not in ("HTTP/1.0", "HTTP/1.1"):
+        raise Refused(f"the protocol is {protocol}, not HTTP/1")
+    length = environ.get("CONTENT_LENGTH") or "0"
+    if length != "0" or environ.get("HTTP_TRANSFER_ENCODING"):
+        raise Refused("the request has a body")
+    sock = server.socket(environ)
+    if sock is None:
+        raise Refused(f"{server.name} does not show its socket")
+    if server.is_tls(environ):
+        raise Refused("the server speaks TLS")
+    reason = server.stays(environ)
+    if reason is not None:
+        raise Refused(reason)
+    kind = type(sock)
+    if kind not in server.plain_sockets:
+        # By its exact type: gevent's SSLSocket is no ssl.SSLSocket, and of what is
+        # unknown it is unknown what it keeps to itself.
+        if kind not in _plain_sockets():
+            raise Refused(f"the socket is a {kind.__module__}.{kind.__qualname__}")
+        if sock in _handed_over:
+            raise Refused("the connection was handed over before", is_gone=True)
+    fd = sock.fileno()
+    if is_hung_up(fd):
+        raise Refused("the client has left", is_gone=True)
+    _check_descriptor(fd)
+    return sock
+
+
+def _check_descriptor(fd: int) -> None:
+    try:
+        sock = _socket.socket(fileno=fd)
+    except OSError as error:
+        raise Refused(f"not a socket: {error.strerror}") from error
+    try:
+        if sock.type != socket.SOCK_STREAM or sock.proto not in (0, socket.IPPROTO_TCP):
+            raise Refused("the socket is not a stream")
+        if sock.family == socket.AF_UNIX:
+            if not sock.getsockname():  # nobody listens there: half of a pair
+                raise Refused("the socket is one of a pair")
+        elif sock.family not in (socket.AF_INET, socket.AF_INET6):
+            raise Refused("the socket is neither TCP nor Unix")
+    except OSError as error:
+        raise Refused(f"the client has left: {error.strerror}", is_gone=True) from error
+    finally:
+        sock.detach()
+
+
+def _plain_sockets() -> tuple[type, ...]:
+    """Return the types of sockets that keep nothing to themselves."""
+    gevent = sys.modules.get("gevent._socket3")
+    types: tuple[type, ...] = (socket.socket, native(socket, "socket"))
+    return types if gevent is None else (*types, gevent.socket)
+
+
+def _duplicate(fd: int) -> int:
+    """Return another descriptor of a connection, out of the way of all others.
+
+    Raises:
+        OSError: There is none left, but for those that the server needs itself.
+    """
+    limit = raise_descriptor_limit()
+    lowest = min(LOWEST, limit // 4)
+    duplicate = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+    # The lowest that is free from there on: how many are left can be seen by it.
+    if duplicate >= limit - min(_RESERVE, limit // 8):
+        _close(duplicate)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return duplicate
+
+
+@functools.cache
+def raise_descriptor_limit() -> int:
+    """Let this process have as many descriptors as it may; return how many.
+
+    Once: RLIMIT_NOFILE from its soft to its hard limit, to a million at most. The soft
+    limit of 1024 is there for programs that use select(2), and what we hold is kept
+    away from the numbers that these need.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    infinite = resource.RLIM_INFINITY
+    most = _MOST_DESCRIPTORS if hard == infinite else min(hard, _MOST_DESCRIPTORS)
+    if soft == infinite or soft >= most:
+        return _MOST_DESCRIPTORS if soft == infinite else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError) as error:  # macOS has a limit below the hard one
+        log.debug("RLIMIT_NOFILE stays at %d: %s", soft, error)
+        return soft
+    log.debug("RLIMIT_NOFILE was raised from %d to %d", soft, most)
+    return most
+
+
+def _forget_in_hub(fd: int) -> None:
+    """Have gevent's loop forget what it has registered under a descriptor.
+
+    libev finds a connection in its epoll for as long as that lives, though the number
+    stands for another (measured: one such for each client whose request came in two
+    pieces). And where a wait ends and the next one begins in the same turn of the
+    loop, it does not look at its epoll at all, unless a new watcher begins.
+    """
+    loop = getattr(hub(), "loop", None)
+    if loop is None or getattr(loop, "backend", None) != "epoll":
+        return  # libuv registers anew for each wait
+    forget(loop.fileno(), fd)
+    watcher = loop.io(fd, 1)
+    watcher.start(int)
+    watcher.stop()
+    watcher.close()
+
+
+def _inode(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def _close(fd: int) -> None:
+    # gevent's close comes later, when the number may be another's.
+    native(os, "close")(fd)
+
+
+def _send(fd: int, data: bytearray) -> bool:
+    """Send to a server's client what it has missed; tell whether it took it."""
+    deadline = time.monotonic() + _SEND_TIMEOUT
+    view = memoryview(data)
+    while view:
+        try:
+            with borrowed(fd) as sock:
+                view = view[sock.send(view, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            _await_writable(fd, left)
+        except OSError as error:  # the server's next write will find that out
+            log.debug("a client left before it was put back: %s", error)
+            return True
+    return True
+
+
+def _await_writable(fd: int, timeout: float) -> None:
+    if hub() is not None:
+        from gevent.socket import wait_write
+
+        with suppress(TimeoutError):
+            wait_write(fd, timeout)
+        return
+    poll = native(select, "poll")()
+    poll.register(fd, select.POLLOUT)
+    poll.poll(timeout * 1000)
+
+
+_STATUS = re.compile(rb"HTTP/1\.[01] (?!204|205|304)[2-5][0-9][0-9](?: [^\r\n\0]*)?")
+_HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*?)[ \t]*")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+# With these the body is not what we know it to be, or ends elsewhere.
+_FOREIGN = frozenset((b"content-length", b"content-encoding", b"upgrade", b"trailer"))
+_HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-connection"))
+
+
+def read_back(
+    written: bytes, opening: bytes, *, is_http_1_0: bool
+) -> tuple[bytes, bool] | None:
+    """Tell what a server made of an opening, if it is what can be gone on with.
+
+    Args:
+        written: All that it wrote.
+        opening: The bytes that it was given for the body, not empty.
+        is_http_1_0: The client speaks HTTP/1.0, and does not know of chunks.
+
+    Returns:
+        The head, which now says that the connection closes (it does, and a proxy
+        that took it for one of its pool would lose a request), and the opening, in
+        the framing to go on with; and whether that is chunked. ``None`` unless what
+        was written is exactly one HTTP/1 head and the opening, raw or as one chunk.
+    """
+    head, blank, body = written.partition(b"\r\n\r\n")
+    if not blank or not opening:
+        return None
+    status, *lines = head.split(b"\r\n")
+    if not _STATUS.fullmatch(status):
+        return None
+    kept, codings = [status], []
+    for line in lines:
+        header = _HEADER.fullmatch(line)
+        if header is None:
+            return None
+        name, value = header[1].lower(), header[2].lower()
+        if name in _FOREIGN:
+            return None
+        if name == b"transfer-encoding":
+            codings.append(value)
+        elif name not in _HOP_BY_HOP:
+            kept.append(line)
+    if codings not in ([], [b"chunked"]):
+        return None
+    if (_unchunked(body) if codings else body) != opening:
+        return None
+    # Werkzeug answers HTTP/1.0 in chunks, too (3.1).
+    is_chunked = bool(codings) and not is_http_1_0
+    if is_chunked:
+        kept.append(b"Transfer-Encoding: chunked")
+    kept.append(b"Connection: close")
+    framed = body if is_chunked else opening
+    return b"\r\n".join(kept) + b"\r\n\r\n" + framed, is_chunked
+
+
+def _unchunked(body: bytes) -> bytes | None:
+    """Return what is in a body of one chunk without extensions, and no more."""
+    size = _CHUNK.match(body)
+    if size is None:
+        return None
+    data = body[size.end() : -2]
+    is_whole = body.endswith(b"\r\n") and len(data) == int(size[1], 16)
+    return data if is_whole else None
