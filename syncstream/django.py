@@ -200,6 +200,7 @@ class SSEResponse(_Streaming):
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
         end: str | None = None,
+        handover: str | bool = "auto",
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:
@@ -212,6 +213,7 @@ class SSEResponse(_Streaming):
             send_timeout=send_timeout,
             max_duration=max_duration,
             end=end,
+            handover=handover,
             on_error=on_error,
             dumps=dumps,
         )

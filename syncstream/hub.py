@@ -16,12 +16,13 @@ import _thread
 import hashlib
 import json
 import logging
+import math
 import re
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -81,9 +82,9 @@ class _Channel:
         self.log = Log("")
         self.subscriptions = 0
         self.is_watched = False  # by its name: the broker tells of it
-        # What was told did not fit: its head may be older than the channel's. The
-        # first to come to its end asks the broker.
-        self.is_doubtful = False
+        # Its head may be older than the channel's, or not known at all: the first to
+        # come to its end asks the broker.
+        self.is_doubtful = True
         self.patterns = -1  # the `Hub._version` whose subscriptions know of it
         self.waiters: dict[Waiter, None] = {}  # in the order in which they came
         self.tagged = -1  # the last position whose entry is not for everybody
@@ -785,11 +786,11 @@ class Subscription:
     def _own_waiter(self) -> Waiter:
         waiter = self._waiter
         if waiter is None or not waiter.is_ours():
-            self._withdraw()
+            self.withdraw()
             waiter = self._waiter = Waiter()
         return waiter
 
-    def _withdraw(self) -> None:
+    def withdraw(self) -> None:
         """Have the waiter woken by nothing more."""
         waiter = self._waiter
         if waiter is None:
@@ -819,6 +820,122 @@ class Subscription:
     @property
     def is_closed(self) -> bool:
         return self._reason is not None
+
+    @property
+    def reason(self) -> str | None:
+        """Why it has ended, ``None`` while it lives."""
+        return self._reason
+
+    # Without a thread of its own: for `fanout`.
+
+    @property
+    def is_plain(self) -> bool:
+        """What it gets are the bytes that others at its place get."""
+        return self._is_simple and self._key is None and self._throttle is None
+
+    @property
+    def kind(self) -> tuple[Hashable, ...]:
+        """What plain ones have in common that may be sent the same bytes."""
+        (cursor,) = self._cursors.values()
+        return cursor.record, self.tags, self._on_lag
+
+    @property
+    def ask_again_at(self) -> float:
+        """When `authorize` is to be asked again, `time.monotonic`; maybe never."""
+        if self._reauthorize is None:
+            return math.inf
+        return self._asked + self._reauthorize
+
+    def detach(self, waiter: Waiter) -> None:
+        """Have this woken by what is new, in place of the thread that has read it."""
+        self.withdraw()
+        self._waiter = waiter
+
+    def twin(self) -> Subscription:
+        """Return one at the same place that nobody counts, of a plain one."""
+        twin = self.hub.subscribe(*self.channels, on_lag=self._on_lag, tags=self.tags)
+        twin.go_where(self)
+        twin._is_begun = True
+        return twin
+
+    def go_where(self, other: Subscription) -> None:
+        """Take the place of another; of plain ones."""
+        (cursor,) = other._cursors.values()
+        self._cursors = {cursor.name: replace(cursor)}
+        self._only = None
+
+    def is_where(self, other: Subscription) -> bool:
+        """Tell whether both are at one place for certain; of plain ones."""
+        (mine,), (theirs,) = self._cursors.values(), other._cursors.values()
+        return mine.record is theirs.record and -1 != mine.position == theirs.position
+
+    def poll(self) -> tuple[bytes, int] | None:
+        """Return what is new, without waiting, of a plain one.
+
+        Returns:
+            Bytes, which others share, and how many events they are. No bytes: there
+            is nothing, and its waiter will be woken. ``None``: ask `step`.
+        """
+        cursor = self._only
+        if cursor is None:
+            (cursor,) = self._cursors.values()
+            self._only = cursor
+        record = cursor.record
+        window = record.log
+        with self.hub._lock:
+            if cursor.position < window.first and cursor.last:
+                place = window.after(cursor.last)
+                cursor.position = -1 if place is None else place
+            position = cursor.position
+            if (
+                position < window.first
+                or record.tagged >= position
+                or self._reason is not None
+            ):
+                return None
+            if position < window.end:
+                end, chunk = window.joined(position)
+                cursor.position = end
+                is_all = end == window.end
+                cursor.last = window.head if is_all else window.entry(end - 1).id
+                cursor.is_begun = True
+                return chunk, end - position
+            if record.is_doubtful:
+                return None
+            assert self._waiter is not None
+            record.waiters[self._waiter] = None
+            return b"", 0
+
+    def step(self) -> tuple[bytes, int, float | None]:
+        """Return what is there, without waiting for it.
+
+        It may ask the broker, and call what `Hub.subscribe` was given.
+
+        Returns:
+            Bytes, and how many events they are. No bytes: when to come again
+            (`time.monotonic`), or ``None``: its waiter will be woken, if it has one.
+
+        Raises:
+            Closed: The subscription has ended.
+            BrokerError: The broker cannot be asked.
+        """
+        while True:
+            self.check_allowed()
+            if self._reason is not None:
+                raise Closed(self._reason)
+            pause = self._pause()
+            if pause:
+                return b"", 0, time.monotonic() + pause
+            items = self._take()
+            if items:
+                self._delivered = time.monotonic()
+                return b"".join(map(self._frame, items)), len(items), None
+            if self._waiter is None or self._register(self._waiter):
+                return b"", 0, None
+
+    def count(self, events: int) -> None:
+        """Count what was sent to those who are at its place."""
+        self.hub._delivered += events
 
     def hears(self, channel: str) -> bool:
         """Tell whether it is subscribed to a channel."""
@@ -866,7 +983,7 @@ class Subscription:
 
     def _begin(self) -> None:
         """Fix the position; count as present."""
-        self._check_allowed()
+        self.check_allowed()
         if self._reason is not None:
             raise Closed(self._reason)
         scope: Any = current_scope()
@@ -968,7 +1085,7 @@ class Subscription:
         deadline = None if timeout is None else time.monotonic() + timeout
         waiter = self._own_waiter()
         while True:
-            self._check_allowed()
+            self.check_allowed()
             if self._reason is not None:
                 raise Closed(self._reason)
             pause = self._pause()
@@ -982,7 +1099,7 @@ class Subscription:
                     continue
             left = self._left(deadline, pause)
             if deadline is not None and time.monotonic() >= deadline:
-                self._withdraw()
+                self.withdraw()
                 return []
             try:
                 scope = current_scope()
@@ -993,7 +1110,7 @@ class Subscription:
                 self.close("closed")
                 raise
             if not self._is_simple or left is not None:
-                self._withdraw()  # from those that did not wake it
+                self.withdraw()  # from those that did not wake it
             if once:
                 return []
 
@@ -1232,7 +1349,7 @@ class Subscription:
 
     # Its end.
 
-    def _check_allowed(self) -> None:
+    def check_allowed(self) -> None:
         if self._authorize is None:
             return
         now = time.monotonic()
@@ -1246,7 +1363,7 @@ class Subscription:
 
     def _leave(self, has_joined: bool = True) -> None:
         self.hub.leave(self)
-        self._withdraw()
+        self.withdraw()
         watched, self._watched = self._watched, []
         for name in watched:
             self.hub.unwatch(name)

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 from .errors import ClientDisconnected, Closed
+from .fanout import Client, Terms, fanout
 from .hub import Frames, Subscription
 from .process import Process, Served, Stopping, process
 from .protocol import sse
@@ -60,7 +61,7 @@ from .waiting import (
 )
 from .watch import Timer, Watch, watch
 
-__all__ = ["Connection", "Format", "Life", "Stream", "current_stream"]
+__all__ = ["Connection", "Format", "Life", "Stream", "Swap", "Taken", "current_stream"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -136,6 +137,38 @@ class Life:
                 )
 
 
+class Taken(Protocol):
+    """A connection that its server has let go.
+
+    Attributes:
+        fd: Its descriptor, whose owner is who has this.
+        head: What the server has written to the client, and the client has not got.
+        is_chunked: The framing of what follows.
+    """
+
+    @property
+    def fd(self) -> int: ...
+
+    @property
+    def head(self) -> bytes: ...
+
+    @property
+    def is_chunked(self) -> bool: ...
+
+
+class Swap(Protocol):
+    """A connection that its server has not got any more, though it does not know."""
+
+    def take(self, opening: bytes) -> Taken | None:
+        """Take it for good, after the server has written its head and this."""
+
+    def undo(self) -> None:
+        """Give it back to the server, with all that it has written."""
+
+    def close(self) -> None:
+        """The server is done with it. Undone if it was not taken."""
+
+
 class Connection(Protocol):
     """What a stream needs to know of the connection that it is written to."""
 
@@ -185,6 +218,13 @@ class Connection(Protocol):
     def is_full(self) -> bool:
         """Tell at once whether the server or the kernel has bytes it cannot send."""
 
+    @property
+    def hooks(self) -> tuple[Callable[[], object], ...]:
+        """What `before_wait` calls."""
+
+    def swap(self) -> Swap | None:
+        """Take the connection from its server; ``None`` where that cannot be."""
+
     def cut(self) -> BaseException | None:
         """Make truncation visible; return what to raise, ``None`` to just end."""
 
@@ -223,6 +263,16 @@ def check_source(source: Any) -> None:
         )
 
 
+def check_handover(handover: str | bool) -> None:
+    """Refuse what does not say whether a client may be handed over.
+
+    Raises:
+        ValueError: It is neither "auto" nor ``False``.
+    """
+    if handover != "auto" and handover is not False:
+        raise ValueError(f"handover must be 'auto' or False, got {handover!r}")
+
+
 class Stream:
     """One response's life. In its generator, `current_stream` returns it.
 
@@ -242,6 +292,7 @@ class Stream:
         life: Life | None = None,
         retry: int | None = None,
         end: str | None = "reconnect",
+        handover: str | bool = "auto",
         on_error: Callable[[Exception], Any] | None = None,
     ) -> None:
         check_source(source)
@@ -251,6 +302,7 @@ class Stream:
             raise ValueError(f"end must be 'stop' or 'reconnect', got {end!r}")
         if on_error is not None and not callable(on_error):
             raise TypeError(f"on_error must be callable, got {on_error!r}")
+        check_handover(handover)
         self.runner: Any = None  # see waiting.py
         self.reference: Callable[[], Any] = weakref.ref(self)
         self.parked: Parked | Waiter | None = None
@@ -277,6 +329,11 @@ class Stream:
         self._tail = b""
         self._events = self._bytes = 0
         self._frames: Frames | None = None  # their chunks may hold several events
+        self._may_hand_over = bool(handover)
+        self._swap: Swap | None = None
+        self._client: Client | None = None  # its connection is the loop's
+        self._response_callbacks: deque[Callable[[], object]] = deque()
+        self._place: Callable[[], object] | None = None
         # The watch's side.
         self._process: Process | None = None
         self._served: Served | None = None
@@ -285,6 +342,7 @@ class Stream:
         self._hung_up: Callable[[], object] | None = None
         self._fd = -1
         self._kernel_timeout: float | None = None  # what held before ours
+        self._is_limited = False  # by ours
         self._in_hub = False
         self._began = self._moved = 0.0  # `time.monotonic`; at the last chunk
         self._deadline = math.inf
@@ -354,6 +412,13 @@ class Stream:
         Called while the source is running, be it from another thread, this leaves
         the closing to the thread that runs it. Calling it again does nothing.
         """
+        swap, self._swap = self._swap, None
+        if swap is not None:
+            swap.close()
+        if self._client is not None:  # it goes on, without this response
+            self._settle_response()
+            self._let_go()
+            return
         if not self._once:
             gone = self._connection is not None and self._connection.is_hung_up()
             self._over("disconnected" if gone else "closed")
@@ -370,8 +435,12 @@ class Stream:
 
     def __del__(self) -> None:
         # A server that does not close what it has read to the end.
+        if getattr(self, "_swap", None) is not None:
+            self.close()
         if getattr(self, "_served", None) is not None:
             self._let_go()
+        if getattr(self, "_place", None) is not None and self._client is None:
+            self._leave_place()
 
     def stop(self, reason: str = "closed") -> None:
         """End the stream, from any thread or greenlet, in good order.
@@ -390,6 +459,9 @@ class Stream:
             raise ValueError(
                 f"reason must be one of {', '.join(sorted(REASONS))}, got {reason!r}"
             )
+        if self._client is not None:
+            self._client.stop(reason)
+            return
         self._over(reason)
 
     def refuse(self) -> None:
@@ -402,6 +474,8 @@ class Stream:
     @property
     def reason(self) -> str | None:
         """Why the stream has ended, one word; ``None`` while it lives."""
+        if self._client is not None:
+            return self._client.reason
         token = self._once.get("end")
         return None if token is None else token[0]
 
@@ -506,7 +580,20 @@ class Stream:
             raise TypeError(f"callback must be callable, got {callback!r}")
         self._callbacks.append(callback)
         if self._is_closed:
-            self._run_callbacks()
+            self._run_callbacks(self._callbacks)
+
+    def on_response_close(self, callback: Callable[[], object]) -> None:
+        """Call this once when the server is done with the response.
+
+        That is the stream's end, unless its client has been handed over.
+        """
+        self._response_callbacks.append(callback)
+        if self._is_closed:
+            self._settle_response()
+
+    def hold(self, place: Callable[[], object]) -> None:
+        """Have this called when it ends, also if nobody closes it."""
+        self._place = place
 
     # For the waits.
 
@@ -537,6 +624,7 @@ class Stream:
         """Yield the response's chunks; the one place that runs the source."""
         try:
             self._begin()
+            first, events = None, 0  # what a subscription had, before the head leaves
             failed: list[BaseException] = []  # lists: a name here would keep an error
             refused: list[BaseException] = []  # alive by its own traceback
             if isinstance(source, Subscription) and not self._once:
@@ -544,13 +632,21 @@ class Stream:
                 try:
                     with entered(self):
                         source.begin()
+                    if self._is_to_hand_over():
+                        first, events = self._first_step(source)
                 except BaseException as error:
                     if not self._is_end(error):
                         failed.append(error)
             if self._opening is not None and not self._once:
                 self._tail = self._opening
                 self._bytes += len(self._opening)
+                if first is not None and not failed:
+                    self._begin_hand_over()
                 yield self._opening
+                if self._swap is not None and self._is_handed_over(
+                    source, first, events
+                ):
+                    return
             if self._once:
                 self._close_source()
                 self._settle()
@@ -569,6 +665,11 @@ class Stream:
             if failed:
                 yield from self._fail(failed)
                 return
+            if first:
+                self._tail, self._moved = first, time.monotonic()
+                self._events += events
+                self._bytes += len(first)
+                yield first
             encode, ended = self._format.encode, self._once
             if isinstance(iterator, Frames):
                 encode = bytes  # they are
@@ -645,6 +746,84 @@ class Stream:
             # Whoever wraps us by `yield from`, or just drops us, closes the stream.
             self.close()
             raise
+
+    # Without the server.
+
+    def _is_to_hand_over(self) -> bool:
+        return (
+            self._may_hand_over
+            and self._is_event_stream
+            and self._opening is not None
+            and self._connection is not None
+        )
+
+    def _first_step(self, source: Subscription) -> tuple[bytes, int]:
+        """Return what there is for the client already, and how many events."""
+        with entered(self):
+            self.before_wait()
+            chunk, events, _ = source.step()
+            source.count(events)
+        return chunk, events
+
+    def _begin_hand_over(self) -> None:
+        """Take the connection from its server, if it can be, until it has written."""
+        assert self._connection is not None
+        # Its number will soon be another's.
+        self._observe_no_more()
+        self._swap = self._connection.swap()
+        if self._swap is None:
+            self._observe()
+
+    def _is_handed_over(self, source: Any, first: bytes | None, events: int) -> bool:
+        """Take the connection for good, and let the loop go on with it."""
+        connection, process, served = self._connection, self._process, self._served
+        assert connection is not None and self._swap is not None
+        assert self._opening is not None and process is not None and served is not None
+        try:
+            loop = fanout()
+        except (OSError, RuntimeError) as error:
+            self._log(logging.WARNING, "%s stays with its server", error)
+            taken = None
+        else:
+            taken = None if self._once else self._swap.take(self._opening)
+        if taken is None:
+            self._swap.undo()
+            self._swap = None
+            self._observe()
+            return False
+        head, life = taken.head, self._life
+        if first:
+            head += b"%x\r\n%b\r\n" % (len(first), first) if taken.is_chunked else first
+        place, self._place = self._place, None
+        callbacks = (*self._callbacks, place) if place else tuple(self._callbacks)
+        self._callbacks.clear()
+        terms = Terms(
+            taken.is_chunked,
+            life.keepalive,
+            life.send_timeout,
+            self._retry or 0,
+            REASONS,
+            connection.hooks,
+        )
+        self._client = client = Client(
+            loop,
+            taken.fd,
+            source,
+            loop.terms(terms),
+            loop.worker(),
+            label=sys.intern(self._label),
+            deadline=self._deadline,
+            callbacks=callbacks,
+            process=process,
+            served=served,
+            began=self._began,
+            bytes=len(self._opening),
+        )
+        client.events = events
+        self._to_close.clear()
+        self._source = None
+        loop.add(client, head)
+        return True
 
     def _iterator(self, source: Iterable[Any]) -> Iterator[Any]:
         if not isinstance(source, Subscription):
@@ -837,6 +1016,17 @@ class Stream:
         if life.max_duration is not None:
             # Jittered, or clients that came together return together.
             self._deadline = now + life.max_duration * random.uniform(0.9, 1)
+        self._observe()
+        self._served = record.opened(
+            self,
+            self._watch,
+            connection.server_key if connection is not None else None,
+            lambda: connection.stopping if connection is not None else None,
+        )
+
+    def _observe(self) -> None:
+        """Have its connection watched, and its clock."""
+        connection, life = self._connection, self._life
         try:
             self._watch = watch()
             fd = connection.fd if connection is not None else None
@@ -846,24 +1036,39 @@ class Stream:
                 self._watch.add(fd, self._hung_up)
                 if life.send_timeout is not None:
                     timeout = life.send_timeout + _GRACE
-                    self._kernel_timeout = give_up_after(fd, timeout)
-            tick = self._next_tick(now)
+                    before = give_up_after(fd, timeout)
+                    if not self._is_limited:
+                        self._kernel_timeout, self._is_limited = before, True
+            tick = self._next_tick(time.monotonic())
             if tick < math.inf:
                 self._timer = self._watch.call_at(tick, _weakly(self._tick, None))
         except (OSError, RuntimeError) as error:  # no descriptor or thread is left
             self._log(logging.WARNING, "%s is not watched for a hang-up", error)
-        self._served = record.opened(
-            self,
-            self._watch,
-            connection.server_key if connection is not None else None,
-            lambda: connection.stopping if connection is not None else None,
-        )
+
+    def _observe_no_more(self) -> None:
+        watch = self._watch
+        if watch is not None and self._timer is not None:
+            watch.cancel(self._timer)
+        if watch is not None and self._hung_up is not None:
+            watch.remove(self._fd, self._hung_up)
+        self._timer = self._hung_up = None
+        self._fd = -1
+
+    def _settle_response(self) -> None:
+        self._run_callbacks(self._response_callbacks)
+
+    def _leave_place(self) -> None:
+        place, self._place = self._place, None
+        if place is not None:
+            place()
 
     def _settle(self) -> None:
         """Finish: tell the callbacks, count it. The server may still be writing."""
         self._is_closed = True
         self._source = self._pulled = None
-        self._run_callbacks()
+        self._run_callbacks(self._callbacks)
+        self._settle_response()
+        self._leave_place()
         if self._is_first("counted", "yes"):
             self._count()
 
@@ -873,15 +1078,13 @@ class Stream:
         if served is None or self._process is not process():
             return  # a forked child's copy: the socket is its parent's, too
         self._process.closed(self, served)
-        watch = self._watch
-        if watch is not None and self._timer is not None:
-            watch.cancel(self._timer)
-        if watch is not None and self._hung_up is not None:
-            watch.remove(self._fd, self._hung_up)
-            # The connection may serve other requests after this one.
-            if self._life.send_timeout is not None and self._has_its_socket():
-                give_up_after(self._fd, self._kernel_timeout)
-        self._watch = self._hung_up = None
+        fd = self._fd
+        self._observe_no_more()
+        # The connection may serve other requests after this one.
+        if self._is_limited and fd >= 0 and self._connection is not None:
+            if self._connection.fd == fd:
+                give_up_after(fd, self._kernel_timeout)
+        self._watch = None
 
     def _has_its_socket(self) -> bool:
         """Tell whether the descriptor is still that of our connection."""
@@ -1037,10 +1240,10 @@ class Stream:
                     continue  # it yielded while it was closed: drop that, go on
             return
 
-    def _run_callbacks(self) -> None:
-        while self._callbacks:
+    def _run_callbacks(self, callbacks: deque[Callable[[], object]]) -> None:
+        while callbacks:
             try:
-                callback = self._callbacks.popleft()
+                callback = callbacks.popleft()
             except IndexError:  # another thread was faster
                 return
             try:

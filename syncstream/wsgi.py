@@ -26,8 +26,9 @@ from .process import Stopping, process
 from .protocol import ndjson, raw, sse
 from .protocol.json import Dumps
 from .servers import Server, SocketLike, connection_reset, server_of
+from .servers.handover import Refused, Swap
 from .sockets import hang_up, is_hung_up, is_writable, reset
-from .stream import Format, Life, Stream
+from .stream import Format, Life, Stream, check_handover
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -49,6 +50,9 @@ CONNECTION = "syncstream.connection"
 BEFORE_WAIT = "syncstream.before_wait"
 """The environ key of callables that give back, before a stream begins and whenever
 it waits, what should not be held so long: a list of them."""
+
+HANDOVER = "syncstream.handover"
+"""The environ key that is ``False`` where a connection must stay with its server."""
 
 _LIVE = {
     # no-transform keeps proxies from compressing, and so from buffering; nginx
@@ -250,6 +254,19 @@ class Connection:
     def fd(self) -> int | None:
         return None if self._socket is None else self._socket.fileno()
 
+    @property
+    def hooks(self) -> tuple[Callable[[], object], ...]:
+        return tuple(self.environ.get(BEFORE_WAIT, ()))
+
+    def swap(self) -> Swap | None:
+        if self.environ.get(HANDOVER) is False:
+            return None
+        try:
+            return Swap(self.environ, self.server)
+        except Refused as error:
+            log.debug("%s stays with its server: %s", self.label, error)
+            return None
+
     def cut(self) -> BaseException | None:
         """Let the client see that the response is not whole.
 
@@ -377,7 +394,7 @@ class _Streaming(Response):
 
     def call_on_close(self, func: Callable[[], Any]) -> Callable[[], Any]:
         """Call a function, once, when the response has ended and is closed."""
-        self._stream.on_close(func)
+        self._stream.on_response_close(func)
         return func
 
     def close(self) -> None:
@@ -462,6 +479,9 @@ class SSEResponse(_Streaming):
             that, and gets 204; the view has run once more, its source has not).
             ``"reconnect"``: it comes back and the view runs again. ``None``: "stop",
             but for a `Subscription` "reconnect".
+        handover: A `Subscription` needs no thread: where the server lets us, its
+            connection goes on without the request, which ends ("auto"). ``False``
+            keeps it in the request's thread or greenlet. See docs/handover.md.
         on_error: Called with the exception when the source has failed (an
             ``Exception``, not ``SystemExit`` and its kin); what it returns is
             encoded and sent as the last event, ``None`` sends nothing. Without it
@@ -486,13 +506,20 @@ class SSEResponse(_Streaming):
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
         end: str | None = None,
+        handover: str | bool = "auto",
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:
         format = Format(sse.encoder(dumps), sse.ends_blank, is_events=True)
         life = Life(keepalive, send_timeout, max_duration)
         stream = Stream(
-            source, format, life=life, retry=retry, end=end, on_error=on_error
+            source,
+            format,
+            life=life,
+            retry=retry,
+            end=end,
+            handover=handover,
+            on_error=on_error,
         )
         super().__init__(stream, _EVENT_HEADERS, status, headers)
 
@@ -601,6 +628,7 @@ class StreamMiddleware:
         limit_by: Returns, for an environ, whose stream it is, say ``lambda environ:
             environ["REMOTE_ADDR"]``; ``None``: not counted for anybody.
         max_per_key: So many streams at once for each of these.
+        handover: As for `SSEResponse`; ``False`` for all of the application.
 
     Raises:
         TypeError, ValueError: An argument is not what it should be.
@@ -617,12 +645,15 @@ class StreamMiddleware:
         reserve_threads: int | None = None,
         limit_by: Callable[[WSGIEnvironment], Hashable] | None = None,
         max_per_key: int | None = None,
+        handover: str | bool = "auto",
     ) -> None:
         if not callable(app):
             raise TypeError(f"app must be a WSGI application, got {app!r}")
         self.app = app
         self._life = Life(keepalive, send_timeout, max_duration)
         self._capacity = Capacity(max_streams, reserve_threads, limit_by, max_per_key)
+        check_handover(handover)
+        self._may_hand_over = bool(handover)
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
@@ -630,6 +661,8 @@ class StreamMiddleware:
         if CONNECTION in environ:  # installed twice
             return self.app(environ, start_response)
         connection = Connection.of(environ)
+        if not self._may_hand_over:
+            environ[HANDOVER] = False
         head = _Head(connection, start_response, self._life, self._capacity)
         try:
             app_iter = self.app(environ, head.start_response)
@@ -755,10 +788,7 @@ class _Head:
     def hand_over(self, stream: Stream | None) -> None:
         """Leave the place to a stream, until it ends."""
         if stream is not None and self._release is not None:
-            # Also if the framework drops its response without closing it.
-            release = weakref.finalize(stream, self._release)
-            release.atexit = False
-            stream.on_close(release)
+            stream.hold(self._release)
             self._release = None
         self.release()
 

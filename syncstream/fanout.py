@@ -1,0 +1,786 @@
+"""Subscribers without a thread: the connections that their servers have let go.
+
+One native thread per process, also under gevent, owns them: it waits for all of them
+at once, and sends each event's bytes, which were made once, to all who are at one
+place of a channel. A client costs an entry in a table, not a stack.
+
+**Who owns what.** A descriptor that came here is this loop's alone, and only the loop's
+thread writes to it or closes it. It is taken out of epoll before it is closed, and out
+of the table of clients before that, so no number is ever another's. What came by epoll
+for a client that ended in the same round finds no client.
+
+**No user code runs in the loop**, nor does it ask a broker: what needs either is done
+by a `_Worker`, a thread, or under gevent a greenlet of the hub that the request had.
+
+Clients that are at the same place of the same channel, in the same framing, make a
+`Group`: it has a leader, a subscription that nobody counts, whose place is theirs.
+Whoever cannot take all of a chunk at once leaves it, goes on by itself from its own
+place, and joins again where it has caught up. Subscriptions to several channels, with
+a key or a throttle, remain by themselves.
+"""
+
+from __future__ import annotations
+
+import _queue
+import _thread
+import errno
+import heapq
+import logging
+import math
+import os
+import random
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from .errors import BrokerError, Closed
+from .hub import Subscription
+from .process import Process, Served
+from .protocol.sse import Event
+from .senders import Sender, open_sender
+from .sockets import acknowledged, borrowed, has_timed_out, native, reset
+from .waiting import hub
+from .watch import Watch, native_epoll, native_lock, watch
+
+__all__ = ["Client", "Fanout", "Terms", "fanout"]
+
+log = logging.getLogger(__name__)
+
+SEND_BUFFER = 128 * 1024  # bytes; the kernel's own grows to megabytes, and hides a lag
+GRAIN = 0.05  # seconds: timers are as exact as that
+LAG_EVERY = 0.25  # seconds between two looks at those who lag
+RETRY_EVERY = 1.0  # seconds between two questions to a broker that is down
+_DRAINED = 16 * 65536  # bytes of a client that nobody reads are dropped at its end
+
+_GONE: int = 0
+_OUT: int = 0
+if hasattr(select, "epoll"):
+    _GONE = select.EPOLLRDHUP | select.EPOLLERR | select.EPOLLHUP
+    _OUT = select.EPOLLOUT
+
+_KEEPALIVE = Event(comment="keepalive").encode()
+_END = b"0\r\n\r\n"
+
+
+def _chunked(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a stream has settled before its client comes here.
+
+    Equal ones are kept once, whatever the number of clients.
+
+    Attributes:
+        is_chunked: The framing of its response.
+        keepalive, send_timeout: Seconds, ``None`` for never.
+        retry: Milliseconds, at least, after which a client is to come back.
+        reasons: Why an application may end a stream.
+        before_wait: What gives back, after code of the application has run, what
+            should not be held.
+    """
+
+    is_chunked: bool
+    keepalive: float | None
+    send_timeout: float | None
+    retry: int
+    reasons: frozenset[str]
+    before_wait: tuple[Callable[[], object], ...] = ()
+
+
+class Client:
+    """One connection, and the subscription that is sent to it.
+
+    It stands where a thread would wait: a channel, or who ends the subscription,
+    wakes it (see `waiting.Waiter`).
+    """
+
+    __slots__ = (
+        *("_loop", "acknowledged", "began", "bucket", "bytes", "callbacks"),
+        *("deadline", "events", "fd", "group", "label", "process", "reason"),
+        *("rest", "served", "since", "subscription", "terms", "worker"),
+    )
+
+    hub = None  # of no gevent hub: `wake_all` calls `wake`
+
+    def __init__(
+        self,
+        loop: Fanout,
+        fd: int,
+        subscription: Subscription,
+        terms: Terms,
+        worker: _Worker,
+        *,
+        label: str,
+        deadline: float,
+        callbacks: tuple[Callable[[], object], ...],
+        process: Process,
+        served: Served,
+        began: float,
+        bytes: int,
+    ) -> None:
+        self._loop = loop
+        self.fd = fd
+        self.subscription = subscription
+        self.terms = terms
+        self.worker = worker
+        self.label = label
+        self.deadline = deadline
+        self.callbacks = callbacks
+        self.process = process
+        self.served = served
+        self.began = began
+        # Less what its group had sent when it joined: see Group.
+        self.events, self.bytes = 0, bytes
+        self.reason: str | None = None
+        self.group: Group | None = None
+        self.rest: memoryview | None = None  # of a chunk that the kernel has not taken
+        self.since = 0.0  # it takes nothing
+        self.acknowledged: int | None = None
+        self.bucket = 0
+
+    def wake(self) -> bool:
+        self._loop.call(self.turn)
+        return True
+
+    def turn(self) -> None:
+        """Look what there is, in the loop."""
+        if self.reason is not None:
+            return
+        reason = self.subscription.reason
+        if reason is not None:
+            self._loop.end(self, reason if reason in self.terms.reasons else "closed")
+        elif self.group is not None and not self.group.is_shared:
+            self.group.turn()
+
+    def stop(self, reason: str = "closed") -> None:
+        """End it, from any thread."""
+        self._loop.call(partial(self._loop.end, self, reason))
+
+    # Its times: see `_Wheel`.
+
+    def next_time(self) -> float:
+        return min(self.deadline, self.subscription.ask_again_at)
+
+    def due(self, now: float) -> None:
+        if self.reason is not None:
+            return
+        if now >= self.deadline:
+            self._loop.end(self, "max_duration")
+            return
+        if now >= self.subscription.ask_again_at:
+            self.worker.do(self._ask_again)
+            return
+        self._loop.wheel.add(self, self.next_time())
+
+    def _ask_again(self) -> None:
+        """Ask the application whether it may go on; by the worker."""
+        try:
+            self.subscription.check_allowed()
+        except Exception as error:
+            self._loop.call(partial(self._loop.fail, self, error))
+            return
+        finally:
+            self.give_back()
+        self._loop.call(self._again)
+
+    def _again(self) -> None:
+        if self.reason is None:
+            self._loop.wheel.add(self, self.next_time())
+            self.turn()
+
+    def give_back(self) -> None:
+        for hook in self.terms.before_wait:
+            hook()
+
+    def finish(self) -> None:
+        """Do what belongs to its end; by the worker."""
+        reason = str(self.reason)
+        seconds = time.monotonic() - self.began
+        try:
+            self.subscription.close(reason)
+            for callback in self.callbacks:
+                try:
+                    callback()
+                except BaseException:
+                    log.exception("a callback at the end of %s failed", self.label)
+            self.give_back()
+        finally:
+            self.process.count(reason, seconds, self.events, self.bytes)
+            self.served.parked.pop(id(self), None)
+            log.debug(
+                "%s ended: %s, %.3f s, %d events, %d bytes",
+                *(self.label, reason, seconds, self.events, self.bytes),
+            )
+
+
+class Group:
+    """The clients who are at one place, its leader's; or one that is by itself.
+
+    Attributes:
+        clients: By descriptor.
+        events, bytes: What each of them would have got that was there from the
+            beginning.
+    """
+
+    __slots__ = (
+        *("_loop", "bucket", "bytes", "clients", "events", "is_asking", "is_chunked"),
+        *("is_shared", "keepalive", "key", "leader", "moved", "retry_at", "worker"),
+    )
+
+    hub = None
+
+    def __init__(
+        self, loop: Fanout, leader: Subscription, client: Client, key: Hashable = None
+    ) -> None:
+        self._loop = loop
+        self.leader = leader
+        self.key = key
+        self.is_shared = key is not None
+        self.is_chunked = client.terms.is_chunked
+        self.keepalive = client.terms.keepalive
+        self.worker = client.worker
+        self.clients: dict[int, Client] = {}
+        self.events = self.bytes = 0
+        self.is_asking = False  # the worker reads for it
+        self.retry_at = 0.0  # not before; 0: at any time
+        self.moved = time.monotonic()
+        self.bucket = 0
+        loop.wheel.add(self, self.next_time())
+
+    def wake(self) -> bool:
+        self._loop.call(self.turn)
+        return True
+
+    def add(self, client: Client) -> None:
+        self.clients[client.fd] = client
+        client.group = self
+        client.events -= self.events
+        client.bytes -= self.bytes
+
+    def remove(self, client: Client) -> None:
+        del self.clients[client.fd]
+        client.group = None
+        client.events += self.events
+        client.bytes += self.bytes
+        if not self.clients:
+            self._loop.drop(self)
+
+    def turn(self) -> None:
+        """Send what is new; or have the worker read it; or wait."""
+        if not self._may_send() or time.monotonic() < self.retry_at:
+            return
+        found = self.leader.poll() if self.leader.is_plain else None
+        if found is None:
+            self.is_asking = True
+            self.worker.do(self._ask)
+            return
+        chunk, count = found
+        if chunk:
+            self.send(chunk, count)
+            self._loop.again(self.turn)
+        elif not self.is_shared:
+            self._loop.merge(self)
+
+    def _may_send(self) -> bool:
+        # While the worker reads, the leader's place is not yet its clients'.
+        if self.is_asking:
+            return False
+        if self.is_shared:
+            return bool(self.clients)
+        # Its only one may have to take the rest of something first.
+        return any(client.rest is None for client in self.clients.values())
+
+    def _ask(self) -> None:
+        """Read, with all that this may call; by the worker."""
+        told: Any
+        try:
+            told = self.leader.step()
+        except Exception as error:
+            told = error
+        finally:
+            for client in tuple(self.clients.values())[:1]:
+                client.give_back()
+        self._loop.call(partial(self._told, told))
+
+    def _told(self, told: Any) -> None:
+        self.is_asking = False
+        if not self.clients:
+            return
+        if isinstance(told, BrokerError):
+            log.debug("a channel cannot be read: %s", told)
+            self._retry(time.monotonic() + RETRY_EVERY)
+            return
+        if isinstance(told, Exception):
+            for client in tuple(self.clients.values()):
+                self._loop.fail(client, told)
+            return
+        chunk, count, when = told
+        if chunk:
+            self.send(chunk, count)
+            self._loop.again(self.turn)
+        elif when is not None:
+            self._retry(when)
+        elif not self.is_shared:
+            self._loop.merge(self)
+
+    def _retry(self, when: float) -> None:
+        self.retry_at = when
+        self._loop.wheel.add(self, self.next_time())
+
+    def send(self, data: bytes, count: int = 0) -> None:
+        """Send it to all; who cannot take all of it goes on by itself."""
+        framed = _chunked(data) if self.is_chunked else data
+        self.moved = time.monotonic()
+        self.events += count
+        self.bytes += len(framed)
+        self.leader.count(count * len(self.clients))
+        loop = self._loop
+        for fd, taken in loop.sender.send(self.clients, framed):
+            client = self.clients[fd]
+            if taken >= 0:
+                loop.lag(client, memoryview(framed)[taken:])
+            elif -taken in (errno.EAGAIN, errno.ENOBUFS):
+                loop.lag(client, memoryview(framed))
+            else:
+                loop.hung_up(client)
+
+    # Its times: see `_Wheel`.
+
+    def next_time(self) -> float:
+        keepalive = self.keepalive
+        due = math.inf if keepalive is None else self.moved + keepalive
+        return min(due, self.retry_at or math.inf)
+
+    def due(self, now: float) -> None:
+        if not self.clients:
+            return
+        if self.retry_at and now >= self.retry_at:
+            self.retry_at = 0.0
+            self.turn()
+        if self.keepalive is not None and now - self.moved >= self.keepalive:
+            if self._may_send():
+                self.send(_KEEPALIVE)
+            self.moved = now
+        if self.clients:
+            self._loop.wheel.add(self, self.next_time())
+
+
+class _Wheel:
+    """Timers, as exact as `GRAIN`: one for each object, moved and dropped at no cost."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, dict[int, Any]] = {}
+        self._heap: list[int] = []
+
+    def add(self, item: Any, when: float) -> None:
+        """Have its ``due`` called at a time, and at no other."""
+        self.remove(item)
+        if when == math.inf:
+            return
+        number = max(1, math.ceil(when / GRAIN))
+        bucket = self._buckets.get(number)
+        if bucket is None:
+            bucket = self._buckets[number] = {}
+            heapq.heappush(self._heap, number)
+        bucket[id(item)] = item
+        item.bucket = number
+
+    def remove(self, item: Any) -> None:
+        bucket = self._buckets.get(item.bucket)
+        if bucket is not None:
+            bucket.pop(id(item), None)
+        item.bucket = 0
+
+    def left(self) -> float:
+        """Return the seconds until the next one; -1 if there is none."""
+        while self._heap and not self._buckets[self._heap[0]]:
+            del self._buckets[heapq.heappop(self._heap)]
+        if not self._heap:
+            return -1.0
+        return max(0.0, self._heap[0] * GRAIN - time.monotonic())
+
+    def run(self) -> None:
+        now = time.monotonic()
+        while self._heap and self._heap[0] * GRAIN <= now:
+            bucket = self._buckets.pop(heapq.heappop(self._heap))
+            for item in bucket.values():
+                item.bucket = 0
+            for item in bucket.values():
+                if not item.bucket:  # what came before it may have moved it
+                    item.due(now)
+
+
+class _Worker:
+    """Runs what is the application's, one after the other: a thread."""
+
+    def __init__(self) -> None:
+        self._jobs: Any = _queue.SimpleQueue()
+        native(_thread, "start_new_thread")(self._work, ())
+
+    def do(self, job: Callable[[], object]) -> None:
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        while True:
+            _run(self._jobs.get())
+
+
+class _HubWorker(_Worker):
+    """The same in a gevent hub: a greenlet, for the application's locks are its."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def do(self, job: Callable[[], object]) -> None:
+        watch = self._watch
+        watch.run(lambda: watch.spawn(partial(_run, job)))
+
+
+def _run(job: Callable[[], object]) -> None:
+    try:
+        job()
+    except Exception:
+        log.exception("work for a subscriber failed")
+
+
+class Fanout:
+    """The loop. Get it from `fanout`.
+
+    `add`, `call` and a client's `stop` may be used from any thread; all else is the
+    loop's own.
+    """
+
+    def __init__(self) -> None:
+        epoll = native_epoll()
+        if epoll is None:
+            raise OSError(errno.ENOSYS, "no epoll on this system")
+        self.wheel = _Wheel()
+        self.sender: Sender = open_sender("write")  # until the thread has its own
+        self._calls: deque[Callable[[], object]] = deque()
+        self._again: deque[Callable[[], object]] = deque()
+        self._is_woken = False
+        self._clients: dict[int, Client] = {}
+        self._lagging: dict[int, Client] = {}
+        self._looked_at = 0.0
+        self._shared: dict[Hashable, Group] = {}
+        self._terms: dict[Terms, Terms] = {}
+        self._workers: dict[Any, _Worker] = {}
+        self._epoll = epoll()
+        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._event_fd, select.EPOLLIN)
+        try:
+            native(_thread, "start_new_thread")(self._run, ())
+        except BaseException:
+            self._epoll.close()
+            os.close(self._event_fd)
+            raise
+
+    # From any thread.
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call this in the loop, soon."""
+        self._calls.append(function)
+        # Set by those who call, cleared by the loop before it looks: none is missed.
+        if not self._is_woken:
+            self._is_woken = True
+            os.eventfd_write(self._event_fd, 1)
+
+    def worker(self) -> _Worker:
+        """Return the worker of what runs here: of a thread, or of a gevent hub."""
+        here = hub()
+        key = None if here is None else id(watch())
+        found = self._workers.get(key)
+        if found is None:
+            new = _Worker() if here is None else _HubWorker(watch())
+            found = self._workers.setdefault(key, new)
+        return found
+
+    def terms(self, terms: Terms) -> Terms:
+        """Return the same object for equal ones."""
+        if len(self._terms) > 1000:  # an application makes a hook for each request
+            self._terms.clear()
+        return self._terms.setdefault(terms, terms)
+
+    def add(self, client: Client, head: bytes) -> None:
+        """Take a client on.
+
+        Args:
+            client: Its subscription has begun; its descriptor is the loop's from now.
+            head: What is to be sent before all else, framed.
+        """
+        client.served.parked[id(client)] = client
+        client.subscription.detach(client)
+        self.call(partial(self._add, client, head))
+
+    # The loop.
+
+    def _run(self) -> None:
+        try:
+            self.sender = open_sender()
+        except Exception:
+            log.exception("no other way to send than os.write can be had")
+        while True:
+            try:
+                self._round()
+            except Exception:
+                log.exception("the loop of the subscribers failed")
+                native(time, "sleep")(0.1)  # whatever it is, not as fast as can be
+
+    def _round(self) -> None:
+        for fd, events in self._epoll.poll(self._pause(), 1024):
+            client = self._clients.get(fd)
+            if client is None:
+                continue  # our own descriptor, or one that ended in this round
+            if events & _GONE:
+                self.hung_up(client)
+            else:
+                self._flush(client)
+        if self._is_woken:
+            self._is_woken = False
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._event_fd)
+        for queue in (self._calls, self._again):
+            for _ in range(len(queue)):
+                queue.popleft()()
+        self.wheel.run()
+        if self._lagging:
+            self._look_at_lagging()
+
+    def _pause(self) -> float:
+        if self._again or self._calls:
+            return 0.0
+        left = self.wheel.left()
+        if not self._lagging:
+            return left
+        return LAG_EVERY if left < 0 else min(left, LAG_EVERY)
+
+    def again(self, function: Callable[[], object]) -> None:
+        """Call this in the next round."""
+        self._again.append(function)
+
+    def _add(self, client: Client, head: bytes) -> None:
+        if client.reason is not None:
+            return
+        self._clients[client.fd] = client
+        try:
+            self._epoll.register(client.fd, _GONE)
+        except OSError as error:
+            log.warning("%s cannot be waited for: %s", client.label, error)
+            self.end(client, "error")
+            return
+        with suppress(OSError), borrowed(client.fd) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.bytes += len(head)
+        group = Group(self, client.subscription, client)
+        group.add(client)
+        self.wheel.add(client, client.next_time())
+        client.rest = memoryview(head)
+        self._flush(client)
+
+    def merge(self, group: Group) -> None:
+        """Have the only client of a group join the others who are where it is."""
+        (client,) = group.clients.values()
+        mine = client.subscription
+        if not mine.is_plain or client.rest is not None:
+            return
+        key = (*mine.kind, client.terms.is_chunked, client.terms.keepalive)
+        key = (*key, id(client.worker))
+        shared = self._shared.get(key)
+        if shared is None:
+            leader = mine.twin()
+            shared = self._shared[key] = Group(self, leader, client, key)
+            leader.detach(shared)
+        elif shared.is_asking or not mine.is_where(shared.leader):
+            # It has not had its turn since. We come again with the next event.
+            return
+        mine.withdraw()
+        group.remove(client)
+        is_first = not shared.clients
+        shared.add(client)
+        if is_first:
+            shared.turn()
+
+    def drop(self, group: Group) -> None:
+        """Forget a group that is empty."""
+        self.wheel.remove(group)
+        group.leader.withdraw()
+        if group.is_shared:
+            del self._shared[group.key]
+
+    def lag(self, client: Client, rest: memoryview) -> None:
+        """Let a client go on by itself, as fast as it can."""
+        group = client.group
+        assert group is not None
+        if group.is_shared:
+            client.subscription.go_where(group.leader)
+            group.remove(client)
+            Group(self, client.subscription, client).add(client)
+        if client.rest is None:
+            client.since = time.monotonic()
+            client.acknowledged = None
+            self._epoll.modify(client.fd, _GONE | _OUT)
+            self._lagging[client.fd] = client
+        client.rest = rest
+
+    def _flush(self, client: Client) -> None:
+        """Write what is left of a chunk; then go on."""
+        rest = client.rest
+        if rest is None or client.group is None:
+            return
+        try:
+            taken = os.write(client.fd, rest)
+        except BlockingIOError:
+            taken = 0
+        except OSError:
+            self.hung_up(client)
+            return
+        if taken:
+            client.since = time.monotonic()
+        if taken < len(rest):
+            if client.fd not in self._lagging:
+                client.rest = None  # as lag() wants it
+                self.lag(client, rest[taken:])
+            client.rest = rest[taken:]
+            return
+        client.rest = None
+        if self._lagging.pop(client.fd, None) is not None:
+            self._epoll.modify(client.fd, _GONE)
+        client.group.turn()
+
+    def _look_at_lagging(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_at < LAG_EVERY:
+            return
+        self._looked_at = now
+        for client in tuple(self._lagging.values()):
+            limit = client.terms.send_timeout
+            if limit is None:
+                continue
+            taken = acknowledged(client.fd)
+            if taken is not None and taken != client.acknowledged:
+                if client.acknowledged is not None:
+                    client.since = now
+                client.acknowledged = taken
+            if now - client.since >= limit:
+                self.end(client, "send_timeout")
+
+    def abandon(self) -> None:
+        """Close the copies of a parent's descriptors, in a child; of nothing else."""
+        close = native(os, "close")
+        for fd in (*self._clients, self._event_fd):
+            with suppress(OSError):
+                close(fd)
+        self._epoll.close()
+
+    # Ends.
+
+    def hung_up(self, client: Client) -> None:
+        timed_out = has_timed_out(client.fd)
+        self.end(client, "send_timeout" if timed_out else "disconnected")
+
+    def fail(self, client: Client, error: BaseException) -> None:
+        """End a client for an error of the application, or for its subscription's end."""
+        if client.reason is not None:
+            return
+        if isinstance(error, Closed):
+            known = error.reason in client.terms.reasons
+            self.end(client, error.reason if known else "closed")
+            return
+        log.error("the source of %s failed", client.label, exc_info=error)
+        self.end(client, "error")
+
+    def end(self, client: Client, reason: str) -> None:
+        """End a client, once; all of it that is the application's by the worker."""
+        if client.reason is not None:
+            return
+        client.reason = reason
+        fd = client.fd
+        self.wheel.remove(client)
+        self._lagging.pop(fd, None)
+        group = client.group
+        if group is not None:
+            group.remove(client)
+        if self._clients.get(fd) is client:
+            del self._clients[fd]
+            with suppress(OSError):
+                self._epoll.unregister(fd)
+        self._say_goodbye(client)
+        _close(fd)
+        client.worker.do(client.finish)
+
+    def _say_goodbye(self, client: Client) -> None:
+        """Write the last words, as far as the kernel takes them at once."""
+        reason, terms = client.reason, client.terms
+        if reason in ("disconnected", "send_timeout"):
+            return
+        is_whole = client.rest is None  # not in the middle of a chunk
+        if is_whole:
+            words = b""
+            if reason in ("shutdown", "max_duration", "error"):
+                # Or all the clients that were here return together.
+                pause = max(terms.retry, 5000 if reason == "error" else 1000)
+                words = Event(retry=round(pause * random.uniform(1, 3))).encode()
+            if terms.is_chunked and words:
+                words = _chunked(words)
+            if terms.is_chunked and reason != "error":
+                words += _END
+            with suppress(OSError):
+                is_whole = os.write(client.fd, words) == len(words)
+        if (not is_whole or reason == "error") and not terms.is_chunked:
+            reset(client.fd)  # only that tells it that something is missing
+
+
+def _close(fd: int) -> None:
+    """Close a connection so that what was sent arrives.
+
+    Shut down first: a forked child may have it, too. And read: what the client has
+    sent, and nobody has read, makes the kernel reset the connection at its close.
+    """
+    with suppress(OSError), borrowed(fd) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        for _ in range(_DRAINED // 65536):
+            if len(sock.recv(65536, socket.MSG_DONTWAIT)) < 65536:
+                break
+    native(os, "close")(fd)
+
+
+_fanouts: dict[int, Fanout] = {}  # this process's, and its parents' if it was forked
+_lock = native_lock()
+
+
+def fanout() -> Fanout:
+    """Return the loop of this process; start it first.
+
+    Raises:
+        OSError: This system has no epoll, or no descriptor is left.
+        RuntimeError: No thread is left.
+    """
+    pid = os.getpid()
+    found = _fanouts.get(pid)
+    if found is not None:
+        return found
+    with _lock:
+        if pid not in _fanouts:
+            _fanouts[pid] = Fanout()
+        return _fanouts[pid]
+
+
+def _forked() -> None:
+    """Let go, in a child, of what its parent owns: the loop's thread is not here."""
+    global _lock
+    _lock = native_lock()  # a thread that is not here may have held it
+    for parents in _fanouts.values():
+        parents.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
