@@ -10,7 +10,7 @@ of the table of clients before that, so no number is ever another's. What came b
 for a client that ended in the same round finds no client.
 
 **No user code runs in the loop**, nor does it ask a broker: what needs either is done
-by a `_Worker`, a thread, or under gevent a greenlet of the hub that the request had.
+by a `Worker`, a thread, or under gevent a greenlet of the hub that the request had.
 
 Clients that are at the same place of the same channel, in the same framing, make a
 `Group`: it has a leader, a subscription that nobody counts, whose place is theirs.
@@ -48,7 +48,7 @@ from .sockets import acknowledged, borrowed, has_timed_out, native, reset
 from .waiting import hub
 from .watch import Watch, native_epoll, native_lock, watch
 
-__all__ = ["Client", "Fanout", "Terms", "fanout"]
+__all__ = ["Client", "Fanout", "Terms", "Worker", "fanout"]
 
 log = logging.getLogger(__name__)
 
@@ -74,19 +74,22 @@ def _chunked(data: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a stream has settled before its client comes here.
-
-    Equal ones are kept once, whatever the number of clients.
+    """What many clients have in common; equal ones are kept once.
 
     Attributes:
-        is_chunked: The framing of its response.
+        worker: Does what is the application's.
+        process, served: Where their streams are counted.
+        is_chunked: The framing of their responses.
         keepalive, send_timeout: Seconds, ``None`` for never.
-        retry: Milliseconds, at least, after which a client is to come back.
+        retry: Milliseconds, at least, after which they are to come back.
         reasons: Why an application may end a stream.
         before_wait: What gives back, after code of the application has run, what
             should not be held.
     """
 
+    worker: Worker
+    process: Process
+    served: Served
     is_chunked: bool
     keepalive: float | None
     send_timeout: float | None
@@ -94,18 +97,32 @@ class Terms:
     reasons: frozenset[str]
     before_wait: tuple[Callable[[], object], ...] = ()
 
+    def give_back(self) -> None:
+        for hook in self.before_wait:
+            hook()
+
 
 class Client:
     """One connection, and the subscription that is sent to it.
 
     It stands where a thread would wait: a channel, or who ends the subscription,
     wakes it (see `waiting.Waiter`).
+
+    Args:
+        loop: The loop that is to have it.
+        fd: The connection's descriptor, the loop's from now on.
+        subscription: It has begun.
+        terms: From `Fanout.terms`.
+        label: For the log.
+        began, deadline: `time.monotonic`.
+        callbacks: Called when it has ended, by the worker.
+        events, bytes: What has been sent, or will be with its head.
     """
 
     __slots__ = (
         *("_loop", "acknowledged", "began", "bucket", "bytes", "callbacks"),
-        *("deadline", "events", "fd", "group", "label", "process", "reason"),
-        *("rest", "served", "since", "subscription", "terms", "worker"),
+        *("deadline", "events", "fd", "group", "label", "reason", "rest", "since"),
+        *("subscription", "terms"),
     )
 
     hub = None  # of no gevent hub: `wake_all` calls `wake`
@@ -116,29 +133,23 @@ class Client:
         fd: int,
         subscription: Subscription,
         terms: Terms,
-        worker: _Worker,
         *,
         label: str,
-        deadline: float,
-        callbacks: tuple[Callable[[], object], ...],
-        process: Process,
-        served: Served,
         began: float,
-        bytes: int,
+        deadline: float = math.inf,
+        callbacks: tuple[Callable[[], object], ...] = (),
+        events: int = 0,
+        bytes: int = 0,
     ) -> None:
         self._loop = loop
         self.fd = fd
         self.subscription = subscription
         self.terms = terms
-        self.worker = worker
         self.label = label
+        self.began = began
         self.deadline = deadline
         self.callbacks = callbacks
-        self.process = process
-        self.served = served
-        self.began = began
-        # Less what its group had sent when it joined: see Group.
-        self.events, self.bytes = 0, bytes
+        self.events, self.bytes = events, bytes  # less its group's: see Group
         self.reason: str | None = None
         self.group: Group | None = None
         self.rest: memoryview | None = None  # of a chunk that the kernel has not taken
@@ -174,11 +185,10 @@ class Client:
             return
         if now >= self.deadline:
             self._loop.end(self, "max_duration")
-            return
-        if now >= self.subscription.ask_again_at:
-            self.worker.do(self._ask_again)
-            return
-        self._loop.wheel.add(self, self.next_time())
+        elif now >= self.subscription.ask_again_at:
+            self.terms.worker.do(self._ask_again)
+        else:
+            self._loop.wheel.add(self, self.next_time())
 
     def _ask_again(self) -> None:
         """Ask the application whether it may go on; by the worker."""
@@ -186,35 +196,30 @@ class Client:
             self.subscription.check_allowed()
         except Exception as error:
             self._loop.call(partial(self._loop.fail, self, error))
-            return
+        else:
+            self._loop.call(self._again)
         finally:
-            self.give_back()
-        self._loop.call(self._again)
+            self.terms.give_back()
 
     def _again(self) -> None:
         if self.reason is None:
             self._loop.wheel.add(self, self.next_time())
             self.turn()
 
-    def give_back(self) -> None:
-        for hook in self.terms.before_wait:
-            hook()
-
     def finish(self) -> None:
         """Do what belongs to its end; by the worker."""
-        reason = str(self.reason)
+        reason, terms = str(self.reason), self.terms
         seconds = time.monotonic() - self.began
         try:
-            self.subscription.close(reason)
-            for callback in self.callbacks:
+            for callback in (partial(self.subscription.close, reason), *self.callbacks):
                 try:
                     callback()
-                except BaseException:
+                except Exception:
                     log.exception("a callback at the end of %s failed", self.label)
-            self.give_back()
+            terms.give_back()
         finally:
-            self.process.count(reason, seconds, self.events, self.bytes)
-            self.served.parked.pop(id(self), None)
+            terms.process.count(reason, seconds, self.events, self.bytes)
+            terms.served.parked.discard(self)
             log.debug(
                 "%s ended: %s, %.3f s, %d events, %d bytes",
                 *(self.label, reason, seconds, self.events, self.bytes),
@@ -226,13 +231,14 @@ class Group:
 
     Attributes:
         clients: By descriptor.
+        terms: Those of the first; in what matters here they are all the same.
         events, bytes: What each of them would have got that was there from the
             beginning.
     """
 
     __slots__ = (
-        *("_loop", "bucket", "bytes", "clients", "events", "is_asking", "is_chunked"),
-        *("is_shared", "keepalive", "key", "leader", "moved", "retry_at", "worker"),
+        *("_loop", "bucket", "bytes", "clients", "events", "is_asking", "is_shared"),
+        *("key", "leader", "moved", "retry_at", "terms"),
     )
 
     hub = None
@@ -244,9 +250,7 @@ class Group:
         self.leader = leader
         self.key = key
         self.is_shared = key is not None
-        self.is_chunked = client.terms.is_chunked
-        self.keepalive = client.terms.keepalive
-        self.worker = client.worker
+        self.terms = client.terms
         self.clients: dict[int, Client] = {}
         self.events = self.bytes = 0
         self.is_asking = False  # the worker reads for it
@@ -280,7 +284,7 @@ class Group:
         found = self.leader.poll() if self.leader.is_plain else None
         if found is None:
             self.is_asking = True
-            self.worker.do(self._ask)
+            self.terms.worker.do(self._ask)
             return
         chunk, count = found
         if chunk:
@@ -306,8 +310,7 @@ class Group:
         except Exception as error:
             told = error
         finally:
-            for client in tuple(self.clients.values())[:1]:
-                client.give_back()
+            self.terms.give_back()
         self._loop.call(partial(self._told, told))
 
     def _told(self, told: Any) -> None:
@@ -337,7 +340,7 @@ class Group:
 
     def send(self, data: bytes, count: int = 0) -> None:
         """Send it to all; who cannot take all of it goes on by itself."""
-        framed = _chunked(data) if self.is_chunked else data
+        framed = _chunked(data) if self.terms.is_chunked else data
         self.moved = time.monotonic()
         self.events += count
         self.bytes += len(framed)
@@ -355,7 +358,7 @@ class Group:
     # Its times: see `_Wheel`.
 
     def next_time(self) -> float:
-        keepalive = self.keepalive
+        keepalive = self.terms.keepalive
         due = math.inf if keepalive is None else self.moved + keepalive
         return min(due, self.retry_at or math.inf)
 
@@ -365,7 +368,8 @@ class Group:
         if self.retry_at and now >= self.retry_at:
             self.retry_at = 0.0
             self.turn()
-        if self.keepalive is not None and now - self.moved >= self.keepalive:
+        keepalive = self.terms.keepalive
+        if keepalive is not None and now - self.moved >= keepalive:
             if self._may_send():
                 self.send(_KEEPALIVE)
             self.moved = now
@@ -374,7 +378,7 @@ class Group:
 
 
 class _Wheel:
-    """Timers, as exact as `GRAIN`: one for each object, moved and dropped at no cost."""
+    """Timers, one for each object, as exact as `GRAIN`; cheap to move and to drop."""
 
     def __init__(self) -> None:
         self._buckets: dict[int, dict[int, Any]] = {}
@@ -418,7 +422,7 @@ class _Wheel:
                     item.due(now)
 
 
-class _Worker:
+class Worker:
     """Runs what is the application's, one after the other: a thread."""
 
     def __init__(self) -> None:
@@ -433,7 +437,7 @@ class _Worker:
             _run(self._jobs.get())
 
 
-class _HubWorker(_Worker):
+class _HubWorker(Worker):
     """The same in a gevent hub: a greenlet, for the application's locks are its."""
 
     def __init__(self, watch: Watch) -> None:
@@ -472,7 +476,7 @@ class Fanout:
         self._looked_at = 0.0
         self._shared: dict[Hashable, Group] = {}
         self._terms: dict[Terms, Terms] = {}
-        self._workers: dict[Any, _Worker] = {}
+        self._workers: dict[Any, Worker] = {}
         self._epoll = epoll()
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._event_fd, select.EPOLLIN)
@@ -493,13 +497,13 @@ class Fanout:
             self._is_woken = True
             os.eventfd_write(self._event_fd, 1)
 
-    def worker(self) -> _Worker:
+    def worker(self) -> Worker:
         """Return the worker of what runs here: of a thread, or of a gevent hub."""
         here = hub()
         key = None if here is None else id(watch())
         found = self._workers.get(key)
         if found is None:
-            new = _Worker() if here is None else _HubWorker(watch())
+            new = Worker() if here is None else _HubWorker(watch())
             found = self._workers.setdefault(key, new)
         return found
 
@@ -516,7 +520,7 @@ class Fanout:
             client: Its subscription has begun; its descriptor is the loop's from now.
             head: What is to be sent before all else, framed.
         """
-        client.served.parked[id(client)] = client
+        client.terms.served.parked.add(client)
         client.subscription.detach(client)
         self.call(partial(self._add, client, head))
 
@@ -592,8 +596,8 @@ class Fanout:
         mine = client.subscription
         if not mine.is_plain or client.rest is not None:
             return
-        key = (*mine.kind, client.terms.is_chunked, client.terms.keepalive)
-        key = (*key, id(client.worker))
+        terms = client.terms
+        key = (*mine.kind, terms.is_chunked, terms.keepalive, id(terms.worker))
         shared = self._shared.get(key)
         if shared is None:
             leader = mine.twin()
@@ -688,7 +692,7 @@ class Fanout:
         self.end(client, "send_timeout" if timed_out else "disconnected")
 
     def fail(self, client: Client, error: BaseException) -> None:
-        """End a client for an error of the application, or for its subscription's end."""
+        """End a client for an error of the application's, or with its subscription."""
         if client.reason is not None:
             return
         if isinstance(error, Closed):
@@ -715,7 +719,7 @@ class Fanout:
                 self._epoll.unregister(fd)
         self._say_goodbye(client)
         _close(fd)
-        client.worker.do(client.finish)
+        client.terms.worker.do(client.finish)
 
     def _say_goodbye(self, client: Client) -> None:
         """Write the last words, as far as the kernel takes them at once."""

@@ -60,7 +60,7 @@ class Served:
         # Weak: a stream that everybody has dropped ends.
         self.open: dict[int, weakref.ref[Stoppable]] = {}
         # Those that the server has let go; until the last callback of theirs has run.
-        self.parked: dict[int, Stoppable] = {}
+        self.parked: set[Stoppable] = set()
 
     def is_stopping(self) -> bool:
         return self.stopping is not None and self.stopping()
@@ -71,11 +71,11 @@ class Served:
             stream = reference()
             if stream is not None:
                 stream.stop("shutdown")
-        for parked in list(self.parked.values()):
+        for parked in tuple(self.parked):
             parked.stop("shutdown")
 
-    @property
-    def streams(self) -> int:
+    def count(self) -> int:
+        """Return how many streams it has."""
         return len(self.open) + len(self.parked)
 
 
@@ -115,7 +115,7 @@ class Process:
 
     @property
     def open_streams(self) -> int:
-        return sum(served.streams for served in list(self._all.values()))
+        return sum(served.count() for served in list(self._all.values()))
 
     def opened(
         self,
@@ -190,7 +190,7 @@ class Process:
 
     def _look(self) -> float | None:
         for key, served in list(self._all.items()):
-            if served.streams:
+            if served.count():
                 if self.is_stopping(served):
                     served.stop()
                 continue
@@ -198,7 +198,7 @@ class Process:
             del self._all[key]
             for name in [n for n, known in self._served.items() if known is served]:
                 del self._served[name]
-            if served.streams:  # one came in between
+            if served.count():  # one came in between
                 self._all[key] = served
         if not self._all:
             self._is_looking = False

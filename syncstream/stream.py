@@ -777,8 +777,11 @@ class Stream:
     def _is_handed_over(self, source: Any, first: bytes | None, events: int) -> bool:
         """Take the connection for good, and let the loop go on with it."""
         connection, process, served = self._connection, self._process, self._served
-        assert connection is not None and self._swap is not None
-        assert self._opening is not None and process is not None and served is not None
+        assert connection is not None
+        assert self._swap is not None
+        assert self._opening is not None
+        assert process is not None
+        assert served is not None
         try:
             loop = fanout()
         except (OSError, RuntimeError) as error:
@@ -798,6 +801,9 @@ class Stream:
         callbacks = (*self._callbacks, place) if place else tuple(self._callbacks)
         self._callbacks.clear()
         terms = Terms(
+            loop.worker(),
+            process,
+            served,
             taken.is_chunked,
             life.keepalive,
             life.send_timeout,
@@ -810,16 +816,13 @@ class Stream:
             taken.fd,
             source,
             loop.terms(terms),
-            loop.worker(),
             label=sys.intern(self._label),
+            began=self._began,
             deadline=self._deadline,
             callbacks=callbacks,
-            process=process,
-            served=served,
-            began=self._began,
+            events=events,
             bytes=len(self._opening),
         )
-        client.events = events
         self._to_close.clear()
         self._source = None
         loop.add(client, head)
@@ -1081,17 +1084,16 @@ class Stream:
         fd = self._fd
         self._observe_no_more()
         # The connection may serve other requests after this one.
-        if self._is_limited and fd >= 0 and self._connection is not None:
-            if self._connection.fd == fd:
-                give_up_after(fd, self._kernel_timeout)
+        if self._is_limited and fd >= 0 and self._has_socket(fd):
+            give_up_after(fd, self._kernel_timeout)
         self._watch = None
 
-    def _has_its_socket(self) -> bool:
-        """Tell whether the descriptor is still that of our connection."""
-        return self._connection is not None and self._connection.fd == self._fd
+    def _has_socket(self, fd: int) -> bool:
+        """Tell whether a descriptor is still that of our connection."""
+        return self._connection is not None and self._connection.fd == fd
 
     def _on_hang_up(self) -> None:
-        timed_out = self._has_its_socket() and has_timed_out(self._fd)
+        timed_out = self._has_socket(self._fd) and has_timed_out(self._fd)
         self._over("send_timeout" if timed_out else "disconnected")
 
     def _next_tick(self, now: float) -> float:
@@ -1120,7 +1122,7 @@ class Stream:
         if self._watch is None:
             return None
         now = time.monotonic()
-        if self._fd >= 0 and not self._has_its_socket():
+        if self._fd >= 0 and not self._has_socket(self._fd):
             # waitress closes from its own thread, and epoll forgets what is closed.
             self._over("disconnected")
             return None

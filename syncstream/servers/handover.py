@@ -39,12 +39,10 @@ from __future__ import annotations
 import _socket
 import _thread
 import errno
-import fcntl
 import functools
 import logging
 import os
 import re
-import resource
 import select
 import socket
 import sys
@@ -58,6 +56,10 @@ from ..sockets import borrowed, forget, hang_up, is_hung_up, native
 from ..waiting import hub
 from ..watch import Timer, watch
 from .contract import Environ, Server, SocketLike
+
+if sys.platform != "win32":
+    import fcntl
+    import resource
 
 __all__ = ["Refused", "Swap", "Taken", "raise_descriptor_limit", "read_back"]
 
@@ -342,6 +344,8 @@ class Swap:
 
 def _checked(environ: Environ, server: Server) -> SocketLike:
     """Return the server's socket, or say why its connection cannot leave."""
+    if sys.platform == "win32":
+        raise Refused("Windows does not let us")
     method = environ.get("REQUEST_METHOD")
     if method != "GET":
         raise Refused(f"the method is {method}, not GET")
