@@ -231,6 +231,9 @@ class UringSender:
     (IORING_SETUP_SINGLE_ISSUER). A forked child would share its memory and could spoil
     the parent's batches: so it releases its copy at once.
 
+    Attributes:
+        failure: What the kernel said when it failed the ring; ``None`` so far.
+
     Raises:
         OSError: No Linux of 5.12 or later on x86_64 or aarch64, or io_uring is
             forbidden (containers' seccomp profiles, kernel.io_uring_disabled).
@@ -241,7 +244,7 @@ class UringSender:
     def __init__(self) -> None:
         self._release: weakref.finalize[..., Any] | None = None
         self._maps: list[mmap.mmap] = []
-        self._failure: OSError | None = None
+        self.failure: OSError | None = None
         self._pid = os.getpid()
         self._thread = native(_thread, "get_ident")()
         try:
@@ -249,8 +252,9 @@ class UringSender:
             _test(self)
         except OSError as error:
             self.close()
-            text = f"io_uring is not to be had here: {error.strerror}"
-            raise OSError(error.errno, text) from error
+            cause = self.failure or error
+            text = f"io_uring is not to be had here: {cause.strerror}"
+            raise OSError(cause.errno, text) from error
         except BaseException:
             self.close()
             raise
@@ -313,7 +317,7 @@ class UringSender:
     @property
     def is_usable(self) -> bool:
         """Open, in the process that opened it, and the kernel has not failed it."""
-        is_good = self._is_open and self._failure is None
+        is_good = self._is_open and self.failure is None
         return is_good and self._pid == os.getpid()
 
     @property
@@ -337,7 +341,7 @@ class UringSender:
         (address,) = struct.unpack("P", ctypes.c_char_p(data))
         each, filled = iter(fds), 0
         while batch := list(islice(each, self._entries)):
-            if self._failure is not None:
+            if self.failure is not None:
                 rest += [(fd, 0) for fd in batch]
                 continue
             count = len(batch)
@@ -373,9 +377,9 @@ class UringSender:
             )
         if not self._is_open:
             raise ValueError("the sender is closed")
-        if self._failure is not None:
-            text = f"io_uring has failed: {self._failure.strerror}"
-            raise OSError(self._failure.errno, text) from self._failure
+        if self.failure is not None:
+            text = f"io_uring has failed: {self.failure.strerror}"
+            raise OSError(self.failure.errno, text) from self.failure
 
     def _submit(self, count: int) -> bytes:
         """Give the first so many slots to the kernel; return its answers, in any order.
@@ -410,8 +414,7 @@ class UringSender:
         except OSError as error:
             # EAGAIN, EBUSY: out of memory for the moment, io_uring_enter(2).
             if error.errno not in (errno.EAGAIN, errno.EBUSY):
-                self._failure = error
-                log.warning("io_uring has failed: %s", error.strerror)
+                self.failure = error
         else:
             self._is_idle = True
         return answers
@@ -520,8 +523,7 @@ class AdaptiveSender:
             if len(fds) >= self.MANY:
                 if self._ring.is_usable:
                     return self._ring.send(fds, data)
-                self._ring.close()
-                self._ring, self.name = None, "auto"
+                self._drop_ring(self._ring)
         if self._pydll is None:
             return self._write.send(fds, data)
         rest: Rest = []
@@ -533,6 +535,12 @@ class AdaptiveSender:
             if not part:
                 return rest
             rest += self._timed(part, data)
+
+    def _drop_ring(self, ring: UringSender) -> None:
+        if ring.failure is not None:  # not after a fork, or a close
+            log.warning("sending without io_uring: %s", ring.failure.strerror)
+        ring.close()
+        self._ring, self.name = None, "auto"
 
     def _timed(self, part: list[int], data: bytes) -> Rest:
         start = time.monotonic()
