@@ -548,9 +548,10 @@ class Fanout:
             else:
                 self._flush(client)
         if self._is_woken:
-            self._is_woken = False
+            # In this order: who calls from here on finds it cleared, and wakes us.
             with suppress(BlockingIOError):
                 os.eventfd_read(self._event_fd)
+            self._is_woken = False
         for queue in (self._calls, self._again):
             for _ in range(len(queue)):
                 queue.popleft()()
