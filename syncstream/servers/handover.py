@@ -246,7 +246,8 @@ class Swap:
                     hang_up(self._connection)
                 self._drop_connection()
                 self._drop_pair()
-            if is_theirs and not _send(self._fd, self._written):
+            is_whole = len(self._written) <= _MOST_WRITTEN
+            if is_theirs and not (is_whole and _send(self._fd, self._written)):
                 hang_up(self._fd)
         self._written.clear()
         self._clock.cancel(self._timer)
@@ -281,7 +282,7 @@ class Swap:
 
     def _fetch(self) -> None:
         """Read what the server has written so far."""
-        while True:
+        while len(self._written) <= _MOST_WRITTEN:
             try:
                 data = self._ours.recv(1 << 18)
             except BlockingIOError:
