@@ -78,6 +78,9 @@ class Sender(Protocol):
     def send(self, fds: Iterable[int], data: bytes) -> Rest:
         """Send the same bytes to each descriptor, without waiting for any.
 
+        An exception, such as a signal handler's in the main thread, may end it halfway:
+        then nobody knows who has got them.
+
         Args:
             fds: Of non-blocking stream sockets, in any order.
             data: Nobody is asked anything if it is empty.
@@ -89,7 +92,10 @@ class Sender(Protocol):
         """
 
     def close(self) -> None:
-        """Release what the kernel holds for it; a second time does nothing."""
+        """Release what the kernel holds for it, and send no more.
+
+        A second time does nothing. From any thread, but not during a `send`.
+        """
 
 
 def open_sender(name: str | None = None) -> Sender:
@@ -125,7 +131,11 @@ def _best() -> Sender:
 
 
 class WriteSender:
-    """os.write in a tight loop."""
+    """os.write in a tight loop.
+
+    It takes no flags: the sockets must be non-blocking, and SIGPIPE must be ignored, as
+    Python does from its start.
+    """
 
     name = "write"
 
@@ -224,8 +234,8 @@ class UringSender:
 
     A batch is given to the kernel whole, and `send` returns when each of its sends has
     been answered: as they may not wait (MSG_DONTWAIT), they all have when the system
-    call returns, so that the kernel never holds on to the bytes. The ring has
-    room for twice as many answers, none is ever lost.
+    call returns, so that the kernel never holds on to the bytes. The ring has room for
+    twice as many answers: none is ever lost.
 
     It belongs to the thread that opened it, with which the kernel saves work
     (IORING_SETUP_SINGLE_ISSUER). A forked child would share its memory and could spoil
@@ -547,14 +557,14 @@ class AdaptiveSender:
         # The thread's clock is a system call: it is read for a second after a send
         # that took long, and no others.
         is_suspect = start < self._suspect_until
-        computed = -time.thread_time() if is_suspect else 0.0
+        before = time.thread_time() if is_suspect else 0.0
         rest = self._write.send(part, data)
         now = time.monotonic()
         if now - start < self.LEAST:
             self._slice = min(self._slice * 2, self.SLICE)
         elif not is_suspect:
             self._suspect_until = now + self.HOLD
-        elif now - start > self.RATIO * (computed + time.thread_time()):
+        elif now - start > self.RATIO * (time.thread_time() - before):
             self._hold_on(now)
         return rest
 
