@@ -541,17 +541,17 @@ class Fanout:
     def _round(self) -> None:
         for fd, events in self._epoll.poll(self._pause(), 1024):
             client = self._clients.get(fd)
-            if client is None:
-                continue  # our own descriptor, or one that ended in this round
-            if events & _GONE:
-                self.hung_up(client)
-            else:
-                self._flush(client)
-        if self._is_woken:
-            # In this order: who calls from here on finds it cleared, and wakes us.
-            with suppress(BlockingIOError):
-                os.eventfd_read(self._event_fd)
-            self._is_woken = False
+            if client is not None:
+                if events & _GONE:
+                    self.hung_up(client)
+                else:
+                    self._flush(client)
+            elif fd == self._event_fd:
+                os.eventfd_read(fd)
+            # Else it has ended in this round.
+        # After it was read, before the calls are looked at: who calls from here on
+        # finds it cleared, and wakes us.
+        self._is_woken = False
         for queue in (self._calls, self._again):
             for _ in range(len(queue)):
                 queue.popleft()()
