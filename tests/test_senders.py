@@ -879,19 +879,15 @@ def test_a_convoy_is_noticed_and_left():
         until(False)
 
 
-def test_a_convoy_that_lasts_is_looked_for_less_often(monkeypatch):
+def test_a_convoy_that_lasts_is_looked_for_less_often():
     """Each look in vain doubles the time to the next, up to half a minute."""
-    clock = [100.0]
-    monkeypatch.setattr(senders.time, "monotonic", lambda: clock[0])
     sender = AdaptiveSender(None, PydllSender())
-    holds = []
+    now, holds = 1000.0, []
     for _ in range(8):
-        began = clock[0]
-        sender._hold_on(clock[0])
-        while sender.is_holding:
-            clock[0] += 0.25
-        holds.append(clock[0] - began)
+        sender._hold_on(now)
+        holds.append(sender._held_until - now)
+        now = sender._held_until + 0.1
     assert holds == [1, 2, 4, 8, 16, 30, 30, 30]
-    clock[0] += 60
-    sender._hold_on(clock[0])
-    assert sender._hold == 1
+    now += 60
+    sender._hold_on(now)
+    assert sender._held_until == now + 1
