@@ -28,6 +28,7 @@ import logging
 import math
 import mmap
 import os
+import platform
 import socket
 import struct
 import sys
@@ -211,7 +212,7 @@ def _outcome(result: int) -> int:
 
 # io_uring(7), as linux/io_uring.h and io_uring_setup(2) define it.
 
-_MACHINES = ("x86_64", "aarch64")  # where the system calls have these numbers, tested
+_SYSTEMS = ("linux x86_64", "linux aarch64")  # whose system calls have these numbers
 _SETUP, _ENTER = 425, 426
 _GETEVENTS = 1
 _QUEUES, _SUBMISSIONS = 0, 0x10000000  # what mmap maps, as its offset
@@ -270,8 +271,9 @@ class UringSender:
             raise
 
     def _open(self) -> None:
-        if not sys.platform.startswith("linux") or os.uname().machine not in _MACHINES:
-            raise OSError(errno.ENOSYS, f"{sys.platform} has none that is known")
+        system = f"{sys.platform} {platform.machine()}"
+        if system not in _SYSTEMS:
+            raise OSError(errno.ENOSYS, f"{system} has none that is known")
         self._syscall = ctypes.CDLL(None, use_errno=True)["syscall"]
         self._syscall.restype = ctypes.c_long
         self._enter_number = ctypes.c_long(_ENTER)
@@ -307,8 +309,8 @@ class UringSender:
         self._slots = memoryview(array("I", range(entries)) * 2).cast("B")
 
     def _map(self, offset: int, length: int) -> mmap.mmap:
-        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-        self._maps.append(mmap.mmap(self._fd, length, flags, offset=offset))
+        # Shared, which is the default of mmap.
+        self._maps.append(mmap.mmap(self._fd, length, offset=offset))
         return self._maps[-1]
 
     def _set_up(self) -> tuple[int, bytearray]:
