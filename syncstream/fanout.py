@@ -58,11 +58,11 @@ LAG_EVERY = 0.25  # seconds between two looks at those who lag
 RETRY_EVERY = 1.0  # seconds between two questions to a broker that is down
 _DRAINED = 16 * 65536  # bytes of a client that nobody reads are dropped at its end
 
-_GONE: int = 0
-_OUT: int = 0
-if hasattr(select, "epoll"):
-    _GONE = select.EPOLLRDHUP | select.EPOLLERR | select.EPOLLHUP
-    _OUT = select.EPOLLOUT
+# 0 where there is no epoll. (gevent takes select.epoll away, and leaves these.)
+_OUT: int = getattr(select, "EPOLLOUT", 0)
+_GONE: int = sum(
+    getattr(select, name, 0) for name in ("EPOLLRDHUP", "EPOLLERR", "EPOLLHUP")
+)
 
 _KEEPALIVE = Event(comment="keepalive").encode()
 _END = b"0\r\n\r\n"
