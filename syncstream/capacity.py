@@ -1,19 +1,21 @@
 """How many streams a process takes, in all and for each client.
 
-A stream holds its thread, or its greenlet. Where all of them are held, ordinary
-requests wait, and so does the health check. So there are limits; what is beyond them
-is refused at once, in the way in which each client understands it.
+A stream holds its thread, or its greenlet, unless it is handed over. Where all of
+them are held, ordinary requests wait, and so does the health check. So there are
+limits; what is beyond them is refused at once, in the way in which each client
+understands it.
 """
 
 from __future__ import annotations
 
 import _thread
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any
 
 from .sockets import native
 
-__all__ = ["Capacity"]
+__all__ = ["Capacity", "Place"]
 
 Environ = dict[str, Any]
 
@@ -67,29 +69,30 @@ class Capacity:
         self._is_limited = any(number is not None for number in numbers.values())
         # Reentrant: a garbage collection in here may close a stream.
         self._lock = native(_thread, "RLock")()
-        self._count = 0
+        self._count = self._threads = 0
         self._counts: dict[Hashable, int] = {}
 
     def admit(
         self, environ: Environ, threads: Callable[[], int | None]
-    ) -> Callable[[], None] | None:
-        """Take a stream on; return what releases its place, ``None`` if there is none.
+    ) -> Place | None:
+        """Take a stream on; return its place, ``None`` if there is none.
 
         Args:
             environ: The request's.
             threads: How many the server has; asked only if it matters.
         """
         if not self._is_limited:
-            return _nothing
-        limit = self._max_streams
+            return Place(None, None)
+        most = None
         if self._reserve_threads is not None:
             number = threads()
             if number is not None:
-                left = max(0, number - self._reserve_threads)
-                limit = left if limit is None else min(limit, left)
+                most = max(0, number - self._reserve_threads)
         key = self._limit_by(environ) if self._limit_by is not None else None
         with self._lock:
-            if limit is not None and self._count >= limit:
+            if self._max_streams is not None and self._count >= self._max_streams:
+                return None
+            if most is not None and self._threads >= most:
                 return None
             if key is not None:
                 assert self._max_per_key is not None
@@ -98,22 +101,42 @@ class Capacity:
                     return None
                 self._counts[key] = held + 1
             self._count += 1
-        places = [key]  # popped by the first release
+            self._threads += 1
+        return Place(self, key)
 
-        def release() -> None:
-            try:
-                key = places.pop()
-            except IndexError:
-                return
-            with self._lock:
-                self._count -= 1
-                if key is not None:
-                    self._counts[key] -= 1
-                    if not self._counts[key]:
-                        del self._counts[key]
+    def leave(self, key: Hashable) -> None:
+        """Give a place back: by `Place`, once."""
+        with self._lock:
+            self._count -= 1
+            if key is not None:
+                self._counts[key] -= 1
+                if not self._counts[key]:
+                    del self._counts[key]
 
-        return release
+    def leave_thread(self) -> None:
+        """Give a thread back: by `Place`, once."""
+        with self._lock:
+            self._threads -= 1
 
 
-def _nothing() -> None:
-    """Release a place that nobody counts."""
+class Place:
+    """A stream's place, and its thread's; each is given back once, by whom ever."""
+
+    __slots__ = ("_keys", "_threads")
+
+    def __init__(self, capacity: Capacity | None, key: Hashable) -> None:
+        held = [] if capacity is None else [capacity]
+        self._keys = [(capacity, key) for capacity in held]
+        self._threads = held
+
+    def leave_thread(self) -> None:
+        """The stream goes on without its thread."""
+        with suppress(IndexError):
+            self._threads.pop().leave_thread()
+
+    def release(self) -> None:
+        """The stream has ended."""
+        self.leave_thread()
+        with suppress(IndexError):
+            capacity, key = self._keys.pop()
+            capacity.leave(key)

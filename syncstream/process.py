@@ -117,6 +117,11 @@ class Process:
     def open_streams(self) -> int:
         return sum(served.count() for served in list(self._all.values()))
 
+    @property
+    def attached_streams(self) -> int:
+        """How many hold a thread or greenlet of their server."""
+        return sum(len(served.open) for served in list(self._all.values()))
+
     def opened(
         self,
         stream: Stoppable,

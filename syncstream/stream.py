@@ -31,6 +31,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
+from .capacity import Place
 from .errors import ClientDisconnected, Closed
 from .fanout import Client, Terms, fanout
 from .hub import Frames, Subscription
@@ -333,7 +334,7 @@ class Stream:
         self._swap: Swap | None = None
         self._client: Client | None = None  # its connection is the loop's
         self._response_callbacks: deque[Callable[[], object]] = deque()
-        self._place: Callable[[], object] | None = None
+        self._place: Place | None = None
         # The watch's side.
         self._process: Process | None = None
         self._served: Served | None = None
@@ -586,13 +587,18 @@ class Stream:
         """Call this once when the server is done with the response.
 
         That is the stream's end, unless its client has been handed over.
+
+        Raises:
+            TypeError: It cannot be called.
         """
+        if not callable(callback):
+            raise TypeError(f"callback must be callable, got {callback!r}")
         self._response_callbacks.append(callback)
         if self._is_closed:
             self._settle_response()
 
-    def hold(self, place: Callable[[], object]) -> None:
-        """Have this called when it ends, also if nobody closes it."""
+    def hold(self, place: Place) -> None:
+        """Take a place, to be released at the end, also if nobody closes it."""
         self._place = place
 
     # For the waits.
@@ -797,8 +803,11 @@ class Stream:
         head, life = taken.head, self._life
         if first:
             head += b"%x\r\n%b\r\n" % (len(first), first) if taken.is_chunked else first
-        place, self._place = self._place, None
-        callbacks = (*self._callbacks, place) if place else tuple(self._callbacks)
+        callbacks = tuple(self._callbacks)
+        if self._place is not None:
+            self._place.leave_thread()
+            callbacks = (*callbacks, self._place.release)
+            self._place = None
         self._callbacks.clear()
         terms = Terms(
             loop.worker(),
@@ -1063,7 +1072,7 @@ class Stream:
     def _leave_place(self) -> None:
         place, self._place = self._place, None
         if place is not None:
-            place()
+            place.release()
 
     def _settle(self) -> None:
         """Finish: tell the callbacks, count it. The server may still be writing."""

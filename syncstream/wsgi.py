@@ -21,7 +21,7 @@ from wsgiref.util import is_hop_by_hop
 from werkzeug.datastructures import Headers
 from werkzeug.wrappers import Response
 
-from .capacity import Capacity
+from .capacity import Capacity, Place
 from .process import Stopping, process
 from .protocol import ndjson, raw, sse
 from .protocol.json import Dumps
@@ -149,7 +149,7 @@ class Connection:
         warning = record.memo(key, lambda: server.warning(environ))
         if warning is not None:
             record.warn_once(log, warning)
-        threads, streams = self.threads, record.open_streams + 1
+        threads, streams = self.threads, record.attached_streams + 1
         if threads is not None and threads > 1 and streams >= threads:
             record.warn_once(
                 log,
@@ -672,7 +672,7 @@ class StreamMiddleware:
         if head.refusal is not None:
             return head.refuse(app_iter)
         if connection.stream is not None or _is_file(environ, app_iter):
-            head.hand_over(connection.stream)
+            head.leave_place_to(connection.stream)
             return app_iter
         if not head.is_started:
             return _Lazy(app_iter, head)
@@ -703,7 +703,7 @@ class _Head:
         self._start_response = start_response
         self._life = life
         self._capacity = capacity
-        self._release: Callable[[], None] | None = None
+        self._place: Place | None = None
         self._status = 0
         self._headers: list[tuple[str, str]] = []
 
@@ -718,10 +718,9 @@ class _Head:
         self.release()  # called again, for an error
         if (ours is not None or self.format is not None) and self.has_body:
             environ, connection = self.connection.environ, self.connection
-            release = self._capacity.admit(environ, lambda: connection.threads)
-            if release is None:
+            self._place = self._capacity.admit(environ, lambda: connection.threads)
+            if self._place is None:
                 return self._refuse(exc_info)
-            self._release = release
         if self.format is None:
             return self._call(status, headers, exc_info)
         headers = merge_headers(_LIVE, headers)
@@ -773,7 +772,7 @@ class _Head:
         if not self.has_body:
             stream.close()
             return ()
-        self.hand_over(stream)
+        self.leave_place_to(stream)
         self.connection.take(stream, self._headers, self.written)
         return stream
 
@@ -781,15 +780,15 @@ class _Head:
 
     def release(self) -> None:
         """Give the place back: there is no stream."""
-        if self._release is not None:
-            self._release()
-            self._release = None
+        if self._place is not None:
+            self._place.release()
+            self._place = None
 
-    def hand_over(self, stream: Stream | None) -> None:
+    def leave_place_to(self, stream: Stream | None) -> None:
         """Leave the place to a stream, until it ends."""
-        if stream is not None and self._release is not None:
-            stream.hold(self._release)
-            self._release = None
+        if stream is not None and self._place is not None:
+            stream.hold(self._place)
+            self._place = None
         self.release()
 
     def _refuse(self, exc_info: Any) -> Callable[[bytes], object]:
@@ -871,7 +870,7 @@ class _Lazy:
             first = next(iterator)
         except BaseException as error:
             if head.format is None and head.refusal is None:
-                head.hand_over(head.connection.stream)
+                head.leave_place_to(head.connection.stream)
                 raise
             rest = _Rest(self._app_iter, iterator, error=error)
         else:
@@ -880,7 +879,7 @@ class _Lazy:
             self._app_iter = ()  # closed now
             return iter(head.refuse(rest))
         if head.format is None:
-            head.hand_over(head.connection.stream)  # one of ours, or none
+            head.leave_place_to(head.connection.stream)  # one of ours, or none
             return rest
         self._stream = head.respond(rest)
         return iter(self._stream)

@@ -40,15 +40,15 @@ def test_places_are_exact(limit):
 
     def work():
         for _ in range(300):
-            release = places.admit({}, lambda: None)
-            if release is None:
+            place = places.admit({}, lambda: None)
+            if place is None:
                 refused.append(1)
                 continue
             held.append(1)
             most.append(len(held))
             held.pop()
-            release()
-            release()
+            place.release()
+            place.release()
 
     for join in [PLACE.start(work) for _ in range(20)]:
         join()
@@ -68,8 +68,8 @@ def test_each_has_its_own_places():
     assert None not in taken
     assert places.admit({"who": "a"}, lambda: None) is None
     assert places.admit({"who": None}, lambda: None)
-    taken[0]()
-    taken[0]()
+    taken[0].release()
+    taken[0].release()
     assert places.admit({"who": "a"}, lambda: None)
     assert places.admit({"who": "a"}, lambda: None) is None
 
@@ -82,13 +82,13 @@ def test_keys_are_exact_and_forgotten():
     def work():
         for _ in range(300):
             who = random.choice("abcde")
-            release = places.admit({"who": who}, lambda: None)
-            if release is not None:
+            place = places.admit({"who": who}, lambda: None)
+            if place is not None:
                 held[who].append(1)
                 if len(held[who]) > 2 or sum(map(len, held.values())) > 7:
                     too_many.append(1)
                 held[who].pop()
-                release()
+                place.release()
 
     for join in [PLACE.start(work) for _ in range(20)]:
         join()
@@ -101,10 +101,10 @@ def test_one_release_from_two_threads():
     places = capacity(max_streams=2)
     for _ in range(200):
         first, second = (places.admit({}, lambda: None) for _ in range(2))
-        for join in [PLACE.start(first), PLACE.start(first)]:
+        for join in [PLACE.start(first.release), PLACE.start(first.release)]:
             join()
         assert places._count == 1
-        second()
+        second.release()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,23 @@ def test_threads_are_reserved(threads, admitted):
     """What the server has, less three; no limit where it has none."""
     places = capacity(reserve_threads=3, max_streams=9)
     got = [places.admit({}, lambda: threads) for _ in range(12)]
-    assert sum(release is not None for release in got) == admitted
+    assert sum(place is not None for place in got) == admitted
+
+
+def test_a_thread_is_given_back_before_its_place():
+    """Who is handed over holds no thread, but a place still."""
+    places = capacity(reserve_threads=3, max_streams=3)
+    first, second = (places.admit({}, lambda: 4) for _ in range(2))
+    assert first is not None
+    assert second is None
+    first.leave_thread()
+    second, third, fourth = (places.admit({}, lambda: 5) for _ in range(3))
+    assert None not in (second, third)
+    assert fourth is None
+    for place in (first, second, third):
+        place.release()
+        place.leave_thread()
+    assert (places._count, places._threads) == (0, 0)
 
 
 @pytest.mark.parametrize("key", [[], {}])
@@ -397,7 +413,7 @@ def test_start_response_called_twice(second, is_full):
         assert (b"data: sorry\n\n" in answer.rest()) is not is_full
     answer.close()
     if held is not None:
-        held()
+        held.release()
     assert limited._capacity._count == 0
 
 

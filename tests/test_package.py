@@ -18,7 +18,8 @@ PACKAGE = ROOT / "syncstream"
 LAYERS = (
     ("errors",),
     ("protocol",),
-    ("sockets", "senders"),
+    ("sockets",),
+    ("senders",),
     ("waiting",),
     ("log",),
     ("brokers",),
