@@ -19,7 +19,7 @@ import logging
 import re
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 READ = 500  # entries that are read at once
 WINDOW = 256  # entries of a channel that are kept for its subscribers
+WINDOW_SIZE = 1 << 20  # bytes of them, but for a single one
+BUDGET = 64 << 20  # bytes of all windows of a hub
 IDLE = 60.0  # seconds that a window without subscribers is kept
 MAX_CHANNELS = 32  # of one subscription, by name: their ids fit into one
 _MAX_ID = 4096  # characters of an id that are looked at
@@ -72,13 +74,14 @@ class _Channel:
     """A channel that has, or had a moment ago, subscribers."""
 
     __slots__ = (
-        *("idle_since", "is_doubtful", "is_watched", "log", "patterns"),
+        *("counted", "idle_since", "is_doubtful", "is_watched", "log", "patterns"),
         *("subscriptions", "tagged", "waiters"),
     )
 
     def __init__(self) -> None:
         # The head is unknown: the first entry says what it follows.
         self.log = Log("")
+        self.counted = 0  # bytes of it that are in `Hub._size`
         self.subscriptions = 0
         self.is_watched = False  # by its name: the broker tells of it
         # What was told did not fit: its head may be older than the channel's. The
@@ -131,12 +134,17 @@ class Hub:
         if broker is None:
             broker = open_broker(url, capacity=capacity, max_age=max_age)
         self.broker = broker
+        self._max_age = float("inf") if max_age is None else max_age
         self._max_payload = max_payload
         self._dumps = dumps_or_default(dumps)
         # Reentrant: a garbage collection in here may close a subscription. Never
         # held while the broker is called: brokers call us under their own.
         self._lock = native(_thread, "RLock")()
         self._channels: dict[str, _Channel] = {}
+        # Those whose windows hold something, the one first that was not written to
+        # for longest; and what they hold together.
+        self._filled: OrderedDict[_Channel, None] = OrderedDict()
+        self._size = 0
         self._patterns: dict[str, int] = {}  # how many subscriptions have each
         self._with_patterns: dict[int, weakref.ref[Subscription]] = {}
         self._version = 0  # of the subscriptions that have patterns
@@ -356,7 +364,7 @@ class Hub:
                 "subscribers": len(self._open),
                 "channels": len(logs),
                 "entries": sum(len(log) for log in logs),
-                "bytes": sum(log.size for log in logs),
+                "bytes": self._size,
                 "published": self._published,
                 "delivered": self._delivered,
                 "up": self._is_up,
@@ -390,8 +398,11 @@ class Hub:
             window.append(entry)
             if entry.payload[:1] == b"\0":
                 record.tagged = window.end - 1
-            if len(window) > WINDOW:
-                window.trim(WINDOW, float("-inf"), float("inf"))
+            window.trim(WINDOW, entry.time - self._max_age, WINDOW_SIZE)
+            self._count(record)
+            self._filled.move_to_end(record)
+            while self._size > BUDGET:
+                self._empty(next(iter(self._filled)))
             waiters, record.waiters = record.waiters, {}
             if self._patterns and record.patterns != self._version:
                 record.patterns = self._version
@@ -399,6 +410,28 @@ class Hub:
                     waiters |= subscription.discover(channel, entry.prev)
         if waiters:
             wake_all(waiters)
+
+    def _count(self, record: _Channel) -> None:
+        """Take note of a window's size, under the lock, after any change of it."""
+        size = record.log.size
+        if size and not record.counted:
+            self._filled[record] = None
+        elif record.counted and not size:
+            del self._filled[record]
+        self._size += size - record.counted
+        record.counted = size
+
+    def _empty(self, record: _Channel) -> None:
+        """Drop a window's entries; who is behind reads them from the broker."""
+        record.log.trim(0, float("-inf"), float("inf"))
+        self._count(record)
+
+    def restart(self, record: _Channel, head: str) -> dict[Waiter, None]:
+        """Let a window begin anew after an id, under the lock; return whom to wake."""
+        record.log.restart(head)
+        self._count(record)
+        waiters, record.waiters = record.waiters, {}
+        return waiters
 
     def resync(self, channels: Iterable[str] | None) -> None:
         with self._lock:
@@ -412,10 +445,8 @@ class Hub:
                     is_lost = True
                     continue
                 # Readers find themselves outside of it, and ask the broker.
-                record.log.restart("")
+                waiters.update(self.restart(record, ""))
                 record.is_doubtful = True
-                waiters.update(record.waiters)
-                record.waiters = {}
             if is_lost:  # maybe of channels that nobody has heard of
                 for subscription in _alive(self._with_patterns):
                     waiters |= subscription.lose(channels)
@@ -489,6 +520,9 @@ class Hub:
             else:
                 record = self._channels.setdefault(name, _Channel())
                 record.subscriptions += 1
+                since = time.monotonic() - self._max_age
+                record.log.trim(WINDOW, since, WINDOW_SIZE)
+                self._count(record)
         # Others may have come first, and not be done: it is done twice, then.
         if record is None or not record.is_watched:
             self.broker.watch(name)
@@ -538,8 +572,9 @@ class Hub:
             and now - record.idle_since > IDLE
             and (is_watched or not record.is_watched)
         ]
-        for name, _ in idle:
+        for name, record in idle:
             del self._channels[name]
+            self._empty(record)  # a pattern's subscription may hold it
         return [name for name, record in idle if record.is_watched]
 
     def record(self, name: str) -> _Channel:
@@ -1094,9 +1129,7 @@ class Subscription:
             if record.log.end == end:
                 record.is_doubtful = False
                 if record.log.head != head:
-                    record.log.restart(head)
-                    waiters, record.waiters = record.waiters, {}
-                    wake_all(waiters)
+                    wake_all(self.hub.restart(record, head))
 
     def _gap(self, cursor: _Cursor, page: Page) -> list[Item]:
         """Return the reset, and what is to follow it."""

@@ -6,6 +6,7 @@ import logging
 import random
 import re
 import time
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given, settings
@@ -1264,6 +1265,125 @@ def test_a_kick_while_the_broker_is_asked(place):
 
 # Size.
 
+SIZES = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("publish"), st.sampled_from("abcdef"), st.integers(0, 30_000)
+        ),
+        st.tuples(st.just("read"), st.integers(0, 3), st.just(0)),
+        st.tuples(st.just("renew"), st.integers(0, 3), st.just(0)),
+        st.tuples(st.just("resync"), st.sampled_from("abcdef"), st.just(0)),
+        st.tuples(st.just("hole"), st.sampled_from("abcdef"), st.just(0)),
+        st.tuples(st.just("age"), st.just(0), st.just(0)),
+    ),
+    max_size=80,
+)
+NAMES = [("a",), ("a", "b", "c"), ("#",), ("*", "f")]
+
+
+@contextmanager
+def tight_windows():
+    """Let windows have little room, and be forgotten at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub_module, "IDLE", -1.0)
+        patch.setattr(hub_module, "WINDOW", 5)
+        patch.setattr(hub_module, "WINDOW_SIZE", 50_000)
+        patch.setattr(hub_module, "BUDGET", 100_000)
+        yield
+
+
+@settings(max_examples=150, deadline=None)
+@given(SIZES)
+def test_windows_have_a_budget(steps):
+    """Their sizes are known exactly, and bounded together; and nothing is lost."""
+    with tight_windows():
+        check_budget(steps)
+
+
+def check_budget(steps):
+    broker = Told(capacity=10_000)
+    hub = Hub(broker=broker, max_age=1e6)
+    subscriptions = [hub.subscribe(*names) for names in NAMES]
+    found = [[] for _ in NAMES]
+    published = []
+    # In the end of what was not told, too.
+    last = [("resync", name, 0) for name in "abcdef"]
+    last += [("read", number, 0) for number in range(len(NAMES))]
+    for action, what, size in steps + last:
+        if action in ("publish", "hole"):
+            hub.publish(what, f"{len(published)}:{what}:" + "x" * size)
+            published.append(what)
+            if action == "publish" and broker._is_watched(what):
+                broker.tell(what, -1)
+        elif action == "read":
+            found[what] += read_all(subscriptions[what])
+        elif action == "renew":
+            subscriptions[what].close()
+            subscriptions[what] = hub.subscribe(*NAMES[what])
+            found[what] = []
+        elif action == "resync":
+            hub.resync([what])
+        else:
+            for record in hub._channels.values():
+                for entry in record.log.read(record.log.first, 1):
+                    entry.time -= 2e6
+        sizes = [
+            sum(entry.size for entry in record.log.read(record.log.first, 100))
+            for record in hub._channels.values()
+        ]
+        assert hub.stats()["bytes"] == hub._size == sum(sizes) <= 100_000
+        assert all(size <= 50_000 + 30_000 * 2 for size in sizes)
+        assert len(hub._filled) == len([size for size in sizes if size])
+    for subscription, names, events in zip(subscriptions, NAMES, found, strict=True):
+        numbers = {}
+        for event in events:
+            if not isinstance(event, Gap):
+                number, channel, _ = event.data.split(":")
+                numbers.setdefault(channel, []).append(int(number))
+        for channel, mine in numbers.items():
+            assert mine == sorted(set(mine))
+            # By its name nothing is lost from the first that it got on.
+            if channel in names:
+                rest = range(mine[0], len(published))
+                assert mine == [n for n in rest if published[n] == channel]
+        subscription.close()
+    hub.close()
+
+
+def test_the_window_that_is_quiet_for_longest_makes_room(hub, monkeypatch):
+    """Who is behind in it reads the broker; who is at its end does not notice."""
+    monkeypatch.setattr(hub_module, "BUDGET", 9_000)
+    quiet, behind, busy = (hub.subscribe(name) for name in ("quiet", "quiet", "busy"))
+    for subscription in (quiet, behind, busy):
+        subscription.read(0)
+    hub.publish_many("quiet", ["x" * 100] * 10)
+    assert len(quiet.read(0)) == 10
+    hub.publish_many("busy", ["x" * 100] * 12)
+    assert not len(hub._channels["quiet"].log)
+    assert len(hub._channels["busy"].log) == 12
+    assert quiet.read(0) == []
+    hub.publish("quiet", "more")
+    assert data(quiet.read(0)) == ["more"]
+    assert data(read_all(behind)) == ["x" * 100] * 10 + ["more"]
+    assert len(busy.read(0)) == 12
+
+
+def test_a_window_holds_nothing_that_is_too_old():
+    """What is older than ``max_age`` goes when its channel is touched."""
+    hub = Hub(max_age=0.05)
+    subscription = hub.subscribe("a")
+    subscription.read(0)
+    hub.publish("a", "old")
+    record = hub._channels["a"]
+    time.sleep(0.06)
+    hub.publish("a", "new")
+    assert len(record.log) == 1
+    time.sleep(0.06)
+    hub.subscribe("a").read(0)
+    assert len(record.log) == hub._size == 0
+    hub.close()
+
+
 MEMORY = """
 import os, sys
 sys.path.insert(0, ".")
@@ -1280,9 +1400,10 @@ subscriptions = [hub.subscribe(f"user:{n}") for n in range(count)]
 for subscription in subscriptions:
     subscription.read(0)
 for n in range(10 * count):
-    hub.publish(f"user:{n}", "x" * 100)
+    hub.publish(f"user:{n}", f"{n} " + "x" * 100)
 for n, subscription in enumerate(subscriptions):
-    assert len(subscription.read(0)) == 1
+    (event,) = subscription.read(0)
+    assert event.data.split()[0] == str(n)
 print((rss() - before) / 1e6)
 """
 
