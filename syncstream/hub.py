@@ -1020,9 +1020,6 @@ class Subscription:
                 self._withdraw()
                 return []
             try:
-                scope = current_scope()
-                if scope is not None:
-                    scope.before_wait()
                 waiter.wait(left)
             except BaseException:
                 self.close("closed")

@@ -468,6 +468,10 @@ class Waiter:
             ClientDisconnected, GeneratorExit: The scope has ended.
         """
         scope = self._scope
+        if scope is not None:
+            # Each time: who knows what ran since the last wait, here or in a
+            # middleware, and what it took. A wake that comes meanwhile counts.
+            scope.before_wait()
         if self.hub is None:
             self._wait_in_thread(scope, timeout)
         elif self._is_woken:  # while it was elsewhere

@@ -1070,6 +1070,37 @@ def test_an_end_of_the_stream_frees_a_generators_subscription(hub):
     assert held[0].is_closed
 
 
+@pytest.mark.parametrize("channels", [("a",), ("a", "b")])
+def test_what_is_held_is_given_back_before_each_wait(hub, place, channels):
+    """A database connection, for one: whatever ran since the wait before took it."""
+    held = ["the view's"]
+
+    def snapshot():
+        held.append("the snapshot's")
+        return ["so far"]
+
+    line = Line("f-f")
+    line.before_wait = held.clear
+    waits = []
+
+    def run():
+        stream = stream_of(hub.subscribe(*channels, on_gap=snapshot), line, end=None)
+        for chunk in stream:
+            waits.append(chunk)
+            held.append("a middleware's")
+
+    join = place.start(run)
+    for number in range(3):
+        await_true(place, lambda: b"so far" in b"".join(waits))
+        await_true(place, lambda: not held)
+        hub.publish("a", f"event {number}")
+        text = b"event %d" % number
+        await_true(place, lambda text=text: text in b"".join(waits))
+    await_true(place, lambda: not held)
+    hub.close()
+    join()
+
+
 # Accounts.
 
 
