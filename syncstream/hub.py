@@ -67,7 +67,9 @@ class Gap(Event):
 
 
 def _gap(channel: str, reason: str, id: str) -> Gap:
-    return Gap({"channel": channel, "reason": reason}, event=GAP_EVENT, id=id)
+    fields = {"channel": channel, "reason": reason}
+    data = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
+    return Gap(data, event=GAP_EVENT, id=id)
 
 
 class _Channel:
@@ -319,14 +321,23 @@ class Hub:
             reauthorize=reauthorize,
         )
 
-    def head(self, channel: str) -> str:
-        """Return the id of a channel's newest event.
+    def head(self, *channels: str) -> str:
+        """Return the id of a channel's newest event; of several, one for all.
 
-        For the page that is rendered before its stream opens: ``after=`` that id, and
-        nothing is missed in between.
+        For the page that is rendered before its stream opens: ``after=`` that id, or
+        ``?lastEventId=``, and nothing is missed in between.
+
+        Args:
+            channels: As for `subscribe`, but names only, and the same ones: an id of
+                two channels is not one of the first alone.
         """
-        _check_name(channel)
-        return self.broker.read(channel, None).head
+        names = tuple(dict.fromkeys(channels))
+        if not names:
+            raise ValueError("channels must be given, at least one")
+        for name in names:
+            _check_name(name)
+        heads = [self.broker.read(name, None).head for name in names]
+        return heads[0] if len(names) == 1 else _composite(names, heads)
 
     # Who is there.
 
@@ -630,6 +641,8 @@ class _Cursor:
         seen: The window's end before the broker was asked, and had nothing more; -1
             if it may have. While the window's end is that, there is nothing new.
         is_begun: It was found once, so that a gap is one of a lag.
+        start: The head when it began, if it began before that, with entries that it
+            was not promised; ``""`` otherwise, and later.
     """
 
     name: str
@@ -639,6 +652,7 @@ class _Cursor:
     seen: int = -1
     is_begun: bool = False
     sent: str = ""
+    start: str = ""
 
     def __post_init__(self) -> None:
         self.sent = self.last
@@ -962,30 +976,31 @@ class Subscription:
             id = places.get(name, "")
             known = len(id) <= 40 and _ID.fullmatch(id) is not None
             return _Cursor(name, record, id if known else "")
-        after = self._after
-        if after == "now":
+        if self._after == "now":
             return _Cursor(name, record, self.hub.broker.read(name, None).head)
-        if after == "start":
-            page = self.hub.broker.read(name, START, 1)
-            return _Cursor(
-                name, record, page.entries[0].prev if page.entries else page.head
-            )
-        if isinstance(after, int):
-            return _Cursor(name, record, self._newest(name, after))
-        raise AssertionError(after)
+        count = self._after if isinstance(self._after, int) else None
+        last, head = self._oldest(name, count)
+        return _Cursor(name, record, last, start=head)
 
-    def _newest(self, name: str, count: int) -> str:
-        """Return the id before so many of a channel's newest events."""
-        page = self.hub.broker.read(name, START, 1)
-        entries: list[Entry] = []
-        last = page.entries[0].prev if page.entries else page.head
-        while True:
-            page = self.hub.broker.read(name, last, READ)
-            if not page.entries:
-                break
-            entries = [*entries, *page.entries][-count:]
-            last = entries[-1].id
-        return entries[0].prev if entries else last
+    def _oldest(self, name: str, count: int | None) -> tuple[str, str]:
+        """Return the id before the oldest of a channel's entries, and its head's.
+
+        Args:
+            count: Of so many of its newest; ``None`` for all that are kept.
+        """
+        read = self.hub.broker.read
+        page = read(name, START, 1 if count is None else READ)
+        head = page.head
+        if count is None:
+            return page.entries[0].prev if page.entries else head, head
+        newest: deque[Entry] = deque(maxlen=count)
+        while page.entries:
+            for entry in page.entries:
+                newest.append(entry)
+                if entry.id == head:  # more may come faster than they are read
+                    return newest[0].prev, head
+            page = read(name, newest[-1].id, READ)
+        return newest[0].prev if newest else page.head, head
 
     # To take what is there.
 
@@ -1101,7 +1116,7 @@ class Subscription:
                 cursor.position += len(entries)
                 if entries:
                     cursor.last = entries[-1].id
-                cursor.is_begun = True
+                cursor.is_begun, cursor.start = True, ""
                 if entries or not cursor.record.is_doubtful:
                     return [(cursor, e) for e in entries if self._is_for_us(e)]
             end = window.end
@@ -1113,11 +1128,24 @@ class Subscription:
         if page.entries:
             cursor.position = -1
         if not page.complete:
-            return self._gap(cursor, page)
+            if not self._is_only_older(cursor):
+                return self._gap(cursor, page)
+            cursor.last = page.entries[0].prev if page.entries else page.head
+            cursor.sent = cursor.last
         if page.entries:
             cursor.last = last
-        cursor.is_begun = True
+        cursor.is_begun, cursor.start = True, ""
         return [(cursor, e) for e in page.entries if self._is_for_us(e)]
+
+    def _is_only_older(self, cursor: _Cursor) -> bool:
+        """Tell whether what was trimmed had come before the cursor began.
+
+        "All that is kept" and "the newest" are less on a busy channel by the time
+        when they are read. That is no gap, as long as nothing newer is missing.
+        """
+        if not cursor.start:
+            return False
+        return self.hub.broker.read(cursor.name, cursor.start, 1).complete
 
     def _settle(self, cursor: _Cursor, head: str, end: int) -> None:
         """Put an end to a window's doubts, if it is as it was."""
@@ -1130,8 +1158,8 @@ class Subscription:
 
     def _gap(self, cursor: _Cursor, page: Page) -> list[Item]:
         """Return the reset, and what is to follow it."""
-        reason = "lagged" if cursor.is_begun else "unknown"
-        if cursor.is_begun and self._on_lag == "drop":
+        reason = "lagged" if cursor.is_begun or cursor.start else "unknown"
+        if reason == "lagged" and self._on_lag == "drop":
             self.close("lagged")
             raise Closed("lagged")
         entries = page.entries
@@ -1142,7 +1170,7 @@ class Subscription:
             cursor.seen = -1  # more may have come
             if callable(self._on_gap):
                 snapshot = [self._snapshot(item) for item in self._on_gap()]
-        cursor.is_begun = True
+        cursor.is_begun, cursor.start = True, ""
         cursor.last = before
         items = self._reset(cursor, reason, before, snapshot)
         for entry in entries:
@@ -1179,7 +1207,10 @@ class Subscription:
             raise ValueError("a snapshot's events must have no id")
         if event.data is None:
             raise ValueError("a snapshot's events must have data")
-        return event
+        data = event.data  # text, in the end, as what a broker has
+        if isinstance(data, (bytes, bytearray)):
+            data = data.decode()
+        return self.hub._event(data, event.event, event.retry)
 
     def _is_for_us(self, entry: Entry) -> bool:
         if entry.payload[:1] != b"\0":
@@ -1218,12 +1249,8 @@ class Subscription:
         if self._is_simple:
             return id
         cursor.sent = id
-        parts = [
-            f"{_hash(name)}.{self._cursors[name].sent}"
-            for name in self.channels
-            if not is_pattern(name)
-        ]
-        return ",".join(parts) or id
+        names = [name for name in self.channels if not is_pattern(name)]
+        return _composite(names, [self._cursors[name].sent for name in names]) or id
 
     def _frame(self, item: Item) -> bytes:
         cursor, entry = item
@@ -1251,6 +1278,7 @@ class Subscription:
         def line(item: Item) -> bytes:
             event = self._decoded(item)
             fields: Mapping[str, Any] = {
+                **({} if self._is_simple else {"channel": item[0].name}),
                 "id": event.id,
                 **({"event": event.event} if event.event else {}),
                 "data": event.data,
@@ -1334,6 +1362,12 @@ class Frames:
             if items:
                 self.more += len(items) - 1
                 return b"".join(map(self._encode, items))
+
+
+def _composite(names: Iterable[str], ids: Iterable[str]) -> str:
+    """Return one id for several channels; `Subscription._places` takes it apart."""
+    pairs = zip(names, ids, strict=True)
+    return ",".join(f"{_hash(name)}.{id}" for name, id in pairs)
 
 
 def _hash(name: str) -> str:

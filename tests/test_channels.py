@@ -153,7 +153,24 @@ def test_ndjson(server, channel):
         {"id": ids[0], "data": "1"},
         {"id": ids[1], "data": '{"n":2}'},
     ]
+    # Of several, each line says whose it is; so does a reset.
+    path = f"/ndjson/{channel},other-{channel}"
+    with server.get(path, headers={"Last-Event-ID": "never-given"}) as client:
+        text = b""
+        while text.count(b"\n") < 4:
+            text += client.chunk()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert {(line["channel"], line.get("event"), line["data"]) for line in lines} == {
+        *((name, "reset", reset(name)) for name in (channel, f"other-{channel}")),
+        (channel, None, "1"),
+        (channel, None, '{"n":2}'),
+    }
     await_true(lambda: subscribers(server) == 0, server.log)
+
+
+def reset(channel, reason="unknown"):
+    """Return the data of a reset."""
+    return json.dumps({"channel": channel, "reason": reason}, separators=(",", ":"))
 
 
 def test_who_leaves_frees_its_subscription(server, channel):

@@ -184,6 +184,75 @@ def test_after_an_id(hub):
     assert reset.event == "reset"
 
 
+class Busy(MemoryBroker):
+    """A broker whose channel is written to between any two reads, and is full."""
+
+    def __init__(self, more, **options):
+        super().__init__(**options)
+        self.more = more
+
+    def read(self, channel, after, limit=1000):
+        page = super().read(channel, after, limit)
+        numbers, self.more = self.more[:1], self.more[1:]
+        for count in numbers:
+            self.publish([(channel, b"data: new\n\n")] * count)
+        return page
+
+
+@pytest.mark.parametrize("channels", [("a",), ("a", "b")])
+@pytest.mark.parametrize(
+    ("after", "more", "first"),
+    [
+        ("start", [2, 0], "2"),
+        ("start", [2, 3], "2"),
+        ("start", [10, 0], "new"),
+        (7, [4, 0], "4"),
+        (7, [2, 2, 1], "3"),
+        (10, [9, 0, 1], "9"),
+    ],
+)
+def test_a_busy_channel_begins_without_a_reset(channels, after, more, first):
+    """What it drops while a first connection begins is older than that."""
+    hub = Hub(broker=Busy([], capacity=10))
+    hub.publish_many("a", map(str, range(10)))
+    hub.broker.more = more
+    subscription = hub.subscribe(*channels, after=after)
+    found = read_all(subscription)
+    assert not any(isinstance(event, Gap) for event in found)
+    assert found[0].data == first
+    assert data(found) == [
+        *(str(n) for n in range(10) if first != "new" and n >= int(first)),
+        *["new"] * (sum(more) - sum(hub.broker.more)),
+    ]
+    if len(channels) == 1:
+        assert resume(hub, found[-1].id, *channels) == []
+    hub.close()
+
+
+@pytest.mark.parametrize("after", ["start", 3])
+def test_a_busy_channel_that_drops_what_is_newer_says_so(after, monkeypatch):
+    """It came after the first connection began, and is lost to it: a reset."""
+    monkeypatch.setattr(hub_module, "WINDOW", 4)
+    hub = Hub(broker=Busy([], capacity=10))
+    hub.publish_many("a", map(str, range(10)))
+    hub.broker.more = [15]
+    reset, *found = read_all(hub.subscribe("a", after=after))
+    assert reset.json() == {"channel": "a", "reason": "lagged"}
+    assert len(found) == 10
+    hub.close()
+
+
+def test_a_busy_channel_ends_no_search(hub):
+    """The newest are those of the beginning, however fast more come."""
+    hub.publish_many("a", map(str, range(900)))
+    hub.broker.__class__ = Busy
+    hub.broker.more = [600] * 100
+    subscription = hub.subscribe("a", after=5)
+    subscription.begin()
+    assert len(hub.broker.more) > 95
+    subscription.close()
+
+
 def test_last_event_id_counts_more_than_after(hub):
     """`after` is for first connections."""
     ids = hub.publish_many("a", "123")
@@ -274,7 +343,7 @@ def test_on_gap_callable(hub, channels):
 
     def snapshot():
         hub.publish("a", "meanwhile")
-        return ["so far", Event("more", event="state")]
+        return ["so far", Event({"more": 1}, event="state")]
 
     options = {"on_gap": lambda: snapshot(), "after": "f-f"}
     if len(channels) == 2:
@@ -286,7 +355,8 @@ def test_on_gap_callable(hub, channels):
     subscription = hub.subscribe(*channels, **options)
     found = read_all(subscription)
     assert isinstance(found[0], Gap)
-    assert data(found[1:]) == ["so far", "more", "meanwhile"]
+    assert data(found[1:]) == ["so far", '{"more":1}', "meanwhile"]
+    assert all(type(event.data) is str for event in found)
     assert [event.event for event in found] == ["reset", None, "state", None]
     # After the last of it: what has come since. Before: all of it.
     assert data(resume(hub, found[2].id, *channels)) == ["meanwhile"]
@@ -414,6 +484,22 @@ def test_several_channels_resume_anywhere(hub):
         for channel in "abc":
             mine = [d for d in expected if d[0] == channel]
             assert [d for d in got if d[0] == channel] == mine
+
+
+def test_head_of_several(hub):
+    """One id for all of them, and what follows follows it; in any order."""
+    ids = [hub.publish_many(name, "12")[-1] for name in "ab"]
+    head = hub.head("a", "b", "empty", "a")
+    assert all(id in head for id in ids)
+    hub.publish("b", "3")
+    hub.publish("empty", "4")
+    hub.publish("a", "5")
+    for names in (("a", "b", "empty"), ("empty", "b", "a")):
+        assert sorted(data(hub.subscribe(*names, after=head).read(0))) == [*"345"]
+        assert sorted(data(resume(hub, head, *names))) == [*"345"]
+    for names in ((), ("a", "b:*")):
+        with pytest.raises(ValueError, match="channel"):
+            hub.head(*names)
 
 
 def test_a_channel_that_is_new_to_an_id_is_a_reset(hub):
