@@ -277,7 +277,8 @@ class Hub:
 
         Args:
             channels: Names; or patterns: ``chat:*`` for one level more, ``logs:#``
-                for all levels. Who comes back to a pattern gets a reset of it, then
+                for all levels. A name that is not all yours may be one: make it by
+                `channel`. Who comes back to a pattern gets a reset of it, then
                 what comes from now on: no broker knows which channels there were
                 in between. Of each channel that it brings a little is kept as long
                 as it lasts.
@@ -320,6 +321,34 @@ class Hub:
             authorize=authorize,
             reauthorize=reauthorize,
         )
+
+    @staticmethod
+    def channel(*levels: str | int) -> str:
+        """Return a channel's name, of levels that may come from outside.
+
+        ``hub.channel("user", name)`` is one user's channel, whatever the name:
+        ``f"user:{name}"`` is everybody's if that is ``*``, and another's channel if
+        it is ``ann:mail``.
+
+        Args:
+            levels: What stands between the colons.
+
+        Raises:
+            ValueError: One is empty, or has a colon, ``*``, ``#`` or white space; or
+                the name is too long.
+            TypeError: One is neither text nor a whole number.
+        """
+        for level in levels:
+            if isinstance(level, bool) or not isinstance(level, (str, int)):
+                raise TypeError(f"a channel's level must be str or int, got {level!r}")
+            if not _NAME.fullmatch(str(level)) or ":" in str(level):
+                raise ValueError(
+                    "a channel's level must be text without white space, :, * and #,"
+                    f" got {level!r}"
+                )
+        name = ":".join(map(str, levels))
+        _check_name(name)
+        return name
 
     def head(self, *channels: str) -> str:
         """Return the id of a channel's newest event; of several, one for all.

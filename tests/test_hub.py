@@ -1040,6 +1040,30 @@ def test_wrong_channels(hub, name, error):
             call(name)
 
 
+@pytest.mark.parametrize(
+    "level", ["*", "#", "a:b", "b:#", "", " ", "a b", "a\n", "a*", "\0", "x" * 200]
+)
+def test_a_name_from_outside_is_one_level(hub, level):
+    """It is no pattern, and nobody else's channel."""
+    with pytest.raises(ValueError, match="channel"):
+        hub.channel("user", level)
+
+
+@pytest.mark.parametrize("level", [None, True, b"x", 1.5])
+def test_a_level_is_text_or_a_number(hub, level):
+    """Nothing else is turned into a name in silence."""
+    with pytest.raises(TypeError, match="level"):
+        hub.channel("user", level)
+
+
+def test_names_of_levels(hub):
+    """What is left is a name."""
+    assert hub.channel("user", "ann", 7) == "user:ann:7"
+    assert Hub.channel("Ünïcode.@-_%") == "Ünïcode.@-_%"
+    with pytest.raises(ValueError, match="channel"):
+        hub.channel()
+
+
 def test_more_wrong_arguments(hub):
     """Patterns are for subscriptions from now on; ids are the broker's."""
     for name in ("a:*", "#", "*:a:*"):
