@@ -1161,6 +1161,34 @@ def test_in_a_response(hub):
     assert hub.stats()["subscribers"] == 0
 
 
+@pytest.mark.parametrize("is_generator", [False, True])
+def test_who_is_denied_or_kicked_is_told_to_come_back_late(hub, is_generator):
+    """A browser comes back for ever: not soon, and not all at once."""
+
+    def source(subscription):
+        yield from subscription
+
+    def stream_to(subscription):
+        given = source(subscription) if is_generator else subscription
+        return stream_of(given, Line(), end="stop")
+
+    waits = set()
+    for _ in range(20):
+        denied = hub.subscribe("a", authorize=lambda subscription: False)
+        kicked = hub.subscribe("a", after="start")
+        hub.publish("a", "x")
+        stream = stream_to(kicked)
+        for chunk in stream:
+            if b"x" in chunk:
+                hub.kick(lambda subscription: True)
+        last = chunk
+        stream.close()
+        for block in (serve(stream_to(denied))[-1], last):
+            waits.add(int(re.fullmatch(rb"retry: (\d+)\n\n", block)[1]))
+    assert 5000 <= min(waits) <= max(waits) <= 15_000
+    assert len(waits) > 30
+
+
 def test_an_end_of_the_stream_frees_a_generators_subscription(hub):
     """Even where the generator's frame is held."""
     held = []
