@@ -2,7 +2,7 @@
 
     python tests/full_size.py [--share 1]
 
-In the repository's folder; ``tox -e soak`` runs it. Each line is a process of its own:
+Where syncstream is installed; ``tox -e soak`` runs it. Each line is a process of its own:
 100,000 channels with an event each; 10,000 subscribers of 10,000 channels, each in a
 greenlet that waits, and each of which must get its own channel's events and no others,
 in order; and both at once. ``--share 0.1`` is what the tests run.
@@ -14,7 +14,6 @@ import platform
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from syncstream import Hub
 
@@ -108,7 +107,6 @@ def main():
         command = [sys.executable, __file__, "--part", part]
         done = subprocess.run(
             [*command, "--share", str(options.share)],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
             stdout=subprocess.PIPE,
             text=True,
             timeout=600,
