@@ -2,7 +2,7 @@
 
     python tests/full_size.py [--share 1]
 
-Where syncstream is installed; ``tox -e soak`` runs it. Each line is a process of its own:
+With syncstream installed; ``tox -e soak`` runs it. Each line is a process of its own:
 100,000 channels with an event each; 10,000 subscribers of 10,000 channels, each in a
 greenlet that waits, and each of which must get its own channel's events and no others,
 in order; and both at once. ``--share 0.1`` is what the tests run.

@@ -97,17 +97,20 @@ class MemoryBroker:
             matches(pattern, channel) for pattern in self._patterns
         )
 
+    def _since(self, now: float) -> float:
+        return now - self._max_age if self._max_age is not None else float("-inf")
+
     def _trim(self, log: Log, now: float) -> None:
-        since = now - self._max_age if self._max_age is not None else float("-inf")
         before = log.size
         # A channel of its own bound, too, or a noisy one would be all there is.
-        log.trim(self._capacity, since, self._max_size / 8)
+        log.trim(self._capacity, self._since(now), self._max_size / 8)
         self._size += log.size - before
 
     def _empty_oldest(self) -> None:
         """Drop the events of the channel that was not written to for longest."""
         channel, log = self._logs.popitem(last=False)
         self._size -= log.size
+        # Who listens knows its head: it must go on from there.
         if channel in self._watched:
             log.trim(0, float("-inf"), float("inf"))
             self._logs[channel] = log
@@ -115,14 +118,13 @@ class MemoryBroker:
             self._empty = _empty()
 
     def _sweep(self, now: float) -> None:
-        """Forget what is too old, and channels of which nothing is left."""
-        for channel in list(self._logs):
-            log = self._logs[channel]
-            self._trim(log, now)
-            # Who listens knows its head: it must go on from there.
-            if not len(log) and channel not in self._watched:
-                del self._logs[channel]
-                self._empty = _empty()
+        """Forget channels of which all is too old: those that come first."""
+        since = self._since(now)
+        for _ in range(len(self._logs)):
+            log = next(iter(self._logs.values()))
+            if len(log) and log.entry(log.end - 1).time >= since:
+                return
+            self._empty_oldest()
 
     def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
         with self._lock:
