@@ -153,7 +153,7 @@ class Hub:
         self._open: dict[int, weakref.ref[Subscription]] = {}
         # What was dropped, not closed. Maybe by a garbage collection, anywhere, under
         # any lock: to call the broker there is to wait for oneself.
-        self._dropped: deque[tuple[list[str], list[str], Any]] = deque()
+        self._dropped: deque[tuple[Sequence[str], Sequence[str], Any]] = deque()
         self._published = self._delivered = 0
         self._is_up = True
         self._is_closed = False
@@ -523,7 +523,10 @@ class Hub:
         self._with_patterns.pop(id(subscription), None)
 
     def drop(
-        self, subscription: Subscription, watched: list[str], announced: list[str]
+        self,
+        subscription: Subscription,
+        watched: Sequence[str],
+        announced: Sequence[str],
     ) -> None:
         """Take note of one that is gone without a `close`; calls nobody."""
         self._open.pop(id(subscription), None)
@@ -689,6 +692,8 @@ class _Cursor:
 
 Item = tuple["_Cursor", "Entry | Event"]
 
+_NO_TAGS: frozenset[str] = frozenset()
+
 
 class Subscription:
     """The events of one channel or several, from a position on; from `Hub.subscribe`.
@@ -703,10 +708,19 @@ class Subscription:
         tags: As given to `Hub.subscribe`.
     """
 
+    # There may be many thousands, idle: nothing empty is kept where `None` does.
+    __slots__ = (
+        *("__weakref__", "_after", "_announce", "_asked", "_authorize", "_brought"),
+        *("_delivered", "_found", "_is_begun", "_is_simple", "_items", "_key"),
+        *("_lost", "_named", "_on_gap", "_on_lag", "_reason", "_reauthorize"),
+        *("_throttle", "_waiter", "_watched", "channels", "has_patterns", "hub"),
+        *("tags", "who"),
+    )
+
     def __init__(
         self,
         hub: Hub,
-        channels: Sequence[str],
+        channels: tuple[str, ...],
         *,
         after: str | int,
         on_gap: str | Callable[[], Iterable[Any]],
@@ -758,8 +772,9 @@ class Subscription:
         if reauthorize is not None and authorize is None:
             raise ValueError("reauthorize needs authorize")
         self.hub = hub
-        self.channels = tuple(dict.fromkeys(channels))
-        self.tags = frozenset(_check_tags("tags", tags))
+        is_one = len(channels) == 1
+        self.channels = channels if is_one else tuple(dict.fromkeys(channels))
+        self.tags = frozenset(_check_tags("tags", tags)) or _NO_TAGS
         self.who = who
         self._after = after
         self._on_gap = on_gap
@@ -771,14 +786,16 @@ class Subscription:
         self._reauthorize = reauthorize
         self._asked = 0.0
         self._delivered = 0.0
-        self._cursors: dict[str, _Cursor] = {}
-        self._only: _Cursor | None = None  # the same, where there can be but one
-        self._found: list[tuple[str, str]] = []  # channels that a pattern has brought
+        self._named: tuple[_Cursor, ...] = ()  # of the channels, in their order
+        self._brought: dict[str, _Cursor] | None = None  # of patterns
+        # Channels that a pattern has brought, and the ids before what they had.
+        self._found: list[tuple[str, str]] | None = None
         self._waiter: Waiter | None = None
-        self._items: list[Item] = []  # read, and not given out; the next is the last
+        # Read, and not given out; the next is the last.
+        self._items: list[Item] | None = None
         self._is_begun = False
-        self._watched: list[str] = []
-        self._lost: list[tuple[str, str]] = []  # patterns, and why
+        self._watched = 0  # so many of its channels, the first ones
+        self._lost: list[tuple[str, str]] | None = None  # patterns, and why
         self._reason: str | None = None
         self.has_patterns = any(is_pattern(name) for name in self.channels)
         self._is_simple = len(self.channels) == 1 and not self.has_patterns
@@ -789,9 +806,10 @@ class Subscription:
         return self
 
     def __next__(self) -> Event:
-        if not self._items:
-            self._items = self._wait(None)[::-1]
-        return self._decoded(self._items.pop())
+        items = self._items or self._wait(None)[::-1]
+        item = items.pop()
+        self._items = items or None
+        return self._decoded(item)
 
     def read(self, timeout: float | None = None) -> list[Event]:
         """Return what is there, oldest first; wait for it if there is nothing.
@@ -806,7 +824,8 @@ class Subscription:
             Closed: The subscription has ended.
             ClientDisconnected, GeneratorExit: As from `sleep`, in a stream.
         """
-        items, self._items = self._items[::-1], []
+        items = self._items[::-1] if self._items else None
+        self._items = None
         return [self._decoded(item) for item in items or self._wait(timeout)]
 
     def frames(self, is_events: bool, dumps: Dumps) -> Frames:
@@ -825,10 +844,7 @@ class Subscription:
         Returns:
             The bytes and how many events they are; ``None`` if that cannot be done.
         """
-        cursor = self._only
-        if cursor is None:
-            (cursor,) = self._cursors.values()
-            self._only = cursor
+        (cursor,) = self._named
         record, hub = cursor.record, self.hub
         window, lock = record.log, hub._lock
         waiter = self._own_waiter()
@@ -860,6 +876,11 @@ class Subscription:
                 raise
         return None
 
+    def _cursors(self) -> Sequence[_Cursor]:
+        if self._brought is None:
+            return self._named
+        return [*self._named, *self._brought.values()]
+
     def _own_waiter(self) -> Waiter:
         waiter = self._waiter
         if waiter is None or not waiter.is_ours():
@@ -873,7 +894,7 @@ class Subscription:
         if waiter is None:
             return
         with self.hub._lock:
-            for cursor in list(self._cursors.values()):
+            for cursor in self._cursors():
                 cursor.record.waiters.pop(waiter, None)
 
     def close(self, reason: str = "closed") -> None:
@@ -892,7 +913,8 @@ class Subscription:
         # Maybe in the midst of anything: see `Hub._dropped`.
         if getattr(self, "_is_begun", False):
             self._is_begun = False
-            self.hub.drop(self, self._watched, self._announced())
+            watched = self.channels[: self._watched]
+            self.hub.drop(self, watched, self._announced())
 
     @property
     def is_closed(self) -> bool:
@@ -913,6 +935,7 @@ class Subscription:
         """
         if not any(is_pattern(n) and matches(n, channel) for n in self.channels):
             return {}
+        self._found = self._found or []  # not None
         self._found.append((channel, prev))
         return {} if self._waiter is None else {self._waiter: None}
 
@@ -927,7 +950,8 @@ class Subscription:
             if is_pattern(name)
             and (channels is None or any(matches(name, c) for c in channels))
         ]
-        self._lost += [pair for pair in lost if pair not in self._lost]
+        known = self._lost = self._lost or []
+        known += [pair for pair in lost if pair not in known]
         return {self._waiter: None} if lost and self._waiter is not None else {}
 
     # Its position.
@@ -973,15 +997,17 @@ class Subscription:
         places = self._places(given)
         if places is None and self._after not in ("now", "start"):
             places = self._places(self._after) if isinstance(self._after, str) else None
-        self._cursors, self._only, self._lost = {}, None, []
+        self._named, self._brought, self._lost = (), None, None
+        named: list[_Cursor] = []
         for name in self.channels:
-            self._watched.append(name)
+            self._watched += 1
             record = self.hub.watch(name)
             if record is not None:
-                self._cursors[name] = self._cursor(name, record, places)
+                named.append(self._cursor(name, record, places))
             elif given is not None:
                 # No broker can tell which channels there have been since.
-                self._lost.append((name, "unknown"))
+                self._lost = [*(self._lost or ()), (name, "unknown")]
+        self._named = tuple(named)
 
     def _places(self, given: str | None) -> dict[str, str] | None:
         """Return the id of each channel in a Last-Event-ID; ``None`` without one."""
@@ -1095,14 +1121,14 @@ class Subscription:
         with self.hub._lock:
             if self._found or self._lost or self._reason is not None:
                 return False
-            for cursor in self._cursors.values():
+            for cursor in self._cursors():
                 record, at = cursor.record, cursor.position
                 # Outside of the window it is read from the broker, to its end.
                 if at < 0 or record.is_doubtful:
                     at = cursor.seen
                 if record.log.end != at:
                     return False
-            for cursor in self._cursors.values():
+            for cursor in self._cursors():
                 cursor.record.waiters[waiter] = None
         return True
 
@@ -1118,12 +1144,15 @@ class Subscription:
         while self._found:
             channel, prev = self._found.pop(0)
             record = self.hub.record(channel)
-            cursor = self._cursors.get(channel)
+            cursor = next((c for c in self._named if c.name == channel), None)
             if cursor is None:
-                self._cursors[channel] = _Cursor(channel, record, prev)
-            elif cursor.record is not record:
+                brought = self._brought = self._brought or {}
+                cursor = brought.get(channel)
+                if cursor is None:
+                    cursor = brought[channel] = _Cursor(channel, record, prev)
+            if cursor.record is not record:
                 cursor.record, cursor.position = record, -1
-        for cursor in list(self._cursors.values()):
+        for cursor in self._cursors():
             before = cursor.last
             items += self._take_from(cursor)
             # The newest of a key may be further on: all of it, in pieces.
@@ -1278,8 +1307,8 @@ class Subscription:
         if self._is_simple:
             return id
         cursor.sent = id
-        names = [name for name in self.channels if not is_pattern(name)]
-        return _composite(names, [self._cursors[name].sent for name in names]) or id
+        named = self._named
+        return _composite([c.name for c in named], [c.sent for c in named]) or id
 
     def _frame(self, item: Item) -> bytes:
         cursor, entry = item
@@ -1334,7 +1363,7 @@ class Subscription:
     def _leave(self, has_joined: bool = True) -> None:
         self.hub.leave(self)
         self._withdraw()
-        watched, self._watched = self._watched, []
+        watched, self._watched = self.channels[: self._watched], 0
         for name in watched:
             self.hub.unwatch(name)
         if has_joined:
