@@ -19,10 +19,11 @@ hub = Hub()  # of this process: run one worker
 
 def channel_of(name):
     # In earnest the name is the session's. One from outside is not to be "*", or
-    # "bob:#": that would be a pattern, and others' notifications.
-    if not name.isalnum():
+    # "bob:#": f"user:{name}" would be a pattern then, and others' notifications.
+    try:
+        return hub.channel("user", name)
+    except ValueError:
         abort(404)
-    return f"user:{name}"
 
 
 @app.get("/events/<name>")

@@ -125,7 +125,7 @@ class Client:
         *("subscription", "terms"),
     )
 
-    hub = None  # of no gevent hub: `wake_all` calls `wake`
+    hub: None = None  # no gevent hub's: `wake_all` calls `wake`
 
     def __init__(
         self,
@@ -211,7 +211,8 @@ class Client:
         reason, terms = str(self.reason), self.terms
         seconds = time.monotonic() - self.began
         try:
-            for callback in (partial(self.subscription.close, reason), *self.callbacks):
+            ended: Callable[[], object] = partial(self.subscription.close, reason)
+            for callback in (ended, *self.callbacks):
                 try:
                     callback()
                 except Exception:
@@ -241,7 +242,7 @@ class Group:
         *("key", "leader", "moved", "retry_at", "terms"),
     )
 
-    hub = None
+    hub: None = None
 
     def __init__(
         self, loop: Fanout, leader: Subscription, client: Client, key: Hashable = None
@@ -607,8 +608,8 @@ class Fanout:
         elif shared.is_asking or not mine.is_where(shared.leader):
             # It has not had its turn since. We come again with the next event.
             return
-        mine.withdraw()
         group.remove(client)
+        mine.lean_on(shared.leader)
         is_first = not shared.clients
         shared.add(client)
         if is_first:

@@ -20,7 +20,7 @@ import math
 import re
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +34,7 @@ from .protocol import sse
 from .protocol.json import Dumps, dumps_or_default
 from .protocol.sse import Event
 from .sockets import native
-from .waiting import Waiter, current_scope, wake_all
+from .waiting import Waiter, Wakeable, current_scope, wake_all
 
 __all__ = ["Gap", "Hub", "Subscription"]
 
@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 READ = 500  # entries that are read at once
 WINDOW = 256  # entries of a channel that are kept for its subscribers
+WINDOW_SIZE = 1 << 20  # bytes of them, but for a single one
+BUDGET = 64 << 20  # bytes of all windows of a hub
 IDLE = 60.0  # seconds that a window without subscribers is kept
 MAX_CHANNELS = 32  # of one subscription, by name: their ids fit into one
 _MAX_ID = 4096  # characters of an id that are looked at
@@ -66,27 +68,30 @@ class Gap(Event):
 
 
 def _gap(channel: str, reason: str, id: str) -> Gap:
-    return Gap({"channel": channel, "reason": reason}, event=GAP_EVENT, id=id)
+    fields = {"channel": channel, "reason": reason}
+    data = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
+    return Gap(data, event=GAP_EVENT, id=id)
 
 
 class _Channel:
     """A channel that has, or had a moment ago, subscribers."""
 
     __slots__ = (
-        *("idle_since", "is_doubtful", "is_watched", "log", "patterns"),
+        *("counted", "idle_since", "is_doubtful", "is_watched", "log", "patterns"),
         *("subscriptions", "tagged", "waiters"),
     )
 
     def __init__(self) -> None:
         # The head is unknown: the first entry says what it follows.
         self.log = Log("")
+        self.counted = 0  # bytes of it that are in `Hub._size`
         self.subscriptions = 0
         self.is_watched = False  # by its name: the broker tells of it
         # Its head may be older than the channel's, or not known at all: the first to
         # come to its end asks the broker.
         self.is_doubtful = True
         self.patterns = -1  # the `Hub._version` whose subscriptions know of it
-        self.waiters: dict[Waiter, None] = {}  # in the order in which they came
+        self.waiters: dict[Wakeable, None] = {}  # in the order in which they came
         self.tagged = -1  # the last position whose entry is not for everybody
         self.idle_since = time.monotonic()
 
@@ -132,19 +137,24 @@ class Hub:
         if broker is None:
             broker = open_broker(url, capacity=capacity, max_age=max_age)
         self.broker = broker
+        self._max_age = float("inf") if max_age is None else max_age
         self._max_payload = max_payload
         self._dumps = dumps_or_default(dumps)
         # Reentrant: a garbage collection in here may close a subscription. Never
         # held while the broker is called: brokers call us under their own.
         self._lock = native(_thread, "RLock")()
         self._channels: dict[str, _Channel] = {}
+        # Those whose windows hold something, the one first that was not written to
+        # for longest; and what they hold together.
+        self._filled: OrderedDict[_Channel, None] = OrderedDict()
+        self._size = 0
         self._patterns: dict[str, int] = {}  # how many subscriptions have each
         self._with_patterns: dict[int, weakref.ref[Subscription]] = {}
         self._version = 0  # of the subscriptions that have patterns
         self._open: dict[int, weakref.ref[Subscription]] = {}
         # What was dropped, not closed. Maybe by a garbage collection, anywhere, under
         # any lock: to call the broker there is to wait for oneself.
-        self._dropped: deque[tuple[list[str], list[str], Any]] = deque()
+        self._dropped: deque[tuple[Sequence[str], Sequence[str], Any]] = deque()
         self._published = self._delivered = 0
         self._is_up = True
         self._is_closed = False
@@ -268,7 +278,8 @@ class Hub:
 
         Args:
             channels: Names; or patterns: ``chat:*`` for one level more, ``logs:#``
-                for all levels. Who comes back to a pattern gets a reset of it, then
+                for all levels. A name that is not all yours may be one: make it by
+                `channel`. Who comes back to a pattern gets a reset of it, then
                 what comes from now on: no broker knows which channels there were
                 in between. Of each channel that it brings a little is kept as long
                 as it lasts.
@@ -312,14 +323,51 @@ class Hub:
             reauthorize=reauthorize,
         )
 
-    def head(self, channel: str) -> str:
-        """Return the id of a channel's newest event.
+    @staticmethod
+    def channel(*levels: str | int) -> str:
+        """Return a channel's name, of levels that may come from outside.
 
-        For the page that is rendered before its stream opens: ``after=`` that id, and
-        nothing is missed in between.
+        ``hub.channel("user", name)`` is one user's channel, whatever the name:
+        ``f"user:{name}"`` is everybody's if that is ``*``, and another's channel if
+        it is ``ann:mail``.
+
+        Args:
+            levels: What stands between the colons.
+
+        Raises:
+            ValueError: One is empty, or has a colon, ``*``, ``#`` or white space; or
+                the name is too long.
+            TypeError: One is neither text nor a whole number.
         """
-        _check_name(channel)
-        return self.broker.read(channel, None).head
+        for level in levels:
+            if isinstance(level, bool) or not isinstance(level, (str, int)):
+                raise TypeError(f"a channel's level must be str or int, got {level!r}")
+            if not _NAME.fullmatch(str(level)) or ":" in str(level):
+                raise ValueError(
+                    "a channel's level must be text without white space, :, * and #,"
+                    f" got {level!r}"
+                )
+        name = ":".join(map(str, levels))
+        _check_name(name)
+        return name
+
+    def head(self, *channels: str) -> str:
+        """Return the id of a channel's newest event; of several, one for all.
+
+        For the page that is rendered before its stream opens: ``after=`` that id, or
+        ``?lastEventId=``, and nothing is missed in between.
+
+        Args:
+            channels: As for `subscribe`, but names only, and the same ones: an id of
+                two channels is not one of the first alone.
+        """
+        names = tuple(dict.fromkeys(channels))
+        if not names:
+            raise ValueError("channels must be given, at least one")
+        for name in names:
+            _check_name(name)
+        heads = [self.broker.read(name, None).head for name in names]
+        return heads[0] if len(names) == 1 else _composite(names, heads)
 
     # Who is there.
 
@@ -357,7 +405,7 @@ class Hub:
                 "subscribers": len(self._open),
                 "channels": len(logs),
                 "entries": sum(len(log) for log in logs),
-                "bytes": sum(log.size for log in logs),
+                "bytes": self._size,
                 "published": self._published,
                 "delivered": self._delivered,
                 "up": self._is_up,
@@ -391,8 +439,11 @@ class Hub:
             window.append(entry)
             if entry.payload[:1] == b"\0":
                 record.tagged = window.end - 1
-            if len(window) > WINDOW:
-                window.trim(WINDOW, float("-inf"), float("inf"))
+            window.trim(WINDOW, entry.time - self._max_age, WINDOW_SIZE)
+            self._count(record)
+            self._filled.move_to_end(record)
+            while self._size > BUDGET:
+                self._empty(next(iter(self._filled)))
             waiters, record.waiters = record.waiters, {}
             if self._patterns and record.patterns != self._version:
                 record.patterns = self._version
@@ -401,11 +452,33 @@ class Hub:
         if waiters:
             wake_all(waiters)
 
+    def _count(self, record: _Channel) -> None:
+        """Take note of a window's size, under the lock, after any change of it."""
+        size = record.log.size
+        if size and not record.counted:
+            self._filled[record] = None
+        elif record.counted and not size:
+            del self._filled[record]
+        self._size += size - record.counted
+        record.counted = size
+
+    def _empty(self, record: _Channel) -> None:
+        """Drop a window's entries; who is behind reads them from the broker."""
+        record.log.trim(0, float("-inf"), float("inf"))
+        self._count(record)
+
+    def restart(self, record: _Channel, head: str) -> dict[Wakeable, None]:
+        """Let a window begin anew after an id, under the lock; return whom to wake."""
+        record.log.restart(head)
+        self._count(record)
+        waiters, record.waiters = record.waiters, {}
+        return waiters
+
     def resync(self, channels: Iterable[str] | None) -> None:
         with self._lock:
             channels = None if channels is None else list(channels)
             names = list(self._channels) if channels is None else channels
-            waiters: dict[Waiter, None] = {}
+            waiters: dict[Wakeable, None] = {}
             is_lost = channels is None
             for name in names:
                 record = self._channels.get(name)
@@ -413,10 +486,8 @@ class Hub:
                     is_lost = True
                     continue
                 # Readers find themselves outside of it, and ask the broker.
-                record.log.restart("")
+                waiters.update(self.restart(record, ""))
                 record.is_doubtful = True
-                waiters.update(record.waiters)
-                record.waiters = {}
             if is_lost:  # maybe of channels that nobody has heard of
                 for subscription in _alive(self._with_patterns):
                     waiters |= subscription.lose(channels)
@@ -453,7 +524,10 @@ class Hub:
         self._with_patterns.pop(id(subscription), None)
 
     def drop(
-        self, subscription: Subscription, watched: list[str], announced: list[str]
+        self,
+        subscription: Subscription,
+        watched: Sequence[str],
+        announced: Sequence[str],
     ) -> None:
         """Take note of one that is gone without a `close`; calls nobody."""
         self._open.pop(id(subscription), None)
@@ -490,6 +564,9 @@ class Hub:
             else:
                 record = self._channels.setdefault(name, _Channel())
                 record.subscriptions += 1
+                since = time.monotonic() - self._max_age
+                record.log.trim(WINDOW, since, WINDOW_SIZE)
+                self._count(record)
         # Others may have come first, and not be done: it is done twice, then.
         if record is None or not record.is_watched:
             self.broker.watch(name)
@@ -539,8 +616,9 @@ class Hub:
             and now - record.idle_since > IDLE
             and (is_watched or not record.is_watched)
         ]
-        for name, _ in idle:
+        for name, record in idle:
             del self._channels[name]
+            self._empty(record)  # a pattern's subscription may hold it
         return [name for name, record in idle if record.is_watched]
 
     def record(self, name: str) -> _Channel:
@@ -596,6 +674,8 @@ class _Cursor:
         seen: The window's end before the broker was asked, and had nothing more; -1
             if it may have. While the window's end is that, there is nothing new.
         is_begun: It was found once, so that a gap is one of a lag.
+        start: The head when it began, if it began before that, with entries that it
+            was not promised; ``""`` otherwise, and later.
     """
 
     name: str
@@ -605,12 +685,15 @@ class _Cursor:
     seen: int = -1
     is_begun: bool = False
     sent: str = ""
+    start: str = ""
 
     def __post_init__(self) -> None:
         self.sent = self.last
 
 
 Item = tuple["_Cursor", "Entry | Event"]
+
+_NO_TAGS: frozenset[str] = frozenset()
 
 
 class Subscription:
@@ -626,10 +709,19 @@ class Subscription:
         tags: As given to `Hub.subscribe`.
     """
 
+    # There may be many thousands, idle: nothing empty is kept where `None` does.
+    __slots__ = (
+        *("__weakref__", "_after", "_announce", "_asked", "_authorize", "_brought"),
+        *("_delivered", "_found", "_is_begun", "_is_simple", "_items", "_key"),
+        *("_lost", "_named", "_on_gap", "_on_lag", "_reason", "_reauthorize"),
+        *("_throttle", "_waiter", "_watched", "channels", "has_patterns", "hub"),
+        *("tags", "who"),
+    )
+
     def __init__(
         self,
         hub: Hub,
-        channels: Sequence[str],
+        channels: tuple[str, ...],
         *,
         after: str | int,
         on_gap: str | Callable[[], Iterable[Any]],
@@ -681,8 +773,9 @@ class Subscription:
         if reauthorize is not None and authorize is None:
             raise ValueError("reauthorize needs authorize")
         self.hub = hub
-        self.channels = tuple(dict.fromkeys(channels))
-        self.tags = frozenset(_check_tags("tags", tags))
+        is_one = len(channels) == 1
+        self.channels = channels if is_one else tuple(dict.fromkeys(channels))
+        self.tags = frozenset(_check_tags("tags", tags)) or _NO_TAGS
         self.who = who
         self._after = after
         self._on_gap = on_gap
@@ -694,14 +787,16 @@ class Subscription:
         self._reauthorize = reauthorize
         self._asked = 0.0
         self._delivered = 0.0
-        self._cursors: dict[str, _Cursor] = {}
-        self._only: _Cursor | None = None  # the same, where there can be but one
-        self._found: list[tuple[str, str]] = []  # channels that a pattern has brought
-        self._waiter: Waiter | None = None
-        self._items: list[Item] = []  # read, and not given out; the next is the last
+        self._named: tuple[_Cursor, ...] = ()  # of the channels, in their order
+        self._brought: dict[str, _Cursor] | None = None  # of patterns
+        # Channels that a pattern has brought, and the ids before what they had.
+        self._found: list[tuple[str, str]] | None = None
+        self._waiter: Wakeable | None = None
+        # Read, and not given out; the next is the last.
+        self._items: list[Item] | None = None
         self._is_begun = False
-        self._watched: list[str] = []
-        self._lost: list[tuple[str, str]] = []  # patterns, and why
+        self._watched = 0  # so many of its channels, the first ones
+        self._lost: list[tuple[str, str]] | None = None  # patterns, and why
         self._reason: str | None = None
         self.has_patterns = any(is_pattern(name) for name in self.channels)
         self._is_simple = len(self.channels) == 1 and not self.has_patterns
@@ -712,9 +807,10 @@ class Subscription:
         return self
 
     def __next__(self) -> Event:
-        if not self._items:
-            self._items = self._wait(None)[::-1]
-        return self._decoded(self._items.pop())
+        items = self._items or self._wait(None)[::-1]
+        item = items.pop()
+        self._items = items or None
+        return self._decoded(item)
 
     def read(self, timeout: float | None = None) -> list[Event]:
         """Return what is there, oldest first; wait for it if there is nothing.
@@ -729,7 +825,8 @@ class Subscription:
             Closed: The subscription has ended.
             ClientDisconnected, GeneratorExit: As from `sleep`, in a stream.
         """
-        items, self._items = self._items[::-1], []
+        items = self._items[::-1] if self._items else None
+        self._items = None
         return [self._decoded(item) for item in items or self._wait(timeout)]
 
     def frames(self, is_events: bool, dumps: Dumps) -> Frames:
@@ -748,10 +845,7 @@ class Subscription:
         Returns:
             The bytes and how many events they are; ``None`` if that cannot be done.
         """
-        cursor = self._only
-        if cursor is None:
-            (cursor,) = self._cursors.values()
-            self._only = cursor
+        (cursor,) = self._named
         record, hub = cursor.record, self.hub
         window, lock = record.log, hub._lock
         waiter = self._own_waiter()
@@ -783,9 +877,14 @@ class Subscription:
                 raise
         return None
 
+    def _cursors(self) -> Sequence[_Cursor]:
+        if self._brought is None:
+            return self._named
+        return [*self._named, *self._brought.values()]
+
     def _own_waiter(self) -> Waiter:
         waiter = self._waiter
-        if waiter is None or not waiter.is_ours():
+        if not isinstance(waiter, Waiter) or not waiter.is_ours():
             self.withdraw()
             waiter = self._waiter = Waiter()
         return waiter
@@ -796,7 +895,7 @@ class Subscription:
         if waiter is None:
             return
         with self.hub._lock:
-            for cursor in list(self._cursors.values()):
+            for cursor in self._cursors():
                 cursor.record.waiters.pop(waiter, None)
 
     def close(self, reason: str = "closed") -> None:
@@ -815,7 +914,8 @@ class Subscription:
         # Maybe in the midst of anything: see `Hub._dropped`.
         if getattr(self, "_is_begun", False):
             self._is_begun = False
-            self.hub.drop(self, self._watched, self._announced())
+            watched = self.channels[: self._watched]
+            self.hub.drop(self, watched, self._announced())
 
     @property
     def is_closed(self) -> bool:
@@ -836,7 +936,7 @@ class Subscription:
     @property
     def kind(self) -> tuple[Hashable, ...]:
         """What plain ones have in common that may be sent the same bytes."""
-        (cursor,) = self._cursors.values()
+        (cursor,) = self._named
         return cursor.record, self.tags, self._on_lag
 
     @property
@@ -846,7 +946,7 @@ class Subscription:
             return math.inf
         return self._asked + self._reauthorize
 
-    def detach(self, waiter: Waiter) -> None:
+    def detach(self, waiter: Wakeable) -> None:
         """Have this woken by what is new, in place of the thread that has read it."""
         self.withdraw()
         self._waiter = waiter
@@ -860,13 +960,17 @@ class Subscription:
 
     def go_where(self, other: Subscription) -> None:
         """Take the place of another; of plain ones."""
-        (cursor,) = other._cursors.values()
-        self._cursors = {cursor.name: replace(cursor)}
-        self._only = None
+        (cursor,) = other._named
+        self._named = (replace(cursor),)
+
+    def lean_on(self, other: Subscription) -> None:
+        """Have no place of its own, nor be woken, until it is told to `go_where`."""
+        self.withdraw()
+        self._named, self.channels = (), other.channels  # one object for all
 
     def is_where(self, other: Subscription) -> bool:
         """Tell whether both are at one place for certain; of plain ones."""
-        (mine,), (theirs,) = self._cursors.values(), other._cursors.values()
+        (mine,), (theirs,) = self._named, other._named
         return mine.record is theirs.record and -1 != mine.position == theirs.position
 
     def poll(self) -> tuple[bytes, int] | None:
@@ -876,10 +980,7 @@ class Subscription:
             Bytes, which others share, and how many events they are. No bytes: there
             is nothing, and its waiter will be woken. ``None``: ask `step`.
         """
-        cursor = self._only
-        if cursor is None:
-            (cursor,) = self._cursors.values()
-            self._only = cursor
+        (cursor,) = self._named
         record = cursor.record
         window = record.log
         with self.hub._lock:
@@ -944,7 +1045,7 @@ class Subscription:
             for name in self.channels
         )
 
-    def discover(self, channel: str, prev: str) -> dict[Waiter, None]:
+    def discover(self, channel: str, prev: str) -> dict[Wakeable, None]:
         """Take note of a channel that a pattern may match; return whom to wake.
 
         By the hub, under its lock; of a channel that is known, too: its window may
@@ -952,10 +1053,11 @@ class Subscription:
         """
         if not any(is_pattern(n) and matches(n, channel) for n in self.channels):
             return {}
+        self._found = self._found or []  # not None
         self._found.append((channel, prev))
         return {} if self._waiter is None else {self._waiter: None}
 
-    def lose(self, channels: Iterable[str] | None) -> dict[Waiter, None]:
+    def lose(self, channels: Iterable[str] | None) -> dict[Wakeable, None]:
         """Take note that channels may have had events; return whom to wake.
 
         By the hub, under its lock.
@@ -966,7 +1068,8 @@ class Subscription:
             if is_pattern(name)
             and (channels is None or any(matches(name, c) for c in channels))
         ]
-        self._lost += [pair for pair in lost if pair not in self._lost]
+        known = self._lost = self._lost or []
+        known += [pair for pair in lost if pair not in known]
         return {self._waiter: None} if lost and self._waiter is not None else {}
 
     # Its position.
@@ -979,10 +1082,14 @@ class Subscription:
             BrokerError: Its position cannot be read.
         """
         if not self._is_begun:
-            self._begin()
+            self._begin(is_owned=True)
 
-    def _begin(self) -> None:
-        """Fix the position; count as present."""
+    def _begin(self, is_owned: bool = False) -> None:
+        """Fix the position; count as present.
+
+        Args:
+            is_owned: Whoever has begun it closes it, too.
+        """
         self.check_allowed()
         if self._reason is not None:
             raise Closed(self._reason)
@@ -1004,7 +1111,7 @@ class Subscription:
             self._leave(has_joined=False)
             raise Closed(self._reason)
         # A generator that ends may be long in letting go of us.
-        if hasattr(scope, "on_close"):
+        if not is_owned and hasattr(scope, "on_close"):
             scope.on_close(partial(_close, weakref.ref(self)))
         self.hub.announce(self._announced(), self.who, "join")
 
@@ -1012,15 +1119,17 @@ class Subscription:
         places = self._places(given)
         if places is None and self._after not in ("now", "start"):
             places = self._places(self._after) if isinstance(self._after, str) else None
-        self._cursors, self._only, self._lost = {}, None, []
+        self._named, self._brought, self._lost = (), None, None
+        named: list[_Cursor] = []
         for name in self.channels:
-            self._watched.append(name)
+            self._watched += 1
             record = self.hub.watch(name)
             if record is not None:
-                self._cursors[name] = self._cursor(name, record, places)
+                named.append(self._cursor(name, record, places))
             elif given is not None:
                 # No broker can tell which channels there have been since.
-                self._lost.append((name, "unknown"))
+                self._lost = [*(self._lost or ()), (name, "unknown")]
+        self._named = tuple(named)
 
     def _places(self, given: str | None) -> dict[str, str] | None:
         """Return the id of each channel in a Last-Event-ID; ``None`` without one."""
@@ -1044,30 +1153,31 @@ class Subscription:
             id = places.get(name, "")
             known = len(id) <= 40 and _ID.fullmatch(id) is not None
             return _Cursor(name, record, id if known else "")
-        after = self._after
-        if after == "now":
+        if self._after == "now":
             return _Cursor(name, record, self.hub.broker.read(name, None).head)
-        if after == "start":
-            page = self.hub.broker.read(name, START, 1)
-            return _Cursor(
-                name, record, page.entries[0].prev if page.entries else page.head
-            )
-        if isinstance(after, int):
-            return _Cursor(name, record, self._newest(name, after))
-        raise AssertionError(after)
+        count = self._after if isinstance(self._after, int) else None
+        last, head = self._oldest(name, count)
+        return _Cursor(name, record, last, start=head)
 
-    def _newest(self, name: str, count: int) -> str:
-        """Return the id before so many of a channel's newest events."""
-        page = self.hub.broker.read(name, START, 1)
-        entries: list[Entry] = []
-        last = page.entries[0].prev if page.entries else page.head
-        while True:
-            page = self.hub.broker.read(name, last, READ)
-            if not page.entries:
-                break
-            entries = [*entries, *page.entries][-count:]
-            last = entries[-1].id
-        return entries[0].prev if entries else last
+    def _oldest(self, name: str, count: int | None) -> tuple[str, str]:
+        """Return the id before the oldest of a channel's entries, and its head's.
+
+        Args:
+            count: Of so many of its newest; ``None`` for all that are kept.
+        """
+        read = self.hub.broker.read
+        page = read(name, START, 1 if count is None else READ)
+        head = page.head
+        if count is None:
+            return page.entries[0].prev if page.entries else head, head
+        newest: deque[Entry] = deque(maxlen=count)
+        while page.entries:
+            for entry in page.entries:
+                newest.append(entry)
+                if entry.id == head:  # more may come faster than they are read
+                    return newest[0].prev, head
+            page = read(name, newest[-1].id, READ)
+        return newest[0].prev if newest else page.head, head
 
     # To take what is there.
 
@@ -1102,9 +1212,6 @@ class Subscription:
                 self.withdraw()
                 return []
             try:
-                scope = current_scope()
-                if scope is not None:
-                    scope.before_wait()
                 waiter.wait(left)
             except BaseException:
                 self.close("closed")
@@ -1131,19 +1238,19 @@ class Subscription:
             ends.append(self._asked + self._reauthorize - now)
         return max(0.0, min(ends)) if ends else None
 
-    def _register(self, waiter: Waiter) -> bool:
+    def _register(self, waiter: Wakeable) -> bool:
         """Have the waiter woken by what is new; ``False`` if something is there."""
         with self.hub._lock:
             if self._found or self._lost or self._reason is not None:
                 return False
-            for cursor in self._cursors.values():
+            for cursor in self._cursors():
                 record, at = cursor.record, cursor.position
                 # Outside of the window it is read from the broker, to its end.
                 if at < 0 or record.is_doubtful:
                     at = cursor.seen
                 if record.log.end != at:
                     return False
-            for cursor in self._cursors.values():
+            for cursor in self._cursors():
                 cursor.record.waiters[waiter] = None
         return True
 
@@ -1159,12 +1266,15 @@ class Subscription:
         while self._found:
             channel, prev = self._found.pop(0)
             record = self.hub.record(channel)
-            cursor = self._cursors.get(channel)
+            cursor = next((c for c in self._named if c.name == channel), None)
             if cursor is None:
-                self._cursors[channel] = _Cursor(channel, record, prev)
-            elif cursor.record is not record:
+                brought = self._brought = self._brought or {}
+                cursor = brought.get(channel)
+                if cursor is None:
+                    cursor = brought[channel] = _Cursor(channel, record, prev)
+            if cursor.record is not record:
                 cursor.record, cursor.position = record, -1
-        for cursor in list(self._cursors.values()):
+        for cursor in self._cursors():
             before = cursor.last
             items += self._take_from(cursor)
             # The newest of a key may be further on: all of it, in pieces.
@@ -1186,7 +1296,7 @@ class Subscription:
                 cursor.position += len(entries)
                 if entries:
                     cursor.last = entries[-1].id
-                cursor.is_begun = True
+                cursor.is_begun, cursor.start = True, ""
                 if entries or not cursor.record.is_doubtful:
                     return [(cursor, e) for e in entries if self._is_for_us(e)]
             end = window.end
@@ -1198,11 +1308,24 @@ class Subscription:
         if page.entries:
             cursor.position = -1
         if not page.complete:
-            return self._gap(cursor, page)
+            if not self._is_only_older(cursor):
+                return self._gap(cursor, page)
+            cursor.last = page.entries[0].prev if page.entries else page.head
+            cursor.sent = cursor.last
         if page.entries:
             cursor.last = last
-        cursor.is_begun = True
+        cursor.is_begun, cursor.start = True, ""
         return [(cursor, e) for e in page.entries if self._is_for_us(e)]
+
+    def _is_only_older(self, cursor: _Cursor) -> bool:
+        """Tell whether what was trimmed had come before the cursor began.
+
+        "All that is kept" and "the newest" are less on a busy channel by the time
+        when they are read. That is no gap, as long as nothing newer is missing.
+        """
+        if not cursor.start:
+            return False
+        return self.hub.broker.read(cursor.name, cursor.start, 1).complete
 
     def _settle(self, cursor: _Cursor, head: str, end: int) -> None:
         """Put an end to a window's doubts, if it is as it was."""
@@ -1211,14 +1334,12 @@ class Subscription:
             if record.log.end == end:
                 record.is_doubtful = False
                 if record.log.head != head:
-                    record.log.restart(head)
-                    waiters, record.waiters = record.waiters, {}
-                    wake_all(waiters)
+                    wake_all(self.hub.restart(record, head))
 
     def _gap(self, cursor: _Cursor, page: Page) -> list[Item]:
         """Return the reset, and what is to follow it."""
-        reason = "lagged" if cursor.is_begun else "unknown"
-        if cursor.is_begun and self._on_lag == "drop":
+        reason = "lagged" if cursor.is_begun or cursor.start else "unknown"
+        if reason == "lagged" and self._on_lag == "drop":
             self.close("lagged")
             raise Closed("lagged")
         entries = page.entries
@@ -1229,7 +1350,7 @@ class Subscription:
             cursor.seen = -1  # more may have come
             if callable(self._on_gap):
                 snapshot = [self._snapshot(item) for item in self._on_gap()]
-        cursor.is_begun = True
+        cursor.is_begun, cursor.start = True, ""
         cursor.last = before
         items = self._reset(cursor, reason, before, snapshot)
         for entry in entries:
@@ -1266,7 +1387,10 @@ class Subscription:
             raise ValueError("a snapshot's events must have no id")
         if event.data is None:
             raise ValueError("a snapshot's events must have data")
-        return event
+        data = event.data  # text, in the end, as what a broker has
+        if isinstance(data, (bytes, bytearray)):
+            data = data.decode()
+        return self.hub._event(data, event.event, event.retry)
 
     def _is_for_us(self, entry: Entry) -> bool:
         if entry.payload[:1] != b"\0":
@@ -1305,12 +1429,8 @@ class Subscription:
         if self._is_simple:
             return id
         cursor.sent = id
-        parts = [
-            f"{_hash(name)}.{self._cursors[name].sent}"
-            for name in self.channels
-            if not is_pattern(name)
-        ]
-        return ",".join(parts) or id
+        named = self._named
+        return _composite([c.name for c in named], [c.sent for c in named]) or id
 
     def _frame(self, item: Item) -> bytes:
         cursor, entry = item
@@ -1338,6 +1458,7 @@ class Subscription:
         def line(item: Item) -> bytes:
             event = self._decoded(item)
             fields: Mapping[str, Any] = {
+                **({} if self._is_simple else {"channel": item[0].name}),
                 "id": event.id,
                 **({"event": event.event} if event.event else {}),
                 "data": event.data,
@@ -1364,7 +1485,7 @@ class Subscription:
     def _leave(self, has_joined: bool = True) -> None:
         self.hub.leave(self)
         self.withdraw()
-        watched, self._watched = self._watched, []
+        watched, self._watched = self.channels[: self._watched], 0
         for name in watched:
             self.hub.unwatch(name)
         if has_joined:
@@ -1421,6 +1542,12 @@ class Frames:
             if items:
                 self.more += len(items) - 1
                 return b"".join(map(self._encode, items))
+
+
+def _composite(names: Iterable[str], ids: Iterable[str]) -> str:
+    """Return one id for several channels; `Subscription._places` takes it apart."""
+    pairs = zip(names, ids, strict=True)
+    return ",".join(f"{_hash(name)}.{id}" for name, id in pairs)
 
 
 def _hash(name: str) -> str:

@@ -655,6 +655,11 @@ class Stream:
                     return
             if self._once:
                 self._close_source()
+                # The client that a subscription denies hears nothing else.
+                last = self._last_block() if isinstance(source, Subscription) else b""
+                if last:
+                    self._bytes += len(last)
+                    yield last
                 self._settle()
                 return
             if not failed:
@@ -906,6 +911,9 @@ class Stream:
             return self._end_block()
         if self.reason in ("shutdown", "max_duration"):
             return self._jittered_retry(_RETURN_RETRY)
+        if self.reason in ("denied", "kicked"):
+            # A browser comes back for ever: let it be seldom, at least.
+            return self._jittered_retry(_ERROR_RETRY)
         return b""
 
     def _jittered_retry(self, least: int) -> bytes:

@@ -28,6 +28,7 @@ __all__ = [
     "Parked",
     "Scope",
     "Waiter",
+    "Wakeable",
     "current",
     "current_scope",
     "entered",
@@ -426,6 +427,20 @@ def _park(
     return notified
 
 
+class Wakeable(Protocol):
+    """Who waits for its turns.
+
+    Attributes:
+        hub: The gevent hub that ``switch`` is called in, ``None`` for ``wake``.
+    """
+
+    @property
+    def hub(self) -> Any: ...
+
+    def wake(self) -> object:
+        """End its wait; from any thread."""
+
+
 class Waiter:
     """Where one thread or greenlet waits for its turns; made by it, for many waits.
 
@@ -468,6 +483,10 @@ class Waiter:
             ClientDisconnected, GeneratorExit: The scope has ended.
         """
         scope = self._scope
+        if scope is not None:
+            # Each time: who knows what ran since the last wait, here or in a
+            # middleware, and what it took. A wake that comes meanwhile counts.
+            scope.before_wait()
         if self.hub is None:
             self._wait_in_thread(scope, timeout)
         elif self._is_woken:  # while it was elsewhere
@@ -523,15 +542,15 @@ class Waiter:
         return True
 
 
-def wake_all(waiters: Iterable[Waiter]) -> None:
+def wake_all(waiters: Iterable[Wakeable]) -> None:
     """Wake all of them; from any thread.
 
     The greenlets of one hub go on in one callback of that, one after the other: who
     publishes pays for one, however many wait.
     """
-    of_hubs: dict[Any, list[Waiter]] = {}
+    of_hubs: dict[Any, list[Any]] = {}
     last: Any = None  # mostly all are of one
-    greenlets: list[Waiter] = []
+    greenlets: list[Any] = []
     for waiter in waiters:
         hub = waiter.hub
         if hub is None:

@@ -97,6 +97,28 @@ def test_memory_is_bounded():
     broker.close()
 
 
+def test_memory_gives_no_channel_all_of_it():
+    """A noisy channel leaves the others theirs; what is quiet for longest goes."""
+    broker = MemoryBroker(capacity=10_000, max_size=1_000_000)
+    broker.watch("heard")
+    heads = {
+        name: broker.publish([(name, b"x" * 100)] * 10)[-1]
+        for name in ("quiet", "heard")
+    }
+    broker.publish([("noisy", b"x" * 1000)] * 1000)
+    assert broker._size <= 1_000_000 / 8 + 10_000
+    assert len(broker.read("quiet", "0").entries) == 10
+    for number in range(20):
+        broker.publish([(f"c{number}", b"x" * 1000)] * 1000)
+    assert 800_000 < broker._size <= 1_000_000
+    assert broker._size == sum(log.size for log in broker._logs.values())
+    assert not broker.read("quiet", "0").entries
+    assert not broker.read("quiet", heads["quiet"]).complete
+    # Who listens goes on where it was.
+    assert broker.read("heard", heads["heard"]).complete
+    broker.close()
+
+
 def test_memory_counts_what_reads_trim():
     """What a read finds too old makes room again."""
     broker = MemoryBroker(max_age=0.05)

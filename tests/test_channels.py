@@ -1,13 +1,17 @@
 """Channels over HTTP, on real servers: what one publishes, the others get."""
 
 import json
+import socket
+import time
 
 import pytest
 
-from live import LiveServer, await_true, unique_key
+from live import TIMEOUT, LiveServer, await_true, unique_key
 from syncstream.protocol import sse
 
 SERVERS = ["gunicorn-gthread", "gunicorn-gevent", "gunicorn-sync", "waitress"]
+LIVE = [kind for kind in SERVERS if kind != "gunicorn-sync"]  # several at once
+live = pytest.mark.parametrize("server", LIVE, indirect=True)
 EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
 
 
@@ -43,9 +47,16 @@ def publish(server, channel, *items):
         return json.loads(text)
 
 
+def ask(server, path):
+    """Return the answer to a request, from JSON."""
+    with server.get(path) as client:
+        text = client.rest()
+        assert client.status == 200, text
+        return json.loads(text)
+
+
 def stats(server):
-    with server.get("/stats") as client:
-        return json.loads(client.rest())
+    return ask(server, "/stats")
 
 
 def subscribers(server):
@@ -153,7 +164,24 @@ def test_ndjson(server, channel):
         {"id": ids[0], "data": "1"},
         {"id": ids[1], "data": '{"n":2}'},
     ]
+    # Of several, each line says whose it is; so does a reset.
+    path = f"/ndjson/{channel},other-{channel}"
+    with server.get(path, headers={"Last-Event-ID": "never-given"}) as client:
+        text = b""
+        while text.count(b"\n") < 4:
+            text += client.chunk()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert {(line["channel"], line.get("event"), line["data"]) for line in lines} == {
+        *((name, "reset", reset(name)) for name in (channel, f"other-{channel}")),
+        (channel, None, "1"),
+        (channel, None, '{"n":2}'),
+    }
     await_true(lambda: subscribers(server) == 0, server.log)
+
+
+def reset(channel, reason="unknown"):
+    """Return the data of a reset."""
+    return json.dumps({"channel": channel, "reason": reason}, separators=(",", ":"))
 
 
 def test_who_leaves_frees_its_subscription(server, channel):
@@ -172,19 +200,246 @@ def test_who_leaves_frees_its_subscription(server, channel):
         await_true(lambda: subscribers(server) == 0, server.log)
 
 
-def test_the_end_is_no_end(channel):
-    """Closed with its hub, a generator that yields from it sends no end id."""
-    with LiveServer("gunicorn-gthread", "apps.hub_app:wrapped") as server:
-        publish(server, channel, "x")
+@pytest.mark.parametrize("kind", LIVE)
+def test_close_ends_all_streams(kind):
+    """And a generator that yields from one sends no end id: who comes back may."""
+    with LiveServer(kind, "apps.hub_app:wrapped") as server:
+        publish(server, "a", "x")
         clients = [
-            follow(server, f"/{kind}/{channel}?after=start")
-            for kind in ("sse", "yield")
+            follow(server, f"/{kind}/a?after=start")
+            for kind in ("sse", "yield", "ndjson")
         ]
-        for client in clients:
-            next_events(client, 1)
-        with server.get("/close") as client:
-            client.rest()
+        next_events(clients[0], 1)
+        next_events(clients[1], 1)
+        assert b'"x"' in clients[2].chunk()
+        assert ask(server, "/close") is None
         for client in clients:
             assert b"syncstream-end" not in client.rest()
+            assert client.is_whole
             client.close()
+        assert server.tracebacks() == 0, server.log()
+
+
+@pytest.mark.parametrize("names", ["{0}", "{0},other-{0}"])
+@live
+def test_head_closes_the_hole(server, channel, names):
+    """What is published between the page and its stream is got, and nothing else."""
+    names = names.format(channel)
+    publish(server, channel, "before")
+    with server.get(f"/head/{names}") as client:
+        head = client.rest().decode()
+    ids = publish(server, channel, "between")
+    path = f"/sse/{names}"
+    with follow(server, f"{path}?lastEventId={head}") as client:
+        (event,) = next_events(client, 1)
+        assert event.data == "between"
+        assert ids[0] in event.id
+        publish(server, channel, "after")
+        assert data(next_events(client, 1)) == ["after"]
+    with follow(server, f"{path}?after={head}") as client:
+        assert data(next_events(client, 2)) == ["between", "after"]
+
+
+@live
+def test_throttle(server, channel):
+    """Deliveries have their distance, and nothing is lost by it."""
+    publish(server, channel, "0")
+    with follow(server, f"/sse/{channel}?after=start&throttle=0.5") as client:
+        next_events(client, 1)
+        began = time.monotonic()
+        publish(server, channel, "1")
+        assert data(next_events(client, 1)) == ["1"]
+        publish(server, channel, "2")
+        publish(server, channel, "3")
+        assert data(next_events(client, 2)) == ["2", "3"]
+        assert time.monotonic() - began >= 0.5
+
+
+@live
+def test_tags(server, channel):
+    """Each gets what is for it, server and when it comes back."""
+    publish(server, channel, "all")
+    path = f"/sse/{channel}?after=start&tags="
+    staff, ann = follow(server, path + "staff"), follow(server, path + "staff,ann")
+    for client in (staff, ann):
+        (first,) = next_events(client, 1)
+        assert first.data == "all"
+    publish(server, f"{channel}?only=ann", "ann's")
+    publish(server, f"{channel}?only=staff&exclude=ann", "not ann's")
+    publish(server, f"{channel}?exclude=guest", "no guest's")
+    assert data(next_events(staff, 2)) == ["not ann's", "no guest's"]
+    assert data(next_events(ann, 2)) == ["ann's", "no guest's"]
+    with follow(server, path + "guest", last=first.id) as guest:
+        publish(server, channel, "last")
+        assert data(next_events(guest, 1)) == ["last"]
+    staff.close()
+    ann.close()
+
+
+@live
+def test_presence_and_kick(server, channel):
+    """Who is there is told and shown; who is kicked is asked to come back late."""
+    watcher = follow(server, f"/sse/{channel}?who=watcher")
+    await_true(lambda: ask(server, f"/presence/{channel}") == ["watcher"])
+    streams = [
+        follow(server, f"/{kind}/{channel}?who={channel}&announce=1")
+        for kind in ("sse", "yield")
+    ]
+    for event in next_events(watcher, 2):
+        assert (event.event, event.json()) == ("join", {"who": channel})
+    assert sorted(ask(server, f"/presence/{channel}")) == sorted(
+        ["watcher", channel, channel]
+    )
+    assert ask(server, f"/kick/{channel}") == 2
+    for client in streams:
+        text = client.rest()
+        assert client.is_whole
+        assert b"syncstream-end" not in text
+        assert int(text.rpartition(b"retry: ")[2]) >= 5000
+        client.close()
+    for event in next_events(watcher, 2):
+        assert (event.event, event.json()) == ("leave", {"who": channel})
+    await_true(lambda: ask(server, f"/presence/{channel}") == ["watcher"])
+    watcher.close()
+
+
+@live
+def test_authorize(server, channel):
+    """Who may not read gets nothing, and who may not any more nothing more."""
+    ids = publish(server, channel, "secret")
+    path = f"/sse/{channel}?after=start&authorize=1&reauthorize=0.1&who={channel}"
+    with follow(server, path) as client:
+        assert data(next_events(client, 1)) == ["secret"]
+        ask(server, f"/deny/{channel}")
+        assert int(client.rest().rpartition(b"retry: ")[2]) >= 5000
+        assert client.is_whole
+    publish(server, channel, "more")
+    for last in (None, *ids):
+        for kind in ("sse", "yield", "ndjson"):
+            with follow(server, path.replace("sse", kind), last=last) as client:
+                text = client.rest()
+                assert client.status == 200
+                assert b"data" not in text
+                assert client.is_whole
+    await_true(lambda: subscribers(server) == 0)
+
+
+@pytest.mark.parametrize("kind", ["gunicorn-gthread", "gunicorn-gevent"])
+def test_several_workers_are_warned_of(kind):
+    """Once in each: what one publishes the others do not see, and what to do."""
+    with LiveServer(kind, "apps.hub_app:wrapped", "-w", "2") as server:
+        publish(server, "a", "x")
+        processes = set()
+        deadline = time.monotonic() + TIMEOUT
+        while len(processes) < 2:
+            assert time.monotonic() < deadline, processes
+            with follow(server, "/sse/a") as client:
+                client.block()
+                processes.add(client.headers["x-process"])
+        for _ in range(10):
+            with follow(server, "/sse/a") as client:
+                client.block()
+        words = "this hub's channels are those of one process"
+        await_true(lambda: server.log().count(words) == 2, server.log)
+        assert 'Hub("local:")' in server.log()
+        assert "run one worker" in server.log()
+
+
+# Slow readers.
+
+SLOW = ["gunicorn-gthread", "gunicorn-gevent"]
+
+
+def stop_reading(server, path):
+    """Return a client with little room, that has read one event and stops."""
+    client = server.connect()
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 15)
+    client.request("GET", path, headers=EVENT_SOURCE)
+    next_events(client, 1)
+    return client
+
+
+def read_to_end(client):
+    """Return all events up to the stream's end."""
+    decoder, events = sse.Decoder(), []
+    while block := client.block():
+        events += decoder.feed(block)
+    return events
+
+
+@pytest.mark.parametrize("source", ["sse", "yield"])
+@pytest.mark.parametrize("kind", SLOW)
+def test_a_reader_that_stops_and_reads_on(kind, source):
+    """It is told that it has missed some, and goes on with what is kept."""
+    with LiveServer(kind, "apps.hub_app:wrapped") as server:
+        publish(server, "a", "first")
+        client = stop_reading(server, f"/{source}/a?after=start")
+        with server.get("/flood/a?count=4000&size=4000") as flood:
+            assert flood.rest() == b"ok"
+        numbers, resets = [], 0
+        while not numbers or numbers[-1] != 3999:
+            (event,) = next_events(client, 1)
+            if event.event == "reset":
+                assert event.json() == {"channel": "a", "reason": "lagged"}
+                resets += 1
+                last = numbers[-1] if numbers else -1
+            else:
+                number = event.json()["n"]
+                follows = numbers[-1] + 1 if numbers else 0
+                is_after_reset = resets and numbers[-1:] == [last]
+                assert number == follows or (is_after_reset and number > follows)
+                numbers.append(number)
+        assert resets == 1
+        assert numbers[-1000:] == [*range(3000, 4000)]
+        client.close()
+        assert server.tracebacks() == 0, server.log()
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_a_reader_that_stops_is_dropped(kind):
+    """With ``on_lag="drop"`` its stream ends; coming back, it is told."""
+    with LiveServer(kind, "apps.hub_app:wrapped") as server:
+        publish(server, "a", "first")
+        client = stop_reading(server, "/sse/a?after=start&on_lag=drop")
+        with server.get("/flood/a?count=4000&size=4000") as flood:
+            flood.rest()
+        events = read_to_end(client)
+        client.close()
+        assert client.is_whole
+        assert [event.json()["n"] for event in events] == [*range(len(events))]
+        assert len(events) < 3000
+        await_true(lambda: subscribers(server) == 0, server.log)
+        with follow(server, "/sse/a?on_lag=drop", last=events[-1].id) as again:
+            reset, *rest = next_events(again, 1001)
+        assert reset.json() == {"channel": "a", "reason": "unknown"}
+        assert [event.json()["n"] for event in rest] == [*range(3000, 4000)]
+        assert server.tracebacks() == 0, server.log()
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_a_reader_that_stops_costs_the_others_nothing(kind):
+    """They get all there is, and the server's memory stays what it was."""
+    with LiveServer(kind, "apps.hub_app:wrapped") as server:
+        publish(server, "a", "first")
+        healthy = [follow(server, "/sse/a?after=start") for _ in range(5)]
+        frozen = stop_reading(server, "/sse/a?after=start")
+        for client in healthy:
+            next_events(client, 1)
+
+        def flow(megabytes):
+            for _ in range(2 * megabytes):
+                with server.get("/flood/a?count=50&size=10000") as flood:
+                    flood.rest()
+                for client in healthy:
+                    found = next_events(client, 50)
+                    assert [event.json()["n"] for event in found] == [*range(50)]
+
+        flow(15)  # what is kept is filled: 1,000 events, twice
+        before = ask(server, "/rss")
+        flow(20)
+        assert ask(server, "/rss") - before < 5_000_000
+        assert subscribers(server) == 6
+        for client in (*healthy, frozen):
+            client.close()
+        await_true(lambda: subscribers(server) == 0, server.log)
         assert server.tracebacks() == 0, server.log()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import _thread
 import random
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -28,8 +29,9 @@ class MemoryBroker:
         capacity: So many events of each channel are kept.
         max_age: Events are kept for so many seconds, and a channel without any is
             forgotten; ``None`` for no limit.
-        max_size: So many bytes are kept of all channels together; beyond that the
-            channel that is written to keeps its newest event only.
+        max_size: So many bytes are kept of all channels together, and an eighth of
+            that of each: beyond that the channels that were not written to for
+            longest are emptied.
     """
 
     scope: Literal["process"] = "process"
@@ -45,7 +47,8 @@ class MemoryBroker:
         self._max_size = max_size
         # Reentrant, as all that a garbage collection may enter.
         self._lock = native(_thread, "RLock")()
-        self._logs: dict[str, Log] = {}
+        # The one first that was not written to for longest.
+        self._logs: OrderedDict[str, Log] = OrderedDict()
         self._size = 0
         self._published = 0
         # Of all channels: one that was forgotten has no id a second time.
@@ -75,8 +78,11 @@ class MemoryBroker:
                 self._next += 1
                 before = log.size
                 log.append(entry)
-                self._trim(log, now)
                 self._size += log.size - before
+                self._trim(log, now)
+                self._logs.move_to_end(channel)
+                while self._size > self._max_size:
+                    self._empty_oldest()
                 ids.append(entry.id)
                 if self._sink is not None and self._is_watched(channel):
                     self._sink.deliver(channel, entry)
@@ -91,31 +97,41 @@ class MemoryBroker:
             matches(pattern, channel) for pattern in self._patterns
         )
 
+    def _since(self, now: float) -> float:
+        return now - self._max_age if self._max_age is not None else float("-inf")
+
     def _trim(self, log: Log, now: float) -> None:
-        since = now - self._max_age if self._max_age is not None else float("-inf")
-        size = 0 if self._size > self._max_size else float("inf")
-        log.trim(self._capacity, since, size)
+        before = log.size
+        # A channel of its own bound, too, or a noisy one would be all there is.
+        log.trim(self._capacity, self._since(now), self._max_size / 8)
+        self._size += log.size - before
+
+    def _empty_oldest(self) -> None:
+        """Drop the events of the channel that was not written to for longest."""
+        channel, log = self._logs.popitem(last=False)
+        self._size -= log.size
+        # Who listens knows its head: it must go on from there.
+        if channel in self._watched:
+            log.trim(0, float("-inf"), float("inf"))
+            self._logs[channel] = log
+        else:
+            self._empty = _empty()
 
     def _sweep(self, now: float) -> None:
-        """Forget what is too old, and channels of which nothing is left."""
-        for channel in list(self._logs):
-            log = self._logs[channel]
-            before = log.size
-            self._trim(log, now)
-            self._size += log.size - before
-            # Who listens knows its head: it must go on from there.
-            if not len(log) and channel not in self._watched:
-                del self._logs[channel]
-                self._empty = _empty()
+        """Forget channels of which all is too old: those that come first."""
+        since = self._since(now)
+        for _ in range(len(self._logs)):
+            log = next(iter(self._logs.values()))
+            if len(log) and log.entry(log.end - 1).time >= since:
+                return
+            self._empty_oldest()
 
     def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
         with self._lock:
             log = self._logs.get(channel)
             if log is None:
                 return Page((), after in (None, self._empty), self._empty)
-            before = log.size
             self._trim(log, time.monotonic())
-            self._size += log.size - before
             if after is None:
                 return Page((), True, log.head)
             position = log.after(after)
