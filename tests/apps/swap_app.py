@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from pathlib import Path
 from urllib.parse import parse_qs
 
 from syncstream.servers import server_of
@@ -211,7 +212,20 @@ def app(environ, start_response):
 
 def state():
     """What became of the streams, and what the process holds."""
-    return {**counts, "fds": len(os.listdir("/proc/self/fd")), "pid": os.getpid()}
+    folder = Path("/proc/self/fdinfo")
+    return {
+        **counts,
+        "fds": len(os.listdir("/proc/self/fd")),
+        "watched": sum(watched_by(file) for file in folder.iterdir()),
+    }
+
+
+def watched_by(file):
+    """Count the descriptors in an epoll, by its file in /proc."""
+    try:
+        return file.read_text().count("tfd:")
+    except FileNotFoundError:  # iterdir's own descriptor
+        return 0
 
 
 def answer(text, start_response):
