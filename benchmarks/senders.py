@@ -12,7 +12,8 @@ the GIL held, *uring* io_uring; *auto* goes between write and pydll by itself, a
 computes in Python. They take turns, of a few seconds each, three times over. The CPU
 time is the sending thread's, system time and the kernel's work for the receiver with
 it. A fan is all subscribers once: its time is what the last of them waits. What was
-received is read between two fans, while the other thread rests.
+received is read between two fans, while the other thread rests. The times want a
+machine that does nothing else, the CPU times do not.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ computes (benchmarks/senders.py has the figures):
   fan to 1,000 takes seconds (the *convoy*).
 - `PydllSender`, "pydll": send(2) by ctypes, which keeps the GIL: no convoy.
 - `UringSender`, "uring": Linux's io_uring(7) by ctypes. One system call, for which
-  the GIL is given up once, sends to up to 1,024 descriptors, a fifth cheaper.
+  the GIL is given up once, sends to up to 1,024 descriptors, a third cheaper.
 - `AdaptiveSender`, what `open_sender` chooses: a ring for many descriptors, where the
   kernel has one that works; else ``os.write``, and "pydll" while there is a convoy.
 
