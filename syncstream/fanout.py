@@ -48,7 +48,7 @@ from .sockets import acknowledged, borrowed, has_timed_out, native, reset
 from .waiting import hub
 from .watch import Watch, native_epoll, native_lock, watch
 
-__all__ = ["Client", "Fanout", "Terms", "Worker", "fanout"]
+__all__ = ["Client", "Fanout", "Terms", "Worker", "come_back", "fanout"]
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,29 @@ _GONE: int = sum(
 
 _KEEPALIVE = Event(comment="keepalive").encode()
 _END = b"0\r\n\r\n"
+_COME_BACK = {  # milliseconds; browsers' own 3 to 5 s would hammer a broken view
+    "shutdown": 1000,
+    "max_duration": 1000,
+    "denied": 5000,
+    "kicked": 5000,
+    "error": 5000,
+}
+
+
+def come_back(reason: str, retry: int) -> bytes:
+    """Return what asks a client to come back, after an end in good order or not.
+
+    Jittered, or all the clients that were here return together. Those that are not
+    wanted come back, too, for ever: let it be seldom, at least.
+
+    Args:
+        reason: Why the stream has ended.
+        retry: Milliseconds, at least.
+    """
+    least = _COME_BACK.get(reason)
+    if least is None:
+        return b""
+    return Event(retry=round(max(retry, least) * random.uniform(1, 3))).encode()
 
 
 def _chunked(data: bytes) -> bytes:
@@ -730,11 +753,7 @@ class Fanout:
             return
         is_whole = client.rest is None  # not in the middle of a chunk
         if is_whole:
-            words = b""
-            if reason in ("shutdown", "max_duration", "error"):
-                # Or all the clients that were here return together.
-                pause = max(terms.retry, 5000 if reason == "error" else 1000)
-                words = Event(retry=round(pause * random.uniform(1, 3))).encode()
+            words = come_back(str(reason), terms.retry)
             if terms.is_chunked and words:
                 words = _chunked(words)
             if terms.is_chunked and reason != "error":

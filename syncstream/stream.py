@@ -33,7 +33,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from .capacity import Place
 from .errors import ClientDisconnected, Closed
-from .fanout import Client, Terms, fanout
+from .fanout import Client, Terms, come_back, fanout
 from .hub import Frames, Subscription
 from .process import Process, Served, Stopping, process
 from .protocol import sse
@@ -80,8 +80,6 @@ REASONS = frozenset(("closed", "finished", "kicked", "denied", "shutdown"))
 
 _OPENING = "ok"
 _KEEPALIVE = Event(comment="keepalive").encode()
-_ERROR_RETRY = 5000  # milliseconds; browsers' own 3 to 5 s would hammer a broken view
-_RETURN_RETRY = 1000  # milliseconds; after an end that is no error
 _CLOSE_TRIES = 10
 _GRACE = 1.5  # seconds that the kernel waits longer than we do, for a frozen client
 
@@ -909,17 +907,7 @@ class Stream:
             return b""
         if self.reason == "finished":
             return self._end_block()
-        if self.reason in ("shutdown", "max_duration"):
-            return self._jittered_retry(_RETURN_RETRY)
-        if self.reason in ("denied", "kicked"):
-            # A browser comes back for ever: let it be seldom, at least.
-            return self._jittered_retry(_ERROR_RETRY)
-        return b""
-
-    def _jittered_retry(self, least: int) -> bytes:
-        # Or all the clients that were here return together.
-        base = max(self._retry or 0, least)
-        return Event(retry=round(base * random.uniform(1, 3))).encode()
+        return come_back(str(self.reason), self._retry or 0)
 
     def _end_block(self) -> bytes:
         """Return the block after which a browser, coming back, gets 204."""
@@ -971,7 +959,7 @@ class Stream:
             except BaseException as second:
                 self._log(logging.ERROR, "on_error of %s failed", second)
         if self._format.is_events and self._format.is_whole(words):
-            words += self._jittered_retry(_ERROR_RETRY)
+            words += come_back("error", self._retry or 0)
         return words
 
     # Its ends.

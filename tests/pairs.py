@@ -36,6 +36,7 @@ class Line:
     server_key = None
     may_vanish = False
     is_multiprocess = False
+    hooks = ()
 
     def __init__(self, sock: socket.socket | None = None) -> None:
         self.sock = sock
@@ -49,6 +50,9 @@ class Line:
 
     def is_full(self) -> bool:
         return False
+
+    def swap(self) -> None:
+        """It stays where it is."""
 
     def is_hung_up(self) -> bool:
         return self.sock is not None and is_hung_up(self.sock.fileno())

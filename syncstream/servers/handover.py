@@ -46,6 +46,7 @@ import re
 import select
 import socket
 import sys
+import threading
 import time
 import weakref
 from contextlib import suppress
@@ -53,7 +54,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..sockets import borrowed, forget, hang_up, is_hung_up, native
-from ..waiting import hub
+from ..waiting import hub, runner
 from ..watch import Timer, watch
 from .contract import Environ, Server, SocketLike
 
@@ -113,7 +114,7 @@ class Taken:
 class Swap:
     """A connection that its server does not have: what it writes comes to us.
 
-    All methods belong to the request's thread or greenlet.
+    Its methods belong to the request's thread or greenlet.
 
     Args:
         environ: The request's WSGI environ.
@@ -125,6 +126,7 @@ class Swap:
 
     def __init__(self, environ: Environ, server: Server) -> None:
         self._state = _CLOSED
+        self._runner = runner()
         self._environ = environ
         self._server = server
         self._written = bytearray()
@@ -228,8 +230,12 @@ class Swap:
         """Put the connection back, and send what the server has written meanwhile.
 
         It waits, as the server's own send would, under gevent for the client alone;
-        a client that does not take it in time is hung up.
+        a client that does not take it in time is hung up. From any other thread or
+        greenlet it does nothing: the server may be writing.
         """
+        # A thread's ident: greenlet may have been imported since.
+        if self._runner not in (runner(), threading.get_ident()):
+            return
         with self._server.lock(self._environ):
             with self._lock:
                 if self._state != _SWAPPED:
@@ -255,7 +261,8 @@ class Swap:
     def close(self) -> None:
         """End a swap, when the server is done with the response: undo, or let go.
 
-        May be called more than once.
+        May be called more than once; from another thread or greenlet it lets go of
+        what was taken, and leaves the rest to the request's own.
         """
         self.undo()
         with self._lock:
