@@ -143,7 +143,7 @@ def test_all_bytes_in_order_to_many(sender, room):
 @pytest.mark.parametrize("kind", [list, tuple, dict.fromkeys, iter, set])
 def test_any_iterable_will_do(sender, kind):
     """A list, a dictionary's keys, an iterator."""
-    with socket_pairs(20) as pairs:
+    with socket_pairs(40) as pairs:
         fds = [near.fileno() for near, _ in pairs]
         assert sorted(sender.send(kind([*fds, NO_FD]), b"a")) == [(NO_FD, EBADF)]
         assert {waiting(far) for _, far in pairs} == {b"a"}
@@ -153,13 +153,13 @@ def test_nothing_to_send(sender):
     """No descriptors, or no bytes: nothing happens, not even to those that are bad."""
     with socket_pairs(1) as [(near, far)]:
         assert sender.send([], b"data") == []
-        assert sender.send([near.fileno(), NO_FD] * 20, b"") == []
+        assert sender.send([near.fileno(), NO_FD] * 40, b"") == []
         assert waiting(far) == b""
 
 
 def test_each_size_of_a_batch(sender, room):
     """Around the ring's 1,024, and around its corner, none is left out or doubled."""
-    sizes = (1, 2, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025, 3, 700, 700, 1500, 1)
+    sizes = (1, 2, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 3, 700, 700, 1500, 1)
     with socket_pairs(MANY) as pairs:
         for size in sizes:
             data = b"%d" % size
@@ -173,14 +173,14 @@ def test_each_size_of_a_batch(sender, room):
 def test_a_descriptor_twice(sender):
     """It gets the bytes twice: nobody looks whether they are distinct."""
     with socket_pairs(1) as [(near, far)]:
-        assert sender.send([near.fileno()] * 30, b"ab") == []
-        assert waiting(far) == b"ab" * 30
+        assert sender.send([near.fileno()] * 40, b"ab") == []
+        assert waiting(far) == b"ab" * 40
 
 
 def test_large_data(sender):
     """1 MiB: what each took is told, and is its beginning; the rest can follow."""
     data = os.urandom(1 << 20)
-    with socket_pairs(20, size=50_000) as pairs:
+    with socket_pairs(40, size=50_000) as pairs:
         fds = {near.fileno(): far for near, far in pairs}
         taken = dict(sender.send(fds, data))
         assert taken.keys() == fds.keys()
@@ -252,7 +252,7 @@ def test_reset_peers(sender, how):
     """A reset is told at once, then EPIPE; a plain end once its reset has come back."""
     with tcp_pair() as (near, client):
         near.setblocking(False)
-        fds = [near.fileno()] * 20  # more than a ring is needed for
+        fds = [near.fileno()] * 40  # so many that a ring is used
         leave(client, how)
         poll = select.poll()
         poll.register(near, select.POLLRDHUP)
@@ -263,7 +263,7 @@ def test_reset_peers(sender, how):
             assert poll.poll(TIMEOUT * 1000)  # POLLERR, POLLHUP
         results = [result for _, result in sender.send(fds, b"bytes")]
         first = -errno.ECONNRESET if how == "RST" else EPIPE
-        assert results == [first] + [EPIPE] * 19
+        assert results == [first] + [EPIPE] * 39
 
 
 STATES = st.sampled_from(["ready", "full", "some", "gone", "bad"])
@@ -327,7 +327,7 @@ def test_no_descriptor_is_left(name):
     before = open_fds()
     for _ in range(50):
         sender = OPENERS[name]()
-        sender.send([NO_FD] * 20, b"data")
+        sender.send([NO_FD] * 40, b"data")
         sender.close()
         sender.close()
     assert open_fds() == before
@@ -760,7 +760,7 @@ def test_a_ring_that_fails(name, caplog):
     """Its descriptor is taken away: nobody is asked twice, and nobody forgotten."""
     before = ring_numbers()
     sender = OPENERS[name]()
-    with contextlib.closing(sender), socket_pairs(30) as pairs:
+    with contextlib.closing(sender), socket_pairs(40) as pairs:
         fds = [near.fileno() for near, _ in pairs]
         null = os.open("/dev/null", os.O_RDWR)
         for number in ring_numbers() - before:
