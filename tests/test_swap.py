@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import ssl
-import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -567,8 +566,8 @@ def test_undo_loses_nothing(pair):
     assert os.get_blocking(fd)
     server.sendall(b", and more")
     swap.close()
-    server.shutdown(socket.SHUT_WR)
-    assert client.recv(100, socket.MSG_WAITALL) == b"not a head, more, and more"
+    with client.makefile("rb") as file:
+        assert file.read(26) == b"not a head, more, and more"
     client.sendall(b"a request")
     assert server.recv(100) == b"a request"
 
@@ -578,16 +577,14 @@ def test_undo_waits_for_a_slow_client(pair):
     server, client = pair
     server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+    client.settimeout(None)  # with one MSG_WAITALL would not wait
     swap = swap_of(server)
     data = os.urandom(3_000_000)
     server.sendall(data)
-    writer = threading.Thread(target=swap.undo)
-    writer.start()
-    received = bytearray()
-    while len(received) < len(data):
-        received += client.recv(65536)
-    writer.join()
-    assert received == data
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(client.recv, len(data), socket.MSG_WAITALL)
+        swap.undo()
+    assert received.result() == data
 
 
 def test_a_client_that_takes_nothing_is_hung_up(pair, monkeypatch):
@@ -626,6 +623,33 @@ def test_a_server_that_has_closed_gets_nothing_back(pair):
         other.sendall(b"other")
         assert peer.recv(100) == b"other"
     assert client.recv(100) == b""
+
+
+def test_no_other_thread_puts_a_connection_back(pair):
+    """The server may be writing in its own, and may close."""
+    server, client = pair
+    swap = swap_of(server)
+    server.sendall(HEAD + OPENING)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(swap.undo).result()
+        pool.submit(swap.close).result()
+    assert not has_come_to(client)
+    taken = swap.take(OPENING)
+    assert taken.head == CLOSING + OPENING
+    os.close(taken.fd)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(swap.close).result()
+
+
+def has_come_to(client):
+    """Tell whether something has come."""
+    client.setblocking(False)
+    try:
+        return bool(client.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return False
+    finally:
+        client.settimeout(TIMEOUT)
 
 
 def test_a_swap_that_is_dropped_hangs_up(pair):
