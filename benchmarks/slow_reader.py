@@ -93,7 +93,12 @@ def serving(worker: str) -> Iterator[Address]:
             *("--log-level", "error", "--no-control-socket", *SERVERS[worker]),
             "benchmarks.slow_reader:create_app()",
         ]
-        process = subprocess.Popen(command, pass_fds=[listener.fileno()])
+        process = subprocess.Popen(
+            command,
+            pass_fds=[listener.fileno()],
+            # With one for each thread malloc grows by 7 MB without a slow one, too.
+            env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+        )
         try:
             yield listener.getsockname()
         finally:
