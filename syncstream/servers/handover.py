@@ -509,12 +509,20 @@ def _await_writable(fd: int, timeout: float) -> None:
     poll.poll(timeout * 1000)
 
 
-_STATUS = re.compile(rb"HTTP/1\.[01] (?!204|205|304)[2-5][0-9][0-9](?: [^\r\n\0]*)?")
-_HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*?)[ \t]*")
-_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+_HEAD = re.compile(
+    rb"HTTP/1\.[01] (?!204|205|304)[2-5][0-9][0-9](?: [^\r\n\0]*)?"
+    rb"(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)*"
+)
 # With these the body is not what we know it to be, or ends elsewhere.
-_FOREIGN = frozenset((b"content-length", b"content-encoding", b"upgrade", b"trailer"))
-_HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-connection"))
+_FOREIGN = re.compile(
+    rb"\r\n(?:content-length|content-encoding|upgrade|trailer):", re.IGNORECASE
+)
+_CODING = re.compile(rb"\r\ntransfer-encoding:([^\r\n]*)", re.IGNORECASE)
+_HOP_BY_HOP = re.compile(
+    rb"\r\n(?:connection|keep-alive|proxy-connection|transfer-encoding):[^\r\n]*",
+    re.IGNORECASE,
+)
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 
 
 def read_back(
@@ -536,32 +544,20 @@ def read_back(
     head, blank, body = written.partition(b"\r\n\r\n")
     if not blank or not opening:
         return None
-    status, *lines = head.split(b"\r\n")
-    if not _STATUS.fullmatch(status):
+    if not _HEAD.fullmatch(head) or _FOREIGN.search(head):
         return None
-    kept, codings = [status], []
-    for line in lines:
-        header = _HEADER.fullmatch(line)
-        if header is None:
-            return None
-        name, value = header[1].lower(), header[2].lower()
-        if name in _FOREIGN:
-            return None
-        if name == b"transfer-encoding":
-            codings.append(value)
-        elif name not in _HOP_BY_HOP:
-            kept.append(line)
+    codings = [value.strip(b" \t").lower() for value in _CODING.findall(head)]
     if codings not in ([], [b"chunked"]):
         return None
     if (_unchunked(body) if codings else body) != opening:
         return None
     # Werkzeug answers HTTP/1.0 in chunks, too (3.1).
     is_chunked = bool(codings) and not is_http_1_0
+    ours = b"\r\nConnection: close\r\n\r\n"
     if is_chunked:
-        kept.append(b"Transfer-Encoding: chunked")
-    kept.append(b"Connection: close")
+        ours = b"\r\nTransfer-Encoding: chunked" + ours
     framed = body if is_chunked else opening
-    return b"\r\n".join(kept) + b"\r\n\r\n" + framed, is_chunked
+    return _HOP_BY_HOP.sub(b"", head) + ours + framed, is_chunked
 
 
 def _unchunked(body: bytes) -> bytes | None:
