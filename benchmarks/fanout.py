@@ -7,8 +7,9 @@ uvicorn uvloop httptools``; Linux only. About 10 minutes; --quick, with 1,000
 subscribers once, one and a half.
 
 100, 1,000 and 4,000 clients subscribe to one channel of one process: a Flask view
-that returns ``SSEResponse(hub.subscribe(...))``, attached; the Flask view that is in
-every tutorial, with a `queue.Queue` for each client, on the same gunicorn gevent
+that returns ``SSEResponse(hub.subscribe(...), handover=False)``, so that each client
+keeps its greenlet (benchmarks/handover.py has the other way); the Flask view that is
+in every tutorial, with a `queue.Queue` for each client, on the same gunicorn gevent
 worker; and the same with `asyncio.Queue` by sse-starlette on uvicorn. Then 200 under
 gunicorn's gthread worker. 200 events of 120 bytes are published at once (*burst*),
 and then 200 one by one (*paced*: 20 a second, 5 for 4,000 clients), so that hardly
@@ -107,7 +108,7 @@ def ours() -> Flask:
 
     @app.get("/events")
     def events() -> Any:
-        return SSEResponse(hub.subscribe("all"))
+        return SSEResponse(hub.subscribe("all"), handover=False)
 
     @app.post("/publish")
     def publish() -> str:
