@@ -144,8 +144,8 @@ class Client:
 
     __slots__ = (
         *("_loop", "acknowledged", "began", "bucket", "bytes", "callbacks"),
-        *("deadline", "events", "fd", "group", "label", "reason", "rest", "since"),
-        *("subscription", "terms"),
+        *("deadline", "early", "events", "fd", "group", "label", "reason", "rest"),
+        *("since", "subscription", "terms"),
     )
 
     hub: None = None  # no gevent hub's: `wake_all` calls `wake`
@@ -174,7 +174,8 @@ class Client:
         self.callbacks = callbacks
         self.events, self.bytes = events, bytes  # less its group's: see Group
         self.reason: str | None = None
-        self.group: Group | None = None
+        self.early: str | None = None  # an end that came before the client itself
+        self.group: Group | None = None  # always, from `_add` to its end
         self.rest: memoryview | None = None  # of a chunk that the kernel has not taken
         self.since = 0.0  # it takes nothing
         self.acknowledged: int | None = None
@@ -596,9 +597,11 @@ class Fanout:
         self._again.append(function)
 
     def _add(self, client: Client, head: bytes) -> None:
-        if client.reason is not None:
-            return
         self._clients[client.fd] = client
+        group = Group(self, client.subscription, client)
+        group.add(client)
+        client.bytes += len(head)
+        client.rest = memoryview(head)
         try:
             self._epoll.register(client.fd, _GONE)
         except OSError as error:
@@ -608,12 +611,10 @@ class Fanout:
         with suppress(OSError), borrowed(client.fd) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client.bytes += len(head)
-        group = Group(self, client.subscription, client)
-        group.add(client)
         self.wheel.add(client, client.next_time())
-        client.rest = memoryview(head)
         self._flush(client)
+        if client.early is not None:
+            self.end(client, client.early)
 
     def merge(self, group: Group) -> None:
         """Have the only client of a group join the others who are where it is."""
@@ -731,17 +732,18 @@ class Fanout:
         """End a client, once; all of it that is the application's by the worker."""
         if client.reason is not None:
             return
+        if client.group is None:
+            # It is on its way here, and its head has not been sent.
+            client.early = client.early or reason
+            return
         client.reason = reason
         fd = client.fd
         self.wheel.remove(client)
         self._lagging.pop(fd, None)
-        group = client.group
-        if group is not None:
-            group.remove(client)
-        if self._clients.get(fd) is client:
-            del self._clients[fd]
-            with suppress(OSError):
-                self._epoll.unregister(fd)
+        client.group.remove(client)
+        del self._clients[fd]
+        with suppress(OSError):
+            self._epoll.unregister(fd)
         self._say_goodbye(client)
         _close(fd)
         client.terms.worker.do(client.finish)
