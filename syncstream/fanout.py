@@ -263,7 +263,7 @@ class Group:
 
     __slots__ = (
         *("_loop", "bucket", "bytes", "clients", "events", "is_asking", "is_shared"),
-        *("key", "leader", "moved", "retry_at", "terms"),
+        *("is_woken", "key", "leader", "moved", "retry_at", "terms"),
     )
 
     hub: None = None
@@ -279,6 +279,7 @@ class Group:
         self.clients: dict[int, Client] = {}
         self.events = self.bytes = 0
         self.is_asking = False  # the worker reads for it
+        self.is_woken = False  # meanwhile
         self.retry_at = 0.0  # not before; 0: at any time
         self.moved = time.monotonic()
         self.bucket = 0
@@ -304,11 +305,12 @@ class Group:
 
     def turn(self) -> None:
         """Send what is new; or have the worker read it; or wait."""
+        self.is_woken = True
         if not self._may_send() or time.monotonic() < self.retry_at:
             return
         found = self.leader.poll() if self.leader.is_plain else None
         if found is None:
-            self.is_asking = True
+            self.is_asking, self.is_woken = True, False
             self.terms.worker.do(self._ask)
             return
         chunk, count = found
@@ -356,6 +358,8 @@ class Group:
             self._loop.again(self.turn)
         elif when is not None:
             self._retry(when)
+        elif self.is_woken:  # after the worker had looked
+            self.turn()
         elif not self.is_shared:
             self._loop.merge(self)
 
