@@ -218,7 +218,7 @@ class Client:
         """Ask the application whether it may go on; by the worker."""
         try:
             self.subscription.check_allowed()
-        except Exception as error:
+        except BaseException as error:  # a sys.exit() ends nobody else
             self._loop.call(partial(self._loop.fail, self, error))
         else:
             self._loop.call(self._again)
@@ -239,7 +239,7 @@ class Client:
             for callback in (ended, *self.callbacks):
                 try:
                     callback()
-                except Exception:
+                except BaseException:
                     log.exception("a callback at the end of %s failed", self.label)
             terms.give_back()
         finally:
@@ -334,7 +334,7 @@ class Group:
         told: Any
         try:
             told = self.leader.step()
-        except Exception as error:
+        except BaseException as error:
             told = error
         finally:
             self.terms.give_back()
@@ -348,7 +348,7 @@ class Group:
             log.debug("a channel cannot be read: %s", told)
             self._retry(time.monotonic() + RETRY_EVERY)
             return
-        if isinstance(told, Exception):
+        if isinstance(told, BaseException):
             for client in tuple(self.clients.values()):
                 self._loop.fail(client, told)
             return
@@ -480,7 +480,7 @@ class _HubWorker(Worker):
 def _run(job: Callable[[], object]) -> None:
     try:
         job()
-    except Exception:
+    except BaseException:  # there is one for all
         log.exception("work for a subscriber failed")
 
 
