@@ -211,6 +211,7 @@ class Client:
             self._loop.end(self, "max_duration")
         elif now >= self.subscription.ask_again_at:
             self.terms.worker.do(self._ask_again)
+            self._loop.wheel.add(self, self.deadline)  # whatever that takes
         else:
             self._loop.wheel.add(self, self.next_time())
 
