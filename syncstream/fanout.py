@@ -500,7 +500,7 @@ class Fanout:
         self.sender: Sender = open_sender("write")  # until the thread has its own
         self._calls: deque[Callable[[], object]] = deque()
         self._again: deque[Callable[[], object]] = deque()
-        self._is_woken = False
+        self._is_woken = self._is_abandoned = False
         self._clients: dict[int, Client] = {}
         self._lagging: dict[int, Client] = {}
         self._looked_at = 0.0
@@ -710,6 +710,9 @@ class Fanout:
 
     def abandon(self) -> None:
         """Close the copies of a parent's descriptors, in a child; of nothing else."""
+        if self._is_abandoned:  # by our parent: these numbers are ours
+            return
+        self._is_abandoned = True
         close = native(os, "close")
         for fd in (*self._clients, self._event_fd):
             with suppress(OSError):

@@ -1,0 +1,969 @@
+"""The fan-out loop: who holds no thread gets all, in order, once, and has one end."""
+
+import gc
+import json
+import logging
+import math
+import os
+import random
+import re
+import socket
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pairs import TIMEOUT, Threads, check_script, tcp_pair
+from pairs import await_true as await_true_in
+from syncstream import Hub, Unavailable
+from syncstream import fanout as fanout_module
+from syncstream import hub as hub_module
+from syncstream import log as log_module
+from syncstream.brokers.memory import MemoryBroker
+from syncstream.fanout import Client, Terms, fanout
+from syncstream.process import Process, Served
+from syncstream.protocol import sse
+from syncstream.stream import REASONS
+
+PLACE = Threads()
+HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
+RETRY = re.compile(rb"retry: ([0-9]+)\n\n")
+
+
+def await_true(condition):
+    await_true_in(PLACE, condition)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loop():
+    """The process's own; its worker's thread is there, too."""
+    loop = fanout()
+    done = threading.Event()
+    loop.worker().do(done.set)
+    assert done.wait(TIMEOUT)
+    return loop
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind(loop):
+    """No descriptor, no client, no group, no timer."""
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    settle(loop)
+    assert (loop._clients, loop._lagging, loop._shared) == ({}, {}, {})
+    assert not any(loop.wheel._buckets.values())
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
+def hub():
+    hub = Hub()
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def peers(loop):
+    """Make clients; whoever is left at the end is hung up."""
+    made = []
+
+    def join(hub, *channels, **options):
+        peer = Peer(loop, hub, *channels, **options)
+        made.append(peer)
+        return peer
+
+    yield join
+    for peer in made:
+        peer.leave()
+        await_true(lambda peer=peer: peer.ends)
+
+
+def settle(loop):
+    """Wait until the loop, and its worker, have done what they were told before."""
+    for _ in range(3):
+        for call in (loop.call, loop.worker().do):
+            done = threading.Event()
+            call(done.set)
+            assert done.wait(TIMEOUT)
+
+
+class Peer:
+    """A client, as it sees itself; its server's end belongs to the loop.
+
+    Attributes:
+        ends: The reasons with which its callback was called.
+    """
+
+    def __init__(
+        self,
+        loop,
+        hub,
+        *channels,
+        is_chunked=True,
+        is_tcp=False,
+        keepalive=None,
+        send_timeout=None,
+        retry=0,
+        deadline=math.inf,
+        before_wait=(),
+        worker=None,
+        process=None,
+        callbacks=(),
+        add=True,
+        **options,
+    ):
+        if is_tcp:
+            with tcp_pair() as (ours, theirs):
+                fd, self.socket = os.dup(ours.fileno()), theirs.dup()
+        else:
+            ours, self.socket = socket.socketpair()
+            fd = ours.detach()
+        os.set_blocking(fd, False)
+        self.socket.settimeout(TIMEOUT)
+        self.is_chunked = is_chunked
+        self.data = b""
+        self.ends = []
+        self.subscription = hub.subscribe(*(channels or ("a",)), **options)
+        self.subscription.begin()
+        self.process, self.served = process or Process(), Served(None)
+        terms = Terms(
+            worker or loop.worker(),
+            self.process,
+            self.served,
+            is_chunked,
+            keepalive,
+            send_timeout,
+            retry,
+            REASONS,
+            tuple(before_wait),
+        )
+        self.client = Client(
+            loop,
+            fd,
+            self.subscription,
+            loop.terms(terms),
+            label="GET '/a'",
+            began=time.monotonic(),
+            deadline=deadline,
+            callbacks=(*callbacks, lambda: self.ends.append(self.client.reason)),
+        )
+        if add:
+            loop.add(self.client, HEAD)
+
+    # What has come.
+
+    def read(self, most=1 << 20):
+        """Read what is there now, at most so much; return whether there may be more."""
+        try:
+            data = self.socket.recv(most, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            return False
+        self.data += data
+        return bool(data)
+
+    def read_until(self, is_done):
+        """Read on until something is so of the events that have come."""
+        while not is_done(self.events()):
+            data = self.socket.recv(1 << 20)
+            assert data, f"ended by {self.client.reason}: {self.data[-300:]!r}"
+            self.data += data
+        return self.events()
+
+    def read_all(self):
+        """Read to the end; return the body, and whether it is marked or reset."""
+        is_reset = False
+        try:
+            while data := self.socket.recv(1 << 20):
+                self.data += data
+        except ConnectionResetError:
+            is_reset = True
+        body, is_whole = self.body()
+        return body, is_whole, is_reset
+
+    def body(self):
+        """Return what has come of the body, and whether its end was marked."""
+        assert self.data.startswith(HEAD) or not self.data or HEAD.startswith(self.data)
+        framed = self.data[len(HEAD) :]
+        return unchunked(framed) if self.is_chunked else (framed, False)
+
+    def events(self):
+        """Return the whole events that have come."""
+        return sse.Decoder().feed(self.body()[0])
+
+    def texts(self):
+        return [event.data for event in self.events()]
+
+    def leave(self):
+        self.socket.close()
+
+
+def unchunked(framed):
+    """Return the bytes of all chunks, the last may be a part; and whether it ended."""
+    body = b""
+    while framed:
+        size, mark, rest = framed.partition(b"\r\n")
+        if not mark:
+            return body, False
+        length = int(size, 16)
+        if not length:
+            assert rest in (b"", b"\r", b"\r\n")
+            return body, rest == b"\r\n"
+        body += rest[:length]
+        if len(rest) < length + 2:
+            return body, False
+        assert rest[length : length + 2] == b"\r\n"
+        framed = rest[length + 2 :]
+    return body, False
+
+
+def texts_until(peer, text):
+    """Read up to an event with this data; return the data of all."""
+    events = peer.read_until(lambda events: any(e.data == text for e in events))
+    return [event.data for event in events]
+
+
+def seen(*peers):
+    """Have all of them be where the channel is, in one group."""
+    await_true(lambda: all(p.client.group and p.client.group.is_shared for p in peers))
+
+
+# What they get.
+
+
+@pytest.mark.parametrize("is_chunked", [True, False])
+def test_all_get_every_event(hub, peers, is_chunked):
+    """Those who were there and those who join, in one group or by themselves."""
+    here = [peers(hub, is_chunked=is_chunked) for _ in range(5)]
+    for n in range(100):
+        hub.publish("a", str(n))
+        if n % 10 == 0:
+            here.append(peers(hub, is_chunked=is_chunked))
+    for k, peer in enumerate(here):
+        first = 0 if k < 5 else 10 * (k - 5) + 1
+        found = texts_until(peer, "99")
+        assert found == [str(n) for n in range(first, 100)]
+    seen(*here)
+    assert len({id(peer.client.group) for peer in here}) == 1
+
+
+def test_framings_do_not_mix(hub, peers):
+    """Chunked and raw, tagged and not: none shares what is not the same."""
+    chunked, raw = peers(hub), peers(hub, is_chunked=False)
+    tagged = peers(hub, tags=["vip"])
+    hub.publish("a", "1")
+    hub.publish("a", "2", only=["vip"])
+    hub.publish("a", "3", exclude=["vip"])
+    hub.publish_many("a", ["4", "5"])
+    assert texts_until(chunked, "5") == ["1", "3", "4", "5"]
+    assert texts_until(raw, "5") == ["1", "3", "4", "5"]
+    assert texts_until(tagged, "5") == ["1", "2", "4", "5"]
+    seen(chunked, raw, tagged)
+    assert len({id(p.client.group) for p in (chunked, raw, tagged)}) == 3
+
+
+def test_resume_from_any_id(hub, peers):
+    """All that follows, once; with what comes meanwhile."""
+    ids = [hub.publish("a", str(n)) for n in range(20)]
+    here = [peers(hub, after=id) for id in ids]
+    for n in range(20, 40):
+        hub.publish("a", str(n))
+    for k, peer in enumerate(here):
+        assert texts_until(peer, "39") == [str(n) for n in range(k + 1, 40)]
+    (last,) = {peer.events()[-1].id for peer in here}
+    assert last == hub.head("a")
+
+
+def test_an_id_that_is_not_kept(peers):
+    """A reset, then what is kept."""
+    hub = Hub(capacity=5)
+    try:
+        ids = [hub.publish("a", str(n)) for n in range(20)]
+        peer, strange = peers(hub, after=ids[3]), peers(hub, after="abc")
+        for each in (peer, strange):
+            texts_until(each, "19")
+            reset, *rest = each.events()
+            assert (reset.event, reset.json()["reason"]) == ("reset", "unknown")
+            assert reset.id == ids[14]
+            assert [event.data for event in rest] == ["15", "16", "17", "18", "19"]
+    finally:
+        hub.close()
+
+
+def test_a_snapshot_by_a_callable(hub, peers):
+    """Run by the worker, where the client begins; then what came since."""
+    peer = peers(hub, after="abc", on_gap=lambda: ["snapshot"])
+    texts_until(peer, "snapshot")
+    hub.publish("a", "next")
+    assert texts_until(peer, "next")[1:] == ["snapshot", "next"]
+
+
+def test_several_channels_and_patterns(hub, peers):
+    """Each channel's events in order; the ids hold all of the places."""
+    two, wild = peers(hub, "a", "b"), peers(hub, "x:*")
+    settle(two.client._loop)
+    for n in range(50):
+        hub.publish("ab"[n % 2], str(n))
+        hub.publish(f"x:{n % 5}", str(n))
+    for peer in (two, wild):
+        found = peer.read_until(lambda events: len(events) == 50)
+        assert sorted(int(e.data) for e in found) == list(range(50))
+        for k in range(2 if peer is two else 5):
+            step = 2 if peer is two else 5
+            mine = [int(e.data) for e in found if int(e.data) % step == k]
+            assert mine == sorted(mine)
+    middle = two.events()[25].id
+    again = peers(hub, "a", "b", after=middle)
+    rest = [e.data for e in again.read_until(lambda events: len(events) == 24)]
+    assert sorted(rest) == sorted(e.data for e in two.events()[26:])
+
+
+def test_throttle_and_the_latest_of_a_key(hub, peers):
+    """Not oftener than asked for; of each key the newest is there."""
+
+    def key(event):
+        return event.data.partition(":")[0]
+
+    peer = peers(hub, throttle=0.1, on_lag="latest", key=key)
+    hub.publish("a", "x:0")
+    assert texts_until(peer, "x:0") == ["x:0"]
+    began = time.monotonic()
+    for n in range(1, 100):
+        hub.publish("a", f"{'xy'[n % 2]}:{n}")
+    found = texts_until(peer, "y:99")
+    assert time.monotonic() - began >= 0.09
+    assert found[-2:] == ["x:98", "y:99"]
+    assert len(found) < 20
+
+
+def test_a_keepalive_comes_in_silence(hub, peers):
+    """To a group, and to whoever is by himself; not beside events."""
+    together = [peers(hub, keepalive=0.2) for _ in range(2)]
+    alone = peers(hub, "a", "b", keepalive=0.2, is_chunked=False)
+    for peer in (*together, alone):
+        began = time.monotonic()
+        while peer.body()[0].count(b": keepalive\n\n") < 3:
+            peer.data += peer.socket.recv(1000)
+        assert peer.body()[0] == b": keepalive\n\n" * peer.body()[0].count(b":")
+        assert time.monotonic() - began < 10
+    for n in range(20):
+        hub.publish("a", str(n))
+    before = together[0].body()[0].count(b": keepalive")
+    texts_until(together[0], "19")
+    assert together[0].body()[0].count(b": keepalive") <= before + 1
+
+
+# Who is slow.
+
+
+def full(hub, peer, channel="a"):
+    """Publish until a client does not take any more."""
+    n = 0
+    while peer.client.rest is None:
+        hub.publish(channel, f"{n} {'x' * 10_000}")
+        n += 1
+        settle(peer.client._loop)
+        assert n < 2000
+    return n
+
+
+def test_who_lags_goes_on_by_himself(hub, peers, loop):
+    """The others do not wait for him; he gets all, and is with them again."""
+    slow, *others = [peers(hub) for _ in range(4)]
+    seen(slow, *others)
+    n = 0
+    while slow.client.rest is None:
+        hub.publish("a", f"{n} {'x' * 10_000}")
+        n += 1
+        for peer in others:
+            texts_until(peer, f"{n - 1} {'x' * 10_000}")
+    assert not slow.client.group.is_shared
+    hub.publish("a", "last")
+    for peer in others:
+        assert len(texts_until(peer, "last")) == n + 1
+    found = texts_until(slow, "last")
+    assert [text.partition(" ")[0] for text in found[:-1]] == list(map(str, range(n)))
+    seen(slow, *others)
+    assert len({id(peer.client.group) for peer in (slow, *others)}) == 1
+    hub.publish("a", "together")
+    for peer in (slow, *others):
+        assert texts_until(peer, "together")[-2:] == ["last", "together"]
+
+
+def test_who_stops_is_dropped(hub, peers):
+    """After send_timeout, and not before; two hundred others get everything."""
+    stuck = [peers(hub, is_tcp=True, send_timeout=1.0) for _ in range(3)]
+    stuck.append(peers(hub, is_tcp=True, send_timeout=1.0, is_chunked=False))
+    others = [peers(hub, send_timeout=1.0) for _ in range(20)]
+    for peer in stuck:
+        peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    began = time.monotonic()
+    n = 0
+    while not all(peer.ends for peer in stuck):
+        hub.publish("a", f"{n} {'x' * 10_000}")
+        n += 1
+        for peer in others:
+            texts_until(peer, f"{n - 1} {'x' * 10_000}")
+            peer.data = HEAD
+        assert time.monotonic() - began < TIMEOUT
+    assert time.monotonic() - began >= 1.0
+    assert [peer.ends for peer in stuck] == [["send_timeout"]] * 4
+    assert not any(peer.ends for peer in others)
+
+
+def test_who_reads_a_little_is_kept(hub, peers):
+    """What he acknowledges counts, though there is never room for all."""
+    peer = peers(hub, is_tcp=True, send_timeout=0.8)
+    peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    n = full(hub, peer)
+    began = time.monotonic()
+    while time.monotonic() - began < 2.5:
+        peer.read(2000)
+        time.sleep(0.02)
+    assert peer.ends == []
+    hub.publish("a", "last")
+    assert len(texts_until(peer, "last")) == n + 1
+
+
+@pytest.mark.parametrize("on_lag", ["reset", "drop", "latest"])
+def test_on_lag(peers, on_lag):
+    """Told, and on with what is kept; or dropped; or the newest of each key."""
+    hub = Hub(capacity=10)
+    key = (lambda event: event.data.partition(" ")[0]) if on_lag == "latest" else None
+    peer = peers(hub, on_lag=on_lag, key=key)
+    n = full(hub, peer)
+    for k in range(400):  # more than the window has
+        hub.publish("a", f"{n + k}")
+    settle(peer.client._loop)
+    if on_lag == "drop":
+        peer.read_all()
+        await_true(lambda: peer.ends)
+        assert peer.ends == ["closed"]
+    else:
+        last = str(n + 399)
+        found = texts_until(peer, last)
+        resets = [e for e in peer.events() if e.event == "reset"]
+        assert [e.json()["reason"] for e in resets] == ["lagged"]
+        assert found[-10:] == [str(n + 390 + k) for k in range(10)]
+    hub.close()
+
+
+# How it ends.
+
+
+def ended(peer):
+    """Wait for a client's end; return why, and all that it has got."""
+    body, is_whole, is_reset = peer.read_all()
+    await_true(lambda: peer.ends)
+    (reason,) = peer.ends
+    return reason, body, is_whole, is_reset
+
+
+@pytest.mark.parametrize("is_chunked", [True, False])
+@pytest.mark.parametrize("reason", ["shutdown", "kicked", "closed", "denied"])
+def test_farewells(hub, peers, reason, is_chunked):
+    """A whole response; and when to come back, where many may."""
+    peer = peers(hub, is_chunked=is_chunked)
+    hub.publish("a", "1")
+    texts_until(peer, "1")
+    if reason == "kicked":
+        assert hub.kick(lambda s: s is peer.subscription) == 1
+    elif reason == "closed":
+        hub.close()
+    else:
+        peer.client.stop(reason)
+    found, body, is_whole, is_reset = ended(peer)
+    assert (found, is_whole, is_reset) == (reason, is_chunked, False)
+    retry = RETRY.search(body)
+    if reason == "closed":
+        assert retry is None
+    else:
+        least = 1000 if reason == "shutdown" else 5000
+        assert least <= int(retry[1]) <= 3 * least
+
+
+@pytest.mark.parametrize("is_chunked", [True, False])
+def test_an_error_is_no_end_in_good_order(hub, peers, caplog, is_chunked):
+    """The client can tell; the log has it, once, with its traceback."""
+
+    def authorize(subscription):
+        if subscription.who == "broken":
+            raise ZeroDivisionError
+        return True
+
+    peer = peers(
+        hub,
+        is_chunked=is_chunked,
+        is_tcp=True,
+        who="well",
+        authorize=authorize,
+        reauthorize=0.1,
+    )
+    settle(peer.client._loop)
+    peer.subscription.who = "broken"
+    reason, _, is_whole, is_reset = ended(peer)
+    assert (reason, is_whole, is_reset) == ("error", False, not is_chunked)
+    (record,) = caplog.records
+    assert record.exc_info[0] is ZeroDivisionError
+
+
+def test_who_is_denied_later(hub, peers):
+    """When the application is asked again, and says no."""
+    allowed = [True]
+    peer = peers(hub, authorize=lambda s: allowed[0], reauthorize=0.1)
+    other = peers(hub)
+    hub.publish("a", "1")
+    texts_until(peer, "1")
+    allowed[0] = False
+    assert ended(peer)[0] == "denied"
+    hub.publish("a", "2")
+    assert texts_until(other, "2") == ["1", "2"]
+
+
+def test_max_duration(hub, peers):
+    """At the time, with a word when to come back."""
+    peer = peers(hub, deadline=time.monotonic() + 0.3, retry=20_000)
+    began = time.monotonic()
+    reason, body, is_whole, _ = ended(peer)
+    assert (reason, is_whole) == ("max_duration", True)
+    assert 0.2 < time.monotonic() - began < 5
+    assert 20_000 <= int(RETRY.search(body)[1]) <= 60_000
+
+
+@pytest.mark.parametrize("how", ["FIN", "half-close", "with bytes"])
+def test_who_leaves(hub, peers, how):
+    """Is known at once; presence, its place, its callbacks."""
+    peer = peers(hub, who="ann")
+    hub.publish("a", "1")
+    texts_until(peer, "1")
+    assert hub.presence("a") == ["ann"]
+    if how == "half-close":
+        peer.socket.shutdown(socket.SHUT_WR)
+    else:
+        if how == "with bytes":
+            peer.socket.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        peer.leave()
+    await_true(lambda: peer.ends)
+    assert peer.ends == ["disconnected"]
+    assert hub.presence("a") == []
+
+
+def test_its_end_is_counted_and_logged_once(hub, peers, caplog):
+    """By its one reason, with what it got; callbacks run once, whatever one raises."""
+    caplog.set_level(logging.DEBUG, "syncstream.fanout")
+
+    def broken():
+        raise ZeroDivisionError
+
+    process = Process()
+    peer = peers(hub, process=process, callbacks=[broken], is_chunked=False)
+    assert peer.client in peer.served.parked
+    hub.publish_many("a", ["1", "2", "3"])
+    texts_until(peer, "3")
+    for reason in ("kicked", "shutdown", "closed"):
+        peer.client.stop(reason)
+    reason, body, _, _ = ended(peer)
+    assert reason == "kicked"
+    settle(peer.client._loop)
+    (total,) = process.stats()["ended"].values()
+    assert process.stats()["ended"].keys() == {"kicked"}
+    assert (total["streams"], total["events"]) == (1, 3)
+    assert len(body) - 20 < total["bytes"] <= len(body) + len(HEAD)
+    assert not peer.served.parked
+    levels = [(r.levelname, r.getMessage().partition(":")[0]) for r in caplog.records]
+    assert levels == [
+        ("ERROR", "a callback at the end of GET '/a' failed"),
+        ("DEBUG", "GET '/a' ended"),
+    ]
+
+
+def test_joins_and_leaves_are_announced(hub, peers):
+    """As of those who hold a thread."""
+    watching = peers(hub)
+    peer = peers(hub, who="ann", announce=True)
+    texts_until(watching, '{"who":"ann"}')
+    peer.leave()
+    found = watching.read_until(lambda events: len(events) == 2)
+    assert [event.event for event in found] == ["join", "leave"]
+
+
+# What could go wrong.
+
+
+def test_what_comes_while_the_worker_reads(hub, peers):
+    """Told between the worker's last look and the loop's hearing of it: not missed."""
+    rounds = iter(range(1, 50))
+
+    def publish():
+        # The worker runs this when it has read, before it says so.
+        for n in rounds:
+            hub.publish("a", str(n))
+            return
+
+    single = peers(hub, "a", before_wait=[publish])
+    hub.publish("a", "0", only=["nobody"])  # tagged: the worker is asked
+    two = peers(hub, "a", "b", before_wait=[publish])
+    for peer in (single, two):
+        found = texts_until(peer, "49")
+        assert found == [str(n) for n in range(int(found[0]), 50)]
+
+
+def test_an_end_that_comes_first(hub, peers, loop):
+    """Stopped or kicked by another thread while it is on its way to the loop."""
+    for end in (
+        lambda peer: peer.client.stop("shutdown"),
+        lambda peer: loop.call(peer.client.turn) or peer.subscription.close("kicked"),
+    ):
+        peer = peers(hub, add=False)
+        peer.subscription.detach(peer.client)
+        end(peer)
+        settle(loop)
+        loop.add(peer.client, HEAD)
+        reason, body, is_whole, _ = ended(peer)
+        assert reason in ("shutdown", "kicked")
+        assert peer.data.startswith(HEAD)
+        assert RETRY.fullmatch(body)
+        assert is_whole
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_an_application_that_exits_in_the_worker(hub, peers, error, caplog):
+    """Its client has an end; the worker goes on for the others."""
+    is_quiet = threading.Event()
+
+    def authorize(subscription):
+        if is_quiet.is_set():
+            raise error
+        return True
+
+    def callback():
+        raise error
+
+    peer = peers(hub, authorize=authorize, reauthorize=0.1, callbacks=[callback])
+    settle(peer.client._loop)
+    is_quiet.set()
+    assert ended(peer)[0] == "error"
+    other = peers(hub, "a", "b")
+    settle(other.client._loop)
+    hub.publish("a", "1")
+    assert texts_until(other, "1") == ["1"]
+
+
+def test_an_application_that_blocks(hub, peers):
+    """Others get their events, and theirs ends when its time is over."""
+    is_blocking, go_on = threading.Event(), threading.Event()
+    asked = []
+
+    def authorize(subscription):
+        asked.append(1)
+        if len(asked) > 1:
+            is_blocking.set()
+            assert go_on.wait(TIMEOUT)
+        return True
+
+    deadline = time.monotonic() + 0.5
+    other = peers(hub)
+    seen(other)
+    peer = peers(hub, authorize=authorize, reauthorize=0.1, deadline=deadline)
+    try:
+        assert is_blocking.wait(TIMEOUT)
+        for n in range(10):
+            hub.publish("a", str(n))
+            assert texts_until(other, str(n))[-1] == str(n)
+        body, is_whole, _ = peer.read_all()
+        assert is_whole
+        assert RETRY.search(body)
+    finally:
+        go_on.set()
+    await_true(lambda: peer.ends)
+    assert peer.ends == ["max_duration"]
+
+
+class Failing(MemoryBroker):
+    """One that is down for a while."""
+
+    is_down = False
+
+    def read(self, channel, after, limit=1000):
+        if self.is_down:
+            raise Unavailable("down")
+        return super().read(channel, after, limit)
+
+
+HOLE = "Subscription._take forgets one channel's events when the next one's fail"
+
+
+@pytest.mark.parametrize(
+    "channels",
+    ["a", pytest.param("ab", marks=pytest.mark.xfail(strict=True, reason=HOLE))],
+)
+def test_a_broker_that_is_down_for_a_while(peers, channels, monkeypatch):
+    """Its clients wait; then they get what they have missed."""
+    monkeypatch.setattr(fanout_module, "RETRY_EVERY", 0.1)
+    broker = Failing()
+    hub = Hub(broker=broker)
+    try:
+        here = [peers(hub, *channels) for _ in range(2)]
+        hub.publish("a", "0")
+        for peer in here:
+            texts_until(peer, "0")
+        broker.is_down = True
+        hub.resync(None)
+        hub.publish("a", "1")
+        settle(here[0].client._loop)
+        hub.publish("a", "2")
+        settle(here[0].client._loop)
+        broker.is_down = False
+        for peer in here:
+            assert texts_until(peer, "2") == ["0", "1", "2"]
+    finally:
+        hub.close()
+
+
+def test_joins_and_leaves_while_others_publish(loop):
+    """Four threads publish, four come and go: nothing lost, doubled, out of order."""
+    hub = Hub(capacity=1_000_000)
+    stop = threading.Event()
+    problems, visits = [], []
+
+    def publish(k):
+        n = 0
+        while not stop.is_set():
+            hub.publish("a", f"{k} {n}")
+            n += 1
+            if n % 20 == 0:
+                time.sleep(0.001)
+
+    def visit():
+        while not stop.is_set():
+            peer = Peer(loop, hub, is_chunked=random.random() < 0.5)
+            try:
+                wanted = random.randrange(1, 40)
+                events = peer.read_until(lambda e, wanted=wanted: len(e) >= wanted)
+                visits.append([event.id for event in events])
+            except BaseException as error:
+                problems.append(error)
+                return
+            finally:
+                peer.leave()
+
+    threads = [threading.Thread(target=publish, args=(k,)) for k in range(4)]
+    threads += [threading.Thread(target=visit) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(2)
+    stop.set()
+    while any(thread.is_alive() for thread in threads):
+        hub.publish("a", "for those who still wait")
+        threads[-1].join(0.01)
+    assert problems == []
+    assert len(visits) > 20
+    ids = [entry.id for entry in hub.broker.read("a", "0", 1_000_000).entries]
+    places = {id: place for place, id in enumerate(ids)}
+    for visit in visits:
+        first = places[visit[0]]
+        assert visit == ids[first : first + len(visit)]
+    await_true(lambda: not hub.presence("a"))
+    hub.close()
+
+
+def test_a_child_lets_go():
+    """Once: a child's child closes nothing, and clients see an end by the parent's."""
+    out = check_script(
+        """
+import os, socket, time
+from test_fanout import HEAD, Peer, settle
+from syncstream import Hub
+from syncstream.fanout import fanout
+
+hub, loop = Hub(), fanout()
+peer = Peer(loop, hub)
+settle(loop)
+fd = peer.client.fd
+reader, writer = os.pipe()
+pid = os.fork()
+if not pid:
+    status = 1
+    try:
+        # Its numbers are free here; somebody else takes them.
+        null = os.open(os.devnull, os.O_RDONLY)
+        taken = [null]
+        for number in (fd, loop._event_fd):
+            if number > 0 and number not in taken:
+                taken.append(os.dup2(null, number))
+        inner = os.fork()
+        if not inner:
+            for number in taken:
+                os.fstat(number)
+            own = fanout()
+            assert own is not loop
+            here = Hub()
+            mine = Peer(own, here)
+            settle(own)
+            here.publish("a", "child")
+            mine.read_until(lambda events: events)
+            os._exit(0)
+        assert os.waitpid(inner, 0)[1] == 0
+        os.write(writer, b"x")
+        time.sleep(60)
+    finally:
+        os._exit(status)
+assert os.read(reader, 1) == b"x"
+hub.publish("a", "parent")
+peer.read_until(lambda events: events)
+peer.client.stop("shutdown")
+body, is_whole, _ = peer.read_all()
+assert is_whole, body
+os.kill(pid, 9)
+os.waitpid(pid, 0)
+peer.leave()
+print("done")
+"""
+    )
+    assert out == "done\n"
+
+
+# Whatever happens.
+
+OPS = st.one_of(
+    st.tuples(st.just("publish"), st.integers(1, 12), st.sampled_from([1, 50, 3000])),
+    st.tuples(st.just("publish"), st.integers(1, 12), st.sampled_from([1, 50, 3000])),
+    st.tuples(st.just("tagged"), st.integers(0, 2), st.integers(1, 50)),
+    st.tuples(st.just("join"), st.integers(0, 7), st.integers(0, 40)),
+    st.tuples(st.just("join"), st.integers(0, 7), st.integers(0, 40)),
+    st.tuples(st.just("read"), st.integers(0, 30), st.sampled_from([10, 3000, 10**6])),
+    st.tuples(st.just("leave"), st.integers(0, 30), st.just(0)),
+    st.tuples(st.just("kick"), st.integers(0, 30), st.just(0)),
+    st.tuples(st.just("resync"), st.just(0), st.just(0)),
+    st.tuples(st.just("settle"), st.just(0), st.just(0)),
+)
+
+
+class Story:
+    """A channel, what was published to it, and who was there for how long."""
+
+    def __init__(self, loop):
+        self.loop = loop
+        self.hub = Hub(capacity=20)
+        self.published = []  # (id, tags only)
+        self.here = []
+        self.all = []
+
+    def publish(self, count, size):
+        start = len(self.published)
+        items = [f"{start + k} {'x' * size}" for k in range(count)]
+        self.published += [(id, ()) for id in self.hub.publish_many("a", items)]
+
+    def tagged(self, kind, size):
+        only = [(), ("t",), ("nobody",)][kind]
+        text = f"{len(self.published)} {'x' * size}"
+        id = self.hub.publish("a", text, only=only)
+        self.published.append((id, only))
+
+    def join(self, kind, back):
+        place = max(0, len(self.published) - back)
+        options, first = {}, len(self.published)
+        if kind & 1 and place:
+            options["after"], first = self.published[place - 1][0], place
+        if kind & 2:
+            options["tags"] = ["t"]
+        if kind & 4:
+            options["is_chunked"] = False
+        peer = Peer(self.loop, self.hub, **options)
+        peer.first, peer.tags = first, options.get("tags", [])
+        self.here.append(peer)
+        self.all.append(peer)
+
+    def read(self, which, most):
+        if self.here:
+            self.here[which % len(self.here)].read(most)
+
+    def leave(self, which, _):
+        if self.here:
+            peer = self.here.pop(which % len(self.here))
+            peer.read()
+            peer.leave()
+
+    def kick(self, which, _):
+        if self.here:
+            peer = self.here.pop(which % len(self.here))
+            assert self.hub.kick(lambda s: s is peer.subscription) == 1
+
+    def resync(self, *_):
+        self.hub.resync(None)
+
+    def settle(self, *_):
+        settle(self.loop)
+
+    def check(self, peer, is_whole):
+        """It was given, or told of, all; in order; once."""
+        places = {id: place for place, (id, _) in enumerate(self.published)}
+        expected = peer.first
+        for event in peer.events():
+            if event.event == "reset":
+                reason = json.loads(event.data)["reason"]
+                # A resume may be too old; else only who is slow loses anything.
+                assert reason in ("unknown", "lagged")
+                after = places[event.id] + 1 if event.id in places else 0
+                assert after > expected
+                expected = after
+                continue
+            place = places[event.id]
+            assert event.data.startswith(f"{place} ")
+            missed = self.published[expected:place]
+            assert place >= expected, (place, expected)
+            assert not [only for _, only in missed if is_for(only, peer.tags)]
+            assert is_for(self.published[place][1], peer.tags)
+            expected = place + 1
+        if is_whole:
+            assert expected == len(self.published)
+
+
+def is_for(only, tags):
+    return not only or bool(set(only) & set(tags))
+
+
+@pytest.mark.parametrize("seed", [0])
+@settings(max_examples=60, deadline=None)
+@given(st.lists(OPS, min_size=5, max_size=60))
+def test_whatever_happens(seed, ops):
+    """Given or announced is what was published: in order, once, by whatever way."""
+    loop = fanout()
+    before = {
+        (fanout_module, "SEND_BUFFER"): 4096,
+        (hub_module, "WINDOW"): 8,
+        (hub_module, "READ"): 5,
+        (log_module, "JOIN"): 6000,
+    }
+    kept = {key: getattr(*key) for key in before}
+    for key, value in before.items():
+        setattr(*key, value)
+    story = Story(loop)
+    try:
+        for name, *words in ops:
+            getattr(story, name)(*words)
+        story.publish(1, 1)  # for all, and the last
+        last = len(story.published) - 1
+        for peer in story.here:
+            texts_until(peer, f"{last} x")
+        for peer in story.here:
+            peer.leave()
+        for peer in story.all:
+            await_true(lambda peer=peer: peer.ends)
+            if peer.socket.fileno() >= 0:
+                peer.read_all()
+                peer.leave()
+            story.check(peer, peer in story.here)
+    finally:
+        for peer in story.all:
+            peer.leave()
+        story.hub.close()
+        for key, value in kept.items():
+            setattr(*key, value)
+        for peer in story.all:
+            await_true(lambda peer=peer: peer.ends)
