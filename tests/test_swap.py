@@ -356,25 +356,59 @@ def test_other_methods_and_bodies_stay(server, before, tag):
         assert now[refusal] == before.get(refusal, 0) + 1
 
 
+WAITRESS = """
+import os, socket, threading, waitress
+
+def answer_of(app, **options):
+    server = waitress.create_server(app, host="127.0.0.1", port=0, **options)
+    threading.Thread(target=server.run, daemon=True).start()
+    with socket.create_connection(("127.0.0.1", server.effective_port), 10) as client:
+        client.sendall(b"GET /events?tag=T HTTP/1.0\\r\\n\\r\\n")
+        with client.makefile("rb") as file:
+            data = file.read()
+    server.task_dispatcher.shutdown()
+    server.close()
+    return data
+"""
+
+
 def test_waitress_that_reads_ahead_keeps_its_connections():
     """Its main thread reads, and may close, while a stream is open."""
     check_script(
-        """
-import socket, threading, waitress
+        f"""{WAITRESS}
 from apps.swap_app import app, counts
-server = waitress.create_server(
-    app, host="127.0.0.1", port=0, channel_request_lookahead=1
-)
-threading.Thread(target=server.run, daemon=True).start()
-with socket.create_connection(("127.0.0.1", server.effective_port), 10) as client:
-    client.sendall(b"GET /events?tag=T HTTP/1.0\\r\\n\\r\\n")
-    data = b""
-    while more := client.recv(65536):
-        data += more
+data = answer_of(app, channel_request_lookahead=1)
 assert data.endswith(b"data: T attached 2\\n\\n"), data
-assert dict(counts) == {"waitress reads ahead (channel_request_lookahead)": 1}, counts
-server.task_dispatcher.shutdown()
-server.close()
+assert dict(counts) == {{"waitress reads ahead (channel_request_lookahead)": 1}}
+"""
+    )
+
+
+def test_waitress_that_closes_gets_nothing_back():
+    """Its main thread may be about to close the number, which is another's then."""
+    check_script(
+        f"""{WAITRESS}
+from syncstream.servers import server_of
+from syncstream.servers.handover import Refused, Swap
+
+def app(environ, start_response):
+    start_response("200 OK", [])
+    channel = environ["waitress.client_disconnected"].__self__
+    swap = Swap(environ, server_of(environ))
+    fd = channel.socket.fileno()
+    before = os.fstat(fd)
+    channel.connected = False  # as handle_close begins, in the main thread
+    swap.undo()
+    seen.append(os.fstat(fd) == before)
+    try:
+        Swap(environ, server_of(environ))
+    except Refused as refusal:
+        seen.append((str(refusal), refusal.is_gone))
+    return [b"unheard"]
+
+seen = []
+assert answer_of(app) == b""
+assert seen == [True, ("the server is closing it", True)], seen
 """
     )
 

@@ -95,6 +95,8 @@ class Server:
         lock: What keeps threads of the server's own from the client's descriptor,
             and from sending what it has in buffers of its own, while it is held. It
             is held for moments, in the thread or greenlet of the request.
+        is_closing: Tells whether such a thread is about to close the descriptor: one
+            that is not, while the lock is held, will ask for the lock before it does.
         drop_read_ahead: Drops what the server has read of requests behind this one.
             Nothing blocks: its descriptor reads an end.
         closes_first: It calls the response's ``close()`` before it writes the mark
@@ -121,6 +123,7 @@ class Server:
     lock: Callable[[Environ], AbstractContextManager[Any]] = lambda environ: (
         nullcontext()
     )
+    is_closing: Callable[[Environ], bool] = lambda environ: False
     drop_read_ahead: Callable[[Environ], object] = lambda environ: None
     closes_first: bool = False
 

@@ -132,9 +132,11 @@ class Swap:
         self._written = bytearray()
         # For the watch's thread, held for moments: not what a greenlet waits for.
         self._lock = native(_thread, "allocate_lock")()
-        self._socket = _checked(environ, server)
         clock = watch()
         with server.lock(environ):
+            if server.is_closing(environ):
+                raise Refused("the server is closing it", is_gone=True)
+            self._socket = _checked(environ, server)
             if server.unsent(environ):
                 raise Refused("the server has not sent the response before it yet")
             try:
@@ -317,6 +319,8 @@ class Swap:
 
     def _is_in_place(self) -> bool:
         """Tell whether the server's number still stands for its end of the pair."""
+        if self._server.is_closing(self._environ):
+            return False
         try:
             return self._socket.fileno() == self._fd and _inode(self._fd) == self._inode
         except OSError:

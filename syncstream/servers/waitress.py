@@ -59,7 +59,8 @@ def _stays(environ: Environ) -> str | None:
 
 
 def _lock(environ: Environ) -> AbstractContextManager[Any]:
-    # A condition around a reentrant lock, held for each send and before each close.
+    # A condition around a reentrant lock: its main thread sends under it, and under it
+    # takes ``connected`` back before it closes (3.0: handle_close).
     lock: AbstractContextManager[Any] = _channel(environ).outbuf_lock
     return lock
 
@@ -77,5 +78,6 @@ SERVER = Server(
     threads=_threads,
     stays=_stays,
     lock=_lock,
+    is_closing=lambda environ: not _channel(environ).connected,
     closes_first=True,
 )
