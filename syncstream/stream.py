@@ -207,6 +207,9 @@ class Connection(Protocol):
     def before_wait(self) -> None:
         """Give back what the application should not hold while the stream waits."""
 
+    def warn(self) -> None:
+        """Say, once a process, if a stream should not hold its thread there."""
+
     @property
     def is_multiprocess(self) -> bool:
         """The server has other processes that answer requests."""
@@ -661,6 +664,8 @@ class Stream:
                 self._settle()
                 return
             if not failed:
+                if self._connection is not None:
+                    self._connection.warn()
                 try:
                     with entered(self):
                         self.before_wait()

@@ -138,18 +138,17 @@ class Connection:
     ) -> None:
         """Say which stream is written to it, under which response headers."""
         self._stream = weakref.ref(stream)
-        self._warn()
         encoded = any(name.lower() == "content-encoding" for name, _ in headers)
         stream.connect(self, is_encoded=encoded, written=written)
 
-    def _warn(self) -> None:
-        """Say, once a process, what an operator should change."""
+    def warn(self) -> None:
+        """Say, once a process, what an operator should change: a stream stays here."""
         record, server, environ = process(), self.server, self.environ
         key = ("warning", server.name, environ.get("SERVER_PROTOCOL"))
         warning = record.memo(key, lambda: server.warning(environ))
         if warning is not None:
             record.warn_once(log, warning)
-        threads, streams = self.threads, record.attached_streams + 1
+        threads, streams = self.threads, record.attached_streams
         if threads is not None and threads > 1 and streams >= threads:
             record.warn_once(
                 log,

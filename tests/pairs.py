@@ -48,6 +48,9 @@ class Line:
     def before_wait(self) -> None:
         """Nothing is held."""
 
+    def warn(self) -> None:
+        """Nothing is wrong with it."""
+
     def is_full(self) -> bool:
         return False
 

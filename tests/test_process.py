@@ -95,6 +95,8 @@ def test_every_reason_to_stop(reason, while_waiting):
         assert rest == b"id: syncstream-end\n\n"
     elif reason == "shutdown":
         assert 1000 <= int(RETRY.fullmatch(rest)[1]) <= 3000
+    elif reason in ("denied", "kicked"):
+        assert 5000 <= int(RETRY.fullmatch(rest)[1]) <= 15000
     else:
         assert rest == b""
     assert stats()["ended"][reason]["streams"] == 1
@@ -208,7 +210,7 @@ def test_stop_by_the_generator_itself():
                 seen.append("finally")
 
         stream = stream_of(source(), Line())
-        assert serve(stream) == [b": ok\n\n"]
+        assert serve(stream)[0] == b": ok\n\n"
         assert (stream.reason, seen) == ("kicked", ["finally"])
 
 

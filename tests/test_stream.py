@@ -13,6 +13,7 @@ import weakref
 
 import pytest
 
+from pairs import Line as PairsLine
 from syncstream import (
     ClientDisconnected,
     Event,
@@ -29,27 +30,14 @@ EVENTS = Format(sse.encoder(), sse.ends_blank, is_events=True)
 RAW = Format(raw.encode, lambda tail: False)
 
 
-class Line:
+class Line(PairsLine):
     """A connection as a stream sees it, without a server."""
 
-    label = "GET '/test'"
-    last_event_id = None
-    is_event_source = False
     fd = None
-    write = None
-    stopping = None
-    server_key = None
-    may_vanish = False
-    is_multiprocess = False
 
     def __init__(self):
+        super().__init__()
         self.hung_up = False
-
-    def before_wait(self):
-        """Nothing is held."""
-
-    def is_full(self):
-        return False
 
     def is_hung_up(self):
         return self.hung_up
