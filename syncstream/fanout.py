@@ -520,7 +520,9 @@ class Fanout:
     # From any thread.
 
     def call(self, function: Callable[[], object]) -> None:
-        """Call this in the loop, soon."""
+        """Call this in the loop, soon; not in a child that has been forked."""
+        if self._is_abandoned:
+            return
         self._calls.append(function)
         # Set by those who call, cleared by the loop before it looks: none is missed.
         if not self._is_woken:
