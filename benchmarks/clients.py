@@ -1,0 +1,143 @@
+"""Many clients of one stream: a program in C, so that they are never the bottleneck.
+
+A client in Python needs more CPU time for an event than the servers do that it should
+measure. What it is told and what it answers stands in clients.c.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Came", "Clients", "compiled", "ended"]
+
+_HERE = Path(__file__).parent
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="benchmarks-")  # until we exit
+
+
+@functools.cache
+def compiled(name: str) -> str:
+    """Compile a program of this folder; return its path."""
+    path = str(Path(_folder().name, name))
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-O2", "-o", path, str(_HERE / f"{name}.c")], check=True)
+    return path
+
+
+@contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """End a process with the block, the hard way if it must be."""
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@dataclass(frozen=True)
+class Came:
+    """What has come by all streams.
+
+    Attributes:
+        deliveries: Events, times those who got them.
+        reads: In so many pieces they came.
+        seconds: From the first event's time to the last delivery.
+        p50, p99, most: Latencies, seconds.
+        cpu: Seconds of CPU time of the clients.
+        share: That, by the time that they waited for events.
+    """
+
+    deliveries: int
+    reads: int
+    seconds: float
+    p50: float
+    p99: float
+    most: float
+    cpu: float
+    share: float
+
+
+class Clients:
+    """Open streams, and what comes by them; a context manager.
+
+    Args:
+        port: Of a server on 127.0.0.1.
+        path: Of the stream.
+    """
+
+    def __init__(self, port: int, path: str = "/events") -> None:
+        self._process = subprocess.Popen(
+            [compiled("clients"), str(port), path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self._readers = 0
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line.encode() + b"\n")
+        self._process.stdin.flush()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().decode().strip()
+        if not line:
+            raise RuntimeError(f"the clients have ended: {self._process.wait(10)}")
+        return line
+
+    def come(self, readers: int, stopped: int = 0) -> None:
+        """Subscribe so many, and so many who never read more than the head."""
+        self._say(f"come {readers} {stopped}")
+        assert self._answer() == "ok"
+        self._readers += readers
+
+    def collect(self, events: int, publish: Callable[[], object]) -> Came:
+        """Have so many events published; return what came when all came to all.
+
+        Args:
+            events: To each, numbered from 0: what is lost, comes twice, or out of
+                order ends the clients.
+            publish: Has the server begin to publish, or publishes itself.
+        """
+        self._say(f"collect {events}")
+        assert self._answer() == "ready"
+        began = time.monotonic()
+        publish()
+        numbers = [int(number) for number in self._answer().split()]
+        waited = time.monotonic() - began
+        reads, first, last, p50, p99, most, cpu = numbers
+        return Came(
+            deliveries=self._readers * events,
+            reads=reads,
+            seconds=(last - first) / 1e9,
+            p50=p50 / 1e9,
+            p99=p99 / 1e9,
+            most=most / 1e9,
+            cpu=cpu / 1e9,
+            share=cpu / 1e9 / waited,
+        )
+
+    def __enter__(self) -> Clients:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+        with ended(self._process):
+            pass
