@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["OURS", "THEIRS", "THEIRS_TOO", "Bar", "bars"]
+__all__ = ["MINE", "THEIRS", "THEIRS_TOO", "Bar", "bars"]
 
-OURS, THEIRS, THEIRS_TOO = "#1a7f5a", "#8a8f98", "#b9bec6"
+MINE, THEIRS, THEIRS_TOO = "#1a7f5a", "#8a8f98", "#b9bec6"
 
 
 @dataclass(frozen=True)

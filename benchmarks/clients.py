@@ -16,9 +16,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Came", "Clients", "compiled", "ended"]
+__all__ = ["Came", "Clients", "compiled", "ended", "pauses", "payload"]
 
 _HERE = Path(__file__).parent
+
+
+def payload(n: int, size: int) -> str:
+    """Return an event's data, JSON with the time, of so many characters."""
+    start = f'{{"n":{n},"t":{time.monotonic_ns()},"p":"'
+    return start + "x" * (size - len(start) - 2) + '"}'
+
+
+def pauses(count: int, rate: float) -> Iterator[tuple[int, float]]:
+    """Yield the number of each event, and for how long to sleep before it.
+
+    Args:
+        rate: Events a second; 0: at once.
+    """
+    start = time.monotonic()
+    for n in range(count):
+        yield n, max(0.0, start + n / rate - time.monotonic()) if rate else 0.0
 
 
 @functools.cache

@@ -2,9 +2,9 @@
 
     python -m benchmarks.fanout [--quick] [--chart FILE.svg]
 
-In the repository's folder, with ``pip install flask gunicorn gevent sse-starlette
-uvicorn uvloop httptools``; Linux only. About 10 minutes; --quick, with 1,000
-subscribers once, one and a half.
+In the repository's folder, with a C compiler and ``pip install flask gunicorn gevent
+sse-starlette uvicorn uvloop httptools``; Linux only. About 10 minutes; --quick, with
+1,000 subscribers once, one and a half.
 
 100, 1,000 and 4,000 clients subscribe to one channel of one process: a Flask view
 that returns ``SSEResponse(hub.subscribe(...), handover=False)``, so that each client
@@ -12,7 +12,7 @@ keeps its greenlet (benchmarks/handover.py has the other way); the Flask view th
 in every tutorial, with a `queue.Queue` for each client, on the same gunicorn gevent
 worker; and the same with `asyncio.Queue` by sse-starlette on uvicorn. Then 200 under
 gunicorn's gthread worker. 200 events of 120 bytes are published at once (*burst*),
-and then 200 one by one (*paced*: 20 a second, 5 for 4,000 clients), so that hardly
+and then 200 one by one (*paced*: 50 a second, 5 for 4,000 clients), so that hardly
 anything can be put together. The CPU time is the worker's, system time and all its
 threads, as it reads it itself, by delivered event. Events a second count from the
 first event's time to the last delivery; latency is that of paced events. Every
@@ -21,7 +21,7 @@ piece. It is 1 where a server keeps up; where it does not, it saves itself work,
 its CPU time an event looks better.
 
 Each server is started anew for each line, in turns, three times over; the table has
-medians. The client is this process, by one epoll.
+medians. The clients are a program in C, clients.c.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ import argparse
 import ast
 import os
 import queue
-import re
 import resource
-import select
 import signal
 import socket
 import statistics
@@ -40,7 +38,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +46,8 @@ from urllib.request import urlopen
 
 from syncstream import Hub, SSEResponse
 
+from .chart import MINE, THEIRS, THEIRS_TOO, Bar, bars
+from .clients import Came, Clients, ended, pauses, payload
 from .machine import describe, verdict
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ State = dict[str, Any]
 
 COUNTS, THREADS, FIRST, ROUNDS = (100, 1_000, 4_000), 200, 50, 3
 EVENTS, SIZE, TIMEOUT = 200, 120, 90.0
+RATE, SLOW_RATE = 50, 5  # events a second
 BURST_GOAL, PACED_GOAL, ASYNC_GOAL, THREAD_GOAL = 1 / 20, 1.0, 0.5, 0.7
-TIME = re.compile(rb'"t":(\d+),')
 
 GUNICORN = (
     *("-m", "gunicorn", "-w", "1", "--worker-connections", "5000", "-b", "fd://{fd}"),
@@ -82,19 +82,6 @@ Server = tuple[str, str]
 # The servers' side.
 
 
-def payload(n: int) -> str:
-    """Return an event's data, JSON with the time, of `SIZE` characters."""
-    start = f'{{"n":{n},"t":{time.monotonic_ns()},"p":"'
-    return start + "x" * (SIZE - len(start) - 2) + '"}'
-
-
-def pauses(rate: float) -> Iterator[tuple[int, float]]:
-    """Yield the number of each event, and for how long to sleep before it."""
-    start = time.monotonic()
-    for n in range(EVENTS):
-        yield n, max(0.0, start + n / rate - time.monotonic()) if rate else 0.0
-
-
 def state(subscribers: int) -> str:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     rss = pages * os.sysconf("SC_PAGE_SIZE")
@@ -112,10 +99,10 @@ def ours() -> Flask:
 
     @app.post("/publish")
     def publish() -> str:
-        for n, pause in pauses(float(request.args["rate"])):
+        for n, pause in pauses(EVENTS, float(request.args["rate"])):
             if pause:
                 time.sleep(pause)
-            hub.publish("all", payload(n))
+            hub.publish("all", payload(n, SIZE))
         return "ok"
 
     @app.get("/state")
@@ -147,10 +134,10 @@ def plain() -> Flask:
 
     @app.post("/publish")
     def publish() -> str:
-        for n, pause in pauses(float(request.args["rate"])):
+        for n, pause in pauses(EVENTS, float(request.args["rate"])):
             if pause:
                 time.sleep(pause)
-            data = payload(n)
+            data = payload(n, SIZE)
             for one in list(queues):
                 one.put(data)
         return "ok"
@@ -187,10 +174,10 @@ def asynchronous() -> Any:
         return EventSourceResponse(generate())
 
     async def publish(request: Request) -> Response:
-        for n, pause in pauses(float(request.query_params["rate"])):
+        for n, pause in pauses(EVENTS, float(request.query_params["rate"])):
             if pause:
                 await asyncio.sleep(pause)
-            data = payload(n)
+            data = payload(n, SIZE)
             for one in list(queues):
                 one.put_nowait(data)
         return PlainTextResponse("ok")
@@ -217,15 +204,8 @@ def serving(server: Server) -> Iterator[Address]:
         fd = listener.fileno()
         command = [part.format(fd=fd) for part in SERVERS[server]]
         process = subprocess.Popen([sys.executable, *command], pass_fds=[fd])
-        try:
+        with ended(process):
             yield listener.getsockname()
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 def ask(address: Address) -> State:
@@ -243,87 +223,16 @@ def await_subscribers(address: Address, count: int) -> State:
     return now
 
 
-@dataclass
-class Came:
-    """What has come by all streams.
-
-    Attributes:
-        latencies: Nanoseconds, of each delivered event.
-        reads: In so many pieces it came.
-        seconds: From the first event's time to the last delivery.
-    """
-
-    latencies: list[int]
-    reads: int
-    seconds: float
-
-
-class Clients:
-    """Open streams, and what comes by them."""
-
-    def __init__(self, address: Address) -> None:
-        self._address = address
-        self._epoll = select.epoll()
-        self._sockets: dict[int, socket.socket] = {}
-
-    def come(self, count: int) -> None:
-        """Subscribe so many, a hundred at a time."""
-        while count:
-            news: set[int] = set()
-            for _ in range(min(100, count)):
-                client = socket.create_connection(self._address, TIMEOUT)
-                client.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                self._sockets[client.fileno()] = client
-                self._epoll.register(client, select.EPOLLIN)
-                news.add(client.fileno())
-            count -= len(news)
-            deadline = time.monotonic() + TIMEOUT
-            while news:
-                assert time.monotonic() < deadline, f"{len(news)} wait in vain"
-                for fd, _ in self._epoll.poll(1):
-                    if b": ok" in self._sockets[fd].recv(65536):
-                        news.discard(fd)
-
-    def publish(self, rate: float) -> Came:
-        """Have the server publish; return what came."""
-        left = dict.fromkeys(self._sockets, EVENTS)
-        tails: dict[int, bytes] = {}
-        latencies: list[int] = []
-        first = now = reads = 0
-        deadline = time.monotonic() + TIMEOUT
-        with socket.create_connection(self._address, TIMEOUT) as publisher:
-            publisher.sendall(
-                f"POST /publish?rate={rate} HTTP/1.1\r\nHost: localhost\r\n"
-                "Content-Length: 0\r\nConnection: close\r\n\r\n".encode()
-            )
-            while left:
-                assert time.monotonic() < deadline, f"{len(left)} wait in vain"
-                for fd, _ in self._epoll.poll(1):
-                    data = self._sockets[fd].recv(1 << 18)
-                    now = time.monotonic_ns()
-                    assert data, "a stream has ended"
-                    data = tails.pop(fd, b"") + data
-                    end = data.rfind(b"}") + 1
-                    if data.find(b"{", end) >= 0:  # an event has begun
-                        tails[fd], data = data[end:], data[:end]
-                    times = [*map(int, TIME.findall(data))]
-                    if not times:
-                        continue  # a keepalive
-                    reads += 1
-                    first = first or times[0]
-                    latencies += [now - at for at in times]
-                    left[fd] -= len(times)
-                    assert left[fd] >= 0, "an event came twice"
-                    if not left[fd]:
-                        del left[fd]
-            assert b" 200 " in publisher.recv(1000)
-        return Came(latencies, reads, (now - first) / 1e9)
-
-    def close(self) -> None:
-        for client in self._sockets.values():
-            client.close()
-        self._sockets.clear()
-        self._epoll.close()
+def publish(address: Address, clients: Clients, rate: float) -> Came:
+    """Have the server publish; return what came."""
+    with socket.create_connection(address, TIMEOUT) as publisher:
+        request = (
+            f"POST /publish?rate={rate} HTTP/1.1\r\nHost: localhost\r\n"
+            "Content-Length: 0\r\nConnection: close\r\n\r\n"
+        )
+        came = clients.collect(EVENTS, lambda: publisher.sendall(request.encode()))
+        assert b" 200 " in publisher.recv(1000)
+    return came
 
 
 @dataclass(frozen=True)
@@ -341,43 +250,41 @@ class Found:
 
 def measure(server: Server, count: int) -> Found:
     with serving(server) as address:
-        with closing(Clients(address)) as clients:
+        with Clients(address[1]) as clients:
             clients.come(FIRST)
             await_subscribers(address, FIRST)  # the head comes before that
             for _ in range(2):
-                clients.publish(0)
-        if server[0] != PLAIN:  # whose generators do not learn that a client leaves
-            await_subscribers(address, 0)
-        else:
+                publish(address, clients, 0)
+        if server[0] == PLAIN:  # whose generators do not learn that a client leaves
             _flush(address)
+        await_subscribers(address, 0)
         before = ask(address)
-        with closing(Clients(address)) as clients:
+        with Clients(address[1]) as clients:
             clients.come(count)
             full = await_subscribers(address, count)
-            burst = clients.publish(0)
+            burst = publish(address, clients, 0)
             after_burst = ask(address)
-            paced = clients.publish(5 if count > 1000 else 20)
+            paced = publish(address, clients, SLOW_RATE if count > 1000 else RATE)
             after = ask(address)
     events = count * EVENTS
-    latencies = sorted(paced.latencies)
     return Found(
         burst_rate=events / burst.seconds,
         burst=(after_burst["cpu"] - full["cpu"]) / events * 1e6,
         paced=(after["cpu"] - after_burst["cpu"]) / events * 1e6,
         joined=events / paced.reads,
-        p50=latencies[len(latencies) // 2] / 1e6,
-        p99=latencies[len(latencies) * 99 // 100] / 1e6,
+        p50=paced.p50 * 1e3,
+        p99=paced.p99 * 1e3,
         rss=(full["rss"] - before["rss"]) / count / 1000,
     )
 
 
 def _flush(address: Address) -> None:
     """Publish until those that have gone are found out."""
+    url = f"http://{address[0]}:{address[1]}/publish?rate=0"
     for _ in range(10):
-        with closing(Clients(address)) as clients:
-            clients.publish(0)
-        if not ask(address)["subscribers"]:
-            return
+        with urlopen(url, b"", timeout=TIMEOUT):
+            if not ask(address)["subscribers"]:
+                return
     raise AssertionError("clients that have left are still there")
 
 
@@ -451,37 +358,19 @@ def goals(found: dict[tuple[Server, int], Found]) -> None:
 
 
 def chart(found: dict[tuple[Server, int], Found]) -> str:
-    """Draw CPU µs by delivered event as bars, those of 1,000 clients."""
-    names = {OURS: "syncstream", PLAIN: "Flask, a queue each", ASYNC: "sse-starlette"}
-    colours = {OURS: "#1a7f5a", PLAIN: "#8a8f98", ASYNC: "#b9bec6"}
-    lines = [(s, one) for (s, count), one in found.items() if count == 1000]
-    scale = 330 / max(max(one.burst, one.paced) for _, one in lines)
-    parts: list[str] = []
-    y = 52
-    for title, kind in (("200 events at once", "burst"), ("20 events/s", "paced")):
-        parts.append(f'<text x="20" y="{y}" font-weight="600">{title}</text>')
-        for (name, on), one in lines:
-            y += 26
-            cost = getattr(one, kind)
-            width = max(1.5, cost * scale)
-            parts.append(
-                f'<text x="210" y="{y}" text-anchor="end">{names[name]}'
-                f'<tspan fill="#777"> {on}</tspan></text>'
-                f'<rect x="220" y="{y - 13}" width="{width:.1f}" height="17" rx="2"'
-                f' fill="{colours[name]}"/>'
-                f'<text x="{228 + width:.1f}" y="{y}">{cost:.2g} µs</text>'
-            )
-        y += 42
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="{y - 20}"'
-        f' viewBox="0 0 640 {y - 20}" font-family="system-ui, sans-serif"'
-        ' font-size="13" fill="#222">\n<title>CPU time of a delivered event</title>\n'
-        '<rect width="100%" height="100%" fill="#fff"/>\n'
-        '<text x="20" y="26" font-size="15" font-weight="600">CPU time of a delivered'
-        " event, 1,000 subscribers, one worker</text>\n"
-        + "\n".join(parts)
-        + "\n</svg>\n"
-    )
+    """Draw CPU µs by delivered event, those of 1,000 clients."""
+    colours = {OURS: MINE, PLAIN: THEIRS, ASYNC: THEIRS_TOO}
+    lines = [(server, one) for (server, count), one in found.items() if count == 1000]
+    kinds = {f"{EVENTS} events at once": "burst", f"{RATE} events/s": "paced"}
+    groups = {
+        heading: [
+            Bar(name, on, getattr(one, kind), colours[name])
+            for (name, on), one in lines
+        ]
+        for heading, kind in kinds.items()
+    }
+    title = "CPU time of a delivered event, 1,000 subscribers, one worker"
+    return bars(title, groups)
 
 
 if __name__ == "__main__":

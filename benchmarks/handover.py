@@ -58,8 +58,8 @@ from syncstream import Hub, SSEResponse
 from syncstream.process import process
 from syncstream.senders import VARIABLE, AdaptiveSender, PydllSender, open_sender
 
-from .chart import OURS, THEIRS, THEIRS_TOO, Bar, bars
-from .clients import Came, Clients, compiled, ended
+from .chart import MINE, THEIRS, THEIRS_TOO, Bar, bars
+from .clients import Came, Clients, compiled, ended, pauses, payload
 from .machine import describe, verdict
 
 if TYPE_CHECKING:
@@ -116,22 +116,6 @@ http {{
 # The servers' side: what gunicorn runs.
 
 
-def payload(n: int, size: int) -> str:
-    """Return an event's data, JSON with the time, of so many characters."""
-    start = f'{{"n":{n},"t":{time.monotonic_ns()},"p":"'
-    return start + "x" * (size - len(start) - 2) + '"}'
-
-
-def pace(count: int, rate: float) -> Iterator[int]:
-    """Yield the number of each event when its time has come; rate 0: at once."""
-    start = time.monotonic()
-    for n in range(count):
-        pause = start + n / rate - time.monotonic() if rate else 0
-        if pause > 0:
-            time.sleep(pause)
-        yield n
-
-
 def app(handover: Any = "auto") -> Flask:
     from flask import Flask, request
 
@@ -153,7 +137,9 @@ def app(handover: Any = "auto") -> Flask:
         )
 
         def run() -> None:
-            for n in pace(count, rate):
+            for n, pause in pauses(count, rate):
+                if pause:
+                    time.sleep(pause)
                 hub.publish("all", payload(n, size))
 
         # Not in the request: it would hold the sync worker.
@@ -376,7 +362,8 @@ class Running:
             return
         with socket.create_connection(("127.0.0.1", self.port), TIMEOUT) as publisher:
             publisher.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for n in pace(count, rate):
+            for n, pause in pauses(count, rate):
+                time.sleep(pause)
                 publisher.sendall(
                     "POST /publish HTTP/1.1\r\nHost: localhost\r\n"
                     f"Content-Length: {size}\r\n\r\n{payload(n, size)}".encode()
@@ -721,7 +708,7 @@ def many_goals(found: Many) -> None:
 
 def chart(found: dict[Server, list[Found]]) -> str:
     """Draw CPU µs by delivered event."""
-    colours = {OUR_NAME: OURS, BROADCASTER.name: THEIRS, ATTACHED.name: THEIRS}
+    colours = {OUR_NAME: MINE, BROADCASTER.name: THEIRS, ATTACHED.name: THEIRS}
     groups: dict[str, list[Bar]] = {}
     for heading, kind in (
         (f"{EVENTS} events at once", "burst"),
