@@ -1510,10 +1510,10 @@ class Frames:
     greenlets copy twice for every event.
 
     Attributes:
-        more: So many events there were beyond one for each chunk.
+        events: So many have been in its chunks.
     """
 
-    __slots__ = ("_encode", "_is_shared", "_subscription", "more")
+    __slots__ = ("_encode", "_is_shared", "_subscription", "events")
 
     def __init__(
         self,
@@ -1524,7 +1524,7 @@ class Frames:
         self._subscription = subscription
         self._encode = encode
         self._is_shared = is_shared
-        self.more = 0
+        self.events = 0
 
     def __iter__(self) -> Frames:
         return self
@@ -1536,11 +1536,11 @@ class Frames:
                 found = subscription._shared()
                 if found is not None:
                     chunk, count = found
-                    self.more += count - 1
+                    self.events += count
                     return chunk
             items = subscription._wait(None, once=self._is_shared)
             if items:
-                self.more += len(items) - 1
+                self.events += len(items)
                 return b"".join(map(self._encode, items))
 
 

@@ -397,7 +397,12 @@ class Stream:
 
     def __iter__(self) -> Iterator[bytes]:
         if self._body is None and self._source is not None:
-            body = self._chunks(self._source)
+            source = self._source
+            body = (
+                self._subscribed(source)
+                if isinstance(source, Subscription)
+                else self._chunks(source)
+            )
             self._body = weakref.ref(body)
             return body
         running = self._body() if self._body is not None else None
@@ -631,62 +636,29 @@ class Stream:
         """Yield the response's chunks; the one place that runs the source."""
         try:
             self._begin()
-            first, events = None, 0  # what a subscription had, before the head leaves
             failed: list[BaseException] = []  # lists: a name here would keep an error
             refused: list[BaseException] = []  # alive by its own traceback
-            if isinstance(source, Subscription) and not self._once:
-                # Before the client hears that it is open: it may publish then.
-                try:
-                    with entered(self):
-                        source.begin()
-                    if self._is_to_hand_over():
-                        first, events = self._first_step(source)
-                except BaseException as error:
-                    if not self._is_end(error):
-                        failed.append(error)
             if self._opening is not None and not self._once:
-                self._tail = self._opening
-                self._bytes += len(self._opening)
-                if first is not None and not failed:
-                    self._begin_hand_over()
-                yield self._opening
-                if self._swap is not None and self._is_handed_over(
-                    source, first, events
-                ):
-                    return
+                yield self._opened()
             if self._once:
                 self._close_source()
-                # The client that a subscription denies hears nothing else.
-                last = self._last_block() if isinstance(source, Subscription) else b""
-                if last:
-                    self._bytes += len(last)
-                    yield last
                 self._settle()
                 return
-            if not failed:
-                if self._connection is not None:
-                    self._connection.warn()
-                try:
-                    with entered(self):
-                        self.before_wait()
-                        iterator = self._iterator(source)
-                        if iterator is not source:
-                            self._to_close.append(iterator)
-                        advance: Callable[[], Any] = iterator.__next__
-                        throw = getattr(iterator, "throw", None)
-                except BaseException as error:
-                    failed.append(error)
+            self._warn()
+            try:
+                with entered(self):
+                    self.before_wait()
+                    iterator = iter(source)
+                    if iterator is not source:
+                        self._to_close.append(iterator)
+                    advance: Callable[[], Any] = iterator.__next__
+                    throw = getattr(iterator, "throw", None)
+            except BaseException as error:
+                failed.append(error)
             if failed:
                 yield from self._fail(failed)
                 return
-            if first:
-                self._tail, self._moved = first, time.monotonic()
-                self._events += events
-                self._bytes += len(first)
-                yield first
             encode, ended = self._format.encode, self._once
-            if isinstance(iterator, Frames):
-                encode = bytes  # they are
             reference = self.reference
             monotonic, running, runner = time.monotonic, current.get, runner_function()
             look_at = 0.0
@@ -694,12 +666,7 @@ class Stream:
                 # What entered(self) does, for the path of every event: the scope
                 # stays ours after the step, unless another running stream's was.
                 outer = running()
-                if outer is reference:
-                    outer = None
-                else:
-                    scope = outer() if outer is not None else None
-                    if scope is None or not scope.is_running:
-                        outer = None
+                if outer is not reference:
                     current.set(reference)
                 self.runner = runner()  # a copied context may have moved us
                 self.is_running = True
@@ -719,7 +686,7 @@ class Stream:
                     self.is_running = False
                     if self._is_writing:
                         self._await_writer()
-                    if outer is not None:
+                    if outer is not reference and _is_running(outer):
                         current.set(outer)
                 if ended:
                     break
@@ -761,6 +728,101 @@ class Stream:
             self.close()
             raise
 
+    def _subscribed(self, source: Subscription) -> Iterator[bytes]:
+        """Do the same for a subscription; until it is handed over, if it can be.
+
+        No code of the application's runs in the steps, nor is there anything to
+        encode: less is to be done for each of them.
+        """
+        try:
+            self._begin()
+            failed: list[BaseException] = []
+            # Before the client hears that it is open: it may publish then.
+            first, events = b"", 0
+            try:
+                if not self._once:
+                    first, events = self._first_step(source)
+            except BaseException as error:
+                if not self._is_end(error):
+                    failed.append(error)
+            if self._opening is not None and not self._once:
+                if not failed:
+                    self._begin_hand_over()
+                yield self._opened()
+                if self._swap is not None and self._is_handed_over(first, events):
+                    return
+            if failed and not self._once:
+                yield from self._fail(failed)
+                return
+            ended, watched = self._once, self._hung_up is not None
+            if not ended:
+                self._warn()
+                if first:
+                    self._moved = time.monotonic()
+                    self._events += events
+                    self._bytes += len(first)
+                    yield first
+            # What it sends is whole events, or lines.
+            self._tail = b"\n\n" if self._is_event_stream else b"\n"
+            dumps = dumps_or_default(self._format.dumps)
+            self._frames = frames = source.frames(self._is_event_stream, dumps)
+            advance, reference = frames.__next__, self.reference
+            monotonic, running, runner = time.monotonic, current.get, runner_function()
+            look_at = 0.0
+            while not ended:
+                outer = running()
+                if outer is not reference:
+                    current.set(reference)
+                self.runner = runner()
+                self.is_running = True
+                try:
+                    if ended:
+                        break
+                    chunk = advance()
+                except BaseException as error:
+                    if ended or self._is_end(error):
+                        self._after_end(error)
+                        break
+                    failed.append(error)
+                finally:
+                    self.is_running = False
+                    if self._is_writing:
+                        self._await_writer()
+                    if outer is not reference and _is_running(outer):
+                        current.set(outer)
+                if ended:
+                    break
+                if failed:
+                    yield from self._fail(failed)
+                    return
+                self._moved = now = monotonic()
+                if now >= look_at:
+                    look_at = now + (WATCHED_LOOK_EVERY if watched else LOOK_EVERY)
+                    self._look(now)
+                    if ended:
+                        break
+                self._bytes += len(chunk)
+                yield chunk
+            self._close_source()
+            last = self._last_block()
+            if last:
+                self._bytes += len(last)
+                yield last
+            self._settle()
+        except GeneratorExit:
+            self.close()
+            raise
+
+    def _opened(self) -> bytes:
+        assert self._opening is not None
+        self._tail = self._opening
+        self._bytes += len(self._opening)
+        return self._opening
+
+    def _warn(self) -> None:
+        if self._connection is not None:
+            self._connection.warn()
+
     # Without the server.
 
     def _is_to_hand_over(self) -> bool:
@@ -772,8 +834,11 @@ class Stream:
         )
 
     def _first_step(self, source: Subscription) -> tuple[bytes, int]:
-        """Return what there is for the client already, and how many events."""
+        """Begin; return what there is for a client that is to be handed over."""
         with entered(self):
+            source.begin()
+            if not self._is_to_hand_over():
+                return b"", 0
             self.before_wait()
             chunk, events, _ = source.step()
             source.count(events)
@@ -781,6 +846,8 @@ class Stream:
 
     def _begin_hand_over(self) -> None:
         """Take the connection from its server, if it can be, until it has written."""
+        if not self._is_to_hand_over():
+            return
         assert self._connection is not None
         # Its number will soon be another's.
         self._observe_no_more()
@@ -788,9 +855,11 @@ class Stream:
         if self._swap is None:
             self._observe()
 
-    def _is_handed_over(self, source: Any, first: bytes | None, events: int) -> bool:
+    def _is_handed_over(self, first: bytes, events: int) -> bool:
         """Take the connection for good, and let the loop go on with it."""
         connection, process, served = self._connection, self._process, self._served
+        source = self._source
+        assert isinstance(source, Subscription)
         assert connection is not None
         assert self._swap is not None
         assert self._opening is not None
@@ -844,13 +913,6 @@ class Stream:
         self._source = None
         loop.add(client, head)
         return True
-
-    def _iterator(self, source: Iterable[Any]) -> Iterator[Any]:
-        if not isinstance(source, Subscription):
-            return iter(source)
-        dumps = dumps_or_default(self._format.dumps)
-        self._frames = source.frames(self._is_event_stream, dumps)
-        return self._frames
 
     def _is_end(self, error: BaseException) -> bool:
         """Tell an end of which we did not know yet from a failure."""
@@ -1211,7 +1273,7 @@ class Stream:
             return
         seconds = time.monotonic() - self._began if record is not None else 0.0
         if self._frames is not None:
-            self._events += self._frames.more
+            self._events += self._frames.events
         (record or process()).count(reason, seconds, self._events, self._bytes)
         self._log(
             logging.DEBUG,
@@ -1294,6 +1356,12 @@ class Stream:
     @property
     def _label(self) -> str:
         return self._connection.label if self._connection else "a stream"
+
+
+def _is_running(reference: Callable[[], Any] | None) -> bool:
+    """Tell whether a stream, by its reference, is inside its source."""
+    scope = reference() if reference is not None else None
+    return scope is not None and scope.is_running
 
 
 def _weakly(method: Callable[[], R], default: R) -> Callable[[], R]:
