@@ -437,6 +437,20 @@ class Hub:
                 self._with_patterns[id(subscription)] = reference
                 self._version += 1
 
+    def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
+        """Read from the broker, unless the hub is closed.
+
+        Raises:
+            Closed: It is, maybe since the broker was asked.
+            BrokerError: The broker does not answer.
+        """
+        try:
+            return self.broker.read(channel, after, limit)
+        except BrokerError:
+            if self._is_closed:
+                raise Closed("closed") from None
+            raise
+
     def warn_of_processes(self) -> None:
         """Say, once, that other processes have channels of their own."""
         if self.broker.scope == "process":
@@ -929,9 +943,9 @@ class Subscription:
             return _Cursor(name, record, id if known else "")
         after = self._after
         if after == "now":
-            return _Cursor(name, record, self.hub.broker.read(name, None).head)
+            return _Cursor(name, record, self.hub.read(name, None).head)
         if after == "start":
-            page = self.hub.broker.read(name, START, 1)
+            page = self.hub.read(name, START, 1)
             return _Cursor(
                 name, record, page.entries[0].prev if page.entries else page.head
             )
@@ -941,11 +955,11 @@ class Subscription:
 
     def _newest(self, name: str, count: int) -> str:
         """Return the id before so many of a channel's newest events."""
-        page = self.hub.broker.read(name, START, 1)
+        page = self.hub.read(name, START, 1)
         entries: list[Entry] = []
         last = page.entries[0].prev if page.entries else page.head
         while True:
-            page = self.hub.broker.read(name, last, READ)
+            page = self.hub.read(name, last, READ)
             if not page.entries:
                 break
             entries = [*entries, *page.entries][-count:]
@@ -1073,7 +1087,7 @@ class Subscription:
                 if entries or not cursor.record.is_doubtful:
                     return [(cursor, e) for e in entries if self._is_for_us(e)]
             end = window.end
-        page = self.hub.broker.read(cursor.name, cursor.last or _NOWHERE, READ)
+        page = self.hub.read(cursor.name, cursor.last or _NOWHERE, READ)
         last = page.entries[-1].id if page.entries else page.head
         cursor.seen = end if last == page.head else -1
         if cursor.record.is_doubtful:
