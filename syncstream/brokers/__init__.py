@@ -115,7 +115,17 @@ def _memory(url: str, options: dict[str, Any]) -> Broker:
     return MemoryBroker(**options)
 
 
-SCHEMES: dict[str, Callable[[str, dict[str, Any]], Broker]] = {"memory": _memory}
+def _postgresql(url: str, options: dict[str, Any]) -> Broker:
+    from .postgresql import PostgreSQLBroker
+
+    return PostgreSQLBroker(url, **options)
+
+
+SCHEMES: dict[str, Callable[[str, dict[str, Any]], Broker]] = {
+    "memory": _memory,
+    "postgres": _postgresql,
+    "postgresql": _postgresql,
+}
 
 
 def open_broker(
@@ -124,7 +134,8 @@ def open_broker(
     """Return the broker that a URL names.
 
     Args:
-        url: ``memory:``, this process.
+        url: ``memory:``, this process; ``postgresql://USER@HOST/DATABASE``, who
+            connects to that database, see `postgresql.PostgreSQLBroker`.
         capacity: So many events of each channel are kept.
         max_age: Events are kept for so many seconds; ``None`` for no limit.
 
