@@ -121,10 +121,23 @@ def _postgresql(url: str, options: dict[str, Any]) -> Broker:
     return PostgreSQLBroker(url, **options)
 
 
+def _redis(url: str, options: dict[str, Any]) -> Broker:
+    from .redis import RedisBroker
+
+    return RedisBroker(url, **options)
+
+
 SCHEMES: dict[str, Callable[[str, dict[str, Any]], Broker]] = {
     "memory": _memory,
     "postgres": _postgresql,
     "postgresql": _postgresql,
+    "redis": _redis,
+    "rediss": _redis,
+    "redis+sentinel": _redis,
+    "rediss+sentinel": _redis,
+    "unix": _redis,
+    "valkey": _redis,
+    "valkeys": _redis,
 }
 
 
@@ -135,7 +148,8 @@ def open_broker(
 
     Args:
         url: ``memory:``, this process; ``postgresql://USER@HOST/DATABASE``, who
-            connects to that database, see `postgresql.PostgreSQLBroker`.
+            connects to that database, see `postgresql.PostgreSQLBroker`;
+            ``redis:`` and its kin, many machines, see `redis.RedisBroker`.
         capacity: So many events of each channel are kept.
         max_age: Events are kept for so many seconds; ``None`` for no limit.
 

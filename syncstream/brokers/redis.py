@@ -887,7 +887,7 @@ class _Listener:
             self._process.state(self, False, reason)
 
     def _listen(self) -> None:
-        while not self.is_closed:
+        while True:
             now = time.monotonic()
             if self._sent_at is None and (
                 now >= self._next_beat
