@@ -12,7 +12,9 @@ The rules:
   the time, it grew to 958 MB in 7 s), and checkpoints never overlap a commit
   (https://sqlite.org/wal.html#walresetbug).
 - Nothing waits for the disk or for a lock but native threads: a writer, a listener,
-  and, for a gevent hub, a reader. What many publish at once is one transaction.
+  and, for a gevent hub, a reader. What many publish at once is one transaction. (A
+  thread that finds nobody else writing does it itself: to hand it over and to be
+  woken would take as long again.)
 - Nothing of before a fork is used after it: https://sqlite.org/howtocorrupt.html 2.6.
 - A file that is removed, or replaced, is noticed before it is used. What comes after
   is another log: the ids of before are unknown to it.
@@ -386,6 +388,19 @@ class _Lock:
             if self._is_current():
                 return
             self.close()
+
+    def try_acquire(self) -> bool:
+        """Have it at once or not at all; not either if it is not open yet."""
+        if self._fd < 0:
+            return False
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if self._is_current():
+            return True
+        self.close()
+        return False
 
     def _open(self) -> None:
         _make(self._path, self._is_private)
@@ -819,13 +834,15 @@ class _Job:
     def __init__(self, items: Items = (), call: Callable[[], Any] | None = None):
         self.items = items
         self.call = call
-        self.turn = _Turn()
+        self.turn: _Turn | None = None  # of who waits, if somebody does
         self.is_taken = False
         self.result: Any = None
         self.error: Exception | None = None
 
     def end(self, result: Any = None, error: Exception | None = None) -> None:
         self.result, self.error = result, error
+        if self.turn is None:
+            return
         try:
             self.turn.end()
         except Exception:  # its hub was destroyed: nobody waits there
@@ -853,13 +870,15 @@ class _Thread:
         self._is_closed = False
         self._ended: list[_Turn] = []
 
-    def add(self, job: _Job) -> None:
+    def add(self, job: _Job) -> _Turn:
+        turn = job.turn = _Turn()
         with self.lock:
             if self._is_closed:
                 raise Unavailable("local: is closed")
             self.jobs.append(job)
             self._start()
         self.ring()
+        return turn
 
     def _start(self) -> None:
         if not self._is_running:
@@ -928,6 +947,7 @@ class _Process:
             _Database(broker.path) for _ in range(3)
         )
         self._others = _Others(broker.path)
+        self._writing = native(_thread, "allocate_lock")()
         self._writer = _Thread(self._write, self._leave)
         self._reader = _Thread(self._answer)
         self._reading = native(_thread, "allocate_lock")()
@@ -939,21 +959,45 @@ class _Process:
 
     def publish(self, items: Items) -> list[str]:
         job = _Job(items)
-        self._writer.add(job)
-        self._await(job, self._writer)
+        if not self._write_here(job):
+            self._await(job, self._writer)
+        if job.error is not None:
+            raise job.error
         ids: list[str] = job.result
         return ids
 
+    def _write_here(self, job: _Job) -> bool:
+        """Store it in this thread, if it is one and nobody else writes."""
+        # Who waits goes first.
+        if self._writer.jobs or hub() is not None or self._is_closed:
+            return False
+        if not self._writing.acquire(False):
+            return False
+        try:
+            if not self._locks[0].try_acquire():
+                return False
+            try:
+                if not self._log.is_current():
+                    return False
+                self._log.connection.execute("BEGIN IMMEDIATE")
+                self._store([job])
+            except sqlite3.Error:
+                return False  # nothing is stored: the writer will see what it is
+            finally:
+                self._locks[0].release()
+        finally:
+            self._writing.release()
+        return True
+
     def _await(self, job: _Job, thread: _Thread) -> None:
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        turn = thread.add(job)
         try:
-            is_done = job.turn.wait(deadline)
+            is_done = turn.wait(deadline)
         except BaseException:  # a gevent.Timeout, say
             thread.give_up(job)
             raise
         if is_done:
-            if job.error is not None:
-                raise job.error
             return
         message = f"{self._path} was not to be had within {self._timeout} s"
         if thread.give_up(job) or job.call is not None:
@@ -980,60 +1024,60 @@ class _Process:
             Exception: None was taken.
         """
         lock, database = self._locks[0], self._log
-        lock.acquire()
-        try:
-            if not database.is_current():
-                database.open()
-            database.connection.execute("BEGIN IMMEDIATE")
-            jobs: list[_Job] = []
-            count = 0
-            while count < _GROUP and (job := self._writer.take()) is not None:
-                jobs.append(job)
-                count += len(job.items)
-            if self._store(jobs):
-                self._others.wake()
-                for job in jobs:
-                    job.end(job.result)
-                try:
-                    database.checkpoint()
-                except (sqlite3.Error, OSError) as error:
-                    # Of what is stored nothing is lost; the next one tries again.
-                    log.warning("%s: no checkpoint: %s", self._path, error)
-        finally:
-            lock.release()
-
-    def _store(self, jobs: list[_Job]) -> bool:
-        """Store these and commit; if that fails, tell them."""
-        database = self._log
-        failed: BrokerError
-        error: Exception
-        try:
-            items = [item for job in jobs for item in job.items]
-            ids = database.store(items, self._bounds)
-        except Exception as caught:
-            error = caught
-            failed = Unavailable(f"{self._path}: {error}")
-        else:
+        with self._writing:
+            lock.acquire()
             try:
-                database.connection.execute("COMMIT")
-            except sqlite3.Error as caught:
-                error = caught
-                # Of a disk that is full the last frame, which is the commit, is not
-                # whole. Of other errors it may be.
-                kind = Unavailable if "is full" in str(error) else Uncertain
-                failed = kind(f"{self._path}: {error}")
-            else:
-                for job in jobs:
-                    job.result, ids = ids[: len(job.items)], ids[len(job.items) :]
-                return True
-        failed.__cause__ = error
+                if not database.is_current():
+                    database.open()
+                database.connection.execute("BEGIN IMMEDIATE")
+                jobs: list[_Job] = []
+                count = 0
+                while count < _GROUP and (job := self._writer.take()) is not None:
+                    jobs.append(job)
+                    count += len(job.items)
+                self._store(jobs)
+            finally:
+                lock.release()
+
+    def _store(self, jobs: list[_Job]) -> None:
+        """Store and commit, and tell of it; if that fails, tell these."""
+        database = self._log
+        has_ended = False
+        try:
+            ids = database.store([i for job in jobs for i in job.items], self._bounds)
+            has_ended = True
+            database.connection.execute("COMMIT")
+        except Exception as error:
+            # Of a disk that is full the last frame, which is the commit, is not
+            # whole. Of other errors it may be.
+            is_stored = has_ended and "is full" not in str(error)
+            kind = Uncertain if is_stored else Unavailable
+            failed = kind(f"{self._path}: {error}")
+            failed.__cause__ = error
+            for job in jobs:
+                job.end(error=failed)
+            return
+        finally:
+            # An interrupt's, too.
+            self._roll_back()
+        self._others.wake()
+        for job in jobs:
+            job.end(ids[: len(job.items)])
+            ids = ids[len(job.items) :]
+        try:
+            database.checkpoint()
+        except (sqlite3.Error, OSError) as error:
+            # Of what is stored nothing is lost; the next one tries again.
+            log.warning("%s: no checkpoint: %s", self._path, error)
+
+    def _roll_back(self) -> None:
+        database = self._log
+        if not database.connection.in_transaction:
+            return
         try:
             database.connection.rollback()
         except sqlite3.Error:
             database.close()
-        for job in jobs:
-            job.end(error=failed)
-        return False
 
     # To read.
 
@@ -1042,8 +1086,9 @@ class _Process:
         if hub() is None:
             return call()
         job = _Job(call=call)
-        self._reader.add(job)
         self._await(job, self._reader)
+        if job.error is not None:
+            raise job.error
         result: T = job.result
         return result
 
@@ -1148,8 +1193,9 @@ class _Process:
         return listener
 
     def _leave(self) -> None:
-        self._log.finish(self._locks[0], _CLOSE)
-        self._others.close()
+        with self._writing:
+            self._log.finish(self._locks[0], _CLOSE)
+            self._others.close()
 
     def let_go(self) -> None:
         """Close all descriptors but SQLite's."""
