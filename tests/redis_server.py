@@ -65,11 +65,11 @@ class RedisServer:
         with self.client(**options) as client:
             return client.execute_command(*words)
 
-    def start(self) -> None:
-        """Start it, on the same port as before."""
+    def start(self, *options: str, is_ready: bool = True) -> None:
+        """Start it, on the same port as before; wait until it is ready, or loading."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [self._program, *self._words],
+                [self._program, *self._words, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -81,6 +81,10 @@ class RedisServer:
                     client.execute_command("PING")
             except redis.AuthenticationError:
                 return
+            except redis.BusyLoadingError:
+                if not is_ready:
+                    return
+                time.sleep(0.02)
             except redis.RedisError:
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"it did not start:\n{self.log()}") from None
@@ -111,6 +115,13 @@ class RedisServer:
     def restart(self, number: int = signal.SIGTERM) -> None:
         self.stop(number)
         self.start()
+
+    def restart_slowly(self) -> None:
+        """Stop it in good order; start it, and return while it loads its data."""
+        self.stop()
+        words = ("--key-load-delay", "500")
+        words += ("--loading-process-events-interval-bytes", "1024")
+        self.start(*words, is_ready=False)
 
     def listeners(self) -> list[dict[str, Any]]:
         """Return the connections that are subscribed to anything."""

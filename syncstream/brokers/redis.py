@@ -50,7 +50,6 @@ from redis.connection import parse_url
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
-    NoPermissionError,
     NoScriptError,
     ReadOnlyError,
     RedisError,
@@ -114,7 +113,8 @@ local function next_id(last, nonce)
 end
 """
 
-# The first write is the one that is refused, for want of memory, say.
+# What is refused, for want of memory, say, is refused at its first write; what fails
+# after that, for want of rights, is stored.
 _PUBLISH = _Script(
     _COMMON
     + """
@@ -123,14 +123,18 @@ local prev = newest(key)
 local id, ms = next_id(prev, nonce)
 prev = prev or '0-' .. nonce
 redis.call('XADD', key, 'MAXLEN', capacity, id, 'p', prev, 'd', payload)
-if age == '' then
-  redis.call('PERSIST', key)
-else
-  redis.call('XTRIM', key, 'MINID', '~', string.format('%.0f', ms - age))
-  redis.call('PEXPIRE', key, ttl)
-end
-redis.call('PUBLISH', topic, id .. ' ' .. prev .. ' ' .. payload)
-return id
+local is_told, problem = pcall(function()
+  if age == '' then
+    redis.call('PERSIST', key)
+  else
+    redis.call('XTRIM', key, 'MINID', '~', string.format('%.0f', ms - age))
+    redis.call('PEXPIRE', key, ttl)
+  end
+  redis.call('PUBLISH', topic, id .. ' ' .. prev .. ' ' .. payload)
+end)
+if is_told then return id end
+if type(problem) == 'table' then problem = problem.err end
+return redis.error_reply('STORED, but: ' .. problem)
 """
 )
 
@@ -526,8 +530,7 @@ class _Server:
         if not refused:
             return [id.decode() for id in replies]
         reason = f"{self.name} has refused it: {refused[0]}"
-        # Permission may be missing for what comes after the event was stored.
-        if len(refused) < len(replies) or isinstance(refused[0], NoPermissionError):
+        if len(refused) < len(replies) or str(refused[0]).startswith("STORED"):
             raise Uncertain(reason)
         raise Unavailable(reason)
 
@@ -628,7 +631,8 @@ class _Server:
             left = max(0.0, deadline - time.monotonic())
             if not connection.can_read(timeout=left):
                 raise Uncertain(f"no answer from {self.name}")
-            return connection.read_response()
+            # Not to be closed for LOADING: there may be more replies.
+            return connection.read_response(disconnect_on_error=False)
         except (ResponseError, BusyLoadingError, AuthenticationError) as error:
             return error
         except (RedisError, OSError) as error:
