@@ -29,7 +29,7 @@ LAYERS = (
     ("servers",),
     ("wsgi",),
     ("views",),
-    ("flask", "django", "bottle", "pyramid", "falcon", "gunicorn"),
+    ("flask", "django", "migrations", "bottle", "pyramid", "falcon", "gunicorn"),
     ("__init__",),
     ("demo", "doctor", "testing"),
     ("__main__",),

@@ -216,14 +216,17 @@ BEGIN
     ) p WHERE p.place = 1 OR p.size <= 8388608 ORDER BY p.off;
 END $body$;
 
--- Returns what follows a seq, of all channels; data only of those that are wanted, and
--- not too much of it.
+-- Returns the file of the events, another one after each TRUNCATE and restore; then
+-- what follows a seq, of all channels; data only of those that are wanted, and not too
+-- much of it.
 CREATE FUNCTION $S.tail(
     a_seq bigint, a_limit integer, a_names text[], a_prefixes text[]
 ) RETURNS TABLE (r_seq bigint, r_channel text, r_off bigint, r_nonce bigint,
     r_prev bigint, r_data bytea)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $body$
 BEGIN
+    r_seq := pg_relation_filenode('$S.event');
+    RETURN NEXT;
     RETURN QUERY SELECT p.seq, p.channel, p.off, p.nonce, p.prev,
         CASE WHEN p.is_wanted AND (p.size <= 8388608 OR p.place = 1) THEN p.data END
     FROM (
@@ -395,12 +398,16 @@ class PostgreSQLBroker:
         self, own: _Own, items: Sequence[tuple[str, bytes]], deadline: float
     ) -> list[str | None]:
         with self._lent(own, deadline) as connection:
-            sql = self._publish_sql(items, deadline - time.monotonic())
+            left = deadline - time.monotonic()
+            if left < self._publish_timeout / 4:
+                # Rather this than an answer that comes too late.
+                raise Unavailable("the time was over before it could be sent")
+            sql = self._publish_sql(items, left)
             results: Sequence[Any]
             try:
                 results = connection.run(sql, deadline=deadline)
             except _Refused as error:
-                # A server that stops says so before or after; else it is rolled back.
+                # A server that stops may say so after the commit; else it is rolled back.
                 kind = Uncertain if error.is_fatal else Unavailable
                 raise kind(f"not published: {error}") from error
             except _Lost as error:
@@ -419,7 +426,7 @@ class PostgreSQLBroker:
         )
         data = ",".join(f"decode('{payload.hex()}','hex')" for _, payload in items)
         # Its own limit is the shorter one: it answers "not done" rather than nothing.
-        limit = max(1, int(seconds * 800))
+        limit = max(1, int(seconds * 700))
         return (
             "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;"
             f"SET LOCAL statement_timeout = {limit};"
@@ -703,6 +710,7 @@ class _Listener:
         # Somebody counts on being told what has come before it listens.
         self._is_late = is_late
         self._place: tuple[int, int] | None = None  # seq and nonce of what was told
+        self._file = 0  # in which that is
         self._is_up = True
         self._wanted: tuple[Any, str, str] = (None, "{}", "{}")
         self.is_decided = False
@@ -804,7 +812,7 @@ class _Listener:
     def _follow(self, connection: _Connection) -> None:
         unheard = 0
         while True:
-            # What came between LISTEN and here is read, too.
+            # Before it looks: what comes from now on is another notification.
             while connection.hear():
                 unheard = -1
             if self._tail(connection) and unheard >= 0:
@@ -814,6 +822,9 @@ class _Listener:
                         "events come without notifications: listen_dsn must lead to"
                         " the server itself, not to a pooler that shares connections"
                     )
+            if connection.hear():  # while it looked
+                unheard = -1
+                continue
             # All of one moment would look at one moment, ever after.
             pause = random.uniform(0.8, 1.2) * HEARTBEAT
             connection.wait(select.POLLIN, time.monotonic() + pause, is_needed=False)
@@ -829,7 +840,14 @@ class _Listener:
             deadline = time.monotonic() + READ_TIMEOUT
             (result,) = connection.run(sql, words, deadline=deadline)
             now = time.monotonic()
-            for row in range(result.ntuples):
+            file = _number(result, 0, 0)
+            if file != self._file:
+                # A seq of before means nothing in another one.
+                if self._file:
+                    self._find_place(connection)
+                self._file = file
+                continue
+            for row in range(1, result.ntuples):
                 channel = result.get_value(row, 1).decode()
                 number, nonce, prev = (
                     _number(result, row, column) for column in (2, 3, 4)
@@ -845,7 +863,7 @@ class _Listener:
                 self._place = _number(result, row, 0), nonce
                 found = True
             else:
-                if result.ntuples < TAIL:
+                if result.ntuples <= TAIL:
                     return found
 
     def _is_wanted(self, channel: str) -> bool:
@@ -892,7 +910,7 @@ class _Lost(Exception):
     """
 
     def __init__(self, message: str, results: Sequence[Any] = ()) -> None:
-        super().__init__(message)
+        super().__init__(" ".join(message.split()))  # libpq's have several lines
         self.results = results
 
 
@@ -928,7 +946,7 @@ class _Connection:
             try:
                 return cls._open(make_conninfo(dsn, **words), limit, stop)
             except (_Lost, DriverError) as error:
-                reasons.append(str(error).strip())
+                reasons.append(str(error))
         raise _Lost("; ".join(dict.fromkeys(reasons)) or "no address")
 
     @classmethod
@@ -986,7 +1004,7 @@ class _Connection:
                     break
                 results.append(result)
         except DriverError as error:
-            raise _Lost(str(error).strip(), results) from error
+            raise _Lost(str(error), results) from error
         except _Lost as error:
             error.results = results
             raise
@@ -999,7 +1017,7 @@ class _Connection:
         field = pq.DiagnosticField
         state = result.error_field(field.SQLSTATE)
         if not state:  # libpq's own: the connection has ended
-            raise _Lost(result.error_message.decode(errors="replace").strip(), results)
+            raise _Lost(result.error_message.decode(errors="replace"), results)
         message = result.error_field(field.MESSAGE_PRIMARY) or b""
         severity = result.error_field(field.SEVERITY_NONLOCALIZED)
         raise _Refused(
@@ -1014,7 +1032,7 @@ class _Connection:
             self._pgconn.consume_input()
             return self._pgconn.notifies() is not None
         except DriverError as error:
-            raise _Lost(str(error).strip()) from error
+            raise _Lost(str(error)) from error
 
     def wait(self, events: int, deadline: float, *, is_needed: bool = True) -> int:
         """Wait until the socket can be read or written; return which.
@@ -1112,7 +1130,7 @@ def _addresses(dsn: str) -> list[dict[str, str]]:
 
 def _message(pgconn: Any) -> str:
     message: bytes = pgconn.error_message
-    return message.decode(errors="replace").strip() or "no reason is known"
+    return message.decode(errors="replace") or "no reason is known"
 
 
 def _sqlstate(error: BaseException | None) -> str | None:
