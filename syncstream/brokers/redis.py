@@ -245,16 +245,18 @@ class RedisBroker:
         return [_Server(url, self._timeout, self._prefix) for url in self._urls]
 
     def _process(self) -> _Process:
+        """Return what this process has; once closed that is ``Unavailable``."""
         pid = os.getpid()
-        found = self._processes.get(pid)
-        if found is not None:
-            return found
+        here = self._processes.get(pid)
+        if here is None:
+            if self._processes:  # a fork that Python was not told of
+                self.leave_to_parent()
+            # One for all threads, whichever asks first.
+            here = self._processes.setdefault(pid, _Process(self, self._servers()))
         if self._is_closed:
+            here.close(0)
             raise Unavailable("the broker is closed")
-        if self._processes:  # a fork that Python was not told of
-            self.leave_to_parent()
-        # One for all threads, whichever asks first.
-        return self._processes.setdefault(pid, _Process(self, self._servers()))
+        return here
 
     def leave_to_parent(self) -> None:
         """Let go of all that the parent has; in a child that was forked."""
@@ -324,12 +326,13 @@ class RedisBroker:
         return self._ttl
 
     def watch(self, channel: str) -> None:
-        self._listening().watch(channel, self._timeout)
+        with suppress(Unavailable):  # closed; the read that follows says so
+            self._listening().watch(channel, self._timeout)
 
     def unwatch(self, channel: str) -> None:
         with suppress(ValueError):
             self._inherited.remove(channel)
-        if not self._is_closed:
+        with suppress(Unavailable):
             self._process().unwatch(channel)
 
     def _listening(self) -> _Process:
@@ -341,7 +344,7 @@ class RedisBroker:
 
     def close(self, timeout: float = 5.0) -> None:
         self._is_closed = True
-        here = self._processes.pop(os.getpid(), None)
+        here = self._processes.get(os.getpid())
         if here is not None:
             here.close(timeout)
 
@@ -386,6 +389,7 @@ class _Process:
         self._listeners: dict[_Server, _Listener] = {}
         self._lock = threading.Lock()
         self._down: set[_Listener] = set()
+        self._is_closed = False
 
     def server(self, channel: str) -> _Server:
         """Return the one that has a channel: for all processes the same."""
@@ -395,7 +399,9 @@ class _Process:
 
     def watch(self, name: str, timeout: float) -> None:
         for server in self.servers if is_pattern(name) else [self.server(name)]:
-            self._listener(server).watch(name, timeout)
+            listener = self._listener(server)
+            if listener is not None:
+                listener.watch(name, timeout)
 
     def unwatch(self, name: str) -> None:
         for server in self.servers if is_pattern(name) else [self.server(name)]:
@@ -403,8 +409,11 @@ class _Process:
             if listener is not None:
                 listener.unwatch(name)
 
-    def _listener(self, server: _Server) -> _Listener:
+    def _listener(self, server: _Server) -> _Listener | None:
+        """Return who listens to a server; ``None``: the broker is closed."""
         with self._lock:
+            if self._is_closed:
+                return None
             listener = self._listeners.get(server)
             if listener is None:
                 listener = self._listeners[server] = _Listener(server, self)
@@ -422,6 +431,7 @@ class _Process:
     def close(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         with self._lock:
+            self._is_closed = True
             listeners = list(self._listeners.values())
         for listener in listeners:
             listener.stop()
@@ -488,6 +498,7 @@ class _Server:
         self._topic = f"{prefix}{database}:{{" if database else self._key
         self._name = self.name.encode()
         self._idle: deque[Any] = deque()
+        self._is_closed = False
         self._free = threading.BoundedSemaphore(most)
         try:
             self._class(**self._options)
@@ -581,6 +592,8 @@ class _Server:
                 connection.disconnect()
                 raise
             self._idle.append(connection)
+            if self._is_closed:
+                self.forget_idle()
             return replies
         finally:
             self._free.release()
@@ -647,6 +660,7 @@ class _Server:
                 self._idle.pop().disconnect()
 
     def close(self) -> None:
+        self._is_closed = True
         self.forget_idle()
 
 
@@ -771,7 +785,8 @@ class _Listener:
     def join(self, timeout: float) -> None:
         self._thread.join(timeout)
         if self._thread.is_alive():
-            log.warning("the listener of %s did not end in time", self._server.name)
+            if timeout:
+                log.warning("the listener of %s did not end", self._server.name)
             return
         self._waker.close()
         self._woken.close()
