@@ -44,6 +44,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
 from ..errors import BrokerError, PayloadTooLarge, Unavailable, Uncertain
 from ..log import Entry, Page
@@ -64,6 +65,7 @@ _GROUP = 1000  # events of several publishers that one transaction takes
 _PAGE = 8 << 20  # bytes that are read at once
 _WAL, _WAL_MAX = 4 << 20, 16 << 20  # bytes, from which on it is checkpointed
 _SWEEP = 64  # events between two looks for what is too old, or too much
+_CHANNELS = 5000  # that are looked at in one go, whether they can be forgotten
 _LOCK_TRY = 0.002  # seconds between two tries
 _CLOSE = 1.0  # seconds, to have the lock when files are closed
 _MAX_PATH = 80  # bytes: sun_path takes 104 (macOS), with /wake/<pid>-<random>
@@ -382,8 +384,7 @@ class _Lock:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            if self._fd < 0:
-                self._open()
+            self.open()
             self._wait(deadline)
             if self._is_current():
                 return
@@ -402,7 +403,10 @@ class _Lock:
         self.close()
         return False
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Make the folder if it is not there, and the lock's file in it."""
+        if self._fd >= 0:
+            return
         _make(self._path, self._is_private)
         # systemd-tmpfiles leaves a directory alone whose lock is held.
         self._folder = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
@@ -483,11 +487,24 @@ class _Database:
             return False
         return (found.st_dev, found.st_ino) == self._identity
 
+    def open_to_read(self) -> bool:
+        """Open the file if it is there and whole; without the lock.
+
+        Raises:
+            Unavailable: It is not a log of this version.
+        """
+        self.close()
+        try:
+            self._connect("rw")
+        except sqlite3.OperationalError:
+            return False  # not there; or just being made, or removed
+        return True
+
     def open(self) -> None:
         """Open the file, or make it; by who has the lock.
 
         Raises:
-            Unavailable: It is there, but is not a log of this version.
+            Unavailable: It is not a log of this version.
         """
         self.close()
         if not os.path.exists(self._file):
@@ -495,11 +512,18 @@ class _Database:
             for suffix in ("-wal", "-shm"):
                 with suppress(FileNotFoundError):
                     os.unlink(self._file + suffix)
+        self._connect("rwc")
+
+    def _connect(self, mode: str) -> None:
         connection = sqlite3.connect(
-            self._file, timeout=0.25, isolation_level=None, check_same_thread=False
+            f"file:{quote(self._file)}?mode={mode}",
+            uri=True,
+            timeout=0.25,
+            isolation_level=None,
+            check_same_thread=False,
         )
         try:
-            self._check(connection)
+            self._check(connection, may_make=mode == "rwc")
             for setting in _SETTINGS:
                 connection.execute(f"PRAGMA {setting}")
         except BaseException:
@@ -509,7 +533,7 @@ class _Database:
         self._identity = found.st_dev, found.st_ino
         self._connection = connection
 
-    def _check(self, connection: sqlite3.Connection) -> None:
+    def _check(self, connection: sqlite3.Connection, may_make: bool) -> None:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -523,6 +547,8 @@ class _Database:
             )
         if version:
             return
+        if not may_make:
+            raise sqlite3.OperationalError("it is just being made")
         (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
         if mode != "wal":
             raise Unavailable(f"{self._path} cannot have an SQLite log, mode {mode!r}")
@@ -660,18 +686,21 @@ class _Database:
         execute = self.connection.execute
         (channels,) = execute("SELECT count(*) FROM channel").fetchone()
         if channels <= MAX_CHANNELS:
-            self._added = 0
             return
         rows = execute(
-            "SELECT id FROM channel WHERE id > ? ORDER BY id LIMIT 5000",
-            (self._swept_to,),
+            "SELECT id FROM channel WHERE id > ? ORDER BY id LIMIT ?",
+            (self._swept_to, _CHANNELS),
         ).fetchall()
-        self._swept_to = rows[-1][0] if rows else 0
-        idle = execute(
-            "DELETE FROM channel WHERE id BETWEEN ? AND ? AND NOT EXISTS"
-            " (SELECT 1 FROM event WHERE event.channel = channel.id)",
-            (rows[0][0] if rows else 0, self._swept_to),
-        ).rowcount
+        # At the end it begins again.
+        self._swept_to = rows[-1][0] if len(rows) == _CHANNELS else 0
+        idle = (
+            rows
+            and execute(
+                "DELETE FROM channel WHERE id BETWEEN ? AND ? AND NOT EXISTS"
+                " (SELECT 1 FROM event WHERE event.channel = channel.id)",
+                (rows[0][0], rows[-1][0]),
+            ).rowcount
+        )
         if idle:
             execute("UPDATE life SET empty = ?", (_nonce(),))
 
@@ -1124,6 +1153,9 @@ class _Process:
         """Open what is not open, or not there any more; tell whether it was so."""
         if database.is_current():
             return False
+        lock.open()
+        if database.open_to_read():
+            return True
         lock.acquire(self._timeout)
         try:
             database.open()
