@@ -61,7 +61,7 @@ LOOK_EVERY = 0.5  # seconds, for what nobody has told of
 MAX_CHANNELS = 100_000  # that are remembered when all their events are gone
 
 _APPLICATION = 0x73796E63  # "sync": tells our databases from others
-_GROUP = 1000  # events of several publishers that one transaction takes
+_GROUP = 1 << 20  # bytes of several publishers that one transaction takes
 _PAGE = 8 << 20  # bytes that are read at once
 _WAL, _WAL_MAX = 4 << 20, 16 << 20  # bytes, from which on it is checkpointed
 _SWEEP = 64  # events between two looks for what is too old, or too much
@@ -433,7 +433,7 @@ class _Lock:
     def _is_current(self) -> bool:
         try:
             found = os.stat(f"{self._path}/lock")
-        except FileNotFoundError:
+        except OSError:  # to open it again will say what it is
             return False
         return os.path.samestat(found, os.fstat(self._fd))
 
@@ -483,7 +483,7 @@ class _Database:
         """Tell whether it is open, and its file where it was."""
         try:
             found = os.stat(self._file)
-        except FileNotFoundError:
+        except OSError:  # to open it again will say what it is
             return False
         return (found.st_dev, found.st_ino) == self._identity
 
@@ -534,9 +534,12 @@ class _Database:
         self._connection = connection
 
     def _check(self, connection: sqlite3.Connection, may_make: bool) -> None:
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        execute = connection.execute
+        execute("BEGIN")  # somebody may just be making it
+        (version,) = execute("PRAGMA user_version").fetchone()
+        (application,) = execute("PRAGMA application_id").fetchone()
+        (tables,) = execute("SELECT count(*) FROM sqlite_master").fetchone()
+        execute("COMMIT")
         if application != _APPLICATION and (tables or application):
             raise Unavailable(f"{self._file} is another application's database")
         if version not in (0, VERSION):
@@ -549,16 +552,16 @@ class _Database:
             return
         if not may_make:
             raise sqlite3.OperationalError("it is just being made")
-        (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
+        (mode,) = execute("PRAGMA journal_mode=WAL").fetchone()
         if mode != "wal":
             raise Unavailable(f"{self._path} cannot have an SQLite log, mode {mode!r}")
-        connection.execute("BEGIN IMMEDIATE")
+        execute("BEGIN IMMEDIATE")
         for statement in _TABLES.strip().rstrip(";").split(";"):
-            connection.execute(statement)
-        connection.execute("INSERT INTO life VALUES (?)", (_nonce(),))
-        connection.execute(f"PRAGMA application_id={_APPLICATION}")
-        connection.execute(f"PRAGMA user_version={VERSION}")
-        connection.execute("COMMIT")
+            execute(statement)
+        execute("INSERT INTO life VALUES (?)", (_nonce(),))
+        execute(f"PRAGMA application_id={_APPLICATION}")
+        execute(f"PRAGMA user_version={VERSION}")
+        execute("COMMIT")
 
     def finish(self, lock: _Lock, timeout: float) -> None:
         """Close it and its lock, for good."""
@@ -941,13 +944,15 @@ class _Thread:
             self._serve()
             if is_last:
                 break
-        if self._leave is not None:
-            self._leave()
-        with self.lock:
-            self._is_running = False
-            ended, self._ended = self._ended, []
-        for turn in ended:
-            turn.end()
+        try:
+            if self._leave is not None:
+                self._leave()
+        finally:
+            with self.lock:
+                self._is_running = False
+                ended, self._ended = self._ended, []
+            for turn in ended:
+                turn.end()
 
     def close(self, deadline: float) -> bool:
         """Let it do what is there, and end; ``False``: not within this time."""
@@ -991,7 +996,8 @@ class _Process:
         if not self._write_here(job):
             self._await(job, self._writer)
         if job.error is not None:
-            raise job.error
+            # Several may have got this one: each raises its own.
+            raise type(job.error)(*job.error.args) from job.error.__cause__
         ids: list[str] = job.result
         return ids
 
@@ -1060,10 +1066,10 @@ class _Process:
                     database.open()
                 database.connection.execute("BEGIN IMMEDIATE")
                 jobs: list[_Job] = []
-                count = 0
-                while count < _GROUP and (job := self._writer.take()) is not None:
+                size = 0
+                while size < _GROUP and (job := self._writer.take()) is not None:
                     jobs.append(job)
-                    count += len(job.items)
+                    size += sum(1000 + len(payload) for _, payload in job.items)
                 self._store(jobs)
             finally:
                 lock.release()
@@ -1135,9 +1141,7 @@ class _Process:
         return self._call(lambda: self._read(channel, after, limit))
 
     def _read(self, channel: str, after: str | None, limit: int) -> Page:
-        timeout = -1.0 if self._timeout is None else self._timeout
-        if not self._reading.acquire(True, timeout):
-            raise Unavailable(f"{self._path} was not to be had within {timeout} s")
+        self._acquire(self._reading, self._timeout)
         try:
             if self._is_closed:
                 raise Unavailable("local: is closed")
@@ -1205,7 +1209,7 @@ class _Process:
         deadline = time.monotonic() + timeout
         self._is_closed = True
         try:
-            listener = self._call(self._stop)
+            listener = self._call(lambda: self._stop(timeout))
         except Unavailable:
             listener, is_done = None, False
         else:
@@ -1214,15 +1218,21 @@ class _Process:
         if not (self._writer.close(deadline) and is_done):
             log.warning("%s: not closed within %s s", self._path, timeout)
 
-    def _stop(self) -> _Listener | None:
+    def _stop(self, timeout: float) -> _Listener | None:
         """Close what is read; return the listener: there will be no other."""
-        with self._begins:
-            listener = self._listener
-            if listener is None:
-                self._news.finish(self._locks[2], _CLOSE)
-        with self._reading:
-            self._history.finish(self._locks[1], _CLOSE)
+        self._acquire(self._begins, timeout)
+        listener = self._listener
+        if listener is None:
+            self._news.finish(self._locks[2], _CLOSE)
+        self._begins.release()
+        self._acquire(self._reading, timeout)
+        self._history.finish(self._locks[1], _CLOSE)
+        self._reading.release()
         return listener
+
+    def _acquire(self, lock: Any, timeout: float | None) -> None:
+        if not lock.acquire(True, -1.0 if timeout is None else timeout):
+            raise Unavailable(f"{self._path} was not to be had within {timeout} s")
 
     def _leave(self) -> None:
         with self._writing:
@@ -1312,6 +1322,8 @@ class _Listener:
     def _bind(self) -> None:
         if self._socket is not None:
             self._socket.close()
+        with suppress(FileExistsError):
+            os.mkdir(self._folder, 0o700)
         self._name = f"{self._folder}/{os.getpid():x}-{os.urandom(4).hex()}"
         self._socket = _datagrams()
         self._socket.bind(self._name)
@@ -1330,7 +1342,8 @@ class _Listener:
             except Exception as error:
                 self._state(False, str(error))
                 if not isinstance(error, (BrokerError, sqlite3.Error, OSError)):
-                    log.exception("%s: the listener has failed", self._broker.path)
+                    log.exception("%s: the sink has failed", self._broker.path)
+                    self._position = -1  # it may have missed some
                 native(time, "sleep")(LOOK_EVERY / 5)
             else:
                 self._state(True, "it can be read")
