@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,10 @@ class RedisServer:
         self.start(*words, is_ready=False)
 
     def listeners(self) -> list[dict[str, Any]]:
-        """Return the connections that are subscribed to anything."""
+        """Return the connections that are subscribed to anything; no Sentinel's."""
         with self.client() as client:
-            return client.client_list(_type="pubsub")
+            found: list[dict[str, Any]] = client.client_list(_type="pubsub")
+        return [one for one in found if not one["name"].startswith("sentinel-")]
 
     def close(self) -> None:
         """Stop it, and remove its files."""
@@ -134,6 +136,69 @@ class RedisServer:
         self._folder.cleanup()
 
     def __enter__(self) -> RedisServer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class Sentinel:
+    """One that watches a server, and promotes a replica half a second after its end.
+
+    Args:
+        name: Of the service.
+        port: The server's.
+    """
+
+    def __init__(self, name: str, port: int) -> None:
+        self._program = program("redis-server", "redis-server")
+        self._folder = tempfile.TemporaryDirectory(prefix="sentinel-")
+        self._name = name
+        self.port = free_port()
+        config = Path(self._folder.name) / "sentinel.conf"
+        lines = [
+            *(f"port {self.port}", "bind 127.0.0.1", f"dir {self._folder.name}"),
+            f"sentinel monitor {name} 127.0.0.1 {port} 1",
+            f"sentinel down-after-milliseconds {name} 500",
+            f"sentinel failover-timeout {name} 3000",
+        ]
+        config.write_text("\n".join([*lines, ""]))
+        self._process = subprocess.Popen(
+            [self._program, str(config), "--sentinel"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            self._await(lambda: self._ask("PING"))
+        except BaseException:
+            self.close()
+            raise
+
+    def _ask(self, *words: str) -> Any:
+        with redis.Redis(port=self.port, protocol=2, socket_timeout=1) as client:
+            return client.execute_command(*words)
+
+    def _await(self, condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                if condition():
+                    return
+            except redis.RedisError:
+                pass
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def await_replica(self) -> None:
+        """Wait until it knows whom to promote."""
+        self._await(lambda: self._ask("SENTINEL REPLICAS", self._name))
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Sentinel:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -6,21 +6,27 @@ proxy that cuts connections and swallows what they carry.
 
 import contextlib
 import itertools
+import json
+import os
+import queue
 import signal
+import socket
 import threading
 import time
 
 import pytest
 
+from live import LiveServer
 from pairs import check_script
 from programs import certificate
 from redis_nodes import Nodes
-from redis_server import RedisServer
+from redis_server import RedisServer, Sentinel
 from syncstream.brokers import open_broker
 from syncstream.brokers import redis as module
 from syncstream.brokers.redis import RedisBroker
 from syncstream.errors import Closed, Unavailable, Uncertain
 from syncstream.hub import Gap, Hub
+from syncstream.protocol import sse
 from syncstream.testing import check_broker
 from tcp_proxy import Proxy
 
@@ -121,6 +127,7 @@ from gevent import monkey
 monkey.patch_all()
 from redis_nodes import Nodes
 from syncstream.brokers.redis import RedisBroker
+from syncstream.protocol import sse
 from syncstream.testing import check_broker
 prefixes = itertools.count()
 def url():
@@ -855,3 +862,352 @@ def test_a_server_that_comes_later(quick):
             await_true(lambda: sorted(told.lost) == ["a", "b:*"])
             broker.publish([("a", b"1"), ("b:1", b"2")])
             await_true(lambda: told.payloads() == [b"1", b"2"])
+
+
+# Processes.
+
+
+def test_one_connection_listens(server):
+    """For each process one, however many channels and clients it has."""
+    hubs = [Hub(server.url) for _ in range(50)]
+    subscriptions = []
+    try:
+        for hub in hubs:
+            for number in range(20):
+                names = (f"c:{number}", f"d:{number % 3}", "e:*")
+                subscriptions.append(hub.subscribe(*names))
+                subscriptions[-1].read(0)
+        assert len(server.listeners()) == 50
+        hubs[7].publish("d:1", "x")
+        for subscription in subscriptions:
+            if "d:1" in subscription.channels:
+                assert [e.data for e in subscription.read(TIMEOUT)] == ["x"]
+    finally:
+        for hub in hubs:
+            hub.close()
+    await_true(lambda: server.listeners() == [])
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc")
+def test_nothing_is_left_behind(server):
+    """No descriptor, whether it was in use, or never answered."""
+    with Proxy(server.port) as proxy:
+        before = descriptors()
+        for is_silent in (False, True):
+            broker = open_broker(at(proxy.port, "publish_timeout=0.4"))
+            broker.attach(Told())
+            proxy.is_silent = is_silent
+            broker.watch("a")
+            with contextlib.suppress(Unavailable):
+                broker.publish([("a", b"x")])
+            broker.close()
+            broker.close()
+            with pytest.raises(Unavailable, match="closed"):
+                broker.publish([("a", b"x")])
+        proxy.is_silent = False
+        proxy.cut()
+        await_true(lambda: descriptors() <= before)
+
+
+def test_publishers_that_are_killed(server):
+    """What they were told is stored is there, once; nobody else is held up."""
+    for place in range(4):
+        with Nodes(2) as nodes, hub_of(server.url) as hub:
+            url, name = server.url, f"k{place}"
+            stored = queue.SimpleQueue()
+
+            def publish(who, nodes=nodes, stored=stored, url=url, name=name):
+                with contextlib.suppress(ValueError, OSError):
+                    for number in range(100_000):
+                        payload = f"data: {who} {number}\n\n".encode()
+                        nodes.publish(who, url, [(name, payload)])
+                        stored.put(f"{who} {number}")
+
+            with Reader(hub, name) as reader:
+                threads = [threading.Thread(target=publish, args=(n,)) for n in (0, 1)]
+                for thread in threads:
+                    thread.start()
+                await_true(lambda stored=stored: stored.qsize() > 100)
+                nodes.kill(0)
+                threads[0].join(TIMEOUT)
+                goal = stored.qsize() + 50
+                await_true(lambda goal=goal, stored=stored: stored.qsize() > goal)
+                nodes.kill(1)
+                threads[1].join(TIMEOUT)
+                acked = [stored.get() for _ in range(stored.qsize())]
+                await_true(lambda acked=acked, got=reader.got: {*acked} <= {*got})
+                assert len(reader.got) == len({*reader.got}) <= len(acked) + 2
+                assert reader.gaps == []
+
+
+FORKED = """
+import os, sys, time
+if sys.argv[2] == "gevent":
+    from gevent import monkey
+    monkey.patch_all()
+from syncstream.brokers.redis import RedisBroker
+
+class Told(list):
+    def deliver(self, channel, entry): self.append(entry.payload)
+    def resync(self, channels): lost.append(list(channels))
+    def state(self, is_up, reason): raise AssertionError(reason)
+
+def await_true(condition):
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+lost, told = [], Told()
+broker = RedisBroker(sys.argv[1])
+broker.attach(told)
+broker.watch("a")
+broker.publish([("a", b"before")])
+await_true(lambda: told == [b"before"])
+children = []
+for number in range(3):
+    pid = os.fork()
+    if not pid:
+        # What it inherits is told of once it asks for anything.
+        broker.read("a", None)
+        broker.watch("b")
+        await_true(lambda: lost == [["a"]])
+        broker.publish([("b", b"mine %d" % number)])
+        await_true(lambda: b"mine %d" % number in told)
+        await_true(lambda: b"parent's" in told)
+        broker.close()
+        os._exit(0)
+    children.append(pid)
+time.sleep(0.3)
+import redis
+with redis.Redis.from_url(sys.argv[1]) as client:
+    await_true(lambda: len(client.client_list(_type="pubsub")) == 4)
+    ids = broker.publish([("a", b"parent's")] * 1)
+    await_true(lambda: told[1:] == [b"parent's"])
+for pid in children:
+    assert os.waitpid(pid, 0)[1] == 0
+broker.publish([("a", b"after")])
+await_true(lambda: told[1:] == [b"parent's", b"after"])
+assert lost == []
+broker.close()
+"""
+
+
+@pytest.mark.parametrize("kind", ["threads", "gevent"])
+def test_a_child_has_its_own(server, kind):
+    """A fork uses nothing of its parent's, who goes on undisturbed."""
+    if kind == "gevent":
+        pytest.importorskip("gevent")
+    check_script(FORKED, server.url, kind)
+
+
+LATE = """
+from gevent import monkey
+monkey.patch_all()
+import sys, time, gevent
+from syncstream import Hub
+hub = Hub(sys.argv[1])
+gaps, last = [], time.monotonic()
+def tick():
+    global last
+    while True:
+        gevent.sleep(0.001)
+        now = time.monotonic()
+        gaps.append(now - last)
+        last = now
+subscription = hub.subscribe("a")
+subscription.read(0)
+ticker = gevent.spawn(tick)
+def publish(who):
+    for _ in range(300):
+        hub.publish("a", "x" * 200)
+began = time.process_time()
+greenlets = [gevent.spawn(publish, who) for who in range(20)]
+count = 0
+while count < 6000:
+    count += len(subscription.read(10))
+gevent.joinall(greenlets, raise_error=True)
+ticker.kill()
+hub.close()
+print(max(gaps))
+"""
+
+
+def test_the_hub_of_gevent_is_not_held_up(server):
+    """By a flood of events neither, for longer than a tenth of a second."""
+    pytest.importorskip("gevent")
+    latest = min(float(check_script(LATE, server.url)) for _ in range(2))
+    assert latest < 0.1
+
+
+# Sentinel.
+
+
+def test_sentinel_names_the_server(quick):
+    """A failover is a reconnect: all who are there stay, and are told what is lost."""
+    with RedisServer() as master, RedisServer() as replica:
+        replica.command("REPLICAOF", "127.0.0.1", str(master.port))
+        with Sentinel("mine", master.port) as sentinel:
+            url = f"redis+sentinel://127.0.0.1:{sentinel.port}/mine/0?publish_timeout=1"
+            with (
+                hub_of(url) as hub,
+                Reader(hub, "a") as reader,
+                Publisher(url) as publisher,
+            ):
+                publisher.more()
+                assert len(master.listeners()) == 1
+                sentinel.await_replica()
+                master.stop(signal.SIGKILL)
+                await_true(lambda: replica.command("ROLE")[0] == b"master")
+                await_true(lambda: hub.stats()["up"] and replica.listeners())
+                publisher.more()
+                account(publisher, reader, has_gap=True)
+                assert len(reader.gaps) <= 1
+
+
+# Servers that serve.
+
+WORKERS = 4
+# A worker that has so many takes no more: others have some, too.
+MOST = 5
+WORDS = ("-w", str(WORKERS), "--worker-connections", str(MOST))
+KINDS = {
+    "gunicorn-gthread": (*WORDS, "--threads", str(MOST)),
+    "gunicorn-gevent": WORDS,
+}
+
+
+@pytest.fixture(params=KINDS)
+def site(request):
+    """Four workers of a real server, and their Redis, which keeps what it stores."""
+    with (
+        RedisServer("--appendonly", "yes", "--appendfsync", "always") as engine,
+        LiveServer(
+            request.param,
+            "apps.redis_app:wrapped",
+            *KINDS[request.param],
+            env={"HUB_URL": engine.url},
+        ) as server,
+    ):
+        server.engine = engine
+        yield server
+        assert server.tracebacks() == 0, server.log()
+
+
+class Browser:
+    """An event source in a thread: comes back with the last id."""
+
+    def __init__(self, server, channel):
+        self.got = []
+        self.opened = 0
+        self.pid = None
+        self._server = server
+        self._path = f"/sse/{channel}?after=start"
+        self._last = None
+        self._client = None
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        while not self._is_closed:
+            try:
+                self._follow()
+            except (OSError, EOFError):
+                time.sleep(0.02)
+
+    def _follow(self):
+        headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
+        if self._last is not None:
+            headers["Last-Event-ID"] = self._last
+        with self._server.get(self._path, headers=headers) as client:
+            self._client = client
+            client.read_head()
+            self.pid = int(client.headers["x-pid"])
+            self.opened += 1
+            while not self._is_closed and (block := client.block()).endswith(b"\n\n"):
+                for event in sse.Decoder().feed(block):
+                    assert event.event != "reset", event
+                    self._last = event.id
+                    self.got.append(event.data)
+
+    def close(self):
+        self._is_closed = True
+        with contextlib.suppress(OSError, AttributeError):
+            self._client.socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(TIMEOUT)
+        assert not self._thread.is_alive()
+
+
+@contextlib.contextmanager
+def browsers(server, channel):
+    """Open so many that each worker has some."""
+    found = [Browser(server, channel) for _ in range((WORKERS - 1) * MOST + 2)]
+    try:
+        await_true(lambda: all(one.opened for one in found))
+        assert len({one.pid for one in found}) == WORKERS
+        yield found
+    finally:
+        for one in found:
+            one.close()
+
+
+def post(server, channel, items):
+    body = json.dumps(items).encode()
+    with server.connect() as client:
+        head = f"POST /publish/{channel} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        client.socket.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
+        client.socket.sendall(body)
+        text = client.rest()
+        assert client.status == 200, text
+        return json.loads(text)
+
+
+def test_what_one_worker_publishes_all_clients_get(site):
+    """Each event once and in order; one connection listens in each worker."""
+    with browsers(site, "a") as found:
+        assert len(site.engine.listeners()) == WORKERS
+        expected = [str(number) for number in range(60)]
+        for start in range(0, 60, 3):
+            post(site, "a", expected[start : start + 3])
+        for one in found:
+            await_true(lambda one=one: len(one.got) >= 60)
+            assert one.got == expected
+            assert one.opened == 1
+
+
+def test_a_worker_that_is_killed(site):
+    """Its clients go on with others; nothing is lost, nothing doubled."""
+    with browsers(site, "a") as found, Publisher(site.engine.url) as publisher:
+        publisher.more()
+        victim = found[0].pid
+        os.kill(victim, signal.SIGKILL)
+        publisher.more(100)
+        publisher.close()
+        for one in found:
+            await_true(lambda one=one: one.got[-1:] == publisher.stored[-1:])
+            assert one.got == publisher.stored
+            assert one.pid != victim
+        assert any(one.opened > 1 for one in found)
+        assert any(one.opened == 1 for one in found)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_engine_restarts_under_streams(site, number):
+    """They stay, and go on by themselves."""
+    with browsers(site, "a") as found, Publisher(site.engine.url) as publisher:
+        publisher.more()
+        site.engine.restart(number)
+        publisher.more(100)
+        publisher.close()
+        for one in found:
+            await_true(lambda one=one: one.got[-1:] == publisher.stored[-1:])
+            # What is uncertain may be there.
+            got = [n for n in one.got if n not in publisher.uncertain]
+            assert got == publisher.stored
+            assert one.opened == 1, site.log()
+        site.await_log("the broker is back")

@@ -25,6 +25,7 @@ import random
 import re
 import select
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -769,22 +770,30 @@ class _Listener:
         self._checked: list[tuple[_Watch, str | None, bool]] = []
         self._told: tuple[bytes, bytes] | None = None
         self._has_more = False
-        self._thread = threading.Thread(
-            target=self._run, name="syncstream-redis", daemon=True
-        )
+        self._thread: Any = None
 
     # From any thread.
 
     def start(self) -> None:
-        self._thread.start()
+        monkey = sys.modules.get("gevent.monkey")
+        if monkey is not None and monkey.is_module_patched("socket"):
+            # No patched thread: a forked child has this greenlet, too, and does not
+            # know the thread that would end there.
+            self._thread = sys.modules["gevent"].spawn(self._run)
+        else:
+            self._thread = threading.Thread(
+                target=self._run, name="syncstream-redis", daemon=True
+            )
+            self._thread.start()
 
     def stop(self) -> None:
         self.is_closed = True
         self._wake()
 
     def join(self, timeout: float) -> None:
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        thread = self._thread
+        thread.join(timeout)
+        if not thread.dead if hasattr(thread, "dead") else thread.is_alive():
             if timeout:
                 log.warning("the listener of %s did not end", self._server.name)
             return
