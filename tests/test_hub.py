@@ -665,6 +665,20 @@ def test_close_wakes_all(place):
     hub.close()
 
 
+def test_close_while_the_broker_is_asked():
+    """Whoever reads then learns that it is closed, not what became of the broker."""
+
+    class Gone(MemoryBroker):
+        def read(self, channel, after, limit=1000):
+            hub.close()
+            raise Unavailable("the broker is closed")
+
+    hub = Hub(broker=Gone())
+    with pytest.raises(Closed) as caught:
+        hub.subscribe("a").read(0)
+    assert caught.value.reason == "closed"
+
+
 def test_close_of_a_subscription(hub, place):
     """From elsewhere, before it is read, while it is, twice."""
     subscription = hub.subscribe("a")
