@@ -16,6 +16,7 @@ import _thread
 import hashlib
 import json
 import logging
+import random
 import re
 import time
 import weakref
@@ -26,7 +27,7 @@ from functools import partial
 from typing import Any
 
 from .brokers import Broker, is_pattern, matches, open_broker
-from .errors import BrokerError, Closed, PayloadTooLarge
+from .errors import BrokerError, Closed, PayloadTooLarge, Unavailable
 from .log import START, Entry, Log, Page
 from .process import process
 from .protocol import sse
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 READ = 500  # entries that are read at once
 WINDOW = 256  # entries of a channel that are kept for its subscribers
 IDLE = 60.0  # seconds that a window without subscribers is kept
+RETRY = 1.0  # seconds, roughly, until a broker that did not answer is asked again
 MAX_CHANNELS = 32  # of one subscription, by name: their ids fit into one
 _MAX_ID = 4096  # characters of an id that are looked at
 _MAX_NAME = 200  # characters of a channel's name
@@ -987,12 +989,16 @@ class Subscription:
                 raise Closed(self._reason)
             pause = self._pause()
             if not pause:
-                items = self._take()
+                try:
+                    items = self._take()
+                except Unavailable:
+                    # Who is there stays, and asks again.
+                    items, pause = [], random.uniform(0.5, 1.5) * RETRY
                 if items:
                     self._delivered = time.monotonic()
                     self.hub._delivered += len(items)
                     return items
-                if not self._register(waiter):
+                if not pause and not self._register(waiter):
                     continue
             left = self._left(deadline, pause)
             if deadline is not None and time.monotonic() >= deadline:
@@ -1045,7 +1051,12 @@ class Subscription:
         return True
 
     def _take(self) -> list[Item]:
-        """Return what is there: entries, and gaps."""
+        """Return what is there: entries, and gaps.
+
+        Raises:
+            Unavailable: The broker has to be asked, does not answer, and nothing else
+                is there.
+        """
         items: list[Item] = []
         while self._lost:
             name, reason = self._lost.pop(0)
@@ -1063,11 +1074,17 @@ class Subscription:
                 cursor.record, cursor.position = record, -1
         for cursor in list(self._cursors.values()):
             before = cursor.last
-            items += self._take_from(cursor)
-            # The newest of a key may be further on: all of it, in pieces.
-            while self._key is not None and cursor.last != before:
-                before = cursor.last
-                items = [*self._latest(items), *self._take_from(cursor)]
+            try:
+                items += self._take_from(cursor)
+                # The newest of a key may be further on: all of it, in pieces.
+                while self._key is not None and cursor.last != before:
+                    before = cursor.last
+                    items = [*self._latest(items), *self._take_from(cursor)]
+            except Unavailable:
+                # What is taken already would not come again.
+                if not items:
+                    raise
+                break
         if self._key is not None and len(items) > 1:
             items = self._latest(items)
         return items

@@ -853,6 +853,28 @@ def test_a_broker_that_is_down(what):
     hub.close()
 
 
+def test_a_broker_that_goes_down_later(monkeypatch):
+    """Who is there stays, waits without haste, and loses nothing of what it has."""
+    monkeypatch.setattr(hub_module, "RETRY", 0.1)
+    broker = Told()
+    hub = Hub(broker=broker)
+    subscription = hub.subscribe("a", "b")
+    subscription.read(0)
+    hub.publish_many("a", "01")
+    broker.tell("a", 0, 1)
+    hub.publish("b", "2")
+    hub.resync(["b"])
+    broker.is_down = True
+    assert data(subscription.read(0)) == ["0", "1"]
+    before = broker.reads
+    assert subscription.read(0.5) == []
+    assert 2 <= broker.reads - before <= 12
+    assert hub.stats()["subscribers"] == 1
+    broker.is_down = False
+    assert data(subscription.read(5)) == ["2"]
+    hub.close()
+
+
 def test_idle_channels_are_forgotten(hub, monkeypatch):
     """A window without subscribers goes, and is no more told of."""
     monkeypatch.setattr(hub_module, "IDLE", 0.0)
