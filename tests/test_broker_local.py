@@ -365,8 +365,9 @@ def size_of(folder, suffix=""):
     return os.stat(f"{folder}/log/log.db{suffix}").st_size
 
 
-def test_the_log_is_bounded(make, folder):
+def test_the_log_is_bounded(make, folder, monkeypatch):
     """By capacity: 100,000 events leave what is kept, and a small WAL."""
+    monkeypatch.setattr(local, "_SEEN", 0)
     broker = make(capacity=100)
     for number in range(1000):
         broker.publish([(f"c{number % 10}", b"x" * 200)] * 100)
@@ -771,8 +772,9 @@ def test_who_is_not_woken_looks(make, folder):
     wait_until(lambda: os.listdir(wake))
 
 
-def test_what_was_trimmed_before_it_was_told(make):
+def test_what_was_trimmed_before_it_was_told(make, monkeypatch):
     """The sink is told that some are missing: others may have been the last."""
+    monkeypatch.setattr(local, "_SEEN", 0)
     broker, told = make(capacity=10), Told()
     broker.attach(told)
     broker.watch("#")

@@ -64,6 +64,7 @@ _APPLICATION = 0x73796E63  # "sync": tells our databases from others
 _GROUP = 1 << 20  # bytes of several publishers that one transaction takes
 _PAGE = 8 << 20  # bytes that are read at once
 _WAL, _WAL_MAX = 4 << 20, 16 << 20  # bytes, from which on it is checkpointed
+_SEEN = 2000  # milliseconds, within which listeners have seen an event
 _SWEEP = 64  # events between two looks for what is too old, or too much
 _CHANNELS = 5000  # that are looked at in one go, whether they can be forgotten
 _LOCK_TRY = 0.002  # seconds between two tries
@@ -147,6 +148,7 @@ class LocalBroker:
         self._watched: set[str] = set()
         self._patterns: set[str] = set()
         self._is_closed = False
+        self._is_heir = False
         self._forget()
         _brokers.add(self)
 
@@ -158,6 +160,7 @@ class LocalBroker:
     def _forked(self) -> None:
         """Let go of what is the parent's; in the child, where no thread goes on."""
         parents = self._process
+        self._is_heir = self.is_watching()
         self._forget()
         if parents is not None:
             parents.let_go()
@@ -206,7 +209,7 @@ class LocalBroker:
         if self._is_closed:
             return  # and there will be nothing to tell
         try:
-            self._own().listen(is_new=True)
+            self._own().listen()
         except BaseException:
             self.unwatch(channel)
             if not self._is_closed:
@@ -220,7 +223,7 @@ class LocalBroker:
     def _go_on(self, process: _Process) -> None:
         """Listen in a forked child, too, if its parent did."""
         if self.is_watching() and not process.is_listening:
-            process.listen(is_new=False)
+            process.listen()
 
     def close(self, timeout: float = 5.0) -> None:
         with self._lock:
@@ -264,6 +267,11 @@ class LocalBroker:
     @property
     def is_private(self) -> bool:
         return self._is_private
+
+    @property
+    def is_heir(self) -> bool:
+        """Its parent has listened, too: what came since the fork was not told."""
+        return self._is_heir
 
 
 _brokers: weakref.WeakSet[LocalBroker] = weakref.WeakSet()
@@ -410,10 +418,14 @@ class _Lock:
         _make(self._path, self._is_private)
         # systemd-tmpfiles leaves a directory alone whose lock is held.
         self._folder = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        with suppress(BlockingIOError):  # it is just being looked at
-            fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(f"{self._path}/lock", flags, 0o666)
+        try:
+            with suppress(BlockingIOError):  # it is just being looked at
+                fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._fd = os.open(f"{self._path}/lock", flags, 0o666)
+        except BaseException:
+            self.close()
+            raise
 
     def _wait(self, deadline: float | None) -> None:
         if deadline is None:
@@ -495,10 +507,14 @@ class _Database:
         """
         self.close()
         try:
+            before = os.stat(self._file)
             self._connect("rw")
-        except sqlite3.OperationalError:
-            return False  # not there; or just being made, or removed
-        return True
+        except (FileNotFoundError, sqlite3.OperationalError):
+            return False  # or it is just being made, or removed
+        if (before.st_dev, before.st_ino) == self._identity:
+            return True
+        self.close()
+        return False
 
     def open(self) -> None:
         """Open the file, or make it; by who has the lock.
@@ -516,7 +532,7 @@ class _Database:
 
     def _connect(self, mode: str) -> None:
         connection = sqlite3.connect(
-            f"file:{quote(self._file)}?mode={mode}",
+            f"file:{quote(os.fsencode(self._file))}?mode={mode}",
             uri=True,
             timeout=0.25,
             isolation_level=None,
@@ -526,10 +542,10 @@ class _Database:
             self._check(connection, may_make=mode == "rwc")
             for setting in _SETTINGS:
                 connection.execute(f"PRAGMA {setting}")
+            found = os.stat(self._file)
         except BaseException:
             connection.close()
             raise
-        found = os.stat(self._file)
         self._identity = found.st_dev, found.st_ino
         self._connection = connection
 
@@ -614,11 +630,11 @@ class _Database:
                 (number, nonce, channel),
             )
             # Not one by one: readers do not look at what is beyond. Nothing that has
-            # come just now: listeners are to see it.
-            if before > capacity and number // 32 != before // 32:
+            # come just now: listeners, on a busy machine, are still to see it.
+            if number > capacity and number // 32 != before // 32:
                 execute(
-                    "DELETE FROM event WHERE channel = ? AND number <= ?",
-                    (channel, before - capacity),
+                    "DELETE FROM event WHERE channel = ? AND number <= ? AND time < ?",
+                    (channel, number - capacity, now - _SEEN),
                 )
         size = sum(len(row[5]) for row in rows)
         self._stored += size
@@ -1008,18 +1024,19 @@ class _Process:
             return False
         if not self._writing.acquire(False):
             return False
+        lock, database = self._locks[0], self._log
         try:
-            if not self._locks[0].try_acquire():
+            if not lock.try_acquire():
                 return False
             try:
-                if not self._log.is_current():
+                if not database.is_current():
                     return False
-                self._log.connection.execute("BEGIN IMMEDIATE")
+                database.connection.execute("BEGIN IMMEDIATE")
                 self._store([job])
-            except sqlite3.Error:
-                return False  # nothing is stored: the writer will see what it is
             finally:
-                self._locks[0].release()
+                lock.release()
+        except (sqlite3.Error, OSError):
+            return False  # nothing is stored: the writer will see what it is
         finally:
             self._writing.release()
         return True
@@ -1046,7 +1063,9 @@ class _Process:
                 self._write_some()
             except Exception as error:
                 if _is_busy(error):
-                    continue  # those who do not want to wait any longer go
+                    # Those who do not want to wait any longer go.
+                    native(time, "sleep")(_LOCK_TRY)
+                    continue
                 failed = Unavailable(f"{self._path}: {error}")
                 failed.__cause__ = error
                 while (job := self._writer.take()) is not None:
@@ -1173,16 +1192,12 @@ class _Process:
     def is_listening(self) -> bool:
         return self._listener is not None
 
-    def listen(self, is_new: bool) -> None:
-        """Begin to tell what is stored from now on, unless that is done already.
-
-        Args:
-            is_new: Nothing was watched before.
-        """
+    def listen(self) -> None:
+        """Begin to tell what is stored from now on, unless that is done already."""
         if self._listener is None:
-            self._call(lambda: self._listen(is_new))
+            self._call(self._listen)
 
-    def _listen(self, is_new: bool) -> None:
+    def _listen(self) -> None:
         with self._begins:
             if self._is_closed:
                 raise Unavailable("local: is closed")
@@ -1190,10 +1205,11 @@ class _Process:
                 return
             try:
                 self._refresh(self._news, self._locks[2])
-                self._listener = _Listener(self, self._broker, self._news)
+                listener = _Listener(self, self._broker, self._news)
             except (sqlite3.Error, OSError) as error:
                 raise Unavailable(f"{self._path}: {error}") from error
-            self._listener.start(is_new)
+            listener.start()
+            self._listener = listener
 
     def refresh_news(self) -> bool:
         """Open what the listener reads, as `_refresh`; in its thread."""
@@ -1221,13 +1237,17 @@ class _Process:
     def _stop(self, timeout: float) -> _Listener | None:
         """Close what is read; return the listener: there will be no other."""
         self._acquire(self._begins, timeout)
-        listener = self._listener
-        if listener is None:
-            self._news.finish(self._locks[2], _CLOSE)
-        self._begins.release()
+        try:
+            listener = self._listener
+            if listener is None:
+                self._news.finish(self._locks[2], _CLOSE)
+        finally:
+            self._begins.release()
         self._acquire(self._reading, timeout)
-        self._history.finish(self._locks[1], _CLOSE)
-        self._reading.release()
+        try:
+            self._history.finish(self._locks[1], _CLOSE)
+        finally:
+            self._reading.release()
         return listener
 
     def _acquire(self, lock: Any, timeout: float | None) -> None:
@@ -1314,6 +1334,7 @@ class _Listener:
         self._bind()
         # After it: what is stored from now on is looked for.
         self._position = database.newest()
+        self._is_doubtful = broker.is_heir  # some may not have been told
         self._is_up = True
         self._is_closed = False
         self._ended: list[_Turn] = []
@@ -1329,9 +1350,7 @@ class _Listener:
         self._socket.bind(self._name)
         self._socket.setblocking(False)
 
-    def start(self, is_new: bool) -> None:
-        if not is_new:
-            self._position = -1  # nobody knows since when
+    def start(self) -> None:
         native(_thread, "start_new_thread")(self._run, ())
 
     def _run(self) -> None:
@@ -1343,7 +1362,7 @@ class _Listener:
                 self._state(False, str(error))
                 if not isinstance(error, (BrokerError, sqlite3.Error, OSError)):
                     log.exception("%s: the sink has failed", self._broker.path)
-                    self._position = -1  # it may have missed some
+                    self._is_doubtful = True
                 native(time, "sleep")(LOOK_EVERY / 5)
             else:
                 self._state(True, "it can be read")
@@ -1371,11 +1390,12 @@ class _Listener:
     def _check(self) -> None:
         """Notice that files were removed or replaced."""
         if self._process.refresh_news():
-            self._position = -1
+            self._position = self._database.newest()
+            self._is_doubtful = True
         if not os.path.exists(self._name):
             self._bind()
-        if self._position < 0:
-            self._position = self._database.newest()
+        if self._is_doubtful:
+            self._is_doubtful = False
             if self._broker.sink is not None:
                 self._broker.sink.resync(None)
 
