@@ -22,8 +22,10 @@ each figure, because other work on the machine only ever makes them worse.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -37,6 +39,7 @@ from typing import Any
 
 from syncstream import Hub
 from syncstream.brokers import open_broker
+from syncstream.errors import BrokerError
 from syncstream.log import Entry
 
 from .machine import describe, verdict
@@ -56,9 +59,37 @@ def local() -> Iterator[str]:
         yield f"local:{folder}/log"
 
 
+@contextmanager
+def redis_server() -> Iterator[str]:
+    program = shutil.which("redis-server")
+    if program is None or importlib.util.find_spec("redis") is None:
+        raise Missing("apt-get install redis-server; pip install redis")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    words = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
+        try:
+            url = f"redis://127.0.0.1:{port}?publish_timeout=10"
+            broker = open_broker(url)
+            while True:
+                try:
+                    broker.read("bench", None)
+                except BrokerError:
+                    if process.poll() is not None:
+                        raise
+                    time.sleep(0.05)
+                else:
+                    break
+            broker.close()
+            yield url
+        finally:
+            process.terminate()
+
+
 # A broker's name: what starts its engine, and yields its URL; it may raise `Missing`.
 OPENERS: dict[str, Callable[[], AbstractContextManager[str]]] = {
     "local": local,
+    "redis": redis_server,
 }
 
 
@@ -69,7 +100,7 @@ class Goal:
     batched: float
 
 
-GOALS = {"local": Goal(2.0, 4_000, 15_000)}
+GOALS = {"local": Goal(2.0, 4_000, 15_000), "redis": Goal(3.0, 4_000, 15_000)}
 
 
 # One of the processes.
