@@ -28,7 +28,7 @@ LAYERS = (
     ("stream",),
     ("servers",),
     ("wsgi",),
-    ("views",),
+    ("views", "publish"),
     ("flask", "django", "migrations", "bottle", "pyramid", "falcon", "gunicorn"),
     ("__init__",),
     ("demo", "doctor", "testing"),
