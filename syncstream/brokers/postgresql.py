@@ -407,7 +407,7 @@ class PostgreSQLBroker:
             try:
                 results = connection.run(sql, deadline=deadline)
             except _Refused as error:
-                # A server that stops may say so after the commit; else it is rolled back.
+                # A server that stops may say so after the commit; others roll back.
                 kind = Uncertain if error.is_fatal else Unavailable
                 raise kind(f"not published: {error}") from error
             except _Lost as error:
@@ -712,7 +712,7 @@ class _Listener:
         self._place: tuple[int, int] | None = None  # seq and nonce of what was told
         self._file = 0  # in which that is
         self._is_up = True
-        self._wanted: tuple[Any, str, str] = (None, "{}", "{}")
+        self._has_warned = False
         self.is_decided = False
         self._decided = native(_thread, "allocate_lock")()
         self._decided.acquire()
@@ -810,21 +810,25 @@ class _Listener:
             self._broker._sink.resync(None)
 
     def _follow(self, connection: _Connection) -> None:
-        unheard = 0
+        unheard = 0  # times in a row
         while True:
             # Before it looks: what comes from now on is another notification.
-            while connection.hear():
-                unheard = -1
-            if self._tail(connection) and unheard >= 0:
+            is_heard = connection.hear()
+            while True:
+                found = self._tail(connection)
+                if not connection.hear():  # while it looked
+                    break
+                is_heard = True
+            if is_heard:
+                unheard = 0
+            elif found:
                 unheard += 1
-                if unheard == 3:
-                    log.warning(
-                        "events come without notifications: listen_dsn must lead to"
-                        " the server itself, not to a pooler that shares connections"
-                    )
-            if connection.hear():  # while it looked
-                unheard = -1
-                continue
+            if unheard == 3 and not self._has_warned:
+                self._has_warned = True
+                log.warning(
+                    "events come without notifications: listen_dsn must lead to the"
+                    " server itself, not to a pooler that shares connections"
+                )
             # All of one moment would look at one moment, ever after.
             pause = random.uniform(0.8, 1.2) * HEARTBEAT
             connection.wait(select.POLLIN, time.monotonic() + pause, is_needed=False)
@@ -1027,10 +1031,13 @@ class _Connection:
         )
 
     def hear(self) -> bool:
-        """Take a notification; tell whether there was one."""
+        """Take the notifications that are there; tell whether there were some."""
         try:
             self._pgconn.consume_input()
-            return self._pgconn.notifies() is not None
+            found = False
+            while self._pgconn.notifies() is not None:
+                found = True
+            return found
         except DriverError as error:
             raise _Lost(str(error)) from error
 
