@@ -10,7 +10,7 @@ transactions; a deferred trigger appends it at the commit. Rolled back, it never
 and an open transaction holds nothing that others wait for.
 
 A process has one connection that listens. ``NOTIFY`` says that there is something,
-not what: the listener reads the table from where it was, twice a minute thirty times
+not what: the listener reads the table from where it was, and does so every two seconds
 anyway, and after a reconnect. So nothing hangs on a notification.
 
 All that may block runs in native threads; greenlets wait for them (`gevent`'s
@@ -35,7 +35,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -353,18 +353,28 @@ class PostgreSQLBroker:
                 own.listener = _Listener(self, is_late)
             return own.listener
 
-    def _call(self, own: _Own, function: Callable[[], T]) -> T:
+    def _call(self, own: _Own, function: Callable[[], T], deadline: float) -> T:
         """Call what may block: in this thread, or for a greenlet in another one."""
         if self._is_closed:
             raise Unavailable("the broker is closed")
         hub = waiting.hub()
         if hub is None:
             return function()
-        value, error = own.threads(hub).apply(_outcome, (function,))
+        threads, places = own.threads(hub)
+        if not places.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise Unavailable(self._busy)
+        try:
+            value, error = threads.apply(_outcome, (function,))
+        finally:
+            places.release()
         if error is not None:
             raise error
         result: T = value
         return result
+
+    @property
+    def _busy(self) -> str:
+        return f"all {self._connections} connections were busy for all of its time"
 
     # To publish.
 
@@ -377,7 +387,9 @@ class PostgreSQLBroker:
             items: Channel and payload of each.
             connection: Django's, psycopg's or psycopg2's: they are stored when its
                 transaction commits, and only then. Its driver's errors are raised as
-                they are: they end that transaction.
+                they are: they end that transaction. One that is not READ COMMITTED may
+                fail at its commit, as it does for any row that others have changed:
+                what others have published to the channel since it began.
         """
         size = sum(len(payload) for _, payload in items)
         if size > _MAX_BATCH:
@@ -389,10 +401,10 @@ class PostgreSQLBroker:
         own = self._own()
         deadline = time.monotonic() + self._publish_timeout
         if connection is not None:
-            self._call(own, partial(self._check_installed, own, deadline))
+            self._call(own, partial(self._check_installed, own, deadline), deadline)
             self._enlist(items, connection)
             return [None] * len(items)
-        return self._call(own, partial(self._publish, own, items, deadline))
+        return self._call(own, partial(self._publish, own, items, deadline), deadline)
 
     def _publish(
         self, own: _Own, items: Sequence[tuple[str, bytes]], deadline: float
@@ -469,9 +481,8 @@ class PostgreSQLBroker:
         """See `syncstream.brokers.Broker.read`; of long entries it returns fewer."""
         own = self._own()
         deadline = time.monotonic() + READ_TIMEOUT
-        return self._call(
-            own, partial(self._read, own, channel, after, limit, deadline)
-        )
+        read = partial(self._read, own, channel, after, limit, deadline)
+        return self._call(own, read, deadline)
 
     def _read(
         self, own: _Own, channel: str, after: str | None, limit: int, deadline: float
@@ -520,7 +531,8 @@ class PostgreSQLBroker:
                 self._watched.add(channel)
         listener = self._listener(own)
         if not listener.is_decided:
-            self._call(own, listener.await_decided)
+            deadline = time.monotonic() + READ_TIMEOUT
+            self._call(own, listener.await_decided, deadline)
 
     def unwatch(self, channel: str) -> None:
         with self._own().lock:
@@ -535,7 +547,10 @@ class PostgreSQLBroker:
         with own.lock:
             listener, own.listener = own.listener, None
         if listener is not None:
-            self._call(own, partial(listener.close, timeout))
+            listener.stop()
+            with suppress(Unavailable):  # all are busy: it ends by itself
+                deadline = time.monotonic() + timeout
+                self._call(own, partial(listener.await_end, timeout), deadline)
         self._is_closed = True
         own.close()
 
@@ -547,9 +562,7 @@ class PostgreSQLBroker:
         try:
             own.permits.get(True, max(0.0, deadline - time.monotonic()))
         except _queue.Empty:
-            raise Unavailable(
-                f"all {self._connections} connections were busy for all of its time"
-            ) from None
+            raise Unavailable(self._busy) from None
         try:
             connection = self._ready(own, deadline)
             is_sound = False
@@ -642,16 +655,21 @@ class _Own:
             self.permits.put(None)
         self.is_installed = False
         self._connections = connections
-        self._threads: dict[Any, Any] = {}
+        self._threads: dict[Any, tuple[Any, Any]] = {}
 
-    def threads(self, hub: Any) -> Any:
-        """Return the threads that work for the greenlets of a hub."""
+    def threads(self, hub: Any) -> tuple[Any, Any]:
+        """Return the threads that work for the greenlets of a hub, and their places.
+
+        Who waits for a place has a time limit; who waits within the pool has none.
+        """
         found = self._threads.get(hub)
         if found is None:
+            from gevent.lock import Semaphore
             from gevent.threadpool import ThreadPool
 
             # One more than work at once: someone waits for the listener.
-            found = ThreadPool(self._connections + 1, hub)
+            count = self._connections + 1
+            found = ThreadPool(count, hub), Semaphore(count)
             found = self._threads.setdefault(hub, found)
         return found
 
@@ -659,7 +677,7 @@ class _Own:
         while self.idle:
             self.idle.pop().close()
         hub = waiting.hub()
-        for owner, threads in list(self._threads.items()):
+        for owner, (threads, _) in list(self._threads.items()):
             if owner is hub:  # others cannot be reached from here
                 threads.kill()
 
@@ -728,9 +746,12 @@ class _Listener:
         else:
             self._is_late = True
 
-    def close(self, timeout: float) -> None:
+    def stop(self) -> None:
+        """Have it end, without waiting for that."""
         self._is_stopped = True
         os.write(self._stopper, b"x")
+
+    def await_end(self, timeout: float) -> None:
         if self._ended.acquire(True, timeout):
             os.close(self._stop)
             os.close(self._stopper)
