@@ -57,6 +57,11 @@ class RedisServer:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def client(self, **options: Any) -> redis.Redis:
         """Return a client for the test's own questions; close it."""
         return redis.Redis(port=self.port, **{**self._tls, **options})

@@ -368,7 +368,7 @@ def test_refused_publishes(reason):
             refused(broker, match="MISCONF")
             server.command("CONFIG", "SET", "save", "")
         elif reason == "LOADING":
-            fill = "for n = 1, 10000 do redis.call('SET', n, n) end"
+            fill = "for n = 1, 40000 do redis.call('SET', n, n) end"
             server.command("EVAL", fill, "0")
             server.command("SAVE")
             server.restart_slowly()
@@ -385,6 +385,19 @@ def test_refused_publishes(reason):
         assert not broker.read("a", "0").entries
         (id,) = broker.publish([("a", b"4")])
         assert [entry.id for entry in broker.read("a", "0").entries] == [id]
+
+
+def test_a_server_that_became_a_replica(server):
+    """Its connections are not used again: its name may lead to the new master."""
+    with RedisServer() as other, Proxy(server.port) as proxy:
+        with opened(at(proxy.port)) as broker:
+            broker.publish([("a", b"1")])
+            server.command("REPLICAOF", "127.0.0.1", "1")
+            proxy.target = other.port
+            with pytest.raises(Unavailable, match="read only"):
+                broker.publish([("a", b"2")])
+            broker.publish([("a", b"3")])
+        assert other.command("XLEN", "ss:{a}") == 1
 
 
 def test_rights(server):
@@ -759,7 +772,7 @@ def test_a_promoted_replica_has_lost_some(server, quick):
         ):
             kept = [hub.publish("a", str(number)) for number in range(10)]
             hub.publish("b", "0")
-            server.command("WAIT", "1", "5000")
+            await_true(lambda: replica.command("XLEN", "ss:{b}") == 1)
             replica.command("REPLICAOF", "NO", "ONE")
             lost = [hub.publish("a", f"lost {number}") for number in range(5)]
             await_true(lambda: "lost 4" in reader.got)
@@ -1008,40 +1021,49 @@ def test_a_child_has_its_own(server, kind):
 LATE = """
 from gevent import monkey
 monkey.patch_all()
-import sys, time, gevent
-from syncstream import Hub
-hub = Hub(sys.argv[1])
-gaps, last = [], time.monotonic()
-def tick():
-    global last
+import os, signal, sys, time, gevent
+from syncstream import Hub, Unavailable, Uncertain
+hub = Hub(sys.argv[1] + "?publish_timeout=1")
+turns = []
+def turn():
     while True:
         gevent.sleep(0.001)
-        now = time.monotonic()
-        gaps.append(now - last)
-        last = now
+        turns.append(time.thread_time())
 subscription = hub.subscribe("a")
 subscription.read(0)
-ticker = gevent.spawn(tick)
-def publish(who):
+turning = gevent.spawn(turn)
+
+# A flood. By CPU time: what other processes take is not the broker's doing.
+def publish():
     for _ in range(300):
         hub.publish("a", "x" * 200)
-began = time.process_time()
-greenlets = [gevent.spawn(publish, who) for who in range(20)]
+greenlets = [gevent.spawn(publish) for _ in range(20)]
 count = 0
 while count < 6000:
     count += len(subscription.read(10))
 gevent.joinall(greenlets, raise_error=True)
-ticker.kill()
+latest = max(b - a for a, b in zip(turns, turns[1:]))
+assert latest < 0.1, latest
+
+# A server that does not answer.
+os.kill(int(sys.argv[2]), signal.SIGSTOP)
+for _ in range(2):
+    before = len(turns)
+    try:
+        hub.publish("a", "x")
+    except (Unavailable, Uncertain):
+        pass
+    assert len(turns) - before > 50, len(turns) - before
+os.kill(int(sys.argv[2]), signal.SIGCONT)
+turning.kill()
 hub.close()
-print(max(gaps))
 """
 
 
 def test_the_hub_of_gevent_is_not_held_up(server):
-    """By a flood of events neither, for longer than a tenth of a second."""
+    """For a tenth of a second neither by a flood, nor by a server that is silent."""
     pytest.importorskip("gevent")
-    # Other work on the machine holds it up, too: at its best it is the broker's.
-    assert any(float(check_script(LATE, server.url)) < 0.1 for _ in range(5))
+    check_script(LATE, server.url, str(server.pid))
 
 
 # Sentinel.

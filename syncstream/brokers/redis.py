@@ -585,21 +585,29 @@ class _Server:
         if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise Unavailable(f"all connections to {self.name} are in use")
         try:
-            connection = self._connection(deadline)
+            connection = self.take(deadline)
             try:
                 self._send(connection, commands)
                 replies = [self._reply(connection, deadline) for _ in commands]
             except BaseException:
                 connection.disconnect()
                 raise
-            self._idle.append(connection)
-            if self._is_closed:
+            if any("read only" in str(r) for r in replies if isinstance(r, Exception)):
+                # Its name may lead to another server by now, that is the master.
+                connection.disconnect()
                 self.forget_idle()
+            else:
+                self.give_back(connection)
             return replies
         finally:
             self._free.release()
 
-    def _connection(self, deadline: float) -> Any:
+    def give_back(self, connection: Any) -> None:
+        self._idle.append(connection)
+        if self._is_closed:
+            self.forget_idle()
+
+    def take(self, deadline: float) -> Any:
         """Return a connection that is as good as can be told."""
         while True:
             try:
@@ -737,11 +745,11 @@ class _Watch:
 class _Listener:
     """Who is told by one server, in one process: a thread; a greenlet under gevent.
 
-    Two connections, which nobody else touches. On one it is told. Over the other it
-    sends a message to itself, every `BEAT` seconds: what does not come back shows a
-    connection that is dead, or leads elsewhere than those who publish are led. With
-    each it asks for some channels' heads. All that was told of before these were read
-    has come when the message comes back: a head that is another one shows a loss.
+    It is told over one connection, which nobody else touches. Every `BEAT` seconds it
+    sends a message to itself, by one of those that publish: what does not come back
+    shows a connection that is dead, or leads elsewhere. With each it asks for some
+    channels' heads. All that was told of before these were read has come when the
+    message comes back: a head that is another one shows a loss.
     """
 
     def __init__(self, server: _Server, process: _Process) -> None:
@@ -761,7 +769,7 @@ class _Listener:
         self._is_down = False
         self._own = server.own()
         self._sub: Any = None
-        self._beats: Any = None
+        self._beats: Any = None  # by which the beat that is out was sent
         self._pending = 0  # acknowledgements
         self._sent_at: float | None = None  # when the beat that is out was
         self._next_beat = 0.0
@@ -877,7 +885,6 @@ class _Listener:
 
     def _connect(self) -> None:
         self._sub = self._server.connect()
-        self._beats = self._server.connect()
         self._sub.send_command("SUBSCRIBE", self._own)
         self._ask()
         self._sent_at = None
@@ -1064,6 +1071,7 @@ class _Listener:
             commands.append((b"EVAL", _HEADS.text, number, *some, self._process.ttl))
         self._token = b"%x" % random.getrandbits(64)
         commands.append((b"PUBLISH", self._own, self._token))
+        self._beats = self._server.take(now + DEAF)
         packed = self._beats.pack_commands(commands)
         self._beats.send_packed_command(packed, check_health=False)
         self._sent_at = now
@@ -1088,6 +1096,8 @@ class _Listener:
     def _heard(self) -> None:
         """Compare the heads: all that was told of before has come."""
         heads = self._heads()
+        self._server.give_back(self._beats)
+        self._beats = None
         lost = []
         for watch, last, is_doubtful in self._checked:
             if watch.is_pattern:
