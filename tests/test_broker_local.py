@@ -808,7 +808,6 @@ if kind != "preload":
     before.read(0)
 child = os.fork()
 if child:
-    print(child, flush=True)
     hub.publish("a", "forked")
     sys.stdin.readline()
     if kind != "preload":
@@ -821,6 +820,7 @@ if child:
     print("parent is done", flush=True)
     os.waitpid(child, 0)
 else:
+    print(os.getpid(), flush=True)
     subscription = hub.subscribe("a")
     subscription.read(0)
     hub.publish("a", "child")
