@@ -7,12 +7,13 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, doctor
+from . import Hub, __version__, doctor
+from .errors import BrokerError, Uncertain
 
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
     _add_doctor(commands)
+    _add_publish(commands)
     return parser
 
 
@@ -101,6 +103,28 @@ def _add_doctor(commands: _Commands) -> None:
         "--insecure", action="store_true", help="take any TLS certificate"
     )
     command.set_defaults(run=_doctor)
+
+
+def _add_publish(commands: _Commands) -> None:
+    command = commands.add_parser(
+        "publish",
+        help="send an event to a channel",
+        description="Send an event to all who subscribe to a channel; print its id.",
+        epilog="Exit status: 0 stored, 1 nothing was stored, 2 something is wrong with"
+        " the arguments, 3 it may have been stored.",
+    )
+    command.add_argument("url", help="the hub's: local:, redis://…, postgresql://…")
+    command.add_argument("channel", help="its name")
+    command.add_argument(
+        "data", help="the event's data; - reads it from standard input"
+    )
+    command.add_argument("--event", metavar="NAME", help="the event's name")
+    command.add_argument(
+        "--lines",
+        action="store_true",
+        help="with -: each line is an event, published as it comes",
+    )
+    command.set_defaults(run=_publish)
 
 
 def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -144,6 +168,38 @@ def _doctor(options: argparse.Namespace) -> int:
     except BrokenPipeError:  # `| head` has seen enough; the exit would flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return doctor.exit_status(seen, findings)
+
+
+def _publish(options: argparse.Namespace) -> int:
+    """Publish, and print the ids."""
+    try:
+        if options.url.partition(":")[0] == "memory":
+            raise ValueError(
+                "memory: is of one process alone, and nobody is in this one"
+            )
+        if options.lines and options.data != "-":
+            raise ValueError("--lines needs - for the data")
+        with contextlib.closing(Hub(options.url)) as hub:
+            for data in _data(options):
+                print(hub.publish(options.channel, data, event=options.event))
+                sys.stdout.flush()
+    except (ValueError, TypeError, ImportError) as error:
+        return _fail(str(error), 2)
+    except Uncertain as error:
+        return _fail(f"it may have been stored: {error}", 3)
+    except BrokerError as error:
+        return _fail(str(error))
+    return 0
+
+
+def _data(options: argparse.Namespace) -> Iterator[str]:
+    if options.data != "-":
+        yield options.data
+    elif options.lines:
+        for line in sys.stdin:
+            yield line.removesuffix("\n")
+    else:
+        yield sys.stdin.read()
 
 
 def _port(text: str) -> int:
@@ -202,9 +258,9 @@ def _url(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 1) -> int:
     print(f"syncstream: {message}", file=sys.stderr)
-    return 1
+    return status
 
 
 if __name__ == "__main__":

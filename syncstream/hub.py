@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import math
+import random
 import re
 import time
 import weakref
@@ -27,7 +28,7 @@ from functools import partial
 from typing import Any
 
 from .brokers import Broker, is_pattern, matches, open_broker
-from .errors import BrokerError, Closed, PayloadTooLarge
+from .errors import BrokerError, Closed, PayloadTooLarge, Unavailable
 from .log import START, Entry, Log, Page
 from .process import process
 from .protocol import sse
@@ -45,6 +46,7 @@ WINDOW = 256  # entries of a channel that are kept for its subscribers
 WINDOW_SIZE = 1 << 20  # bytes of them, but for a single one
 BUDGET = 64 << 20  # bytes of all windows of a hub
 IDLE = 60.0  # seconds that a window without subscribers is kept
+RETRY = 1.0  # seconds, roughly, until a broker that did not answer is asked again
 MAX_CHANNELS = 32  # of one subscription, by name: their ids fit into one
 _MAX_ID = 4096  # characters of an id that are looked at
 _MAX_NAME = 200  # characters of a channel's name
@@ -508,6 +510,20 @@ class Hub:
             if subscription.has_patterns:
                 self._with_patterns[id(subscription)] = reference
                 self._version += 1
+
+    def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
+        """Read from the broker, unless the hub is closed.
+
+        Raises:
+            Closed: It is, maybe since the broker was asked.
+            BrokerError: The broker does not answer.
+        """
+        try:
+            return self.broker.read(channel, after, limit)
+        except BrokerError:
+            if self._is_closed:
+                raise Closed("closed") from None
+            raise
 
     def warn_of_processes(self) -> None:
         """Say, once, that other processes have channels of their own."""
@@ -1154,7 +1170,7 @@ class Subscription:
             known = len(id) <= 40 and _ID.fullmatch(id) is not None
             return _Cursor(name, record, id if known else "")
         if self._after == "now":
-            return _Cursor(name, record, self.hub.broker.read(name, None).head)
+            return _Cursor(name, record, self.hub.read(name, None).head)
         count = self._after if isinstance(self._after, int) else None
         last, head = self._oldest(name, count)
         return _Cursor(name, record, last, start=head)
@@ -1165,7 +1181,7 @@ class Subscription:
         Args:
             count: Of so many of its newest; ``None`` for all that are kept.
         """
-        read = self.hub.broker.read
+        read = self.hub.read
         page = read(name, START, 1 if count is None else READ)
         head = page.head
         if count is None:
@@ -1200,12 +1216,16 @@ class Subscription:
                 raise Closed(self._reason)
             pause = self._pause()
             if not pause:
-                items = self._take()
+                try:
+                    items = self._take()
+                except Unavailable:
+                    # Who is there stays, and asks again.
+                    items, pause = [], random.uniform(0.5, 1.5) * RETRY
                 if items:
                     self._delivered = time.monotonic()
                     self.hub._delivered += len(items)
                     return items
-                if not self._register(waiter):
+                if not pause and not self._register(waiter):
                     continue
             left = self._left(deadline, pause)
             if deadline is not None and time.monotonic() >= deadline:
@@ -1255,7 +1275,12 @@ class Subscription:
         return True
 
     def _take(self) -> list[Item]:
-        """Return what is there: entries, and gaps."""
+        """Return what is there: entries, and gaps.
+
+        Raises:
+            Unavailable: The broker has to be asked, does not answer, and nothing else
+                is there.
+        """
         items: list[Item] = []
         while self._lost:
             name, reason = self._lost.pop(0)
@@ -1276,11 +1301,17 @@ class Subscription:
                 cursor.record, cursor.position = record, -1
         for cursor in self._cursors():
             before = cursor.last
-            items += self._take_from(cursor)
-            # The newest of a key may be further on: all of it, in pieces.
-            while self._key is not None and cursor.last != before:
-                before = cursor.last
-                items = [*self._latest(items), *self._take_from(cursor)]
+            try:
+                items += self._take_from(cursor)
+                # The newest of a key may be further on: all of it, in pieces.
+                while self._key is not None and cursor.last != before:
+                    before = cursor.last
+                    items = [*self._latest(items), *self._take_from(cursor)]
+            except Unavailable:
+                # What is taken already would not come again.
+                if not items:
+                    raise
+                break
         if self._key is not None and len(items) > 1:
             items = self._latest(items)
         return items
@@ -1300,7 +1331,7 @@ class Subscription:
                 if entries or not cursor.record.is_doubtful:
                     return [(cursor, e) for e in entries if self._is_for_us(e)]
             end = window.end
-        page = self.hub.broker.read(cursor.name, cursor.last or _NOWHERE, READ)
+        page = self.hub.read(cursor.name, cursor.last or _NOWHERE, READ)
         last = page.entries[-1].id if page.entries else page.head
         cursor.seen = end if last == page.head else -1
         if cursor.record.is_doubtful:
@@ -1325,7 +1356,7 @@ class Subscription:
         """
         if not cursor.start:
             return False
-        return self.hub.broker.read(cursor.name, cursor.start, 1).complete
+        return self.hub.read(cursor.name, cursor.start, 1).complete
 
     def _settle(self, cursor: _Cursor, head: str, end: int) -> None:
         """Put an end to a window's doubts, if it is as it was."""

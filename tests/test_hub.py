@@ -752,6 +752,20 @@ def test_close_wakes_all(place):
     hub.close()
 
 
+def test_close_while_the_broker_is_asked():
+    """Whoever reads then learns that it is closed, not what became of the broker."""
+
+    class Gone(MemoryBroker):
+        def read(self, channel, after, limit=1000):
+            hub.close()
+            raise Unavailable("the broker is closed")
+
+    hub = Hub(broker=Gone())
+    with pytest.raises(Closed) as caught:
+        hub.subscribe("a").read(0)
+    assert caught.value.reason == "closed"
+
+
 def test_close_of_a_subscription(hub, place):
     """From elsewhere, before it is read, while it is, twice."""
     subscription = hub.subscribe("a")
@@ -923,6 +937,28 @@ def test_a_broker_that_is_down(what):
     assert [event.event for event in read_all(subscription)] == ["join", "join"]
     assert hub.stats()["subscribers"] == 1
     subscription.close()
+    hub.close()
+
+
+def test_a_broker_that_goes_down_later(monkeypatch):
+    """Who is there stays, waits without haste, and loses nothing of what it has."""
+    monkeypatch.setattr(hub_module, "RETRY", 0.1)
+    broker = Told()
+    hub = Hub(broker=broker)
+    subscription = hub.subscribe("a", "b")
+    subscription.read(0)
+    hub.publish_many("a", "01")
+    broker.tell("a", 0, 1)
+    hub.publish("b", "2")
+    hub.resync(["b"])
+    broker.is_down = True
+    assert data(subscription.read(0)) == ["0", "1"]
+    before = broker.reads
+    assert subscription.read(0.5) == []
+    assert 2 <= broker.reads - before <= 12
+    assert hub.stats()["subscribers"] == 1
+    broker.is_down = False
+    assert data(subscription.read(5)) == ["2"]
     hub.close()
 
 

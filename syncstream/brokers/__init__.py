@@ -115,7 +115,37 @@ def _memory(url: str, options: dict[str, Any]) -> Broker:
     return MemoryBroker(**options)
 
 
-SCHEMES: dict[str, Callable[[str, dict[str, Any]], Broker]] = {"memory": _memory}
+def _local(url: str, options: dict[str, Any]) -> Broker:
+    from .local import LocalBroker
+
+    return LocalBroker(url, **options)
+
+
+def _postgresql(url: str, options: dict[str, Any]) -> Broker:
+    from .postgresql import PostgreSQLBroker
+
+    return PostgreSQLBroker(url, **options)
+
+
+def _redis(url: str, options: dict[str, Any]) -> Broker:
+    from .redis import RedisBroker
+
+    return RedisBroker(url, **options)
+
+
+SCHEMES: dict[str, Callable[[str, dict[str, Any]], Broker]] = {
+    "memory": _memory,
+    "local": _local,
+    "postgres": _postgresql,
+    "postgresql": _postgresql,
+    "redis": _redis,
+    "rediss": _redis,
+    "redis+sentinel": _redis,
+    "rediss+sentinel": _redis,
+    "unix": _redis,
+    "valkey": _redis,
+    "valkeys": _redis,
+}
 
 
 def open_broker(
@@ -124,7 +154,11 @@ def open_broker(
     """Return the broker that a URL names.
 
     Args:
-        url: ``memory:``, this process.
+        url: ``memory:``, this process; ``local:``, ``local:NAME`` or
+            ``local:/PATH``, the processes of this machine, see `local.LocalBroker`;
+            ``postgresql://USER@HOST/DATABASE``, who connects to that database, see
+            `postgresql.PostgreSQLBroker`;
+            ``redis:`` and its kin, many machines, see `redis.RedisBroker`.
         capacity: So many events of each channel are kept.
         max_age: Events are kept for so many seconds; ``None`` for no limit.
 

@@ -1,0 +1,1448 @@
+"""``local:``, the broker of one machine: its processes share a file, nothing else.
+
+Events are rows of an SQLite database in WAL mode. Who has stored some wakes the
+others by a datagram to the Unix socket of each process that listens; a wake that is
+lost costs half a second, no event, because everybody looks that often unasked.
+
+The rules:
+
+- One writes at a time, of all processes, under a flock: so ids are in the order of the
+  commits, and no reader sees a hole. What wears the log down, checkpoints, and opening
+  and closing, too, happens under it: the WAL stays small (unlocked, with readers all
+  the time, it grew to 958 MB in 7 s), and checkpoints never overlap a commit
+  (https://sqlite.org/wal.html#walresetbug).
+- Nothing waits for the disk or for a lock but native threads: a writer, a listener,
+  and, for a gevent hub, a reader. What many publish at once is one transaction. (A
+  thread that finds nobody else writing does it itself: to hand it over and to be
+  woken would take as long again.)
+- Nothing of before a fork is used after it: https://sqlite.org/howtocorrupt.html 2.6.
+- A file that is removed, or replaced, is noticed before it is used. What comes after
+  is another log: the ids of before are unknown to it.
+
+Ids are ``<number>-<nonce>`` in hexadecimal digits: the number counts a channel's
+events, the nonce is the event's own. A channel without events has the head
+``0-<nonce>``, whose nonce is the log's.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextvars
+import errno
+import fcntl
+import logging
+import os
+import re
+import select
+import socket
+import sqlite3
+import stat
+import tempfile
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Literal, TypeVar
+from urllib.parse import quote
+
+from ..errors import BrokerError, PayloadTooLarge, Unavailable, Uncertain
+from ..log import Entry, Page
+from ..sockets import native
+from ..waiting import Waiter, hub, wake_all
+from . import Sink, is_pattern, matches
+
+__all__ = ["LocalBroker"]
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of the tables
+LOOK_EVERY = 0.5  # seconds, for what nobody has told of
+MAX_CHANNELS = 100_000  # that are remembered when all their events are gone
+
+_APPLICATION = 0x73796E63  # "sync": tells our databases from others
+_GROUP = 1 << 20  # bytes of several publishers that one transaction takes
+_PAGE = 8 << 20  # bytes that are read at once
+_WAL, _WAL_MAX = 4 << 20, 16 << 20  # bytes, from which on it is checkpointed
+_SEEN = 2000  # milliseconds, within which listeners have seen an event
+_SWEEP = 64  # events between two looks for what is too old, or too much
+_CHANNELS = 5000  # that are looked at in one go, whether they can be forgotten
+_LOCK_TRY = 0.002  # seconds between two tries
+_CLOSE = 1.0  # seconds, to have the lock when files are closed
+_MAX_PATH = 80  # bytes: sun_path takes 104 (macOS), with /wake/<pid>-<random>
+_MOUNTS = "/proc/self/mounts"
+# flock or shared memory do not reach what others of these have, or not reliably.
+_NETWORK = (
+    *("9p", "afs", "beegfs", "ceph", "cifs", "coda", "fuse", "glusterfs", "gpfs"),
+    *("lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "orangefs", "smb3", "smbfs"),
+)
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,39}")
+_ID = re.compile(r"([0-9a-f]{1,15})-[0-9a-f]{8}")
+
+_TABLES = """
+CREATE TABLE life(empty INTEGER NOT NULL);
+CREATE TABLE channel(
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE,
+    last INTEGER NOT NULL, nonce INTEGER NOT NULL);
+CREATE TABLE event(
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, channel INTEGER NOT NULL,
+    number INTEGER NOT NULL, nonce INTEGER NOT NULL, prev INTEGER NOT NULL,
+    time INTEGER NOT NULL, payload BLOB NOT NULL);
+CREATE UNIQUE INDEX event_number ON event(channel, number);
+"""
+# secure_delete, Debian's default, overwrites with zeros what is trimmed.
+_SETTINGS = (
+    "synchronous=NORMAL",
+    "wal_autocheckpoint=0",
+    f"journal_size_limit={_WAL // 2}",
+    "mmap_size=0",
+    "secure_delete=OFF",
+)
+
+Items = Sequence[tuple[str, bytes]]
+Bounds = tuple[int, "float | None", int]  # capacity, max_age, max_size
+T = TypeVar("T")
+
+
+class LocalBroker:
+    """Events in a file, for all processes of this machine.
+
+    Nothing is opened and no thread started before it is used. Durable as SQLite's
+    ``synchronous=NORMAL`` is: what was published survives any process that is
+    killed; a power cut may take the last moments.
+
+    Args:
+        url: ``local:``, or ``local:NAME`` to keep applications apart: a folder of
+            this user's own in the temporary directory. ``local:/PATH``: that folder;
+            it is made, but not the one it is in. What it may be read by is its
+            owner's care.
+        capacity: So many events of each channel are kept.
+        max_age: Events are kept for so many seconds; ``None`` for no limit.
+        max_size: So many bytes the file may have, roughly; beyond that the oldest
+            events of all channels go.
+        publish_timeout: Seconds until a publish gives up, and a read; ``None`` for
+            no limit.
+
+    Raises:
+        ValueError: The URL is not one of these, or the path is too long.
+    """
+
+    scope: Literal["machine"] = "machine"
+
+    def __init__(
+        self,
+        url: str = "local:",
+        capacity: int = 1000,
+        max_age: float | None = 3600.0,
+        max_size: int = 256 << 20,
+        publish_timeout: float | None = 5.0,
+    ) -> None:
+        if publish_timeout is not None and not publish_timeout > 0:
+            raise ValueError(
+                f"publish_timeout must be above 0, or None, got {publish_timeout!r}"
+            )
+        self.path, self._is_private = _path(url)
+        self._bounds: Bounds = capacity, max_age, max_size
+        self._timeout = publish_timeout
+        self._sink: Sink | None = None
+        self._watched: set[str] = set()
+        self._patterns: set[str] = set()
+        self._is_closed = False
+        self._is_heir = False
+        self._forget()
+        _brokers.add(self)
+
+    def _forget(self) -> None:
+        # Reentrant, as all that a garbage collection may enter.
+        self._lock = native(_thread, "RLock")()
+        self._process: _Process | None = None
+
+    def _forked(self) -> None:
+        """Let go of what is the parent's; in the child, where no thread goes on."""
+        parents = self._process
+        self._is_heir = self.is_watching()
+        self._forget()
+        if parents is not None:
+            parents.let_go()
+            # Its connections are not to be closed here, by a garbage collection.
+            _parents.append(parents)
+
+    def _own(self) -> _Process:
+        """Return this process's part; begun by its first use."""
+        with self._lock:
+            if self._is_closed:
+                raise Unavailable("local: is closed")
+            if self._process is None:
+                self._process = _Process(self)
+            return self._process
+
+    def publish(self, items: Items, *, connection: Any = None) -> list[str | None]:
+        if connection is not None:
+            raise ValueError("connection must be None: local: has no transactions")
+        _, _, max_size = self._bounds
+        for channel, payload in items:
+            channel.encode()  # what SQLite does not take is the caller's error
+            if len(payload) > max_size // 4:
+                raise PayloadTooLarge(
+                    f"an event must have {max_size // 4} bytes at most, a quarter of"
+                    f" max_size, got {len(payload)}"
+                )
+        if not items:
+            return []
+        process = self._own()
+        self._go_on(process)
+        ids: list[str | None] = [*process.publish(items)]
+        return ids
+
+    def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
+        process = self._own()
+        self._go_on(process)
+        return process.read(channel, after, limit)
+
+    def attach(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def watch(self, channel: str) -> None:
+        # First: what is stored from now on is looked at with this in mind.
+        with self._lock:
+            (self._patterns if is_pattern(channel) else self._watched).add(channel)
+        if self._is_closed:
+            return  # and there will be nothing to tell
+        try:
+            self._own().listen()
+        except BaseException:
+            self.unwatch(channel)
+            if not self._is_closed:
+                raise
+
+    def unwatch(self, channel: str) -> None:
+        with self._lock:
+            self._patterns.discard(channel)
+            self._watched.discard(channel)
+
+    def _go_on(self, process: _Process) -> None:
+        """Listen in a forked child, too, if its parent did."""
+        if self.is_watching() and not process.is_listening:
+            process.listen()
+
+    def close(self, timeout: float = 5.0) -> None:
+        with self._lock:
+            process, self._process = self._process, None
+            self._is_closed = True
+            self._sink = None
+        if process is not None:
+            process.close(timeout)
+
+    # For the listener.
+
+    @property
+    def sink(self) -> Sink | None:
+        return self._sink
+
+    def is_watching(self) -> bool:
+        return bool(self._watched or self._patterns)
+
+    def is_watched(self, channel: str) -> bool:
+        with self._lock:
+            return channel in self._watched or any(
+                matches(pattern, channel) for pattern in self._patterns
+            )
+
+    def unless_watching(self, act: Callable[[], None]) -> None:
+        """Do something while nobody can begin to watch; it must not wait."""
+        with self._lock:
+            if not self.is_watching():
+                act()
+
+    # For the process's part.
+
+    @property
+    def bounds(self) -> Bounds:
+        return self._bounds
+
+    @property
+    def timeout(self) -> float | None:
+        return self._timeout
+
+    @property
+    def is_private(self) -> bool:
+        return self._is_private
+
+    @property
+    def is_heir(self) -> bool:
+        """Its parent has listened, too: what came since the fork was not told."""
+        return self._is_heir
+
+
+_brokers: weakref.WeakSet[LocalBroker] = weakref.WeakSet()
+_parents: list[_Process] = []
+
+
+def _forked() -> None:
+    for broker in list(_brokers):
+        broker._forked()
+
+
+# At once, not at the next use: a child that has a lock's or a socket's descriptor,
+# too, keeps it held, or open, when its parent is killed.
+os.register_at_fork(after_in_child=_forked)
+
+
+# Where the files are.
+
+
+def _path(url: str) -> tuple[str, bool]:
+    """Return the folder that a URL names, and whether it is in a private one."""
+    scheme, _, rest = url.partition(":")
+    if scheme != "local" or rest.startswith("//"):
+        raise ValueError(f"url must be local:, local:NAME or local:/PATH, got {url!r}")
+    if rest.startswith("/"):
+        path = os.path.normpath(rest)
+    elif not rest or _NAME.fullmatch(rest):
+        # Not XDG_RUNTIME_DIR: what logins have, services and cron have not, and
+        # they would not meet.
+        name = f"syncstream-{os.geteuid()}"
+        path = os.path.join(tempfile.gettempdir(), name, rest or "default")
+    else:
+        raise ValueError(
+            "url must be local:NAME, of 40 letters, digits and . _ - at most, or"
+            f" local:/PATH, got {url!r}"
+        )
+    if len(os.fsencode(path)) > _MAX_PATH:
+        raise ValueError(
+            f"url's path must have {_MAX_PATH} bytes at most, so that sockets can be"
+            f" in it, got {path!r}"
+        )
+    return path, not rest.startswith("/")
+
+
+def _make(path: str, is_private: bool) -> None:
+    """Make a folder if it is not there; refuse what is not safe."""
+    if is_private:
+        parent = os.path.dirname(path)
+        with suppress(FileExistsError):
+            os.mkdir(parent, 0o700)
+        found = os.lstat(parent)  # not of what a link leads to
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise Unavailable(
+                f"{parent} must be a directory of user {os.geteuid()}: use"
+                " local:/PATH, another one"
+            )
+        if found.st_mode & 0o077:
+            raise Unavailable(
+                f"{parent} must be its owner's only: chmod 700 {parent}, or use"
+                " local:/PATH, another one"
+            )
+    with suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    kind = _network_kind(path)
+    if kind is not None:
+        raise Unavailable(
+            f"{path} is on a network file system ({kind}), whose locks do not hold"
+            " between machines: use local:/PATH on a disk of this machine, or redis:"
+            " for several"
+        )
+    with suppress(FileExistsError):
+        os.mkdir(f"{path}/wake", 0o700)
+
+
+def _network_kind(path: str) -> str | None:
+    """Return the type of a path's file system if that is one of a network."""
+    try:
+        with open(_MOUNTS, encoding="utf-8", errors="surrogateescape") as file:
+            mounts = file.read()
+    except FileNotFoundError:  # not Linux
+        return None
+    kind = _kind(os.path.realpath(path), mounts)
+    # fuse-overlayfs is the root of rootless containers; its locks are this kernel's.
+    is_network = kind.partition(".")[0] in _NETWORK and "overlay" not in kind
+    return kind if is_network else None
+
+
+def _kind(path: str, mounts: str) -> str:
+    """Return the type of the file system that a path is on, of those in mounts."""
+    found = best = ""
+    for line in mounts.splitlines():
+        _, mount, kind, *_ = line.split(" ")
+        mount = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), mount)
+        is_in = path == mount or path.startswith(mount.rstrip("/") + "/")
+        # Of two on one mount point the later one is seen.
+        if is_in and len(mount) >= len(best):
+            best, found = mount, kind
+    return found
+
+
+class _Lock:
+    """The right to write; one thread of one process has it.
+
+    Its file is its own: to close any descriptor of SQLite's files drops SQLite's
+    locks. Nobody writes beside a lock whose file was removed: that is looked at.
+    """
+
+    def __init__(self, path: str, is_private: bool) -> None:
+        self._path = path
+        self._is_private = is_private
+        self._fd = self._folder = -1
+
+    def acquire(self, timeout: float | None = None) -> None:
+        """Wait for it; blocks the thread.
+
+        Raises:
+            Unavailable: The time is over.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self.open()
+            self._wait(deadline)
+            if self._is_current():
+                return
+            self.close()
+
+    def try_acquire(self) -> bool:
+        """Have it at once or not at all; not either if it is not open yet."""
+        if self._fd < 0:
+            return False
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if self._is_current():
+            return True
+        self.close()
+        return False
+
+    def open(self) -> None:
+        """Make the folder if it is not there, and the lock's file in it."""
+        if self._fd >= 0:
+            return
+        _make(self._path, self._is_private)
+        # systemd-tmpfiles leaves a directory alone whose lock is held.
+        self._folder = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with suppress(BlockingIOError):  # it is just being looked at
+                fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._fd = os.open(f"{self._path}/lock", flags, 0o666)
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait(self, deadline: float | None) -> None:
+        if deadline is None:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            return
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    message = f"{self._path}/lock is held by another process"
+                    raise Unavailable(message) from None
+                native(time, "sleep")(_LOCK_TRY)
+            else:
+                return
+
+    def _is_current(self) -> bool:
+        try:
+            found = os.stat(f"{self._path}/lock")
+        except OSError:  # to open it again will say what it is
+            return False
+        return os.path.samestat(found, os.fstat(self._fd))
+
+    def hold(self, timeout: float) -> bool:
+        """Wait for it wherever its file is now, to close what was opened by it."""
+        if self._fd < 0:
+            return False
+        try:
+            self._wait(time.monotonic() + timeout)
+        except (Unavailable, OSError):
+            return False
+        return True
+
+    def release(self) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        for fd in (self._fd, self._folder):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._folder = -1
+
+
+# What is in them.
+
+
+class _Database:
+    """A connection to the log, of one thread at a time."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._file = f"{path}/log.db"
+        self._identity: tuple[int, int] | None = None
+        self._connection: sqlite3.Connection | None = None
+        self._swept = 0  # events since old ones were looked for
+        self._swept_to = 0  # the channel that was looked at last
+        self._added = 0  # since channels were looked for
+        self._commits = 0  # since the last checkpoint
+        self._stored = 0  # bytes since then
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        assert self._connection is not None
+        return self._connection
+
+    def is_current(self) -> bool:
+        """Tell whether it is open, and its file where it was."""
+        try:
+            found = os.stat(self._file)
+        except OSError:  # to open it again will say what it is
+            return False
+        return (found.st_dev, found.st_ino) == self._identity
+
+    def open_to_read(self) -> bool:
+        """Open the file if it is there and whole; without the lock.
+
+        Raises:
+            Unavailable: It is not a log of this version.
+        """
+        self.close()
+        try:
+            before = os.stat(self._file)
+            self._connect("rw")
+        except (FileNotFoundError, sqlite3.OperationalError):
+            return False  # or it is just being made, or removed
+        if (before.st_dev, before.st_ino) == self._identity:
+            return True
+        self.close()
+        return False
+
+    def open(self) -> None:
+        """Open the file, or make it; by who has the lock.
+
+        Raises:
+            Unavailable: It is not a log of this version.
+        """
+        self.close()
+        if not os.path.exists(self._file):
+            # Of a database that was removed, and maybe still is used.
+            for suffix in ("-wal", "-shm"):
+                with suppress(FileNotFoundError):
+                    os.unlink(self._file + suffix)
+        self._connect("rwc")
+
+    def _connect(self, mode: str) -> None:
+        connection = sqlite3.connect(
+            f"file:{quote(os.fsencode(self._file))}?mode={mode}",
+            uri=True,
+            timeout=0.25,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        try:
+            self._check(connection, may_make=mode == "rwc")
+            for setting in _SETTINGS:
+                connection.execute(f"PRAGMA {setting}")
+            found = os.stat(self._file)
+        except BaseException:
+            connection.close()
+            raise
+        self._identity = found.st_dev, found.st_ino
+        self._connection = connection
+
+    def _check(self, connection: sqlite3.Connection, may_make: bool) -> None:
+        execute = connection.execute
+        execute("BEGIN")  # somebody may just be making it
+        (version,) = execute("PRAGMA user_version").fetchone()
+        (application,) = execute("PRAGMA application_id").fetchone()
+        (tables,) = execute("SELECT count(*) FROM sqlite_master").fetchone()
+        execute("COMMIT")
+        if application != _APPLICATION and (tables or application):
+            raise Unavailable(f"{self._file} is another application's database")
+        if version not in (0, VERSION):
+            raise Unavailable(
+                f"{self._file} has tables of version {version}, this syncstream has"
+                f" {VERSION}: run one version of it, or give them a name each"
+                " (local:NAME), or stop them all and remove the folder"
+            )
+        if version:
+            return
+        if not may_make:
+            raise sqlite3.OperationalError("it is just being made")
+        (mode,) = execute("PRAGMA journal_mode=WAL").fetchone()
+        if mode != "wal":
+            raise Unavailable(f"{self._path} cannot have an SQLite log, mode {mode!r}")
+        execute("BEGIN IMMEDIATE")
+        for statement in _TABLES.strip().rstrip(";").split(";"):
+            execute(statement)
+        execute("INSERT INTO life VALUES (?)", (_nonce(),))
+        execute(f"PRAGMA application_id={_APPLICATION}")
+        execute(f"PRAGMA user_version={VERSION}")
+        execute("COMMIT")
+
+    def finish(self, lock: _Lock, timeout: float) -> None:
+        """Close it and its lock, for good."""
+        is_held = self._connection is not None and lock.hold(timeout)
+        try:
+            # Even so: the last one's close, a checkpoint, needs all others closed.
+            self.close()
+        finally:
+            if is_held:
+                lock.release()
+            lock.close()
+
+    def close(self) -> None:
+        """Close it; by who has the lock: the last one's close is a checkpoint."""
+        connection, self._connection = self._connection, None
+        self._identity = None
+        if connection is not None:
+            connection.close()
+
+    # To write.
+
+    def store(self, items: Items, bounds: Bounds) -> list[str]:
+        """Add events, within a transaction; return their ids."""
+        execute = self.connection.execute
+        now = int(time.time() * 1000)
+        capacity, _, _ = bounds
+        # Number and nonce of the newest, and its number when it was found.
+        heads: dict[str, list[int]] = {}
+        rows = []
+        ids = []
+        nonces = os.urandom(4 * len(items))
+        for place, (name, payload) in enumerate(items):
+            head = heads.get(name)
+            if head is None:
+                head = heads[name] = self._head(name)
+            channel, number, prev, _ = head
+            number += 1
+            nonce = int.from_bytes(nonces[4 * place : 4 * place + 4], "big")
+            rows.append((channel, number, nonce, prev, now, payload))
+            head[1:3] = number, nonce
+            ids.append(_id(number, nonce))
+        self.connection.executemany(
+            "INSERT INTO event(channel, number, nonce, prev, time, payload)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            rows,
+        )
+        for channel, number, nonce, before in heads.values():
+            execute(
+                "UPDATE channel SET last = ?, nonce = ? WHERE id = ?",
+                (number, nonce, channel),
+            )
+            # Not one by one: readers do not look at what is beyond. Nothing that has
+            # come just now: listeners, on a busy machine, are still to see it.
+            if number > capacity and number // 32 != before // 32:
+                execute(
+                    "DELETE FROM event WHERE channel = ? AND number <= ? AND time < ?",
+                    (channel, number - capacity, now - _SEEN),
+                )
+        size = sum(len(row[5]) for row in rows)
+        self._stored += size
+        self._swept += len(rows) + size // 4096
+        if self._swept >= _SWEEP:
+            self._sweep(now, bounds)
+        return ids
+
+    def _head(self, name: str) -> list[int]:
+        execute = self.connection.execute
+        row = execute(
+            "SELECT id, last, nonce FROM channel WHERE name = ?", (name,)
+        ).fetchone()
+        if row is not None:
+            return [*row, row[1]]
+        self._added += 1
+        channel = execute(
+            "INSERT INTO channel(name, last, nonce) VALUES (?, 0, 0)", (name,)
+        ).lastrowid
+        return [channel or 0, 0, self._empty(), 0]
+
+    def _empty(self) -> int:
+        (empty,) = self.connection.execute("SELECT empty FROM life").fetchone()
+        found: int = empty
+        return found
+
+    def _sweep(self, now: int, bounds: Bounds) -> None:
+        """Delete what is too old or too much: more than came since the last time."""
+        execute = self.connection.execute
+        _, max_age, max_size = bounds
+        count, self._swept = 2 * self._swept, 0
+        if max_age is not None:
+            execute(
+                "DELETE FROM event WHERE seq <= (SELECT max(seq) FROM"
+                " (SELECT seq, time FROM event ORDER BY seq LIMIT ?) WHERE time < ?)",
+                (count, now - int(max_age * 1000)),
+            )
+        (page_size,) = execute("PRAGMA page_size").fetchone()
+        (pages,) = execute("PRAGMA page_count").fetchone()
+        (free,) = execute("PRAGMA freelist_count").fetchone()
+        # What is deleted makes room in the file; it does not shrink.
+        if (pages - free) * page_size > max_size:
+            self._shrink(max_size // 16)
+        if self._added > 1000:
+            self._added = 0
+            self._forget_channels()
+
+    def _shrink(self, size: int) -> None:
+        """Delete the oldest events of so many bytes."""
+        last = 0
+        rows = self.connection.execute(
+            "SELECT seq, length(payload) FROM event ORDER BY seq"
+        )
+        for seq, length in rows:
+            last = seq
+            size -= length + 100
+            if size <= 0:
+                break
+        rows.close()
+        self.connection.execute("DELETE FROM event WHERE seq <= ?", (last,))
+
+    def _forget_channels(self) -> None:
+        """Forget channels of which nothing is left, if they are very many.
+
+        Who has such a channel's empty head cannot be told any more whether it has
+        had events since: nobody's will be known.
+        """
+        execute = self.connection.execute
+        (channels,) = execute("SELECT count(*) FROM channel").fetchone()
+        if channels <= MAX_CHANNELS:
+            return
+        rows = execute(
+            "SELECT id FROM channel WHERE id > ? ORDER BY id LIMIT ?",
+            (self._swept_to, _CHANNELS),
+        ).fetchall()
+        # At the end it begins again.
+        self._swept_to = rows[-1][0] if len(rows) == _CHANNELS else 0
+        idle = (
+            rows
+            and execute(
+                "DELETE FROM channel WHERE id BETWEEN ? AND ? AND NOT EXISTS"
+                " (SELECT 1 FROM event WHERE event.channel = channel.id)",
+                (rows[0][0], rows[-1][0]),
+            ).rowcount
+        )
+        if idle:
+            execute("UPDATE life SET empty = ?", (_nonce(),))
+
+    def checkpoint(self) -> None:
+        """Move what was written to where it belongs, if it is much; with the lock."""
+        self._commits += 1
+        if self._commits < 64 and self._stored < _WAL:
+            return
+        self._commits = self._stored = 0
+        size = os.stat(f"{self._file}-wal").st_size
+        if size < _WAL:
+            return
+        execute = self.connection.execute
+        if size < _WAL_MAX:
+            execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            return
+        # Readers are to be waited for, that it may begin anew; but not for long.
+        execute("PRAGMA busy_timeout=20")
+        execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+        execute("PRAGMA busy_timeout=250")
+
+    # To read.
+
+    def page(self, name: str, after: str | None, limit: int, bounds: Bounds) -> Page:
+        """Read of a channel; see `Broker.read`."""
+        connection = self.connection
+        connection.execute("BEGIN")
+        try:
+            return self._page(name, after, limit, bounds)
+        finally:
+            # A snapshot that is kept keeps the WAL from beginning anew.
+            connection.rollback()
+
+    def _page(self, name: str, after: str | None, limit: int, bounds: Bounds) -> Page:
+        execute = self.connection.execute
+        row = execute(
+            "SELECT id, last, nonce FROM channel WHERE name = ?", (name,)
+        ).fetchone()
+        if row is None:
+            head = _id(0, self._empty())
+            return Page((), after in (None, head), head)
+        channel, last, nonce = row
+        head = _id(last, nonce)
+        if after is None or after == head:
+            return Page((), True, head)
+        capacity, max_age, _ = bounds
+        since = 0 if max_age is None else int((time.time() - max_age) * 1000)
+        oldest = max(0, last - capacity)  # the number before the oldest one
+        match = _ID.fullmatch(after)
+        number = int(match[1], 16) if match else -1
+        if oldest <= number < last:
+            entries = self._entries(channel, number, limit, since)
+            if entries and entries[0].prev == after:
+                return Page(entries, True, head)
+        # A clock that is put back does not tear holes: from the first one on that
+        # is new enough all are kept.
+        (first,) = execute(
+            "SELECT min(number) FROM event WHERE channel = ? AND number > ?"
+            " AND time >= ?",
+            (channel, oldest, since),
+        ).fetchone()
+        if first is None:
+            return Page((), False, head)
+        return Page(self._entries(channel, first - 1, limit, since), False, head)
+
+    def _entries(
+        self, channel: int, number: int, limit: int, since: int
+    ) -> list[Entry]:
+        """Return what follows a number, unless that is too old."""
+        rows = self.connection.execute(
+            "SELECT number, nonce, prev, time, payload FROM event"
+            " WHERE channel = ? AND number > ? ORDER BY number LIMIT ?",
+            (channel, number, limit),
+        )
+        now = time.monotonic()
+        entries: list[Entry] = []
+        size = 0
+        for number, nonce, prev, at, payload in rows:
+            if not entries and at < since:
+                break
+            id = _id(number, nonce)
+            entries.append(Entry(id, _id(number - 1, prev), payload, now))
+            size += len(payload)
+            if size > _PAGE:
+                break
+        rows.close()
+        return entries
+
+    def newest(self) -> int:
+        """Return the place of the newest event of all."""
+        row = self.connection.execute(
+            "SELECT seq FROM sqlite_sequence WHERE name = 'event'"
+        ).fetchone()
+        return row[0] if row else 0
+
+    def tail(self, after: int) -> list[tuple[int, str, Entry]]:
+        """Return what follows a place: place, channel, entry each."""
+        rows = self.connection.execute(
+            "SELECT seq, name, number, event.nonce, prev, payload"
+            " FROM event JOIN channel ON channel.id = event.channel"
+            " WHERE seq > ? ORDER BY seq LIMIT 500",
+            (after,),
+        )
+        now = time.monotonic()
+        found = []
+        size = 0
+        for seq, name, number, nonce, prev, payload in rows:
+            entry = Entry(_id(number, nonce), _id(number - 1, prev), payload, now)
+            found.append((seq, name, entry))
+            size += len(payload)
+            if size > _PAGE:
+                break
+        rows.close()
+        return found
+
+
+def _id(number: int, nonce: int) -> str:
+    return f"{number:x}-{nonce:08x}"
+
+
+def _nonce() -> int:
+    # Not `random`, which applications may seed: it would be that of an earlier life.
+    return int.from_bytes(os.urandom(4), "big")
+
+
+# Who does it.
+
+
+class _Turn:
+    """One thread's or greenlet's wait for what a native thread does for it.
+
+    No stream's end interrupts it: what was stored was stored.
+    """
+
+    __slots__ = ("_waiter", "is_done")
+
+    def __init__(self) -> None:
+        self._waiter: Waiter = contextvars.Context().run(Waiter)
+        self.is_done = False
+
+    def wait(self, deadline: float | None) -> bool:
+        """Wait until it is done; ``False``: the time is over."""
+        while not self.is_done:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            self._waiter.wait(left)
+        return True
+
+    def end(self) -> None:
+        self.is_done = True
+        wake_all([self._waiter])
+
+
+class _Job:
+    """A call that waits to be made, or a publish; and what has come of it."""
+
+    __slots__ = ("call", "error", "is_taken", "items", "result", "turn")
+
+    def __init__(self, items: Items = (), call: Callable[[], Any] | None = None):
+        self.items = items
+        self.call = call
+        self.turn: _Turn | None = None  # of who waits, if somebody does
+        self.is_taken = False
+        self.result: Any = None
+        self.error: Exception | None = None
+
+    def end(self, result: Any = None, error: Exception | None = None) -> None:
+        self.result, self.error = result, error
+        if self.turn is None:
+            return
+        try:
+            self.turn.end()
+        except Exception:  # its hub was destroyed: nobody waits there
+            log.debug("nobody waits for what was done", exc_info=True)
+
+
+class _Thread:
+    """A native thread that is woken to do jobs.
+
+    Args:
+        serve: Does those that are there; it must not raise.
+        leave: Is called at its end.
+    """
+
+    def __init__(
+        self, serve: Callable[[], None], leave: Callable[[], None] | None = None
+    ) -> None:
+        self._serve = serve
+        self._leave = leave
+        self.lock = native(_thread, "RLock")()
+        self.jobs: deque[_Job] = deque()
+        self._bell = native(_thread, "allocate_lock")()
+        self._bell.acquire()
+        self._is_running = False
+        self._is_closed = False
+        self._ended: list[_Turn] = []
+
+    def add(self, job: _Job) -> _Turn:
+        turn = job.turn = _Turn()
+        with self.lock:
+            if self._is_closed:
+                raise Unavailable("local: is closed")
+            self.jobs.append(job)
+            self._start()
+        self.ring()
+        return turn
+
+    def _start(self) -> None:
+        if not self._is_running:
+            self._is_running = True
+            native(_thread, "start_new_thread")(self._run, ())
+
+    def ring(self) -> None:
+        with suppress(RuntimeError):  # it is awake
+            self._bell.release()
+
+    def give_up(self, job: _Job) -> bool:
+        """Take a job back; ``False``: it has been taken."""
+        with self.lock:
+            if job.is_taken:
+                return False
+            self.jobs.remove(job)
+            return True
+
+    def take(self) -> _Job | None:
+        with self.lock:
+            if not self.jobs:
+                return None
+            job = self.jobs.popleft()
+            job.is_taken = True
+            return job
+
+    def _run(self) -> None:
+        while True:
+            self._bell.acquire()
+            is_last = self._is_closed
+            self._serve()
+            if is_last:
+                break
+        try:
+            if self._leave is not None:
+                self._leave()
+        finally:
+            with self.lock:
+                self._is_running = False
+                ended, self._ended = self._ended, []
+            for turn in ended:
+                turn.end()
+
+    def close(self, deadline: float) -> bool:
+        """Let it do what is there, and end; ``False``: not within this time."""
+        turn = _Turn()
+        with self.lock:
+            self._is_closed = True
+            if not self._is_running:
+                if self._leave is None:
+                    return True
+                self._start()  # to leave as it should
+            self._ended.append(turn)
+        self.ring()
+        return turn.wait(deadline)
+
+
+class _Process:
+    """What one process has of a broker: threads, connections, sockets."""
+
+    def __init__(self, broker: LocalBroker) -> None:
+        self._broker = broker
+        self._path = broker.path
+        self._timeout = broker.timeout
+        self._bounds = broker.bounds
+        self._locks = [_Lock(broker.path, broker.is_private) for _ in range(3)]
+        self._log, self._history, self._news = (
+            _Database(broker.path) for _ in range(3)
+        )
+        self._others = _Others(broker.path)
+        self._writing = native(_thread, "allocate_lock")()
+        self._writer = _Thread(self._write, self._leave)
+        self._reader = _Thread(self._answer)
+        self._reading = native(_thread, "allocate_lock")()
+        self._listener: _Listener | None = None
+        self._begins = native(_thread, "allocate_lock")()
+        self._is_closed = False
+
+    # To write.
+
+    def publish(self, items: Items) -> list[str]:
+        job = _Job(items)
+        if not self._write_here(job):
+            self._await(job, self._writer)
+        if job.error is not None:
+            # Several may have got this one: each raises its own.
+            raise type(job.error)(*job.error.args) from job.error.__cause__
+        ids: list[str] = job.result
+        return ids
+
+    def _write_here(self, job: _Job) -> bool:
+        """Store it in this thread, if it is one and nobody else writes."""
+        # Who waits goes first.
+        if self._writer.jobs or hub() is not None or self._is_closed:
+            return False
+        if not self._writing.acquire(False):
+            return False
+        lock, database = self._locks[0], self._log
+        try:
+            if not lock.try_acquire():
+                return False
+            try:
+                if not database.is_current():
+                    return False
+                database.connection.execute("BEGIN IMMEDIATE")
+                self._store([job])
+            finally:
+                lock.release()
+        except (sqlite3.Error, OSError):
+            return False  # nothing is stored: the writer will see what it is
+        finally:
+            self._writing.release()
+        return True
+
+    def _await(self, job: _Job, thread: _Thread) -> None:
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        turn = thread.add(job)
+        try:
+            is_done = turn.wait(deadline)
+        except BaseException:  # a gevent.Timeout, say
+            thread.give_up(job)
+            raise
+        if is_done:
+            return
+        message = f"{self._path} was not to be had within {self._timeout} s"
+        if thread.give_up(job) or job.call is not None:
+            raise Unavailable(message)
+        raise Uncertain(f"{message}: the events may be stored")
+
+    def _write(self) -> None:
+        """Store what is there to be stored; in the writer's thread."""
+        while self._writer.jobs:
+            try:
+                self._write_some()
+            except Exception as error:
+                if _is_busy(error):
+                    # Those who do not want to wait any longer go.
+                    native(time, "sleep")(_LOCK_TRY)
+                    continue
+                failed = Unavailable(f"{self._path}: {error}")
+                failed.__cause__ = error
+                while (job := self._writer.take()) is not None:
+                    job.end(error=error if isinstance(error, BrokerError) else failed)
+
+    def _write_some(self) -> None:
+        """Store some, in one transaction.
+
+        Raises:
+            Exception: None was taken.
+        """
+        lock, database = self._locks[0], self._log
+        with self._writing:
+            lock.acquire()
+            try:
+                if not database.is_current():
+                    database.open()
+                database.connection.execute("BEGIN IMMEDIATE")
+                jobs: list[_Job] = []
+                size = 0
+                while size < _GROUP and (job := self._writer.take()) is not None:
+                    jobs.append(job)
+                    size += sum(1000 + len(payload) for _, payload in job.items)
+                self._store(jobs)
+            finally:
+                lock.release()
+
+    def _store(self, jobs: list[_Job]) -> None:
+        """Store and commit, and tell of it; if that fails, tell these."""
+        database = self._log
+        has_ended = False
+        try:
+            ids = database.store([i for job in jobs for i in job.items], self._bounds)
+            has_ended = True
+            database.connection.execute("COMMIT")
+        except Exception as error:
+            # Of a disk that is full the last frame, which is the commit, is not
+            # whole. Of other errors it may be.
+            is_stored = has_ended and "is full" not in str(error)
+            kind = Uncertain if is_stored else Unavailable
+            failed = kind(f"{self._path}: {error}")
+            failed.__cause__ = error
+            for job in jobs:
+                job.end(error=failed)
+            return
+        finally:
+            # An interrupt's, too.
+            self._roll_back()
+        self._others.wake()
+        for job in jobs:
+            job.end(ids[: len(job.items)])
+            ids = ids[len(job.items) :]
+        try:
+            database.checkpoint()
+        except (sqlite3.Error, OSError) as error:
+            # Of what is stored nothing is lost; the next one tries again.
+            log.warning("%s: no checkpoint: %s", self._path, error)
+
+    def _roll_back(self) -> None:
+        database = self._log
+        if not database.connection.in_transaction:
+            return
+        try:
+            database.connection.rollback()
+        except sqlite3.Error:
+            database.close()
+
+    # To read.
+
+    def _call(self, call: Callable[[], T]) -> T:
+        """Do what may block; in a thread that a hub does not wait for."""
+        if hub() is None:
+            return call()
+        job = _Job(call=call)
+        self._await(job, self._reader)
+        if job.error is not None:
+            raise job.error
+        result: T = job.result
+        return result
+
+    def _answer(self) -> None:
+        while (job := self._reader.take()) is not None:
+            assert job.call is not None
+            try:
+                result = job.call()
+            except Exception as error:
+                job.end(error=error)
+            else:
+                job.end(result)
+
+    def read(self, channel: str, after: str | None, limit: int) -> Page:
+        return self._call(lambda: self._read(channel, after, limit))
+
+    def _read(self, channel: str, after: str | None, limit: int) -> Page:
+        self._acquire(self._reading, self._timeout)
+        try:
+            if self._is_closed:
+                raise Unavailable("local: is closed")
+            database = self._history
+            self._refresh(database, self._locks[1])
+            return database.page(channel, after, limit, self._bounds)
+        except (sqlite3.Error, OSError) as error:
+            raise Unavailable(f"{self._path}: {error}") from error
+        finally:
+            self._reading.release()
+
+    def _refresh(self, database: _Database, lock: _Lock) -> bool:
+        """Open what is not open, or not there any more; tell whether it was so."""
+        if database.is_current():
+            return False
+        lock.open()
+        if database.open_to_read():
+            return True
+        lock.acquire(self._timeout)
+        try:
+            database.open()
+        finally:
+            lock.release()
+        return True
+
+    # To listen.
+
+    @property
+    def is_listening(self) -> bool:
+        return self._listener is not None
+
+    def listen(self) -> None:
+        """Begin to tell what is stored from now on, unless that is done already."""
+        if self._listener is None:
+            self._call(self._listen)
+
+    def _listen(self) -> None:
+        with self._begins:
+            if self._is_closed:
+                raise Unavailable("local: is closed")
+            if self._listener is not None:
+                return
+            try:
+                self._refresh(self._news, self._locks[2])
+                listener = _Listener(self, self._broker, self._news)
+            except (sqlite3.Error, OSError) as error:
+                raise Unavailable(f"{self._path}: {error}") from error
+            listener.start()
+            self._listener = listener
+
+    def refresh_news(self) -> bool:
+        """Open what the listener reads, as `_refresh`; in its thread."""
+        return self._refresh(self._news, self._locks[2])
+
+    def finish_news(self) -> None:
+        """Close it; in the listener's thread, its end."""
+        self._news.finish(self._locks[2], _CLOSE)
+
+    # Its end.
+
+    def close(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        self._is_closed = True
+        try:
+            listener = self._call(lambda: self._stop(timeout))
+        except Unavailable:
+            listener, is_done = None, False
+        else:
+            is_done = listener is None or listener.close(deadline)
+        is_done = self._reader.close(deadline) and is_done
+        if not (self._writer.close(deadline) and is_done):
+            log.warning("%s: not closed within %s s", self._path, timeout)
+
+    def _stop(self, timeout: float) -> _Listener | None:
+        """Close what is read; return the listener: there will be no other."""
+        self._acquire(self._begins, timeout)
+        try:
+            listener = self._listener
+            if listener is None:
+                self._news.finish(self._locks[2], _CLOSE)
+        finally:
+            self._begins.release()
+        self._acquire(self._reading, timeout)
+        try:
+            self._history.finish(self._locks[1], _CLOSE)
+        finally:
+            self._reading.release()
+        return listener
+
+    def _acquire(self, lock: Any, timeout: float | None) -> None:
+        if not lock.acquire(True, -1.0 if timeout is None else timeout):
+            raise Unavailable(f"{self._path} was not to be had within {timeout} s")
+
+    def _leave(self) -> None:
+        with self._writing:
+            self._log.finish(self._locks[0], _CLOSE)
+            self._others.close()
+
+    def let_go(self) -> None:
+        """Close all descriptors but SQLite's."""
+        for lock in self._locks:
+            lock.close()
+        self._others.close()
+        if self._listener is not None:
+            self._listener.let_go()
+
+
+def _is_busy(error: Exception) -> bool:
+    # `sqlite_errorcode` came with Python 3.11.
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+
+
+class _Others:
+    """The processes that listen: a socket each in one folder, their own among them."""
+
+    def __init__(self, path: str) -> None:
+        self._folder = f"{path}/wake"
+        self._socket = _datagrams()
+        self._socket.setblocking(False)
+        self._names: list[str] = []
+        self._changed: int | None = None
+
+    def wake(self) -> None:
+        """Wake them all; blocks for nothing."""
+        try:
+            self._look()
+        except OSError:  # the folder was removed
+            return
+        for name in self._names:
+            try:
+                self._socket.sendto(b"\0", name)
+            except BlockingIOError:
+                pass  # its queue is full: it has been woken
+            except ConnectionRefusedError:
+                # Nobody has it open any more: it was killed.
+                with suppress(OSError):
+                    os.unlink(name)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOBUFS):
+                    log.debug("%s: not woken: %s", name, error)
+
+    def _look(self) -> None:
+        changed = os.stat(self._folder).st_mtime_ns
+        if changed == self._changed:
+            return
+        self._names = [f"{self._folder}/{name}" for name in os.listdir(self._folder)]
+        # One that comes in the same tick of the clock will not change it.
+        is_settled = abs(time.time_ns() - changed) > 100_000_000
+        self._changed = changed if is_settled else None
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _datagrams() -> Any:
+    return native(socket, "socket")(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+
+class _Listener:
+    """The thread that tells the sink what is new, and the socket that wakes it."""
+
+    def __init__(
+        self, process: _Process, broker: LocalBroker, database: _Database
+    ) -> None:
+        self._process = process
+        self._broker = broker
+        self._database = database
+        self._folder = f"{broker.path}/wake"
+        self._name = ""
+        self._socket: Any = None
+        self._bind()
+        # After it: what is stored from now on is looked for.
+        self._position = database.newest()
+        self._is_doubtful = broker.is_heir  # some may not have been told
+        self._is_up = True
+        self._is_closed = False
+        self._ended: list[_Turn] = []
+        self._lock = native(_thread, "RLock")()
+
+    def _bind(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        with suppress(FileExistsError):
+            os.mkdir(self._folder, 0o700)
+        self._name = f"{self._folder}/{os.getpid():x}-{os.urandom(4).hex()}"
+        self._socket = _datagrams()
+        self._socket.bind(self._name)
+        self._socket.setblocking(False)
+
+    def start(self) -> None:
+        native(_thread, "start_new_thread")(self._run, ())
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            try:
+                self._check()
+                self._tell()
+            except Exception as error:
+                self._state(False, str(error))
+                if not isinstance(error, (BrokerError, sqlite3.Error, OSError)):
+                    log.exception("%s: the sink has failed", self._broker.path)
+                    self._is_doubtful = True
+                native(time, "sleep")(LOOK_EVERY / 5)
+            else:
+                self._state(True, "it can be read")
+            self._wait()
+        with suppress(OSError):
+            os.unlink(self._name)
+        self._socket.close()
+        self._process.finish_news()
+        with self._lock:
+            ended, self._ended = self._ended, []
+            self._socket = None
+        for turn in ended:
+            turn.end()
+
+    def _wait(self) -> None:
+        """Wait to be woken, or for the time to look anyhow."""
+        poll = native(select, "poll")()
+        poll.register(self._socket, select.POLLIN)
+        poll.poll(LOOK_EVERY * 1000)
+        # All that have come by now: what they tell of will be seen.
+        with suppress(OSError):
+            while True:
+                self._socket.recv(16)
+
+    def _check(self) -> None:
+        """Notice that files were removed or replaced."""
+        if self._process.refresh_news():
+            self._position = self._database.newest()
+            self._is_doubtful = True
+        if not os.path.exists(self._name):
+            self._bind()
+        if self._is_doubtful:
+            self._is_doubtful = False
+            if self._broker.sink is not None:
+                self._broker.sink.resync(None)
+
+    def _tell(self) -> None:
+        while not self._is_closed:
+            if not self._broker.is_watching():
+                newest = self._database.newest()
+
+                def skip(newest: int = newest) -> None:
+                    self._position = newest
+
+                self._broker.unless_watching(skip)
+            rows = self._database.tail(self._position)
+            sink = self._broker.sink
+            if not rows or sink is None:
+                return
+            last = rows[-1][0]
+            if last - self._position != len(rows):
+                # Some were trimmed before they were read here, maybe the last ones
+                # of their channels.
+                sink.resync(None)
+            self._position = last
+            for _, channel, entry in rows:
+                if self._broker.is_watched(channel):
+                    sink.deliver(channel, entry)
+
+    def _state(self, is_up: bool, reason: str) -> None:
+        if is_up != self._is_up:
+            self._is_up = is_up
+            if self._broker.sink is not None:
+                self._broker.sink.state(is_up, f"{self._broker.path}: {reason}")
+
+    def close(self, deadline: float) -> bool:
+        turn = _Turn()
+        with self._lock:
+            self._is_closed = True
+            if self._socket is None:
+                return True
+            self._ended.append(turn)
+        with suppress(OSError):  # it ends within half a second anyhow
+            sender = _datagrams()
+            try:
+                sender.sendto(b"\0", self._name)
+            finally:
+                sender.close()
+        return turn.wait(deadline)
+
+    def let_go(self) -> None:
+        if self._socket is not None:
+            self._socket.close()

@@ -1,0 +1,1215 @@
+"""``postgresql:``, a database that you have: channels of all who connect to it.
+
+Events are rows. They are numbered while one lock is held until the commit is visible
+(ids drawn from a sequence become visible out of order, and readers that go by them
+lose some: measured). Ids are ``<number>-<nonce>`` in hexadecimal digits; numbers are
+of the channel and without holes, and a row names the nonce before its own: the chain.
+
+What is published with a ``connection=`` goes into a table that is empty outside of
+transactions; a deferred trigger appends it at the commit. Rolled back, it never was;
+and an open transaction holds nothing that others wait for.
+
+A process has one connection that listens. ``NOTIFY`` says that there is something,
+not what: the listener reads the table from where it was, and does so every two seconds
+anyway, and after a reconnect. So nothing hangs on a notification.
+
+All that may block runs in native threads; greenlets wait for them (`gevent`'s
+thread pool). Only psycopg's ``pq``, libpq itself, is used: its own waits would hold up
+a hub if psycopg was imported before gevent has patched.
+
+``python -m syncstream.brokers.postgresql [--sql] [URL]`` installs the schema, or prints
+it. A role that only uses it needs ``USAGE`` on the schema and on its sequences, and
+``SELECT, INSERT, UPDATE, DELETE`` on its tables.
+"""
+
+from __future__ import annotations
+
+import _queue
+import _thread
+import argparse
+import logging
+import os
+import random
+import re
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+from psycopg import Error as DriverError
+from psycopg import pq
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from .. import waiting
+from ..errors import BrokerError, PayloadTooLarge, Unavailable, Uncertain
+from ..log import Entry, Page
+from ..sockets import native
+from . import Sink, is_pattern, matches
+
+__all__ = ["PostgreSQLBroker", "install", "install_sql"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+VERSION = 1  # of the schema
+
+READ_TIMEOUT = 5.0  # seconds, also to connect, and for the listener's answers
+HEARTBEAT = 2.0  # seconds between two looks of the listener, notified or not
+BACKOFF = 0.05, 2.0  # seconds before it connects again: first, and at most
+FRESH = 1.0  # seconds for which a connection that was used is not asked if it lives
+TAIL = 500  # rows that the listener reads at once
+_MAX_NAMES = 500  # that it asks for by name; beyond that it reads all
+_MAX_BATCH = 64 << 20  # bytes published at once: they are sent as twice as many
+
+_ID = re.compile(r"([0-9a-f]{1,15})-([0-9a-f]{8})")
+_SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,49}")
+
+# Of one statement, so that any driver runs it, in whatever transaction. Everything is
+# named with its schema, and functions look nowhere else: search_path does not matter.
+_INSTALL = """\
+DO $install$ BEGIN
+PERFORM pg_advisory_xact_lock(1937337955, hashtext('$S'));
+IF to_regclass('$S.state') IS NOT NULL THEN RETURN; END IF;
+IF to_regnamespace('$S') IS NULL THEN CREATE SCHEMA $S; END IF;
+
+-- epoch: the nonce before the first event of channels that have none.
+CREATE TABLE $S.state (
+    version integer NOT NULL, epoch bigint NOT NULL, swept timestamptz NOT NULL);
+INSERT INTO $S.state
+    VALUES ($VERSION, floor(random() * 4294967296), clock_timestamp());
+
+-- last and nonce: its newest event's; prev: the nonce of the one before.
+CREATE TABLE $S.channel (
+    name text COLLATE "C" PRIMARY KEY, last bigint NOT NULL, prev bigint NOT NULL,
+    nonce bigint NOT NULL, ts timestamptz NOT NULL
+) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.1);
+
+-- seq: the order of commits, over all channels. off: within the channel, no holes.
+CREATE TABLE $S.event (
+    seq bigint PRIMARY KEY, channel text COLLATE "C" NOT NULL, off bigint NOT NULL,
+    nonce bigint NOT NULL, prev bigint NOT NULL, ts timestamptz NOT NULL,
+    data bytea NOT NULL, UNIQUE (channel, off)
+) WITH (autovacuum_vacuum_scale_factor = 0.1);
+CREATE SEQUENCE $S.event_seq OWNED BY $S.event.seq;
+
+-- What is published within transactions that are open.
+CREATE TABLE $S.outbox (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    channel text COLLATE "C" NOT NULL, data bytea NOT NULL,
+    capacity bigint NOT NULL DEFAULT 1000, max_age double precision DEFAULT 3600
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
+
+CREATE FUNCTION $S.append(
+    a_channel text, a_data bytea, a_capacity bigint, a_max_age double precision
+) RETURNS text LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    c_seq bigint;
+    c_last bigint;
+    c_prev bigint;
+    c_nonce bigint := floor(random() * 4294967296);
+    c_ts timestamptz;
+    c_names text[];
+BEGIN
+    -- Held until the commit is visible, so all that follows is in its order.
+    PERFORM pg_advisory_xact_lock(1937337955, '$S.event'::regclass::oid::integer);
+    INSERT INTO $S.channel AS c (name, last, prev, nonce, ts)
+        SELECT a_channel, 1, s.epoch, c_nonce, clock_timestamp() FROM $S.state s
+        ON CONFLICT (name) DO UPDATE SET last = c.last + 1, prev = c.nonce,
+            nonce = excluded.nonce, ts = greatest(c.ts, excluded.ts)
+        RETURNING c.last, c.prev, c.ts INTO STRICT c_last, c_prev, c_ts;
+    c_seq := nextval('$S.event_seq');
+    INSERT INTO $S.event (seq, channel, off, nonce, prev, ts, data)
+        VALUES (c_seq, a_channel, c_last, c_nonce, c_prev, c_ts, a_data);
+    -- Readers leave out what is too much or too old; here it makes room, in batches.
+    IF c_last % 32 = 0 THEN
+        DELETE FROM $S.event WHERE channel = a_channel AND off IN (
+            SELECT e.off FROM $S.event e
+            WHERE e.channel = a_channel AND e.off <= c_last - a_capacity
+            ORDER BY e.off LIMIT 1000);
+    END IF;
+    IF c_seq % 32 = 0 AND a_max_age IS NOT NULL THEN
+        DELETE FROM $S.event WHERE seq IN (
+            SELECT e.seq FROM $S.event e ORDER BY e.seq LIMIT 64)
+            AND ts < clock_timestamp() - a_max_age * interval '1 second';
+    END IF;
+    -- Channels that are idle for long are forgotten. Then the epoch is another one:
+    -- who has the old one may have missed what they had.
+    IF c_seq % 1024 = 0 AND a_max_age IS NOT NULL THEN
+        UPDATE $S.state SET swept = clock_timestamp()
+            WHERE swept < clock_timestamp() - interval '1 hour';
+        IF FOUND THEN
+            SELECT array_agg(name) INTO c_names FROM (
+                SELECT c.name FROM $S.channel c WHERE c.ts < clock_timestamp()
+                    - greatest(2 * a_max_age, 86400) * interval '1 second'
+                LIMIT 10000) idle;
+            IF c_names IS NOT NULL THEN
+                DELETE FROM $S.event WHERE channel = ANY (c_names);
+                DELETE FROM $S.channel WHERE name = ANY (c_names);
+                UPDATE $S.state SET epoch = floor(random() * 4294967296);
+            END IF;
+        END IF;
+    END IF;
+    -- Empty: those of a transaction become one, and 8000 bytes are the limit.
+    PERFORM pg_notify('$S', '');
+    RETURN to_hex(c_last) || '-' || lpad(to_hex(c_nonce), 8, '0');
+END $body$;
+
+CREATE FUNCTION $S.publish(
+    a_channels text[], a_data bytea[], a_capacity bigint, a_max_age double precision
+) RETURNS SETOF text LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    c record;
+BEGIN
+    FOR c IN SELECT u.channel, u.data
+        FROM unnest(a_channels, a_data) WITH ORDINALITY AS u (channel, data, place)
+        ORDER BY u.place
+    LOOP
+        RETURN NEXT $S.append(c.channel, c.data, a_capacity, a_max_age);
+    END LOOP;
+END $body$;
+
+CREATE FUNCTION $S.commit_outbox() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    PERFORM $S.append(NEW.channel, NEW.data, NEW.capacity, NEW.max_age);
+    DELETE FROM $S.outbox WHERE id = NEW.id;
+    RETURN NULL;
+END $body$;
+CREATE CONSTRAINT TRIGGER commit_outbox AFTER INSERT ON $S.outbox
+    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION $S.commit_outbox();
+
+-- Returns the head's off and nonce; then what follows an id, if it is known, else all
+-- that is kept. Stable: all of it is of one moment.
+CREATE FUNCTION $S.read(
+    a_channel text, a_off bigint, a_nonce bigint, a_limit integer, a_capacity bigint,
+    a_max_age double precision
+) RETURNS TABLE (r_off bigint, r_nonce bigint, r_prev bigint, r_data bytea)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    c_since timestamptz := coalesce(
+        clock_timestamp() - a_max_age * interval '1 second', '-infinity');
+    c_after bigint;
+BEGIN
+    SELECT coalesce(c.last, 0), coalesce(c.nonce, s.epoch) INTO STRICT r_off, r_nonce
+        FROM $S.state s LEFT JOIN $S.channel c ON c.name = a_channel;
+    RETURN NEXT;
+    IF a_off IS NULL OR (a_off = r_off AND a_nonce = r_nonce) THEN RETURN; END IF;
+    c_after := greatest(r_off - a_capacity, 0);
+    IF a_off >= c_after AND EXISTS (
+        SELECT FROM $S.event e WHERE e.channel = a_channel AND e.off = a_off + 1
+            AND e.prev = a_nonce AND e.ts > c_since)
+    THEN
+        c_after := a_off;
+    END IF;
+    RETURN QUERY SELECT p.off, p.nonce, p.prev, p.data FROM (
+        SELECT e.off, e.nonce, e.prev, e.data, row_number() OVER w AS place,
+            sum(octet_length(e.data)) OVER w AS size
+        FROM (
+            SELECT * FROM $S.event v
+            WHERE v.channel = a_channel AND v.off > c_after AND v.ts > c_since
+            ORDER BY v.off LIMIT a_limit) e
+        WINDOW w AS (ORDER BY e.off)
+    ) p WHERE p.place = 1 OR p.size <= 8388608 ORDER BY p.off;
+END $body$;
+
+-- Returns the file of the events, another one after each TRUNCATE and restore; then
+-- what follows a seq, of all channels; data only of those that are wanted, and not too
+-- much of it.
+CREATE FUNCTION $S.tail(
+    a_seq bigint, a_limit integer, a_names text[], a_prefixes text[]
+) RETURNS TABLE (r_seq bigint, r_channel text, r_off bigint, r_nonce bigint,
+    r_prev bigint, r_data bytea)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    r_seq := pg_relation_filenode('$S.event');
+    RETURN NEXT;
+    RETURN QUERY SELECT p.seq, p.channel, p.off, p.nonce, p.prev,
+        CASE WHEN p.is_wanted AND (p.size <= 8388608 OR p.place = 1) THEN p.data END
+    FROM (
+        SELECT e.*, row_number() OVER w AS place,
+            sum(CASE WHEN e.is_wanted THEN octet_length(e.data) END) OVER w AS size
+        FROM (
+            SELECT v.*, v.channel = ANY (a_names) OR EXISTS (
+                SELECT FROM unnest(a_prefixes) prefix
+                WHERE starts_with(v.channel, prefix)) AS is_wanted
+            FROM $S.event v WHERE v.seq > a_seq ORDER BY v.seq LIMIT a_limit) e
+        WINDOW w AS (ORDER BY e.seq)
+    ) p ORDER BY p.seq;
+END $body$;
+END $install$"""
+
+
+def install_sql(schema: str = "syncstream") -> str:
+    """Return the one statement that installs the schema; where it is, it does nothing.
+
+    Args:
+        schema: Its name.
+
+    Raises:
+        ValueError: That is no plain lower-case name.
+    """
+    if not _SCHEMA.fullmatch(schema):
+        raise ValueError(
+            "schema must be lower-case letters, digits and _, 50 at most, got"
+            f" {schema!r}"
+        )
+    return _INSTALL.replace("$S", schema).replace("$VERSION", str(VERSION))
+
+
+def install(dsn: str = "", *, schema: str = "syncstream") -> None:
+    """Install the schema, by a role that may; where it is, nothing happens.
+
+    Args:
+        dsn: As for `PostgreSQLBroker`.
+        schema: Its name.
+
+    Raises:
+        Unavailable: The server cannot be reached, or refuses.
+    """
+    sql = install_sql(schema)
+    deadline = time.monotonic() + 4 * READ_TIMEOUT
+    try:
+        connection = _Connection.open(_dsn(dsn), deadline)
+        try:
+            connection.run(sql, deadline=deadline)
+            _check_version(connection, schema, deadline)
+        finally:
+            connection.close()
+    except (_Lost, _Refused) as error:
+        raise Unavailable(f"the schema {schema!r} is not installed: {error}") from error
+
+
+class PostgreSQLBroker:
+    """Events in a PostgreSQL database.
+
+    Args:
+        dsn: A ``postgresql://`` URL or ``key=value`` words, as libpq takes them;
+            ``""`` for what its environment variables (``PGHOST`` …) say.
+        capacity: So many events of each channel are kept. It and ``max_age`` should
+            be the same wherever the same schema is used.
+        max_age: Events are kept for so many seconds; ``None`` for no limit. Channels
+            that are idle for two times that, and a day, are forgotten.
+        listen_dsn: Where to listen, if ``dsn`` leads to a pooler that shares
+            connections (PgBouncer with ``pool_mode = transaction``): the server itself.
+        schema: Where its tables are.
+        create: Install the schema when it is missing.
+        publish_timeout: Seconds that `publish` takes at most.
+        connections: So many at most publish and read, in each process, beside the one
+            that listens.
+    """
+
+    scope: Literal["cluster"] = "cluster"
+
+    def __init__(
+        self,
+        dsn: str = "",
+        capacity: int = 1000,
+        max_age: float | None = 3600.0,
+        *,
+        listen_dsn: str | None = None,
+        schema: str = "syncstream",
+        create: bool = True,
+        publish_timeout: float = 2.0,
+        connections: int = 4,
+    ) -> None:
+        install_sql(schema)  # checks its name
+        if not publish_timeout > 0:
+            raise ValueError(f"publish_timeout must be above 0, got {publish_timeout}")
+        if connections < 1:
+            raise ValueError(f"connections must be 1 or more, got {connections!r}")
+        self._dsn = _dsn(dsn)
+        self._listen_dsn = self._dsn if listen_dsn is None else _dsn(listen_dsn)
+        self._capacity = capacity
+        self._max_age = max_age
+        self._schema = schema
+        self._create = create
+        self._publish_timeout = publish_timeout
+        self._connections = connections
+        self._sink: Sink | None = None
+        self._watched: set[str] = set()
+        self._patterns: frozenset[str] = frozenset()
+        self._owns: dict[int, _Own] = {}
+        self._is_closed = False
+
+    # What a process has: nothing that was open before a fork is touched after it.
+
+    def _own(self) -> _Own:
+        pid = os.getpid()
+        own = self._owns.get(pid)
+        if own is None:
+            own = self._owns.setdefault(pid, _Own(self._connections))
+            if self._watched or self._patterns:
+                # Those of the process that forked: what came since was not told.
+                self._listener(own, is_late=True)
+        return own
+
+    def _listener(self, own: _Own, is_late: bool = False) -> _Listener:
+        with own.lock:
+            if own.listener is None:
+                own.listener = _Listener(self, is_late)
+            return own.listener
+
+    def _call(self, own: _Own, function: Callable[[], T], deadline: float) -> T:
+        """Call what may block: in this thread, or for a greenlet in another one."""
+        if self._is_closed:
+            raise Unavailable("the broker is closed")
+        hub = waiting.hub()
+        if hub is None:
+            return function()
+        threads, places = own.threads(hub)
+        if not places.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise Unavailable(self._busy)
+        try:
+            value, error = threads.apply(_outcome, (function,))
+        finally:
+            places.release()
+        if error is not None:
+            raise error
+        result: T = value
+        return result
+
+    @property
+    def _busy(self) -> str:
+        return f"all {self._connections} connections were busy for all of its time"
+
+    # To publish.
+
+    def publish(
+        self, items: Sequence[tuple[str, bytes]], *, connection: Any = None
+    ) -> list[str | None]:
+        """See `syncstream.brokers.Broker.publish`.
+
+        Args:
+            items: Channel and payload of each.
+            connection: Django's, psycopg's or psycopg2's: they are stored when its
+                transaction commits, and only then. Its driver's errors are raised as
+                they are: they end that transaction. One that is not READ COMMITTED may
+                fail at its commit, as it does for any row that others have changed:
+                what others have published to the channel since it began.
+        """
+        size = sum(len(payload) for _, payload in items)
+        if size > _MAX_BATCH:
+            raise PayloadTooLarge(
+                f"events must have {_MAX_BATCH} bytes together at most, got {size}"
+            )
+        if not items:
+            return []
+        own = self._own()
+        deadline = time.monotonic() + self._publish_timeout
+        if connection is not None:
+            self._call(own, partial(self._check_installed, own, deadline), deadline)
+            self._enlist(items, connection)
+            return [None] * len(items)
+        return self._call(own, partial(self._publish, own, items, deadline), deadline)
+
+    def _publish(
+        self, own: _Own, items: Sequence[tuple[str, bytes]], deadline: float
+    ) -> list[str | None]:
+        with self._lent(own, deadline) as connection:
+            left = deadline - time.monotonic()
+            if left < self._publish_timeout / 4:
+                # Rather this than an answer that comes too late.
+                raise Unavailable("the time was over before it could be sent")
+            sql = self._publish_sql(items, left)
+            results: Sequence[Any]
+            try:
+                results = connection.run(sql, deadline=deadline)
+            except _Refused as error:
+                # A server that stops may say so after the commit; others roll back.
+                kind = Uncertain if error.is_fatal else Unavailable
+                raise kind(f"not published: {error}") from error
+            except _Lost as error:
+                results = error.results
+                if not any(r.command_status == b"COMMIT" for r in results):
+                    raise Uncertain(f"no answer: {error}") from error
+        (found,) = (r for r in results if r.status == pq.ExecStatus.TUPLES_OK)
+        return [found.get_value(row, 0).decode() for row in range(found.ntuples)]
+
+    def _publish_sql(self, items: Sequence[tuple[str, bytes]], seconds: float) -> str:
+        # One message for all of it: who stalls or dies in the middle of sending holds
+        # no lock. Hexadecimal digits need no quoting, whatever the server's settings.
+        channels = ",".join(
+            f"convert_from(decode('{name.encode().hex()}','hex'),'UTF8')"
+            for name, _ in items
+        )
+        data = ",".join(f"decode('{payload.hex()}','hex')" for _, payload in items)
+        # Its own limit is the shorter one: it answers "not done" rather than nothing.
+        limit = max(1, int(seconds * 700))
+        return (
+            "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;"
+            f"SET LOCAL statement_timeout = {limit};"
+            f"SELECT {self._schema}.publish(ARRAY[{channels}],ARRAY[{data}],"
+            f"{self._capacity},{_sql(self._max_age)});COMMIT"
+        )
+
+    def _enlist(self, items: Sequence[tuple[str, bytes]], connection: Any) -> None:
+        if not callable(getattr(connection, "cursor", None)):
+            raise TypeError(
+                "connection must be Django's, psycopg's or psycopg2's, got"
+                f" {connection!r}"
+            )
+        cursor = connection.cursor()
+        try:
+            for start in range(0, len(items), 1000):
+                some = items[start : start + 1000]
+                rows = ", ".join(["(%s, %s, %s, %s)"] * len(some))
+                words: list[Any] = []
+                for channel, payload in some:
+                    words += [channel, payload, self._capacity, self._max_age]
+                cursor.execute(
+                    f"INSERT INTO {self._schema}.outbox"
+                    f" (channel, data, capacity, max_age) VALUES {rows}",
+                    words,
+                )
+        except Exception as error:
+            if _sqlstate(error) in _MISSING:
+                raise Unavailable(
+                    f"the database of this connection has no schema {self._schema!r}:"
+                    f" is it the one of the hub? {_HOW_TO}"
+                ) from error
+            raise
+        finally:
+            cursor.close()
+
+    # To read.
+
+    def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
+        """See `syncstream.brokers.Broker.read`; of long entries it returns fewer."""
+        own = self._own()
+        deadline = time.monotonic() + READ_TIMEOUT
+        read = partial(self._read, own, channel, after, limit, deadline)
+        return self._call(own, read, deadline)
+
+    def _read(
+        self, own: _Own, channel: str, after: str | None, limit: int, deadline: float
+    ) -> Page:
+        found = None if after is None else _ID.fullmatch(after)
+        off, nonce = (int(found[1], 16), int(found[2], 16)) if found else (-1, 0)
+        place = None if after is None else off
+        words = (channel, place, nonce, limit, self._capacity, self._max_age)
+        sql = f"SELECT * FROM {self._schema}.read($1, $2, $3, $4, $5, $6)"
+        for attempt in (1, 2):
+            try:
+                with self._lent(own, deadline) as connection:
+                    (result,) = connection.run(sql, words, deadline=deadline)
+                break
+            except (_Refused, _Lost) as error:
+                # A connection that broke: nothing is lost by another try.
+                if attempt == 2 or time.monotonic() >= deadline:
+                    raise Unavailable(f"not read: {error}") from error
+        now = time.monotonic()
+        entries = []
+        head = _id(*(_number(result, 0, column) for column in (0, 1)))
+        for row in range(1, result.ntuples):
+            number, nonce, prev = (_number(result, row, column) for column in range(3))
+            payload = result.get_value(row, 3) or b""
+            ids = _id(number, nonce), _id(number - 1, prev)
+            entries.append(Entry(*ids, payload, now))
+        first = entries[0].prev if entries else head
+        return Page(entries, after is None or after == first, head)
+
+    # To tell.
+
+    def attach(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def watch(self, channel: str) -> None:
+        """See `syncstream.brokers.Broker.watch`.
+
+        While the server cannot be reached it returns, too: when it is back, all is
+        read that may have come.
+        """
+        own = self._own()
+        with own.lock:
+            if is_pattern(channel):
+                self._patterns = self._patterns | {channel}
+            else:
+                self._watched.add(channel)
+        listener = self._listener(own)
+        if not listener.is_decided:
+            deadline = time.monotonic() + READ_TIMEOUT
+            self._call(own, listener.await_decided, deadline)
+
+    def unwatch(self, channel: str) -> None:
+        with self._own().lock:
+            self._patterns = self._patterns - {channel}
+            self._watched.discard(channel)
+
+    def close(self, timeout: float = 5.0) -> None:
+        own = self._owns.get(os.getpid())
+        if own is None or self._is_closed:
+            self._is_closed = True
+            return
+        with own.lock:
+            listener, own.listener = own.listener, None
+        if listener is not None:
+            listener.stop()
+            with suppress(Unavailable):  # all are busy: it ends by itself
+                deadline = time.monotonic() + timeout
+                self._call(own, partial(listener.await_end, timeout), deadline)
+        self._is_closed = True
+        own.close()
+
+    # Connections that publish and read.
+
+    @contextmanager
+    def _lent(self, own: _Own, deadline: float) -> Iterator[_Connection]:
+        """Lend a connection; it is kept if nothing went wrong with it."""
+        try:
+            own.permits.get(True, max(0.0, deadline - time.monotonic()))
+        except _queue.Empty:
+            raise Unavailable(self._busy) from None
+        try:
+            connection = self._ready(own, deadline)
+            is_sound = False
+            try:
+                yield connection
+                is_sound = True
+            finally:
+                if is_sound and connection.is_idle() and not self._is_closed:
+                    connection.used = time.monotonic()
+                    own.idle.append(connection)
+                else:
+                    connection.close()
+                    own.is_installed = False  # or is it gone?
+        finally:
+            own.permits.put(None)
+
+    def _ready(self, own: _Own, deadline: float) -> _Connection:
+        try:
+            connection = _living(own, deadline)
+            if connection is None:
+                connection = _Connection.open(self._dsn, deadline)
+            if not own.is_installed:
+                try:
+                    self._ensure(connection, deadline)
+                except BaseException:
+                    connection.close()
+                    raise
+                own.is_installed = True
+        except (_Lost, _Refused) as error:
+            raise Unavailable(f"the server cannot be used: {error}") from error
+        return connection
+
+    def _check_installed(self, own: _Own, deadline: float) -> None:
+        if not own.is_installed:
+            with self._lent(own, deadline):
+                pass
+
+    def _ensure(self, connection: _Connection, deadline: float) -> None:
+        """Install the schema if it is missing; check its version."""
+        try:
+            _check_version(connection, self._schema, deadline)
+            return
+        except _Refused as error:
+            if error.sqlstate not in _MISSING:
+                raise
+            if not self._create:
+                raise Unavailable(
+                    f"there is no schema {self._schema!r} in the database. {_HOW_TO}"
+                ) from error
+        try:
+            connection.run(install_sql(self._schema), deadline=deadline)
+        except _Refused as error:
+            if error.sqlstate != "42501":
+                raise
+            raise Unavailable(
+                f"there is no schema {self._schema!r} in the database, and this role"
+                f" may not create it: {error}. {_HOW_TO}"
+            ) from error
+        _check_version(connection, self._schema, deadline)
+
+
+_MISSING = ("42P01", "3F000", "42883")  # no such table, schema, function
+_HOW_TO = (
+    'Let a role that may install it: "python -m syncstream.brokers.postgresql URL", or'
+    ' in Django "syncstream" in INSTALLED_APPS and "manage.py migrate"'
+)
+
+
+def _check_version(connection: _Connection, schema: str, deadline: float) -> None:
+    sql = f"SELECT version FROM {schema}.state"
+    (result,) = connection.run(sql, (), deadline=deadline)
+    version = _number(result, 0, 0) if result.ntuples else None
+    if version != VERSION:
+        raise Unavailable(
+            f"the schema {schema!r} has version {version}, and this syncstream needs"
+            f" {VERSION}: other processes may run another release of it"
+        )
+
+
+class _Own:
+    """What one process has of a broker."""
+
+    def __init__(self, connections: int) -> None:
+        self.lock = native(_thread, "allocate_lock")()
+        self.listener: _Listener | None = None
+        self.idle: list[_Connection] = []
+        # The C one: gevent patches the name in `queue`, not this.
+        self.permits: _queue.SimpleQueue[None] = _queue.SimpleQueue()
+        for _ in range(connections):
+            self.permits.put(None)
+        self.is_installed = False
+        self._connections = connections
+        self._threads: dict[Any, tuple[Any, Any]] = {}
+
+    def threads(self, hub: Any) -> tuple[Any, Any]:
+        """Return the threads that work for the greenlets of a hub, and their places.
+
+        Who waits for a place has a time limit; who waits within the pool has none.
+        """
+        found = self._threads.get(hub)
+        if found is None:
+            from gevent.lock import Semaphore
+            from gevent.threadpool import ThreadPool
+
+            # One more than work at once: someone waits for the listener.
+            count = self._connections + 1
+            found = ThreadPool(count, hub), Semaphore(count)
+            found = self._threads.setdefault(hub, found)
+        return found
+
+    def close(self) -> None:
+        while self.idle:
+            self.idle.pop().close()
+        hub = waiting.hub()
+        for owner, (threads, _) in list(self._threads.items()):
+            if owner is hub:  # others cannot be reached from here
+                threads.kill()
+
+
+def _living(own: _Own, deadline: float) -> _Connection | None:
+    """Return a connection that was kept and still lives."""
+    while own.idle:
+        try:
+            connection = own.idle.pop()
+        except IndexError:  # another thread was faster
+            break
+        if connection.is_readable():  # nobody asked it: it has ended
+            connection.close()
+            continue
+        now = time.monotonic()
+        if now - connection.used < FRESH:
+            return connection
+        # It may have died without a word; while nothing is sent that is no harm.
+        try:
+            connection.run("", deadline=now + (deadline - now) / 2)
+        except (_Lost, _Refused):
+            connection.close()
+            while own.idle:  # as old as this one
+                own.idle.pop().close()
+            break
+        return connection
+    return None
+
+
+def _outcome(function: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    # gevent prints the traceback of what a thread raises.
+    try:
+        return function(), None
+    except BaseException as error:
+        return None, error
+
+
+class _Listener:
+    """The thread of a process that hears what is new, and its connection.
+
+    Attributes:
+        is_decided: It listens, or its first attempt to has failed.
+    """
+
+    def __init__(self, broker: PostgreSQLBroker, is_late: bool) -> None:
+        self._broker = broker
+        self._schema = broker._schema
+        # Somebody counts on being told what has come before it listens.
+        self._is_late = is_late
+        self._place: tuple[int, int] | None = None  # seq and nonce of what was told
+        self._file = 0  # in which that is
+        self._is_up = True
+        self._has_warned = False
+        self.is_decided = False
+        self._decided = native(_thread, "allocate_lock")()
+        self._decided.acquire()
+        self._ended = native(_thread, "allocate_lock")()
+        self._ended.acquire()
+        self._stop, self._stopper = os.pipe()
+        self._is_stopped = False
+        native(_thread, "start_new_thread")(self._run, ())
+
+    def await_decided(self) -> None:
+        if self._decided.acquire(True, READ_TIMEOUT):
+            self._decided.release()
+        else:
+            self._is_late = True
+
+    def stop(self) -> None:
+        """Have it end, without waiting for that."""
+        self._is_stopped = True
+        os.write(self._stopper, b"x")
+
+    def await_end(self, timeout: float) -> None:
+        if self._ended.acquire(True, timeout):
+            os.close(self._stop)
+            os.close(self._stopper)
+
+    def _run(self) -> None:
+        try:
+            failures = 0
+            while not self._is_stopped:
+                began = time.monotonic()
+                try:
+                    self._listen()
+                except _Stopped:
+                    break
+                except (_Lost, _Refused, BrokerError) as error:
+                    self._tell(False, str(error))
+                except Exception as error:  # or it would be the end of all news
+                    log.exception("the listener has failed, and begins anew")
+                    self._tell(False, repr(error))
+                if time.monotonic() - began > 10 * BACKOFF[1]:
+                    failures = 0
+                self._decide()
+                first, most = BACKOFF
+                pause = min(most, first * 2 ** min(failures, 10))
+                failures += 1
+                if _poll(self._stop, select.POLLIN, random.uniform(pause / 2, pause)):
+                    break
+        finally:
+            self._decide()
+            self._ended.release()
+
+    def _decide(self) -> None:
+        if not self.is_decided:
+            self.is_decided = True
+            self._decided.release()
+
+    def _tell(self, is_up: bool, reason: str) -> None:
+        if not is_up:
+            self._is_late = self._is_late or self._place is None
+        sink = self._broker._sink
+        if is_up != self._is_up and sink is not None:
+            self._is_up = is_up
+            sink.state(is_up, reason)
+
+    def _listen(self) -> None:
+        deadline = time.monotonic() + READ_TIMEOUT
+        connection = _Connection.open(
+            self._broker._listen_dsn, deadline, stop=self._stop
+        )
+        try:
+            self._broker._ensure(connection, deadline)
+            connection.run(f"LISTEN {self._schema}", deadline=deadline)
+            self._find_place(connection)
+            self._tell(True, "the listener is connected")
+            self._decide()
+            self._follow(connection)
+        finally:
+            connection.close()
+
+    def _find_place(self, connection: _Connection) -> None:
+        """Go on where we were; if that is not known any more, have all read anew."""
+        sql = (
+            f"SELECT e.seq, e.nonce, EXISTS (SELECT FROM {self._schema}.event p WHERE"
+            f" p.seq = $1 AND p.nonce = $2) FROM {self._schema}.event e"
+            " ORDER BY e.seq DESC LIMIT 1"
+        )
+        words = (None, None) if self._place is None else self._place
+        deadline = time.monotonic() + READ_TIMEOUT
+        (result,) = connection.run(sql, words, deadline=deadline)
+        if result.ntuples and result.get_value(0, 2) == b"\1":
+            return
+        was_late, self._is_late = self._is_late or self._place is not None, False
+        newest = 0, 0
+        if result.ntuples:
+            newest = _number(result, 0, 0), _number(result, 0, 1)
+        self._place = newest
+        if was_late and self._broker._sink is not None:
+            self._broker._sink.resync(None)
+
+    def _follow(self, connection: _Connection) -> None:
+        unheard = 0  # times in a row
+        while True:
+            # Before it looks: what comes from now on is another notification.
+            is_heard = connection.hear()
+            while True:
+                found = self._tail(connection)
+                if not connection.hear():  # while it looked
+                    break
+                is_heard = True
+            if is_heard:
+                unheard = 0
+            elif found:
+                unheard += 1
+            if unheard == 3 and not self._has_warned:
+                self._has_warned = True
+                log.warning(
+                    "events come without notifications: listen_dsn must lead to the"
+                    " server itself, not to a pooler that shares connections"
+                )
+            # All of one moment would look at one moment, ever after.
+            pause = random.uniform(0.8, 1.2) * HEARTBEAT
+            connection.wait(select.POLLIN, time.monotonic() + pause, is_needed=False)
+
+    def _tail(self, connection: _Connection) -> bool:
+        """Tell all that is new; return whether there was something."""
+        broker = self._broker
+        sql = f"SELECT * FROM {self._schema}.tail($1, $2, $3, $4)"
+        found = False
+        while True:
+            assert self._place is not None
+            words = (self._place[0], TAIL, *self._names())
+            deadline = time.monotonic() + READ_TIMEOUT
+            (result,) = connection.run(sql, words, deadline=deadline)
+            now = time.monotonic()
+            file = _number(result, 0, 0)
+            if file != self._file:
+                # A seq of before means nothing in another one.
+                if self._file:
+                    self._find_place(connection)
+                self._file = file
+                continue
+            for row in range(1, result.ntuples):
+                channel = result.get_value(row, 1).decode()
+                number, nonce, prev = (
+                    _number(result, row, column) for column in (2, 3, 4)
+                )
+                if self._is_wanted(channel):
+                    payload = result.get_value(row, 5)
+                    if payload is None:
+                        # Too much for one answer, or watched since it was asked for.
+                        break
+                    ids = _id(number, nonce), _id(number - 1, prev)
+                    if broker._sink is not None:
+                        broker._sink.deliver(channel, Entry(*ids, payload, now))
+                self._place = _number(result, row, 0), nonce
+                found = True
+            else:
+                if result.ntuples <= TAIL:
+                    return found
+
+    def _is_wanted(self, channel: str) -> bool:
+        broker = self._broker
+        return channel in broker._watched or any(
+            matches(pattern, channel) for pattern in broker._patterns
+        )
+
+    def _names(self) -> tuple[str, str]:
+        """Return, as SQL arrays, the names and the prefixes of what is wanted."""
+        broker = self._broker
+        with broker._own().lock:
+            patterns = broker._patterns
+            if len(broker._watched) > _MAX_NAMES:
+                return "{}", '{""}'
+            names = list(broker._watched)
+        prefixes = [pattern[:-2] if len(pattern) > 1 else "" for pattern in patterns]
+        return _array(names), _array(prefixes)
+
+
+class _Stopped(Exception):
+    """The listener is to end."""
+
+
+class _Refused(Exception):
+    """The server has answered by an error.
+
+    Attributes:
+        sqlstate: Its code.
+        is_fatal: The server has ended the connection, too.
+    """
+
+    def __init__(self, message: str, sqlstate: str, is_fatal: bool) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+        self.is_fatal = is_fatal
+
+
+class _Lost(Exception):
+    """The connection is broken, or there was no answer in time.
+
+    Attributes:
+        results: What had come by then.
+    """
+
+    def __init__(self, message: str, results: Sequence[Any] = ()) -> None:
+        super().__init__(" ".join(message.split()))  # libpq's have several lines
+        self.results = results
+
+
+class _Connection:
+    """A connection, of one native thread at a time; its waits have an end.
+
+    Attributes:
+        used: When it was used last, seconds of `time.monotonic`.
+    """
+
+    def __init__(self, pgconn: Any, stop: int) -> None:
+        self._pgconn = pgconn
+        self._stop = stop
+        self.used = time.monotonic()
+
+    @classmethod
+    def open(cls, dsn: str, deadline: float, *, stop: int = -1) -> _Connection:
+        """Connect.
+
+        Args:
+            dsn: As from `_dsn`.
+            deadline: Seconds of `time.monotonic`.
+            stop: A descriptor: when it can be read, all waits end by `_Stopped`.
+
+        Raises:
+            _Lost: That cannot be done.
+        """
+        reasons = []
+        addresses = _addresses(dsn)
+        for place, words in enumerate(addresses):
+            left = deadline - time.monotonic()
+            limit = time.monotonic() + left / (len(addresses) - place)
+            try:
+                return cls._open(make_conninfo(dsn, **words), limit, stop)
+            except (_Lost, DriverError) as error:
+                reasons.append(str(error))
+        raise _Lost("; ".join(dict.fromkeys(reasons)) or "no address")
+
+    @classmethod
+    def _open(cls, dsn: str, deadline: float, stop: int) -> _Connection:
+        pgconn = pq.PGconn.connect_start(dsn.encode())
+        connection = cls(pgconn, stop)
+        events = {
+            pq.PollingStatus.READING: select.POLLIN,
+            pq.PollingStatus.WRITING: select.POLLOUT,
+        }
+        try:
+            while True:
+                status = pq.PollingStatus(pgconn.connect_poll())
+                if status == pq.PollingStatus.OK:
+                    break
+                if status not in events:
+                    raise _Lost(_message(pgconn))
+                connection.wait(events[status], deadline)
+            pgconn.nonblocking = 1
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def run(
+        self, sql: str, words: Sequence[object] | None = None, *, deadline: float
+    ) -> list[Any]:
+        """Have the server do something; return its answers.
+
+        Args:
+            sql: Statements; with words one, and the answer's values are binary.
+            words: For ``$1`` and so on.
+
+        Raises:
+            _Refused: The server has answered by an error.
+            _Lost: The connection broke, or the time is over; it is of no more use.
+        """
+        pgconn = self._pgconn
+        results: list[Any] = []
+        try:
+            if words is None:
+                pgconn.send_query(sql.encode())
+            else:
+                texts = [None if word is None else str(word).encode() for word in words]
+                pgconn.send_query_params(sql.encode(), texts, result_format=1)
+            while pgconn.flush():
+                if self.wait(select.POLLIN | select.POLLOUT, deadline) & select.POLLIN:
+                    pgconn.consume_input()
+            while True:
+                while pgconn.is_busy():
+                    self.wait(select.POLLIN, deadline)
+                    pgconn.consume_input()
+                result = pgconn.get_result()
+                if result is None:
+                    break
+                results.append(result)
+        except DriverError as error:
+            raise _Lost(str(error), results) from error
+        except _Lost as error:
+            error.results = results
+            raise
+        for result in results:
+            if result.status == pq.ExecStatus.FATAL_ERROR:
+                self._refuse(result, results)
+        return results
+
+    def _refuse(self, result: Any, results: list[Any]) -> None:
+        field = pq.DiagnosticField
+        state = result.error_field(field.SQLSTATE)
+        if not state:  # libpq's own: the connection has ended
+            raise _Lost(result.error_message.decode(errors="replace"), results)
+        message = result.error_field(field.MESSAGE_PRIMARY) or b""
+        severity = result.error_field(field.SEVERITY_NONLOCALIZED)
+        raise _Refused(
+            f"{message.decode(errors='replace')} ({state.decode()})",
+            state.decode(),
+            severity in (b"FATAL", b"PANIC"),
+        )
+
+    def hear(self) -> bool:
+        """Take the notifications that are there; tell whether there were some."""
+        try:
+            self._pgconn.consume_input()
+            found = False
+            while self._pgconn.notifies() is not None:
+                found = True
+            return found
+        except DriverError as error:
+            raise _Lost(str(error)) from error
+
+    def wait(self, events: int, deadline: float, *, is_needed: bool = True) -> int:
+        """Wait until the socket can be read or written; return which.
+
+        Args:
+            is_needed: Raise when the time is over; else 0 is returned.
+        """
+        left = deadline - time.monotonic()
+        found = _poll(self._pgconn.socket, events, left, self._stop)
+        if not found and is_needed:
+            raise _Lost("no answer in time")
+        return found
+
+    def is_readable(self) -> bool:
+        try:
+            return bool(_poll(self._pgconn.socket, select.POLLIN, 0))
+        except DriverError:
+            return True
+
+    def is_idle(self) -> bool:
+        """Tell whether it is outside of a transaction, and sound."""
+        status: bool = self._pgconn.transaction_status == pq.TransactionStatus.IDLE
+        return status
+
+    def close(self) -> None:
+        self._pgconn.finish()
+
+
+def _poll(fd: int, events: int, seconds: float, stop: int = -1) -> int:
+    """Wait natively, whatever gevent has patched; return what can be done now.
+
+    Raises:
+        _Stopped: The other one can be read.
+    """
+    poll = native(select, "poll")()
+    poll.register(fd, events)
+    if stop >= 0:
+        poll.register(stop, select.POLLIN)
+    found = dict(poll.poll(max(0.0, seconds) * 1000))
+    if stop in found:
+        raise _Stopped
+    # POLLHUP and POLLERR: who reads learns what it is.
+    return select.POLLIN | events if found.get(fd, 0) & ~events else found.get(fd, 0)
+
+
+def _dsn(url: str) -> str:
+    """Return a connection string for libpq, with what we add."""
+    scheme, _, rest = url.partition(":")
+    if scheme in ("postgresql", "postgres") and not rest.strip("/"):
+        url = ""  # as libpq's environment says
+    try:
+        words = conninfo_to_dict(url)
+    except DriverError as error:
+        raise ValueError(f"url must be as libpq takes it: {error}") from None
+    ours = {
+        "application_name": os.environ.get("PGAPPNAME", "syncstream"),
+        # A peer that is gone without a word.
+        "keepalives_idle": "30",
+        "keepalives_interval": "10",
+        "keepalives_count": "3",
+    }
+    return make_conninfo("", **{**ours, **words, "client_encoding": "UTF8"})
+
+
+def _addresses(dsn: str) -> list[dict[str, str]]:
+    """Return what to add to a connection string, for each address to be tried.
+
+    libpq would look names up while it holds the interpreter's lock, and stay at the
+    first address that does not answer.
+    """
+    words: dict[str, Any] = conninfo_to_dict(dsn)
+    hosts = str(words.get("host") or os.environ.get("PGHOST") or "")
+    if not hosts or words.get("hostaddr") or os.environ.get("PGHOSTADDR"):
+        return [{}]
+    names = hosts.split(",")
+    ports = str(words.get("port") or os.environ.get("PGPORT") or "5432").split(",")
+    ports = ports * len(names) if len(ports) == 1 else ports
+    found: list[dict[str, str]] = []
+    reason: OSError | None = None
+    for host, port in zip(names, ports, strict=False):
+        if not host or host.startswith(("/", "@")):
+            found.append({"host": host, "port": port})
+            continue
+        try:
+            infos = native(socket, "getaddrinfo")(host, None, 0, socket.SOCK_STREAM)
+        except OSError as error:
+            reason = error
+            continue
+        for address in dict.fromkeys(info[4][0] for info in infos):
+            found.append({"host": host, "hostaddr": address, "port": port})
+    if not found:
+        raise _Lost(f"{hosts!r} cannot be found: {reason}") from reason
+    return found
+
+
+def _message(pgconn: Any) -> str:
+    message: bytes = pgconn.error_message
+    return message.decode(errors="replace") or "no reason is known"
+
+
+def _sqlstate(error: BaseException | None) -> str | None:
+    """Return the code of a driver's error, or of the one that Django has wrapped."""
+    while error is not None:
+        for name in ("sqlstate", "pgcode"):  # psycopg's, psycopg2's
+            code = getattr(error, name, None)
+            if isinstance(code, str):
+                return code
+        error = error.__cause__
+    return None
+
+
+def _id(number: int, nonce: int) -> str:
+    return f"{number:x}-{nonce:08x}"
+
+
+def _number(result: Any, row: int, column: int) -> int:
+    """Return a binary integer of a result."""
+    return int.from_bytes(result.get_value(row, column), "big", signed=True)
+
+
+def _array(texts: Sequence[str]) -> str:
+    quoted = (text.replace("\\", "\\\\").replace('"', '\\"') for text in texts)
+    return "{" + ",".join(f'"{text}"' for text in quoted) + "}"
+
+
+def _sql(number: float | None) -> str:
+    return "NULL" if number is None else repr(float(number))
+
+
+def main() -> None:
+    """Install the schema, or print it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m syncstream.brokers.postgresql",
+        description="Install the schema for Hub('postgresql:…').",
+    )
+    parser.add_argument(
+        "url", nargs="?", default="", help="as of the hub; else PGHOST and so on say it"
+    )
+    parser.add_argument("--schema", default="syncstream", help="its name")
+    parser.add_argument("--sql", action="store_true", help="print it, for psql")
+    words = parser.parse_args()
+    if words.sql:
+        print(f"{install_sql(words.schema)};")
+        return
+    try:
+        install(words.url, schema=words.schema)
+    except BrokerError as error:
+        parser.exit(1, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

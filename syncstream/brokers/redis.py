@@ -1,0 +1,1138 @@
+"""``redis:``, the broker of many machines: Redis, or Valkey.
+
+A channel is a stream, ``ss:{channel}``; one script appends to it and publishes what it
+has appended, so that both have one order. Who resumes reads the stream; who is there
+is told by Pub/Sub, over one connection a process, however many channels and clients.
+What Pub/Sub loses with a connection is found by asking for the heads.
+
+Ids are ``<milliseconds>-<number>``, the number random for the first of a millisecond:
+a server that has lost its newest events, by a failover, say, makes no id a second time.
+An empty channel has a head, too, and remembers it: what is asked for before the first
+event is what that names as its predecessor.
+
+What may be lost is what the server loses: see its ``appendfsync``, and ``WAIT``. Keys
+that are evicted or flushed show as a reset. Redis 6.2, or any Valkey.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import math
+import os
+import random
+import re
+import select
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Literal
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
+
+from ..errors import BrokerError, Unavailable, Uncertain
+from ..log import START, Entry, Page
+from ..waiting import sleep
+from . import Sink, is_pattern, matches
+
+try:
+    import redis
+except ImportError as error:
+    raise ImportError(
+        "redis: needs the package redis: pip install 'syncstream[redis]'"
+    ) from error
+from redis.backoff import NoBackoff
+from redis.connection import parse_url
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoScriptError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelConnectionPool
+
+__all__ = ["RedisBroker"]
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 2.0  # seconds for a request, if the URL does not say
+CONNECTIONS = 32  # for requests, of one process to one server; likewise
+BEAT = 2.0  # seconds between two messages to oneself
+DEAF = 5.0  # seconds without them, and the connection is given up
+ROUND = 30.0  # seconds in which the heads of all channels are compared
+BACKOFF = 0.05, 2.0  # seconds between attempts to connect: the first, the longest
+_MIN_TTL = 60.0  # seconds that a key lives at least: so long a round may take
+_EMPTY_TTL = 86400.0  # seconds that an empty channel's head does, without `max_age`
+_AT_ONCE = 64  # messages until others may run
+_KEYS = 100  # of one request for heads
+_TOPICS = 500  # of one SUBSCRIBE
+# What Redis takes, with room to count on. Ids come from outside.
+_ID = re.compile(r"[0-9]{1,15}-[0-9]{1,16}")
+_GLOB = re.compile(rb"([\\?*\[\]])")
+
+
+class _Script:
+    def __init__(self, text: str) -> None:
+        self.text = text.encode()
+        self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode()
+
+
+_COMMON = """
+local function newest(key)
+  local last = redis.call('XREVRANGE', key, '+', '-', 'COUNT', 1)[1]
+  if last then return last[1] end
+  if redis.call('EXISTS', key) == 1 then
+    local info = redis.call('XINFO', 'STREAM', key)
+    for place = 1, #info, 2 do
+      if info[place] == 'last-generated-id' then return info[place + 1] end
+    end
+  end
+  return false
+end
+local function now()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+local function next_id(last, nonce)
+  local ms, number = now(), tonumber(nonce)
+  if last then
+    local last_ms, last_number = string.match(last, '(%d+)-(%d+)')
+    if tonumber(last_ms) >= ms then
+      ms = tonumber(last_ms)
+      number = tonumber(last_number) + 1 + number % 1048576
+    end
+  end
+  return string.format('%.0f-%.0f', ms, number), ms
+end
+"""
+
+# What is refused, for want of memory, say, is refused at its first write; what fails
+# after that, for want of rights, is stored.
+_PUBLISH = _Script(
+    _COMMON
+    + """
+local key, topic, payload, nonce, capacity, age, ttl = KEYS[1], unpack(ARGV)
+local prev = newest(key)
+local id, ms = next_id(prev, nonce)
+prev = prev or '0-' .. nonce
+redis.call('XADD', key, 'MAXLEN', capacity, id, 'p', prev, 'd', payload)
+local is_told, problem = pcall(function()
+  if age == '' then
+    redis.call('PERSIST', key)
+  else
+    redis.call('XTRIM', key, 'MINID', '~', string.format('%.0f', ms - age))
+    redis.call('PEXPIRE', key, ttl)
+  end
+  redis.call('PUBLISH', topic, id .. ' ' .. prev .. ' ' .. payload)
+end)
+if is_told then return id end
+if type(problem) == 'table' then problem = problem.err end
+return redis.error_reply('STORED, but: ' .. problem)
+"""
+)
+
+# Returns the head, whether nothing is missing, then id, prev and payload of each. In
+# pieces, because payloads may be large: 4 MiB, or one piece.
+_READ = _Script(
+    _COMMON
+    + """
+local key, after, limit, nonce, age, ttl = KEYS[1], unpack(ARGV)
+local head = newest(key)
+if not head then
+  head = next_id(false, nonce)
+  redis.call('XADD', key, head, 'p', '', 'd', '')
+  redis.call('XDEL', key, head)
+  redis.call('PEXPIRE', key, ttl)
+end
+if after == '' then return {head, 1} end
+local oldest = 0
+if age ~= '' then oldest = math.max(0, now() - age) end
+local function read(start, prev)
+  local found, size, left = {head, 0}, 0, tonumber(limit)
+  while left > 0 and size < 4194304 do
+    local piece = redis.call('XRANGE', key, start, '+', 'COUNT', math.min(left, 100))
+    for place, entry in ipairs(piece) do
+      local fields = entry[2]
+      found[#found + 1] = entry[1]
+      found[#found + 1] = fields[2]
+      found[#found + 1] = fields[4]
+      size = size + #fields[4]
+    end
+    left = left - #piece
+    if #piece < 100 then break end
+    start = '(' .. piece[#piece][1]
+  end
+  if (found[4] or head) == prev then found[2] = 1 end
+  return found
+end
+local from_oldest = string.format('%.0f', oldest)
+if after ~= '0' then
+  local start = '(' .. after
+  if tonumber(string.match(after, '%d+')) < oldest then start = from_oldest end
+  local found = read(start, after)
+  if found[2] == 1 then return found end
+end
+return read(from_oldest, false)
+"""
+)
+
+_HEADS = _Script(
+    _COMMON
+    + """
+local heads, ttl = {}, tonumber(ARGV[1])
+for place, key in ipairs(KEYS) do
+  local is_stream, head = pcall(newest, key)
+  heads[place] = is_stream and head or ''
+  local left = redis.call('PTTL', key)
+  if left >= 0 and left < ttl / 2 then redis.call('PEXPIRE', key, ttl) end
+end
+return heads
+"""
+)
+
+
+class RedisBroker:
+    """Events on a Redis or Valkey server, or each channel's on one of several.
+
+    Args:
+        url: ``redis://[[user]:password@]host[:port][/database]``, several hosts with
+            commas between them; ``rediss:`` for TLS; ``unix:///path?db=0``;
+            ``redis+sentinel://host[:port],…/service[/database]``, and
+            ``rediss+sentinel:``. ``valkey:`` and ``valkeys:`` are other names. Its
+            query takes redis-py's options (``ssl_ca_certs=…``), and ``prefix``
+            ("ss:") and ``publish_timeout`` (2 seconds).
+        capacity: So many events of each channel are kept.
+        max_age: Events are kept for so many seconds; ``None`` for no limit.
+
+    Raises:
+        ValueError: The URL is not such.
+    """
+
+    scope: Literal["cluster"] = "cluster"
+
+    def __init__(
+        self, url: str, capacity: int = 1000, max_age: float | None = 3600.0
+    ) -> None:
+        parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        self._prefix = query.pop("prefix", "ss:")
+        self._timeout = _seconds("publish_timeout", query)
+        self._urls = _split(parts, query)
+        self._servers()  # what is wrong with a URL is said here, in the caller's frame
+        self._capacity = b"%d" % capacity
+        self._age = b"" if max_age is None else b"%d" % round(max_age * 1000)
+        ttl = _EMPTY_TTL if max_age is None else max(max_age, _MIN_TTL)
+        self._ttl = b"%d" % round(ttl * 1000)
+        self._sink: Sink | None = None
+        self._is_closed = False
+        # Connections, locks and threads are one process's; made at their first use,
+        # when gevent has patched what it is going to.
+        self._processes: dict[int, _Process] = {}
+        self._inherited: list[str] = []  # what the parent watched
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(
+                after_in_child=functools.partial(_forked, weakref.ref(self))
+            )
+
+    def _servers(self) -> list[_Server]:
+        return [_Server(url, self._timeout, self._prefix) for url in self._urls]
+
+    def _process(self) -> _Process:
+        """Return what this process has; once closed that is ``Unavailable``."""
+        pid = os.getpid()
+        here = self._processes.get(pid)
+        if here is None:
+            if self._processes:  # a fork that Python was not told of
+                self.leave_to_parent()
+            # One for all threads, whichever asks first.
+            here = self._processes.setdefault(pid, _Process(self, self._servers()))
+        if self._is_closed:
+            here.close(0)
+            raise Unavailable("the broker is closed")
+        return here
+
+    def leave_to_parent(self) -> None:
+        """Let go of all that the parent has; in a child that was forked."""
+        for process in self._processes.values():
+            self._inherited = process.abandon()
+        self._processes = {}
+
+    # To publish and to read.
+
+    def publish(
+        self, items: Sequence[tuple[str, bytes]], *, connection: Any = None
+    ) -> list[str | None]:
+        if connection is not None:
+            raise ValueError("connection must be None: redis: has no such transactions")
+        deadline = time.monotonic() + self._timeout
+        here = self._process()
+        groups: dict[_Server, list[int]] = {}
+        for place, (channel, _) in enumerate(items):
+            groups.setdefault(here.server(channel), []).append(place)
+        ids: list[str | None] = [None] * len(items)
+        for number, (server, places) in enumerate(groups.items()):
+            calls = [self._call(server, *items[place]) for place in places]
+            try:
+                stored = server.publish(calls, deadline)
+            except Unavailable as error:
+                if not number:
+                    raise
+                raise Uncertain(f"some of the events were stored: {error}") from error
+            for place, id in zip(places, stored, strict=True):
+                ids[place] = id
+        return ids
+
+    def _call(self, server: _Server, channel: str, payload: bytes) -> tuple[bytes, ...]:
+        return (
+            *(server.key(channel), server.topic(channel), payload, _nonce()),
+            *(self._capacity, self._age, self._ttl),
+        )
+
+    def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
+        here = self._listening()
+        server = here.server(channel)
+        asked = "" if after is None else after if _ID.fullmatch(after) else START
+        head, complete, *fields = server.read(
+            (
+                *(server.key(channel), asked.encode(), b"%d" % limit),
+                *(_nonce(), self._age, self._ttl),
+            ),
+            time.monotonic() + self._timeout,
+        )
+        now = time.monotonic()
+        triples = zip(fields[::3], fields[1::3], fields[2::3], strict=True)
+        entries = [Entry(id.decode(), p.decode(), data, now) for id, p, data in triples]
+        return Page(entries, bool(complete), head.decode())
+
+    # To tell.
+
+    def attach(self, sink: Sink) -> None:
+        self._sink = sink
+
+    @property
+    def sink(self) -> Sink | None:
+        return self._sink
+
+    @property
+    def ttl(self) -> bytes:
+        """How long a key lives from its last use on, milliseconds."""
+        return self._ttl
+
+    def watch(self, channel: str) -> None:
+        with suppress(Unavailable):  # closed; the read that follows says so
+            self._listening().watch(channel, self._timeout)
+
+    def unwatch(self, channel: str) -> None:
+        with suppress(ValueError):
+            self._inherited.remove(channel)
+        with suppress(Unavailable):
+            self._process().unwatch(channel)
+
+    def _listening(self) -> _Process:
+        here = self._process()
+        # Who asks for them in this process, a hub, believes them to be watched.
+        while self._inherited:
+            here.watch(self._inherited.pop(), 0)
+        return here
+
+    def close(self, timeout: float = 5.0) -> None:
+        self._is_closed = True
+        here = self._processes.get(os.getpid())
+        if here is not None:
+            here.close(timeout)
+
+
+def _forked(reference: weakref.ref[RedisBroker]) -> None:
+    broker = reference()
+    if broker is not None:
+        broker.leave_to_parent()
+
+
+def _nonce() -> bytes:
+    return b"%d" % random.getrandbits(48)
+
+
+def _seconds(name: str, query: dict[str, str]) -> float:
+    text = query.pop(name, str(TIMEOUT))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise ValueError(f"{name} must be seconds above 0, got {text!r}")
+    return seconds
+
+
+def _split(parts: SplitResult, query: dict[str, str]) -> list[str]:
+    """Return the URL of each server, as redis-py takes them."""
+    scheme = parts.scheme.replace("valkey", "redis")
+    rest = f"{parts.path}?{urlencode(query)}"
+    if scheme == "unix" or scheme.endswith("+sentinel"):
+        return [f"{scheme}://{parts.netloc}{rest}"]
+    user, at, hosts = parts.netloc.rpartition("@")
+    return [f"{scheme}://{user}{at}{host}{rest}" for host in hosts.split(",")]
+
+
+class _Process:
+    """What one process has of a broker."""
+
+    def __init__(self, broker: RedisBroker, servers: list[_Server]) -> None:
+        self._broker = broker
+        self.servers = servers
+        self._listeners: dict[_Server, _Listener] = {}
+        self._lock = threading.Lock()
+        self._down: set[_Listener] = set()
+        self._is_closed = False
+
+    def server(self, channel: str) -> _Server:
+        """Return the one that has a channel: for all processes the same."""
+        if len(self.servers) == 1:
+            return self.servers[0]
+        return max(self.servers, key=lambda server: server.weight(channel))
+
+    def watch(self, name: str, timeout: float) -> None:
+        for server in self.servers if is_pattern(name) else [self.server(name)]:
+            listener = self._listener(server)
+            if listener is not None:
+                listener.watch(name, timeout)
+
+    def unwatch(self, name: str) -> None:
+        for server in self.servers if is_pattern(name) else [self.server(name)]:
+            listener = self._listeners.get(server)
+            if listener is not None:
+                listener.unwatch(name)
+
+    def _listener(self, server: _Server) -> _Listener | None:
+        """Return who listens to a server; ``None``: the broker is closed."""
+        with self._lock:
+            if self._is_closed:
+                return None
+            listener = self._listeners.get(server)
+            if listener is None:
+                listener = self._listeners[server] = _Listener(server, self)
+                listener.start()
+            return listener
+
+    def abandon(self) -> list[str]:
+        """Leave it to the parent; return what is watched."""
+        names: dict[str, None] = {}
+        for listener in self._listeners.values():
+            listener.is_closed = True
+            names.update(dict.fromkeys(listener.watched()))
+        return list(names)
+
+    def close(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            self._is_closed = True
+            listeners = list(self._listeners.values())
+        for listener in listeners:
+            listener.stop()
+        for listener in listeners:
+            listener.join(max(0.0, deadline - time.monotonic()))
+        for server in self.servers:
+            server.close()
+
+    # What listeners tell.
+
+    @property
+    def ttl(self) -> bytes:
+        return self._broker.ttl
+
+    def deliver(self, channel: str, entry: Entry) -> None:
+        if self._broker.sink is not None:
+            self._broker.sink.deliver(channel, entry)
+
+    def resync(self, channels: Iterable[str]) -> None:
+        if self._broker.sink is not None:
+            self._broker.sink.resync(channels)
+
+    def state(self, listener: _Listener, is_up: bool, reason: str) -> None:
+        """Tell of the first server that is down, and of the last that is back."""
+        with self._lock:
+            was_up = not self._down
+            (self._down.discard if is_up else self._down.add)(listener)
+            is_up = not self._down
+        if is_up != was_up and self._broker.sink is not None:
+            self._broker.sink.state(is_up, reason)
+
+
+class _Server:
+    """One server, as one process uses it: names, and connections for requests.
+
+    redis-py's connections, not its clients: these send again what was not answered,
+    ten times by default, and an event would be stored twice (measured, 8.1).
+    """
+
+    def __init__(self, url: str, timeout: float, prefix: str) -> None:
+        self._timeout = timeout
+        options: dict[str, Any] = {
+            # Connecting is two waits, and is to be over within the time-out.
+            "socket_timeout": timeout / 2,
+            "socket_connect_timeout": timeout / 2,
+        }
+        if "+sentinel:" in url:
+            given, self.name, self._source = _sentinel(url, options)
+        else:
+            given = {**options, **parse_url(url)}
+            self.name = str(given.get("path") or _address(given))
+            self._source = None
+        most = given.pop("max_connections", CONNECTIONS)
+        self._class: Any = given.pop("connection_class", redis.Connection)
+        self._options = {
+            **given,
+            "protocol": 2,
+            "decode_responses": False,
+            "retry": Retry(NoBackoff(), 0),
+        }
+        database = int(given.get("db", 0))
+        self._key = f"{prefix}{{"
+        # Keys are a database's, but Pub/Sub is the whole server's.
+        self._topic = f"{prefix}{database}:{{" if database else self._key
+        self._name = self.name.encode()
+        self._idle: deque[Any] = deque()
+        self._is_closed = False
+        self._free = threading.BoundedSemaphore(most)
+        try:
+            self._class(**self._options)
+        except TypeError as error:
+            raise ValueError(f"url has an option that is none: {error}") from error
+
+    def weight(self, channel: str) -> bytes:
+        """Return by what a channel chooses among servers (rendezvous hashing)."""
+        text = self._name + b"\0" + channel.encode()
+        return hashlib.blake2b(text, digest_size=8).digest()
+
+    def key(self, channel: str) -> bytes:
+        return f"{self._key}{channel}}}".encode()
+
+    def topic(self, channel: str) -> bytes:
+        """Return the Pub/Sub channel of one of ours."""
+        return f"{self._topic}{channel}}}".encode()
+
+    def glob(self, pattern: str) -> bytes:
+        """Return the glob for a pattern, another for each; it may match more."""
+        prefix, _, last = pattern.rpartition(":")
+        text = _GLOB.sub(rb"\\\1", f"{self._topic}{prefix}".encode())
+        if last == "*":
+            return text + (b":*}" if prefix else b"*}")
+        return text + (b"[:}]*" if prefix else b"?*}")
+
+    def channel(self, topic: bytes) -> str:
+        return topic[len(self._topic) : -1].decode()
+
+    def own(self) -> bytes:
+        """Return the name of a Pub/Sub channel that nobody else has."""
+        return f"{self._topic[:-1]}ctl:{random.getrandbits(64):x}".encode()
+
+    # Requests.
+
+    def publish(self, calls: Sequence[tuple[bytes, ...]], deadline: float) -> list[str]:
+        """Run the script for each; return the ids."""
+        replies = self._run(_PUBLISH, calls, deadline)
+        refused = [reply for reply in replies if isinstance(reply, Exception)]
+        if not refused:
+            return [id.decode() for id in replies]
+        reason = f"{self.name} has refused it: {refused[0]}"
+        if len(refused) < len(replies) or str(refused[0]).startswith("STORED"):
+            raise Uncertain(reason)
+        raise Unavailable(reason)
+
+    def read(self, call: tuple[bytes, ...], deadline: float) -> Any:
+        """Run the script that reads; once more if a connection is lost meanwhile."""
+        for is_last in (False, True):
+            try:
+                (reply,) = self._run(_READ, [call], deadline)
+            except Uncertain as error:
+                if is_last or time.monotonic() >= deadline:
+                    raise Unavailable(str(error)) from error
+                continue
+            if isinstance(reply, Exception):
+                raise Unavailable(f"{self.name} has refused it: {reply}")
+            return reply
+        raise AssertionError
+
+    def _run(
+        self, script: _Script, calls: Sequence[tuple[bytes, ...]], deadline: float
+    ) -> list[Any]:
+        """Run a script for each call, in this order; return replies, and refusals."""
+        named = [(b"EVALSHA", script.sha, b"1", *call) for call in calls]
+        in_full = (b"EVAL", script.text, b"1", *calls[0])
+        if len(calls) > 1:
+            # The first teaches the script: else some may be refused, and later ones
+            # stored when somebody else has done so.
+            return self._ask([in_full, *named[1:]], deadline)
+        replies = self._ask(named, deadline)
+        if isinstance(replies[0], NoScriptError):
+            return self._ask([in_full], deadline)
+        return replies
+
+    def _ask(self, commands: list[Any], deadline: float) -> list[Any]:
+        """Send commands, and return their replies, refusals among them.
+
+        Raises:
+            Unavailable: They were not sent.
+            Uncertain: They were sent, and a reply did not come.
+        """
+        if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise Unavailable(f"all connections to {self.name} are in use")
+        try:
+            connection = self.take(deadline)
+            try:
+                self._send(connection, commands)
+                replies = [self._reply(connection, deadline) for _ in commands]
+            except BaseException:
+                connection.disconnect()
+                raise
+            if any("read only" in str(r) for r in replies if isinstance(r, Exception)):
+                # Its name may lead to another server by now, that is the master.
+                connection.disconnect()
+                self.forget_idle()
+            else:
+                self.give_back(connection)
+            return replies
+        finally:
+            self._free.release()
+
+    def give_back(self, connection: Any) -> None:
+        self._idle.append(connection)
+        if self._is_closed:
+            self.forget_idle()
+
+    def take(self, deadline: float) -> Any:
+        """Return a connection that is as good as can be told."""
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                break
+            # What the server has closed is readable, too.
+            with suppress(RedisError, OSError):
+                if not connection.can_read(timeout=0):
+                    return connection
+            connection.disconnect()
+        connection = self.connect()
+        if time.monotonic() >= deadline:
+            connection.disconnect()
+            raise Unavailable(f"{self.name} took too long to connect to")
+        return connection
+
+    def connect(self) -> Any:
+        """Return a new connection."""
+        connection = self._class(**self._options)
+        try:
+            connection.connect()
+        except (RedisError, OSError) as error:
+            connection.disconnect()
+            raise Unavailable(f"cannot connect to {self.name}: {error}") from error
+        except BaseException:
+            connection.disconnect()
+            raise
+        return connection
+
+    def _send(self, connection: Any, commands: list[Any]) -> None:
+        packed = connection.pack_commands(commands)
+        try:
+            connection.send_packed_command(packed, check_health=False)
+        except (RedisError, OSError) as error:
+            reason = f"the connection to {self.name} was lost: {error}"
+            # A command that was not sent to its end is none.
+            kind = Unavailable if len(commands) == 1 else Uncertain
+            raise kind(reason) from error
+
+    def _reply(self, connection: Any, deadline: float) -> Any:
+        try:
+            left = max(0.0, deadline - time.monotonic())
+            if not connection.can_read(timeout=left):
+                raise Uncertain(f"no answer from {self.name}")
+            # Not to be closed for LOADING: there may be more replies.
+            return connection.read_response(disconnect_on_error=False)
+        except (ResponseError, BusyLoadingError, AuthenticationError) as error:
+            return error
+        except (RedisError, OSError) as error:
+            if isinstance(error.__context__, ReadOnlyError):  # redis.sentinel's
+                return error
+            raise Uncertain(f"no answer from {self.name}: {error}") from error
+
+    def forget_idle(self) -> None:
+        """Close what is not in use: it may lead to a server that is no more."""
+        while self._idle:
+            with suppress(IndexError):  # another thread was faster
+                self._idle.pop().disconnect()
+
+    def close(self) -> None:
+        self._is_closed = True
+        self.forget_idle()
+
+
+def _address(options: dict[str, Any]) -> str:
+    host = options.get("host", "localhost")
+    return f"{f'[{host}]' if ':' in host else host}:{options.get('port', 6379)}"
+
+
+def _sentinel(url: str, options: dict[str, Any]) -> tuple[dict[str, Any], str, Any]:
+    """Return a connection's options, a name, and what keeps the connections' source.
+
+    redis-py has no URL for it.
+    """
+    parts = urlsplit(url)
+    is_tls = parts.scheme == "rediss+sentinel"
+    user, at, hosts = parts.netloc.rpartition("@")
+    service, _, database = parts.path.strip("/").partition("/")
+    if not service:
+        raise ValueError("url must name the service: redis+sentinel://host/service")
+    one = parts._replace(
+        scheme="rediss" if is_tls else "redis",
+        netloc=f"{user}{at}localhost",
+        path=f"/{database}",
+    )
+    given = {**options, **parse_url(one.geturl())}
+    del given["host"]
+    given.pop("connection_class", None)
+    theirs: dict[str, Any] = {**options, "retry": Retry(NoBackoff(), 0), "ssl": is_tls}
+    for name in [*given]:
+        if name.startswith("ssl_"):
+            theirs[name] = given[name]
+        elif name.startswith("sentinel_"):
+            theirs[name.removeprefix("sentinel_")] = given.pop(name)
+    nodes = [urlsplit(f"//{host}") for host in hosts.split(",")]
+    addresses = [(node.hostname or "localhost", node.port or 26379) for node in nodes]
+    pool = SentinelConnectionPool(
+        unquote(service), Sentinel(addresses, sentinel_kwargs=theirs), ssl=is_tls
+    )
+    given["connection_class"] = pool.connection_class
+    given["connection_pool"] = pool.connection_kwargs["connection_pool"]
+    return given, f"{unquote(service)} ({hosts})", pool
+
+
+class _Watch:
+    """A channel or pattern that is watched, or was a moment ago.
+
+    Attributes:
+        topic: Its Pub/Sub channel, or glob.
+        pending: So many acknowledgements are to come.
+        is_asked: The server was asked to tell of it, later than not to.
+        is_settled: It has said that it does.
+        is_doubtful: Something may have been lost.
+        last: The id of what was told last, or was the head once; ``None``: neither.
+        waiters: Are set when it is settled.
+    """
+
+    __slots__ = (
+        *("is_asked", "is_doubtful", "is_pattern", "is_settled", "is_wanted"),
+        *("last", "name", "pending", "topic", "waiters"),
+    )
+
+    def __init__(self, name: str, is_pattern: bool, topic: bytes) -> None:
+        self.name = name
+        self.is_pattern = is_pattern
+        self.topic = topic
+        self.pending = 0
+        self.is_wanted = True
+        self.is_asked = self.is_settled = self.is_doubtful = False
+        self.last: str | None = None
+        self.waiters: list[threading.Event] = []
+
+
+class _Listener:
+    """Who is told by one server, in one process: a thread; a greenlet under gevent.
+
+    It is told over one connection, which nobody else touches. Every `BEAT` seconds it
+    sends a message to itself, by one of those that publish: what does not come back
+    shows a connection that is dead, or leads elsewhere. With each it asks for some
+    channels' heads. All that was told of before these were read has come when the
+    message comes back: a head that is another one shows a loss.
+    """
+
+    def __init__(self, server: _Server, process: _Process) -> None:
+        self._server = server
+        self._process = process
+        self._lock = threading.Lock()
+        self._watches: dict[str, _Watch] = {}
+        self._by_topic: dict[tuple[bool, bytes], _Watch] = {}
+        self._changes: deque[_Watch] = deque()
+        self._doubtful: list[_Watch] = []
+        self._round: deque[_Watch] = deque()  # whose heads are to be compared
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._woken.setblocking(False)
+        self._is_woken = False
+        self.is_closed = False
+        self._is_down = False
+        self._own = server.own()
+        self._sub: Any = None
+        self._beats: Any = None  # by which the beat that is out was sent
+        self._pending = 0  # acknowledgements
+        self._sent_at: float | None = None  # when the beat that is out was
+        self._next_beat = 0.0
+        self._has_beaten = False
+        self._token = b""
+        self._checked: list[tuple[_Watch, str | None, bool]] = []
+        self._told: tuple[bytes, bytes] | None = None
+        self._has_more = False
+        self._thread: Any = None
+
+    # From any thread.
+
+    def start(self) -> None:
+        monkey = sys.modules.get("gevent.monkey")
+        if monkey is not None and monkey.is_module_patched("socket"):
+            # No patched thread: a forked child has this greenlet, too, and does not
+            # know the thread that would end there.
+            self._thread = sys.modules["gevent"].spawn(self._run)
+        else:
+            self._thread = threading.Thread(
+                target=self._run, name="syncstream-redis", daemon=True
+            )
+            self._thread.start()
+
+    def stop(self) -> None:
+        self.is_closed = True
+        self._wake()
+
+    def join(self, timeout: float) -> None:
+        thread = self._thread
+        thread.join(timeout)
+        if not thread.dead if hasattr(thread, "dead") else thread.is_alive():
+            if timeout:
+                log.warning("the listener of %s did not end", self._server.name)
+            return
+        self._waker.close()
+        self._woken.close()
+
+    def watched(self) -> list[str]:
+        return [watch.name for watch in self._watches.values() if watch.is_wanted]
+
+    def watch(self, name: str, timeout: float) -> None:
+        """Have it told of; wait until it is, at most so many seconds.
+
+        What was not in time is looked at later, as after a loss.
+        """
+        waiter = None
+        with self._lock:
+            watch = self._watches.get(name)
+            if watch is None:
+                watch = self._watches[name] = self._new_watch(name)
+            watch.is_wanted = True
+            if watch.is_settled:
+                return
+            if timeout and not self._is_down:
+                waiter = threading.Event()
+                watch.waiters.append(waiter)
+            else:
+                watch.is_doubtful = True
+            self._changes.append(watch)
+        self._wake()
+        if waiter is None or waiter.wait(timeout):
+            return
+        with self._lock:
+            if waiter in watch.waiters:
+                watch.waiters.remove(waiter)
+                watch.is_doubtful = True
+
+    def _new_watch(self, name: str) -> _Watch:
+        if is_pattern(name):
+            return _Watch(name, True, self._server.glob(name))
+        return _Watch(name, False, self._server.topic(name))
+
+    def unwatch(self, name: str) -> None:
+        with self._lock:
+            watch = self._watches.get(name)
+            if watch is None:
+                return
+            watch.is_wanted = False
+            self._changes.append(watch)
+        self._wake()
+
+    def _wake(self) -> None:
+        # It clears the mark before it looks at what there is to do.
+        if not self._is_woken:
+            self._is_woken = True
+            with suppress(OSError):  # it is awake, or closed
+                self._waker.send(b"\0")
+
+    # Its thread.
+
+    def _run(self) -> None:
+        first, longest = BACKOFF
+        delay = first
+        while not self.is_closed:
+            reason = "closed"
+            self._has_beaten = False
+            try:
+                self._connect()
+                self._listen()
+            except (RedisError, OSError, BrokerError) as error:
+                reason = str(error)
+            except Exception as error:
+                log.exception("the listener of %s has failed", self._server.name)
+                reason = repr(error)
+            finally:
+                self._disconnect()
+            if not self.is_closed:
+                self._lose(reason)
+                delay = first if self._has_beaten else min(2 * delay, longest)
+                self._wait(random.uniform(delay / 2, delay), [self._woken])
+        self._lose("closed", is_told=False)
+
+    def _connect(self) -> None:
+        self._sub = self._server.connect()
+        self._sub.send_command("SUBSCRIBE", self._own)
+        self._ask()
+        self._sent_at = None
+        self._next_beat = time.monotonic() + BEAT
+        self._has_more = False
+
+    def _disconnect(self) -> None:
+        for connection in (self._sub, self._beats):
+            if connection is not None:
+                connection.disconnect()
+        self._sub = self._beats = None
+
+    def _lose(self, reason: str, is_told: bool = True) -> None:
+        """Take note that nothing is told any more."""
+        with self._lock:
+            self._is_down = True
+            self._pending = 0
+            self._by_topic.clear()
+            self._changes.clear()
+            self._doubtful.clear()
+            self._round.clear()
+            for watch in [*self._watches.values()]:
+                if not watch.is_wanted:
+                    del self._watches[watch.name]
+                    continue
+                watch.pending = 0
+                watch.is_asked = watch.is_settled = False
+                watch.is_doubtful = True
+                self._changes.append(watch)
+                for waiter in watch.waiters:
+                    waiter.set()
+                watch.waiters = []
+        self._server.forget_idle()
+        if is_told:
+            self._process.state(self, False, reason)
+
+    def _listen(self) -> None:
+        while True:
+            now = time.monotonic()
+            if self._sent_at is None and (
+                now >= self._next_beat
+                or (not self._pending and (self._doubtful or not self._has_beaten))
+            ):
+                self._beat(now)
+            ends = self._next_beat if self._sent_at is None else self._deaf_at()
+            left = 0.0 if self._has_more else max(0.0, ends - now)
+            self._wait(left, [self._woken, self._sub._sock])
+            if self.is_closed:
+                return
+            self._ask()
+            self._take_some()
+            if self._sent_at is not None and time.monotonic() > self._deaf_at():
+                raise BrokerError(f"{self._server.name} is silent")
+
+    def _deaf_at(self) -> float:
+        assert self._sent_at is not None
+        return self._sent_at + DEAF - BEAT
+
+    def _wait(self, seconds: float, socks: list[Any]) -> None:
+        """Wait until one of them can be read, or the time is over."""
+        if hasattr(select, "poll"):  # gevent's, where that has patched it
+            poll = select.poll()
+            for sock in socks:
+                poll.register(sock, select.POLLIN)
+            poll.poll(seconds * 1000)
+        else:
+            select.select(socks, [], [], seconds)
+        with suppress(BlockingIOError):
+            while self._woken.recv(4096):
+                pass
+        self._is_woken = False
+
+    def _ask(self) -> None:
+        """Tell the server what is wanted now."""
+        commands: list[tuple[bytes, list[bytes]]] = []
+        with self._lock:
+            while self._changes:
+                watch = self._changes.popleft()
+                if watch.is_wanted == watch.is_asked:
+                    if watch.is_asked and not watch.pending:
+                        self._settle(watch)
+                    self._forget(watch)
+                    continue
+                watch.is_asked = watch.is_wanted
+                watch.is_settled = False
+                watch.pending += 1
+                self._pending += 1
+                self._by_topic[watch.is_pattern, watch.topic] = watch
+                verb = b"SUBSCRIBE" if watch.is_wanted else b"UNSUBSCRIBE"
+                verb = b"P" + verb if watch.is_pattern else verb
+                if not commands or commands[-1][0] != verb:
+                    commands.append((verb, []))
+                commands[-1][1].append(watch.topic)
+        for verb, topics in commands:
+            for start in range(0, len(topics), _TOPICS):
+                self._sub.send_command(verb, *topics[start : start + _TOPICS])
+
+    def _settle(self, watch: _Watch) -> None:
+        """Take note that what is stored from now on is told; under the lock."""
+        if not watch.is_settled:
+            watch.is_settled = True
+            if watch.is_doubtful:
+                self._doubtful.append(watch)
+            else:
+                watch.last = None
+        for waiter in watch.waiters:
+            waiter.set()
+        watch.waiters = []
+
+    def _forget(self, watch: _Watch) -> None:
+        if not (watch.is_wanted or watch.is_asked or watch.pending):
+            self._by_topic.pop((watch.is_pattern, watch.topic), None)
+            if self._watches.get(watch.name) is watch:
+                del self._watches[watch.name]
+
+    def _take_some(self) -> None:
+        sub = self._sub
+        for _ in range(_AT_ONCE):
+            if not sub.can_read(timeout=0):
+                self._has_more = False
+                return
+            self._take(sub.read_response())
+        self._has_more = True
+        sleep(0)
+
+    def _take(self, reply: list[Any]) -> None:
+        kind = reply[0]
+        if kind == b"message":
+            _, topic, data = reply
+            if topic == self._own:
+                if data == self._token:
+                    self._heard()
+                return
+            watch = self._by_topic.get((False, topic))
+            if watch is not None:
+                self._deliver(watch, watch.name, topic, data)
+        elif kind == b"pmessage":
+            _, glob, topic, data = reply
+            watch = self._by_topic.get((True, glob))
+            channel = self._server.channel(topic)
+            if watch is not None and matches(watch.name, channel):
+                self._deliver(None, channel, topic, data)
+        elif kind in (b"subscribe", b"unsubscribe", b"psubscribe", b"punsubscribe"):
+            self._acknowledged(kind.startswith(b"p"), reply[1])
+
+    def _acknowledged(self, is_pattern: bool, topic: bytes) -> None:
+        with self._lock:
+            watch = self._by_topic.get((is_pattern, topic))
+            if watch is None:  # our own
+                return
+            self._pending -= 1
+            watch.pending -= 1
+            if watch.is_asked and not watch.pending:
+                self._settle(watch)
+            self._forget(watch)
+
+    def _deliver(
+        self, watch: _Watch | None, channel: str, topic: bytes, data: bytes
+    ) -> None:
+        id, _, rest = data.partition(b" ")
+        prev, space, payload = rest.partition(b" ")
+        # One message comes once for the channel, and once for each of its patterns.
+        if not space or self._told == (topic, id):
+            return
+        self._told = topic, id
+        entry = Entry(id.decode(), prev.decode(), payload, time.monotonic())
+        if watch is not None:
+            watch.last = entry.id
+        self._process.deliver(channel, entry)
+
+    # Beats.
+
+    def _beat(self, now: float) -> None:
+        """Ask for heads, then send a message to ourselves."""
+        with self._lock:
+            self._checked = self._to_check()
+        keys = [
+            self._server.key(w.name) for w, _, _ in self._checked if not w.is_pattern
+        ]
+        commands: list[tuple[bytes, ...]] = []
+        for start in range(0, len(keys), _KEYS):
+            some = keys[start : start + _KEYS]
+            number = b"%d" % len(some)
+            commands.append((b"EVAL", _HEADS.text, number, *some, self._process.ttl))
+        self._token = b"%x" % random.getrandbits(64)
+        commands.append((b"PUBLISH", self._own, self._token))
+        self._beats = self._server.take(now + DEAF)
+        packed = self._beats.pack_commands(commands)
+        self._beats.send_packed_command(packed, check_health=False)
+        self._sent_at = now
+        self._next_beat = now + BEAT * random.uniform(0.9, 1.1)
+
+    def _to_check(self) -> list[tuple[_Watch, str | None, bool]]:
+        """Return those whose heads are asked for now, under the lock.
+
+        Each with what was told last, and whether something may be lost.
+        """
+        due, self._doubtful = self._doubtful, []
+        if not self._round:
+            self._round.extend(self._watches.values())
+        share = math.ceil(len(self._watches) * BEAT / ROUND)
+        due += [self._round.popleft() for _ in range(min(share, len(self._round)))]
+        settled = [watch for watch in dict.fromkeys(due) if watch.is_settled]
+        checked = [(watch, watch.last, watch.is_doubtful) for watch in settled]
+        for watch in settled:
+            watch.is_doubtful = False
+        return checked
+
+    def _heard(self) -> None:
+        """Compare the heads: all that was told of before has come."""
+        heads = self._heads()
+        self._server.give_back(self._beats)
+        self._beats = None
+        lost = []
+        for watch, last, is_doubtful in self._checked:
+            if watch.is_pattern:
+                # Nobody can say which channels it would have brought.
+                if is_doubtful:
+                    lost.append(watch.name)
+                continue
+            head = None if heads is None else next(heads)
+            # What has come meanwhile names what it follows.
+            if watch.last != last:
+                continue
+            if is_doubtful if last is None or head is None else head != last:
+                lost.append(watch.name)
+            watch.last = head
+        self._checked = []
+        self._sent_at = None
+        self._has_beaten = True
+        if self._is_down:
+            self._is_down = False
+            self._process.state(self, True, f"connected to {self._server.name}")
+        if lost:
+            self._process.resync(lost)
+
+    def _heads(self) -> Iterator[str] | None:
+        """Return the heads that were asked for; ``None``: they are not to be had."""
+        count = sum(not watch.is_pattern for watch, _, _ in self._checked)
+        heads: list[bytes] | None = []
+        for _ in range(math.ceil(count / _KEYS)):
+            try:
+                found = self._beats.read_response()
+            except ResponseError as error:
+                # No permission to extend the keys' lives, say.
+                log.warning("%s tells no heads: %s", self._server.name, error)
+                heads = None
+            else:
+                heads = None if heads is None else heads + found
+        self._beats.read_response()
+        return None if heads is None else map(bytes.decode, heads)

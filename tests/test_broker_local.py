@@ -1,0 +1,1155 @@
+"""``local:``: the contract, between processes too; and whatever may fail, fails."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import pytest
+
+from broker_processes import Node, Spread
+from live import TIMEOUT, LiveServer, await_true, unique_key
+from pairs import check_script
+from syncstream import Gap, Hub
+from syncstream.brokers import local, open_broker
+from syncstream.brokers.local import LocalBroker
+from syncstream.errors import PayloadTooLarge, Unavailable
+from syncstream.protocol import sse
+from syncstream.testing import check_broker
+
+CONTRACT = """
+import itertools, sys
+from gevent import monkey
+monkey.patch_all()
+from broker_processes import Node, Spread
+from syncstream.brokers.local import LocalBroker
+from syncstream.testing import check_broker
+folder, count, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+nodes = [Node("gevent") for _ in range(count)]
+names = itertools.count()
+def make(**options):
+    return lambda: Spread(f"local:{folder}/{next(names)}", nodes, **options)
+check_broker(make(), rounds=rounds)
+check_broker(make(capacity=100), capacity=100, rounds=rounds // 2)
+check_broker(make(max_age=0.5), max_age=0.5)
+for node in nodes:
+    node.close()
+"""
+
+
+@pytest.fixture
+def folder():
+    """A folder with a short name: sockets are in it."""
+    with tempfile.TemporaryDirectory(prefix="ss-") as path:
+        yield path
+
+
+@pytest.fixture
+def make(folder):
+    """Make brokers of one log; they are closed."""
+    with contextlib.ExitStack() as stack:
+
+        def make(name="log", **options):
+            broker = LocalBroker(f"local:{folder}/{name}", **options)
+            stack.callback(broker.close)
+            return broker
+
+        yield make
+
+
+@pytest.fixture
+def channel():
+    return unique_key()
+
+
+class Told:
+    """A sink that keeps what it is told."""
+
+    def __init__(self):
+        self.payloads = []
+        self.resyncs = 0
+        self.states = []
+
+    def deliver(self, channel, entry):
+        self.payloads.append(entry.payload)
+
+    def resync(self, channels):
+        self.resyncs += 1
+
+    def state(self, is_up, reason):
+        self.states.append(is_up)
+
+
+def wait_until(condition):
+    await_true(condition, lambda: "")
+
+
+def kept(broker, channel="a"):
+    """Return what is kept of a channel, which must be one chain."""
+    found, last = [], "0"
+    while True:
+        entries = broker.read(channel, last).entries
+        for before, entry in itertools.pairwise([*found[-1:], *entries]):
+            assert entry.prev == before.id
+        if not entries:
+            return found
+        found += entries
+        last = entries[-1].id
+
+
+def payloads(broker, channel="a"):
+    return [entry.payload for entry in kept(broker, channel)]
+
+
+def run(script, *words, **options):
+    """Start a script in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", script, *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def running(script, *words, **options):
+    """Run a script beside us; it is killed in the end."""
+    with run(script, *words, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+# The contract.
+
+
+@pytest.mark.parametrize("count", [1, 4], ids=["1-process", "4-processes"])
+def test_it_keeps_the_contract_by_threads(folder, count):
+    """The whole suite, with much and with little room, and by age."""
+    nodes = [Node() for _ in range(count - 1)]
+    names = itertools.count()
+
+    def make(**options):
+        return lambda: Spread(f"local:{folder}/{next(names)}", nodes, **options)
+
+    check_broker(make(), rounds=300)
+    check_broker(make(capacity=100), capacity=100, rounds=150)
+    check_broker(make(max_age=0.5), max_age=0.5)
+    for node in nodes:
+        node.close()
+
+
+@pytest.mark.parametrize("count", [1, 4], ids=["1-process", "4-processes"])
+def test_it_keeps_the_contract_by_greenlets(folder, count):
+    """The same in processes that gevent has patched."""
+    pytest.importorskip("gevent")
+    check_script(CONTRACT, folder, str(count - 1), "100")
+
+
+def test_nothing_is_left_behind(make, folder):
+    """A broker that was closed leaves no descriptor and no socket, and one file."""
+    before = os.listdir("/proc/self/fd") if sys.platform == "linux" else []
+    broker = make()
+    hub = Hub(broker=broker)
+    subscription = hub.subscribe("a")
+    subscription.read(0)
+    hub.publish("a", "x")
+    assert [event.data for event in subscription.read(TIMEOUT)] == ["x"]
+    hub.close()
+    assert os.listdir(f"{folder}/log/wake") == []
+    assert sorted(os.listdir(f"{folder}/log")) == ["lock", "log.db", "wake"]
+    if before:
+        assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_nothing_is_opened_before_it_is_used(make, folder):
+    """A hub in a module costs nothing: gunicorn may preload it, and fork."""
+    Hub(broker=make()).close()
+    assert os.listdir(folder) == []
+
+
+def test_after_close(make):
+    """A closed broker says so, and makes nothing anew."""
+    broker = make()
+    broker.publish([("a", b"x")])
+    broker.close()
+    with pytest.raises(Unavailable, match="closed"):
+        broker.publish([("a", b"x")])
+    with pytest.raises(Unavailable, match="closed"):
+        broker.read("a", None)
+    broker.watch("a")
+    broker.close()
+
+
+def test_ids_survive_a_restart(make):
+    """What was kept is there for the next process, with its ids."""
+    first = make()
+    ids = first.publish([("a", b"1"), ("a", b"2")])
+    empty = first.read("b", None).head
+    first.close()
+    second = make()
+    assert [entry.id for entry in second.read("a", ids[0]).entries] == ids[1:]
+    assert second.read("b", empty).complete
+    (third,) = second.publish([("a", b"3")])
+    page = second.read("a", ids[1])
+    assert page.complete
+    assert [entry.id for entry in page.entries] == [third]
+
+
+# Where it is.
+
+
+def test_names_keep_applications_apart(monkeypatch, folder):
+    """By default in a folder of this user's own."""
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    brokers = [open_broker(url) for url in ("local:", "local:one", "local:two.3")]
+    for broker in brokers:
+        broker.publish([("a", broker.path.encode())])
+    for broker in brokers:
+        assert payloads(broker) == [broker.path.encode()]
+        broker.close()
+    parent = f"{folder}/syncstream-{os.geteuid()}"
+    assert sorted(os.listdir(parent)) == ["default", "one", "two.3"]
+    for path in (parent, f"{parent}/default", f"{parent}/default/wake"):
+        assert os.stat(path).st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("local://host/path", "local:../x", "local:.x", "local:a/b", "local:a b"),
+        *("local:" + "a" * 41, "local:/" + "a" * 80, "memory:"),
+    ],
+)
+def test_other_urls_are_refused(url):
+    """At once, and in words that show what came."""
+    with pytest.raises(ValueError, match=r"url.* must"):
+        LocalBroker(url)
+
+
+@pytest.mark.parametrize("value", [0, -1.0])
+def test_publish_timeout_is_checked(value):
+    with pytest.raises(ValueError, match="publish_timeout must be above 0"):
+        LocalBroker("local:", publish_timeout=value)
+
+
+def test_a_private_folder_must_be_private(monkeypatch, folder):
+    """Neither a link, nor somebody else's, nor open to others."""
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    parent = f"{folder}/syncstream-{os.geteuid()}"
+    os.mkdir(f"{folder}/elsewhere", 0o700)
+    os.symlink(f"{folder}/elsewhere", parent)
+    with pytest.raises(Unavailable, match="must be a directory of user"):
+        LocalBroker().publish([("a", b"x")])
+    os.unlink(parent)
+    os.mkdir(parent)
+    os.chmod(parent, 0o755)
+    with pytest.raises(Unavailable, match="must be its owner's only: chmod 700"):
+        LocalBroker().publish([("a", b"x")])
+    os.chmod(parent, 0o700)
+    if os.geteuid() == 0:
+        os.chown(parent, 12345, -1)
+        with pytest.raises(Unavailable, match="must be a directory of user 0"):
+            LocalBroker().publish([("a", b"x")])
+        os.chown(parent, 0, -1)
+    broker = LocalBroker()
+    broker.publish([("a", b"x")])
+    broker.close()
+    assert os.listdir(f"{folder}/elsewhere") == []
+
+
+MOUNTS = r"""/dev/vda / ext4 rw 0 0
+tmpfs /run tmpfs rw 0 0
+server:/export /srv/shared nfs4 rw 0 0
+/dev/vdb /srv/shared/disk xfs rw 0 0
+//server/share /mnt/with\040space cifs rw 0 0
+host /mnt/host 9p rw 0 0
+ssh /mnt/ssh fuse.sshfs rw 0 0
+/dev/sdc /mnt/ntfs fuseblk rw 0 0
+fuse-overlayfs /box fuse.fuse-overlayfs rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/tmp/x", None),
+        ("/run/x", None),
+        ("/srv/shared", "nfs4"),
+        ("/srv/shared/x/y", "nfs4"),
+        ("/srv/sharedx", None),
+        ("/srv/shared/disk/x", None),
+        ("/mnt/with space/x", "cifs"),
+        ("/mnt/host/x", "9p"),
+        ("/mnt/ssh/x", "fuse.sshfs"),
+        ("/mnt/ntfs/x", None),
+        ("/box/x", None),
+    ],
+)
+def test_network_file_systems_are_known(path, kind, monkeypatch, folder):
+    """By the mount that a path is on."""
+    with open(f"{folder}/mounts", "w") as file:
+        file.write(MOUNTS)
+    monkeypatch.setattr(local, "_MOUNTS", f"{folder}/mounts")
+    assert local._network_kind(path) == kind
+
+
+def test_network_file_systems_are_refused(make, monkeypatch, folder):
+    """With a message that says what to use."""
+    with open(f"{folder}/mounts", "w") as file:
+        file.write(f"/dev/vda / ext4 rw 0 0\nserver:/x {folder} nfs rw 0 0\n")
+    monkeypatch.setattr(local, "_MOUNTS", f"{folder}/mounts")
+    with pytest.raises(Unavailable, match=r"network file system \(nfs\).*redis:"):
+        make().publish([("a", b"x")])
+
+
+# What is in it.
+
+
+def test_tables_of_another_version_are_refused(make, folder):
+    """Newer or older: nothing is stored, and the message says what to do."""
+    make().publish([("a", b"x")])
+    with contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as connection:
+        connection.execute("PRAGMA user_version=77")
+    broker = make()
+    for call in (
+        lambda: broker.publish([("a", b"x")]),
+        lambda: broker.read("a", None),
+        lambda: broker.watch("a"),
+    ):
+        with pytest.raises(Unavailable, match=r"tables of version 77.*local:NAME"):
+            call()
+
+
+def test_other_databases_are_refused(make, folder):
+    """Nothing is written into them."""
+    os.mkdir(f"{folder}/log")
+    with contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as connection:
+        connection.execute("CREATE TABLE mine(x)")
+    with pytest.raises(Unavailable, match="another application's database"):
+        make().publish([("a", b"x")])
+    with open(f"{folder}/log/log.db", "wb") as file:
+        file.write(b"no database" * 1000)
+    with pytest.raises(Unavailable, match="not a database"):
+        make().publish([("a", b"x")])
+
+
+def test_it_has_no_transactions(make):
+    with pytest.raises(ValueError, match="connection must be None"):
+        make().publish([("a", b"x")], connection=object())
+
+
+def test_what_is_too_large_is_refused(make):
+    """And what does not encode; nothing is stored."""
+    broker = make(max_size=4000)
+    with pytest.raises(PayloadTooLarge, match="1000 bytes at most"):
+        broker.publish([("a", b"x"), ("a", b"x" * 1001)])
+    with pytest.raises(UnicodeEncodeError):
+        broker.publish([("a", b"x"), ("\ud800", b"x")])
+    assert kept(broker) == []
+
+
+def size_of(folder, suffix=""):
+    return os.stat(f"{folder}/log/log.db{suffix}").st_size
+
+
+def test_the_log_is_bounded(make, folder, monkeypatch):
+    """By capacity: 100,000 events leave what is kept, and a small WAL."""
+    monkeypatch.setattr(local, "_SEEN", 0)
+    broker = make(capacity=100)
+    for number in range(1000):
+        broker.publish([(f"c{number % 10}", b"x" * 200)] * 100)
+        assert size_of(folder, "-wal") < 32 << 20
+    assert len(kept(broker, "c0")) == 100
+    assert size_of(folder) < 4_000_000
+
+
+def test_the_log_is_bounded_in_bytes(make, folder):
+    """The oldest of all channels go; what is left of each is a chain."""
+    broker = make(max_size=4 << 20)
+    for number in range(3000):
+        broker.publish([(f"c{number % 10}", b"x" * 10_000)])
+    assert size_of(folder) < 8 << 20
+    found = [len(kept(broker, f"c{n}")) for n in range(10)]
+    assert 20 < min(found) <= max(found) < 60
+
+
+def test_what_is_too_old_goes(make, folder):
+    """In batches, not only from sight."""
+    broker = make(max_age=0.2)
+    broker.publish([("a", b"x" * 1000)] * 1000)
+    limit = time.monotonic() + 0.3
+    while time.monotonic() < limit:
+        broker.publish([("b", b"x")])
+    for _ in range(20):
+        broker.publish([("c", b"x")] * 100)
+    with contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as connection:
+        (left,) = connection.execute(
+            "SELECT count(*) FROM event JOIN channel ON channel.id = event.channel"
+            " WHERE name = 'a'"
+        ).fetchone()
+    assert left == 0
+    assert broker.read("a", "0").entries == ()
+
+
+def test_idle_channels_are_forgotten(make, monkeypatch):
+    """When they are very many; heads of before are then unknown, not wrong."""
+    monkeypatch.setattr(local, "MAX_CHANNELS", 1000)
+    broker = make(max_age=0.1)
+    empty = broker.read("never", None).head
+    (old,) = broker.publish([("c0", b"x")])
+    deadline = time.monotonic() + TIMEOUT
+    number = 0
+    while broker.read("c0", None).head == old:
+        assert time.monotonic() < deadline
+        broker.publish([(f"d{number + n}", b"x") for n in range(100)])
+        number += 100
+    assert not broker.read("never", empty).complete
+    assert not broker.read("c0", old).complete
+    broker.publish([("c0", b"y")])
+    page = broker.read("c0", old)
+    assert not page.complete
+    assert [entry.payload for entry in page.entries] == [b"y"]
+
+
+def test_a_clock_that_is_put_back_tears_no_hole(make, monkeypatch):
+    """What follows an event that is kept is kept."""
+    broker = make(max_age=60.0)
+    now = time.time()
+    ids = []
+    for at in (now, now - 100, now):
+        monkeypatch.setattr(time, "time", lambda at=at: at)
+        ids += broker.publish([("a", b"x")])
+    page = broker.read("a", "0")
+    assert [entry.id for entry in page.entries] == ids
+    page = broker.read("a", ids[0])
+    assert not page.complete
+    assert [entry.id for entry in page.entries] == ids
+    page = broker.read("a", ids[1])
+    assert page.complete
+
+
+# What may fail.
+
+PUBLISHER = """
+import sys
+from syncstream.brokers.local import LocalBroker
+broker = LocalBroker(sys.argv[1], capacity=100_000)
+name = sys.argv[2]
+number = 0
+while True:
+    broker.publish([("a", f"{name} {number + n}".encode()) for n in range(3)])
+    print(number + 2, flush=True)
+    number += 3
+"""
+
+
+def test_a_publisher_that_is_killed(make, folder):
+    """Nothing acknowledged is lost, nothing is half there; the others go on."""
+    broker = make(capacity=100_000)
+    choose = random.Random(0)
+    acknowledged = {}
+    longest = 0.0
+    for name in range(8):
+        with running(PUBLISHER, f"local:{folder}/log", str(name)) as process:
+            lines = [process.stdout.readline()]
+            limit = time.monotonic() + choose.uniform(0.01, 0.15)
+            while time.monotonic() < limit:
+                began = time.monotonic()
+                broker.publish([("a", b"us 0")])
+                longest = max(longest, time.monotonic() - began)
+            process.kill()
+            lines += process.stdout.readlines()
+        whole = [line for line in lines if line.endswith("\n")]
+        acknowledged[b"%d" % name] = int(whole[-1])
+        broker.publish([("a", b"us 0")])
+    found = [payload.split() for payload in payloads(broker)]
+    for name, last in acknowledged.items():
+        numbers = [int(number) for who, number in found if who == name]
+        assert numbers == [*range(len(numbers))]
+        assert len(numbers) > last
+        assert len(numbers) % 3 == 0
+    assert longest < 1
+    with contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+STOPS_WITHIN = """
+import sys
+from syncstream.brokers.local import LocalBroker, _Database
+class Stops(_Database):
+    def store(self, items, bounds):
+        ids = super().store(items, bounds)
+        print("within", flush=True)
+        sys.stdin.read()
+        return ids
+broker = LocalBroker(sys.argv[1], publish_timeout=float(sys.argv[2]))
+process = broker._own()
+process._log = Stops(broker.path)
+try:
+    broker.publish([("a", b"lost")])
+except Exception as error:
+    print(type(error).__name__, flush=True)
+broker.close(0.1)
+"""
+
+
+def test_a_publisher_that_is_killed_within_its_transaction(make, folder):
+    """All its events are gone, its lock, too; who has waited goes on at once."""
+    broker = make()
+    broker.publish([("a", b"1")])
+    with running(STOPS_WITHIN, f"local:{folder}/log", "60") as process:
+        assert process.stdout.readline() == "within\n"
+        waiting = threading.Thread(target=broker.publish, args=([("a", b"2")],))
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        process.kill()
+        waiting.join(TIMEOUT)
+        assert not waiting.is_alive()
+    assert payloads(broker) == [b"1", b"2"]
+
+
+def test_who_is_held_up_gives_up(make, folder):
+    """Not begun is `Unavailable`, and it is not stored later; reads go on."""
+    patient, hasty = make(), make(publish_timeout=0.2)
+    patient.publish([("a", b"1")])
+    hasty.publish([("a", b"2")])
+    with running(STOPS_WITHIN, f"local:{folder}/log", "60") as process:
+        assert process.stdout.readline() == "within\n"
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match=r"within 0\.2 s"):
+            hasty.publish([("a", b"never")])
+        assert time.monotonic() - began < 5
+        assert payloads(hasty) == [b"1", b"2"]
+    patient.publish([("a", b"3")])
+    hasty.publish([("a", b"4")])
+    assert payloads(hasty) == [b"1", b"2", b"3", b"4"]
+
+
+def test_who_is_held_up_within_its_transaction_is_uncertain(folder):
+    """It may be stored."""
+    script = STOPS_WITHIN.replace("_own()", "_own(); broker._own()._writing.acquire()")
+    script = script.replace("try:\n", RELEASE + "try:\n")
+    with running(script, f"local:{folder}/log", "0.3") as process:
+        assert process.stdout.readline() == "within\n"
+        assert process.stdout.readline() == "Uncertain\n"
+
+
+# So that the writer does it, who can be waited for with a limit.
+RELEASE = """
+import threading
+threading.Timer(0.05, process._writing.release).start()
+"""
+
+
+def test_a_locked_database(make, folder):
+    """By somebody else's tool: publishes wait, give up, and then go on."""
+    broker = make(publish_timeout=0.5)
+    broker.publish([("a", b"1")])
+    with contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        with pytest.raises(Unavailable, match=r"within 0\.5 s"):
+            broker.publish([("a", b"never")])
+        assert payloads(broker) == [b"1"]
+        waiting = threading.Thread(target=broker.publish, args=([("a", b"2")],))
+        waiting.start()
+        connection.rollback()
+        waiting.join(TIMEOUT)
+    assert payloads(broker) == [b"1", b"2"]
+
+
+FULL = """
+import sys
+from syncstream.brokers.local import LocalBroker
+from syncstream.errors import Unavailable
+broker = LocalBroker(sys.argv[1], publish_timeout=5)
+stored = 0
+try:
+    while True:
+        broker.publish([("a", b"%08d" % stored + b"x" * 10_000)])
+        stored += 1
+except Unavailable as error:
+    print(stored, error, flush=True)
+sys.stdin.readline()
+broker.publish([("a", b"%08d" % stored)])
+entries = broker.read("a", "0").entries
+print([int(e.payload[:8]) for e in entries] == [*range(stored + 1)])
+broker.close()
+"""
+
+
+def test_a_full_disk(folder):
+    """Nothing was stored, and says so; with room again it goes on."""
+    disk = f"{folder}/disk"
+    os.mkdir(disk)
+    words = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk]
+    if os.geteuid() or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted: run as root")
+    try:
+        with open(f"{disk}/ballast", "wb") as file:
+            file.write(bytes(500_000))
+        with running(FULL, f"local:{disk}/log") as process:
+            stored, _, reason = process.stdout.readline().partition(" ")
+            assert int(stored) > 10
+            assert "full" in reason
+            os.unlink(f"{disk}/ballast")
+            print(file=process.stdin, flush=True)
+            assert process.stdout.readline() == "True\n"
+            assert process.wait(TIMEOUT) == 0
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+TOO_BIG = """
+import resource, sys
+from syncstream.brokers.local import LocalBroker
+broker = LocalBroker(sys.argv[1])
+broker.publish([("a", b"1")])
+size = 100_000
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+try:
+    while True:
+        broker.publish([("a", b"x" * 5000)])
+except Exception as error:
+    print(type(error).__name__)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+broker.publish([("a", b"2")])
+print(broker.read("a", "0").entries[-1].payload)
+broker.close()
+"""
+
+
+def test_a_disk_that_fails(folder):
+    """A commit that could not be written: it may be stored."""
+    lines = check_script(TOO_BIG, f"local:{folder}/log").splitlines()
+    assert lines == ["Uncertain", "b'2'"]
+
+
+NO_RIGHTS = """
+import os, sys
+from syncstream.brokers.local import LocalBroker
+from syncstream.errors import Unavailable
+folder, user = sys.argv[1], int(sys.argv[2])
+if user:
+    os.setgid(user)
+    os.setuid(user)
+broker = LocalBroker(f"local:{folder}/log", publish_timeout=2)
+for call in (
+    lambda: broker.publish([("a", b"x")]),
+    lambda: broker.read("a", None),
+    lambda: broker.watch("a"),
+):
+    try:
+        call()
+    except Unavailable as error:
+        print(folder in str(error))
+broker.close()
+"""
+
+
+@pytest.mark.parametrize("is_made", [False, True], ids=["new", "there"])
+def test_a_folder_that_is_read_only(make, folder, is_made):
+    """Nothing was stored, and says so."""
+    if is_made:
+        make().publish([("a", b"x")])
+        os.chmod(f"{folder}/log", 0o555)
+    os.chmod(folder, 0o555)
+    try:
+        user = "65534" if os.geteuid() == 0 else "0"
+        assert check_script(NO_RIGHTS, folder, user) == "True\n" * 3
+    finally:
+        os.chmod(folder, 0o700)
+        if is_made:
+            os.chmod(f"{folder}/log", 0o700)
+
+
+@pytest.mark.parametrize("what", ["log", "log/log.db", "log/lock", "log/wake"])
+def test_what_is_removed_while_it_is_used(make, folder, what):
+    """It goes on; of what is lost who resumes, and who listens, is told."""
+    broker = make()
+    hub = Hub(broker=broker)
+    other = make()
+    (lost,) = other.publish([("a", b"data: 1\n\n")])
+    subscription = hub.subscribe("a", after="start")
+    assert [event.data for event in subscription.read(TIMEOUT)] == ["1"]
+    # At once: what removes it piece by piece races with who makes it anew.
+    os.rename(f"{folder}/{what}", f"{folder}/away")
+    (id,) = other.publish([("a", b"data: 2\n\n")])
+    found = []
+    while not found or found[-1].data != "2":
+        new = subscription.read(TIMEOUT)
+        assert new
+        found += new
+    is_lost = what in ("log", "log/log.db")
+    assert [isinstance(event, Gap) for event in found] == [True, False][not is_lost :]
+    assert found[-1].id == id
+    page = broker.read("a", lost)
+    assert page.complete is not is_lost
+    assert [entry.id for entry in page.entries] == [id]
+    (third,) = broker.publish([("a", b"data: 3\n\n")])
+    assert [e.id for e in kept(other)][-2:] == [id, third]
+    assert [event.data for event in subscription.read(TIMEOUT)] == ["3"]
+    hub.close()
+
+
+def test_an_older_copy_is_another_log(make, folder):
+    """As after a power cut: ids that are lost are unknown, the others are known."""
+    broker = make()
+    told = Told()
+    ids = broker.publish([("a", b"%d" % n) for n in range(5)])
+    broker.close()
+    shutil.copytree(f"{folder}/log", f"{folder}/copy")
+    broker = make()
+    lost = broker.publish([("a", b"lost %d" % n) for n in range(5)])
+    broker.attach(told)
+    broker.watch("a")
+    for suffix in ("-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{folder}/log/log.db{suffix}")
+    os.replace(f"{folder}/copy/log.db", f"{folder}/log/log.db")
+    new = broker.publish([("a", b"new %d" % n) for n in range(8)])
+    for id in lost:
+        page = broker.read("a", id)
+        assert not page.complete
+        assert [entry.id for entry in page.entries] == [*ids, *new]
+    page = broker.read("a", ids[-1])
+    assert page.complete
+    assert [entry.id for entry in page.entries] == new
+    wait_until(lambda: told.resyncs)
+
+
+LISTENER = """
+import sys
+from syncstream import Hub
+hub = Hub(sys.argv[1])
+subscription = hub.subscribe("a")
+subscription.read(0)
+print("listens", flush=True)
+while True:
+    for event in subscription.read():
+        print(event.data, flush=True)
+"""
+
+
+def test_a_listener_that_is_killed_leaves_nothing(make, folder):
+    """Its socket goes with the next publish; the others are told."""
+    broker, told = make(), Told()
+    broker.attach(told)
+    broker.watch("a")
+    with running(LISTENER, f"local:{folder}/log") as process:
+        assert process.stdout.readline() == "listens\n"
+        broker.publish([("a", b"data: 1\n\n")])
+        assert process.stdout.readline() == "1\n"
+        assert len(os.listdir(f"{folder}/log/wake")) == 2
+    broker.publish([("a", b"data: 2\n\n")])
+    assert len(os.listdir(f"{folder}/log/wake")) == 1
+    wait_until(lambda: len(told.payloads) == 2)
+
+
+def test_who_is_not_woken_looks(make, folder):
+    """Twice a second, and makes its socket anew."""
+    broker, told = make(), Told()
+    broker.attach(told)
+    broker.watch("a")
+    wake = f"{folder}/log/wake"
+    for name in os.listdir(wake):
+        os.unlink(f"{wake}/{name}")
+    make().publish([("a", b"x")])
+    wait_until(lambda: told.payloads == [b"x"])
+    wait_until(lambda: os.listdir(wake))
+
+
+def test_what_was_trimmed_before_it_was_told(make, monkeypatch):
+    """The sink is told that some are missing: others may have been the last."""
+    monkeypatch.setattr(local, "_SEEN", 0)
+    broker, told = make(capacity=10), Told()
+    broker.attach(told)
+    broker.watch("#")
+    stop = threading.Event()
+    entered = threading.Event()
+
+    def deliver(channel, entry):
+        entered.set()
+        stop.wait(TIMEOUT)
+
+    told.deliver = deliver
+    broker.publish([("a", b"x")])
+    assert entered.wait(TIMEOUT)
+    for _ in range(20):
+        broker.publish([("a", b"x")] * 10)
+    stop.set()
+    wait_until(lambda: told.resyncs)
+
+
+FORK = """
+import os, signal, sys, time
+from syncstream import Hub
+url, kind = sys.argv[1:]
+if kind == "gevent":
+    from gevent import monkey
+    monkey.patch_all()
+hub = Hub(url)
+if kind != "preload":
+    hub.publish("a", "parent")
+    before = hub.subscribe("a")
+    before.read(0)
+child = os.fork()
+if child:
+    hub.publish("a", "forked")
+    sys.stdin.readline()
+    if kind != "preload":
+        found = []
+        while "forked" not in found:
+            new = before.read(5)
+            assert new
+            found += [event.data for event in new]
+    hub.close()
+    print("parent is done", flush=True)
+    os.waitpid(child, 0)
+else:
+    print(os.getpid(), flush=True)
+    subscription = hub.subscribe("a")
+    subscription.read(0)
+    hub.publish("a", "child")
+    while "from outside" not in (found := [e.data for e in subscription.read(5)]):
+        print(found, flush=True)
+        assert found
+    print("child is done", flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("kind", ["preload", "threads", "gevent"])
+def test_fork(make, folder, kind):
+    """A forked child has all of its own; both go on."""
+    if kind == "gevent":
+        pytest.importorskip("gevent")
+    broker = make()
+    with running(FORK, f"local:{folder}/log", kind) as process:
+        child = int(process.stdout.readline())
+        try:
+            while "child" not in (line := process.stdout.readline()):
+                assert line
+            broker.publish([("a", b"data: from outside\n\n")])
+            while line != "child is done\n":
+                line = process.stdout.readline()
+                assert line
+            print(file=process.stdin, flush=True)
+            assert process.stdout.readline() == "parent is done\n"
+            assert process.wait(TIMEOUT) == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    found = payloads(broker)
+    assert (
+        sorted(found)[-3:]
+        == [
+            b"data: forked\n\n",
+            b"data: from outside\n\n",
+            b"data: parent\n\n",
+        ][: 3 if kind != "preload" else 2]
+        or b"data: child\n\n" in found
+    )
+
+
+FORK_AND_DIE = """
+import os, sys
+from syncstream.brokers.local import LocalBroker
+broker = LocalBroker(sys.argv[1])
+broker.publish([("a", b"1")])
+broker.watch("a")
+broker._own()._locks[0].acquire()
+child = os.fork()
+if not child:
+    print(os.getpid(), flush=True)
+    sys.stdin.read()
+    os._exit(0)
+sys.stdin.read()
+"""
+
+
+def test_a_child_does_not_keep_what_its_killed_parent_held(make, folder):
+    """Neither the lock nor the socket: both go with the parent."""
+    broker = make()
+    with running(FORK_AND_DIE, f"local:{folder}/log") as process:
+        child = int(process.stdout.readline())
+        try:
+            assert len(os.listdir(f"{folder}/log/wake")) == 1
+            process.kill()
+            process.wait()
+            broker.publish([("a", b"2")])
+            assert payloads(broker) == [b"1", b"2"]
+            assert os.listdir(f"{folder}/log/wake") == []
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+HUB_GOES_ON = """
+import fcntl, sys
+from gevent import monkey
+monkey.patch_all()
+import gevent
+from syncstream.brokers.local import LocalBroker
+broker = LocalBroker(sys.argv[1])
+broker.publish([("a", b"1")])
+other = open(f"{broker.path}/lock", "r+")
+fcntl.flock(other, fcntl.LOCK_EX)
+publisher = gevent.spawn(broker.publish, [("a", b"2")])
+for _ in range(20):
+    gevent.sleep(0.01)
+    assert not publisher.ready()
+    assert len(broker.read("a", "0").entries) == 1
+fcntl.flock(other, fcntl.LOCK_UN)
+publisher.get(timeout=5)
+other.close()
+try:
+    with gevent.Timeout(0.05, False):
+        fcntl.flock(held := open(f"{broker.path}/lock"), fcntl.LOCK_EX)
+        broker.publish([("a", b"never")])
+finally:
+    held.close()
+broker.publish([("a", b"3")])
+assert [e.payload for e in broker.read("a", "0").entries] == [b"1", b"2", b"3"]
+broker.close()
+"""
+
+
+def test_a_hub_is_never_held_up(folder):
+    """Its greenlets run while one of them waits for another process."""
+    pytest.importorskip("gevent")
+    check_script(HUB_GOES_ON, f"local:{folder}/log")
+
+
+def test_many_publish_at_once_in_one_transaction(make, folder):
+    """Who waits for the same turn shares it; each has its own ids, in its order."""
+    broker = make()
+    broker.publish([("a", b"-1")])
+    ids = {}
+    with running(STOPS_WITHIN, f"local:{folder}/log", "60") as process:
+        assert process.stdout.readline() == "within\n"
+
+        def publish(who):
+            ids[who] = broker.publish([("a", b"%d" % who), ("a", b"%d" % who)])
+
+        threads = [threading.Thread(target=publish, args=(n,)) for n in range(20)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(broker._own()._writer.jobs) == 20)
+    for thread in threads:
+        thread.join(TIMEOUT)
+    entries = {entry.id: entry.payload for entry in kept(broker)}
+    for who, own in ids.items():
+        assert [entries[id] for id in own] == [b"%d" % who] * 2
+    assert len(entries) == 41
+    with contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as connection:
+        (times,) = connection.execute(
+            "SELECT count(DISTINCT time) FROM event"
+        ).fetchone()
+    assert times <= 3
+
+
+def test_a_listener_that_fails_says_so_and_goes_on(make, folder):
+    """The sink is told that the log cannot be read, and that it can again."""
+    broker, told = make(), Told()
+    broker.attach(told)
+    broker.watch("a")
+    os.rename(folder, f"{folder}-away")
+    wait_until(lambda: told.states == [False])
+    with pytest.raises(Unavailable):
+        broker.publish([("a", b"x")])
+    os.rename(f"{folder}-away", folder)
+    wait_until(lambda: told.states == [False, True])
+    broker.publish([("a", b"x")])
+    wait_until(lambda: told.payloads == [b"x"])
+
+
+def test_the_engine_may_come_later(make, folder):
+    """A log that cannot be had when one begins is had when it can."""
+    os.rmdir(folder)
+    broker, told = make(), Told()
+    broker.attach(told)
+    for call in (lambda: broker.watch("a"), lambda: broker.publish([("a", b"x")])):
+        with pytest.raises(Unavailable):
+            call()
+    os.mkdir(folder)
+    broker.watch("a")
+    broker.publish([("a", b"x")])
+    wait_until(lambda: told.payloads == [b"x"])
+
+
+# Behind servers of several processes.
+
+PROCESSES = 4
+SERVERS = {
+    "gunicorn-gthread": ["-w", str(PROCESSES), "--threads", "20"],
+    "gunicorn-gevent": ["-w", str(PROCESSES)],
+}
+EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
+
+
+@pytest.fixture(params=SERVERS)
+def server(request, folder):
+    """A server of four processes that share a hub; nothing it did may have failed."""
+    with LiveServer(
+        request.param,
+        "broker_app:wrapped",
+        *SERVERS[request.param],
+        env={"HUB_URL": f"local:{folder}/log"},
+    ) as server:
+        yield server
+        assert server.tracebacks() == 0, server.log()
+
+
+class Reader(threading.Thread):
+    """A client that resumes whenever it is cut off; by which processes, it knows."""
+
+    def __init__(self, server, channel):
+        super().__init__(daemon=True)
+        self._server, self._path = server, f"/sse/{channel}?after=start"
+        self.data = []
+        self.pids = []
+        self.resets = 0
+        self.is_over = False
+        self._last = None
+        self.start()
+
+    def run(self):
+        while not self.is_over:
+            with contextlib.suppress(OSError, EOFError):
+                self._read()
+
+    def _read(self):
+        headers = dict(EVENT_SOURCE)
+        if self._last is not None:
+            headers["Last-Event-ID"] = self._last
+        with self._server.get(self._path, headers=headers) as client:
+            client.read_head()
+            assert client.status == 200
+            self.pids.append(int(client.headers["x-pid"]))
+            decoder = sse.Decoder()
+            while not self.is_over and (chunk := client.chunk()):
+                for event in decoder.feed(chunk):
+                    self._last = event.id
+                    if event.event == "reset":
+                        self.resets += 1
+                    elif event.data == "over":
+                        self.is_over = True
+                    else:
+                        self.data.append(event.data)
+
+
+def post(server, channel, *items):
+    """Publish by a request of its own; return which process has done it."""
+    body = json.dumps(items).encode()
+    with server.connect() as client:
+        client.socket.sendall(
+            f"POST /publish/{channel} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        text = client.rest()
+        assert client.status == 200, text
+        return int(client.headers["x-pid"])
+
+
+@contextlib.contextmanager
+def stopped():
+    """Yield what stops a process for a while."""
+    pids = set()
+
+    def stop(pid):
+        pids.add(pid)
+        os.kill(pid, signal.SIGSTOP)
+
+    try:
+        yield stop
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def readers_of_all(server, channel):
+    """Return twelve readers, three by each process, one process after the other.
+
+    Which process takes a connection is the kernel's choice, of those that run.
+    """
+    readers = []
+    with stopped() as stop:
+        while len(readers) < 3 * PROCESSES:
+            readers.append(Reader(server, channel))
+            wait_until(lambda: readers[-1].pids)
+            pid = readers[-1].pids[0]
+            if sum(reader.pids[0] == pid for reader in readers) == 3:
+                stop(pid)
+    return readers
+
+
+def test_all_clients_of_all_processes(server, channel):
+    """Whichever publishes: everybody gets each event, once and in order."""
+    readers = readers_of_all(server, channel)
+    pids = {reader.pids[0] for reader in readers}
+    assert len(pids) == PROCESSES
+    number = 0
+    for pid in pids:
+        with stopped() as stop:
+            for other in pids - {pid}:
+                stop(other)
+            for _ in range(10):
+                assert post(server, channel, str(number), str(number + 1)) == pid
+                number += 2
+    post(server, channel, "over")
+    for reader in readers:
+        reader.join(TIMEOUT)
+        assert reader.data == [*map(str, range(number))]
+        assert reader.resets == 0
+        assert len(reader.pids) == 1
+
+
+def test_a_process_that_is_killed_under_load(server, channel):
+    """Its clients resume in others, without a loss, a double or a reset."""
+    readers = readers_of_all(server, channel)
+    victim = readers[0].pids[0]
+    unsure = []
+    half = threading.Event()
+
+    def publish():
+        for number in range(300):
+            try:
+                post(server, channel, str(number))
+            except (OSError, EOFError):  # it was the victim's
+                unsure.append(number)
+            if number == 100:
+                half.set()
+
+    publisher = threading.Thread(target=publish)
+    publisher.start()
+    assert half.wait(4 * TIMEOUT)
+    os.kill(victim, signal.SIGKILL)
+    publisher.join(4 * TIMEOUT)
+    post(server, channel, "over")
+    assert len(unsure) <= 1
+    for reader in readers:
+        reader.join(TIMEOUT)
+        assert reader.is_over
+        numbers = [int(number) for number in reader.data]
+        assert numbers in (
+            [*range(300)],
+            [number for number in range(300) if number not in unsure],
+        )
+        assert reader.data == readers[0].data
+        assert reader.resets == 0
+        assert (len(reader.pids) > 1) == (victim == reader.pids[0])
+        assert victim not in reader.pids[1:]

@@ -1,0 +1,1244 @@
+"""Channels in PostgreSQL: the contract, its failures, and other people's transactions.
+
+Everything is real: a server that the tests start, kill, cut off and restore.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import psycopg
+import pytest
+
+from live import LiveServer, await_true
+from pairs import check_script
+from postgresql_server import Line, PostgreSQL
+from syncstream import Gap, Hub
+from syncstream.brokers import open_broker, postgresql
+from syncstream.brokers.postgresql import PostgreSQLBroker, install, install_sql
+from syncstream.errors import PayloadTooLarge, Unavailable, Uncertain
+from syncstream.protocol import sse
+
+TESTS = Path(__file__).parent
+LIMIT = 20.0  # seconds for what must happen; not what it may take
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def server():
+    with PostgreSQL() as server:
+        yield server
+
+
+@pytest.fixture
+def schema():
+    """A name that no other test uses."""
+    return f"s{next(_numbers)}"
+
+
+@pytest.fixture
+def make(server, schema):
+    """What makes brokers of one schema; they are closed in the end."""
+    made = []
+
+    def make(url=None, **options):
+        broker = PostgreSQLBroker(url or server.url, schema=schema, **options)
+        made.append(broker)
+        return broker
+
+    yield make
+    for broker in made:
+        broker.close()
+
+
+@pytest.fixture
+def line(server):
+    with Line(server.port) as line:
+        yield line
+
+
+class Told:
+    """A sink that keeps what it is told."""
+
+    def __init__(self):
+        self.entries = []
+        self.resyncs = []
+        self.states = []
+
+    def deliver(self, channel, entry):
+        self.entries.append((channel, entry))
+
+    def resync(self, channels):
+        self.resyncs.append(channels)
+
+    def state(self, is_up, reason):
+        self.states.append((is_up, reason))
+
+    def payloads(self):
+        return [entry.payload for _, entry in self.entries]
+
+
+def listening(broker, *channels):
+    """Attach a sink to a broker, and watch."""
+    told = Told()
+    broker.attach(told)
+    for channel in channels:
+        broker.watch(channel)
+    return told
+
+
+def read_until(subscription, data):
+    """Return what a subscription has up to an event with this data."""
+    found = []
+    while not found or found[-1].data != data:
+        events = subscription.read(LIMIT)
+        assert events, f"waited {LIMIT} s in vain, after {found}"
+        found += events
+    return found
+
+
+def publish_until_it_works(broker, item, limit=LIMIT):
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            return broker.publish([item])
+        except Unavailable:
+            assert time.monotonic() < deadline, "it must come back by itself"
+            time.sleep(0.05)
+
+
+def backends(server, name="syncstream", query="%"):
+    """Count the connections of an application's name and last query."""
+    ((count,),) = server.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
+        " AND query ILIKE %s",
+        name,
+        query,
+    )
+    return count
+
+
+# The contract.
+
+CONTRACT = """
+import sys
+if sys.argv[1] == "gevent":
+    from gevent import monkey
+    monkey.patch_all()
+import itertools
+from syncstream.brokers.postgresql import PostgreSQLBroker
+from syncstream.testing import check_broker
+_, mode, url, prefix, capacity = sys.argv
+numbers = itertools.count()
+def make(**options):
+    return PostgreSQLBroker(url, schema=f"{prefix}_{next(numbers)}", **options)
+capacity = int(capacity)
+check_broker(lambda: make(capacity=capacity), capacity=capacity, rounds=60)
+if capacity == 100:
+    check_broker(lambda: make(max_age=0.3), max_age=0.3)
+"""
+
+
+@pytest.mark.parametrize("mode", ["threads", "gevent"])
+@pytest.mark.parametrize("capacity", ["1000", "100"])
+def test_it_keeps_the_contract(server, schema, mode, capacity):
+    """The whole suite, with much and little room, and by age."""
+    check_script(CONTRACT, mode, server.url, schema, capacity)
+
+
+class Family:
+    """Processes that publish and subscribe; see tests/postgresql_child.py."""
+
+    def __init__(self, server, schema, mode, processes, url=None, subscribers=6):
+        self.server = server
+        self.schema = schema
+        self.mode = mode
+        path = os.pathsep.join((str(TESTS), str(TESTS.parent)))
+        words = [mode, url or server.url, schema, "2", str(subscribers)]
+        self.children = [
+            subprocess.Popen(
+                [sys.executable, str(TESTS / "postgresql_child.py"), *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": path},
+                text=True,
+            )
+            for _ in range(processes)
+        ]
+        self.killed = []
+
+    def begin(self):
+        for child in self.children:
+            assert child.stdout.readline() == "ready\n"
+        self._say("go")
+
+    def _say(self, text):
+        for child in self.children:
+            child.stdin.write(f"{text}\n")
+            child.stdin.flush()
+
+    def kill_one(self):
+        child = self.children.pop()
+        child.kill()
+        child.wait()
+        self.killed.append(child.pid)
+        child.stdin.close()
+        child.stdout.close()
+
+    def rows(self):
+        return self.server.execute(
+            f"SELECT channel, to_hex(off) || '-' || lpad(to_hex(nonce), 8, '0'),"
+            f" convert_from(data, 'UTF8') FROM {self.schema}.event ORDER BY seq"
+        )
+
+    def end(self):
+        """Stop them; check that everybody has got everything, once and in order.
+
+        Returns:
+            What the processes have printed.
+        """
+        self._say("stop")
+        for child in self.children:
+            assert child.stdout.readline() == "stopped\n"
+        # What was in doubt may still be stored.
+        await_true(
+            lambda: not backends(self.server, query="BEGIN%publish%COMMIT%active")
+        )
+        logs = {}
+        for channel, id, payload in self.rows():
+            (event,) = sse.Decoder().feed(payload.encode())
+            logs.setdefault(channel, []).append([id, event.data])
+        heads = {channel: entries[-1][0] for channel, entries in logs.items()}
+        self._say(json.dumps(heads))
+        found = []
+        for child in self.children:
+            out, _ = child.communicate(timeout=60)
+            assert child.returncode == 0
+            found.append(json.loads(out))
+        stored = Counter(data for log in logs.values() for _, data in log)
+        assert set(stored.values()) <= {1}, "nothing may be stored twice"
+        acked = {data for account in found for _, _, data in account["acked"]}
+        maybe = {data for account in found for data in account["maybe"]}
+        assert acked <= set(stored), "what was acknowledged must be there"
+        pids = tuple(f"{pid}-" for pid in self.killed)
+        beyond = {
+            d for d in set(stored) - acked - maybe if not d.startswith(pids or " ")
+        }
+        assert not beyond, "what was refused must not be there"
+        for account in found:
+            for channel, got in account["got"]:
+                assert got == logs.get(channel, []), (
+                    f"each subscriber of {channel!r} must get all, once and in order"
+                )
+            assert account["slowest"] < 4, "publish must keep its time"
+            assert account["closing"] < 2
+        return found
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        for child in self.children:
+            child.kill()
+            child.wait()
+            child.stdin.close()
+            child.stdout.close()
+
+
+@pytest.mark.parametrize("mode", ["threads", "gevent"])
+@pytest.mark.parametrize("processes", [1, 4])
+def test_processes_see_one_order(server, schema, mode, processes):
+    """Everybody gets everything, once and in order, through drops and resumes."""
+    with Family(server, schema, mode, processes) as family:
+        family.begin()
+        await_true(lambda: len(family.rows()) > 200)
+        found = family.end()
+    assert sum(account["refused"] for account in found) == 0
+    assert not any(account["maybe"] for account in found)
+
+
+def kill_server(server, line):
+    server.kill()
+    time.sleep(0.5)
+    server.start()
+
+
+def restart_server(server, line):
+    server.stop()
+    server.start()
+
+
+def terminate_backends(server, line):
+    for _ in range(5):
+        server.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name = 'syncstream'"
+        )
+        time.sleep(0.1)
+
+
+def cut(server, line):
+    line.cut()
+    time.sleep(2)
+    line.mend()
+
+
+def silence(server, line):
+    line.silence()
+    time.sleep(6)
+    line.mend()
+
+
+FAULTS = [kill_server, restart_server, terminate_backends, cut, silence]
+
+
+@pytest.mark.parametrize("mode", ["threads", "gevent"])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_failures_lose_nothing(server, schema, line, mode, fault):
+    """Of what was acknowledged, whatever has failed; and it all goes on by itself."""
+    url = server.url_at(line.port)
+    with Family(server, schema, mode, 2, url, subscribers=3) as family:
+        family.begin()
+        await_true(lambda: len(family.rows()) > 50)
+        fault(server, line)
+        before = len(family.rows())
+        await_true(lambda: len(family.rows()) > before + 50)
+        found = family.end()
+    if mode == "gevent":
+        # By much less than any wait that this takes; the machine may be busy.
+        assert max(account["latest"] for account in found) < 0.5
+
+
+@pytest.mark.parametrize("mode", ["threads", "gevent"])
+def test_killed_processes_hold_nobody_up(server, schema, mode):
+    """kill -9 in the middle of publishing: others go on, and nothing is doubled."""
+    with Family(server, schema, mode, 4) as family:
+        family.begin()
+        for _ in range(3):
+            before = len(family.rows())
+            await_true(lambda before=before: len(family.rows()) > before + 50)
+            family.kill_one()
+        (account,) = family.end()
+    assert account["slowest"] < 1.5
+
+
+# Failures, one by one.
+
+
+def test_a_dead_server_is_told_of_in_time(make, line):
+    """Nothing was sent: Unavailable, within publish_timeout, and it comes back."""
+    broker = make(f"postgresql://postgres@127.0.0.1:{line.port}/postgres")
+    told = listening(broker, "a")
+    broker.publish([("a", b"1")])
+    await_true(lambda: told.payloads() == [b"1"])
+    line.cut()
+    for call in (lambda: broker.publish([("a", b"x")]), lambda: broker.read("a", "0")):
+        began = time.monotonic()
+        with pytest.raises(Unavailable):
+            call()
+        assert time.monotonic() - began < 1.5
+    await_true(lambda: told.states)
+    line.mend()
+    publish_until_it_works(broker, ("a", b"2"))
+    await_true(lambda: told.payloads() == [b"1", b"2"])
+    assert [is_up for is_up, _ in told.states] == [False, True]
+    # It went on where it was: nobody has to read anything anew.
+    assert told.resyncs == []
+
+
+def test_a_silent_server_is_told_of_in_time(make, line):
+    """A black hole: kept connections are asked first, so nothing was sent."""
+    broker = make(f"postgresql://postgres@127.0.0.1:{line.port}/postgres")
+    broker.publish([("a", b"1")])
+    for connection in broker._own().idle:
+        connection.used -= 10
+    line.silence()
+    began = time.monotonic()
+    with pytest.raises(Unavailable):
+        broker.publish([("a", b"x")])
+    assert 1 < time.monotonic() - began < 3
+    line.mend()
+    publish_until_it_works(broker, ("a", b"2"))
+    payloads = [entry.payload for entry in broker.read("a", "0").entries]
+    assert payloads == [b"1", b"2"]
+
+
+def test_a_lost_answer_is_uncertain(make, line):
+    """It was sent and not confirmed: it is stored once, and nobody tries again."""
+    broker = make(f"postgresql://postgres@127.0.0.1:{line.port}/postgres")
+    broker.publish([("a", b"1")])
+    line.silence("out")
+    with pytest.raises(Uncertain):
+        broker.publish([("a", b"2")])
+    line.mend()
+    publish_until_it_works(broker, ("a", b"3"))
+    payloads = [entry.payload for entry in broker.read("a", "0").entries]
+    assert payloads == [b"1", b"2", b"3"]
+
+
+def test_who_waits_for_the_lock_is_told_that_nothing_was_stored(make, server, schema):
+    """Somebody numbers his events early, and stays in his transaction."""
+    broker = make()
+    broker.publish([("a", b"1")])
+    with server.connect() as other, other.transaction():
+        other.execute(f"INSERT INTO {schema}.outbox (channel, data) VALUES ('a', '2')")
+        other.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match="statement timeout"):
+            broker.publish([("a", b"x")])
+        assert time.monotonic() - began < 2
+        assert len(broker.read("a", "0").entries) == 1
+    broker.publish([("a", b"3")])
+    payloads = [entry.payload for entry in broker.read("a", "0").entries]
+    assert payloads == [b"1", b"2", b"3"]
+
+
+def test_busy_connections_are_waited_for(make, server, schema):
+    """No more than allowed are opened; who gets none in time is told."""
+    broker = make(connections=2)
+    broker.publish([("a", b"1")])
+    with server.connect() as other, other.transaction():
+        other.execute(f"LOCK TABLE {schema}.channel")
+        errors = []
+
+        def publish():
+            try:
+                broker.publish([("a", b"x")])
+            except Unavailable as error:
+                errors.append(str(error))
+
+        threads = [threading.Thread(target=publish) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LIMIT)
+    assert len(errors) == 6
+    assert broker._own().permits.qsize() == 2
+    broker.publish([("a", b"2")])
+
+
+def test_a_server_that_is_not_there_at_the_start(make, line):
+    """It is told of in time, and when it comes all is as if it had been there."""
+    line.cut()
+    broker = make(f"postgresql://postgres@127.0.0.1:{line.port}/postgres")
+    began = time.monotonic()
+    told = listening(broker, "a")
+    assert time.monotonic() - began < 2
+    with pytest.raises(Unavailable):
+        broker.read("a", None)
+    await_true(lambda: [is_up for is_up, _ in told.states] == [False])
+    line.mend()
+    await_true(lambda: [is_up for is_up, _ in told.states] == [False, True])
+    # It may have missed some: who watches was told that it did not yet.
+    assert told.resyncs == [None]
+    broker.publish([("a", b"1")])
+    await_true(lambda: told.payloads() == [b"1"])
+
+
+def test_a_host_that_does_not_answer_leaves_time_for_the_next(make, server, line):
+    """Each address of a connection string has its share of the time."""
+    line.silence()
+    broker = make(
+        f"postgresql://postgres@127.0.0.1:{line.port},127.0.0.1:{server.port}/postgres"
+    )
+    broker.publish([("a", b"1")])
+    with pytest.raises(Unavailable, match="no-such-host"):
+        make("postgresql://no-such-host.invalid/x").publish([("a", b"x")])
+
+
+def test_a_restored_backup_resets_who_has_what_it_lost(server):
+    """And nobody else: ids that it has are complete."""
+    with PostgreSQL() as server:
+        hub = Hub(server.url)
+        quiet = Hub(server.url)
+        ids = hub.publish_many("a", ["1", "2", "3"])
+        quiet.publish("b", "1")
+        server.save("backup")
+        lost = [publish_until_hub(hub, "a", data) for data in "45"]
+        live = hub.subscribe("a", after=ids[2])
+        await_true(lambda: [e.data for e in live.read(0.1)] == ["4", "5"] or None)
+        untouched = quiet.subscribe("b")
+        untouched.read(0)
+        server.restore("backup")
+        new = [publish_until_hub(hub, "a", data) for data in ("4'", "5'", "6'")]
+        found = read_until(live, "6'")
+        assert isinstance(found[0], Gap)
+        assert [event.data for event in found[1:]] == ["1", "2", "3", "4'", "5'", "6'"]
+        for id in lost:
+            with contextlib.closing(hub.subscribe("a", after=id)) as subscription:
+                first, *rest = subscription.read(LIMIT)
+                assert isinstance(first, Gap)
+                assert [event.id for event in rest] == [*ids, *new]
+        for place, id in enumerate(ids):
+            with contextlib.closing(hub.subscribe("a", after=id)) as subscription:
+                assert [e.id for e in subscription.read(LIMIT)] == [
+                    *ids[place + 1 :],
+                    *new,
+                ]
+        publish_until_hub(quiet, "b", "2")
+        assert [event.data for event in untouched.read(LIMIT)] == ["2"]
+        hub.close()
+        quiet.close()
+
+
+def publish_until_hub(hub, channel, data):
+    """Publish, again if nothing was stored; return the id."""
+    return publish_until_it_works(_Publishing(hub), (channel, data))
+
+
+class _Publishing:
+    def __init__(self, hub):
+        self.hub = hub
+
+    def publish(self, items):
+        ((channel, data),) = items
+        return self.hub.publish(channel, data)
+
+
+@pytest.mark.parametrize(
+    "how", ["DROP SCHEMA {} CASCADE", "TRUNCATE {0}.event, {0}.channel"]
+)
+def test_what_is_wiped_is_one_reset(server, schema, make, how):
+    """Exactly one for each channel; then all goes on."""
+    hub = Hub(broker=make())
+    subscriptions = [hub.subscribe(name) for name in ("a", "b")]
+    for subscription in subscriptions:
+        subscription.read(0)
+    for name in ("a", "b"):
+        hub.publish_many(name, ["1", "2"])
+    for subscription in subscriptions:
+        assert [event.data for event in subscription.read(LIMIT)] == ["1", "2"]
+    server.execute(how.format(schema))
+    for name in ("a", "b"):
+        publish_until_hub(hub, name, "3")
+    for subscription in subscriptions:
+        found = read_until(subscription, "3")
+        assert [isinstance(event, Gap) for event in found] == [True, False]
+    hub.close()
+
+
+# Connections, threads, processes.
+
+
+def test_one_connection_listens(server, schema, make):
+    """However many subscribe; 50 hubs have 50."""
+    hub = Hub(broker=make())
+    subscriptions = [hub.subscribe(f"c:{number}") for number in range(50)]
+    for subscription in subscriptions:
+        subscription.read(0)
+    assert backends(server, query="%tail%") == 1
+    hubs = [Hub(broker=make(connections=1)) for _ in range(49)]
+    for each in hubs:
+        subscription = each.subscribe("a")
+        subscription.read(0)
+        subscriptions.append(subscription)
+    assert backends(server, query="%tail%") == 50
+    hub.publish("a", "x")
+    for subscription in subscriptions[50:]:
+        assert [event.data for event in subscription.read(LIMIT)] == ["x"]
+    for each in (hub, *hubs):
+        each.close()
+    await_true(lambda: backends(server) == 0)
+
+
+def test_close_leaves_nothing(server, make):
+    """No thread, no descriptor, no connection; and nothing can be done after it."""
+    own = psutil.Process()
+    before = own.num_fds(), own.num_threads()
+    for _ in range(3):
+        broker = make()
+        listening(broker, "a")
+        broker.publish([("a", b"x")])
+        broker.close()
+        broker.close()
+        with pytest.raises(Unavailable, match="closed"):
+            broker.publish([("a", b"x")])
+    await_true(lambda: (own.num_fds(), own.num_threads()) == before)
+    await_true(lambda: backends(server) == 0)
+
+
+FORK = """
+import os, sys
+mode, url, schema = sys.argv[1:4]
+if mode == "gevent":
+    from gevent import monkey
+    monkey.patch_all()
+import threading
+from syncstream import Hub
+from syncstream.brokers.postgresql import PostgreSQLBroker
+hub = Hub(broker=PostgreSQLBroker(url, schema=schema))
+mine = hub.subscribe("a")
+mine.read(0)
+hub.publish("a", "before")
+assert [e.data for e in mine.read(10)] == ["before"]
+children = []
+for number in range(3):
+    pid = os.fork()
+    if not pid:
+        # A subscription of its own, and the one that it has inherited.
+        other = hub.subscribe("a", after="start")
+        assert [e.data for e in other.read(10)][0] == "before"
+        hub.publish("a", f"child {number}")
+        found = []
+        while len(found) < 3:
+            found += [e.data for e in mine.read(10)]
+        assert sorted(found) == ["child 0", "child 1", "child 2"], found
+        hub.close()
+        sys.stdout.flush()
+        os._exit(0)
+    children.append(pid)
+found = []
+while len(found) < 3:
+    events = mine.read(10)
+    assert events
+    found += [e.data for e in events]
+assert sorted(found) == ["child 0", "child 1", "child 2"], found
+for pid in children:
+    assert os.waitpid(pid, 0)[1] == 0
+hub.publish("a", "after")
+assert [e.data for e in mine.read(10)] == ["after"]
+hub.close()
+"""
+
+
+@pytest.mark.parametrize("mode", ["threads", "gevent"])
+def test_forked_processes_have_their_own(server, schema, mode):
+    """A hub that was used before the fork is used after it, on both sides."""
+    check_script(FORK, mode, server.url, schema)
+
+
+def test_it_is_idle_when_nothing_happens(server, make):
+    """Less than half a percent of a core."""
+    broker = make()
+    listening(broker, "a")
+    broker.publish([("a", b"x")])
+    before, began = time.process_time(), time.monotonic()
+    threading.Event().wait(4)
+    assert (time.process_time() - before) / (time.monotonic() - began) < 0.005
+
+
+def test_listen_dsn(server, make, line, caplog):
+    """Listening has a way of its own; where it hears nothing it says so, and works."""
+    url = server.url_at(line.port)
+    broker = make(url, listen_dsn=server.url)
+    told = listening(broker, "a")
+    broker.publish([("a", b"1")])
+    await_true(lambda: told.payloads() == [b"1"])
+    line.cut()
+    with pytest.raises(Unavailable):
+        broker.publish([("a", b"x")])
+    assert told.states == []
+
+
+def test_deaf_listeners_say_so(server, schema, make, monkeypatch, caplog):
+    """LISTEN does nothing behind some poolers: slow, and said, but nothing is lost."""
+    monkeypatch.setattr(postgresql, "HEARTBEAT", 0.05)
+    broker = make()
+    told = listening(broker, "a")
+    server.execute(
+        f"CREATE OR REPLACE FUNCTION {schema}.pg_notify(text, text) RETURNS void"
+        " LANGUAGE sql AS ''"
+    )
+    for place in ("append(text,bytea,bigint,double precision)",):
+        server.execute(
+            f"ALTER FUNCTION {schema}.{place} SET search_path = {schema}, pg_catalog"
+        )
+    with caplog.at_level(logging.WARNING):
+        for number in range(5):
+            broker.publish([("a", b"%d" % number)])
+            await_true(lambda number=number: len(told.entries) > number)
+    assert [r.message for r in caplog.records if "listen_dsn" in r.message]
+
+
+# What it keeps.
+
+
+def test_long_payloads(make):
+    """8000 bytes are no limit, nor are many of them; too many are refused."""
+    broker = make()
+    told = listening(broker, "a")
+    payloads = [bytes([number]) * (1 << 20) for number in range(30)]
+    for start in range(0, 30, 10):
+        broker.publish([("a", p) for p in payloads[start : start + 10]])
+    await_true(lambda: told.payloads() == payloads)
+    found, last = [], "0"
+    while entries := broker.read("a", last).entries:
+        assert len(entries) <= 8
+        found += [entry.payload for entry in entries]
+        last = entries[-1].id
+    assert found == payloads
+    with pytest.raises(PayloadTooLarge):
+        broker.publish([("a", b"x" * (1 << 20))] * 65)
+    assert broker.read("a", None).head == last
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 200, "ü" * 200, "'\"\\{},$1%s", "日本:*語"[:-2]]
+)
+def test_any_name(make, name):
+    """Of 200 characters, quotes and all; by itself and by a pattern."""
+    broker = make()
+    told = listening(broker, name, "#", "it's:*")
+    broker.publish([(name, b"1"), ("it's:x", b"2")])
+    await_true(lambda: len(told.entries) == 2)
+    assert [channel for channel, _ in told.entries] == [name, "it's:x"]
+    assert [entry.payload for entry in broker.read(name, "0").entries] == [b"1"]
+
+
+def test_many_names(make, monkeypatch):
+    """Beyond some hundreds the listener reads all; each gets its own all the same."""
+    monkeypatch.setattr(postgresql, "_MAX_NAMES", 3)
+    broker = make()
+    told = listening(broker, "a", "b")
+    broker.publish([("a", b"1"), ("x", b"-")])
+    for name in "cdef":
+        broker.watch(name)
+    broker.publish([("f", b"2"), ("x", b"-"), ("b", b"3")])
+    await_true(lambda: told.payloads() == [b"1", b"2", b"3"])
+    for name in "cdef":
+        broker.unwatch(name)
+    broker.publish([("f", b"-"), ("a", b"4")])
+    await_true(lambda: told.payloads()[3:] == [b"4"])
+
+
+def test_the_table_is_bounded(server, schema, make):
+    """20,000 events leave what is kept, and the room that they had is used again."""
+    broker = make(capacity=100)
+    for number in range(200):
+        broker.publish([(f"c{number % 10}", b"x" * 200)] * 100)
+    ((rows,),) = server.execute(f"SELECT count(*) FROM {schema}.event")
+    assert rows < 10 * (100 + 32)
+    server.execute(f"VACUUM {schema}.event")
+    sql = f"SELECT pg_total_relation_size('{schema}.event')"
+    ((before,),) = server.execute(sql)
+    for number in range(100):
+        broker.publish([(f"c{number % 10}", b"x" * 200)] * 50)
+    ((after,),) = server.execute(sql)
+    assert after < 1.1 * before
+
+
+def test_what_is_too_old_makes_room(server, schema, make):
+    """Whoever publishes removes it, of other channels, too."""
+    broker = make(max_age=0.2)
+    broker.publish([("idle", b"x")] * 100)
+    threading.Event().wait(0.3)
+    broker.publish([("busy", b"x")] * 100)
+    broker.publish([("busy", b"x")] * 100)
+    ((rows,),) = server.execute(
+        f"SELECT count(*) FROM {schema}.event WHERE channel = 'idle'"
+    )
+    assert rows == 0
+
+
+def test_a_clock_that_goes_back(server, schema, make):
+    """What is kept has no holes, whatever the server's clock does."""
+    broker = make(max_age=3600)
+    broker.publish([("a", b"1")])
+    for table in ("event", "channel"):
+        server.execute(f"UPDATE {schema}.{table} SET ts = ts + interval '1 day'")
+    broker.publish([("a", b"2"), ("a", b"3")])
+    assert len(broker.read("a", "0").entries) == 3
+
+
+def test_channels_that_are_idle_for_long_are_forgotten(server, schema, make):
+    """Then nobody who knew them, or their absence, is taken for complete."""
+    broker = make()
+    never = broker.read("idle", None).head
+    (known,) = broker.publish([("idle", b"1")])
+    server.execute(f"UPDATE {schema}.channel SET ts = ts - interval '2 days'")
+    server.execute(f"UPDATE {schema}.state SET swept = swept - interval '2 hours'")
+    server.execute(f"SELECT setval('{schema}.event_seq', 1020)")
+    broker.publish([("busy", b"x")] * 10)
+    names = server.execute(f"SELECT name FROM {schema}.channel")
+    assert names == [("busy",)]
+    fresh = broker.read("idle", None).head
+    assert fresh not in (never, known)
+    broker.publish([("idle", b"2")])
+    for id in (never, known):
+        page = broker.read("idle", id)
+        assert not page.complete
+        assert [entry.payload for entry in page.entries] == [b"2"]
+    assert broker.read("idle", fresh).complete
+
+
+# Other people's transactions.
+
+
+def test_a_transaction_that_commits_is_seen_once(server, make):
+    """After it has, in the order of commits; its ids are not known before."""
+    broker = make(capacity=5000)
+    told = listening(broker, "a")
+    with server.connect() as first, server.connect() as second:
+        with first.transaction():
+            assert broker.publish([("a", b"late")], connection=first) == [None]
+            with second.transaction():
+                items = [("a", b"%d" % number) for number in range(1500)]
+                broker.publish(items, connection=second)
+            broker.publish([("a", b"between")])
+        await_true(lambda: len(told.entries) == 1502)
+    assert told.payloads() == [*(p for _, p in items), b"between", b"late"]
+    page = broker.read("a", told.entries[-3][1].id)
+    assert [entry.payload for entry in page.entries] == [b"between", b"late"]
+
+
+def test_a_transaction_that_rolls_back_never_was(server, schema, make):
+    """Nor was what a savepoint takes back; no number is burnt."""
+    broker = make()
+    told = listening(broker, "a")
+    with server.connect() as connection:
+        with contextlib.suppress(ZeroDivisionError), connection.transaction():
+            broker.publish([("a", b"never")], connection=connection)
+            raise ZeroDivisionError
+        with connection.transaction():
+            broker.publish([("a", b"1")], connection=connection)
+            with contextlib.suppress(ZeroDivisionError), connection.transaction():
+                broker.publish([("a", b"never")], connection=connection)
+                raise ZeroDivisionError
+            broker.publish([("a", b"2")], connection=connection)
+    broker.publish([("a", b"3")])
+    await_true(lambda: told.payloads() == [b"1", b"2", b"3"])
+    numbers = [int(entry.id.partition("-")[0], 16) for _, entry in told.entries]
+    assert numbers == [1, 2, 3]
+    assert server.execute(f"SELECT count(*) FROM {schema}.outbox") == [(0,)]
+
+
+def test_an_open_transaction_holds_nobody_up(server, make):
+    """However long it is open, of the same channel, too."""
+    broker = make(publish_timeout=1.0)
+    with server.connect() as connection, connection.transaction():
+        broker.publish([("a", b"x")], connection=connection)
+        began = time.monotonic()
+        for _ in range(20):
+            broker.publish([("a", b"y")])
+        assert time.monotonic() - began < 1
+        assert len(broker.read("a", "0").entries) == 20
+
+
+def test_a_transaction_that_is_not_read_committed(server, make):
+    """It fails at its commit where others came first; nothing is stored then."""
+    broker = make()
+    broker.publish([("a", b"1")])
+    with server.connect() as connection:
+        connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        broker.publish([("a", b"never")], connection=connection)
+        broker.publish([("a", b"2")])
+        with pytest.raises(psycopg.errors.SerializationFailure):
+            connection.execute("COMMIT")
+    payloads = [entry.payload for entry in broker.read("a", "0").entries]
+    assert payloads == [b"1", b"2"]
+
+
+def test_a_connection_to_elsewhere(server, make):
+    """A clear word: it has no such schema, or is no connection."""
+    broker = make()
+    server.execute("CREATE DATABASE elsewhere")
+    url = server.url_at(server.port, "elsewhere")
+    with (
+        psycopg.connect(url) as connection,
+        pytest.raises(Unavailable, match="is it the one of the hub"),
+    ):
+        broker.publish([("a", b"x")], connection=connection)
+    with pytest.raises(TypeError, match="connection must be Django's"):
+        broker.publish([("a", b"x")], connection="postgresql://")
+
+
+# The schema.
+
+
+def test_install(server, schema, make):
+    """As often as one likes; then it is used by who may not create it."""
+    for _ in range(2):
+        install(server.url, schema=schema)
+    server.execute(f"CREATE ROLE r{schema} LOGIN")
+    url = server.url.replace("postgres@", f"r{schema}@")
+    with pytest.raises(Unavailable, match="permission denied"):
+        make(url).publish([("a", b"x")])
+    for grant in (
+        f"USAGE ON SCHEMA {schema}",
+        f"USAGE ON ALL SEQUENCES IN SCHEMA {schema}",
+        f"SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema}",
+    ):
+        server.execute(f"GRANT {grant} TO r{schema}")
+    broker = make(url)
+    told = listening(broker, "a")
+    broker.publish([("a", b"1")])
+    with psycopg.connect(url) as connection:
+        broker.publish([("a", b"2")], connection=connection)
+    await_true(lambda: told.payloads() == [b"1", b"2"])
+
+
+def test_the_schema_is_created_once(server, schema):
+    """By the first of many who come at one moment."""
+    errors = []
+
+    def use(broker):
+        try:
+            broker.publish([("a", b"x")])
+        except Exception as error:
+            errors.append(error)
+
+    brokers = [
+        PostgreSQLBroker(server.url, schema=schema, publish_timeout=LIMIT)
+        for _ in range(10)
+    ]
+    threads = [threading.Thread(target=use, args=(broker,)) for broker in brokers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+    assert errors == []
+    assert len(brokers[0].read("a", "0").entries) == 10
+    for broker in brokers:
+        broker.close()
+
+
+def test_what_it_says_without_a_schema(server, schema, make):
+    """That it may not create it, or that it was told not to; and what to do."""
+    with pytest.raises(Unavailable, match=r"no schema .*manage.py migrate"):
+        make(create=False).publish([("a", b"x")])
+    server.execute(f"CREATE ROLE r{schema} LOGIN")
+    url = server.url.replace("postgres@", f"r{schema}@")
+    with pytest.raises(Unavailable, match=r"may not create it: permission .*migrate"):
+        make(url).publish([("a", b"x")])
+
+
+def test_another_version_is_refused(server, schema, make):
+    """Before anything is done with it."""
+    make().publish([("a", b"x")])
+    server.execute(f"UPDATE {schema}.state SET version = 99")
+    broker = make()
+    told = listening(broker, "a")
+    with pytest.raises(Unavailable, match=r"has version 99, .* needs 1"):
+        broker.publish([("a", b"x")])
+    await_true(lambda: told.states)
+    assert "version 99" in told.states[0][1]
+
+
+def test_search_path_does_not_matter(server, schema, make):
+    """Nor who has made things of the same names."""
+    server.execute(
+        "CREATE SCHEMA evil; CREATE TABLE evil.event (x int);"
+        " CREATE FUNCTION evil.to_hex(bigint) RETURNS text LANGUAGE sql AS"
+        " 'SELECT ''evil''';"
+    )
+    broker = make(f"{server.url}?options=-csearch_path%3Devil,pg_catalog")
+    told = listening(broker, "a")
+    (id,) = broker.publish([("a", b"1")])
+    assert id.startswith("1-")
+    with server.connect() as connection:
+        connection.execute("SET search_path = evil, pg_catalog")
+        broker.publish([("a", b"2")], connection=connection)
+    await_true(lambda: told.payloads() == [b"1", b"2"])
+
+
+def test_other_settings_of_the_server(server, make):
+    """Isolation, quoting and limits that a role or database has by default."""
+    words = (
+        "default_transaction_isolation=serializable",
+        "default_transaction_read_only=on",
+        "standard_conforming_strings=off",
+        "bytea_output=escape",
+    )
+    options = "%20".join(f"-c{word}".replace("=", "%3D") for word in words)
+    make().publish([("a", b"0")])
+    broker = make(f"{server.url}?options={options}")
+    told = listening(broker, "a")
+    for number in range(3):
+        broker.publish([("a", b"\\%d'" % number)])
+    await_true(lambda: told.payloads() == [b"\\0'", b"\\1'", b"\\2'"])
+
+
+def test_the_command(server, schema):
+    """It installs, or prints what it would; what fails it says in one line."""
+
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "syncstream.brokers.postgresql", *words],
+            capture_output=True,
+            text=True,
+            cwd=TESTS.parent,
+        )
+
+    assert run("--sql").stdout == f"{install_sql()};\n"
+    words = ("--schema", schema)
+    for _ in range(2):
+        done = run(server.url, *words)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert server.execute(f"SELECT version FROM {schema}.state") == [(1,)]
+    done = run("postgresql://postgres@127.0.0.1:1/x", *words)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_urls(server, monkeypatch):
+    """postgresql: alone is what the environment says; others are libpq's."""
+    monkeypatch.setenv("PGHOST", "127.0.0.1")
+    monkeypatch.setenv("PGPORT", str(server.port))
+    monkeypatch.setenv("PGUSER", "postgres")
+    for url in ("postgresql:", "postgres://", server.url):
+        with contextlib.closing(open_broker(url, capacity=7, max_age=None)) as broker:
+            assert broker._capacity == 7
+            assert broker.scope == "cluster"
+            assert broker.read("a", None).head.startswith("0-")
+    with pytest.raises(ValueError, match="url must be as libpq takes it"):
+        open_broker("postgresql://h/d?no_such_option=1")
+    for options in (
+        {"schema": "a; DROP"},
+        {"publish_timeout": 0},
+        {"connections": 0},
+    ):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            PostgreSQLBroker(**options)
+
+
+DJANGO = """
+import sys
+_, mode, url, port, name = sys.argv
+if mode == "gevent":
+    from gevent import monkey
+    monkey.patch_all()
+import django
+from django.conf import settings
+from django.core.management import call_command
+from django.db import connection, transaction
+from syncstream import Hub
+from syncstream.brokers.postgresql import PostgreSQLBroker
+
+where = {"HOST": "127.0.0.1", "PORT": port, "USER": "postgres", "NAME": name}
+settings.configure(
+    INSTALLED_APPS=["syncstream"],
+    DATABASES={
+        "default": {"ENGINE": "django.db.backends.postgresql", **where},
+        "other": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"},
+    },
+)
+django.setup()
+call_command("migrate", verbosity=0)
+call_command("migrate", database="other", verbosity=0)
+call_command("makemigrations", check=True, verbosity=0)
+
+hub = Hub(broker=PostgreSQLBroker(url, create=False))
+subscription = hub.subscribe("orders")
+subscription.read(0)
+
+def take(last):
+    found = []
+    while last not in found:
+        events = subscription.read(10)
+        assert events, found
+        found += [event.json()["n"] for event in events]
+    return found
+
+class Refused(Exception):
+    pass
+
+def order(number, refuse=False):
+    with transaction.atomic():
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        id = hub.publish("orders", {"n": number}, connection=connection)
+        assert id is None
+        if refuse:
+            raise Refused
+
+for number in range(6):
+    try:
+        order(number, refuse=number % 2)
+    except Refused:
+        pass
+with transaction.atomic():
+    order(6)
+    try:
+        order(7, refuse=True)
+    except Refused:
+        pass
+    assert take(4) == [0, 2, 4]
+    assert subscription.read(0.3) == []
+hub.publish("orders", {"n": 8}, connection=connection)  # no transaction: at once
+assert take(8) == [6, 8]
+call_command("migrate", "syncstream", "zero", verbosity=0)
+with connection.cursor() as cursor:
+    cursor.execute("SELECT to_regnamespace('syncstream')")
+    assert cursor.fetchone() == (None,)
+hub.close()
+connection.close()
+"""
+
+
+@pytest.mark.parametrize("mode", ["threads", "gevent"])
+def test_django(server, schema, mode):
+    """migrate installs it; what atomic() takes back is never seen, the rest once."""
+    pytest.importorskip("django")
+    server.execute(f"CREATE DATABASE {schema}")
+    url = server.url_at(server.port, schema)
+    check_script(DJANGO, mode, url, str(server.port), schema)
+
+
+# Served by several workers.
+
+WORKERS = {
+    "gunicorn-gthread": ["-w", "4", "--threads", "40"],
+    "gunicorn-gevent": ["-w", "4"],
+}
+EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
+
+
+@pytest.fixture(params=WORKERS)
+def live(request, server, schema):
+    """Four workers of each kind; the hub in a database of its own."""
+    server.execute(f"CREATE DATABASE {schema}")
+    env = {"HUB_URL": server.url_at(server.port, schema)}
+    kind = request.param
+    with LiveServer(
+        kind, "apps.postgresql_app:wrapped", *WORKERS[kind], env=env
+    ) as live:
+        live.database = schema
+        yield live
+        assert live.tracebacks() == 0, live.log()
+
+
+def post(live, channel, *items):
+    """Publish by a request, to whichever worker takes it; return the ids."""
+    body = json.dumps(items).encode()
+    with live.connect() as client:
+        client.socket.sendall(
+            f"POST /publish/{channel} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        text = client.rest()
+        if client.status != 200:
+            raise ConnectionError(text)
+        return json.loads(text)
+
+
+class Follower:
+    """A client that reads in a thread, and comes back when it is cut off."""
+
+    def __init__(self, live, channel):
+        self.live = live
+        self.path = f"/sse/{channel}?after=start"
+        self.events = []
+        self.returns = 0
+        self.is_open = threading.Event()
+        self.is_over = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        while not self.is_over:
+            headers = dict(EVENT_SOURCE)
+            if self.events:
+                headers["Last-Event-ID"] = self.events[-1].id
+            with contextlib.suppress(OSError, EOFError):
+                self._client = self.live.get(self.path, headers=headers)
+                with self._client as client:
+                    while block := client.block():
+                        self.is_open.set()
+                        self.events += sse.Decoder().feed(block)
+            self.returns += 1
+
+    def close(self):
+        self.is_over = True
+        with contextlib.suppress(OSError):
+            self._client.socket.shutdown(2)
+        self._thread.join(LIMIT)
+
+
+@contextlib.contextmanager
+def followers(live, channel, count):
+    found = [Follower(live, channel) for _ in range(count)]
+    try:
+        for follower in found:
+            assert follower.is_open.wait(LIMIT)
+        yield found
+    finally:
+        for follower in found:
+            follower.close()
+
+
+@contextlib.contextmanager
+def alone(worker, workers):
+    """Have one worker accept all connections: else it is the kernel's choice."""
+    others = [other for other in workers if other != worker]
+    for other in others:
+        other.suspend()
+    try:
+        yield
+    finally:
+        for other in others:
+            other.resume()
+
+
+def test_workers_share_their_channels(server, live):
+    """Published at one worker, got by all clients of all, once and in order."""
+    with contextlib.ExitStack() as stack:
+        clients = []
+        parent = psutil.Process(live._process.pid)
+        await_true(lambda: len(parent.children()) == 4)
+        workers = parent.children()
+        for worker in workers:
+            with alone(worker, workers):
+                clients += stack.enter_context(followers(live, "a", 6))
+        await_true(lambda: backends(server, query="%tail%") == 4)
+        ids = []
+        for number in range(50):
+            ids += post(live, "a", str(number), f"{number}'")
+        await_true(lambda: all(len(each.events) >= 100 for each in clients))
+    for each in clients:
+        assert [event.id for event in each.events] == ids
+        assert each.events[-1].data == "49'"
+
+
+def test_a_killed_worker_loses_nothing(server, live):
+    """kill -9 under load: its clients go on at others, nothing lost or doubled."""
+    posted, doubtful, is_over = [], [], threading.Event()
+
+    def load():
+        number = 0
+        while not is_over.is_set():
+            number += 1
+            try:
+                post(live, "a", str(number))
+                posted.append(str(number))
+            except (OSError, EOFError):
+                doubtful.append(str(number))
+
+    with followers(live, "a", 24) as clients:
+        thread = threading.Thread(target=load)
+        thread.start()
+        try:
+            for _ in range(2):
+                before = len(posted)
+                await_true(lambda before=before: len(posted) > before + 30)
+                workers = psutil.Process(live._process.pid).children()
+                workers[0].send_signal(signal.SIGKILL)
+            before = len(posted)
+            await_true(lambda: len(posted) > before + 30)
+        finally:
+            is_over.set()
+            thread.join(LIMIT)
+        await_true(
+            lambda: all(
+                each.events and int(each.events[-1].data) >= int(posted[-1])
+                for each in clients
+            )
+        )
+    expected = [(event.id, event.data) for event in clients[0].events]
+    for each in clients:
+        assert [(event.id, event.data) for event in each.events] == expected
+    data = [text for _, text in expected]
+    assert data == sorted(set(data), key=int)
+    assert set(posted) <= set(data) <= {*posted, *doubtful}
+    assert sum(each.returns > 1 for each in clients) >= 1

@@ -1,0 +1,1235 @@
+"""``redis:``: the contract, and what it says when a server or a line fails.
+
+Everything is real: servers that are killed, stopped, flushed and promoted, and a
+proxy that cuts connections and swallows what they carry.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from live import LiveServer
+from pairs import check_script
+from programs import certificate
+from redis_nodes import Nodes
+from redis_server import RedisServer, Sentinel
+from syncstream.brokers import open_broker
+from syncstream.brokers import redis as module
+from syncstream.brokers.redis import RedisBroker
+from syncstream.errors import Closed, Unavailable, Uncertain
+from syncstream.hub import Gap, Hub
+from syncstream.protocol import sse
+from syncstream.testing import check_broker
+from tcp_proxy import Proxy
+
+TIMEOUT = 15.0  # seconds to wait for what must happen; not what it may take
+
+_prefixes = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """One server, for tests that leave it as it was."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def server():
+    """A server of the test's own."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(server):
+    """A line to that server."""
+    with Proxy(server.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Beats, and what is found out by them, in a tenth of the time."""
+    monkeypatch.setattr(module, "BEAT", 0.2)
+    monkeypatch.setattr(module, "DEAF", 0.7)
+    monkeypatch.setattr(module, "ROUND", 1.0)
+
+
+def own(url):
+    """Return a URL with a prefix that no other test has."""
+    return f"{url}{'&' if '?' in url else '?'}prefix=t{next(_prefixes)}:"
+
+
+def at(port, *query):
+    return f"redis://127.0.0.1:{port}?{'&'.join(query)}"
+
+
+def await_true(condition, explain=lambda: ""):
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {TIMEOUT} s in vain {explain()}"
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def opened(url, **options):
+    broker = open_broker(url, **options)
+    try:
+        yield broker
+    finally:
+        broker.close()
+
+
+@contextlib.contextmanager
+def hub_of(url, **options):
+    hub = Hub(url, **options)
+    try:
+        yield hub
+    finally:
+        hub.close()
+
+
+class Told:
+    """A sink that keeps what it is told."""
+
+    def __init__(self):
+        self.entries = []
+        self.lost = []
+        self.states = []
+
+    def deliver(self, channel, entry):
+        self.entries.append((channel, entry))
+
+    def resync(self, channels):
+        self.lost += channels
+
+    def state(self, is_up, reason):
+        self.states.append((is_up, reason))
+
+    def payloads(self):
+        return [entry.payload for _, entry in self.entries]
+
+
+# The contract.
+
+BY_GREENLETS = """
+import itertools, sys
+from gevent import monkey
+monkey.patch_all()
+from redis_nodes import Nodes
+from syncstream.brokers.redis import RedisBroker
+from syncstream.protocol import sse
+from syncstream.testing import check_broker
+prefixes = itertools.count()
+def url():
+    return f"{sys.argv[1]}?prefix={sys.argv[3]}-{next(prefixes)}:"
+if sys.argv[2] == "4":
+    with Nodes(3, "gevent") as nodes:
+        check_broker(lambda: nodes.broker(url()), rounds=50)
+else:
+    check_broker(lambda: RedisBroker(url()), rounds=100)
+    make = lambda: RedisBroker(url(), capacity=100)
+    check_broker(make, capacity=100, rounds=100)
+    check_broker(lambda: RedisBroker(url(), max_age=0.2), max_age=0.2)
+"""
+
+
+def test_the_contract_by_threads(shared):
+    """The whole suite."""
+    check_broker(lambda: RedisBroker(own(shared.url)), rounds=100)
+
+
+def test_the_contract_with_little_room(shared):
+    """The whole suite, where few events are kept."""
+    check_broker(
+        lambda: RedisBroker(own(shared.url), capacity=100), capacity=100, rounds=100
+    )
+
+
+def test_the_contract_by_age(shared):
+    """What is too old is not kept, and not taken for complete."""
+    check_broker(lambda: RedisBroker(own(shared.url), max_age=0.2), max_age=0.2)
+
+
+def test_the_contract_by_four_processes(shared):
+    """The whole suite, where four processes publish in turns."""
+    with Nodes(3) as nodes:
+        check_broker(lambda: nodes.broker(own(shared.url)), rounds=50)
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_the_contract_by_greenlets(shared, processes):
+    """The whole suite, in processes that gevent has patched."""
+    pytest.importorskip("gevent")
+    check_script(BY_GREENLETS, shared.url, str(processes), f"g{next(_prefixes)}")
+
+
+def test_the_contract_by_several_servers(shared):
+    """The whole suite, where each channel is on one of three."""
+    with RedisServer() as second, RedisServer() as third:
+        hosts = f"127.0.0.1:{second.port},127.0.0.1:{third.port}"
+        check_broker(lambda: RedisBroker(own(f"{shared.url},{hosts}")), rounds=30)
+        for one in (shared, second, third):
+            assert one.command("DBSIZE") > 50
+
+
+# URLs.
+
+
+def test_urls_name_servers(shared):
+    """What redis-py takes, ours beside it; nothing is connected to."""
+    path = f"unix://{shared.socket}?db=0"
+    for url in (shared.url, f"valkey{shared.url[5:]}", f"{shared.url}/3", path):
+        with opened(own(url)) as broker:
+            told = Told()
+            broker.attach(told)
+            broker.watch("a")
+            (id,) = broker.publish([("a", b"x")])
+            assert broker.read("a", "0").head == id
+            await_true(lambda told=told: told.payloads() == [b"x"])
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("redis://h?publish_timeout=soon", "publish_timeout must be seconds"),
+        ("redis://h?publish_timeout=0", "publish_timeout must be seconds"),
+        ("redis://h?colour=red", "colour"),
+        ("redis+sentinel://h", "name the service"),
+    ],
+)
+def test_urls_are_refused(url, sentence):
+    """In the caller's frame, not on the wire."""
+    with pytest.raises(ValueError, match=sentence):
+        open_broker(url)
+
+
+def test_no_password_is_told():
+    """What is logged and raised names the server, and no more."""
+    with opened("redis://me:secret@127.0.0.1:1?publish_timeout=1") as broker:
+        with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1") as caught:
+            broker.publish([("a", b"x")])
+        assert "secret" not in str(caught.value)
+
+
+def test_tls_and_passwords(tmp_path):
+    """By rediss:, with a user's name; who has none is refused, and told so."""
+    cert, key = certificate(tmp_path, "127.0.0.1")
+    with RedisServer("--requirepass", "secret", tls=(cert, key)) as server:
+        end = f"127.0.0.1:{server.port}?ssl_ca_certs={cert}&ssl_check_hostname=no"
+        with opened(own(f"rediss://default:secret@{end}")) as broker:
+            told = Told()
+            broker.attach(told)
+            broker.watch("a")
+            payloads = [b"x" * size for size in (1, 20_000, 1 << 20, 0)]
+            broker.publish([("a", payload) for payload in payloads])
+            await_true(lambda: told.payloads() == payloads)
+        with (
+            opened(f"rediss://{end}") as broker,
+            pytest.raises(Unavailable, match=r"(?i)auth"),
+        ):
+            broker.publish([("a", b"x")])
+
+
+def test_databases_do_not_hear_each_other(shared):
+    """Keys are a database's own, and so is what is told."""
+    prefix = f"prefix=db{next(_prefixes)}:"
+    told = Told(), Told()
+    with (
+        opened(f"{shared.url}/0?{prefix}") as first,
+        opened(f"{shared.url}/1?{prefix}") as second,
+    ):
+        for broker, sink in zip((first, second), told, strict=True):
+            broker.attach(sink)
+            broker.watch("a")
+            broker.watch("#")
+        first.publish([("a", b"first")])
+        second.publish([("a", b"second")])
+        await_true(lambda: all(sink.entries for sink in told))
+        assert [sink.payloads() for sink in told] == [[b"first"], [b"second"]]
+
+
+def test_all_processes_choose_the_same_server(shared):
+    """Each channel is on one of several, wherever it is asked for."""
+    with RedisServer() as second, Nodes(1) as nodes:
+        url = own(f"{shared.url},127.0.0.1:{second.port}")
+        names = [f"c:{number}" for number in range(30)]
+        with opened(url) as broker:
+            told = Told()
+            broker.attach(told)
+            broker.watch("c:*")
+            for name in names:
+                nodes.publish(0, url, [(name, name.encode())])
+                (entry,) = broker.read(name, "0").entries
+                assert entry.payload == name.encode()
+            ids = broker.publish([(name, b"2") for name in names])
+            assert [broker.read(name, None).head for name in names] == ids
+            await_true(lambda: len(told.entries) == 60)
+            assert 5 < second.command("DBSIZE") < 25
+
+
+# Patterns.
+
+
+def test_patterns_are_ours_not_globs(shared):
+    """What Redis' globs would make of a name does not matter."""
+    with opened(own(shared.url)) as broker:
+        told = Told()
+        broker.attach(told)
+        for pattern in ("a?[b]:*", "back\\:#", "x]:*"):
+            broker.watch(pattern)
+        names = ["a?[b]:1", "axb:1", "back\\", "back\\:1:2", "back:1", "x]:1", "ü:1"]
+        broker.publish([(name, name.encode()) for name in names])
+        broker.watch("ü:*")
+        broker.publish([("ü:2", b"last")])
+        await_true(lambda: b"last" in told.payloads())
+        found = [channel for channel, _ in told.entries]
+        assert found == ["a?[b]:1", "back\\", "back\\:1:2", "x]:1", "ü:2"]
+
+
+def test_each_event_is_told_once(shared):
+    """However many watched names bring it."""
+    with opened(own(shared.url)) as broker:
+        told = Told()
+        broker.attach(told)
+        for name in ("a:b", "a:*", "a:#", "#", "*"):
+            broker.watch(name)
+        broker.publish([("a:b", b"1"), ("a:b", b"2"), ("c", b"3"), ("a:b", b"4")])
+        await_true(lambda: b"4" in told.payloads())
+        assert told.payloads() == [b"1", b"2", b"3", b"4"]
+        broker.unwatch("a:b")
+        broker.unwatch("#")
+        broker.unwatch("*")
+        broker.publish([("c", b"5"), ("a:b", b"6")])
+        await_true(lambda: b"6" in told.payloads())
+        assert b"5" not in told.payloads()[4:] or told.payloads()[4:] == [b"5", b"6"]
+
+
+# What the server refuses.
+
+
+def refused(broker, kind=Unavailable, match=None):
+    """Return what a publish of one event and of a batch is refused with."""
+    for items in ([("a", b"1")], [("a", b"2"), ("b", b"3")]):
+        began = time.monotonic()
+        with pytest.raises(kind, match=match) as caught:
+            broker.publish(items)
+        assert type(caught.value) is kind
+        assert time.monotonic() - began < 3
+    with pytest.raises(ValueError, match="connection must be None"):
+        broker.publish([("a", b"1")], connection=object())
+
+
+def test_refused_connections():
+    """Nobody listens: nothing was stored, and reads say so, too."""
+    with RedisServer() as server:
+        url = server.url
+    with opened(url) as broker:
+        refused(broker, match="cannot connect")
+        with pytest.raises(Unavailable, match="cannot connect"):
+            broker.read("a", None)
+        broker.attach(Told())
+        began = time.monotonic()
+        broker.watch("a")
+        broker.watch("b")
+        assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("reason", ["OOM", "READONLY", "MISCONF", "LOADING", "key"])
+def test_refused_publishes(reason):
+    """What the server does not store is Unavailable; later it is stored."""
+    options = ["--save", "3600 1"] if reason in ("MISCONF", "LOADING") else []
+    with RedisServer(*options) as server, opened(server.url) as broker:
+        broker.publish([("c", b"0")])
+        if reason == "OOM":
+            server.command("CONFIG", "SET", "maxmemory", "1")
+            refused(broker, match="maxmemory")
+            server.command("CONFIG", "SET", "maxmemory", "0")
+        elif reason == "READONLY":
+            server.command("REPLICAOF", "127.0.0.1", "1")
+            refused(broker, match="read only")
+            assert broker.read("c", "0").entries
+            server.command("REPLICAOF", "NO", "ONE")
+        elif reason == "MISCONF":
+            (server.folder / "dump.rdb").mkdir()
+            server.command("BGSAVE")
+            await_true(
+                lambda: server.command("INFO")["rdb_last_bgsave_status"] == "err"
+            )
+            refused(broker, match="MISCONF")
+            server.command("CONFIG", "SET", "save", "")
+        elif reason == "LOADING":
+            fill = "for n = 1, 40000 do redis.call('SET', n, n) end"
+            server.command("EVAL", fill, "0")
+            server.command("SAVE")
+            server.restart_slowly()
+            refused(broker, match="(?i)loading")
+            server.stop(signal.SIGKILL)
+            server.start()
+        else:
+            server.command("SET", "ss:{a}", "1")
+            with pytest.raises(Unavailable, match="WRONGTYPE"):
+                broker.publish([("a", b"1")])
+            with pytest.raises(Uncertain, match="WRONGTYPE"):  # b was stored
+                broker.publish([("a", b"1"), ("b", b"2")])
+            server.command("DEL", "ss:{a}", "ss:{b}")
+        assert not broker.read("a", "0").entries
+        (id,) = broker.publish([("a", b"4")])
+        assert [entry.id for entry in broker.read("a", "0").entries] == [id]
+
+
+def test_a_server_that_became_a_replica(server):
+    """Its connections are not used again: its name may lead to the new master."""
+    with RedisServer() as other, Proxy(server.port) as proxy:
+        with opened(at(proxy.port)) as broker:
+            broker.publish([("a", b"1")])
+            server.command("REPLICAOF", "127.0.0.1", "1")
+            proxy.target = other.port
+            with pytest.raises(Unavailable, match="read only"):
+                broker.publish([("a", b"2")])
+            broker.publish([("a", b"3")])
+        assert other.command("XLEN", "ss:{a}") == 1
+
+
+def test_rights(server):
+    """What a user needs is little; who may not publish has maybe stored."""
+    commands = (
+        "+ping +evalsha +eval +xadd +xdel +xrange"
+        " +xrevrange +xtrim +xinfo|stream +exists +time +pttl +pexpire +persist"
+        " +publish +subscribe +unsubscribe +psubscribe +punsubscribe"
+    )
+    with server.client() as client:
+        # A pattern has to be named as it is.
+        rights = [*["on", ">pw", "~ss:*", "&ss:*", "&ss:{b:*}"], *commands.split()]
+        client.execute_command("ACL", "SETUSER", "app", *rights)
+        client.execute_command("ACL", "SETUSER", "mute", *rights, "-publish")
+    own_url = f"redis://%s:pw@127.0.0.1:{server.port}"
+    with opened(own_url % "app", max_age=60) as broker:
+        told = Told()
+        broker.attach(told)
+        for name in ("a", "b:*"):
+            broker.watch(name)
+        broker.publish([("a", b"1"), ("b:1", b"2")])
+        await_true(lambda: told.payloads() == [b"1", b"2"])
+        assert broker.read("c", None).head
+        broker.unwatch("a")
+        broker.unwatch("b:*")
+        assert told.states == []
+    with opened(own_url % "app", max_age=None) as broker:
+        broker.publish([("a", b"1")])
+    with opened(own_url % "mute") as broker:
+        refused(broker, Uncertain, "can't run|no permissions")
+
+
+def test_scripts_that_are_forgotten(server):
+    """They are sent anew, one event's and a batch's; reads, too."""
+    with opened(server.url) as broker:
+        for forget in (True, True, False):
+            if forget:
+                server.command("SCRIPT", "FLUSH")
+            broker.publish([("a", b"1")])
+            if forget:
+                server.command("SCRIPT", "FLUSH")
+            broker.publish([("a", b"2"), ("a", b"3")])
+            if forget:
+                server.command("SCRIPT", "FLUSH")
+            broker.read("a", None)
+        payloads = [entry.payload for entry in broker.read("a", "0").entries]
+        assert payloads == [b"1", b"2", b"3"] * 3
+
+
+# What is kept.
+
+
+def test_capacity_and_age_are_memory(server):
+    """So many entries are in the stream, and none for longer than is asked for."""
+    with opened(server.url, capacity=50, max_age=100) as broker:
+        for _ in range(20):
+            broker.publish([("a", b"x" * 100)] * 50)
+        assert server.command("XLEN", "ss:{a}") == 50
+        assert 90_000 < server.command("PTTL", "ss:{a}") <= 100_000
+        assert broker.read("empty", None).head
+        assert 90_000 < server.command("PTTL", "ss:{empty}") <= 100_000
+    with opened(server.url, max_age=None) as broker:
+        broker.publish([("a", b"x"), ("empty", b"x")])
+        assert server.command("PTTL", "ss:{a}") == -1
+        assert server.command("PTTL", "ss:{empty}") == -1
+
+
+def test_pages_are_bounded_in_bytes(shared):
+    """Who asks for hundreds of large events gets some, and goes on."""
+    with opened(own(shared.url)) as broker:
+        for _ in range(6):
+            broker.publish([("a", b"x" * 100_000)] * 50)
+        page = broker.read("a", "0")
+        found, after = list(page.entries), page.entries[-1].id
+        assert len(found) == 100
+        while after != page.head:
+            page = broker.read("a", after)
+            assert page.complete
+            assert len(page.entries) <= 100
+            found += page.entries
+            after = found[-1].id
+        assert len(found) == 300
+        assert [e.prev for e in found[1:]] == [e.id for e in found[:-1]]
+
+
+def test_who_listens_keeps_an_idle_channel(server, quick, monkeypatch):
+    """Its key expires only where nobody does: who is there has missed nothing."""
+    monkeypatch.setattr(module, "_MIN_TTL", 1.0)
+    with (
+        hub_of(server.url, max_age=1.0) as hub,
+        contextlib.closing(hub.subscribe("a")) as heard,
+    ):
+        assert heard.read(0) == []
+        hub.publish("a", "1")
+        assert [event.data for event in heard.read(TIMEOUT)] == ["1"]
+        head = hub.head("idle")
+        deadline = time.monotonic() + 3
+        await_true(lambda: not server.command("EXISTS", "ss:{idle}"))
+        while time.monotonic() < deadline:
+            assert heard.read(0.2) == []
+        hub.publish("a", "2")
+        (event,) = heard.read(TIMEOUT)
+        assert event.data == "2"
+        hub.publish("idle", "3")
+        assert not hub.broker.read("idle", head).complete
+
+
+def test_ids_are_not_made_twice(server):
+    """Of all events of a second, after the newest are lost, none has a lost id."""
+    with opened(server.url) as broker:
+        lost = set()
+        for _ in range(10):
+            lost |= set(broker.publish([("a", b"x")] * 100))
+            server.command("FLUSHALL")
+        ids = broker.publish([("a", b"x")] * 100)
+        assert not lost & set(ids)
+        assert len({int(id.partition("-")[2]) for id in [*lost, *ids]}) == 1100
+
+
+# Lines and servers that fail.
+
+
+class Reader:
+    """A subscriber in a thread; what it has got, and how often it was told of a gap."""
+
+    def __init__(self, hub, *channels, **options):
+        self.got = []
+        self.gaps = []
+        self.errors = []
+        self._subscription = hub.subscribe(*channels, **options)
+        self._subscription.read(0)
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self):
+        try:
+            while True:
+                for event in self._subscription.read():
+                    if isinstance(event, Gap):
+                        self.gaps.append(event)
+                    else:
+                        self.got.append(event.data)
+        except Closed:
+            pass
+        except Exception as error:
+            self.errors.append(error)
+
+    def close(self):
+        self._subscription.close()
+        self._thread.join(TIMEOUT)
+        assert not self._thread.is_alive()
+        assert self.errors == []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+
+class Publisher:
+    """Publishes numbers, one after the other; notes what became of each."""
+
+    def __init__(self, url, channel="a"):
+        self.stored = []
+        self.uncertain = []
+        self.longest = 0.0
+        self._broker = open_broker(url)
+        self._channel = channel
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._publish)
+        self._thread.start()
+
+    def _publish(self):
+        for number in itertools.count():
+            began = time.monotonic()
+            payload = f"data: {number}\n\n".encode()
+            try:
+                self._broker.publish([(self._channel, payload)])
+            except Unavailable:
+                pass
+            except Uncertain:
+                self.uncertain.append(str(number))
+            else:
+                self.stored.append(str(number))
+            self.longest = max(self.longest, time.monotonic() - began)
+            if self._stop.wait(0.003):
+                return
+
+    def more(self, count=50):
+        """Wait until so many more are stored."""
+        goal = len(self.stored) + count
+        await_true(lambda: len(self.stored) >= goal)
+
+    def close(self):
+        self._stop.set()
+        self._thread.join(TIMEOUT)
+        self._broker.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+
+def account(publisher, reader, has_gap=False):
+    """All that was stored was got, once and in order; nothing else but what may be."""
+    publisher.close()
+    last = publisher.stored[-1]
+    await_true(lambda: last in reader.got[-3:], lambda: f"{last} {reader.got[-3:]}")
+    assert reader.got == sorted(set(reader.got), key=int)
+    got = set(reader.got)
+    assert got <= {*publisher.stored, *publisher.uncertain}
+    missing = [number for number in publisher.stored if number not in got]
+    if not has_gap:
+        assert reader.gaps == []
+        assert missing == []
+    return missing
+
+
+@contextlib.contextmanager
+def silence(proxy):
+    proxy.is_silent = True
+    try:
+        yield
+    finally:
+        proxy.is_silent = False
+
+
+def cut(server, proxy, hub):
+    """All connections are reset; new ones, too, for a while."""
+    proxy.is_refusing = True
+    proxy.cut()
+    await_true(lambda: not hub.stats()["up"])
+    proxy.is_refusing = False
+
+
+def end(server, proxy, hub):
+    """The server ends one connection."""
+    before = {client["id"] for client in server.listeners()}
+    server.command("CLIENT", "KILL", "TYPE", "pubsub")
+    await_true(lambda: {client["id"] for client in server.listeners()} - before)
+
+
+def black_hole(server, proxy, hub):
+    """Nothing passes, and nobody says so."""
+    with silence(proxy):
+        await_true(lambda: not hub.stats()["up"])
+
+
+def restart(server, proxy, hub):
+    """The server ends in good order, and comes back with what it has."""
+    server.restart()
+
+
+def crash(server, proxy, hub):
+    """The server is killed, and comes back with what it has on disk."""
+    server.restart(signal.SIGKILL)
+
+
+def freeze(server, proxy, hub):
+    """The server stops for so long that it is given up."""
+    server.send(signal.SIGSTOP)
+    await_true(lambda: not hub.stats()["up"])
+    server.send(signal.SIGCONT)
+
+
+FAULTS = (cut, end, black_hole, restart, crash, freeze)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_subscribers_miss_nothing(fault, quick, caplog):
+    """Whatever fails, who is there stays, and gets all that was stored, in order."""
+    with (
+        RedisServer("--appendonly", "yes", "--appendfsync", "always") as server,
+        Proxy(server.port) as proxy,
+        hub_of(at(proxy.port, "publish_timeout=1")) as hub,
+        Reader(hub, "a") as reader,
+        Publisher(at(server.port, "publish_timeout=1")) as publisher,
+    ):
+        for _ in range(2):
+            publisher.more()
+            fault(server, proxy, hub)
+            await_true(lambda: hub.stats()["up"])
+            publisher.more()
+        account(publisher, reader)
+        assert publisher.longest < 1.5
+        assert len(publisher.uncertain) < 10
+        assert "the broker is down" in caplog.text
+        assert "the broker is back" in caplog.text
+        assert len(server.listeners()) == 1
+
+
+def test_the_last_event_is_not_lost(server, proxy, quick):
+    """What came while a line was down is read when it is back; nothing follows it."""
+    with (
+        hub_of(at(proxy.port)) as hub,
+        Reader(hub, "a") as reader,
+        Reader(hub, "b") as other,
+        opened(server.url) as broker,
+    ):
+        proxy.is_refusing = True
+        proxy.cut()
+        await_true(lambda: not hub.stats()["up"])
+        broker.publish([("a", b"data: last\n\n")])
+        proxy.is_refusing = False
+        await_true(lambda: reader.got == ["last"])
+        assert other.got == other.gaps == []
+
+
+def test_what_nobody_told_of_is_found(server, quick):
+    """An event whose message never came is read within a round, the last one, too."""
+    with hub_of(server.url) as hub, Reader(hub, "a") as reader:
+        hub.publish("a", "1")
+        await_true(lambda: reader.got == ["1"])
+        head = hub.head("a")
+        ms, _, number = head.partition("-")
+        id = f"{ms}-{int(number) + 1}"
+        fields = ["p", head, "d", "data: 2\n\n"]
+        server.command("XADD", "ss:{a}", id, *fields)
+        await_true(lambda: reader.got == ["1", "2"])
+        assert reader.gaps == []
+
+
+@pytest.mark.parametrize("fault", ["flush", "evict", "restart"])
+def test_lost_events_are_announced(fault, server, quick):
+    """A server that has forgotten them: one reset for each who is there."""
+    with (
+        hub_of(server.url) as hub,
+        Reader(hub, "a") as reader,
+        Reader(hub, "b") as other,
+        Publisher(server.url) as publisher,
+    ):
+        hub.publish("b", "1")
+        publisher.more()
+        if fault == "flush":
+            server.command("FLUSHALL")
+        elif fault == "evict":
+            server.command("DEL", "ss:{a}", "ss:{b}")
+        else:
+            server.restart(signal.SIGKILL)
+            await_true(lambda: hub.stats()["up"])
+        publisher.more()
+        account(publisher, reader, has_gap=True)
+        await_true(lambda: other.gaps)
+        assert [gap.json()["channel"] for gap in reader.gaps] == ["a"]
+        assert [gap.json()["channel"] for gap in other.gaps] == ["b"]
+        assert other.got == ["1"]
+
+
+def test_patterns_are_told_of_a_loss(server, proxy, quick):
+    """Nobody knows which channels there were: one reset, then all that comes."""
+    with hub_of(at(proxy.port)) as hub, Reader(hub, "a:*") as reader:
+        hub.publish("a:1", "1")
+        await_true(lambda: reader.got == ["1"])
+        cut(server, proxy, hub)
+        await_true(lambda: reader.gaps)
+        hub.publish("a:2", "2")
+        await_true(lambda: reader.got == ["1", "2"])
+        assert [gap.json()["channel"] for gap in reader.gaps] == ["a:*"]
+
+
+def test_a_promoted_replica_has_lost_some(server, quick):
+    """Who has a lost id gets a reset, who has one that was kept misses nothing."""
+    with RedisServer() as replica, Proxy(server.port) as proxy:
+        replica.command("REPLICAOF", "127.0.0.1", str(server.port))
+        with (
+            hub_of(at(proxy.port)) as hub,
+            Reader(hub, "a") as reader,
+            Reader(hub, "b") as quiet,
+        ):
+            kept = [hub.publish("a", str(number)) for number in range(10)]
+            hub.publish("b", "0")
+            await_true(lambda: replica.command("XLEN", "ss:{b}") == 1)
+            replica.command("REPLICAOF", "NO", "ONE")
+            lost = [hub.publish("a", f"lost {number}") for number in range(5)]
+            await_true(lambda: "lost 4" in reader.got)
+            proxy.target = replica.port
+            server.stop(signal.SIGKILL)
+            proxy.cut()
+            await_true(lambda: hub.stats()["up"] and len(replica.listeners()) == 1)
+            new = [hub.publish("a", f"new {number}") for number in range(8)]
+            await_true(lambda: "new 7" in reader.got)
+            assert len(reader.gaps) == 1
+            assert quiet.gaps == []
+            after = hub.broker.read("a", kept[-1])
+            assert after.complete
+            assert [entry.id for entry in after.entries] == new
+            for id in lost:
+                page = hub.broker.read("a", id)
+                assert not page.complete
+                assert [entry.id for entry in page.entries] == kept + new
+
+
+def test_a_publish_that_is_not_answered(server, proxy):
+    """It is uncertain, in time, and stored once: nothing is sent again."""
+    with (
+        opened(at(proxy.port, "publish_timeout=0.5")) as broker,
+        opened(server.url) as direct,
+    ):
+        broker.publish([("a", b"1")])
+        proxy.is_deaf = True
+        for items in ([("a", b"2")], [("a", b"3"), ("a", b"4")]):
+            began = time.monotonic()
+            with pytest.raises(Uncertain, match="no answer"):
+                broker.publish(items)
+            assert 0.4 < time.monotonic() - began < 1.5
+            # The next one has a connection that answers its greeting.
+            proxy.is_deaf = False
+            broker.publish([("b", b"x")])
+            proxy.is_deaf = True
+        payloads = [entry.payload for entry in direct.read("a", "0").entries]
+        assert payloads == [b"1", b"2", b"3", b"4"]
+
+
+@pytest.mark.parametrize("how", ["silent", "stopped"])
+def test_a_publish_to_nowhere(server, proxy, how):
+    """In time it is known not to be stored, or not to be known."""
+    with opened(at(proxy.port, "publish_timeout=0.6")) as broker:
+        broker.publish([("a", b"1")])
+        if how == "silent":
+            proxy.is_silent = True
+        else:
+            server.send(signal.SIGSTOP)
+        for kind in (Uncertain, Unavailable, Unavailable):
+            began = time.monotonic()
+            with pytest.raises((Unavailable, Uncertain)) as caught:
+                broker.publish([("a", b"2")])
+            assert type(caught.value) is kind
+            assert time.monotonic() - began < 1.2
+        with pytest.raises(Unavailable):
+            broker.read("a", None)
+        proxy.is_silent = False
+        server.send(signal.SIGCONT)
+        broker.publish([("a", b"3")])
+        found = [entry.payload for entry in broker.read("a", "0").entries]
+        assert found in ([b"1", b"3"], [b"1", b"2", b"3"])
+
+
+def test_connections_that_have_ended_are_not_used(server):
+    """A restart costs no publish: what waits in the pool is looked at first."""
+    with opened(server.url) as broker:
+        threads = [
+            threading.Thread(target=broker.publish, args=([("a", b"x")] * 100,))
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        server.restart(signal.SIGKILL)
+        for _ in range(10):
+            broker.publish([("a", b"x")])
+        assert len(broker.read("a", "0").entries) == 10
+
+
+def test_a_server_that_comes_later(quick):
+    """Who subscribes before there is one is told as soon as there is."""
+    with RedisServer() as server:
+        server.stop()
+        with opened(server.url) as broker:
+            told = Told()
+            broker.attach(told)
+            broker.watch("a")
+            broker.watch("b:*")
+            await_true(lambda: told.states)
+            assert told.states[0][0] is False
+            assert "cannot connect" in told.states[0][1]
+            with pytest.raises(Unavailable):
+                broker.publish([("a", b"0")])
+            server.start()
+            await_true(lambda: len(told.states) == 2)
+            assert told.states[1][0] is True
+            await_true(lambda: sorted(told.lost) == ["a", "b:*"])
+            broker.publish([("a", b"1"), ("b:1", b"2")])
+            await_true(lambda: told.payloads() == [b"1", b"2"])
+
+
+# Processes.
+
+
+def test_one_connection_listens(server):
+    """For each process one, however many channels and clients it has."""
+    hubs = [Hub(server.url) for _ in range(50)]
+    subscriptions = []
+    try:
+        for hub in hubs:
+            for number in range(20):
+                names = (f"c:{number}", f"d:{number % 3}", "e:*")
+                subscriptions.append(hub.subscribe(*names))
+                subscriptions[-1].read(0)
+        assert len(server.listeners()) == 50
+        hubs[7].publish("d:1", "x")
+        for subscription in subscriptions:
+            if "d:1" in subscription.channels:
+                assert [e.data for e in subscription.read(TIMEOUT)] == ["x"]
+    finally:
+        for hub in hubs:
+            hub.close()
+    await_true(lambda: server.listeners() == [])
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc")
+def test_nothing_is_left_behind(server):
+    """No descriptor, whether it was in use, or never answered."""
+    with Proxy(server.port) as proxy:
+        before = descriptors()
+        for is_silent in (False, True):
+            broker = open_broker(at(proxy.port, "publish_timeout=0.4"))
+            broker.attach(Told())
+            proxy.is_silent = is_silent
+            broker.watch("a")
+            with contextlib.suppress(Unavailable):
+                broker.publish([("a", b"x")])
+            broker.close()
+            broker.close()
+            with pytest.raises(Unavailable, match="closed"):
+                broker.publish([("a", b"x")])
+        proxy.is_silent = False
+        proxy.cut()
+        await_true(lambda: descriptors() <= before)
+
+
+def test_publishers_that_are_killed(server):
+    """What they were told is stored is there, once; nobody else is held up."""
+    for place in range(4):
+        with Nodes(2) as nodes, hub_of(server.url) as hub:
+            url, name = server.url, f"k{place}"
+            stored = queue.SimpleQueue()
+
+            def publish(who, nodes=nodes, stored=stored, url=url, name=name):
+                with contextlib.suppress(ValueError, OSError):
+                    for number in range(100_000):
+                        payload = f"data: {who} {number}\n\n".encode()
+                        nodes.publish(who, url, [(name, payload)])
+                        stored.put(f"{who} {number}")
+
+            with Reader(hub, name) as reader:
+                threads = [threading.Thread(target=publish, args=(n,)) for n in (0, 1)]
+                for thread in threads:
+                    thread.start()
+                await_true(lambda stored=stored: stored.qsize() > 100)
+                nodes.kill(0)
+                threads[0].join(TIMEOUT)
+                goal = stored.qsize() + 50
+                await_true(lambda goal=goal, stored=stored: stored.qsize() > goal)
+                nodes.kill(1)
+                threads[1].join(TIMEOUT)
+                acked = [stored.get() for _ in range(stored.qsize())]
+                await_true(lambda acked=acked, got=reader.got: {*acked} <= {*got})
+                assert len(reader.got) == len({*reader.got}) <= len(acked) + 2
+                assert reader.gaps == []
+
+
+FORKED = """
+import os, sys, time
+if sys.argv[2] == "gevent":
+    from gevent import monkey
+    monkey.patch_all()
+from syncstream.brokers.redis import RedisBroker
+
+class Told(list):
+    def deliver(self, channel, entry): self.append(entry.payload)
+    def resync(self, channels): lost.append(list(channels))
+    def state(self, is_up, reason): raise AssertionError(reason)
+
+def await_true(condition):
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+lost, told = [], Told()
+broker = RedisBroker(sys.argv[1])
+broker.attach(told)
+broker.watch("a")
+broker.publish([("a", b"before")])
+await_true(lambda: told == [b"before"])
+children = []
+for number in range(3):
+    pid = os.fork()
+    if not pid:
+        # What it inherits is told of once it asks for anything.
+        broker.read("a", None)
+        broker.watch("b")
+        await_true(lambda: lost == [["a"]])
+        broker.publish([("b", b"mine %d" % number)])
+        await_true(lambda: b"mine %d" % number in told)
+        await_true(lambda: b"parent's" in told)
+        broker.close()
+        os._exit(0)
+    children.append(pid)
+time.sleep(0.3)
+import redis
+with redis.Redis.from_url(sys.argv[1]) as client:
+    await_true(lambda: len(client.client_list(_type="pubsub")) == 4)
+    ids = broker.publish([("a", b"parent's")] * 1)
+    await_true(lambda: told[1:] == [b"parent's"])
+for pid in children:
+    assert os.waitpid(pid, 0)[1] == 0
+broker.publish([("a", b"after")])
+await_true(lambda: told[1:] == [b"parent's", b"after"])
+assert lost == []
+broker.close()
+"""
+
+
+@pytest.mark.parametrize("kind", ["threads", "gevent"])
+def test_a_child_has_its_own(server, kind):
+    """A fork uses nothing of its parent's, who goes on undisturbed."""
+    if kind == "gevent":
+        pytest.importorskip("gevent")
+    check_script(FORKED, server.url, kind)
+
+
+LATE = """
+from gevent import monkey
+monkey.patch_all()
+import os, signal, sys, time, gevent
+from syncstream import Hub, Unavailable, Uncertain
+hub = Hub(sys.argv[1] + "?publish_timeout=1")
+turns = []
+def turn():
+    while True:
+        gevent.sleep(0.001)
+        turns.append(time.thread_time())
+subscription = hub.subscribe("a")
+subscription.read(0)
+turning = gevent.spawn(turn)
+
+# A flood. By CPU time: what other processes take is not the broker's doing.
+def publish():
+    for _ in range(300):
+        hub.publish("a", "x" * 200)
+greenlets = [gevent.spawn(publish) for _ in range(20)]
+count = 0
+while count < 6000:
+    count += len(subscription.read(10))
+gevent.joinall(greenlets, raise_error=True)
+latest = max(b - a for a, b in zip(turns, turns[1:]))
+assert latest < 0.1, latest
+
+# A server that does not answer.
+os.kill(int(sys.argv[2]), signal.SIGSTOP)
+for _ in range(2):
+    before = len(turns)
+    try:
+        hub.publish("a", "x")
+    except (Unavailable, Uncertain):
+        pass
+    assert len(turns) - before > 50, len(turns) - before
+os.kill(int(sys.argv[2]), signal.SIGCONT)
+turning.kill()
+hub.close()
+"""
+
+
+def test_the_hub_of_gevent_is_not_held_up(server):
+    """For a tenth of a second neither by a flood, nor by a server that is silent."""
+    pytest.importorskip("gevent")
+    check_script(LATE, server.url, str(server.pid))
+
+
+# Sentinel.
+
+
+def test_sentinel_names_the_server(quick):
+    """A failover is a reconnect: all who are there stay, and are told what is lost."""
+    with RedisServer() as master, RedisServer() as replica:
+        replica.command("REPLICAOF", "127.0.0.1", str(master.port))
+        with Sentinel("mine", master.port) as sentinel:
+            url = f"redis+sentinel://127.0.0.1:{sentinel.port}/mine/0?publish_timeout=1"
+            with (
+                hub_of(url) as hub,
+                Reader(hub, "a") as reader,
+                Publisher(url) as publisher,
+            ):
+                publisher.more()
+                assert len(master.listeners()) == 1
+                sentinel.await_replica()
+                master.stop(signal.SIGKILL)
+                await_true(lambda: replica.command("ROLE")[0] == b"master")
+                await_true(lambda: hub.stats()["up"] and replica.listeners())
+                publisher.more()
+                account(publisher, reader, has_gap=True)
+                assert len(reader.gaps) <= 1
+
+
+# Servers that serve.
+
+WORKERS = 4
+# A worker that has so many takes no more: others have some, too.
+MOST = 5
+WORDS = ("-w", str(WORKERS), "--worker-connections", str(MOST))
+KINDS = {
+    "gunicorn-gthread": (*WORDS, "--threads", str(MOST)),
+    "gunicorn-gevent": WORDS,
+}
+
+
+@pytest.fixture(params=KINDS)
+def site(request):
+    """Four workers of a real server, and their Redis, which keeps what it stores."""
+    with (
+        RedisServer("--appendonly", "yes", "--appendfsync", "always") as engine,
+        LiveServer(
+            request.param,
+            "apps.redis_app:wrapped",
+            *KINDS[request.param],
+            env={"HUB_URL": engine.url},
+        ) as server,
+    ):
+        server.engine = engine
+        yield server
+        assert server.tracebacks() == 0, server.log()
+
+
+class Browser:
+    """An event source in a thread: comes back with the last id."""
+
+    def __init__(self, server, channel):
+        self.got = []
+        self.opened = 0
+        self.pid = None
+        self._server = server
+        self._path = f"/sse/{channel}?after=start"
+        self._last = None
+        self._client = None
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        while not self._is_closed:
+            try:
+                self._follow()
+            except (OSError, EOFError):
+                time.sleep(0.02)
+
+    def _follow(self):
+        headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
+        if self._last is not None:
+            headers["Last-Event-ID"] = self._last
+        with self._server.get(self._path, headers=headers) as client:
+            self._client = client
+            client.read_head()
+            self.pid = int(client.headers["x-pid"])
+            self.opened += 1
+            while not self._is_closed and (block := client.block()).endswith(b"\n\n"):
+                for event in sse.Decoder().feed(block):
+                    assert event.event != "reset", event
+                    self._last = event.id
+                    self.got.append(event.data)
+
+    def close(self):
+        self._is_closed = True
+        with contextlib.suppress(OSError, AttributeError):
+            self._client.socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(TIMEOUT)
+        assert not self._thread.is_alive()
+
+
+@contextlib.contextmanager
+def browsers(server, channel):
+    """Open so many that each worker has some."""
+    found = [Browser(server, channel) for _ in range((WORKERS - 1) * MOST + 2)]
+    try:
+        await_true(lambda: all(one.opened for one in found))
+        assert len({one.pid for one in found}) == WORKERS
+        yield found
+    finally:
+        for one in found:
+            one.close()
+
+
+def post(server, channel, items):
+    body = json.dumps(items).encode()
+    with server.connect() as client:
+        head = f"POST /publish/{channel} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        client.socket.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
+        client.socket.sendall(body)
+        text = client.rest()
+        assert client.status == 200, text
+        return json.loads(text)
+
+
+def test_what_one_worker_publishes_all_clients_get(site):
+    """Each event once and in order; one connection listens in each worker."""
+    with browsers(site, "a") as found:
+        assert len(site.engine.listeners()) == WORKERS
+        expected = [str(number) for number in range(60)]
+        for start in range(0, 60, 3):
+            post(site, "a", expected[start : start + 3])
+        for one in found:
+            await_true(lambda one=one: len(one.got) >= 60)
+            assert one.got == expected
+            assert one.opened == 1
+
+
+def test_a_worker_that_is_killed(site):
+    """Its clients go on with others; nothing is lost, nothing doubled."""
+    with browsers(site, "a") as found, Publisher(site.engine.url) as publisher:
+        publisher.more()
+        victim = found[0].pid
+        os.kill(victim, signal.SIGKILL)
+        publisher.more(100)
+        publisher.close()
+        for one in found:
+            await_true(lambda one=one: one.got[-1:] == publisher.stored[-1:])
+            assert one.got == publisher.stored
+            assert one.pid != victim
+        assert any(one.opened > 1 for one in found)
+        assert any(one.opened == 1 for one in found)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_engine_restarts_under_streams(site, number):
+    """They stay, and go on by themselves."""
+    with browsers(site, "a") as found, Publisher(site.engine.url) as publisher:
+        publisher.more()
+        site.engine.restart(number)
+        publisher.more(100)
+        publisher.close()
+        for one in found:
+            await_true(lambda one=one: one.got[-1:] == publisher.stored[-1:])
+            # What is uncertain may be there.
+            got = [n for n in one.got if n not in publisher.uncertain]
+            assert got == publisher.stored
+            assert one.opened == 1, site.log()
+        site.await_log("the broker is back")

@@ -1,0 +1,204 @@
+"""Publishing from elsewhere: over HTTP, and from the command line."""
+
+import io
+import json
+import sys
+
+import pytest
+from werkzeug.test import Client
+from werkzeug.wrappers import Response
+
+from syncstream import Hub
+from syncstream.__main__ import main
+from syncstream.errors import Unavailable, Uncertain
+from syncstream.publish import MAX_BODY, publish_app
+
+TOKEN = {"Authorization": "Bearer secret"}
+
+
+@pytest.fixture
+def hub():
+    hub = Hub(max_payload=1000)
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def client(hub):
+    return Client(publish_app(hub, token=["older", "secret"]), Response)
+
+
+def post(client, path="/news", data=b"hello", headers=(), **options):
+    return client.post(path, data=data, headers={**TOKEN, **dict(headers)}, **options)
+
+
+def test_an_event_is_published(hub, client):
+    """Its body is the data, whatever it is; the answer has its id."""
+    with_events = hub.subscribe("news", "a:é")
+    with_events.read(0)
+    for data in ("hello", "", '{"a": 1}', "two\nlines", "é"):
+        answer = post(client, data=data.encode())
+        assert answer.status_code == 200
+        (event,) = with_events.read(0)
+        assert event.data == data
+        assert answer.json["ids"][0] in str(event.id)
+    answer = post(client, "/a:%C3%A9?event=ping&retry=5")
+    (event,) = with_events.read(0)
+    assert (event.event, event.data, event.retry) == ("ping", "hello", 5)
+
+
+def test_several_events_are_published_in_one_go(hub, client):
+    """The JSON of one a line, as it stands."""
+    subscription = hub.subscribe("news")
+    subscription.read(0)
+    lines = '{"a": 1}\n\n[2]\r\n"x"\n'
+    answer = post(client, data=lines.encode(), content_type="application/x-ndjson")
+    assert len(answer.json["ids"]) == 3
+    assert [e.data for e in subscription.read(0)] == ['{"a": 1}', "[2]", '"x"']
+
+
+def test_tags_choose_who_gets_it(hub, client):
+    """``only`` and ``exclude``, several of each."""
+    a, b = (hub.subscribe("news", tags=[tag]) for tag in "ab")
+    for subscription in (a, b):
+        subscription.read(0)
+    post(client, "/news?only=a&only=c", b"1")
+    post(client, "/news?exclude=a", b"2")
+    assert [e.data for e in a.read(0)] == ["1"]
+    assert [e.data for e in b.read(0)] == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "options", "status", "text"),
+    [
+        ("/", b"x", {}, 400, "channel must be"),
+        ("/a b", b"x", {}, 400, "channel must be"),
+        ("/a:*", b"x", {}, 400, "channel must be"),
+        ("/a", b"\xff", {}, 400, "UTF-8"),
+        ("/a?retry=-1", b"x", {}, 400, "retry must be"),
+        ("/a?event=a%0Ab", b"x", {}, 400, "event must"),
+        ("/a", b"{}\n{", {"content_type": "application/x-ndjson"}, 400, "line 2"),
+        ("/a", b"NaN", {"content_type": "application/x-ndjson"}, 400, "line 1"),
+        ("/a", b"\n", {"content_type": "application/x-ndjson"}, 400, "no line"),
+        ("/a", b"x" * 1001, {}, 413, "1000 bytes at most"),
+        ("/a", b"x" * (MAX_BODY + 1), {}, 413, "bytes at most"),
+    ],
+)
+def test_what_is_wrong_is_said(hub, client, path, data, options, status, text):
+    """And nothing is published."""
+    answer = post(client, path, data, **options)
+    assert answer.status_code == status
+    assert text in answer.json["error"]
+    assert hub.stats()["published"] == 0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic c2VjcmV0", "Bearer secret2"],
+)
+def test_a_token_is_needed(hub, client, value):
+    """For every method; what is not one tells nothing."""
+    headers = {} if value is None else {"Authorization": value}
+    for method in ("POST", "GET", "OPTIONS"):
+        answer = client.open("/news", method=method, data=b"x", headers=headers)
+        assert answer.status_code == 401
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert hub.stats()["published"] == 0
+
+
+def test_other_methods(client):
+    """Are refused."""
+    answer = client.get("/news", headers=TOKEN)
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
+
+
+def test_each_token_will_do(client):
+    """So that one can replace another."""
+    answer = client.post("/a", headers={"Authorization": "Bearer older"}, data=b"x")
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(Unavailable("down"), 503), (Uncertain("lost"), 504)]
+)
+def test_a_broker_that_is_down(hub, client, monkeypatch, error, status):
+    """Whether to try again can be told."""
+
+    def publish(items, *, connection=None):
+        raise error
+
+    monkeypatch.setattr(hub.broker, "publish", publish)
+    answer = post(client)
+    assert answer.status_code == status
+    assert ("Retry-After" in answer.headers) is (status == 503)
+
+
+@pytest.mark.parametrize(
+    ("token", "error"), [("", ValueError), ([], ValueError), ([5], TypeError)]
+)
+def test_wrong_tokens(hub, token, error):
+    """Are refused where the application is made."""
+    with pytest.raises(error, match="token must"):
+        publish_app(hub, token=token)
+
+
+# The command line.
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"local:{tmp_path / 'events'}"
+
+
+def test_the_command_publishes(url, capsys):
+    """To all processes that have the same hub; it prints the id."""
+    hub = Hub(url)
+    try:
+        assert main(["publish", url, "news", "hello", "--event", "ping"]) == 0
+        id = capsys.readouterr().out.strip()
+        (event,) = hub.subscribe("news", after="start").read(10)
+        assert (event.data, event.event, event.id) == ("hello", "ping", id)
+    finally:
+        hub.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [([], ["a\n\nb"]), (["--lines"], ["a", "", "b"])]
+)
+def test_the_command_reads(url, capsys, monkeypatch, options, expected):
+    """What stands on standard input, whole or line by line."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n\nb"))
+    assert main(["publish", url, "news", "-", *options]) == 0
+    assert len(capsys.readouterr().out.split()) == len(expected)
+    hub = Hub(url)
+    try:
+        found = hub.subscribe("news", after="start").read(10)
+        assert [event.data for event in found] == expected
+    finally:
+        hub.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"),
+    [
+        (["memory:", "a", "x"], 2, "memory:"),
+        (["nothing:", "a", "x"], 2, "url must"),
+        (["local:", "a b", "x"], 2, "channel must"),
+        (["local:", "a", "x", "--lines"], 2, "--lines"),
+        (["redis://127.0.0.1:1", "a", "x"], 1, ""),
+    ],
+)
+def test_what_is_wrong_with_a_command(words, status, text, capsys):
+    """Is said, and the status tells whether to try again."""
+    assert main(["publish", *words]) == status
+    out, err = capsys.readouterr()
+    assert not out
+    assert text in err
+    assert err.startswith("syncstream: ")
+
+
+def test_the_answer_is_json(client):
+    """Whatever it says."""
+    for answer in (post(client), client.get("/")):
+        assert answer.mimetype == "application/json"
+        assert json.loads(answer.get_data())
