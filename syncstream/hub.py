@@ -86,9 +86,9 @@ class _Channel:
         self.counted = 0  # bytes of it that are in `Hub._size`
         self.subscriptions = 0
         self.is_watched = False  # by its name: the broker tells of it
-        # What was told did not fit: its head may be older than the channel's. The
-        # first to come to its end asks the broker.
-        self.is_doubtful = False
+        # Its head may be older than the channel's, or not known at all: the first to
+        # come to its end asks the broker.
+        self.is_doubtful = True
         self.patterns = -1  # the `Hub._version` whose subscriptions know of it
         self.waiters: dict[Waiter, None] = {}  # in the order in which they came
         self.tagged = -1  # the last position whose entry is not for everybody
@@ -570,7 +570,9 @@ class Hub:
         if record is None or not record.is_watched:
             self.broker.watch(name)
             if record is not None:
-                record.is_watched = True
+                with self._lock:
+                    # A pattern may have brought it, and have gone since.
+                    record.is_doubtful = record.is_watched = True
         return record
 
     def unwatch(self, name: str) -> None:

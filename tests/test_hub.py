@@ -604,6 +604,37 @@ def test_a_pattern_outlives_a_window(hub, monkeypatch):
     assert hub.stats()["channels"] < 5
 
 
+@pytest.mark.parametrize("after", ["id", 1, "start"])
+def test_a_pattern_that_went_leaves_no_stale_window(hub, after):
+    """What came after a pattern's end is not withheld from who comes back."""
+    pattern = hub.subscribe("user:*")
+    pattern.read(0)
+    seen = hub.publish("user:7", "one")
+    assert data(pattern.read(0)) == ["one"]
+    pattern.close()
+    hub.publish("user:7", "two")
+    subscription = hub.subscribe("user:7", after=seen if after == "id" else after)
+    assert data(read_all(subscription))[-1:] == ["two"]
+    hub.publish("user:7", "three")
+    assert data(read_all(subscription)) == ["three"]
+
+
+def test_a_window_between_two_patterns(hub):
+    """A second pattern goes on with what is new, and a name with all."""
+    first = hub.subscribe("user:*")
+    first.read(0)
+    seen = hub.publish("user:7", "one")
+    first.close()
+    hub.publish("user:7", "two")
+    second = hub.subscribe("user:#")
+    assert second.read(0) == []
+    named = hub.subscribe("user:7", after=seen)
+    assert data(read_all(named)) == ["two"]
+    hub.publish("user:7", "three")
+    assert data(read_all(second)) == ["three"]
+    assert data(read_all(named)) == ["three"]
+
+
 # Who gets it.
 
 
