@@ -1358,8 +1358,10 @@ class Subscription:
             self._reauthorize is None or now - self._asked < self._reauthorize
         ):
             return
+        # If it raises, who asks may not read, and it is asked again.
+        is_allowed = self._authorize(self)
         self._asked = now
-        if not self._authorize(self):
+        if not is_allowed:
             self.close("denied")
 
     def _leave(self, has_joined: bool = True) -> None:

@@ -679,6 +679,46 @@ def test_authorize(hub):
     assert hub.stats()["subscribers"] == 0
 
 
+def test_an_authorize_that_raises_lets_nobody_in(hub):
+    """Whoever reads gets its error, each time, and nothing else."""
+
+    def broken(subscription):
+        raise ConnectionError("no database")
+
+    hub.publish("a", "secret")
+    watcher = hub.subscribe("a")
+    watcher.read(0)
+    subscription = hub.subscribe("a", after="start", authorize=broken, announce=True)
+    for call in (subscription.begin, *[lambda: subscription.read(0)] * 2):
+        with pytest.raises(ConnectionError):
+            call()
+    with pytest.raises(ConnectionError):
+        next(subscription)
+    assert hub.presence("a") == [None]
+    assert watcher.read(0) == []
+
+
+def test_a_reauthorize_that_raises_lets_nobody_go_on(hub):
+    """It is asked until it answers; what came meanwhile is not lost."""
+    answers = [ConnectionError("no database"), ConnectionError("no database")]
+
+    def authorize(subscription):
+        if is_broken and answers:
+            raise answers.pop()
+        return True
+
+    is_broken = False
+    subscription = hub.subscribe("a", authorize=authorize, reauthorize=0.001)
+    subscription.read(0)
+    hub.publish("a", "x")
+    is_broken = True
+    time.sleep(0.002)
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            subscription.read(0)
+    assert data(subscription.read(0)) == ["x"]
+
+
 def test_reauthorize_on_a_busy_channel(hub):
     """Who always has something to read is asked, too."""
     answers = iter([True, False])
