@@ -808,7 +808,7 @@ class Subscription:
         return self
 
     def __next__(self) -> Event:
-        items = self._items or self._wait(None)[::-1]
+        items = self._rest() or self._wait(None)[::-1]
         item = items.pop()
         self._items = items or None
         return self._decoded(item)
@@ -826,9 +826,18 @@ class Subscription:
             Closed: The subscription has ended.
             ClientDisconnected, GeneratorExit: As from `sleep`, in a stream.
         """
-        items = self._items[::-1] if self._items else None
+        items = self._rest()
+        items = items[::-1] if items else self._wait(timeout)
         self._items = None
-        return [self._decoded(item) for item in items or self._wait(timeout)]
+        return [self._decoded(item) for item in items]
+
+    def _rest(self) -> list[Item] | None:
+        """Return what was read before and not given out, the next at its end."""
+        if self._items:
+            self._check_allowed()
+            if self._reason is not None:
+                self._items = None
+        return self._items
 
     def frames(self, is_events: bool, dumps: Dumps) -> Frames:
         """Return its chunks for a response."""

@@ -846,6 +846,29 @@ def test_close_of_a_subscription(hub, place):
     assert hub.stats()["subscribers"] == 0
 
 
+@pytest.mark.parametrize("how", ["next", "read"])
+@pytest.mark.parametrize("reason", ["kicked", "denied", "closed"])
+def test_an_end_is_the_end_of_what_was_read_before(hub, how, reason):
+    """Who is kicked, denied or closed gets nothing more, not even what is there."""
+    hub.publish_many("a", map(str, range(10)))
+    is_allowed = True
+    subscription = hub.subscribe(
+        "a", after="start", authorize=lambda s: is_allowed, reauthorize=0.001
+    )
+    assert next(subscription).data == "0"
+    if reason == "denied":
+        is_allowed = False
+        time.sleep(0.002)
+    elif reason == "kicked":
+        hub.kick(lambda subscription: True)
+    else:
+        hub.close()
+    for _ in range(2):
+        with pytest.raises(Closed) as caught:
+            next(subscription) if how == "next" else subscription.read(0)
+        assert caught.value.reason == reason
+
+
 def test_kicks_and_beginnings(hub):
     """Closed in the moment in which it begins: nothing is left of it."""
 
