@@ -1043,7 +1043,8 @@ class Subscription:
             known = len(id) <= 40 and _ID.fullmatch(id) is not None
             return _Cursor(name, record, id if known else "")
         if self._after == "now":
-            return _Cursor(name, record, self.hub.broker.read(name, None).head)
+            head = self.hub.broker.read(name, None).head
+            return _Cursor(name, record, head, is_begun=True)
         count = self._after if isinstance(self._after, int) else None
         last, head = self._oldest(name, count)
         return _Cursor(name, record, last, start=head)

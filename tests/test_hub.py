@@ -406,6 +406,19 @@ def test_within_what_is_kept_nothing_is_lost(small):
     assert data(read_all(lagging(small, 5))) == ["0", "1", "2", "3", "4"]
 
 
+def test_a_lag_before_the_first_event_is_a_lag(small):
+    """Who began now and was too slow from the beginning is told so."""
+    subscription = small.subscribe("a")
+    subscription.begin()
+    small.publish_many("a", map(str, range(50)))
+    assert subscription.read(0)[0].json()["reason"] == "lagged"
+    dropped = small.subscribe("a", on_lag="drop")
+    dropped.begin()
+    small.publish_many("a", map(str, range(50)))
+    with pytest.raises(Closed, match="lagged"):
+        dropped.read(0)
+
+
 def test_on_lag_drop(small):
     """It ends; the client comes back, and is told."""
     subscription = lagging(small, on_lag="drop")
