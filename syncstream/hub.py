@@ -882,8 +882,8 @@ class Subscription:
                 record.waiters[waiter] = None
             try:
                 waiter.wait(None)
-            except BaseException:
-                self.close("closed")
+            except BaseException:  # a time-out's, say: it may be read again
+                self._withdraw()
                 raise
         return None
 
@@ -1103,8 +1103,8 @@ class Subscription:
                 return []
             try:
                 waiter.wait(left)
-            except BaseException:
-                self.close("closed")
+            except BaseException:  # a time-out's, say: it may be read again
+                self._withdraw()
                 raise
             if not self._is_simple or left is not None:
                 self._withdraw()  # from those that did not wake it

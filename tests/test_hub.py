@@ -808,6 +808,25 @@ def test_who_waited_and_left_is_not_held(hub, place):
 # Ends.
 
 
+@pytest.mark.parametrize("channels", [("a",), ("a", "b"), ("a", "b:*")])
+def test_an_exception_in_a_wait_ends_only_the_wait(hub, channels):
+    """A time-out or an interrupt that comes from outside loses nothing."""
+    gevent = pytest.importorskip("gevent")
+
+    def read():
+        subscription = hub.subscribe(*channels)
+        subscription.read(0)
+        for number in range(3):
+            with pytest.raises(gevent.Timeout), gevent.Timeout(0.005):
+                subscription.read()
+            assert not hub._channels["a"].waiters
+            hub.publish("a", str(number))
+            assert data(subscription.read(TIMEOUT)) == [str(number)]
+        subscription.close()
+
+    in_place(Greenlets(), read)
+
+
 def test_close_wakes_all(place):
     """Whoever waits gets `Closed`, at once; whoever comes later, too."""
     hub = Hub()
