@@ -23,11 +23,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
-from .brokers import Broker, is_pattern, matches, open_broker
+from .brokers import Broker, is_pattern, matches, open_broker, patterns_of
 from .errors import BrokerError, Closed, PayloadTooLarge
-from .log import START, Entry, Log, Page
+from .log import JOIN, START, Entry, Log, Page, first_part
 from .process import process
 from .protocol import sse
 from .protocol.json import Dumps, dumps_or_default
@@ -76,7 +77,7 @@ class _Channel:
     """A channel that has, or had a moment ago, subscribers."""
 
     __slots__ = (
-        *("counted", "idle_since", "is_doubtful", "is_watched", "log", "patterns"),
+        *("counted", "idle_since", "is_doubtful", "is_watched", "limit", "log"),
         *("subscriptions", "tagged", "waiters"),
     )
 
@@ -89,7 +90,7 @@ class _Channel:
         # Its head may be older than the channel's, or not known at all: the first to
         # come to its end asks the broker.
         self.is_doubtful = True
-        self.patterns = -1  # the `Hub._version` whose subscriptions know of it
+        self.limit = READ  # what to ask the broker for: fewer, if they are large
         self.waiters: dict[Waiter, None] = {}  # in the order in which they came
         self.tagged = -1  # the last position whose entry is not for everybody
         self.idle_since = time.monotonic()
@@ -148,8 +149,7 @@ class Hub:
         self._filled: OrderedDict[_Channel, None] = OrderedDict()
         self._size = 0
         self._patterns: dict[str, int] = {}  # how many subscriptions have each
-        self._with_patterns: dict[int, weakref.ref[Subscription]] = {}
-        self._version = 0  # of the subscriptions that have patterns
+        self._listeners: dict[str, dict[int, weakref.ref[Subscription]]] = {}
         self._open: dict[int, weakref.ref[Subscription]] = {}
         # What was dropped, not closed. Maybe by a garbage collection, anywhere, under
         # any lock: to call the broker there is to wait for oneself.
@@ -425,10 +425,11 @@ class Hub:
         with self._lock:
             record = self._channels.get(channel)
             if record is None:
-                if not any(matches(p, channel) for p in self._patterns):
+                if not self._listening(channel):
                     return
                 self._forget_idle(time.monotonic(), is_watched=False)
                 record = self._channels[channel] = _Channel()
+                record.is_doubtful = False  # to who listens from now on
             window = record.log
             if window.head and entry.prev != window.head:
                 if window.after(entry.id) is not None:
@@ -444,12 +445,22 @@ class Hub:
             while self._size > BUDGET:
                 self._empty(next(iter(self._filled)))
             waiters, record.waiters = record.waiters, {}
-            if self._patterns and record.patterns != self._version:
-                record.patterns = self._version
-                for subscription in _alive(self._with_patterns):
+            if self._listeners:
+                if not record.is_watched:
+                    record.idle_since = time.monotonic()
+                for subscription in self._listening(channel):
                     waiters |= subscription.discover(channel, entry.prev)
         if waiters:
             wake_all(waiters)
+
+    def _listening(self, channel: str) -> list[Subscription]:
+        """Return those that have patterns of a channel; maybe one several times."""
+        found: list[Subscription] = []
+        for pattern in patterns_of(channel):
+            listeners = self._listeners.get(pattern)
+            if listeners:
+                found += _alive(listeners)
+        return found
 
     def _count(self, record: _Channel) -> None:
         """Take note of a window's size, under the lock, after any change of it."""
@@ -475,21 +486,20 @@ class Hub:
 
     def resync(self, channels: Iterable[str] | None) -> None:
         with self._lock:
-            channels = None if channels is None else list(channels)
-            names = list(self._channels) if channels is None else channels
+            names = list(self._channels if channels is None else channels)
             waiters: dict[Waiter, None] = {}
-            is_lost = channels is None
             for name in names:
                 record = self._channels.get(name)
-                if record is None:
-                    is_lost = True
-                    continue
-                # Readers find themselves outside of it, and ask the broker.
-                waiters.update(self.restart(record, ""))
-                record.is_doubtful = True
-            if is_lost:  # maybe of channels that nobody has heard of
-                for subscription in _alive(self._with_patterns):
-                    waiters |= subscription.lose(channels)
+                if record is not None:
+                    # Readers find themselves outside of it, and ask the broker.
+                    waiters.update(self.restart(record, ""))
+                    record.is_doubtful = True
+                for subscription in self._listening(name):
+                    waiters |= subscription.lose(name)
+            if channels is None:  # maybe of channels that nobody has heard of
+                for listeners in self._listeners.values():
+                    for subscription in _alive(listeners):
+                        waiters |= subscription.lose(None)
         wake_all(waiters)
 
     def state(self, is_up: bool, reason: str) -> None:
@@ -504,9 +514,10 @@ class Hub:
         self._clear()
         with self._lock:
             reference = self._open[id(subscription)] = weakref.ref(subscription)
-            if subscription.has_patterns:
-                self._with_patterns[id(subscription)] = reference
-                self._version += 1
+            for name in subscription.channels if subscription.has_patterns else ():
+                if is_pattern(name):
+                    listeners = self._listeners.setdefault(name, {})
+                    listeners[id(subscription)] = reference
 
     def warn_of_processes(self) -> None:
         """Say, once, that other processes have channels of their own."""
@@ -520,7 +531,9 @@ class Hub:
 
     def leave(self, subscription: Subscription) -> None:
         self._open.pop(id(subscription), None)
-        self._with_patterns.pop(id(subscription), None)
+        if subscription.has_patterns:
+            for name in subscription.channels:
+                self._listeners.get(name, {}).pop(id(subscription), None)
 
     def drop(
         self,
@@ -529,8 +542,7 @@ class Hub:
         announced: Sequence[str],
     ) -> None:
         """Take note of one that is gone without a `close`; calls nobody."""
-        self._open.pop(id(subscription), None)
-        self._with_patterns.pop(id(subscription), None)
+        self.leave(subscription)
         self._dropped.append((watched, announced, subscription.who))
 
     def _clear(self) -> None:
@@ -583,6 +595,8 @@ class Hub:
                 self._patterns[name] -= 1
                 if not self._patterns[name]:
                     del self._patterns[name]
+                    if not self._listeners.get(name, True):
+                        del self._listeners[name]
                     idle.append(name)
             else:
                 record = self._channels[name]
@@ -691,6 +705,41 @@ class _Cursor:
     def __post_init__(self) -> None:
         self.sent = self.last
 
+    def is_at_end(self) -> bool:
+        """Tell whether there is nothing new; under the hub's lock."""
+        # Outside of the window it is read from the broker, to its end.
+        is_outside = self.position < 0 or self.record.is_doubtful
+        return self.record.log.end == (self.seen if is_outside else self.position)
+
+    def place(self) -> tuple[Any, ...]:
+        """Return what reading changes, for `go_back`."""
+        place = self.last, self.position, self.seen
+        return *place, self.is_begun, self.sent, self.start
+
+    def go_back(self, place: tuple[Any, ...]) -> None:
+        """Undo all reading since that place."""
+        self.last, self.position, self.seen = place[:3]
+        self.is_begun, self.sent, self.start = place[3:]
+
+
+class _Brought:
+    """What a subscription's patterns have brought; all of it under the hub's lock.
+
+    Attributes:
+        cursors: Of each channel, as long as it has a window.
+        news: Channels with something new, and the id before that.
+        behind: Cursors that may not be at their ends, whose turn is next first.
+        room: So many cursors are kept before those without windows are looked for.
+    """
+
+    __slots__ = ("behind", "cursors", "news", "room")
+
+    def __init__(self) -> None:
+        self.cursors: dict[str, _Cursor] = {}
+        self.news: dict[str, str] = {}
+        self.behind: dict[str, _Cursor] = {}
+        self.room = 64
+
 
 Item = tuple["_Cursor", "Entry | Event"]
 
@@ -713,10 +762,10 @@ class Subscription:
     # There may be many thousands, idle: nothing empty is kept where `None` does.
     __slots__ = (
         *("__weakref__", "_after", "_announce", "_asked", "_authorize", "_brought"),
-        *("_delivered", "_found", "_is_begun", "_is_simple", "_items", "_key"),
+        *("_delivered", "_is_begun", "_is_simple", "_items", "_key"),
         *("_lost", "_named", "_on_gap", "_on_lag", "_reason", "_reauthorize"),
-        *("_throttle", "_waiter", "_watched", "channels", "has_patterns", "hub"),
-        *("tags", "who"),
+        *("_throttle", "_turn", "_waiter", "_watched", "channels", "has_patterns"),
+        *("hub", "tags", "who"),
     )
 
     def __init__(
@@ -789,9 +838,8 @@ class Subscription:
         self._asked = 0.0
         self._delivered = 0.0
         self._named: tuple[_Cursor, ...] = ()  # of the channels, in their order
-        self._brought: dict[str, _Cursor] | None = None  # of patterns
-        # Channels that a pattern has brought, and the ids before what they had.
-        self._found: list[tuple[str, str]] | None = None
+        self._turn = 0  # which of them comes first, when there is much
+        self._brought: _Brought | None = None  # of patterns
         self._waiter: Waiter | None = None
         # Read, and not given out; the next is the last.
         self._items: list[Item] | None = None
@@ -887,11 +935,6 @@ class Subscription:
                 raise
         return None
 
-    def _cursors(self) -> Sequence[_Cursor]:
-        if self._brought is None:
-            return self._named
-        return [*self._named, *self._brought.values()]
-
     def _own_waiter(self) -> Waiter:
         waiter = self._waiter
         if waiter is None or not waiter.is_ours():
@@ -905,7 +948,7 @@ class Subscription:
         if waiter is None:
             return
         with self.hub._lock:
-            for cursor in self._cursors():
+            for cursor in self._named:
                 cursor.record.waiters.pop(waiter, None)
 
     def close(self, reason: str = "closed") -> None:
@@ -939,31 +982,42 @@ class Subscription:
         )
 
     def discover(self, channel: str, prev: str) -> dict[Waiter, None]:
-        """Take note of a channel that a pattern may match; return whom to wake.
-
-        By the hub, under its lock; of a channel that is known, too: its window may
-        be another one.
-        """
-        if not any(is_pattern(n) and matches(n, channel) for n in self.channels):
-            return {}
-        self._found = self._found or []  # not None
-        self._found.append((channel, prev))
-        return {} if self._waiter is None else {self._waiter: None}
-
-    def lose(self, channels: Iterable[str] | None) -> dict[Waiter, None]:
-        """Take note that channels may have had events; return whom to wake.
+        """Take note that a pattern's channel has something new; return whom to wake.
 
         By the hub, under its lock.
         """
+        brought = self._brought
+        if brought is None or channel in self.channels:
+            return {}
+        is_first = not brought.news
+        brought.news.setdefault(channel, prev)
+        return {self._waiter: None} if is_first and self._waiter is not None else {}
+
+    def lose(self, channel: str | None) -> dict[Waiter, None]:
+        """Take note that a channel may have had events; return whom to wake.
+
+        By the hub, under its lock.
+
+        Args:
+            channel: Its name; ``None`` for some that nobody has heard of.
+        """
+        brought = self._brought
+        if brought is None or channel in self.channels:
+            return {}
+        if channel is not None:
+            cursor = brought.cursors.get(channel)
+            if cursor is not None:
+                return self.discover(channel, cursor.last)
+            if channel in brought.news:
+                return {}
         lost = [
             (name, "lagged")
             for name in self.channels
-            if is_pattern(name)
-            and (channels is None or any(matches(name, c) for c in channels))
+            if is_pattern(name) and (channel is None or matches(name, channel))
         ]
         known = self._lost = self._lost or []
         known += [pair for pair in lost if pair not in known]
-        return {self._waiter: None} if lost and self._waiter is not None else {}
+        return {} if self._waiter is None else {self._waiter: None}
 
     # Its position.
 
@@ -986,6 +1040,8 @@ class Subscription:
         given = getattr(scope, "last_event_id", None)
         if getattr(scope, "is_multiprocess", False):
             self.hub.warn_of_processes()
+        self._named, self._turn, self._lost = (), 0, None
+        self._brought = _Brought() if self.has_patterns else None
         self.hub.enter(self)
         try:
             self._begin_channels(given)
@@ -1008,7 +1064,6 @@ class Subscription:
         places = self._places(given)
         if places is None and self._after not in ("now", "start"):
             places = self._places(self._after) if isinstance(self._after, str) else None
-        self._named, self._brought, self._lost = (), None, None
         named: list[_Cursor] = []
         for name in self.channels:
             self._watched += 1
@@ -1131,51 +1186,97 @@ class Subscription:
     def _register(self, waiter: Waiter) -> bool:
         """Have the waiter woken by what is new; ``False`` if something is there."""
         with self.hub._lock:
-            if self._found or self._lost or self._reason is not None:
+            if self._lost or self._reason is not None:
                 return False
-            for cursor in self._cursors():
-                record, at = cursor.record, cursor.position
-                # Outside of the window it is read from the broker, to its end.
-                if at < 0 or record.is_doubtful:
-                    at = cursor.seen
-                if record.log.end != at:
-                    return False
-            for cursor in self._cursors():
+            if self._brought is not None and (
+                self._brought.news or self._brought.behind
+            ):
+                return False
+            if not all(cursor.is_at_end() for cursor in self._named):
+                return False
+            for cursor in self._named:
                 cursor.record.waiters[waiter] = None
         return True
 
     def _take(self) -> list[Item]:
-        """Return what is there: entries, and gaps."""
+        """Return what is there, or a part of it: entries, and gaps."""
         items: list[Item] = []
-        while self._lost:
-            name, reason = self._lost.pop(0)
-            if reason == "lagged" and self._on_lag == "drop":
-                self.close("lagged")
-                raise Closed("lagged")
-            items += self._lost_items(name, reason)
-        while self._found:
-            channel, prev = self._found.pop(0)
-            record = self.hub.record(channel)
-            cursor = next((c for c in self._named if c.name == channel), None)
-            if cursor is None:
-                brought = self._brought = self._brought or {}
-                cursor = brought.get(channel)
-                if cursor is None:
-                    cursor = brought[channel] = _Cursor(channel, record, prev)
-            if cursor.record is not record:
-                cursor.record, cursor.position = record, -1
-        for cursor in self._cursors():
-            before = cursor.last
-            items += self._take_from(cursor)
-            # The newest of a key may be further on: all of it, in pieces.
-            while self._key is not None and cursor.last != before:
-                before = cursor.last
-                items = [*self._latest(items), *self._take_from(cursor)]
-        if self._key is not None and len(items) > 1:
-            items = self._latest(items)
+        lost: list[tuple[str, str]] = []
+        places: list[tuple[_Cursor, tuple[Any, ...]]] = []
+        try:
+            while self._lost:
+                lost.append(self._lost.pop(0))
+                items += self._lost_items(*lost[-1])
+            size = 0
+            for cursor in self._turns():
+                places.append((cursor, cursor.place()))
+                if self._key is not None:
+                    items += self._latest(cursor)
+                    continue
+                found, entries = self._take_from(cursor)
+                items += found
+                items += [(cursor, e) for e in entries if self._is_for_us(e)]
+                size += sum(len(entry.payload) for entry in entries)
+                if size >= JOIN:
+                    break
+        except BaseException:
+            # Of `key`, `on_gap`, the broker, or from outside. Nothing was given out:
+            # the next read begins where this one did.
+            with self.hub._lock:
+                self._lost = [*lost, *(self._lost or ())] or None
+                for cursor, place in places:
+                    cursor.go_back(place)
+            raise
+        self._end_turns([cursor for cursor, _ in places])
         return items
 
-    def _take_from(self, cursor: _Cursor) -> list[Item]:
+    def _turns(self) -> Sequence[_Cursor]:
+        """Return the cursors that may have something new, in their order.
+
+        Who was not reached the last time comes first: a busy channel holds up none.
+        """
+        brought, named, turn = self._brought, self._named, self._turn
+        if brought is None:
+            return named if not turn else (*named[turn:], *named[:turn])
+        hub = self.hub
+        with hub._lock:
+            news, brought.news = brought.news, {}
+            for channel, prev in news.items():
+                cursor = brought.cursors.get(channel)
+                record = hub.record(channel)
+                if cursor is None:
+                    cursor = brought.cursors[channel] = _Cursor(channel, record, prev)
+                elif cursor.record is not record:
+                    cursor.record, cursor.position, cursor.seen = record, -1, -1
+                brought.behind[channel] = cursor
+            if len(brought.cursors) > brought.room:
+                # Of a channel that is idle the next event is a first one again.
+                brought.cursors = {
+                    name: cursor
+                    for name, cursor in brought.cursors.items()
+                    if name in brought.behind
+                    or hub._channels.get(name) is cursor.record
+                }
+                brought.room = 2 * len(brought.cursors) + 64
+            behind = islice(brought.behind.values(), READ)
+            return [*named[turn:], *behind, *named[:turn]]
+
+    def _end_turns(self, had: Sequence[_Cursor]) -> None:
+        """Take note of who had a turn: the next is whoever comes after the last."""
+        if self._is_simple or not had:
+            return
+        brought, last = self._brought, had[-1]
+        self._turn = next((n for n, c in enumerate(self._named, 1) if c is last), 0)
+        if brought is None:
+            return
+        with self.hub._lock:
+            for cursor in had:
+                is_behind = brought.behind.pop(cursor.name, None) is not None
+                if is_behind and not cursor.is_at_end():
+                    brought.behind[cursor.name] = cursor
+
+    def _take_from(self, cursor: _Cursor) -> tuple[list[Item], Sequence[Entry]]:
+        """Return what follows a cursor: a reset, maybe, and entries of anybody's."""
         window = cursor.record.log
         with self.hub._lock:
             if cursor.position < window.first:
@@ -1188,24 +1289,29 @@ class Subscription:
                     cursor.last = entries[-1].id
                 cursor.is_begun, cursor.start = True, ""
                 if entries or not cursor.record.is_doubtful:
-                    return [(cursor, e) for e in entries if self._is_for_us(e)]
-            end = window.end
-        page = self.hub.broker.read(cursor.name, cursor.last or _NOWHERE, READ)
-        last = page.entries[-1].id if page.entries else page.head
+                    return [], entries
+            end, limit = window.end, cursor.record.limit
+        page = self.hub.broker.read(cursor.name, cursor.last or _NOWHERE, limit)
+        entries = first_part(page.entries)
+        if len(entries) < len(page.entries):
+            cursor.record.limit = len(entries)
+        elif len(entries) == limit < READ:
+            cursor.record.limit = min(2 * limit, READ)
+        last = entries[-1].id if entries else page.head
         cursor.seen = end if last == page.head else -1
         if cursor.record.is_doubtful:
             self._settle(cursor, page.head, end)
-        if page.entries:
+        if entries:
             cursor.position = -1
         if not page.complete:
             if not self._is_only_older(cursor):
-                return self._gap(cursor, page)
-            cursor.last = page.entries[0].prev if page.entries else page.head
+                return self._gap(cursor, page, entries)
+            cursor.last = entries[0].prev if entries else page.head
             cursor.sent = cursor.last
-        if page.entries:
+        if entries:
             cursor.last = last
         cursor.is_begun, cursor.start = True, ""
-        return [(cursor, e) for e in page.entries if self._is_for_us(e)]
+        return [], entries
 
     def _is_only_older(self, cursor: _Cursor) -> bool:
         """Tell whether what was trimmed had come before the cursor began.
@@ -1226,41 +1332,33 @@ class Subscription:
                 if record.log.head != head:
                     wake_all(self.hub.restart(record, head))
 
-    def _gap(self, cursor: _Cursor, page: Page) -> list[Item]:
+    def _gap(
+        self, cursor: _Cursor, page: Page, entries: Sequence[Entry]
+    ) -> tuple[list[Item], Sequence[Entry]]:
         """Return the reset, and what is to follow it."""
         reason = "lagged" if cursor.is_begun or cursor.start else "unknown"
-        if reason == "lagged" and self._on_lag == "drop":
-            self.close("lagged")
-            raise Closed("lagged")
-        entries = page.entries
-        before = entries[0].prev if entries else page.head
-        snapshot: list[Event] = []
-        if self._on_gap != "replay" and reason == "unknown":
-            before, entries = page.head, ()
+        if self._on_gap != "replay":
             cursor.seen = -1  # more may have come
-            if callable(self._on_gap):
-                snapshot = [self._snapshot(item) for item in self._on_gap()]
+            entries = ()
+        before = entries[0].prev if entries else page.head
+        items = self._reset(cursor, reason, before)
         cursor.is_begun, cursor.start = True, ""
-        cursor.last = before
-        items = self._reset(cursor, reason, before, snapshot)
-        for entry in entries:
-            cursor.last = entry.id
-            if self._is_for_us(entry):
-                items.append((cursor, entry))
-        return items
+        cursor.last = entries[-1].id if entries else before
+        return items, entries
 
     def _lost_items(self, name: str, reason: str) -> list[Item]:
         """Return the reset of a pattern; its cursor stands for all its channels."""
-        snapshot: list[Event] = []
-        if callable(self._on_gap) and reason == "unknown":
-            snapshot = [self._snapshot(item) for item in self._on_gap()]
         cursor = _Cursor(name, _Channel(), _NOWHERE, is_begun=True)
-        return self._reset(cursor, reason, _NOWHERE, snapshot)
+        return self._reset(cursor, reason, _NOWHERE)
 
-    def _reset(
-        self, cursor: _Cursor, reason: str, before: str, snapshot: list[Event]
-    ) -> list[Item]:
+    def _reset(self, cursor: _Cursor, reason: str, before: str) -> list[Item]:
         """Return a reset and a snapshot, after which what follows an id follows."""
+        if reason == "lagged" and self._on_lag == "drop":
+            self.close("lagged")
+            raise Closed("lagged")
+        snapshot: list[Event] = []
+        if callable(self._on_gap):
+            snapshot = [self._snapshot(item) for item in self._on_gap()]
         # Who is cut off within a snapshot needs all of it.
         id = _NOWHERE if snapshot else before
         items: list[Item] = [(cursor, _gap(cursor.name, reason, id))]
@@ -1291,22 +1389,37 @@ class Subscription:
             return False
         return exclude is None or self.tags.isdisjoint(exclude)
 
-    def _latest(self, items: list[Item]) -> list[Item]:
-        """Keep the newest of each key; gaps stay."""
+    def _latest(self, cursor: _Cursor) -> list[Item]:
+        """Return the newest of each key, and gaps, of all that is there by now.
+
+        Not of what comes meanwhile: it may come as fast as it is read.
+        """
         assert self._key is not None
-        seen: set[tuple[str, Hashable]] = set()
-        kept: list[Item] = []
-        for item in reversed(items):
-            cursor, entry = item
-            if isinstance(entry, Entry):
+        with self.hub._lock:
+            end, head = cursor.record.log.end, cursor.record.log.head
+            is_known = head and not cursor.record.is_doubtful
+        if not is_known:
+            head = self.hub.broker.read(cursor.name, None).head
+        kept: dict[Hashable, Item] = {}
+        while True:
+            found, entries = self._take_from(cursor)
+            for item in found:
+                kept[object()] = item
+            for entry in entries:
+                if not self._is_for_us(entry):
+                    continue
                 # Not `_decoded`: it is not given out yet.
                 (event,) = sse.Decoder().feed(entry.wire)
-                key = cursor.name, self._key(event)
-                if key in seen:
-                    continue
-                seen.add(key)
-            kept.append(item)
-        return kept[::-1]
+                key = self._key(event)
+                kept.pop(key, None)
+                kept[key] = cursor, entry
+            if (
+                found
+                or not entries
+                or cursor.position >= end
+                or any(entry.id == head for entry in entries)
+            ):
+                return [*kept.values()]
 
     # What is sent.
 

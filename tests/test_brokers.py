@@ -3,9 +3,11 @@
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pairs import check_script
-from syncstream.brokers import matches, open_broker
+from syncstream.brokers import matches, open_broker, patterns_of
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.log import Entry, Page
 from syncstream.testing import check_broker
@@ -175,3 +177,21 @@ def test_memory_has_no_transactions():
     """A connection is refused, not ignored."""
     with pytest.raises(ValueError, match="connection must be None"):
         MemoryBroker().publish([("a", b"x")], connection=object())
+
+
+LEVEL = st.sampled_from(["", "a", "b", "a b", "*", "#"])
+
+
+@given(st.lists(LEVEL, min_size=1, max_size=4), st.lists(LEVEL, max_size=4))
+def test_patterns_of_a_channel_are_those_that_match(levels, prefix):
+    """All that match, and no others."""
+    channel = ":".join(levels)
+    found = set(patterns_of(channel))
+    assert all(matches(pattern, channel) for pattern in found)
+    for last in ("*", "#"):
+        for size in range(len(levels) + 1):
+            for parts in (levels[:size], prefix):
+                pattern = ":".join([*parts, last])
+                # A name is not empty, and neither is what stands before the last level.
+                if not pattern.startswith(":"):
+                    assert (pattern in found) == matches(pattern, channel), pattern

@@ -1,22 +1,34 @@
 """Channels: nothing lost, nothing twice, in order; or a reset, which says so."""
 
+import contextlib
 import gc
 import json
 import logging
 import random
 import re
+import sys
 import time
 from contextlib import contextmanager
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from werkzeug.test import EnvironBuilder
 
 from pairs import Greenlets, Threads, await_true, check_script, serve, stream_of
 from pairs import Line as PairsLine
-from syncstream import Closed, Event, Gap, Hub, PayloadTooLarge, Unavailable
+from syncstream import (
+    Closed,
+    Event,
+    Gap,
+    Hub,
+    PayloadTooLarge,
+    SSEResponse,
+    Unavailable,
+)
 from syncstream import hub as hub_module
 from syncstream.brokers.memory import MemoryBroker
+from syncstream.log import JOIN, Page
 from syncstream.testing import HOSTILE
 from syncstream.waiting import Waiter, wake_all
 
@@ -392,13 +404,24 @@ def small(monkeypatch):
 
 
 def test_on_lag_reset(small):
-    """It is told, and goes on with what is kept; ``on_gap`` is for who comes back."""
-    for on_gap in ("replay", "live", lambda: pytest.fail("no snapshot")):
-        subscription = lagging(small, on_gap=on_gap)
-        reset, *found = subscription.read(0)
-        assert reset.json() == {"channel": "a", "reason": "lagged"}
-        assert data(found) == ["15", "16", "17", "18", "19"]
-        assert data(resume(small, reset.id)) == data(found)
+    """It is told, and goes on with what is kept."""
+    subscription = lagging(small)
+    reset, *found = subscription.read(0)
+    assert reset.json() == {"channel": "a", "reason": "lagged"}
+    assert data(found) == ["15", "16", "17", "18", "19"]
+    assert data(resume(small, reset.id)) == data(found)
+
+
+@pytest.mark.parametrize(("on_gap", "expected"), [("live", []), (list, []), (0, ["s"])])
+def test_a_lag_is_a_gap_as_others(small, on_gap, expected):
+    """What `on_gap` says follows it: the page does the same at each reset."""
+    subscription = lagging(small, on_gap=on_gap or (lambda: ["s"]))
+    reset, *found = read_all(subscription)
+    assert reset.json()["reason"] == "lagged"
+    assert data(found) == expected
+    small.publish("a", "new")
+    assert data(subscription.read(0)) == ["new"]
+    assert data(resume(small, (found or [reset])[-1].id)) == ["new"]
 
 
 def test_within_what_is_kept_nothing_is_lost(small):
@@ -426,6 +449,79 @@ def test_on_lag_drop(small):
         subscription.read(0)
     assert caught.value.reason == "lagged"
     assert small.stats()["subscribers"] == 0
+
+
+def test_latest_does_not_wait_for_a_busy_channel_to_rest(hub):
+    """What comes while keys are asked for is for the next read."""
+
+    def key(event):
+        hub.publish_many("a", ["x", "y"])  # faster than they are read
+        return event.data
+
+    subscription = hub.subscribe("a", on_lag="latest", key=key)
+    subscription.read(0)
+    hub.publish("a", "x")
+    for _ in range(5):
+        assert 1 <= len(subscription.read(0)) <= 3
+
+
+@pytest.mark.parametrize("channels", [("a",), ("a", "b"), ("b", "a"), ("a", "#")])
+def test_a_key_that_raises_loses_nothing(hub, channels):
+    """The next read gives what this one had taken."""
+
+    def key(event):
+        if event.data == "bad" and is_bad:
+            raise ZeroDivisionError
+        return event.data
+
+    subscription = hub.subscribe(*channels, on_lag="latest", key=key)
+    subscription.read(0)
+    hub.publish("b", "0")
+    for text in ("1", "bad", "2"):
+        hub.publish("a", text)
+    is_bad = True
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            subscription.read(0)
+    is_bad = False
+    expected = ["1", "2", "bad"] if channels == ("a",) else ["0", "1", "2", "bad"]
+    assert sorted(data(read_all(subscription))) == expected
+
+
+@pytest.mark.parametrize("channels", [("a", "b"), ("c:*", "b")])
+def test_a_failure_in_the_midst_loses_nothing(channels):
+    """Neither the broker's nor the snapshot's loses what was read of others."""
+
+    def snapshot():
+        if is_down:
+            raise ZeroDivisionError
+        return ["snapshot"]
+
+    class Down(MemoryBroker):
+        def read(self, channel, after, limit=1000):
+            if is_down and channel == "b":
+                raise Unavailable("no route")
+            return super().read(channel, after, limit)
+
+    is_down = False
+    hub = Hub(broker=Down())
+    subscription = hub.subscribe(*channels, on_gap=snapshot)
+    subscription.read(0)
+    hub.publish("a", "0")
+    hub.publish("c:1", "1")
+    hub.resync(["b"])
+    hub.resync(["c:2"])
+    is_down = True
+    for _ in range(2):
+        with pytest.raises((Unavailable, ZeroDivisionError)):
+            subscription.read(0)
+    is_down = False
+    found = data(read_all(subscription))
+    if channels[0] == "a":
+        assert found == ["0"]
+    else:
+        assert found[1:] == ["snapshot", "1"]
+    hub.close()
 
 
 @pytest.mark.parametrize("channels", [("a",), ("a", "b")])
@@ -478,6 +574,67 @@ def test_a_slow_reader_takes_no_memory(hub):
 
 
 # Several channels, and patterns.
+
+
+class Unbounded(MemoryBroker):
+    """A broker whose pages are as long as they may be; it counts what it reads."""
+
+    read_bytes = 0
+
+    def read(self, channel, after, limit=1000):
+        page = super().read(channel, after, limit)
+        entries = list(page.entries)
+        while entries and len(entries) < limit:
+            more = super().read(channel, entries[-1].id, limit - len(entries)).entries
+            if not more:
+                break
+            entries += more
+        self.read_bytes += sum(len(entry.payload) for entry in entries)
+        return Page(entries, page.complete, page.head)
+
+
+@pytest.mark.parametrize("channels", [("a",), ("a", "b")])
+@pytest.mark.parametrize("make", [MemoryBroker, Unbounded])
+def test_what_is_taken_at_once_is_bounded_in_bytes(make, channels):
+    """A reader that is behind by much holds little of it, and gets all of it."""
+    hub = Hub(broker=make(capacity=1000))
+    for name in channels:
+        hub.publish_many(name, [str(n) + "x" * 20_000 for n in range(300)])
+    environ = EnvironBuilder().get_environ()
+    response = SSEResponse(hub.subscribe(*channels, after="start"))
+    sizes, found = [], b""
+    with contextlib.closing(response(environ, lambda *rest: None)) as body:
+        for chunk in body:
+            sizes.append(len(chunk))
+            found += chunk
+            if found.count(b"data:") == 300 * len(channels):
+                break
+    assert max(sizes) < len(channels) * JOIN + 21_000
+    assert len(sizes) < 60 * len(channels)
+    if make is Unbounded:  # it is asked for less once it is known
+        assert hub.broker.read_bytes < 3 * len(found) + 500 * 20_000
+    subscription = hub.subscribe(*channels, after="start")
+    while events := subscription.read(0):
+        assert sum(len(event.data) for event in events) < 2 * JOIN + 21_000
+    hub.close()
+
+
+@pytest.mark.parametrize("is_pattern", [False, True])
+def test_a_busy_channel_holds_up_no_other(hub, is_pattern):
+    """However much there is of one, the others get their turns."""
+    names = ["c:busy", "c:1", "c:2"]
+    given = ["c:busy", "c:*"] if is_pattern else names
+    subscription = hub.subscribe(*given)
+    subscription.read(0)
+    for name in names[1:]:
+        hub.publish_many(name, [name, name])
+    found = []
+    for _ in range(6):
+        hub.publish("c:busy", "x" * JOIN)
+        hub.publish("c:busy", "x" * JOIN)
+        found += data(subscription.read(0))
+    assert {"c:1", "c:2"} < set(found)
+    assert found.count("c:1") == 2
 
 
 def test_several_channels_resume_anywhere(hub):
@@ -555,7 +712,7 @@ def test_patterns(hub, pattern, heard):
     for one in (*by_name, subscription, later):
         one.close()
     assert not hub._patterns
-    assert not hub._with_patterns
+    assert not hub._listeners
     assert not hub.broker._patterns
 
 
@@ -603,6 +760,87 @@ def test_a_broker_that_lost_word_is_a_reset_for_patterns(hub):
     hub.resync(None)
     (reset,) = subscription.read(0)
     assert reset.json() == {"channel": "chat:*", "reason": "lagged"}
+
+
+def calls_of(function):
+    """Return how many calls a function makes."""
+    calls = 0
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_a_pattern_costs_what_is_new(hub):
+    """Neither an event nor a wait costs more for the channels that were seen."""
+    subscription = hub.subscribe("#", "c:1")
+    subscription.read(0)
+
+    def once():
+        hub.publish("c:1", "x")
+        hub.publish("c:2", "x")
+        assert len(subscription.read(0)) == 2
+        subscription.read(0.0001)
+
+    costs = []
+    for count in (10, 1000):
+        hub.publish_many("c:1", ["x"])
+        for number in range(count):
+            hub.publish(f"c:{number}", "x")
+        read_all(subscription)
+        costs.append(min(calls_of(once) for _ in range(3)))
+    assert costs[1] <= costs[0] + 20
+
+
+def test_a_pattern_forgets_idle_channels(hub, monkeypatch):
+    """Of what is over it keeps nothing; what comes later is got, once."""
+    monkeypatch.setattr(hub_module, "IDLE", 0.0)
+    subscription = hub.subscribe("job:*")
+    subscription.read(0)
+    for number in range(1000):
+        hub.publish(f"job:{number}", "x")
+        assert data(subscription.read(0)) == ["x"]
+    assert len(subscription._brought.cursors) < 200
+    hub.publish_many("job:0", ["y", "z"])
+    assert data(read_all(subscription)) == ["y", "z"]
+
+
+def test_who_does_not_read_notes_each_channel_once(hub):
+    """Whoever comes and goes beside it, and whatever comes."""
+    slow = hub.subscribe("c:*")
+    slow.read(0)
+    for _ in range(20):
+        other = hub.subscribe("c:*")
+        other.read(0)
+        for number in range(10):
+            hub.publish(f"c:{number}", "x")
+        other.close()
+    assert len(slow._brought.news) == 10
+    assert len(read_all(slow)) == 200
+
+
+def test_a_channel_that_may_have_lost_word_is_read(hub):
+    """Of a channel that a pattern has brought, all; of others, a reset tells."""
+    subscription = hub.subscribe("c:*")
+    subscription.read(0)
+    hub.publish("c:1", "0")
+    subscription.read(0)
+    late = hub.subscribe("c:*")
+    late.read(0)
+    sink, hub.broker._sink = hub.broker._sink, None
+    hub.publish("c:1", "untold")
+    hub.broker._sink = sink
+    hub.resync(["c:1"])
+    assert data(subscription.read(0)) == ["untold"]
+    (reset,) = late.read(0)
+    assert reset.json() == {"channel": "c:*", "reason": "lagged"}
 
 
 def test_a_pattern_outlives_a_window(hub, monkeypatch):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ..log import START, Entry, Log, Page
 from ..sockets import native
-from . import Sink, is_pattern, matches
+from . import Sink, is_pattern, patterns_of
 
 __all__ = ["MemoryBroker"]
 
@@ -93,8 +93,9 @@ class MemoryBroker:
         return ids
 
     def _is_watched(self, channel: str) -> bool:
-        return channel in self._watched or any(
-            matches(pattern, channel) for pattern in self._patterns
+        return channel in self._watched or (
+            bool(self._patterns)
+            and any(pattern in self._patterns for pattern in patterns_of(channel))
         )
 
     def _since(self, now: float) -> float:
