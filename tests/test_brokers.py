@@ -1,12 +1,17 @@
 """Brokers: each keeps the contract, by threads and by greenlets; the suite sees."""
 
+import json
+import os
+import random
 import threading
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pairs import check_script
+from syncstream import Hub
 from syncstream.brokers import matches, open_broker, patterns_of
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.log import Entry, Page
@@ -195,3 +200,43 @@ def test_patterns_of_a_channel_are_those_that_match(levels, prefix):
                 # A name is not empty, and neither is what stands before the last level.
                 if not pattern.startswith(":"):
                     assert (pattern in found) == matches(pattern, channel), pattern
+
+
+def test_a_seed_makes_no_ids():
+    """Whoever seeds `random` gets other ids in each life all the same."""
+    found = []
+    for _ in range(2):
+        random.seed(42)
+        broker = MemoryBroker()
+        found += [broker.read("a", None).head, *broker.publish([("a", b"x")] * 3)]
+    assert len(set(found)) == 8
+
+
+def test_a_fork_is_another_life():
+    """Siblings that share what was before do not know each other's ids."""
+    broker = MemoryBroker()
+    hub = Hub(broker=broker)
+    before = [hub.head("empty"), hub.publish("a", "0"), hub.publish("a", "1")]
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        with suppress(BaseException):
+            found = [
+                *(broker.read(name, None).head for name in ("empty", "a")),
+                *(broker.read("empty", before[0]).complete,),
+                *(broker.read("a", id).complete for id in before[1:]),
+                [event.data for event in hub.subscribe("a", after="start").read(0)],
+                [*broker.publish([("a", b"2")])],
+            ]
+            os.write(writing, json.dumps(found).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(writing)
+    with open(reading) as file:
+        empty, head, *known, events, new = json.load(file)
+    assert not {empty, head} & set(before)
+    assert known == [False] * 3
+    assert events == ["0", "1"]
+    assert not broker.read("a", new[0]).complete
+    assert broker.read("a", before[1]).complete
+    hub.close()

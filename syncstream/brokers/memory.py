@@ -7,7 +7,7 @@ life and the entry's own, so that the ids of an earlier run are not taken for ou
 from __future__ import annotations
 
 import _thread
-import random
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -51,6 +51,7 @@ class MemoryBroker:
         self._logs: OrderedDict[str, Log] = OrderedDict()
         self._size = 0
         self._published = 0
+        self._pid = os.getpid()
         # Of all channels: one that was forgotten has no id a second time.
         self._next = 1
         # The head of channels without events. Another one after each that was
@@ -69,13 +70,12 @@ class MemoryBroker:
         now = time.monotonic()
         # The sink is told under the lock: what it gets is in order.
         with self._lock:
+            self._live_here()
             for channel, payload in items:
                 log = self._logs.get(channel)
                 if log is None:
                     log = self._logs[channel] = Log(self._empty)
-                nonce = random.getrandbits(32)
-                entry = Entry(f"{self._next:x}-{nonce:08x}", log.head, payload, now)
-                self._next += 1
+                entry = Entry(self._id(), log.head, payload, now)
                 before = log.size
                 log.append(entry)
                 self._size += log.size - before
@@ -91,6 +91,28 @@ class MemoryBroker:
                 self._published = 0
                 self._sweep(now)
         return ids
+
+    def _id(self) -> str:
+        id = f"{self._next:x}-{_nonce()}"
+        self._next += 1
+        return id
+
+    def _live_here(self) -> None:
+        """Begin another life in a process that was forked, with the same events.
+
+        Its siblings have them, too, and go on otherwise: under the same ids one of
+        them would take another's for its own, and miss what came there.
+        """
+        if self._pid == os.getpid():
+            return
+        self._pid = os.getpid()
+        self._empty = _empty()
+        for channel, old in self._logs.items():
+            log = self._logs[channel] = Log(self._empty)
+            for position in range(old.first, old.end):
+                entry = old.entry(position)
+                log.append(Entry(self._id(), log.head, entry.payload, entry.time))
+        self._size = sum(log.size for log in self._logs.values())
 
     def _is_watched(self, channel: str) -> bool:
         return channel in self._watched or (
@@ -129,6 +151,7 @@ class MemoryBroker:
 
     def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
         with self._lock:
+            self._live_here()
             log = self._logs.get(channel)
             if log is None:
                 return Page((), after in (None, self._empty), self._empty)
@@ -160,4 +183,9 @@ class MemoryBroker:
 
 
 def _empty() -> str:
-    return f"{START}-{random.getrandbits(32):08x}"
+    return f"{START}-{_nonce()}"
+
+
+def _nonce() -> str:
+    # Not of `random`: an application that seeds it would have the same ids again.
+    return os.urandom(4).hex()
