@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pairs import check_script
 from syncstream.brokers import matches, open_broker, patterns_of
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.log import Entry, Page
+from syncstream.log import START, Entry, Page
 from syncstream.testing import check_broker
 
 BY_GREENLETS = """
@@ -234,3 +234,27 @@ hub.close()
 def test_a_fork_is_another_life():
     """Siblings that share what was before do not know each other's ids."""
     check_script(FORKED)
+
+
+def test_a_reader_takes_nothing_from_others():
+    """What is above the bound goes when something is published, not when it is read."""
+    broker = MemoryBroker(max_size=100_000)
+    for name in ("quiet", "noisy", "noisy", "noisy"):
+        broker.publish([(name, b"x" * 1000)] * 3)
+    ids = [entry.id for entry in broker.read("noisy", START).entries]
+    broker._max_size = 1000
+    for _ in range(2):
+        assert [entry.id for entry in broker.read("noisy", START).entries] == ids
+    assert len(broker.read("quiet", START).entries) == 3
+
+
+def test_a_noisy_channel_leaves_the_others_theirs():
+    """It has an eighth at most, so that quiet ones keep what they have."""
+    broker = MemoryBroker(max_size=100_000)
+    ids = broker.publish([("quiet", b"x")] * 50)
+    for _ in range(1000):
+        broker.publish([("noisy", b"x" * 1000)])
+    page = broker.read("quiet", ids[0])
+    assert page.complete
+    assert len(page.entries) == 49
+    assert len(broker.read("noisy", START).entries) == 12_500 // 2258

@@ -29,9 +29,9 @@ class MemoryBroker:
         capacity: So many events of each channel are kept.
         max_age: Events are kept for so many seconds, and a channel without any is
             forgotten; ``None`` for no limit.
-        max_size: So many bytes are kept of all channels together, and an eighth of
-            that of each: beyond that the channels that were not written to for
-            longest are emptied.
+        max_size: So many bytes of memory are kept of all channels together (an event
+            takes twice its bytes, and 250), and an eighth of that of each: beyond
+            that the channels that were not written to for longest are emptied.
     """
 
     scope: Literal["process"] = "process"
@@ -79,7 +79,8 @@ class MemoryBroker:
                 before = log.size
                 log.append(entry)
                 self._size += log.size - before
-                self._trim(log, now)
+                # Each has a bound of its own, or a noisy one would be all there is.
+                self._trim(log, now, self._max_size / 8)
                 self._logs.move_to_end(channel)
                 while self._size > self._max_size:
                     self._empty_oldest()
@@ -123,10 +124,9 @@ class MemoryBroker:
     def _since(self, now: float) -> float:
         return now - self._max_age if self._max_age is not None else float("-inf")
 
-    def _trim(self, log: Log, now: float) -> None:
+    def _trim(self, log: Log, now: float, size: float) -> None:
         before = log.size
-        # A channel of its own bound, too, or a noisy one would be all there is.
-        log.trim(self._capacity, self._since(now), self._max_size / 8)
+        log.trim(self._capacity, self._since(now), size)
         self._size += log.size - before
 
     def _empty_oldest(self) -> None:
@@ -155,7 +155,7 @@ class MemoryBroker:
             log = self._logs.get(channel)
             if log is None:
                 return Page((), after in (None, self._empty), self._empty)
-            self._trim(log, time.monotonic())
+            self._trim(log, time.monotonic(), float("inf"))
             if after is None:
                 return Page((), True, log.head)
             position = log.after(after)
