@@ -750,8 +750,9 @@ class Subscription:
     """The events of one channel or several, from a position on; from `Hub.subscribe`.
 
     Iterate it; or `read` what is there; or give it to a response. Its position is
-    fixed, and it counts as present, when it is first read; in a stream's generator,
-    and in a response, that is after the client's Last-Event-ID if there is one. One
+    fixed, and it counts as present, when it is first read. In a response, and as the
+    first that a stream's generator reads, it begins after the client's Last-Event-ID,
+    if there is one; a second one in a generator begins where ``after`` says. One
     thread or greenlet reads it.
 
     Attributes:
@@ -1037,7 +1038,9 @@ class Subscription:
         if self._reason is not None:
             raise Closed(self._reason)
         scope: Any = current_scope()
-        given = getattr(scope, "last_event_id", None)
+        # It is what the first one in a stream has sent: of others it says nothing.
+        is_first = not getattr(scope, "has_resumed", False)
+        given = getattr(scope, "last_event_id", None) if is_first else None
         if getattr(scope, "is_multiprocess", False):
             self.hub.warn_of_processes()
         self._named, self._turn, self._lost = (), 0, None
@@ -1048,6 +1051,8 @@ class Subscription:
         except BaseException:
             self._leave(has_joined=False)
             raise
+        if scope is not None:
+            scope.has_resumed = True
         with self.hub._lock:
             if self.hub._is_closed and self._reason is None:
                 self._reason = "closed"

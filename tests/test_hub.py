@@ -274,6 +274,55 @@ def test_last_event_id_counts_more_than_after(hub):
 # Resets.
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_last_event_id_is_the_first_ones(hub, name):
+    """A generator's second subscription begins where `after` says."""
+    first = hub.publish("a", "0")
+    hub.publish_many("a", ["1", "2"])
+    hub.publish_many("b", ["3", "4"])
+    found = []
+
+    def source():
+        for options in ({}, {"after": 1}, {"after": hub.head(name)}, {}):
+            with contextlib.closing(hub.subscribe(name, **options)) as subscription:
+                if not found:
+                    subscription = hub.subscribe("a")
+                found.append(data(subscription.read(0)))
+        yield None
+
+    serve(stream_of(source(), Line(first)))
+    assert found == [["1", "2"], ["2" if name == "a" else "4"], [], []]
+
+
+def test_a_beginning_that_fails_keeps_the_id():
+    """Whoever tries again after the broker was down goes on where the client was."""
+
+    class Down(MemoryBroker):
+        def watch(self, channel):
+            if is_down:
+                raise Unavailable("no route")
+            super().watch(channel)
+
+    hub = Hub(broker=Down())
+    first = hub.publish("a", "0")
+    hub.publish("a", "1")
+    found = []
+    is_down = True
+
+    def source():
+        nonlocal is_down
+        subscription = hub.subscribe("a")
+        with pytest.raises(Unavailable):
+            subscription.read(0)
+        is_down = False
+        found.extend(subscription.read(0))
+        yield None
+
+    serve(stream_of(source(), Line(first)))
+    assert data(found) == ["1"]
+    hub.close()
+
+
 def cut_anywhere(hub, found, expected, **options):
     """Cut a client off after each of these events; it must come to the same end."""
     for place, event in enumerate(found):
