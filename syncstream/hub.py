@@ -153,7 +153,7 @@ class Hub:
         self._open: dict[int, weakref.ref[Subscription]] = {}
         # What was dropped, not closed. Maybe by a garbage collection, anywhere, under
         # any lock: to call the broker there is to wait for oneself.
-        self._dropped: deque[tuple[Sequence[str], Sequence[str], Any]] = deque()
+        self._dropped: deque[tuple[Sequence[str], Sequence[str], str | None]] = deque()
         self._published = self._delivered = 0
         self._is_up = True
         self._is_closed = False
@@ -232,15 +232,28 @@ class Hub:
         prefix = _prefix(only, exclude)
         batch = [(channel, prefix + self._payload(item)) for item in items]
         for _, payload in batch:
-            if len(payload) > self._max_payload:
-                raise PayloadTooLarge(
-                    f"an event must have {self._max_payload} bytes at most, encoded,"
-                    f" got {len(payload)}"
-                )
+            self._check_size(payload)
         self._clear()
         ids = self.broker.publish(batch, connection=connection) if batch else []
         self._published += len(ids)
         return ids
+
+    def _check_size(self, payload: bytes) -> None:
+        if len(payload) > self._max_payload:
+            raise PayloadTooLarge(
+                f"an event must have {self._max_payload} bytes at most, encoded,"
+                f" got {len(payload)}"
+            )
+
+    def announcement(self, who: Any) -> str:
+        """Return the data of the events that tell who comes and goes.
+
+        Made once, by whoever subscribes: an error is theirs, and not that of whoever
+        kicks them, or finds that they have gone.
+        """
+        event = self._event({"who": who}, "leave", None)
+        self._check_size(event.encode())
+        return str(event.data)
 
     def _event(self, data: Any, event: str | None, retry: int | None) -> Event:
         if data is not None and not isinstance(data, (str, bytes, bytearray)):
@@ -299,7 +312,8 @@ class Hub:
             throttle: Seconds between two deliveries, at least.
             tags: What `publish` may select it by.
             who: What `presence` shows of it; a user's name, say.
-            announce: Publish "join" and "leave" events to its channels, with ``who``.
+            announce: Publish "join" and "leave" events to its channels, with ``who``
+                as it is now; not to those of a pattern.
             authorize: Called when it is first read, and every ``reauthorize``
                 seconds; when it returns false, the stream ends.
             reauthorize: Seconds.
@@ -543,28 +557,30 @@ class Hub:
     ) -> None:
         """Take note of one that is gone without a `close`; calls nobody."""
         self.leave(subscription)
-        self._dropped.append((watched, announced, subscription.who))
+        self._dropped.append((watched, announced, subscription.announcement))
 
     def _clear(self) -> None:
         """Do what is left to do for those that were dropped."""
         while self._dropped:
             try:
-                watched, announced, who = self._dropped.popleft()
+                watched, announced, data = self._dropped.popleft()
             except IndexError:  # another thread was faster
                 return
             for name in watched:
                 self.unwatch(name)
-            self.announce(announced, who, "leave")
+            self.announce(announced, data, "leave")
 
-    def announce(self, channels: Iterable[str], who: Any, name: str) -> None:
+    def announce(self, channels: Iterable[str], data: str | None, name: str) -> None:
         """Tell channels who has come or gone."""
         for channel in channels:
             if self._is_closed:
                 return
             try:
-                self.publish(channel, {"who": who}, event=name)
+                self.publish(channel, data, event=name)
             except BrokerError as error:
                 log.warning("%r could not be announced in %r: %s", name, channel, error)
+            except Exception:  # the broker's own; others are not to end by it
+                log.exception("%r could not be announced in %r", name, channel)
 
     def watch(self, name: str) -> _Channel | None:
         """Have the broker tell of a channel, or of those that match a pattern."""
@@ -604,7 +620,10 @@ class Hub:
                 record.idle_since = now
             idle += self._forget_idle(now)
         for name in idle:
-            self.broker.unwatch(name)
+            try:
+                self.broker.unwatch(name)
+            except BrokerError as error:  # it goes on to tell what nobody wants
+                log.warning("%r could not be unwatched: %s", name, error)
             # Somebody may have come in between, and have it watched before this.
             with self._lock:
                 found = self._channels.get(name)
@@ -762,11 +781,11 @@ class Subscription:
 
     # There may be many thousands, idle: nothing empty is kept where `None` does.
     __slots__ = (
-        *("__weakref__", "_after", "_announce", "_asked", "_authorize", "_brought"),
+        *("__weakref__", "_after", "_asked", "_authorize", "_brought"),
         *("_delivered", "_is_begun", "_is_simple", "_items", "_key"),
         *("_lost", "_named", "_on_gap", "_on_lag", "_reason", "_reauthorize"),
         *("_throttle", "_turn", "_waiter", "_watched", "channels", "has_patterns"),
-        *("hub", "tags", "who"),
+        *("announcement", "hub", "tags", "who"),
     )
 
     def __init__(
@@ -833,7 +852,7 @@ class Subscription:
         self._on_lag = on_lag
         self._key = key
         self._throttle = throttle
-        self._announce = announce
+        self.announcement = hub.announcement(who) if announce else None
         self._authorize = authorize
         self._reauthorize = reauthorize
         self._asked = 0.0
@@ -1063,7 +1082,7 @@ class Subscription:
         # A generator that ends may be long in letting go of us.
         if hasattr(scope, "on_close"):
             scope.on_close(partial(_close, weakref.ref(self)))
-        self.hub.announce(self._announced(), self.who, "join")
+        self.hub.announce(self._announced(), self.announcement, "join")
 
     def _begin_channels(self, given: str | None) -> None:
         places = self._places(given)
@@ -1499,11 +1518,11 @@ class Subscription:
         for name in watched:
             self.hub.unwatch(name)
         if has_joined:
-            self.hub.announce(self._announced(), self.who, "leave")
+            self.hub.announce(self._announced(), self.announcement, "leave")
 
     def _announced(self) -> list[str]:
         """Return the channels that are told who comes and goes."""
-        names = self.channels if self._announce else ()
+        names = () if self.announcement is None else self.channels
         return [name for name in names if not is_pattern(name)]
 
 

@@ -1059,6 +1059,81 @@ def test_presence_kick_and_announce(hub):
     ]
 
 
+@pytest.mark.parametrize("who", [object(), {1, 2}, {"user": object()}])
+def test_who_must_be_encodable(hub, who):
+    """An error of it is that of who subscribes, and nobody else's."""
+    with pytest.raises(TypeError):
+        hub.subscribe("a", who=who, announce=True)
+    assert hub.subscribe("a", who=who).read(0) == []
+    assert hub.stats()["subscribers"] == 0
+
+
+def test_who_must_not_be_too_large():
+    """It is not announced, then, but refused."""
+    hub = Hub(max_payload=100)
+    with pytest.raises(PayloadTooLarge):
+        hub.subscribe("a", who="x" * 100, announce=True)
+    hub.close()
+
+
+@pytest.mark.parametrize("how", ["kick", "close", "drop"])
+def test_who_is_announced_as_it_was(hub, how):
+    """What becomes of it later breaks neither a kick nor a close halfway."""
+    watcher = hub.subscribe("a")
+    watcher.read(0)
+    names = [{"name": str(number)} for number in range(3)]
+    subscriptions = [hub.subscribe("a", who=who, announce=True) for who in names]
+    for subscription in subscriptions:
+        subscription.begin()
+    names[0]["name"] = object()
+    if how == "kick":
+        assert hub.kick(lambda s: s.who in names) == 3
+    elif how == "close":
+        for subscription in subscriptions:
+            subscription.close()
+    else:
+        del subscription
+        subscriptions.clear()
+        gc.collect()
+        hub.presence("a")
+    assert hub.presence("a") == [None]
+    assert [(e.event, e.json()["who"]) for e in watcher.read(0)] == [
+        (event, {"name": str(number)})
+        for event in ("join", "leave")
+        for number in range(3)
+    ]
+
+
+def test_a_broker_that_fails_breaks_no_kick(caplog):
+    """All are ended; what could not be told is in the log."""
+
+    class Down(MemoryBroker):
+        def publish(self, items, *, connection=None):
+            if error:
+                raise error
+            return super().publish(items, connection=connection)
+
+        def unwatch(self, channel):
+            raise Unavailable("no route")
+
+    error = None
+    hub = Hub(broker=Down())
+    names = ["a", "b:*"]
+    subscriptions = [hub.subscribe(*names, announce=True) for _ in range(4)]
+    for subscription in subscriptions:
+        subscription.begin()
+    error = Unavailable("no route")
+    assert hub.kick(lambda s: s in subscriptions[:2]) == 2
+    error = OSError("no route")
+    assert hub.kick(lambda s: True) == 2
+    assert all(subscription.is_closed for subscription in subscriptions)
+    assert hub.stats()["subscribers"] == 0
+    said = {record.message for record in caplog.records}
+    assert "'leave' could not be announced in 'a'" in said
+    assert "'b:*' could not be unwatched: no route" in said
+    hub.close()
+
+
 def test_who_is_dropped_leaves(hub):
     """A subscription that nobody closed is gone with its last reference."""
     watcher = hub.subscribe("a")
