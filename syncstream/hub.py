@@ -49,7 +49,7 @@ MAX_CHANNELS = 32  # of one subscription, by name: their ids fit into one
 _MAX_ID = 4096  # characters of an id that are looked at
 _MAX_NAME = 200  # characters of a channel's name
 _ID = re.compile(r"[0-9a-f]+(-[0-9a-f]+)?")
-_NAME = re.compile(r"[^\s\x00-\x1f\x7f*#]+")
+_NAME = re.compile(r"[^\s\x00-\x1f\x7f*#\ud800-\udfff]+")  # surrogates: no UTF-8
 
 GAP_EVENT = "reset"
 _NOWHERE = "-"  # an id that no broker has

@@ -1514,6 +1514,7 @@ def test_wrong_arguments_of_subscribe(hub, options, error, name):
         ("a b", ValueError),
         ("a\n", ValueError),
         ("a\0", ValueError),
+        ("a\ud800", ValueError),
         ("x" * 201, ValueError),
         ("a*", ValueError),
         (7, TypeError),
