@@ -1103,7 +1103,7 @@ class Subscription:
         """Return the id of each channel in a Last-Event-ID; ``None`` without one."""
         if given is None:
             return None
-        if self._is_simple:
+        if self._is_simple and "." not in given:
             return {self.channels[0]: given}
         hashes = {_hash(name): name for name in self.channels}
         places = {}
@@ -1580,4 +1580,5 @@ def _composite(names: Iterable[str], ids: Iterable[str]) -> str:
 
 
 def _hash(name: str) -> str:
-    return hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+    # So long that no two names have the same, not even of who looks for such.
+    return hashlib.blake2b(name.encode(), digest_size=10).hexdigest()

@@ -732,6 +732,36 @@ def test_a_channel_that_is_new_to_an_id_is_a_reset(hub):
     assert [e.json()["channel"] for e in found if isinstance(e, Gap)] == ["c"]
 
 
+def test_names_whose_short_hashes_are_one(hub):
+    """An id tells apart two that 32 bits do not."""
+    channels = "user:73177", "user:148412"
+    subscription = hub.subscribe(*channels)
+    subscription.read(0)
+    for name in channels:
+        hub.publish_many(name, ["0", "1"])
+    first, *_ = subscription.read(0)
+    assert sorted(data(resume(hub, first.id, *channels))) == ["0", "1", "1"]
+
+
+def test_a_list_of_channels_that_changes(hub):
+    """Those that are in both go on; what is new begins with a reset."""
+    subscription = hub.subscribe("a", "b")
+    subscription.read(0)
+    for name in "ab":
+        hub.publish_many(name, [f"{name}0", f"{name}1"])
+    last = subscription.read(0)[-1].id
+    for name in "abc":
+        hub.publish(name, f"{name}2")
+    assert data(resume(hub, last, "a")) == ["a2"]
+    assert data(resume(hub, last, "b")) == ["b2"]
+    assert data(resume(hub, last, "b", "a")) == ["b2", "a2"]
+    found = resume(hub, last, "b", "c")
+    assert [e.event or e.data for e in found] == ["b2", "reset", "c2"]
+    assert isinstance(resume(hub, last, "c")[0], Gap)
+    one = hub.publish("a", "a3")
+    assert [e.event for e in resume(hub, one, "a", "b")].count("reset") == 2
+
+
 @pytest.mark.parametrize(
     ("pattern", "heard"),
     [
