@@ -16,6 +16,7 @@ import _thread
 import hashlib
 import json
 import logging
+import math
 import re
 import time
 import weakref
@@ -134,6 +135,10 @@ class Hub:
                 raise TypeError(f"max_age must be seconds or None, got {max_age!r}")
             if not max_age > 0:
                 raise ValueError(f"max_age must be above 0, or None, got {max_age!r}")
+        if not isinstance(url, str):
+            raise TypeError(f"url must be str, got {url!r}")
+        if broker is not None and not callable(getattr(broker, "attach", None)):
+            raise TypeError(f"broker must be a Broker, got {broker!r}")
         if broker is None:
             broker = open_broker(url, capacity=capacity, max_age=max_age)
         self.broker = broker
@@ -226,8 +231,7 @@ class Hub:
             Unavailable, Uncertain, PayloadTooLarge, TypeError, ValueError: As from
                 `publish`; then it holds for all of them.
         """
-        if self._is_closed:
-            raise ValueError("publish after close()")
+        self.check_open("publish")
         _check_name(channel)
         prefix = _prefix(only, exclude)
         batch = [(channel, prefix + self._payload(item)) for item in items]
@@ -244,6 +248,10 @@ class Hub:
                 f"an event must have {self._max_payload} bytes at most, encoded,"
                 f" got {len(payload)}"
             )
+
+    def check_open(self, what: str) -> None:
+        if self._is_closed:
+            raise ValueError(f"{what} after close()")
 
     def announcement(self, who: Any) -> str:
         """Return the data of the events that tell who comes and goes.
@@ -374,6 +382,7 @@ class Hub:
             channels: As for `subscribe`, but names only, and the same ones: an id of
                 two channels is not one of the first alone.
         """
+        self.check_open("head")
         names = tuple(dict.fromkeys(channels))
         if not names:
             raise ValueError("channels must be given, at least one")
@@ -804,6 +813,7 @@ class Subscription:
         authorize: Callable[[Subscription], bool] | None,
         reauthorize: float | None,
     ) -> None:
+        hub.check_open("subscribe")
         if not channels:
             raise ValueError("channels must be given, at least one")
         for name in channels:
@@ -836,9 +846,11 @@ class Subscription:
         if (on_lag == "latest") != (key is not None):
             raise ValueError("on_lag='latest' and key must be given together")
         for label, value in (("throttle", throttle), ("reauthorize", reauthorize)):
-            if value is not None and not (
-                isinstance(value, (int, float)) and value > 0
-            ):
+            if value is None:
+                continue
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise TypeError(f"{label} must be seconds or None, got {value!r}")
+            if not 0 < value < math.inf:
                 raise ValueError(f"{label} must be above 0 seconds, got {value!r}")
         if reauthorize is not None and authorize is None:
             raise ValueError("reauthorize needs authorize")
@@ -972,7 +984,15 @@ class Subscription:
                 cursor.record.waiters.pop(waiter, None)
 
     def close(self, reason: str = "closed") -> None:
-        """End it; whoever reads it gets `Closed`. From any thread."""
+        """End it; whoever reads it gets `Closed`. From any thread.
+
+        Args:
+            reason: The ``reason`` of that, and of the response's end.
+        """
+        if not isinstance(reason, str):
+            raise TypeError(f"reason must be str, got {reason!r}")
+        if not reason:
+            raise ValueError("reason must not be empty")
         with self.hub._lock:
             if self._reason is None:
                 self._reason = reason

@@ -1222,6 +1222,7 @@ def test_an_exception_in_a_wait_ends_only_the_wait(hub, channels):
 def test_close_wakes_all(place):
     """Whoever waits gets `Closed`, at once; whoever comes later, too."""
     hub = Hub()
+    early = hub.subscribe("a")
 
     def read(*names, **options):
         with pytest.raises(Closed) as caught:
@@ -1240,10 +1241,16 @@ def test_close_wakes_all(place):
     hub.close()
     assert [join() for join in joins] == ["closed"] * 4
     assert time.monotonic() - began < 1
-    assert place.start(lambda: read("a"))() == "closed"
     assert hub.stats()["subscribers"] == 0
-    with pytest.raises(ValueError, match=r"publish after close\(\)"):
-        hub.publish("a", "x")
+    for what, call in {
+        "publish": lambda: hub.publish("a", "x"),
+        "subscribe": lambda: hub.subscribe("a"),
+        "head": lambda: hub.head("a"),
+    }.items():
+        with pytest.raises(ValueError, match=rf"{what} after close\(\)"):
+            call()
+    with pytest.raises(Closed, match="closed"):
+        early.read()
     hub.close()
 
 
@@ -1504,6 +1511,9 @@ def test_state(hub, caplog):
         ({"max_age": "1"}, TypeError),
         ({"max_age": float("nan")}, ValueError),
         ({"url": "nowhere:"}, ValueError),
+        ({"url": 5}, TypeError),
+        ({"broker": 5}, TypeError),
+        ({"broker": "memory:"}, TypeError),
     ],
     ids=str,
 )
@@ -1524,6 +1534,9 @@ def test_wrong_arguments_of_a_hub(options, error):
         ({"on_lag": "latest"}, ValueError, "key"),
         ({"key": len}, ValueError, "key"),
         ({"throttle": 0}, ValueError, "throttle"),
+        ({"throttle": float("inf")}, ValueError, "throttle"),
+        ({"throttle": True}, TypeError, "throttle"),
+        ({"throttle": "1"}, TypeError, "throttle"),
         ({"reauthorize": 5}, ValueError, "authorize"),
         ({"reauthorize": -1, "authorize": bool}, ValueError, "reauthorize"),
         ({"tags": "x"}, TypeError, "tags"),
@@ -1605,6 +1618,17 @@ def test_more_wrong_arguments(hub):
     with pytest.raises(TypeError, match="only"):
         hub.publish("a", "x", only="admin")
     assert hub.head("a").startswith("0-")
+
+
+@pytest.mark.parametrize(
+    ("reason", "error"), [(None, TypeError), (5, TypeError), ("", ValueError)]
+)
+def test_a_reason_is_a_word(hub, reason, error):
+    """Whoever reads it is told it; nothing else ends a subscription."""
+    subscription = hub.subscribe("a")
+    with pytest.raises(error, match="reason"):
+        subscription.close(reason)
+    assert subscription.read(0) == []
 
 
 def test_too_large():
