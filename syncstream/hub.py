@@ -183,7 +183,7 @@ class Hub:
         Args:
             channel: Its name: levels with ``:`` between them, no white space.
             data: Text, or what becomes JSON; or an `Event` without an id.
-            event: Its name, as in `Event`.
+            event: Its name, as in `Event`; not "reset".
             retry: As in `Event`.
             only: Tags: it is for subscriptions that have one of them.
             exclude: Tags: it is not for subscriptions that have one of them.
@@ -273,6 +273,10 @@ class Hub:
         event = item if isinstance(item, Event) else self._event(item, None, None)
         if event.id is not None:
             raise ValueError(f"id must be the broker's own, got {event.id!r}")
+        if event.event == GAP_EVENT:
+            raise ValueError(
+                f"event must not be {GAP_EVENT!r}: it says that events are missing"
+            )
         if event.data is None:
             # Readers would never see it: nothing is dispatched without data.
             raise ValueError("data must be given: an event without is not dispatched")

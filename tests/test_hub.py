@@ -1631,6 +1631,18 @@ def test_a_reason_is_a_word(hub, reason, error):
     assert subscription.read(0) == []
 
 
+def test_nobody_makes_a_reset(hub):
+    """Only a hub says that events are missing."""
+    for call in (
+        lambda: hub.publish("a", "x", event="reset"),
+        lambda: hub.publish("a", Event("x", event="reset")),
+        lambda: hub.publish_many("a", ["x", Event("x", event="reset")]),
+    ):
+        with pytest.raises(ValueError, match="reset"):
+            call()
+    assert hub.subscribe("a", after="start").read(0) == []
+
+
 def test_too_large():
     """Refused, with all that came with it."""
     hub = Hub(max_payload=100)
