@@ -106,7 +106,9 @@ class Hub:
     Args:
         url: Where events are kept: ``memory:`` is this process.
         broker: A broker, in place of a URL; see `syncstream.brokers`.
-        capacity: So many events of each channel are kept, for those who resume.
+        capacity: So many events of each channel are kept, for those who resume:
+            fewer, if they are large (``memory:`` has 256 MiB for all channels, an
+            eighth of it for one, see `brokers.memory.MemoryBroker`).
         max_age: Events are kept for so many seconds, ``None`` for no limit.
         max_payload: So many bytes an event may have, encoded.
         dumps: Encodes what is not text, as in `SSEResponse`.
@@ -305,29 +307,31 @@ class Hub:
                 for all levels. A name that is not all yours may be one: make it by
                 `channel`. Who comes back to a pattern gets a reset of it, then
                 what comes from now on: no broker knows which channels there were
-                in between. Of each channel that it brings a little is kept as long
-                as it lasts.
+                in between.
             after: Where a first connection begins: "now", "start" (the oldest that
                 is kept), an id, or a number: so many of the newest of each. With
                 a pattern only "now". A client that comes back with a Last-Event-ID
                 begins there.
-            on_gap: What follows the reset when that id is not kept any more:
-                "replay", all that is kept; "live", what comes from now on; or a
-                callable, which returns events that make a client whole again (a
-                snapshot, without ids), and what came since it was called follows.
-                Who is cut off before its end gets another one.
+            on_gap: What follows a reset, when that id is not kept any more or the
+                reader has fallen behind: "replay", all that is kept; "live", what
+                comes from now on; or a callable, which returns events that make a
+                client whole again (a snapshot, without ids), and what came since it
+                was called follows. Who is cut off before its end gets another one.
+                It is called for each channel that has a gap.
             on_lag: What becomes of a reader that falls behind what is kept:
-                "reset", it is told, and goes on with the oldest that is kept;
+                "reset", it is told, and goes on as ``on_gap`` says;
                 "drop", its stream ends, and the client comes back by itself;
                 "latest", of what it is behind it gets the newest for each key.
-            key: For "latest": an event's key.
+            key: For "latest": an event's key. What it raises `read` raises, and
+                reads the same once more.
             throttle: Seconds between two deliveries, at least.
             tags: What `publish` may select it by.
             who: What `presence` shows of it; a user's name, say.
             announce: Publish "join" and "leave" events to its channels, with ``who``
                 as it is now; not to those of a pattern.
             authorize: Called when it is first read, and every ``reauthorize``
-                seconds; when it returns false, the stream ends.
+                seconds; when it returns false, the stream ends. What it raises
+                `read` raises, and nothing is read.
             reauthorize: Seconds.
 
         Raises:
@@ -899,6 +903,9 @@ class Subscription:
 
     def read(self, timeout: float | None = None) -> list[Event]:
         """Return what is there, oldest first; wait for it if there is nothing.
+
+        Or a part of it, if it is much: the next one goes on. What breaks a wait off
+        leaves it open.
 
         Args:
             timeout: Seconds to wait, ``None`` for no limit; 0 not at all.
