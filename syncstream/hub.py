@@ -25,11 +25,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
-from .brokers import Broker, is_pattern, matches, open_broker
+from .brokers import Broker, is_pattern, matches, open_broker, patterns_of
 from .errors import BrokerError, Closed, PayloadTooLarge, Unavailable
-from .log import START, Entry, Log, Page
+from .log import JOIN, START, Entry, Log, Page, first_part
 from .process import process
 from .protocol import sse
 from .protocol.json import Dumps, dumps_or_default
@@ -51,7 +52,7 @@ MAX_CHANNELS = 32  # of one subscription, by name: their ids fit into one
 _MAX_ID = 4096  # characters of an id that are looked at
 _MAX_NAME = 200  # characters of a channel's name
 _ID = re.compile(r"[0-9a-f]+(-[0-9a-f]+)?")
-_NAME = re.compile(r"[^\s\x00-\x1f\x7f*#]+")
+_NAME = re.compile(r"[^\s\x00-\x1f\x7f*#\ud800-\udfff]+")  # surrogates: no UTF-8
 
 GAP_EVENT = "reset"
 _NOWHERE = "-"  # an id that no broker has
@@ -79,7 +80,7 @@ class _Channel:
     """A channel that has, or had a moment ago, subscribers."""
 
     __slots__ = (
-        *("counted", "idle_since", "is_doubtful", "is_watched", "log", "patterns"),
+        *("counted", "idle_since", "is_doubtful", "is_watched", "limit", "log"),
         *("subscriptions", "tagged", "waiters"),
     )
 
@@ -92,7 +93,7 @@ class _Channel:
         # Its head may be older than the channel's, or not known at all: the first to
         # come to its end asks the broker.
         self.is_doubtful = True
-        self.patterns = -1  # the `Hub._version` whose subscriptions know of it
+        self.limit = READ  # what to ask the broker for: fewer, if they are large
         self.waiters: dict[Wakeable, None] = {}  # in the order in which they came
         self.tagged = -1  # the last position whose entry is not for everybody
         self.idle_since = time.monotonic()
@@ -107,7 +108,9 @@ class Hub:
     Args:
         url: Where events are kept: ``memory:`` is this process.
         broker: A broker, in place of a URL; see `syncstream.brokers`.
-        capacity: So many events of each channel are kept, for those who resume.
+        capacity: So many events of each channel are kept, for those who resume:
+            fewer, if they are large (``memory:`` has 256 MiB for all channels, an
+            eighth of it for one, see `brokers.memory.MemoryBroker`).
         max_age: Events are kept for so many seconds, ``None`` for no limit.
         max_payload: So many bytes an event may have, encoded.
         dumps: Encodes what is not text, as in `SSEResponse`.
@@ -136,6 +139,10 @@ class Hub:
                 raise TypeError(f"max_age must be seconds or None, got {max_age!r}")
             if not max_age > 0:
                 raise ValueError(f"max_age must be above 0, or None, got {max_age!r}")
+        if not isinstance(url, str):
+            raise TypeError(f"url must be str, got {url!r}")
+        if broker is not None and not callable(getattr(broker, "attach", None)):
+            raise TypeError(f"broker must be a Broker, got {broker!r}")
         if broker is None:
             broker = open_broker(url, capacity=capacity, max_age=max_age)
         self.broker = broker
@@ -151,12 +158,11 @@ class Hub:
         self._filled: OrderedDict[_Channel, None] = OrderedDict()
         self._size = 0
         self._patterns: dict[str, int] = {}  # how many subscriptions have each
-        self._with_patterns: dict[int, weakref.ref[Subscription]] = {}
-        self._version = 0  # of the subscriptions that have patterns
+        self._listeners: dict[str, dict[int, weakref.ref[Subscription]]] = {}
         self._open: dict[int, weakref.ref[Subscription]] = {}
         # What was dropped, not closed. Maybe by a garbage collection, anywhere, under
         # any lock: to call the broker there is to wait for oneself.
-        self._dropped: deque[tuple[Sequence[str], Sequence[str], Any]] = deque()
+        self._dropped: deque[tuple[Sequence[str], Sequence[str], str | None]] = deque()
         self._published = self._delivered = 0
         self._is_up = True
         self._is_closed = False
@@ -181,7 +187,7 @@ class Hub:
         Args:
             channel: Its name: levels with ``:`` between them, no white space.
             data: Text, or what becomes JSON; or an `Event` without an id.
-            event: Its name, as in `Event`.
+            event: Its name, as in `Event`; not "reset".
             retry: As in `Event`.
             only: Tags: it is for subscriptions that have one of them.
             exclude: Tags: it is not for subscriptions that have one of them.
@@ -229,21 +235,37 @@ class Hub:
             Unavailable, Uncertain, PayloadTooLarge, TypeError, ValueError: As from
                 `publish`; then it holds for all of them.
         """
-        if self._is_closed:
-            raise ValueError("publish after close()")
+        self.check_open("publish")
         _check_name(channel)
         prefix = _prefix(only, exclude)
         batch = [(channel, prefix + self._payload(item)) for item in items]
         for _, payload in batch:
-            if len(payload) > self._max_payload:
-                raise PayloadTooLarge(
-                    f"an event must have {self._max_payload} bytes at most, encoded,"
-                    f" got {len(payload)}"
-                )
+            self._check_size(payload)
         self._clear()
         ids = self.broker.publish(batch, connection=connection) if batch else []
         self._published += len(ids)
         return ids
+
+    def _check_size(self, payload: bytes) -> None:
+        if len(payload) > self._max_payload:
+            raise PayloadTooLarge(
+                f"an event must have {self._max_payload} bytes at most, encoded,"
+                f" got {len(payload)}"
+            )
+
+    def check_open(self, what: str) -> None:
+        if self._is_closed:
+            raise ValueError(f"{what} after close()")
+
+    def announcement(self, who: Any) -> str:
+        """Return the data of the events that tell who comes and goes.
+
+        Made once, by whoever subscribes: an error is theirs, and not that of whoever
+        kicks them, or finds that they have gone.
+        """
+        event = self._event({"who": who}, "leave", None)
+        self._check_size(event.encode())
+        return str(event.data)
 
     def _event(self, data: Any, event: str | None, retry: int | None) -> Event:
         if data is not None and not isinstance(data, (str, bytes, bytearray)):
@@ -255,6 +277,10 @@ class Hub:
         event = item if isinstance(item, Event) else self._event(item, None, None)
         if event.id is not None:
             raise ValueError(f"id must be the broker's own, got {event.id!r}")
+        if event.event == GAP_EVENT:
+            raise ValueError(
+                f"event must not be {GAP_EVENT!r}: it says that events are missing"
+            )
         if event.data is None:
             # Readers would never see it: nothing is dispatched without data.
             raise ValueError("data must be given: an event without is not dispatched")
@@ -283,28 +309,31 @@ class Hub:
                 for all levels. A name that is not all yours may be one: make it by
                 `channel`. Who comes back to a pattern gets a reset of it, then
                 what comes from now on: no broker knows which channels there were
-                in between. Of each channel that it brings a little is kept as long
-                as it lasts.
+                in between.
             after: Where a first connection begins: "now", "start" (the oldest that
                 is kept), an id, or a number: so many of the newest of each. With
                 a pattern only "now". A client that comes back with a Last-Event-ID
                 begins there.
-            on_gap: What follows the reset when that id is not kept any more:
-                "replay", all that is kept; "live", what comes from now on; or a
-                callable, which returns events that make a client whole again (a
-                snapshot, without ids), and what came since it was called follows.
-                Who is cut off before its end gets another one.
+            on_gap: What follows a reset, when that id is not kept any more or the
+                reader has fallen behind: "replay", all that is kept; "live", what
+                comes from now on; or a callable, which returns events that make a
+                client whole again (a snapshot, without ids), and what came since it
+                was called follows. Who is cut off before its end gets another one.
+                It is called for each channel that has a gap.
             on_lag: What becomes of a reader that falls behind what is kept:
-                "reset", it is told, and goes on with the oldest that is kept;
+                "reset", it is told, and goes on as ``on_gap`` says;
                 "drop", its stream ends, and the client comes back by itself;
                 "latest", of what it is behind it gets the newest for each key.
-            key: For "latest": an event's key.
+            key: For "latest": an event's key. What it raises `read` raises, and
+                reads the same once more.
             throttle: Seconds between two deliveries, at least.
             tags: What `publish` may select it by.
             who: What `presence` shows of it; a user's name, say.
-            announce: Publish "join" and "leave" events to its channels, with ``who``.
+            announce: Publish "join" and "leave" events to its channels, with ``who``
+                as it is now; not to those of a pattern.
             authorize: Called when it is first read, and every ``reauthorize``
-                seconds; when it returns false, the stream ends.
+                seconds; when it returns false, the stream ends. What it raises
+                `read` raises, and nothing is read.
             reauthorize: Seconds.
 
         Raises:
@@ -363,6 +392,7 @@ class Hub:
             channels: As for `subscribe`, but names only, and the same ones: an id of
                 two channels is not one of the first alone.
         """
+        self.check_open("head")
         names = tuple(dict.fromkeys(channels))
         if not names:
             raise ValueError("channels must be given, at least one")
@@ -428,10 +458,11 @@ class Hub:
         with self._lock:
             record = self._channels.get(channel)
             if record is None:
-                if not any(matches(p, channel) for p in self._patterns):
+                if not self._listening(channel):
                     return
                 self._forget_idle(time.monotonic(), is_watched=False)
                 record = self._channels[channel] = _Channel()
+                record.is_doubtful = False  # to who listens from now on
             window = record.log
             if window.head and entry.prev != window.head:
                 if window.after(entry.id) is not None:
@@ -447,12 +478,22 @@ class Hub:
             while self._size > BUDGET:
                 self._empty(next(iter(self._filled)))
             waiters, record.waiters = record.waiters, {}
-            if self._patterns and record.patterns != self._version:
-                record.patterns = self._version
-                for subscription in _alive(self._with_patterns):
+            if self._listeners:
+                if not record.is_watched:
+                    record.idle_since = time.monotonic()
+                for subscription in self._listening(channel):
                     waiters |= subscription.discover(channel, entry.prev)
         if waiters:
             wake_all(waiters)
+
+    def _listening(self, channel: str) -> list[Subscription]:
+        """Return those that have patterns of a channel; maybe one several times."""
+        found: list[Subscription] = []
+        for pattern in patterns_of(channel):
+            listeners = self._listeners.get(pattern)
+            if listeners:
+                found += _alive(listeners)
+        return found
 
     def _count(self, record: _Channel) -> None:
         """Take note of a window's size, under the lock, after any change of it."""
@@ -478,21 +519,20 @@ class Hub:
 
     def resync(self, channels: Iterable[str] | None) -> None:
         with self._lock:
-            channels = None if channels is None else list(channels)
-            names = list(self._channels) if channels is None else channels
+            names = list(self._channels if channels is None else channels)
             waiters: dict[Wakeable, None] = {}
-            is_lost = channels is None
             for name in names:
                 record = self._channels.get(name)
-                if record is None:
-                    is_lost = True
-                    continue
-                # Readers find themselves outside of it, and ask the broker.
-                waiters.update(self.restart(record, ""))
-                record.is_doubtful = True
-            if is_lost:  # maybe of channels that nobody has heard of
-                for subscription in _alive(self._with_patterns):
-                    waiters |= subscription.lose(channels)
+                if record is not None:
+                    # Readers find themselves outside of it, and ask the broker.
+                    waiters.update(self.restart(record, ""))
+                    record.is_doubtful = True
+                for subscription in self._listening(name):
+                    waiters |= subscription.lose(name)
+            if channels is None:  # maybe of channels that nobody has heard of
+                for listeners in self._listeners.values():
+                    for subscription in _alive(listeners):
+                        waiters |= subscription.lose(None)
         wake_all(waiters)
 
     def state(self, is_up: bool, reason: str) -> None:
@@ -507,9 +547,10 @@ class Hub:
         self._clear()
         with self._lock:
             reference = self._open[id(subscription)] = weakref.ref(subscription)
-            if subscription.has_patterns:
-                self._with_patterns[id(subscription)] = reference
-                self._version += 1
+            for name in subscription.channels if subscription.has_patterns else ():
+                if is_pattern(name):
+                    listeners = self._listeners.setdefault(name, {})
+                    listeners[id(subscription)] = reference
 
     def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
         """Read from the broker, unless the hub is closed.
@@ -537,7 +578,9 @@ class Hub:
 
     def leave(self, subscription: Subscription) -> None:
         self._open.pop(id(subscription), None)
-        self._with_patterns.pop(id(subscription), None)
+        if subscription.has_patterns:
+            for name in subscription.channels:
+                self._listeners.get(name, {}).pop(id(subscription), None)
 
     def drop(
         self,
@@ -546,30 +589,31 @@ class Hub:
         announced: Sequence[str],
     ) -> None:
         """Take note of one that is gone without a `close`; calls nobody."""
-        self._open.pop(id(subscription), None)
-        self._with_patterns.pop(id(subscription), None)
-        self._dropped.append((watched, announced, subscription.who))
+        self.leave(subscription)
+        self._dropped.append((watched, announced, subscription.announcement))
 
     def _clear(self) -> None:
         """Do what is left to do for those that were dropped."""
         while self._dropped:
             try:
-                watched, announced, who = self._dropped.popleft()
+                watched, announced, data = self._dropped.popleft()
             except IndexError:  # another thread was faster
                 return
             for name in watched:
                 self.unwatch(name)
-            self.announce(announced, who, "leave")
+            self.announce(announced, data, "leave")
 
-    def announce(self, channels: Iterable[str], who: Any, name: str) -> None:
+    def announce(self, channels: Iterable[str], data: str | None, name: str) -> None:
         """Tell channels who has come or gone."""
         for channel in channels:
             if self._is_closed:
                 return
             try:
-                self.publish(channel, {"who": who}, event=name)
+                self.publish(channel, data, event=name)
             except BrokerError as error:
                 log.warning("%r could not be announced in %r: %s", name, channel, error)
+            except Exception:  # the broker's own; others are not to end by it
+                log.exception("%r could not be announced in %r", name, channel)
 
     def watch(self, name: str) -> _Channel | None:
         """Have the broker tell of a channel, or of those that match a pattern."""
@@ -587,7 +631,9 @@ class Hub:
         if record is None or not record.is_watched:
             self.broker.watch(name)
             if record is not None:
-                record.is_watched = True
+                with self._lock:
+                    # A pattern may have brought it, and have gone since.
+                    record.is_doubtful = record.is_watched = True
         return record
 
     def unwatch(self, name: str) -> None:
@@ -598,6 +644,8 @@ class Hub:
                 self._patterns[name] -= 1
                 if not self._patterns[name]:
                     del self._patterns[name]
+                    if not self._listeners.get(name, True):
+                        del self._listeners[name]
                     idle.append(name)
             else:
                 record = self._channels[name]
@@ -605,7 +653,10 @@ class Hub:
                 record.idle_since = now
             idle += self._forget_idle(now)
         for name in idle:
-            self.broker.unwatch(name)
+            try:
+                self.broker.unwatch(name)
+            except BrokerError as error:  # it goes on to tell what nobody wants
+                log.warning("%r could not be unwatched: %s", name, error)
             # Somebody may have come in between, and have it watched before this.
             with self._lock:
                 found = self._channels.get(name)
@@ -706,6 +757,41 @@ class _Cursor:
     def __post_init__(self) -> None:
         self.sent = self.last
 
+    def is_at_end(self) -> bool:
+        """Tell whether there is nothing new; under the hub's lock."""
+        # Outside of the window it is read from the broker, to its end.
+        is_outside = self.position < 0 or self.record.is_doubtful
+        return self.record.log.end == (self.seen if is_outside else self.position)
+
+    def place(self) -> tuple[Any, ...]:
+        """Return what reading changes, for `go_back`."""
+        place = self.last, self.position, self.seen
+        return *place, self.is_begun, self.sent, self.start
+
+    def go_back(self, place: tuple[Any, ...]) -> None:
+        """Undo all reading since that place."""
+        self.last, self.position, self.seen = place[:3]
+        self.is_begun, self.sent, self.start = place[3:]
+
+
+class _Brought:
+    """What a subscription's patterns have brought; all of it under the hub's lock.
+
+    Attributes:
+        cursors: Of each channel, as long as it has a window.
+        news: Channels with something new, and the id before that.
+        behind: Cursors that may not be at their ends, whose turn is next first.
+        room: So many cursors are kept before those without windows are looked for.
+    """
+
+    __slots__ = ("behind", "cursors", "news", "room")
+
+    def __init__(self) -> None:
+        self.cursors: dict[str, _Cursor] = {}
+        self.news: dict[str, str] = {}
+        self.behind: dict[str, _Cursor] = {}
+        self.room = 64
+
 
 Item = tuple["_Cursor", "Entry | Event"]
 
@@ -716,8 +802,9 @@ class Subscription:
     """The events of one channel or several, from a position on; from `Hub.subscribe`.
 
     Iterate it; or `read` what is there; or give it to a response. Its position is
-    fixed, and it counts as present, when it is first read; in a stream's generator,
-    and in a response, that is after the client's Last-Event-ID if there is one. One
+    fixed, and it counts as present, when it is first read. In a response, and as the
+    first that a stream's generator reads, it begins after the client's Last-Event-ID,
+    if there is one; a second one in a generator begins where ``after`` says. One
     thread or greenlet reads it.
 
     Attributes:
@@ -727,11 +814,11 @@ class Subscription:
 
     # There may be many thousands, idle: nothing empty is kept where `None` does.
     __slots__ = (
-        *("__weakref__", "_after", "_announce", "_asked", "_authorize", "_brought"),
-        *("_delivered", "_found", "_is_begun", "_is_simple", "_items", "_key"),
+        *("__weakref__", "_after", "_asked", "_authorize", "_brought"),
+        *("_delivered", "_is_begun", "_is_simple", "_items", "_key"),
         *("_lost", "_named", "_on_gap", "_on_lag", "_reason", "_reauthorize"),
-        *("_throttle", "_waiter", "_watched", "channels", "has_patterns", "hub"),
-        *("tags", "who"),
+        *("_throttle", "_turn", "_waiter", "_watched", "channels", "has_patterns"),
+        *("announcement", "hub", "tags", "who"),
     )
 
     def __init__(
@@ -750,6 +837,7 @@ class Subscription:
         authorize: Callable[[Subscription], bool] | None,
         reauthorize: float | None,
     ) -> None:
+        hub.check_open("subscribe")
         if not channels:
             raise ValueError("channels must be given, at least one")
         for name in channels:
@@ -782,9 +870,11 @@ class Subscription:
         if (on_lag == "latest") != (key is not None):
             raise ValueError("on_lag='latest' and key must be given together")
         for label, value in (("throttle", throttle), ("reauthorize", reauthorize)):
-            if value is not None and not (
-                isinstance(value, (int, float)) and value > 0
-            ):
+            if value is None:
+                continue
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise TypeError(f"{label} must be seconds or None, got {value!r}")
+            if not 0 < value < math.inf:
                 raise ValueError(f"{label} must be above 0 seconds, got {value!r}")
         if reauthorize is not None and authorize is None:
             raise ValueError("reauthorize needs authorize")
@@ -798,15 +888,14 @@ class Subscription:
         self._on_lag = on_lag
         self._key = key
         self._throttle = throttle
-        self._announce = announce
+        self.announcement = hub.announcement(who) if announce else None
         self._authorize = authorize
         self._reauthorize = reauthorize
         self._asked = 0.0
         self._delivered = 0.0
         self._named: tuple[_Cursor, ...] = ()  # of the channels, in their order
-        self._brought: dict[str, _Cursor] | None = None  # of patterns
-        # Channels that a pattern has brought, and the ids before what they had.
-        self._found: list[tuple[str, str]] | None = None
+        self._turn = 0  # which of them comes first, when there is much
+        self._brought: _Brought | None = None  # of patterns
         self._waiter: Wakeable | None = None
         # Read, and not given out; the next is the last.
         self._items: list[Item] | None = None
@@ -823,13 +912,16 @@ class Subscription:
         return self
 
     def __next__(self) -> Event:
-        items = self._items or self._wait(None)[::-1]
+        items = self._rest() or self._wait(None)[::-1]
         item = items.pop()
         self._items = items or None
         return self._decoded(item)
 
     def read(self, timeout: float | None = None) -> list[Event]:
         """Return what is there, oldest first; wait for it if there is nothing.
+
+        Or a part of it, if it is much: the next one goes on. What breaks a wait off
+        leaves it open.
 
         Args:
             timeout: Seconds to wait, ``None`` for no limit; 0 not at all.
@@ -841,9 +933,18 @@ class Subscription:
             Closed: The subscription has ended.
             ClientDisconnected, GeneratorExit: As from `sleep`, in a stream.
         """
-        items = self._items[::-1] if self._items else None
+        items = self._rest()
+        items = items[::-1] if items else self._wait(timeout)
         self._items = None
-        return [self._decoded(item) for item in items or self._wait(timeout)]
+        return [self._decoded(item) for item in items]
+
+    def _rest(self) -> list[Item] | None:
+        """Return what was read before and not given out, the next at its end."""
+        if self._items:
+            self.check_allowed()
+            if self._reason is not None:
+                self._items = None
+        return self._items
 
     def frames(self, is_events: bool, dumps: Dumps) -> Frames:
         """Return its chunks for a response."""
@@ -888,15 +989,10 @@ class Subscription:
                 record.waiters[waiter] = None
             try:
                 waiter.wait(None)
-            except BaseException:
-                self.close("closed")
+            except BaseException:  # a time-out's, say: it may be read again
+                self.withdraw()
                 raise
         return None
-
-    def _cursors(self) -> Sequence[_Cursor]:
-        if self._brought is None:
-            return self._named
-        return [*self._named, *self._brought.values()]
 
     def _own_waiter(self) -> Waiter:
         waiter = self._waiter
@@ -911,11 +1007,19 @@ class Subscription:
         if waiter is None:
             return
         with self.hub._lock:
-            for cursor in self._cursors():
+            for cursor in self._named:
                 cursor.record.waiters.pop(waiter, None)
 
     def close(self, reason: str = "closed") -> None:
-        """End it; whoever reads it gets `Closed`. From any thread."""
+        """End it; whoever reads it gets `Closed`. From any thread.
+
+        Args:
+            reason: The ``reason`` of that, and of the response's end.
+        """
+        if not isinstance(reason, str):
+            raise TypeError(f"reason must be str, got {reason!r}")
+        if not reason:
+            raise ValueError("reason must not be empty")
         with self.hub._lock:
             if self._reason is None:
                 self._reason = reason
@@ -1062,31 +1166,42 @@ class Subscription:
         )
 
     def discover(self, channel: str, prev: str) -> dict[Wakeable, None]:
-        """Take note of a channel that a pattern may match; return whom to wake.
-
-        By the hub, under its lock; of a channel that is known, too: its window may
-        be another one.
-        """
-        if not any(is_pattern(n) and matches(n, channel) for n in self.channels):
-            return {}
-        self._found = self._found or []  # not None
-        self._found.append((channel, prev))
-        return {} if self._waiter is None else {self._waiter: None}
-
-    def lose(self, channels: Iterable[str] | None) -> dict[Wakeable, None]:
-        """Take note that channels may have had events; return whom to wake.
+        """Take note that a pattern's channel has something new; return whom to wake.
 
         By the hub, under its lock.
         """
+        brought = self._brought
+        if brought is None or channel in self.channels:
+            return {}
+        is_first = not brought.news
+        brought.news.setdefault(channel, prev)
+        return {self._waiter: None} if is_first and self._waiter is not None else {}
+
+    def lose(self, channel: str | None) -> dict[Wakeable, None]:
+        """Take note that a channel may have had events; return whom to wake.
+
+        By the hub, under its lock.
+
+        Args:
+            channel: Its name; ``None`` for some that nobody has heard of.
+        """
+        brought = self._brought
+        if brought is None or channel in self.channels:
+            return {}
+        if channel is not None:
+            cursor = brought.cursors.get(channel)
+            if cursor is not None:
+                return self.discover(channel, cursor.last)
+            if channel in brought.news:
+                return {}
         lost = [
             (name, "lagged")
             for name in self.channels
-            if is_pattern(name)
-            and (channels is None or any(matches(name, c) for c in channels))
+            if is_pattern(name) and (channel is None or matches(name, channel))
         ]
         known = self._lost = self._lost or []
         known += [pair for pair in lost if pair not in known]
-        return {self._waiter: None} if lost and self._waiter is not None else {}
+        return {} if self._waiter is None else {self._waiter: None}
 
     # Its position.
 
@@ -1110,15 +1225,21 @@ class Subscription:
         if self._reason is not None:
             raise Closed(self._reason)
         scope: Any = current_scope()
-        given = getattr(scope, "last_event_id", None)
+        # It is what the first one in a stream has sent: of others it says nothing.
+        is_first = not getattr(scope, "has_resumed", False)
+        given = getattr(scope, "last_event_id", None) if is_first else None
         if getattr(scope, "is_multiprocess", False):
             self.hub.warn_of_processes()
+        self._named, self._turn, self._lost = (), 0, None
+        self._brought = _Brought() if self.has_patterns else None
         self.hub.enter(self)
         try:
             self._begin_channels(given)
         except BaseException:
             self._leave(has_joined=False)
             raise
+        if scope is not None:
+            scope.has_resumed = True
         with self.hub._lock:
             if self.hub._is_closed and self._reason is None:
                 self._reason = "closed"
@@ -1129,13 +1250,12 @@ class Subscription:
         # A generator that ends may be long in letting go of us.
         if not is_owned and hasattr(scope, "on_close"):
             scope.on_close(partial(_close, weakref.ref(self)))
-        self.hub.announce(self._announced(), self.who, "join")
+        self.hub.announce(self._announced(), self.announcement, "join")
 
     def _begin_channels(self, given: str | None) -> None:
         places = self._places(given)
         if places is None and self._after not in ("now", "start"):
             places = self._places(self._after) if isinstance(self._after, str) else None
-        self._named, self._brought, self._lost = (), None, None
         named: list[_Cursor] = []
         for name in self.channels:
             self._watched += 1
@@ -1151,7 +1271,7 @@ class Subscription:
         """Return the id of each channel in a Last-Event-ID; ``None`` without one."""
         if given is None:
             return None
-        if self._is_simple:
+        if self._is_simple and "." not in given:
             return {self.channels[0]: given}
         hashes = {_hash(name): name for name in self.channels}
         places = {}
@@ -1170,7 +1290,8 @@ class Subscription:
             known = len(id) <= 40 and _ID.fullmatch(id) is not None
             return _Cursor(name, record, id if known else "")
         if self._after == "now":
-            return _Cursor(name, record, self.hub.read(name, None).head)
+            head = self.hub.read(name, None).head
+            return _Cursor(name, record, head, is_begun=True)
         count = self._after if isinstance(self._after, int) else None
         last, head = self._oldest(name, count)
         return _Cursor(name, record, last, start=head)
@@ -1233,8 +1354,8 @@ class Subscription:
                 return []
             try:
                 waiter.wait(left)
-            except BaseException:
-                self.close("closed")
+            except BaseException:  # a time-out's, say: it may be read again
+                self.withdraw()
                 raise
             if not self._is_simple or left is not None:
                 self.withdraw()  # from those that did not wake it
@@ -1261,62 +1382,107 @@ class Subscription:
     def _register(self, waiter: Wakeable) -> bool:
         """Have the waiter woken by what is new; ``False`` if something is there."""
         with self.hub._lock:
-            if self._found or self._lost or self._reason is not None:
+            if self._lost or self._reason is not None:
                 return False
-            for cursor in self._cursors():
-                record, at = cursor.record, cursor.position
-                # Outside of the window it is read from the broker, to its end.
-                if at < 0 or record.is_doubtful:
-                    at = cursor.seen
-                if record.log.end != at:
-                    return False
-            for cursor in self._cursors():
+            if self._brought is not None and (
+                self._brought.news or self._brought.behind
+            ):
+                return False
+            if not all(cursor.is_at_end() for cursor in self._named):
+                return False
+            for cursor in self._named:
                 cursor.record.waiters[waiter] = None
         return True
 
     def _take(self) -> list[Item]:
-        """Return what is there: entries, and gaps.
+        """Return what is there, or a part of it: entries, and gaps.
 
         Raises:
             Unavailable: The broker has to be asked, does not answer, and nothing else
                 is there.
         """
         items: list[Item] = []
-        while self._lost:
-            name, reason = self._lost.pop(0)
-            if reason == "lagged" and self._on_lag == "drop":
-                self.close("lagged")
-                raise Closed("lagged")
-            items += self._lost_items(name, reason)
-        while self._found:
-            channel, prev = self._found.pop(0)
-            record = self.hub.record(channel)
-            cursor = next((c for c in self._named if c.name == channel), None)
-            if cursor is None:
-                brought = self._brought = self._brought or {}
-                cursor = brought.get(channel)
-                if cursor is None:
-                    cursor = brought[channel] = _Cursor(channel, record, prev)
-            if cursor.record is not record:
-                cursor.record, cursor.position = record, -1
-        for cursor in self._cursors():
-            before = cursor.last
-            try:
-                items += self._take_from(cursor)
-                # The newest of a key may be further on: all of it, in pieces.
-                while self._key is not None and cursor.last != before:
-                    before = cursor.last
-                    items = [*self._latest(items), *self._take_from(cursor)]
-            except Unavailable:
-                # What is taken already would not come again.
-                if not items:
-                    raise
-                break
-        if self._key is not None and len(items) > 1:
-            items = self._latest(items)
+        lost: list[tuple[str, str]] = []
+        places: list[tuple[_Cursor, tuple[Any, ...]]] = []
+        try:
+            while self._lost:
+                lost.append(self._lost.pop(0))
+                items += self._lost_items(*lost[-1])
+            size = 0
+            for cursor in self._turns():
+                places.append((cursor, cursor.place()))
+                if self._key is not None:
+                    items += self._latest(cursor)
+                    continue
+                try:
+                    found, entries = self._take_from(cursor)
+                except Unavailable:
+                    if not items:
+                        raise
+                    break  # what the others have need not wait for it
+                items += found
+                items += [(cursor, e) for e in entries if self._is_for_us(e)]
+                size += sum(len(entry.payload) for entry in entries)
+                if size >= JOIN:
+                    break
+        except BaseException:
+            # Of `key`, `on_gap`, the broker, or from outside. Nothing was given out:
+            # the next read begins where this one did.
+            with self.hub._lock:
+                self._lost = [*lost, *(self._lost or ())] or None
+                for cursor, place in places:
+                    cursor.go_back(place)
+            raise
+        self._end_turns([cursor for cursor, _ in places])
         return items
 
-    def _take_from(self, cursor: _Cursor) -> list[Item]:
+    def _turns(self) -> Sequence[_Cursor]:
+        """Return the cursors that may have something new, in their order.
+
+        Who was not reached the last time comes first: a busy channel holds up none.
+        """
+        brought, named, turn = self._brought, self._named, self._turn
+        if brought is None:
+            return named if not turn else (*named[turn:], *named[:turn])
+        hub = self.hub
+        with hub._lock:
+            news, brought.news = brought.news, {}
+            for channel, prev in news.items():
+                cursor = brought.cursors.get(channel)
+                record = hub.record(channel)
+                if cursor is None:
+                    cursor = brought.cursors[channel] = _Cursor(channel, record, prev)
+                elif cursor.record is not record:
+                    cursor.record, cursor.position, cursor.seen = record, -1, -1
+                brought.behind[channel] = cursor
+            if len(brought.cursors) > brought.room:
+                # Of a channel that is idle the next event is a first one again.
+                brought.cursors = {
+                    name: cursor
+                    for name, cursor in brought.cursors.items()
+                    if name in brought.behind
+                    or hub._channels.get(name) is cursor.record
+                }
+                brought.room = 2 * len(brought.cursors) + 64
+            behind = islice(brought.behind.values(), READ)
+            return [*named[turn:], *behind, *named[:turn]]
+
+    def _end_turns(self, had: Sequence[_Cursor]) -> None:
+        """Take note of who had a turn: the next is whoever comes after the last."""
+        if self._is_simple or not had:
+            return
+        brought, last = self._brought, had[-1]
+        self._turn = next((n for n, c in enumerate(self._named, 1) if c is last), 0)
+        if brought is None:
+            return
+        with self.hub._lock:
+            for cursor in had:
+                is_behind = brought.behind.pop(cursor.name, None) is not None
+                if is_behind and not cursor.is_at_end():
+                    brought.behind[cursor.name] = cursor
+
+    def _take_from(self, cursor: _Cursor) -> tuple[list[Item], Sequence[Entry]]:
+        """Return what follows a cursor: a reset, maybe, and entries of anybody's."""
         window = cursor.record.log
         with self.hub._lock:
             if cursor.position < window.first:
@@ -1329,24 +1495,29 @@ class Subscription:
                     cursor.last = entries[-1].id
                 cursor.is_begun, cursor.start = True, ""
                 if entries or not cursor.record.is_doubtful:
-                    return [(cursor, e) for e in entries if self._is_for_us(e)]
-            end = window.end
-        page = self.hub.read(cursor.name, cursor.last or _NOWHERE, READ)
-        last = page.entries[-1].id if page.entries else page.head
+                    return [], entries
+            end, limit = window.end, cursor.record.limit
+        page = self.hub.read(cursor.name, cursor.last or _NOWHERE, limit)
+        entries = first_part(page.entries)
+        if len(entries) < len(page.entries):
+            cursor.record.limit = len(entries)
+        elif len(entries) == limit < READ:
+            cursor.record.limit = min(2 * limit, READ)
+        last = entries[-1].id if entries else page.head
         cursor.seen = end if last == page.head else -1
         if cursor.record.is_doubtful:
             self._settle(cursor, page.head, end)
-        if page.entries:
+        if entries:
             cursor.position = -1
         if not page.complete:
             if not self._is_only_older(cursor):
-                return self._gap(cursor, page)
-            cursor.last = page.entries[0].prev if page.entries else page.head
+                return self._gap(cursor, page, entries)
+            cursor.last = entries[0].prev if entries else page.head
             cursor.sent = cursor.last
-        if page.entries:
+        if entries:
             cursor.last = last
         cursor.is_begun, cursor.start = True, ""
-        return [(cursor, e) for e in page.entries if self._is_for_us(e)]
+        return [], entries
 
     def _is_only_older(self, cursor: _Cursor) -> bool:
         """Tell whether what was trimmed had come before the cursor began.
@@ -1367,41 +1538,33 @@ class Subscription:
                 if record.log.head != head:
                     wake_all(self.hub.restart(record, head))
 
-    def _gap(self, cursor: _Cursor, page: Page) -> list[Item]:
+    def _gap(
+        self, cursor: _Cursor, page: Page, entries: Sequence[Entry]
+    ) -> tuple[list[Item], Sequence[Entry]]:
         """Return the reset, and what is to follow it."""
         reason = "lagged" if cursor.is_begun or cursor.start else "unknown"
-        if reason == "lagged" and self._on_lag == "drop":
-            self.close("lagged")
-            raise Closed("lagged")
-        entries = page.entries
-        before = entries[0].prev if entries else page.head
-        snapshot: list[Event] = []
-        if self._on_gap != "replay" and reason == "unknown":
-            before, entries = page.head, ()
+        if self._on_gap != "replay":
             cursor.seen = -1  # more may have come
-            if callable(self._on_gap):
-                snapshot = [self._snapshot(item) for item in self._on_gap()]
+            entries = ()
+        before = entries[0].prev if entries else page.head
+        items = self._reset(cursor, reason, before)
         cursor.is_begun, cursor.start = True, ""
-        cursor.last = before
-        items = self._reset(cursor, reason, before, snapshot)
-        for entry in entries:
-            cursor.last = entry.id
-            if self._is_for_us(entry):
-                items.append((cursor, entry))
-        return items
+        cursor.last = entries[-1].id if entries else before
+        return items, entries
 
     def _lost_items(self, name: str, reason: str) -> list[Item]:
         """Return the reset of a pattern; its cursor stands for all its channels."""
-        snapshot: list[Event] = []
-        if callable(self._on_gap) and reason == "unknown":
-            snapshot = [self._snapshot(item) for item in self._on_gap()]
         cursor = _Cursor(name, _Channel(), _NOWHERE, is_begun=True)
-        return self._reset(cursor, reason, _NOWHERE, snapshot)
+        return self._reset(cursor, reason, _NOWHERE)
 
-    def _reset(
-        self, cursor: _Cursor, reason: str, before: str, snapshot: list[Event]
-    ) -> list[Item]:
+    def _reset(self, cursor: _Cursor, reason: str, before: str) -> list[Item]:
         """Return a reset and a snapshot, after which what follows an id follows."""
+        if reason == "lagged" and self._on_lag == "drop":
+            self.close("lagged")
+            raise Closed("lagged")
+        snapshot: list[Event] = []
+        if callable(self._on_gap):
+            snapshot = [self._snapshot(item) for item in self._on_gap()]
         # Who is cut off within a snapshot needs all of it.
         id = _NOWHERE if snapshot else before
         items: list[Item] = [(cursor, _gap(cursor.name, reason, id))]
@@ -1432,22 +1595,37 @@ class Subscription:
             return False
         return exclude is None or self.tags.isdisjoint(exclude)
 
-    def _latest(self, items: list[Item]) -> list[Item]:
-        """Keep the newest of each key; gaps stay."""
+    def _latest(self, cursor: _Cursor) -> list[Item]:
+        """Return the newest of each key, and gaps, of all that is there by now.
+
+        Not of what comes meanwhile: it may come as fast as it is read.
+        """
         assert self._key is not None
-        seen: set[tuple[str, Hashable]] = set()
-        kept: list[Item] = []
-        for item in reversed(items):
-            cursor, entry = item
-            if isinstance(entry, Entry):
+        with self.hub._lock:
+            end, head = cursor.record.log.end, cursor.record.log.head
+            is_known = head and not cursor.record.is_doubtful
+        if not is_known:
+            head = self.hub.read(cursor.name, None).head
+        kept: dict[Hashable, Item] = {}
+        while True:
+            found, entries = self._take_from(cursor)
+            for item in found:
+                kept[object()] = item
+            for entry in entries:
+                if not self._is_for_us(entry):
+                    continue
                 # Not `_decoded`: it is not given out yet.
                 (event,) = sse.Decoder().feed(entry.wire)
-                key = cursor.name, self._key(event)
-                if key in seen:
-                    continue
-                seen.add(key)
-            kept.append(item)
-        return kept[::-1]
+                key = self._key(event)
+                kept.pop(key, None)
+                kept[key] = cursor, entry
+            if (
+                found
+                or not entries
+                or cursor.position >= end
+                or any(entry.id == head for entry in entries)
+            ):
+                return [*kept.values()]
 
     # What is sent.
 
@@ -1509,8 +1687,10 @@ class Subscription:
             self._reauthorize is None or now - self._asked < self._reauthorize
         ):
             return
+        # If it raises, who asks may not read, and it is asked again.
+        is_allowed = self._authorize(self)
         self._asked = now
-        if not self._authorize(self):
+        if not is_allowed:
             self.close("denied")
 
     def _leave(self, has_joined: bool = True) -> None:
@@ -1520,11 +1700,11 @@ class Subscription:
         for name in watched:
             self.hub.unwatch(name)
         if has_joined:
-            self.hub.announce(self._announced(), self.who, "leave")
+            self.hub.announce(self._announced(), self.announcement, "leave")
 
     def _announced(self) -> list[str]:
         """Return the channels that are told who comes and goes."""
-        names = self.channels if self._announce else ()
+        names = () if self.announcement is None else self.channels
         return [name for name in names if not is_pattern(name)]
 
 
@@ -1582,4 +1762,5 @@ def _composite(names: Iterable[str], ids: Iterable[str]) -> str:
 
 
 def _hash(name: str) -> str:
-    return hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+    # So long that no two names have the same, not even of who looks for such.
+    return hashlib.blake2b(name.encode(), digest_size=10).hexdigest()

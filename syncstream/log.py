@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["START", "Entry", "Log", "Page"]
+__all__ = ["JOIN", "START", "Entry", "Log", "Page", "first_part"]
 
 START = "0"
 """Asks for the oldest entry that is kept. Brokers that outlive a restart have it as the
 id before a channel's first entry, too; for others it is the id of no place."""
 
-JOIN = 128 * 1024  # bytes that are joined at most, but for a single entry
+JOIN = 128 * 1024
+"""Bytes that are read or joined at once, but for the last entry among them."""
 
 
 class Entry:
@@ -189,9 +190,14 @@ class Log:
         return self._entries[position - self.first + self._skip]
 
     def read(self, position: int, limit: int) -> list[Entry]:
-        """Return the entries from a position on that is kept, oldest first."""
+        """Return entries from a position on that is kept, oldest first.
+
+        Args:
+            position: Where to begin.
+            limit: So many at most, and as many as have `JOIN` bytes.
+        """
         place = position - self.first + self._skip
-        return self._entries[place : place + limit]
+        return first_part(self._entries[place : place + limit])
 
     def joined(self, position: int) -> tuple[int, bytes]:
         """Return what follows a position as one chunk, and the position after it.
@@ -224,6 +230,19 @@ class Log:
         # One assignment: others may read while this one writes.
         self._joined = position, end, chunk
         return end, chunk
+
+
+def first_part(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the first of these entries, up to the one by which they have `JOIN` bytes.
+
+    Who reads holds that much, however many large ones there are.
+    """
+    size = 0
+    for count, entry in enumerate(entries, 1):
+        size += len(entry.payload)
+        if size >= JOIN:
+            return list(entries[:count])
+    return list(entries)
 
 
 _TRIMMED = Entry("", "", b"")

@@ -1,13 +1,16 @@
 """Brokers: each keeps the contract, by threads and by greenlets; the suite sees."""
 
+import random
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pairs import check_script
-from syncstream.brokers import matches, open_broker
+from syncstream.brokers import matches, open_broker, patterns_of
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.log import Entry, Page
+from syncstream.log import START, Entry, Page
 from syncstream.testing import check_broker
 
 BY_GREENLETS = """
@@ -175,3 +178,83 @@ def test_memory_has_no_transactions():
     """A connection is refused, not ignored."""
     with pytest.raises(ValueError, match="connection must be None"):
         MemoryBroker().publish([("a", b"x")], connection=object())
+
+
+LEVEL = st.sampled_from(["", "a", "b", "a b", "*", "#"])
+
+
+@given(st.lists(LEVEL, min_size=1, max_size=4), st.lists(LEVEL, max_size=4))
+def test_patterns_of_a_channel_are_those_that_match(levels, prefix):
+    """All that match, and no others."""
+    channel = ":".join(levels)
+    found = set(patterns_of(channel))
+    assert all(matches(pattern, channel) for pattern in found)
+    for last in ("*", "#"):
+        for size in range(len(levels) + 1):
+            for parts in (levels[:size], prefix):
+                pattern = ":".join([*parts, last])
+                # A name is not empty, and neither is what stands before the last level.
+                if not pattern.startswith(":"):
+                    assert (pattern in found) == matches(pattern, channel), pattern
+
+
+def test_a_seed_makes_no_ids():
+    """Whoever seeds `random` gets other ids in each life all the same."""
+    found = []
+    for _ in range(2):
+        random.seed(42)
+        broker = MemoryBroker()
+        found += [broker.read("a", None).head, *broker.publish([("a", b"x")] * 3)]
+    assert len(set(found)) == 8
+
+
+FORKED = """
+import json, os
+from syncstream import Hub
+hub = Hub()
+read, publish = hub.broker.read, hub.broker.publish
+before = [hub.head("empty"), hub.publish("a", "0"), hub.publish("a", "1")]
+reading, writing = os.pipe()
+if not os.fork():
+    heads = [read(name, None).head for name in ("empty", "a")]
+    assert not {*heads} & {*before}
+    assert not read("empty", before[0]).complete
+    assert not any(read("a", id).complete for id in before[1:])
+    found = hub.subscribe("a", after="start").read(0)
+    assert [event.data for event in found] == ["0", "1"]
+    os.write(writing, hub.publish("a", "2").encode())
+    os._exit(0)
+assert os.wait()[1] == 0
+assert not read("a", os.read(reading, 100).decode()).complete
+assert read("a", before[1]).complete
+hub.close()
+"""
+
+
+def test_a_fork_is_another_life():
+    """Siblings that share what was before do not know each other's ids."""
+    check_script(FORKED)
+
+
+def test_a_reader_takes_nothing_from_others():
+    """What is above the bound goes when something is published, not when it is read."""
+    broker = MemoryBroker(max_size=100_000)
+    for name in ("quiet", "noisy", "noisy", "noisy"):
+        broker.publish([(name, b"x" * 1000)] * 3)
+    ids = [entry.id for entry in broker.read("noisy", START).entries]
+    broker._max_size = 1000
+    for _ in range(2):
+        assert [entry.id for entry in broker.read("noisy", START).entries] == ids
+    assert len(broker.read("quiet", START).entries) == 3
+
+
+def test_a_noisy_channel_leaves_the_others_theirs():
+    """It has an eighth at most, so that quiet ones keep what they have."""
+    broker = MemoryBroker(max_size=100_000)
+    ids = broker.publish([("quiet", b"x")] * 50)
+    for _ in range(1000):
+        broker.publish([("noisy", b"x" * 1000)])
+    page = broker.read("quiet", ids[0])
+    assert page.complete
+    assert len(page.entries) == 49
+    assert len(broker.read("noisy", START).entries) == 12_500 // 2258

@@ -1,22 +1,34 @@
 """Channels: nothing lost, nothing twice, in order; or a reset, which says so."""
 
+import contextlib
 import gc
 import json
 import logging
 import random
 import re
+import sys
 import time
 from contextlib import contextmanager
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from werkzeug.test import EnvironBuilder
 
 from pairs import Greenlets, Threads, await_true, check_script, serve, stream_of
 from pairs import Line as PairsLine
-from syncstream import Closed, Event, Gap, Hub, PayloadTooLarge, Unavailable
+from syncstream import (
+    Closed,
+    Event,
+    Gap,
+    Hub,
+    PayloadTooLarge,
+    SSEResponse,
+    Unavailable,
+)
 from syncstream import hub as hub_module
 from syncstream.brokers.memory import MemoryBroker
+from syncstream.log import JOIN, Page
 from syncstream.testing import HOSTILE
 from syncstream.waiting import Waiter, wake_all
 
@@ -262,6 +274,55 @@ def test_last_event_id_counts_more_than_after(hub):
 # Resets.
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_last_event_id_is_the_first_ones(hub, name):
+    """A generator's second subscription begins where `after` says."""
+    first = hub.publish("a", "0")
+    hub.publish_many("a", ["1", "2"])
+    hub.publish_many("b", ["3", "4"])
+    found = []
+
+    def source():
+        for options in ({}, {"after": 1}, {"after": hub.head(name)}, {}):
+            with contextlib.closing(hub.subscribe(name, **options)) as subscription:
+                if not found:
+                    subscription = hub.subscribe("a")
+                found.append(data(subscription.read(0)))
+        yield None
+
+    serve(stream_of(source(), Line(first)))
+    assert found == [["1", "2"], ["2" if name == "a" else "4"], [], []]
+
+
+def test_a_beginning_that_fails_keeps_the_id():
+    """Whoever tries again after the broker was down goes on where the client was."""
+
+    class Down(MemoryBroker):
+        def watch(self, channel):
+            if is_down:
+                raise Unavailable("no route")
+            super().watch(channel)
+
+    hub = Hub(broker=Down())
+    first = hub.publish("a", "0")
+    hub.publish("a", "1")
+    found = []
+    is_down = True
+
+    def source():
+        nonlocal is_down
+        subscription = hub.subscribe("a")
+        with pytest.raises(Unavailable):
+            subscription.read(0)
+        is_down = False
+        found.extend(subscription.read(0))
+        yield None
+
+    serve(stream_of(source(), Line(first)))
+    assert data(found) == ["1"]
+    hub.close()
+
+
 def cut_anywhere(hub, found, expected, **options):
     """Cut a client off after each of these events; it must come to the same end."""
     for place, event in enumerate(found):
@@ -392,18 +453,42 @@ def small(monkeypatch):
 
 
 def test_on_lag_reset(small):
-    """It is told, and goes on with what is kept; ``on_gap`` is for who comes back."""
-    for on_gap in ("replay", "live", lambda: pytest.fail("no snapshot")):
-        subscription = lagging(small, on_gap=on_gap)
-        reset, *found = subscription.read(0)
-        assert reset.json() == {"channel": "a", "reason": "lagged"}
-        assert data(found) == ["15", "16", "17", "18", "19"]
-        assert data(resume(small, reset.id)) == data(found)
+    """It is told, and goes on with what is kept."""
+    subscription = lagging(small)
+    reset, *found = subscription.read(0)
+    assert reset.json() == {"channel": "a", "reason": "lagged"}
+    assert data(found) == ["15", "16", "17", "18", "19"]
+    assert data(resume(small, reset.id)) == data(found)
+
+
+@pytest.mark.parametrize(("on_gap", "expected"), [("live", []), (list, []), (0, ["s"])])
+def test_a_lag_is_a_gap_as_others(small, on_gap, expected):
+    """What `on_gap` says follows it: the page does the same at each reset."""
+    subscription = lagging(small, on_gap=on_gap or (lambda: ["s"]))
+    reset, *found = read_all(subscription)
+    assert reset.json()["reason"] == "lagged"
+    assert data(found) == expected
+    small.publish("a", "new")
+    assert data(subscription.read(0)) == ["new"]
+    assert data(resume(small, (found or [reset])[-1].id)) == ["new"]
 
 
 def test_within_what_is_kept_nothing_is_lost(small):
     """Behind the window, the broker is asked."""
     assert data(read_all(lagging(small, 5))) == ["0", "1", "2", "3", "4"]
+
+
+def test_a_lag_before_the_first_event_is_a_lag(small):
+    """Who began now and was too slow from the beginning is told so."""
+    subscription = small.subscribe("a")
+    subscription.begin()
+    small.publish_many("a", map(str, range(50)))
+    assert subscription.read(0)[0].json()["reason"] == "lagged"
+    dropped = small.subscribe("a", on_lag="drop")
+    dropped.begin()
+    small.publish_many("a", map(str, range(50)))
+    with pytest.raises(Closed, match="lagged"):
+        dropped.read(0)
 
 
 def test_on_lag_drop(small):
@@ -413,6 +498,79 @@ def test_on_lag_drop(small):
         subscription.read(0)
     assert caught.value.reason == "lagged"
     assert small.stats()["subscribers"] == 0
+
+
+def test_latest_does_not_wait_for_a_busy_channel_to_rest(hub):
+    """What comes while keys are asked for is for the next read."""
+
+    def key(event):
+        hub.publish_many("a", ["x", "y"])  # faster than they are read
+        return event.data
+
+    subscription = hub.subscribe("a", on_lag="latest", key=key)
+    subscription.read(0)
+    hub.publish("a", "x")
+    for _ in range(5):
+        assert 1 <= len(subscription.read(0)) <= 3
+
+
+@pytest.mark.parametrize("channels", [("a",), ("a", "b"), ("b", "a"), ("a", "#")])
+def test_a_key_that_raises_loses_nothing(hub, channels):
+    """The next read gives what this one had taken."""
+
+    def key(event):
+        if event.data == "bad" and is_bad:
+            raise ZeroDivisionError
+        return event.data
+
+    subscription = hub.subscribe(*channels, on_lag="latest", key=key)
+    subscription.read(0)
+    hub.publish("b", "0")
+    for text in ("1", "bad", "2"):
+        hub.publish("a", text)
+    is_bad = True
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            subscription.read(0)
+    is_bad = False
+    expected = ["1", "2", "bad"] if channels == ("a",) else ["0", "1", "2", "bad"]
+    assert sorted(data(read_all(subscription))) == expected
+
+
+@pytest.mark.parametrize("channels", [("a", "b"), ("c:*", "b")])
+def test_a_failure_in_the_midst_loses_nothing(channels):
+    """Neither the broker's nor the snapshot's loses what was read of others."""
+
+    def snapshot():
+        if is_down:
+            raise ZeroDivisionError
+        return ["snapshot"]
+
+    class Down(MemoryBroker):
+        def read(self, channel, after, limit=1000):
+            if is_down and channel == "b":
+                raise Unavailable("no route")
+            return super().read(channel, after, limit)
+
+    is_down = False
+    hub = Hub(broker=Down())
+    subscription = hub.subscribe(*channels, on_gap=snapshot)
+    subscription.read(0)
+    hub.publish("a", "0")
+    hub.publish("c:1", "1")
+    hub.resync(["b"])
+    hub.resync(["c:2"])
+    is_down = True
+    for _ in range(2):
+        with pytest.raises((Unavailable, ZeroDivisionError)):
+            subscription.read(0)
+    is_down = False
+    found = data(read_all(subscription))
+    if channels[0] == "a":
+        assert found == ["0"]
+    else:
+        assert found[1:] == ["snapshot", "1"]
+    hub.close()
 
 
 @pytest.mark.parametrize("channels", [("a",), ("a", "b")])
@@ -467,6 +625,67 @@ def test_a_slow_reader_takes_no_memory(hub):
 # Several channels, and patterns.
 
 
+class Unbounded(MemoryBroker):
+    """A broker whose pages are as long as they may be; it counts what it reads."""
+
+    read_bytes = 0
+
+    def read(self, channel, after, limit=1000):
+        page = super().read(channel, after, limit)
+        entries = list(page.entries)
+        while entries and len(entries) < limit:
+            more = super().read(channel, entries[-1].id, limit - len(entries)).entries
+            if not more:
+                break
+            entries += more
+        self.read_bytes += sum(len(entry.payload) for entry in entries)
+        return Page(entries, page.complete, page.head)
+
+
+@pytest.mark.parametrize("channels", [("a",), ("a", "b")])
+@pytest.mark.parametrize("make", [MemoryBroker, Unbounded])
+def test_what_is_taken_at_once_is_bounded_in_bytes(make, channels):
+    """A reader that is behind by much holds little of it, and gets all of it."""
+    hub = Hub(broker=make(capacity=1000))
+    for name in channels:
+        hub.publish_many(name, [str(n) + "x" * 20_000 for n in range(300)])
+    environ = EnvironBuilder().get_environ()
+    response = SSEResponse(hub.subscribe(*channels, after="start"))
+    sizes, found = [], b""
+    with contextlib.closing(response(environ, lambda *rest: None)) as body:
+        for chunk in body:
+            sizes.append(len(chunk))
+            found += chunk
+            if found.count(b"data:") == 300 * len(channels):
+                break
+    assert max(sizes) < len(channels) * JOIN + 21_000
+    assert len(sizes) < 60 * len(channels)
+    if make is Unbounded:  # it is asked for less once it is known
+        assert hub.broker.read_bytes < 3 * len(found) + 500 * 20_000
+    subscription = hub.subscribe(*channels, after="start")
+    while events := subscription.read(0):
+        assert sum(len(event.data) for event in events) < 2 * JOIN + 21_000
+    hub.close()
+
+
+@pytest.mark.parametrize("is_pattern", [False, True])
+def test_a_busy_channel_holds_up_no_other(hub, is_pattern):
+    """However much there is of one, the others get their turns."""
+    names = ["c:busy", "c:1", "c:2"]
+    given = ["c:busy", "c:*"] if is_pattern else names
+    subscription = hub.subscribe(*given)
+    subscription.read(0)
+    for name in names[1:]:
+        hub.publish_many(name, [name, name])
+    found = []
+    for _ in range(6):
+        hub.publish("c:busy", "x" * JOIN)
+        hub.publish("c:busy", "x" * JOIN)
+        found += data(subscription.read(0))
+    assert {"c:1", "c:2"} < set(found)
+    assert found.count("c:1") == 2
+
+
 def test_several_channels_resume_anywhere(hub):
     """One id for all: cut anywhere, in the midst of one read too."""
     expected = []
@@ -513,6 +732,36 @@ def test_a_channel_that_is_new_to_an_id_is_a_reset(hub):
     assert [e.json()["channel"] for e in found if isinstance(e, Gap)] == ["c"]
 
 
+def test_names_whose_short_hashes_are_one(hub):
+    """An id tells apart two that 32 bits do not."""
+    channels = "user:73177", "user:148412"
+    subscription = hub.subscribe(*channels)
+    subscription.read(0)
+    for name in channels:
+        hub.publish_many(name, ["0", "1"])
+    first, *_ = subscription.read(0)
+    assert sorted(data(resume(hub, first.id, *channels))) == ["0", "1", "1"]
+
+
+def test_a_list_of_channels_that_changes(hub):
+    """Those that are in both go on; what is new begins with a reset."""
+    subscription = hub.subscribe("a", "b")
+    subscription.read(0)
+    for name in "ab":
+        hub.publish_many(name, [f"{name}0", f"{name}1"])
+    last = subscription.read(0)[-1].id
+    for name in "abc":
+        hub.publish(name, f"{name}2")
+    assert data(resume(hub, last, "a")) == ["a2"]
+    assert data(resume(hub, last, "b")) == ["b2"]
+    assert data(resume(hub, last, "b", "a")) == ["b2", "a2"]
+    found = resume(hub, last, "b", "c")
+    assert [e.event or e.data for e in found] == ["b2", "reset", "c2"]
+    assert isinstance(resume(hub, last, "c")[0], Gap)
+    one = hub.publish("a", "a3")
+    assert [e.event for e in resume(hub, one, "a", "b")].count("reset") == 2
+
+
 @pytest.mark.parametrize(
     ("pattern", "heard"),
     [
@@ -542,7 +791,7 @@ def test_patterns(hub, pattern, heard):
     for one in (*by_name, subscription, later):
         one.close()
     assert not hub._patterns
-    assert not hub._with_patterns
+    assert not hub._listeners
     assert not hub.broker._patterns
 
 
@@ -592,6 +841,87 @@ def test_a_broker_that_lost_word_is_a_reset_for_patterns(hub):
     assert reset.json() == {"channel": "chat:*", "reason": "lagged"}
 
 
+def calls_of(function):
+    """Return how many calls a function makes."""
+    calls = 0
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_a_pattern_costs_what_is_new(hub):
+    """Neither an event nor a wait costs more for the channels that were seen."""
+    subscription = hub.subscribe("#", "c:1")
+    subscription.read(0)
+
+    def once():
+        hub.publish("c:1", "x")
+        hub.publish("c:2", "x")
+        assert len(subscription.read(0)) == 2
+        subscription.read(0.0001)
+
+    costs = []
+    for count in (10, 1000):
+        hub.publish_many("c:1", ["x"])
+        for number in range(count):
+            hub.publish(f"c:{number}", "x")
+        read_all(subscription)
+        costs.append(min(calls_of(once) for _ in range(3)))
+    assert costs[1] <= costs[0] + 20
+
+
+def test_a_pattern_forgets_idle_channels(hub, monkeypatch):
+    """Of what is over it keeps nothing; what comes later is got, once."""
+    monkeypatch.setattr(hub_module, "IDLE", 0.0)
+    subscription = hub.subscribe("job:*")
+    subscription.read(0)
+    for number in range(1000):
+        hub.publish(f"job:{number}", "x")
+        assert data(subscription.read(0)) == ["x"]
+    assert len(subscription._brought.cursors) < 200
+    hub.publish_many("job:0", ["y", "z"])
+    assert data(read_all(subscription)) == ["y", "z"]
+
+
+def test_who_does_not_read_notes_each_channel_once(hub):
+    """Whoever comes and goes beside it, and whatever comes."""
+    slow = hub.subscribe("c:*")
+    slow.read(0)
+    for _ in range(20):
+        other = hub.subscribe("c:*")
+        other.read(0)
+        for number in range(10):
+            hub.publish(f"c:{number}", "x")
+        other.close()
+    assert len(slow._brought.news) == 10
+    assert len(read_all(slow)) == 200
+
+
+def test_a_channel_that_may_have_lost_word_is_read(hub):
+    """Of a channel that a pattern has brought, all; of others, a reset tells."""
+    subscription = hub.subscribe("c:*")
+    subscription.read(0)
+    hub.publish("c:1", "0")
+    subscription.read(0)
+    late = hub.subscribe("c:*")
+    late.read(0)
+    sink, hub.broker._sink = hub.broker._sink, None
+    hub.publish("c:1", "untold")
+    hub.broker._sink = sink
+    hub.resync(["c:1"])
+    assert data(subscription.read(0)) == ["untold"]
+    (reset,) = late.read(0)
+    assert reset.json() == {"channel": "c:*", "reason": "lagged"}
+
+
 def test_a_pattern_outlives_a_window(hub, monkeypatch):
     """A window that nobody wants by its name is forgotten; its next event is got."""
     monkeypatch.setattr(hub_module, "IDLE", 0.0)
@@ -602,6 +932,37 @@ def test_a_pattern_outlives_a_window(hub, monkeypatch):
         hub.publish(f"chat:x{number}", "x")
         assert sorted(data(read_all(subscription))) == [str(number), "x"]
     assert hub.stats()["channels"] < 5
+
+
+@pytest.mark.parametrize("after", ["id", 1, "start"])
+def test_a_pattern_that_went_leaves_no_stale_window(hub, after):
+    """What came after a pattern's end is not withheld from who comes back."""
+    pattern = hub.subscribe("user:*")
+    pattern.read(0)
+    seen = hub.publish("user:7", "one")
+    assert data(pattern.read(0)) == ["one"]
+    pattern.close()
+    hub.publish("user:7", "two")
+    subscription = hub.subscribe("user:7", after=seen if after == "id" else after)
+    assert data(read_all(subscription))[-1:] == ["two"]
+    hub.publish("user:7", "three")
+    assert data(read_all(subscription)) == ["three"]
+
+
+def test_a_window_between_two_patterns(hub):
+    """A second pattern goes on with what is new, and a name with all."""
+    first = hub.subscribe("user:*")
+    first.read(0)
+    seen = hub.publish("user:7", "one")
+    first.close()
+    hub.publish("user:7", "two")
+    second = hub.subscribe("user:#")
+    assert second.read(0) == []
+    named = hub.subscribe("user:7", after=seen)
+    assert data(read_all(named)) == ["two"]
+    hub.publish("user:7", "three")
+    assert data(read_all(second)) == ["three"]
+    assert data(read_all(named)) == ["three"]
 
 
 # Who gets it.
@@ -648,6 +1009,46 @@ def test_authorize(hub):
     assert hub.stats()["subscribers"] == 0
 
 
+def test_an_authorize_that_raises_lets_nobody_in(hub):
+    """Whoever reads gets its error, each time, and nothing else."""
+
+    def broken(subscription):
+        raise ConnectionError("no database")
+
+    hub.publish("a", "secret")
+    watcher = hub.subscribe("a")
+    watcher.read(0)
+    subscription = hub.subscribe("a", after="start", authorize=broken, announce=True)
+    for call in (subscription.begin, *[lambda: subscription.read(0)] * 2):
+        with pytest.raises(ConnectionError):
+            call()
+    with pytest.raises(ConnectionError):
+        next(subscription)
+    assert hub.presence("a") == [None]
+    assert watcher.read(0) == []
+
+
+def test_a_reauthorize_that_raises_lets_nobody_go_on(hub):
+    """It is asked until it answers; what came meanwhile is not lost."""
+    answers = [ConnectionError("no database"), ConnectionError("no database")]
+
+    def authorize(subscription):
+        if is_broken and answers:
+            raise answers.pop()
+        return True
+
+    is_broken = False
+    subscription = hub.subscribe("a", authorize=authorize, reauthorize=0.001)
+    subscription.read(0)
+    hub.publish("a", "x")
+    is_broken = True
+    time.sleep(0.002)
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            subscription.read(0)
+    assert data(subscription.read(0)) == ["x"]
+
+
 def test_reauthorize_on_a_busy_channel(hub):
     """Who always has something to read is asked, too."""
     answers = iter([True, False])
@@ -688,6 +1089,81 @@ def test_presence_kick_and_announce(hub):
     ]
 
 
+@pytest.mark.parametrize("who", [object(), {1, 2}, {"user": object()}])
+def test_who_must_be_encodable(hub, who):
+    """An error of it is that of who subscribes, and nobody else's."""
+    with pytest.raises(TypeError):
+        hub.subscribe("a", who=who, announce=True)
+    assert hub.subscribe("a", who=who).read(0) == []
+    assert hub.stats()["subscribers"] == 0
+
+
+def test_who_must_not_be_too_large():
+    """It is not announced, then, but refused."""
+    hub = Hub(max_payload=100)
+    with pytest.raises(PayloadTooLarge):
+        hub.subscribe("a", who="x" * 100, announce=True)
+    hub.close()
+
+
+@pytest.mark.parametrize("how", ["kick", "close", "drop"])
+def test_who_is_announced_as_it_was(hub, how):
+    """What becomes of it later breaks neither a kick nor a close halfway."""
+    watcher = hub.subscribe("a")
+    watcher.read(0)
+    names = [{"name": str(number)} for number in range(3)]
+    subscriptions = [hub.subscribe("a", who=who, announce=True) for who in names]
+    for subscription in subscriptions:
+        subscription.begin()
+    names[0]["name"] = object()
+    if how == "kick":
+        assert hub.kick(lambda s: s.who in names) == 3
+    elif how == "close":
+        for subscription in subscriptions:
+            subscription.close()
+    else:
+        del subscription
+        subscriptions.clear()
+        gc.collect()
+        hub.presence("a")
+    assert hub.presence("a") == [None]
+    assert [(e.event, e.json()["who"]) for e in watcher.read(0)] == [
+        (event, {"name": str(number)})
+        for event in ("join", "leave")
+        for number in range(3)
+    ]
+
+
+def test_a_broker_that_fails_breaks_no_kick(caplog):
+    """All are ended; what could not be told is in the log."""
+
+    class Down(MemoryBroker):
+        def publish(self, items, *, connection=None):
+            if error:
+                raise error
+            return super().publish(items, connection=connection)
+
+        def unwatch(self, channel):
+            raise Unavailable("no route")
+
+    error = None
+    hub = Hub(broker=Down())
+    names = ["a", "b:*"]
+    subscriptions = [hub.subscribe(*names, announce=True) for _ in range(4)]
+    for subscription in subscriptions:
+        subscription.begin()
+    error = Unavailable("no route")
+    assert hub.kick(lambda s: s in subscriptions[:2]) == 2
+    error = OSError("no route")
+    assert hub.kick(lambda s: True) == 2
+    assert all(subscription.is_closed for subscription in subscriptions)
+    assert hub.stats()["subscribers"] == 0
+    said = {record.message for record in caplog.records}
+    assert "'leave' could not be announced in 'a'" in said
+    assert "'b:*' could not be unwatched: no route" in said
+    hub.close()
+
+
 def test_who_is_dropped_leaves(hub):
     """A subscription that nobody closed is gone with its last reference."""
     watcher = hub.subscribe("a")
@@ -724,9 +1200,29 @@ def test_who_waited_and_left_is_not_held(hub, place):
 # Ends.
 
 
+@pytest.mark.parametrize("channels", [("a",), ("a", "b"), ("a", "b:*")])
+def test_an_exception_in_a_wait_ends_only_the_wait(hub, channels):
+    """A time-out or an interrupt that comes from outside loses nothing."""
+    gevent = pytest.importorskip("gevent")
+
+    def read():
+        subscription = hub.subscribe(*channels)
+        subscription.read(0)
+        for number in range(3):
+            with pytest.raises(gevent.Timeout), gevent.Timeout(0.005):
+                subscription.read()
+            assert not hub._channels["a"].waiters
+            hub.publish("a", str(number))
+            assert data(subscription.read(TIMEOUT)) == [str(number)]
+        subscription.close()
+
+    in_place(Greenlets(), read)
+
+
 def test_close_wakes_all(place):
     """Whoever waits gets `Closed`, at once; whoever comes later, too."""
     hub = Hub()
+    early = hub.subscribe("a")
 
     def read(*names, **options):
         with pytest.raises(Closed) as caught:
@@ -745,10 +1241,16 @@ def test_close_wakes_all(place):
     hub.close()
     assert [join() for join in joins] == ["closed"] * 4
     assert time.monotonic() - began < 1
-    assert place.start(lambda: read("a"))() == "closed"
     assert hub.stats()["subscribers"] == 0
-    with pytest.raises(ValueError, match=r"publish after close\(\)"):
-        hub.publish("a", "x")
+    for what, call in {
+        "publish": lambda: hub.publish("a", "x"),
+        "subscribe": lambda: hub.subscribe("a"),
+        "head": lambda: hub.head("a"),
+    }.items():
+        with pytest.raises(ValueError, match=rf"{what} after close\(\)"):
+            call()
+    with pytest.raises(Closed, match="closed"):
+        early.read()
     hub.close()
 
 
@@ -787,6 +1289,29 @@ def test_close_of_a_subscription(hub, place):
     with pytest.raises(Closed):
         iter(other).__next__()
     assert hub.stats()["subscribers"] == 0
+
+
+@pytest.mark.parametrize("how", ["next", "read"])
+@pytest.mark.parametrize("reason", ["kicked", "denied", "closed"])
+def test_an_end_is_the_end_of_what_was_read_before(hub, how, reason):
+    """Who is kicked, denied or closed gets nothing more, not even what is there."""
+    hub.publish_many("a", map(str, range(10)))
+    is_allowed = True
+    subscription = hub.subscribe(
+        "a", after="start", authorize=lambda s: is_allowed, reauthorize=0.001
+    )
+    assert next(subscription).data == "0"
+    if reason == "denied":
+        is_allowed = False
+        time.sleep(0.002)
+    elif reason == "kicked":
+        hub.kick(lambda subscription: True)
+    else:
+        hub.close()
+    for _ in range(2):
+        with pytest.raises(Closed) as caught:
+            next(subscription) if how == "next" else subscription.read(0)
+        assert caught.value.reason == reason
 
 
 def test_kicks_and_beginnings(hub):
@@ -1022,6 +1547,9 @@ def test_state(hub, caplog):
         ({"max_age": "1"}, TypeError),
         ({"max_age": float("nan")}, ValueError),
         ({"url": "nowhere:"}, ValueError),
+        ({"url": 5}, TypeError),
+        ({"broker": 5}, TypeError),
+        ({"broker": "memory:"}, TypeError),
     ],
     ids=str,
 )
@@ -1042,6 +1570,9 @@ def test_wrong_arguments_of_a_hub(options, error):
         ({"on_lag": "latest"}, ValueError, "key"),
         ({"key": len}, ValueError, "key"),
         ({"throttle": 0}, ValueError, "throttle"),
+        ({"throttle": float("inf")}, ValueError, "throttle"),
+        ({"throttle": True}, TypeError, "throttle"),
+        ({"throttle": "1"}, TypeError, "throttle"),
         ({"reauthorize": 5}, ValueError, "authorize"),
         ({"reauthorize": -1, "authorize": bool}, ValueError, "reauthorize"),
         ({"tags": "x"}, TypeError, "tags"),
@@ -1062,6 +1593,7 @@ def test_wrong_arguments_of_subscribe(hub, options, error, name):
         ("a b", ValueError),
         ("a\n", ValueError),
         ("a\0", ValueError),
+        ("a\ud800", ValueError),
         ("x" * 201, ValueError),
         ("a*", ValueError),
         (7, TypeError),
@@ -1122,6 +1654,29 @@ def test_more_wrong_arguments(hub):
     with pytest.raises(TypeError, match="only"):
         hub.publish("a", "x", only="admin")
     assert hub.head("a").startswith("0-")
+
+
+@pytest.mark.parametrize(
+    ("reason", "error"), [(None, TypeError), (5, TypeError), ("", ValueError)]
+)
+def test_a_reason_is_a_word(hub, reason, error):
+    """Whoever reads it is told it; nothing else ends a subscription."""
+    subscription = hub.subscribe("a")
+    with pytest.raises(error, match="reason"):
+        subscription.close(reason)
+    assert subscription.read(0) == []
+
+
+def test_nobody_makes_a_reset(hub):
+    """Only a hub says that events are missing."""
+    for call in (
+        lambda: hub.publish("a", "x", event="reset"),
+        lambda: hub.publish("a", Event("x", event="reset")),
+        lambda: hub.publish_many("a", ["x", Event("x", event="reset")]),
+    ):
+        with pytest.raises(ValueError, match="reset"):
+            call()
+    assert hub.subscribe("a", after="start").read(0) == []
 
 
 def test_too_large():

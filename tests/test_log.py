@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncstream.log import JOIN, START, Entry, Log
+from syncstream.log import JOIN, START, Entry, Log, first_part
 
 ACTIONS = st.lists(
     st.one_of(
@@ -128,7 +128,24 @@ def test_a_chunk_is_shared_and_bounded():
     while end < log.end:
         end, chunk = log.joined(end)
         parts.append(chunk)
-    assert b"".join(parts) == b"".join(entry.wire for entry in log.read(0, 1000))
+    entries = [log.entry(position) for position in range(log.end)]
+    assert b"".join(parts) == b"".join(entry.wire for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("size", "limit", "expected"),
+    [(10, 7, 7), (JOIN // 4, 7, 4), (JOIN - 9, 7, 2), (JOIN, 7, 1), (9 * JOIN, 7, 1)],
+)
+def test_what_is_read_at_once_is_bounded(size, limit, expected):
+    """By number and by bytes, and it is one entry at least."""
+    log = Log()
+    fill(log, 10, size)
+    log.trim(9, 0.0, 1e9)
+    found = log.read(1, limit)
+    assert [entry.id for entry in found] == [
+        f"{n + 1:x}-{n:x}" for n in range(1, 1 + expected)
+    ]
+    assert log.read(log.end, limit) == first_part([]) == []
 
 
 def test_one_entry_is_never_cut():

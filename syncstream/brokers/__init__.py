@@ -8,13 +8,13 @@ it, and the hub reads what is missing. `syncstream.testing.check_broker` proves 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from ..log import Entry, Page
 
-__all__ = ["Broker", "Sink", "is_pattern", "matches", "open_broker"]
+__all__ = ["Broker", "Sink", "is_pattern", "matches", "open_broker", "patterns_of"]
 
 
 class Sink(Protocol):
@@ -69,7 +69,9 @@ class Broker(Protocol):
 
         Returns:
             If the id is known, what follows it, and ``complete``; else all that is
-            kept, from the oldest on.
+            kept, from the oldest on. It may be less than there is, but not nothing:
+            a page should end with the entry by which its payloads have `log.JOIN`
+            bytes, for nobody takes more of it than that.
 
         Raises:
             Unavailable: The engine does not answer.
@@ -107,6 +109,18 @@ def matches(pattern: str, channel: str) -> bool:
         return not prefix or channel == prefix or channel.startswith(f"{prefix}:")
     parent, _, _ = channel.rpartition(":")
     return parent == prefix
+
+
+def patterns_of(channel: str) -> Iterator[str]:
+    """Return the patterns that match a channel, as many as it has levels and two."""
+    yield "#"
+    place = channel.find(":")
+    while place >= 0:
+        yield f"{channel[:place]}:#"
+        place = channel.find(":", place + 1)
+    yield f"{channel}:#"
+    parent, _, _ = channel.rpartition(":")
+    yield f"{parent}:*" if parent else "*"
 
 
 def _memory(url: str, options: dict[str, Any]) -> Broker:

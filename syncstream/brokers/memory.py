@@ -7,7 +7,7 @@ life and the entry's own, so that the ids of an earlier run are not taken for ou
 from __future__ import annotations
 
 import _thread
-import random
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ..log import START, Entry, Log, Page
 from ..sockets import native
-from . import Sink, is_pattern, matches
+from . import Sink, is_pattern, patterns_of
 
 __all__ = ["MemoryBroker"]
 
@@ -29,9 +29,9 @@ class MemoryBroker:
         capacity: So many events of each channel are kept.
         max_age: Events are kept for so many seconds, and a channel without any is
             forgotten; ``None`` for no limit.
-        max_size: So many bytes are kept of all channels together, and an eighth of
-            that of each: beyond that the channels that were not written to for
-            longest are emptied.
+        max_size: So many bytes of memory are kept of all channels together (an event
+            takes twice its bytes, and 250), and an eighth of that of each: beyond
+            that the channels that were not written to for longest are emptied.
     """
 
     scope: Literal["process"] = "process"
@@ -51,6 +51,7 @@ class MemoryBroker:
         self._logs: OrderedDict[str, Log] = OrderedDict()
         self._size = 0
         self._published = 0
+        self._pid = os.getpid()
         # Of all channels: one that was forgotten has no id a second time.
         self._next = 1
         # The head of channels without events. Another one after each that was
@@ -69,17 +70,17 @@ class MemoryBroker:
         now = time.monotonic()
         # The sink is told under the lock: what it gets is in order.
         with self._lock:
+            self._live_here()
             for channel, payload in items:
                 log = self._logs.get(channel)
                 if log is None:
                     log = self._logs[channel] = Log(self._empty)
-                nonce = random.getrandbits(32)
-                entry = Entry(f"{self._next:x}-{nonce:08x}", log.head, payload, now)
-                self._next += 1
+                entry = Entry(self._id(), log.head, payload, now)
                 before = log.size
                 log.append(entry)
                 self._size += log.size - before
-                self._trim(log, now)
+                # Each has a bound of its own, or a noisy one would be all there is.
+                self._trim(log, now, self._max_size / 8)
                 self._logs.move_to_end(channel)
                 while self._size > self._max_size:
                     self._empty_oldest()
@@ -92,18 +93,40 @@ class MemoryBroker:
                 self._sweep(now)
         return ids
 
+    def _id(self) -> str:
+        id = f"{self._next:x}-{_nonce()}"
+        self._next += 1
+        return id
+
+    def _live_here(self) -> None:
+        """Begin another life in a process that was forked, with the same events.
+
+        Its siblings have them, too, and go on otherwise: under the same ids one of
+        them would take another's for its own, and miss what came there.
+        """
+        if self._pid == os.getpid():
+            return
+        self._pid = os.getpid()
+        self._empty = _empty()
+        for channel, old in self._logs.items():
+            log = self._logs[channel] = Log(self._empty)
+            for position in range(old.first, old.end):
+                entry = old.entry(position)
+                log.append(Entry(self._id(), log.head, entry.payload, entry.time))
+        self._size = sum(log.size for log in self._logs.values())
+
     def _is_watched(self, channel: str) -> bool:
-        return channel in self._watched or any(
-            matches(pattern, channel) for pattern in self._patterns
+        return channel in self._watched or (
+            bool(self._patterns)
+            and any(pattern in self._patterns for pattern in patterns_of(channel))
         )
 
     def _since(self, now: float) -> float:
         return now - self._max_age if self._max_age is not None else float("-inf")
 
-    def _trim(self, log: Log, now: float) -> None:
+    def _trim(self, log: Log, now: float, size: float) -> None:
         before = log.size
-        # A channel of its own bound, too, or a noisy one would be all there is.
-        log.trim(self._capacity, self._since(now), self._max_size / 8)
+        log.trim(self._capacity, self._since(now), size)
         self._size += log.size - before
 
     def _empty_oldest(self) -> None:
@@ -128,10 +151,11 @@ class MemoryBroker:
 
     def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
         with self._lock:
+            self._live_here()
             log = self._logs.get(channel)
             if log is None:
                 return Page((), after in (None, self._empty), self._empty)
-            self._trim(log, time.monotonic())
+            self._trim(log, time.monotonic(), float("inf"))
             if after is None:
                 return Page((), True, log.head)
             position = log.after(after)
@@ -159,4 +183,9 @@ class MemoryBroker:
 
 
 def _empty() -> str:
-    return f"{START}-{random.getrandbits(32):08x}"
+    return f"{START}-{_nonce()}"
+
+
+def _nonce() -> str:
+    # Not of `random`: an application that seeds it would have the same ids again.
+    return os.urandom(4).hex()

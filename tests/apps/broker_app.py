@@ -1,0 +1,31 @@
+"""``apps.hub_app`` on the broker that $HUB_URL names, for servers of several processes.
+
+Each answer names its process, in X-Pid. /state tells how many streams that has:
+``open`` ones, which hold a thread, and ``parked`` ones, which were handed over. A
+stream with ``attached=1`` in its query is not handed over.
+"""
+
+import json
+import os
+
+from apps import hub_app
+from syncstream import Hub, StreamMiddleware
+from syncstream.process import process
+
+hub_app.hub = Hub(os.environ["HUB_URL"], capacity=100_000)
+
+
+def app(environ, start_response):
+    def with_pid(status, headers, *more):
+        return start_response(status, [*headers, ("X-Pid", str(os.getpid()))], *more)
+
+    if environ["PATH_INFO"] == "/state":
+        own = process()
+        text = json.dumps({"open": len(own.open), "parked": len(own.parked)})
+        return hub_app.plain(text, with_pid)
+    if "attached=1" in environ["QUERY_STRING"]:
+        environ["syncstream.handover"] = False
+    return hub_app.app(environ, with_pid)
+
+
+wrapped = StreamMiddleware(app)
