@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from flask import Flask
 
 CLIENTS, FIRST, EVENTS, SIZE, RATE = 1_000, 50, 200, 120, 50
+ROUNDS, PAIRS = 5, 7
 STOPPED, FILL, FILL_SIZE = 20, 40, 10_000  # clients; events, bytes each, to fill them
 MANY, MANY_RATE, ASK_EVERY = 8_000, 5, 0.05  # clients, events/s, seconds
 FILES = 500  # open ones beside a client's each
@@ -543,7 +544,7 @@ def main() -> None:
     print(describe("flask", "gunicorn", "gevent"))
     print(versions(), flush=True)
     servers = here()
-    rounds = 1 if options.quick else 5
+    rounds, pairs = (1, 1) if options.quick else (ROUNDS, PAIRS)
     found: dict[Server, list[Found]] = {server: [] for server in servers}
     for _ in range(rounds):
         for server in servers:
@@ -551,7 +552,7 @@ def main() -> None:
     table(found)
     goals(found)
     computing_goals(rounds)
-    stopped_goals(1 if options.quick else 5)
+    stopped_goals(pairs)
     many_goals(many(min(MANY, hard - FILES), 25 if options.quick else 100))
     if options.chart is not None:
         options.chart.write_text(chart(found))

@@ -1,7 +1,7 @@
 """``apps.hub_app`` on the broker that $HUB_URL names, for servers of several processes.
 
 Each answer names its process, in X-Pid. /state tells how many streams that has:
-``open`` ones, which hold a thread, and ``parked`` ones, which were handed over. A
+``attached`` ones, which hold a thread, and ``parked`` ones, which were handed over. A
 stream with ``attached=1`` in its query is not handed over.
 """
 
@@ -21,7 +21,9 @@ def app(environ, start_response):
 
     if environ["PATH_INFO"] == "/state":
         own = process()
-        text = json.dumps({"open": len(own.open), "parked": len(own.parked)})
+        attached = own.attached_streams
+        parked = own.open_streams - attached
+        text = json.dumps({"attached": attached, "parked": parked})
         return hub_app.plain(text, with_pid)
     if "attached=1" in environ["QUERY_STRING"]:
         environ["syncstream.handover"] = False
