@@ -491,6 +491,20 @@ def test_a_lag_before_the_first_event_is_a_lag(small):
         dropped.read(0)
 
 
+def test_a_lag_behind_a_patterns_channel_is_a_lag(small):
+    """What it had no time to begin with was for it all the same."""
+    subscription = small.subscribe("c:*")
+    subscription.read(0)
+    dropped = small.subscribe("c:*", on_lag="drop")
+    dropped.read(0)
+    small.publish_many("c:1", map(str, range(20)))
+    reset, *found = read_all(subscription)
+    assert reset.json() == {"channel": "c:1", "reason": "lagged"}
+    assert data(found) == ["15", "16", "17", "18", "19"]
+    with pytest.raises(Closed, match="lagged"):
+        dropped.read(0)
+
+
 def test_on_lag_drop(small):
     """It ends; the client comes back, and is told."""
     subscription = lagging(small, on_lag="drop")
