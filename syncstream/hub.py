@@ -1451,7 +1451,8 @@ class Subscription:
                 cursor = brought.cursors.get(channel)
                 record = hub.record(channel)
                 if cursor is None:
-                    cursor = brought.cursors[channel] = _Cursor(channel, record, prev)
+                    cursor = _Cursor(channel, record, prev, is_begun=True)
+                    brought.cursors[channel] = cursor
                 elif cursor.record is not record:
                     cursor.record, cursor.position, cursor.seen = record, -1, -1
                 brought.behind[channel] = cursor

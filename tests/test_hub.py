@@ -491,6 +491,20 @@ def test_a_lag_before_the_first_event_is_a_lag(small):
         dropped.read(0)
 
 
+def test_a_lag_behind_a_patterns_channel_is_a_lag(small):
+    """What it had no time to begin with was for it all the same."""
+    subscription = small.subscribe("c:*")
+    subscription.read(0)
+    dropped = small.subscribe("c:*", on_lag="drop")
+    dropped.read(0)
+    small.publish_many("c:1", map(str, range(20)))
+    reset, *found = read_all(subscription)
+    assert reset.json() == {"channel": "c:1", "reason": "lagged"}
+    assert data(found) == ["15", "16", "17", "18", "19"]
+    with pytest.raises(Closed, match="lagged"):
+        dropped.read(0)
+
+
 def test_on_lag_drop(small):
     """It ends; the client comes back, and is told."""
     subscription = lagging(small, on_lag="drop")
@@ -879,7 +893,7 @@ def test_a_pattern_costs_what_is_new(hub):
             hub.publish(f"c:{number}", "x")
         read_all(subscription)
         costs.append(min(calls_of(once) for _ in range(3)))
-    assert costs[1] <= costs[0] + 20
+    assert costs[1] < 2 * costs[0]  # a wait may take a turn more
 
 
 def test_a_pattern_forgets_idle_channels(hub, monkeypatch):
