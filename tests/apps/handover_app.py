@@ -237,7 +237,11 @@ def presence(environ, name, query):
 
 
 def stored(environ, name, query):
-    return [entry.id for entry in broker.read(name, "0", 1_000_000).entries]
+    ids, last = [], "0"
+    while entries := broker.read(name, last).entries:
+        ids += [entry.id for entry in entries]
+        last = ids[-1]
+    return ids
 
 
 ACTS = {
