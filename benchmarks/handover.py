@@ -216,7 +216,9 @@ def gunicorn(worker: str, *, sender: str = "", is_attached: bool = False) -> Ser
         f"{worker}, {sender}" if sender else worker,
         (
             *(sys.executable, "-m", "gunicorn", "-w", "1", "-k", worker),
-            *("--threads", "8", "-b", "fd://{fd}", "--worker-connections", "10000"),
+            # With threads a sync worker would be a gthread one.
+            *(("--threads", "8") if worker == "gthread" else ()),
+            *("-b", "fd://{fd}", "--worker-connections", "10000"),
             *("--graceful-timeout", "1", "--timeout", "120", "--log-level", "error"),
             "--no-control-socket",
             f"benchmarks.handover:app(handover={False if is_attached else 'auto'!r})",
