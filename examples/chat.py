@@ -1,19 +1,23 @@
 """A chat room: each line is an event of one channel, and everybody follows it.
 
-    gunicorn -k gevent examples.chat:app
+    gunicorn -k gevent -w 4 examples.chat:app
     curl -N http://127.0.0.1:8000/events
 
 The page is http://127.0.0.1:8000/; ``curl -d 'Hello' http://127.0.0.1:8000/say``
-writes, too. Who comes back gets what was missed, and a new page what is kept; a
-server that was restarted has forgotten it, and says so by a "reset".
+writes, too. Who comes back gets what was missed, and a new page what is kept, also
+after a restart: the workers share a file of this machine. HUB_URL=redis://… or
+postgresql://… is for several machines; with memory:, of one worker, a restart forgets
+all, and says so by a "reset".
 """
+
+import os
 
 from flask import Flask, request
 
 from syncstream import Hub, SSEResponse
 
 app = Flask(__name__)
-hub = Hub()  # of this process: run one worker
+hub = Hub(os.environ.get("HUB_URL", "local:chat"))
 
 
 @app.get("/events")

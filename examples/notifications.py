@@ -14,7 +14,7 @@ from flask import Flask, abort, request
 from syncstream import Hub, SSEResponse
 
 app = Flask(__name__)
-hub = Hub()  # of this process: run one worker
+hub = Hub()  # of this process: run one worker, for presence is a process's
 
 
 def channel_of(name):

@@ -20,7 +20,7 @@ INTERVAL = float(os.environ.get("INTERVAL", 0.01))
 THROTTLE = float(os.environ.get("THROTTLE", 0.5))
 
 app = Flask(__name__)
-hub = Hub()
+hub = Hub()  # of this process: each worker makes prices of its own
 
 
 def change():

@@ -1,16 +1,17 @@
 """The progress of a long job, which goes on whether or not anybody looks.
 
-    gunicorn -k gevent examples.progress:app
-    curl -N http://127.0.0.1:8000/jobs/1/events
+    gunicorn -k gevent -w 4 examples.progress:app
+    curl -N http://127.0.0.1:8000/jobs/NUMBER/events
 
-``curl -X POST http://127.0.0.1:8000/jobs`` starts a job, as does the button at
-http://127.0.0.1:8000/. It runs in a thread and has a channel of its own; a page that
-is reloaded, or opened by somebody else, begins with the job's start.
+``curl -i -X POST http://127.0.0.1:8000/jobs`` starts a job and tells its number, as
+does the button at http://127.0.0.1:8000/. It runs in a thread of a worker and has a
+channel of its own; a page that is reloaded, or opened by somebody else, begins with
+the job's start, whichever worker it comes to.
 """
 
 import os
 import threading
-from itertools import count
+from secrets import randbelow
 
 from flask import Flask, redirect
 
@@ -19,8 +20,7 @@ from syncstream import Hub, SSEResponse, sleep
 INTERVAL = float(os.environ.get("INTERVAL", 0.1))
 
 app = Flask(__name__)
-hub = Hub()  # of this process: run one worker
-numbers = count(1)
+hub = Hub(os.environ.get("HUB_URL", "local:progress"))
 
 
 def work(job):
@@ -32,7 +32,7 @@ def work(job):
 
 @app.post("/jobs")
 def start():
-    job = next(numbers)
+    job = randbelow(1 << 32)  # a counter would be that of one worker
     threading.Thread(target=work, args=[job], daemon=True).start()
     return redirect(f"/jobs/{job}", 303)
 

@@ -1,6 +1,6 @@
 """Text that is written token by token, and survives a reload of the page it is on.
 
-    gunicorn -k gevent examples.tokens:app
+    gunicorn -k gevent -w 4 examples.tokens:app
     curl -N http://127.0.0.1:8000/answers/1
 
 ``curl -d 'Why?' http://127.0.0.1:8000/answers/1`` asks; so does the page at
@@ -17,7 +17,7 @@ from syncstream import Hub, SSEResponse, sleep
 
 INTERVAL = float(os.environ.get("INTERVAL", 0.1))
 app = Flask(__name__)
-hub = Hub(capacity=50_000)  # of this process; a whole answer must fit
+hub = Hub(os.environ.get("HUB_URL", "local:tokens"), capacity=9999)  # a whole answer
 
 
 def write(channel, question):

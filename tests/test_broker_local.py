@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 import random
 import shutil
@@ -17,13 +16,12 @@ import time
 import pytest
 
 from broker_processes import Node, Spread
-from live import TIMEOUT, LiveServer, await_true, unique_key
+from live import TIMEOUT, await_true, unique_key
 from pairs import check_script
 from syncstream import Gap, Hub
 from syncstream.brokers import local, open_broker
 from syncstream.brokers.local import LocalBroker
 from syncstream.errors import PayloadTooLarge, Unavailable
-from syncstream.protocol import sse
 from syncstream.testing import check_broker
 
 CONTRACT = """
@@ -988,168 +986,3 @@ def test_the_engine_may_come_later(make, folder):
     broker.watch("a")
     broker.publish([("a", b"x")])
     wait_until(lambda: told.payloads == [b"x"])
-
-
-# Behind servers of several processes.
-
-PROCESSES = 4
-SERVERS = {
-    "gunicorn-gthread": ["-w", str(PROCESSES), "--threads", "20"],
-    "gunicorn-gevent": ["-w", str(PROCESSES)],
-}
-EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
-
-
-@pytest.fixture(params=SERVERS)
-def server(request, folder):
-    """A server of four processes that share a hub; nothing it did may have failed."""
-    with LiveServer(
-        request.param,
-        "broker_app:wrapped",
-        *SERVERS[request.param],
-        env={"HUB_URL": f"local:{folder}/log"},
-    ) as server:
-        yield server
-        assert server.tracebacks() == 0, server.log()
-
-
-class Reader(threading.Thread):
-    """A client that resumes whenever it is cut off; by which processes, it knows."""
-
-    def __init__(self, server, channel):
-        super().__init__(daemon=True)
-        self._server, self._path = server, f"/sse/{channel}?after=start"
-        self.data = []
-        self.pids = []
-        self.resets = 0
-        self.is_over = False
-        self._last = None
-        self.start()
-
-    def run(self):
-        while not self.is_over:
-            with contextlib.suppress(OSError, EOFError):
-                self._read()
-
-    def _read(self):
-        headers = dict(EVENT_SOURCE)
-        if self._last is not None:
-            headers["Last-Event-ID"] = self._last
-        with self._server.get(self._path, headers=headers) as client:
-            client.read_head()
-            assert client.status == 200
-            self.pids.append(int(client.headers["x-pid"]))
-            decoder = sse.Decoder()
-            while not self.is_over and (chunk := client.chunk()):
-                for event in decoder.feed(chunk):
-                    self._last = event.id
-                    if event.event == "reset":
-                        self.resets += 1
-                    elif event.data == "over":
-                        self.is_over = True
-                    else:
-                        self.data.append(event.data)
-
-
-def post(server, channel, *items):
-    """Publish by a request of its own; return which process has done it."""
-    body = json.dumps(items).encode()
-    with server.connect() as client:
-        client.socket.sendall(
-            f"POST /publish/{channel} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n".encode()
-            + body
-        )
-        text = client.rest()
-        assert client.status == 200, text
-        return int(client.headers["x-pid"])
-
-
-@contextlib.contextmanager
-def stopped():
-    """Yield what stops a process for a while."""
-    pids = set()
-
-    def stop(pid):
-        pids.add(pid)
-        os.kill(pid, signal.SIGSTOP)
-
-    try:
-        yield stop
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
-
-
-def readers_of_all(server, channel):
-    """Return twelve readers, three by each process, one process after the other.
-
-    Which process takes a connection is the kernel's choice, of those that run.
-    """
-    readers = []
-    with stopped() as stop:
-        while len(readers) < 3 * PROCESSES:
-            readers.append(Reader(server, channel))
-            wait_until(lambda: readers[-1].pids)
-            pid = readers[-1].pids[0]
-            if sum(reader.pids[0] == pid for reader in readers) == 3:
-                stop(pid)
-    return readers
-
-
-def test_all_clients_of_all_processes(server, channel):
-    """Whichever publishes: everybody gets each event, once and in order."""
-    readers = readers_of_all(server, channel)
-    pids = {reader.pids[0] for reader in readers}
-    assert len(pids) == PROCESSES
-    number = 0
-    for pid in pids:
-        with stopped() as stop:
-            for other in pids - {pid}:
-                stop(other)
-            for _ in range(10):
-                assert post(server, channel, str(number), str(number + 1)) == pid
-                number += 2
-    post(server, channel, "over")
-    for reader in readers:
-        reader.join(TIMEOUT)
-        assert reader.data == [*map(str, range(number))]
-        assert reader.resets == 0
-        assert len(reader.pids) == 1
-
-
-def test_a_process_that_is_killed_under_load(server, channel):
-    """Its clients resume in others, without a loss, a double or a reset."""
-    readers = readers_of_all(server, channel)
-    victim = readers[0].pids[0]
-    unsure = []
-    half = threading.Event()
-
-    def publish():
-        for number in range(300):
-            try:
-                post(server, channel, str(number))
-            except (OSError, EOFError):  # it was the victim's
-                unsure.append(number)
-            if number == 100:
-                half.set()
-
-    publisher = threading.Thread(target=publish)
-    publisher.start()
-    assert half.wait(4 * TIMEOUT)
-    os.kill(victim, signal.SIGKILL)
-    publisher.join(4 * TIMEOUT)
-    post(server, channel, "over")
-    assert len(unsure) <= 1
-    for reader in readers:
-        reader.join(TIMEOUT)
-        assert reader.is_over
-        numbers = [int(number) for number in reader.data]
-        assert numbers in (
-            [*range(300)],
-            [number for number in range(300) if number not in unsure],
-        )
-        assert reader.data == readers[0].data
-        assert reader.resets == 0
-        assert (len(reader.pids) > 1) == (victim == reader.pids[0])
-        assert victim not in reader.pids[1:]

@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ import psutil
 import psycopg
 import pytest
 
-from live import LiveServer, await_true
+from live import await_true
 from pairs import check_script
 from postgresql_server import Line, PostgreSQL
 from syncstream import Gap, Hub
@@ -1083,162 +1082,3 @@ def test_django(server, schema, mode):
     server.execute(f"CREATE DATABASE {schema}")
     url = server.url_at(server.port, schema)
     check_script(DJANGO, mode, url, str(server.port), schema)
-
-
-# Served by several workers.
-
-WORKERS = {
-    "gunicorn-gthread": ["-w", "4", "--threads", "40"],
-    "gunicorn-gevent": ["-w", "4"],
-}
-EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
-
-
-@pytest.fixture(params=WORKERS)
-def live(request, server, schema):
-    """Four workers of each kind; the hub in a database of its own."""
-    server.execute(f"CREATE DATABASE {schema}")
-    env = {"HUB_URL": server.url_at(server.port, schema)}
-    kind = request.param
-    with LiveServer(
-        kind, "apps.postgresql_app:wrapped", *WORKERS[kind], env=env
-    ) as live:
-        live.database = schema
-        yield live
-        assert live.tracebacks() == 0, live.log()
-
-
-def post(live, channel, *items):
-    """Publish by a request, to whichever worker takes it; return the ids."""
-    body = json.dumps(items).encode()
-    with live.connect() as client:
-        client.socket.sendall(
-            f"POST /publish/{channel} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n".encode()
-            + body
-        )
-        text = client.rest()
-        if client.status != 200:
-            raise ConnectionError(text)
-        return json.loads(text)
-
-
-class Follower:
-    """A client that reads in a thread, and comes back when it is cut off."""
-
-    def __init__(self, live, channel):
-        self.live = live
-        self.path = f"/sse/{channel}?after=start"
-        self.events = []
-        self.returns = 0
-        self.is_open = threading.Event()
-        self.is_over = False
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self):
-        while not self.is_over:
-            headers = dict(EVENT_SOURCE)
-            if self.events:
-                headers["Last-Event-ID"] = self.events[-1].id
-            with contextlib.suppress(OSError, EOFError):
-                self._client = self.live.get(self.path, headers=headers)
-                with self._client as client:
-                    while block := client.block():
-                        self.is_open.set()
-                        self.events += sse.Decoder().feed(block)
-            self.returns += 1
-
-    def close(self):
-        self.is_over = True
-        with contextlib.suppress(OSError):
-            self._client.socket.shutdown(2)
-        self._thread.join(LIMIT)
-
-
-@contextlib.contextmanager
-def followers(live, channel, count):
-    found = [Follower(live, channel) for _ in range(count)]
-    try:
-        for follower in found:
-            assert follower.is_open.wait(LIMIT)
-        yield found
-    finally:
-        for follower in found:
-            follower.close()
-
-
-@contextlib.contextmanager
-def alone(worker, workers):
-    """Have one worker accept all connections: else it is the kernel's choice."""
-    others = [other for other in workers if other != worker]
-    for other in others:
-        other.suspend()
-    try:
-        yield
-    finally:
-        for other in others:
-            other.resume()
-
-
-def test_workers_share_their_channels(server, live):
-    """Published at one worker, got by all clients of all, once and in order."""
-    with contextlib.ExitStack() as stack:
-        clients = []
-        parent = psutil.Process(live._process.pid)
-        await_true(lambda: len(parent.children()) == 4)
-        workers = parent.children()
-        for worker in workers:
-            with alone(worker, workers):
-                clients += stack.enter_context(followers(live, "a", 6))
-        await_true(lambda: backends(server, query="%tail%") == 4)
-        ids = []
-        for number in range(50):
-            ids += post(live, "a", str(number), f"{number}'")
-        await_true(lambda: all(len(each.events) >= 100 for each in clients))
-    for each in clients:
-        assert [event.id for event in each.events] == ids
-        assert each.events[-1].data == "49'"
-
-
-def test_a_killed_worker_loses_nothing(server, live):
-    """kill -9 under load: its clients go on at others, nothing lost or doubled."""
-    posted, doubtful, is_over = [], [], threading.Event()
-
-    def load():
-        number = 0
-        while not is_over.is_set():
-            number += 1
-            try:
-                post(live, "a", str(number))
-                posted.append(str(number))
-            except (OSError, EOFError):
-                doubtful.append(str(number))
-
-    with followers(live, "a", 24) as clients:
-        thread = threading.Thread(target=load)
-        thread.start()
-        try:
-            for _ in range(2):
-                before = len(posted)
-                await_true(lambda before=before: len(posted) > before + 30)
-                workers = psutil.Process(live._process.pid).children()
-                workers[0].send_signal(signal.SIGKILL)
-            before = len(posted)
-            await_true(lambda: len(posted) > before + 30)
-        finally:
-            is_over.set()
-            thread.join(LIMIT)
-        await_true(
-            lambda: all(
-                each.events and int(each.events[-1].data) >= int(posted[-1])
-                for each in clients
-            )
-        )
-    expected = [(event.id, event.data) for event in clients[0].events]
-    for each in clients:
-        assert [(event.id, event.data) for event in each.events] == expected
-    data = [text for _, text in expected]
-    assert data == sorted(set(data), key=int)
-    assert set(posted) <= set(data) <= {*posted, *doubtful}
-    assert sum(each.returns > 1 for each in clients) >= 1

@@ -6,17 +6,14 @@ proxy that cuts connections and swallows what they carry.
 
 import contextlib
 import itertools
-import json
 import os
 import queue
 import signal
-import socket
 import threading
 import time
 
 import pytest
 
-from live import LiveServer
 from pairs import check_script
 from programs import certificate
 from redis_nodes import Nodes
@@ -26,7 +23,6 @@ from syncstream.brokers import redis as module
 from syncstream.brokers.redis import RedisBroker
 from syncstream.errors import Closed, Unavailable, Uncertain
 from syncstream.hub import Gap, Hub
-from syncstream.protocol import sse
 from syncstream.testing import check_broker
 from tcp_proxy import Proxy
 
@@ -1089,147 +1085,3 @@ def test_sentinel_names_the_server(quick):
                 publisher.more()
                 account(publisher, reader, has_gap=True)
                 assert len(reader.gaps) <= 1
-
-
-# Servers that serve.
-
-WORKERS = 4
-# A worker that has so many takes no more: others have some, too.
-MOST = 5
-WORDS = ("-w", str(WORKERS), "--worker-connections", str(MOST))
-KINDS = {
-    "gunicorn-gthread": (*WORDS, "--threads", str(MOST)),
-    "gunicorn-gevent": WORDS,
-}
-
-
-@pytest.fixture(params=KINDS)
-def site(request):
-    """Four workers of a real server, and their Redis, which keeps what it stores."""
-    with (
-        RedisServer("--appendonly", "yes", "--appendfsync", "always") as engine,
-        LiveServer(
-            request.param,
-            "apps.redis_app:wrapped",
-            *KINDS[request.param],
-            env={"HUB_URL": engine.url},
-        ) as server,
-    ):
-        server.engine = engine
-        yield server
-        assert server.tracebacks() == 0, server.log()
-
-
-class Browser:
-    """An event source in a thread: comes back with the last id."""
-
-    def __init__(self, server, channel):
-        self.got = []
-        self.opened = 0
-        self.pid = None
-        self._server = server
-        self._path = f"/sse/{channel}?after=start"
-        self._last = None
-        self._client = None
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self):
-        while not self._is_closed:
-            try:
-                self._follow()
-            except (OSError, EOFError):
-                time.sleep(0.02)
-
-    def _follow(self):
-        headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
-        if self._last is not None:
-            headers["Last-Event-ID"] = self._last
-        with self._server.get(self._path, headers=headers) as client:
-            self._client = client
-            client.read_head()
-            self.pid = int(client.headers["x-pid"])
-            self.opened += 1
-            while not self._is_closed and (block := client.block()).endswith(b"\n\n"):
-                for event in sse.Decoder().feed(block):
-                    assert event.event != "reset", event
-                    self._last = event.id
-                    self.got.append(event.data)
-
-    def close(self):
-        self._is_closed = True
-        with contextlib.suppress(OSError, AttributeError):
-            self._client.socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join(TIMEOUT)
-        assert not self._thread.is_alive()
-
-
-@contextlib.contextmanager
-def browsers(server, channel):
-    """Open so many that each worker has some."""
-    found = [Browser(server, channel) for _ in range((WORKERS - 1) * MOST + 2)]
-    try:
-        await_true(lambda: all(one.opened for one in found))
-        assert len({one.pid for one in found}) == WORKERS
-        yield found
-    finally:
-        for one in found:
-            one.close()
-
-
-def post(server, channel, items):
-    body = json.dumps(items).encode()
-    with server.connect() as client:
-        head = f"POST /publish/{channel} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-        client.socket.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
-        client.socket.sendall(body)
-        text = client.rest()
-        assert client.status == 200, text
-        return json.loads(text)
-
-
-def test_what_one_worker_publishes_all_clients_get(site):
-    """Each event once and in order; one connection listens in each worker."""
-    with browsers(site, "a") as found:
-        assert len(site.engine.listeners()) == WORKERS
-        expected = [str(number) for number in range(60)]
-        for start in range(0, 60, 3):
-            post(site, "a", expected[start : start + 3])
-        for one in found:
-            await_true(lambda one=one: len(one.got) >= 60)
-            assert one.got == expected
-            assert one.opened == 1
-
-
-def test_a_worker_that_is_killed(site):
-    """Its clients go on with others; nothing is lost, nothing doubled."""
-    with browsers(site, "a") as found, Publisher(site.engine.url) as publisher:
-        publisher.more()
-        victim = found[0].pid
-        os.kill(victim, signal.SIGKILL)
-        publisher.more(100)
-        publisher.close()
-        for one in found:
-            await_true(lambda one=one: one.got[-1:] == publisher.stored[-1:])
-            assert one.got == publisher.stored
-            assert one.pid != victim
-        assert any(one.opened > 1 for one in found)
-        assert any(one.opened == 1 for one in found)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_engine_restarts_under_streams(site, number):
-    """They stay, and go on by themselves."""
-    with browsers(site, "a") as found, Publisher(site.engine.url) as publisher:
-        publisher.more()
-        site.engine.restart(number)
-        publisher.more(100)
-        publisher.close()
-        for one in found:
-            await_true(lambda one=one: one.got[-1:] == publisher.stored[-1:])
-            # What is uncertain may be there.
-            got = [n for n in one.got if n not in publisher.uncertain]
-            assert got == publisher.stored
-            assert one.opened == 1, site.log()
-        site.await_log("the broker is back")

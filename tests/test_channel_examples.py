@@ -14,10 +14,14 @@ EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
 
 @pytest.fixture(params=KINDS)
 def serve(request):
-    """Run an example under a server, until the test is over."""
+    """Run an example under a server, until the test is over.
+
+    One worker, and channels that end with it: see test_readme_brokers.py for several.
+    """
     servers = []
 
     def serve(name, ready="GET /", **env):
+        env = {"HUB_URL": "memory:", **env}
         server = LiveServer(request.param, f"examples.{name}:app", env=env, ready=ready)
         servers.append(server)
         return server
@@ -167,17 +171,24 @@ def test_notifications_are_not_had_by_a_pattern(serve, name):
         assert client.status == 404
 
 
+def start_job(server):
+    """Start a job; return the path of its stream."""
+    with server.connect() as client:
+        client.request("POST", "/jobs", headers={"Content-Length": "0"})
+        client.read_head()
+        assert client.status == 303
+        return client.headers["location"] + "/events"
+
+
 def test_progress(serve):
     """From 0 to 100 and the end: for who watches, who comes late, who comes back."""
     server = serve("progress", INTERVAL="0.01")
-    with follow(server, "/jobs/1/events") as watching:
-        watching.block()
-        status, _ = post(server, "/jobs")
-        assert status == 303
+    path = start_job(server)
+    with follow(server, path) as watching:
         half = [next_event(watching) for _ in range(50)]
-        with follow(server, "/jobs/1/events") as late:
+        with follow(server, path) as late:
             assert [e.json()["percent"] for e in up_to_end(late)] == [*range(101)]
-        with follow(server, "/jobs/1/events", half[-1].id) as back:
+        with follow(server, path, half[-1].id) as back:
             rest = up_to_end(back)
         assert [e.json()["percent"] for e in half + rest] == [*range(101)]
         assert [e.id for e in rest] == [e.id for e in up_to_end(watching)]
@@ -186,9 +197,8 @@ def test_progress(serve):
 def test_progress_of_another_job(serve):
     """Each job has a channel of its own."""
     server = serve("progress", INTERVAL="0.001")
-    for job in (1, 2):
-        post(server, "/jobs")
-        with follow(server, f"/jobs/{job}/events") as client:
+    for _ in range(2):
+        with follow(server, start_job(server)) as client:
             assert [e.json()["percent"] for e in up_to_end(client)] == [*range(101)]
 
 
