@@ -199,6 +199,16 @@ class Client:
         """End it, from any thread."""
         self._loop.call(partial(self._loop.end, self, reason))
 
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Call this, too, when it has ended; from any thread."""
+        self._loop.call(partial(self._add_callback, callback))
+
+    def _add_callback(self, callback: Callable[[], object]) -> None:
+        if self.reason is None:
+            self.callbacks = (*self.callbacks, callback)
+        else:
+            self.terms.worker.do(callback)
+
     # Its times: see `_Wheel`.
 
     def next_time(self) -> float:
@@ -373,7 +383,7 @@ class Group:
         framed = _chunked(data) if self.terms.is_chunked else data
         self.moved = time.monotonic()
         self.events += count
-        self.bytes += len(framed)
+        self.bytes += len(data)
         self.leader.count(count * len(self.clients))
         loop = self._loop
         for fd, taken in loop.sender.send(self.clients, framed):
@@ -607,7 +617,6 @@ class Fanout:
         self._clients[client.fd] = client
         group = Group(self, client.subscription, client)
         group.add(client)
-        client.bytes += len(head)
         client.rest = memoryview(head)
         try:
             self._epoll.register(client.fd, _GONE)

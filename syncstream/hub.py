@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 import re
 import time
@@ -36,7 +37,7 @@ from .protocol import sse
 from .protocol.json import Dumps, dumps_or_default
 from .protocol.sse import Event
 from .sockets import native
-from .waiting import Waiter, Wakeable, current_scope, wake_all
+from .waiting import Scope, Waiter, Wakeable, current_scope, wake_all
 
 __all__ = ["Gap", "Hub", "Subscription"]
 
@@ -167,6 +168,7 @@ class Hub:
         self._is_up = True
         self._is_closed = False
         self._swept = time.monotonic()
+        _hubs.add(self)
         broker.attach(self)
 
     # To publish.
@@ -381,6 +383,17 @@ class Hub:
         name = ":".join(map(str, levels))
         _check_name(name)
         return name
+
+    def begin_anew(self) -> None:
+        """Forget, in a forked child, what is its parent's: who subscribes, and all
+        that was told. Nobody here listens for it."""
+        for subscription in self._subscriptions():
+            subscription.forget()
+        self._lock = native(_thread, "RLock")()  # a thread may have held it
+        self._channels, self._filled, self._size = {}, OrderedDict(), 0
+        self._patterns, self._listeners, self._open = {}, {}, {}
+        self._dropped.clear()
+        self._published = self._delivered = 0
 
     def head(self, *channels: str) -> str:
         """Return the id of a channel's newest event; of several, one for all.
@@ -815,10 +828,10 @@ class Subscription:
     # There may be many thousands, idle: nothing empty is kept where `None` does.
     __slots__ = (
         *("__weakref__", "_after", "_asked", "_authorize", "_brought"),
-        *("_delivered", "_is_begun", "_is_simple", "_items", "_key"),
+        *("_delivered", "_given", "_is_begun", "_is_simple", "_items", "_key"),
         *("_lost", "_named", "_on_gap", "_on_lag", "_reason", "_reauthorize"),
-        *("_throttle", "_turn", "_waiter", "_watched", "channels", "has_patterns"),
-        *("announcement", "hub", "tags", "who"),
+        *("_throttle", "_turn", "_waiter", "_watched", "announcement", "channels"),
+        *("has_patterns", "hub", "tags", "who"),
     )
 
     def __init__(
@@ -903,6 +916,7 @@ class Subscription:
         self._watched = 0  # so many of its channels, the first ones
         self._lost: list[tuple[str, str]] | None = None  # patterns, and why
         self._reason: str | None = None
+        self._given: str | None = None  # the request's Last-Event-ID
         self.has_patterns = any(is_pattern(name) for name in self.channels)
         self._is_simple = len(self.channels) == 1 and not self.has_patterns
 
@@ -946,53 +960,17 @@ class Subscription:
                 self._items = None
         return self._items
 
-    def frames(self, is_events: bool, dumps: Dumps) -> Frames:
-        """Return its chunks for a response."""
+    def frames(self, is_events: bool, dumps: Dumps, scope: Scope | None) -> Frames:
+        """Return its chunks for a response, whose stream is the scope."""
         is_shared = (
             is_events
             and self._is_simple
             and self._key is None
             and self._throttle is None
+            and self._reauthorize is None
         )
-        return Frames(self, self._frame if is_events else self._line(dumps), is_shared)
-
-    def _shared(self) -> tuple[bytes, int] | None:
-        """Wait for what is new; return it as bytes that others share.
-
-        Returns:
-            The bytes and how many events they are; ``None`` if that cannot be done.
-        """
-        (cursor,) = self._named
-        record, hub = cursor.record, self.hub
-        window, lock = record.log, hub._lock
-        waiter = self._own_waiter()
-        while self._reauthorize is None:
-            with lock:
-                position = cursor.position
-                if (
-                    position < window.first
-                    or record.tagged >= position
-                    or self._reason is not None
-                ):
-                    return None
-                if position < window.end:
-                    end, chunk = window.joined(position)
-                    cursor.position = end
-                    is_all = end == window.end
-                    cursor.last = window.head if is_all else window.entry(end - 1).id
-                    cursor.is_begun = True
-                    count = end - position
-                    hub._delivered += count
-                    return chunk, count
-                if record.is_doubtful:
-                    return None
-                record.waiters[waiter] = None
-            try:
-                waiter.wait(None)
-            except BaseException:  # a time-out's, say: it may be read again
-                self.withdraw()
-                raise
-        return None
+        encode = self._frame if is_events else self._line(dumps)
+        return Frames(self, encode, is_shared, scope)
 
     def _own_waiter(self) -> Waiter:
         waiter = self._waiter
@@ -1029,6 +1007,11 @@ class Subscription:
             wake_all([waiter])
         if was_begun:
             self._leave()
+
+    def forget(self) -> None:
+        """Be nobody's: it is a forked child's copy."""
+        self._is_begun = False
+        self._reason = self._reason or "closed"
 
     def __del__(self) -> None:
         # Maybe in the midst of anything: see `Hub._dropped`.
@@ -1100,6 +1083,8 @@ class Subscription:
             Bytes, which others share, and how many events they are. No bytes: there
             is nothing, and its waiter will be woken. ``None``: ask `step`.
         """
+        if not self._is_begun:
+            return None
         (cursor,) = self._named
         record = cursor.record
         window = record.log
@@ -1147,6 +1132,8 @@ class Subscription:
             pause = self._pause()
             if pause:
                 return b"", 0, time.monotonic() + pause
+            if not self._is_begun:
+                self._begin(is_owned=True)
             items = self._take()
             if items:
                 self._delivered = time.monotonic()
@@ -1226,15 +1213,16 @@ class Subscription:
             raise Closed(self._reason)
         scope: Any = current_scope()
         # It is what the first one in a stream has sent: of others it says nothing.
-        is_first = not getattr(scope, "has_resumed", False)
-        given = getattr(scope, "last_event_id", None) if is_first else None
+        if scope is not None and not getattr(scope, "has_resumed", False):
+            # Kept: where the broker is down, it is tried again, maybe elsewhere.
+            self._given = getattr(scope, "last_event_id", None)
         if getattr(scope, "is_multiprocess", False):
             self.hub.warn_of_processes()
         self._named, self._turn, self._lost = (), 0, None
         self._brought = _Brought() if self.has_patterns else None
         self.hub.enter(self)
         try:
-            self._begin_channels(given)
+            self._begin_channels(self._given)
         except BaseException:
             self._leave(has_joined=False)
             raise
@@ -1325,10 +1313,6 @@ class Subscription:
             timeout: As for `read`.
             once: Return nothing rather than wait a second time.
         """
-        if not self._is_begun:
-            if self._reason is not None:
-                raise Closed(self._reason)
-            self._begin()
         deadline = None if timeout is None else time.monotonic() + timeout
         waiter = self._own_waiter()
         while True:
@@ -1338,6 +1322,8 @@ class Subscription:
             pause = self._pause()
             if not pause:
                 try:
+                    if not self._is_begun:
+                        self._begin()
                     items = self._take()
                 except Unavailable:
                     # Who is there stays, and asks again.
@@ -1725,15 +1711,21 @@ class Frames:
         events: So many have been in its chunks.
     """
 
-    __slots__ = ("_encode", "_is_shared", "_subscription", "events")
+    __slots__ = (
+        *("_encode", "_is_registered", "_is_shared", "_scope", "_subscription"),
+        "events",
+    )
 
     def __init__(
         self,
         subscription: Subscription,
         encode: Callable[[Item], bytes],
         is_shared: bool,
+        scope: Scope | None,
     ) -> None:
         self._subscription = subscription
+        self._scope = scope
+        self._is_registered = False  # its waiter, where it was at the end
         self._encode = encode
         self._is_shared = is_shared
         self.events = 0
@@ -1745,15 +1737,65 @@ class Frames:
         subscription = self._subscription
         while True:
             if self._is_shared and subscription._is_begun:
-                found = subscription._shared()
-                if found is not None:
-                    chunk, count = found
-                    self.events += count
+                chunk = self._shared(subscription)
+                if chunk is not None:
                     return chunk
             items = subscription._wait(None, once=self._is_shared)
             if items:
                 self.events += len(items)
                 return b"".join(map(self._encode, items))
+
+    def _shared(self, subscription: Subscription) -> bytes | None:
+        """Wait for what is new; return it as bytes that others share.
+
+        The path of each event: ``None`` where it takes more than that.
+        """
+        (cursor,) = subscription._named
+        record, hub = cursor.record, subscription.hub
+        window = record.log
+        waiter: Any = subscription._waiter
+        scope = self._scope
+        if (
+            waiter is None
+            or scope is None
+            or waiter.scope is not scope
+            or waiter.runner != scope.runner
+        ):
+            waiter = subscription._own_waiter()
+        while True:
+            if not self._is_registered:
+                with hub._lock:
+                    position, end = cursor.position, window.end
+                    if (
+                        position < window.first
+                        or record.tagged >= position
+                        or subscription._reason is not None
+                    ):
+                        return None
+                    if position < end:
+                        end, chunk = window.joined(position)
+                        cursor.position = end
+                        cursor.is_begun = True
+                        if end == window.end:
+                            cursor.last = window.head
+                            # Now: it takes the lock once for each event.
+                            record.waiters[waiter] = None
+                            self._is_registered = True
+                        else:
+                            cursor.last = window.entry(end - 1).id
+                        count = end - position
+                        self.events += count
+                        hub._delivered += count
+                        return chunk
+                    if record.is_doubtful:
+                        return None
+                    record.waiters[waiter] = None
+            self._is_registered = False
+            try:
+                waiter.wait(None)
+            except BaseException:  # a time-out's, say: it may be read again
+                subscription.withdraw()
+                raise
 
 
 def _composite(names: Iterable[str], ids: Iterable[str]) -> str:
@@ -1765,3 +1807,15 @@ def _composite(names: Iterable[str], ids: Iterable[str]) -> str:
 def _hash(name: str) -> str:
     # So long that no two names have the same, not even of who looks for such.
     return hashlib.blake2b(name.encode(), digest_size=10).hexdigest()
+
+
+_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()  # for their children
+
+
+def _forked() -> None:
+    for hub in tuple(_hubs):
+        hub.begin_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 from .capacity import Place
-from .errors import ClientDisconnected, Closed
+from .errors import ClientDisconnected, Closed, Unavailable
 from .fanout import Client, Terms, come_back, fanout
 from .hub import Frames, Subscription
 from .process import Process, Served, Stopping, process
@@ -585,6 +585,9 @@ class Stream:
         """
         if not callable(callback):
             raise TypeError(f"callback must be callable, got {callback!r}")
+        if self._client is not None:
+            self._client.on_close(callback)
+            return
         self._callbacks.append(callback)
         if self._is_closed:
             self._run_callbacks(self._callbacks)
@@ -765,7 +768,7 @@ class Stream:
             # What it sends is whole events, or lines.
             self._tail = b"\n\n" if self._is_event_stream else b"\n"
             dumps = dumps_or_default(self._format.dumps)
-            self._frames = frames = source.frames(self._is_event_stream, dumps)
+            self._frames = frames = source.frames(self._is_event_stream, dumps, self)
             advance, reference = frames.__next__, self.reference
             monotonic, running, runner = time.monotonic, current.get, runner_function()
             look_at = 0.0
@@ -836,11 +839,14 @@ class Stream:
     def _first_step(self, source: Subscription) -> tuple[bytes, int]:
         """Begin; return what there is for a client that is to be handed over."""
         with entered(self):
-            source.begin()
-            if not self._is_to_hand_over():
-                return b"", 0
-            self.before_wait()
-            chunk, events, _ = source.step()
+            try:
+                source.begin()
+                if not self._is_to_hand_over():
+                    return b"", 0
+                self.before_wait()
+                chunk, events, _ = source.step()
+            except Unavailable:
+                return b"", 0  # it waits for the broker, as those who are there do
             source.count(events)
         return chunk, events
 
@@ -907,11 +913,14 @@ class Stream:
             deadline=self._deadline,
             callbacks=callbacks,
             events=events,
-            bytes=len(self._opening),
+            bytes=len(self._opening) + len(first),
         )
         self._to_close.clear()
         self._source = None
         loop.add(client, head)
+        token = self._once.get("end")
+        if token is not None:  # it came while this was done
+            client.stop(token[0])
         return True
 
     def _is_end(self, error: BaseException) -> bool:

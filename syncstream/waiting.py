@@ -449,15 +449,14 @@ class Waiter:
     """
 
     __slots__ = (
-        *("_greenlet", "_is_waiting", "_is_woken", "_lock", "_runner", "_scope"),
-        "hub",
+        *("_is_waiting", "_is_woken", "_lock", "_running", "hub", "runner", "scope"),
     )
 
     def __init__(self) -> None:
-        self._scope = current_scope()
+        self.scope = current_scope()
         self.hub = hub()
-        self._runner = runner_function()
-        self._greenlet: Any = self._runner()
+        self._running = runner_function()
+        self.runner: Any = self._running()
         self._is_waiting = self._is_woken = False  # in its hub
         # A thread waits to acquire it. Held but for the moment of a wake.
         self._lock: Any = native(_thread, "allocate_lock")()
@@ -466,11 +465,11 @@ class Waiter:
     def is_ours(self) -> bool:
         """Tell whether it is for the thread or greenlet and scope that run here."""
         # `current_scope`, without its calls: this is asked for every event.
-        scope, running = self._scope, self._runner()
+        scope, running = self.scope, self._running()
         if scope is None:
-            return self._greenlet == running and current_scope() is None
+            return self.runner == running and current_scope() is None
         return (
-            running == self._greenlet
+            running == self.runner
             and running == scope.runner
             and scope.is_running
             and current.get() is scope.reference
@@ -482,7 +481,7 @@ class Waiter:
         Raises:
             ClientDisconnected, GeneratorExit: The scope has ended.
         """
-        scope = self._scope
+        scope = self.scope
         if scope is not None:
             # Each time: who knows what ran since the last wait, here or in a
             # middleware, and what it took. A wake that comes meanwhile counts.
@@ -531,7 +530,7 @@ class Waiter:
         """Let the greenlet go on, or else end its next wait; in its hub."""
         if self._is_waiting:
             self._is_waiting = False
-            self._greenlet.switch()
+            self.runner.switch()
         else:
             self._is_woken = True
 
