@@ -28,7 +28,7 @@ from itertools import islice
 from typing import Any
 
 from .brokers import Broker, is_pattern, matches, open_broker, patterns_of
-from .errors import BrokerError, Closed, PayloadTooLarge
+from .errors import BrokerError, Closed, PayloadTooLarge, Unavailable
 from .log import JOIN, START, Entry, Log, Page, first_part
 from .process import process
 from .protocol import sse
@@ -1265,10 +1265,16 @@ class Subscription:
             size = 0
             for cursor in self._turns():
                 places.append((cursor, cursor.place()))
-                if self._key is not None:
-                    items += self._latest(cursor)
-                    continue
-                found, entries = self._take_from(cursor)
+                try:
+                    if self._key is not None:
+                        items += self._latest(cursor)
+                        continue
+                    found, entries = self._take_from(cursor)
+                except Unavailable:
+                    if not items:
+                        raise
+                    cursor.go_back(places.pop()[1])
+                    break  # the others' are given out first
                 items += found
                 items += [(cursor, e) for e in entries if self._is_for_us(e)]
                 size += sum(len(entry.payload) for entry in entries)
@@ -1276,13 +1282,14 @@ class Subscription:
                     break
         except BaseException:
             # Of `key`, `on_gap`, the broker, or from outside. Nothing was given out:
-            # the next read begins where this one did.
+            # the next read begins where this one did, with the one after this.
             with self.hub._lock:
                 self._lost = [*lost, *(self._lost or ())] or None
                 for cursor, place in places:
                     cursor.go_back(place)
             raise
-        self._end_turns([cursor for cursor, _ in places])
+        finally:
+            self._end_turns([cursor for cursor, _ in places])
         return items
 
     def _turns(self) -> Sequence[_Cursor]:
