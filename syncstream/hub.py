@@ -1397,15 +1397,16 @@ class Subscription:
             size = 0
             for cursor in self._turns():
                 places.append((cursor, cursor.place()))
-                if self._key is not None:
-                    items += self._latest(cursor)
-                    continue
                 try:
+                    if self._key is not None:
+                        items += self._latest(cursor)
+                        continue
                     found, entries = self._take_from(cursor)
                 except Unavailable:
                     if not items:
                         raise
-                    break  # what the others have need not wait for it
+                    cursor.go_back(places.pop()[1])
+                    break  # the others' are given out first
                 items += found
                 items += [(cursor, e) for e in entries if self._is_for_us(e)]
                 size += sum(len(entry.payload) for entry in entries)
@@ -1413,13 +1414,14 @@ class Subscription:
                     break
         except BaseException:
             # Of `key`, `on_gap`, the broker, or from outside. Nothing was given out:
-            # the next read begins where this one did.
+            # the next read begins where this one did, with the one after this.
             with self.hub._lock:
                 self._lost = [*lost, *(self._lost or ())] or None
                 for cursor, place in places:
                     cursor.go_back(place)
             raise
-        self._end_turns([cursor for cursor, _ in places])
+        finally:
+            self._end_turns([cursor for cursor, _ in places])
         return items
 
     def _turns(self) -> Sequence[_Cursor]:
