@@ -17,6 +17,7 @@ from live import LiveServer, await_true
 from postgresql_server import PostgreSQL
 from programs import program
 from redis_server import RedisServer
+from syncstream import Hub
 from syncstream.protocol import sse
 
 ROOT = Path(__file__).parent.parent
@@ -141,3 +142,71 @@ def test_the_chat_of_several_workers(chat):
     say(chat, "after")
     with follow(chat, last) as client:
         assert take(client, 1) == ["after"]
+
+
+# What docs/brokers.md says to copy.
+
+
+def code(name, language):
+    """Return the code of a block of docs/brokers.md."""
+    text = (ROOT / "docs" / "brokers.md").read_text()
+    part = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0]
+    (found,) = re.findall(f"```{language}\n(.*?)```", part, re.DOTALL)
+    return found
+
+
+def test_a_broker_of_your_own():
+    """The one of the page keeps the contract, and a hub works with it."""
+    names = {}
+    exec(code("own", "python"), names)
+    names["test_it_keeps_the_contract"]()
+    with contextlib.closing(names["hub"]) as hub:
+        subscription = hub.subscribe("a", after="start")
+        id = hub.publish("a", "x")
+        assert [(event.id, event.data) for event in subscription.read(5)] == [(id, "x")]
+
+
+def test_publish_app_by_curl(tmp_path):
+    """Mounted as the page says, its command publishes; another token does not."""
+    curl = program("curl", "curl")
+    (tmp_path / "mounted.py").write_text(code("publish_app", "python"))
+    env = {
+        "HUB_URL": "memory:",
+        "PUBLISH_TOKEN": "secret",
+        "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT))),
+    }
+    with LiveServer("gunicorn-sync", "mounted:app", env=env, ready="GET /") as server:
+        command = code("publish_app", "sh").strip()
+        assert command.startswith("curl ")
+        command = command.replace("curl", f"{curl} -sS --max-time 10", 1)
+        command = command.replace("127.0.0.1:8000", server.host)
+
+        def run(token):
+            env = {**os.environ, "PUBLISH_TOKEN": token}
+            words = ["sh", "-c", command]
+            return json.loads(subprocess.run(words, stdout=-1, env=env).stdout)
+
+        with follow(server) as client:
+            assert "error" in run("wrong")
+            (id,) = run("secret")["ids"]
+            (event,) = [e for _ in range(2) for e in sse.Decoder().feed(client.block())]
+            assert (event.id, event.data) == (id, "Hello")
+
+
+def test_a_session_of_sqlalchemy():
+    """Its connection is one to publish with: told at the commit, or never."""
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    orm = pytest.importorskip("sqlalchemy.orm")
+    with PostgreSQL() as server, contextlib.closing(Hub(server.url)) as hub:
+        url = server.url.replace("postgresql:", "postgresql+psycopg:")
+        database = sqlalchemy.create_engine(url)
+        subscription = hub.subscribe("a")
+        assert subscription.read(0) == []
+        for text in ("rolled back", "committed"):
+            with orm.Session(database) as session:
+                connection = session.connection().connection.driver_connection
+                hub.publish("a", text, connection=connection)
+                if text == "committed":
+                    session.commit()
+        assert [event.data for event in subscription.read(5)] == ["committed"]
+        database.dispose()
