@@ -15,9 +15,13 @@ from typing import Any
 
 from .sockets import native
 
-__all__ = ["Capacity", "Place"]
+__all__ = ["Capacity", "Full", "Place"]
 
 Environ = dict[str, Any]
+
+
+class Full(Exception):
+    """There is no room for a stream, whatever the limits say; its text says why."""
 
 
 class Capacity:

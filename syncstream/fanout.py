@@ -69,6 +69,7 @@ _END = b"0\r\n\r\n"
 _COME_BACK = {  # milliseconds; browsers' own 3 to 5 s would hammer a broken view
     "shutdown": 1000,
     "max_duration": 1000,
+    "refused": 2000,
     "denied": 5000,
     "kicked": 5000,
     "error": 5000,

@@ -1134,7 +1134,9 @@ class Subscription:
                 return b"", 0, time.monotonic() + pause
             if not self._is_begun:
                 self._begin(is_owned=True)
-            items = self._take()
+            # What was read and not given out, by whoever began with it, comes first.
+            items = [*reversed(self._rest() or ())] or self._take()
+            self._items = None
             if items:
                 self._delivered = time.monotonic()
                 return b"".join(map(self._frame, items)), len(items), None
@@ -1738,6 +1740,12 @@ class Frames:
     def __next__(self) -> bytes:
         subscription = self._subscription
         while True:
+            if subscription._items:
+                items = [*reversed(subscription._rest() or ())]
+                subscription._items = None
+                if items:
+                    self.events += len(items)
+                    return b"".join(map(self._encode, items))
             if self._is_shared and subscription._is_begun:
                 chunk = self._shared(subscription)
                 if chunk is not None:

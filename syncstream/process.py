@@ -122,6 +122,11 @@ class Process:
         """How many hold a thread or greenlet of their server."""
         return sum(len(served.open) for served in list(self._all.values()))
 
+    @property
+    def parked_streams(self) -> int:
+        """How many have left their server."""
+        return sum(len(served.parked) for served in list(self._all.values()))
+
     def opened(
         self,
         stream: Stoppable,

@@ -31,7 +31,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
-from .capacity import Place
+from .capacity import Full, Place
 from .errors import ClientDisconnected, Closed, Unavailable
 from .fanout import Client, Terms, come_back, fanout
 from .hub import Frames, Subscription
@@ -225,7 +225,12 @@ class Connection(Protocol):
         """What `before_wait` calls."""
 
     def swap(self) -> Swap | None:
-        """Take the connection from its server; ``None`` where that cannot be."""
+        """Take the connection from its server; ``None`` where that cannot be.
+
+        Raises:
+            Full: It cannot be, and must not stay there either.
+            ClientDisconnected: Nobody is there.
+        """
 
     def cut(self) -> BaseException | None:
         """Make truncation visible; return what to raise, ``None`` to just end."""
@@ -857,7 +862,13 @@ class Stream:
         assert self._connection is not None
         # Its number will soon be another's.
         self._observe_no_more()
-        self._swap = self._connection.swap()
+        try:
+            self._swap = self._connection.swap()
+        except Full as error:
+            self._log(logging.DEBUG, f"%s is refused: {error}")
+            self._end("refused")
+        except ClientDisconnected:
+            self._end("disconnected")
         if self._swap is None:
             self._observe()
 

@@ -21,7 +21,8 @@ from wsgiref.util import is_hop_by_hop
 from werkzeug.datastructures import Headers
 from werkzeug.wrappers import Response
 
-from .capacity import Capacity, Place
+from .capacity import Capacity, Full, Place
+from .errors import ClientDisconnected
 from .process import Stopping, process
 from .protocol import ndjson, raw, sse
 from .protocol.json import Dumps
@@ -264,6 +265,22 @@ class Connection:
             return Swap(self.environ, self.server)
         except Refused as error:
             log.debug("%s stays with its server: %s", self.label, error)
+            if error.is_gone:
+                raise ClientDisconnected(str(error)) from error
+            if error.is_full:
+                # What is left the server needs: without it gunicorn's accept fails.
+                process().warn_once(
+                    log,
+                    f"a stream was refused: {error}. Each client needs one: raise the"
+                    " hard limit (ulimit -Hn; LimitNOFILE= of systemd, --ulimit nofile="
+                    " of Docker), or limit the streams by StreamMiddleware",
+                    "descriptors",
+                )
+                raise Full(str(error)) from error
+            if self.threads == 1 and process().parked_streams:
+                # It would hold up the whole worker, which gunicorn's --timeout then
+                # kills, with all whose connections it has.
+                raise Full(f"the server has one thread, and {error}") from error
             return None
 
     def cut(self) -> BaseException | None:

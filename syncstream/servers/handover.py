@@ -89,11 +89,15 @@ class Refused(Exception):
     Attributes:
         is_gone: Nobody is there to write to, for the server neither: the response is
             to end.
+        is_full: No descriptor is left, but those that the server needs.
     """
 
-    def __init__(self, reason: str, *, is_gone: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, is_gone: bool = False, is_full: bool = False
+    ) -> None:
         super().__init__(reason)
         self.is_gone = is_gone
+        self.is_full = is_full
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,9 @@ class Swap:
             try:
                 self._swap(self._socket.fileno())
             except OSError as error:
-                raise Refused(f"no descriptor: {error.strerror}") from error
+                reason = f"no descriptor is left of {raise_descriptor_limit()}"
+                is_full = error.errno in (errno.EMFILE, errno.ENFILE)
+                raise Refused(reason, is_full=is_full) from error
         self._clock = clock
         # Not for as long as the clock has it: who drops a swap ends it.
         reference = weakref.ref(self)
