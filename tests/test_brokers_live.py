@@ -12,6 +12,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -300,6 +301,41 @@ def test_a_worker_that_is_killed(site, channel):
         assert set(posted[name]) <= set(own)
     known = {f"{name}{number}" for name in posted for number in posted[name]}
     assert set(data) <= {*known, *unsure}
+
+
+def next_data(client):
+    """Return the data of a stream's next event."""
+    while not (events := sse.Decoder().feed(client.block())):
+        pass
+    (event,) = events
+    return event.data
+
+
+def test_fifty_processes_listen_once_each(engine, channel):
+    """However many clients they have; and all of these get what is published."""
+    count = 50
+    words = ["-w", str(count), "--preload", "--timeout", "120"]
+    env = {"HUB_URL": engine.url}
+    with (
+        LiveServer("gunicorn-sync", "apps.broker_app:wrapped", *words, env=env) as site,
+        contextlib.ExitStack() as stack,
+    ):
+        post(site, channel, "0")
+        clients, pids = [], Counter()
+        with stopped() as stop:
+            while len(clients) < 2 * count:
+                client = site.get(f"/sse/{channel}?after=start", headers=EVENT_SOURCE)
+                clients.append(stack.enter_context(client))
+                assert next_data(client) == "0"
+                pid = int(client.headers["x-pid"])
+                pids[pid] += 1
+                if pids[pid] == 2:
+                    stop(pid)
+        assert len(pids) == count
+        post(site, channel, "1")
+        assert {next_data(client) for client in clients} == {"1"}
+        await_true(lambda: engine.listeners() == count, engine.listeners)
+        assert site.tracebacks() == 0, site.log()
 
 
 class Publisher(threading.Thread):
