@@ -331,6 +331,7 @@ class Stream:
         self._links: deque[Any] = deque()
         self.is_running = False  # inside the source; see waiting.py
         self.has_waited = False  # since the last look
+        self.has_resumed = False  # a subscription has taken the Last-Event-ID
         self._closing = False
         self._is_closed = False
         self._tail = b""

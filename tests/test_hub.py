@@ -294,6 +294,23 @@ def test_last_event_id_is_the_first_ones(hub, name):
     assert found == [["1", "2"], ["2" if name == "a" else "4"], [], []]
 
 
+@pytest.mark.parametrize("way", ["frames", "step"])
+def test_what_was_read_before_is_in_the_response(hub, way):
+    """Who has taken the first event gives the others to a client."""
+    hub.publish_many("a", "123")
+    subscription = hub.subscribe("a", after="start")
+    assert next(subscription).data == "1"
+    if way == "step":
+        chunk, count, _ = subscription.step()
+    else:
+        frames = subscription.frames(True, json.dumps, None)
+        chunk, count = next(frames), frames.events
+    assert data(sse.Decoder().feed(chunk)) == ["2", "3"]
+    assert count == 2
+    hub.publish("a", "4")
+    assert data(subscription.read(0)) == ["4"]
+
+
 def test_a_beginning_that_fails_keeps_the_id():
     """Whoever tries again after the broker was down goes on where the client was."""
 

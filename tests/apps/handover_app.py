@@ -54,6 +54,10 @@ if "SOFT_LIMIT" in os.environ:  # what `ulimit -S -n` does
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (int(os.environ["SOFT_LIMIT"]), hard))
 
+if "HARD_LIMIT" in os.environ:
+    limit = int(os.environ["HARD_LIMIT"])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
 if "DEBUG" in os.environ:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     logging.getLogger("syncstream.fanout").setLevel(logging.DEBUG)

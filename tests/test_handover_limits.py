@@ -1,0 +1,65 @@
+"""Where a client cannot leave its server, and must not stay there either."""
+
+import re
+from contextlib import ExitStack
+
+import pytest
+
+from handover_soak import serving
+from live import unique_key
+from test_handover import Asker, Listener, await_state, state
+
+RETRY = re.compile(rb"retry: [0-9]+\n\n")
+
+
+def refused(server, channel, body=None):
+    """Subscribe; return what there is after the opening, all of it."""
+    headers = {} if body is None else {"Content_Length": str(len(body))}
+    with Listener(server, f"/events/{channel}", is_parked=False, **headers) as one:
+        if body is not None:
+            one.client.socket.sendall(body)
+        rest, is_whole = one.rest()
+    assert is_whole
+    return rest
+
+
+def test_one_thread_is_not_given_to_who_cannot_leave():
+    """A request with a body, on a sync worker that has the clients of others."""
+    channel = unique_key()
+    with serving("gunicorn-sync") as server, ExitStack() as stack:
+        others = [
+            stack.enter_context(Listener(server, f"/events/{channel}"))
+            for _ in range(5)
+        ]
+        assert RETRY.fullmatch(refused(server, channel, b"x"))
+        with Asker(server) as asker:
+            asker.ask(f"/publish/{channel}", ["hello"])
+        for other in others:
+            assert other.await_text("hello") == ["hello"]
+
+
+@pytest.mark.parametrize("kind", ["gunicorn-sync", "gunicorn-gthread"])
+def test_the_last_descriptors_are_the_servers(kind):
+    """Who would need one of them is told to come back; the log says what to do."""
+    channel = unique_key()
+    with serving(kind, env={"HARD_LIMIT": "150"}) as server, ExitStack() as stack:
+        clients = []
+        while not state(server)["ended"].get("refused"):
+            assert len(clients) < 150
+            one = Listener(server, f"/events/{channel}", is_parked=False)
+            clients.append(stack.enter_context(one))
+            count = len(clients)
+            await_state(
+                server,
+                lambda now, n=count: now["parked"] >= n or now["ended"].get("refused"),
+            )
+        *others, last = clients
+        rest, is_whole = last.rest()
+        assert is_whole
+        assert RETRY.fullmatch(rest)
+        assert len(others) > 20
+        with Asker(server) as asker:
+            asker.ask(f"/publish/{channel}", ["hello"])
+        for other in others:
+            assert other.await_text("hello") == ["hello"]
+        assert "no descriptor is left of 150" in server.log()
