@@ -29,6 +29,7 @@ from syncstream import (
 from syncstream import hub as hub_module
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.log import JOIN, Page
+from syncstream.protocol import sse
 from syncstream.testing import HOSTILE
 from syncstream.waiting import Waiter, wake_all
 
