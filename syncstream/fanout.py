@@ -10,7 +10,9 @@ of the table of clients before that, so no number is ever another's. What came b
 for a client that ended in the same round finds no client.
 
 **No user code runs in the loop**, nor does it ask a broker: what needs either is done
-by a `Worker`, a thread, or under gevent a greenlet of the hub that the request had.
+in one of three `Lanes`, threads, or under gevent greenlets of the hub that the request
+had. So what an application does, or does not come back from, holds up those alone who
+have code of it: not what others get, nor the places that they leave.
 
 Clients that are at the same place of the same channel, in the same framing, make a
 `Group`: it has a leader, a subscription that nobody counts, whose place is theirs.
@@ -39,16 +41,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from .capacity import Place
 from .errors import BrokerError, Closed
-from .hub import Subscription
+from .hub import Apart, Subscription
 from .process import Process, Served
 from .protocol.sse import Event
 from .senders import Sender, open_sender
-from .sockets import acknowledged, borrowed, has_timed_out, native, reset
+from .sockets import acknowledged, borrowed, has_timed_out, hold, native, release, reset
 from .waiting import hub
 from .watch import Watch, native_epoll, native_lock, watch
 
-__all__ = ["Client", "Fanout", "Terms", "Worker", "come_back", "fanout"]
+__all__ = ["Client", "Fanout", "Lane", "Lanes", "Terms", "come_back", "fanout"]
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +104,7 @@ class Terms:
     """What many clients have in common; equal ones are kept once.
 
     Attributes:
-        worker: Does what is the application's.
+        lanes: Do what the loop may not.
         process, served: Where their streams are counted.
         is_chunked: The framing of their responses.
         keepalive, send_timeout: Seconds, ``None`` for never.
@@ -111,7 +114,7 @@ class Terms:
             should not be held.
     """
 
-    worker: Worker
+    lanes: Lanes
     process: Process
     served: Served
     is_chunked: bool
@@ -139,14 +142,15 @@ class Client:
         terms: From `Fanout.terms`.
         label: For the log.
         began, deadline: `time.monotonic`.
-        callbacks: Called when it has ended, by the worker.
+        callbacks: The application's; called when it has ended.
+        place: Given back when it has ended, whatever the application does.
         events, bytes: What has been sent, or will be with its head.
     """
 
     __slots__ = (
         *("_loop", "acknowledged", "began", "bucket", "bytes", "callbacks"),
-        *("deadline", "early", "events", "fd", "group", "label", "reason", "rest"),
-        *("since", "subscription", "terms"),
+        *("deadline", "early", "events", "fd", "group", "label", "place", "reason"),
+        *("rest", "since", "subscription", "terms"),
     )
 
     hub: None = None  # no gevent hub's: `wake_all` calls `wake`
@@ -162,6 +166,7 @@ class Client:
         began: float,
         deadline: float = math.inf,
         callbacks: tuple[Callable[[], object], ...] = (),
+        place: Place | None = None,
         events: int = 0,
         bytes: int = 0,
     ) -> None:
@@ -173,6 +178,7 @@ class Client:
         self.began = began
         self.deadline = deadline
         self.callbacks = callbacks
+        self.place = place
         self.events, self.bytes = events, bytes  # less its group's: see Group
         self.reason: str | None = None
         self.early: str | None = None  # an end that came before the client itself
@@ -181,6 +187,11 @@ class Client:
         self.since = 0.0  # it takes nothing
         self.acknowledged: int | None = None
         self.bucket = 0
+
+    @property
+    def is_given(self) -> bool:
+        """Its descriptor is the loop's; or was."""
+        return self in self.terms.served.parked or self.reason is not None
 
     def wake(self) -> bool:
         self._loop.call(self.turn)
@@ -208,7 +219,7 @@ class Client:
         if self.reason is None:
             self.callbacks = (*self.callbacks, callback)
         else:
-            self.terms.worker.do(callback)
+            self.terms.lanes.users.do(callback)
 
     # Its times: see `_Wheel`.
 
@@ -221,13 +232,13 @@ class Client:
         if now >= self.deadline:
             self._loop.end(self, "max_duration")
         elif now >= self.subscription.ask_again_at:
-            self.terms.worker.do(self._ask_again)
+            self.terms.lanes.users.do(self._ask_again)
             self._loop.wheel.add(self, self.deadline)  # whatever that takes
         else:
             self._loop.wheel.add(self, self.next_time())
 
     def _ask_again(self) -> None:
-        """Ask the application whether it may go on; by the worker."""
+        """Ask the application whether it may go on; in its lane."""
         try:
             self.subscription.check_allowed()
         except BaseException as error:  # a sys.exit() ends nobody else
@@ -242,25 +253,43 @@ class Client:
             self._loop.wheel.add(self, self.next_time())
             self.turn()
 
-    def finish(self) -> None:
-        """Do what belongs to its end; by the worker."""
+    def leave(self) -> None:
+        """Give back what it had of ours, and count it; in the lane of ends."""
         reason, terms = str(self.reason), self.terms
         seconds = time.monotonic() - self.began
+        if self.place is not None:
+            self.place.release()
+        terms.process.count(reason, seconds, self.events, self.bytes)
         try:
-            ended: Callable[[], object] = partial(self.subscription.close, reason)
-            for callback in (ended, *self.callbacks):
+            self.subscription.close(reason)  # others may be told by a broker
+        except BaseException:
+            log.exception("the subscription of %s could not be closed", self.label)
+        # It is freed as soon as nobody has it, without a garbage collection.
+        self.subscription.detach(None)
+        if self.callbacks:
+            terms.lanes.users.do(partial(self._finish, seconds))
+        else:
+            self._forget(seconds)
+
+    def _finish(self, seconds: float) -> None:
+        """Call what the application wants to have called; in its lane."""
+        callbacks, self.callbacks = self.callbacks, ()
+        try:
+            for callback in callbacks:
                 try:
                     callback()
                 except BaseException:
                     log.exception("a callback at the end of %s failed", self.label)
-            terms.give_back()
+            self.terms.give_back()
         finally:
-            terms.process.count(reason, seconds, self.events, self.bytes)
-            terms.served.parked.discard(self)
-            log.debug(
-                "%s ended: %s, %.3f s, %d events, %d bytes",
-                *(self.label, reason, seconds, self.events, self.bytes),
-            )
+            self._forget(seconds)
+
+    def _forget(self, seconds: float) -> None:
+        self.terms.served.parked.discard(self)
+        log.debug(
+            "%s ended: %s, %.3f s, %d events, %d bytes",
+            *(self.label, self.reason, seconds, self.events, self.bytes),
+        )
 
 
 class Group:
@@ -290,7 +319,7 @@ class Group:
         self.terms = client.terms
         self.clients: dict[int, Client] = {}
         self.events = self.bytes = 0
-        self.is_asking = False  # the worker reads for it
+        self.is_asking = False  # a lane reads for it
         self.is_woken = False  # meanwhile
         self.retry_at = 0.0  # not before; 0: at any time
         self.moved = time.monotonic()
@@ -315,15 +344,24 @@ class Group:
         if not self.clients:
             self._loop.drop(self)
 
+    def let_go(self) -> None:
+        """Be woken no more."""
+        if self.is_shared:
+            self.leader.detach(None)
+        else:
+            self.leader.withdraw()
+
     def turn(self) -> None:
-        """Send what is new; or have the worker read it; or wait."""
+        """Send what is new; or have it read in a lane; or wait."""
         self.is_woken = True
         if not self._may_send() or time.monotonic() < self.retry_at:
             return
         found = self.leader.poll() if self.leader.is_plain else None
         if found is None:
             self.is_asking, self.is_woken = True, False
-            self.terms.worker.do(self._ask)
+            lanes = self.terms.lanes
+            lane = lanes.users if self.leader.has_user_code else lanes.reads
+            lane.do(self._ask)
             return
         chunk, count = found
         if chunk:
@@ -333,7 +371,7 @@ class Group:
             self._loop.merge(self)
 
     def _may_send(self) -> bool:
-        # While the worker reads, the leader's place is not yet its clients'.
+        # While a lane reads, the leader's place is not yet its clients'.
         if self.is_asking:
             return False
         if self.is_shared:
@@ -342,23 +380,29 @@ class Group:
         return any(client.rest is None for client in self.clients.values())
 
     def _ask(self) -> None:
-        """Read, with all that this may call; by the worker."""
+        """Read, with all that this may call; in a lane."""
         told: Any
         try:
             told = self.leader.step()
         except BaseException as error:
             told = error
         finally:
-            self.terms.give_back()
+            if self.leader.has_user_code:
+                self.terms.give_back()
         self._loop.call(partial(self._told, told))
 
     def _told(self, told: Any) -> None:
         self.is_asking = False
         if not self.clients:
+            self.let_go()
             return
         if isinstance(told, BrokerError):
             log.debug("a channel cannot be read: %s", told)
             self._retry(time.monotonic() + RETRY_EVERY)
+            return
+        if isinstance(told, Apart):
+            for client in tuple(self.clients.values()):
+                self._loop.again(self._loop.part(client).turn)
             return
         if isinstance(told, BaseException):
             for client in tuple(self.clients.values()):
@@ -370,7 +414,7 @@ class Group:
             self._loop.again(self.turn)
         elif when is not None:
             self._retry(when)
-        elif self.is_woken:  # after the worker had looked
+        elif self.is_woken:  # after the lane had looked
             self.turn()
         elif not self.is_shared:
             self._loop.merge(self)
@@ -463,14 +507,40 @@ class _Wheel:
                     item.due(now)
 
 
-class Worker:
-    """Runs what is the application's, one after the other: a thread."""
+class Lane:
+    """Runs one thing after the other: a thread, from the first one on.
 
-    def __init__(self) -> None:
+    Args:
+        other: Has it to do where no thread can be started.
+    """
+
+    def __init__(self, other: Lane | None = None) -> None:
         self._jobs: Any = _queue.SimpleQueue()
-        native(_thread, "start_new_thread")(self._work, ())
+        self._other = other
+        self._lock = native_lock()
+        self._is_running = False
+
+    def start(self) -> None:
+        """Start it, if nothing has.
+
+        Raises:
+            RuntimeError: No thread is left.
+        """
+        with self._lock:
+            if not self._is_running:
+                native(_thread, "start_new_thread")(self._work, ())
+                self._is_running = True
 
     def do(self, job: Callable[[], object]) -> None:
+        """Run this when all that came before has been done; from any thread."""
+        try:
+            if not self._is_running:
+                self.start()
+        except RuntimeError as error:
+            if self._other is not None:
+                self._other.do(job)
+                return
+            log.warning("work for a subscriber waits: %s", error)
         self._jobs.put(job)
 
     def _work(self) -> None:
@@ -478,15 +548,59 @@ class Worker:
             _run(self._jobs.get())
 
 
-class _HubWorker(Worker):
-    """The same in a gevent hub: a greenlet, for the application's locks are its."""
+class _HubLane(Lane):
+    """The same in a gevent hub: a greenlet, for the application's locks are its.
 
-    def __init__(self, watch: Watch) -> None:
+    Args:
+        watch: The hub's.
+        other: Does the rest when the hub has been destroyed.
+    """
+
+    def __init__(self, watch: Watch, other: Lane) -> None:
         self._watch = watch
+        self._rest = other
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._is_working = False
+
+    def start(self) -> None:
+        pass
 
     def do(self, job: Callable[[], object]) -> None:
-        watch = self._watch
-        watch.run(lambda: watch.spawn(partial(_run, job)))
+        self._waiting.append(job)
+        if self._watch.is_over:
+            while self._waiting:
+                self._rest.do(self._waiting.popleft())
+        else:
+            self._watch.run(self._begin)
+
+    def _begin(self) -> None:
+        if not self._is_working:
+            import gevent
+
+            self._is_working = True
+            gevent.spawn(self._work)
+
+    def _work(self) -> None:
+        try:
+            while self._waiting:
+                _run(self._waiting.popleft())
+        finally:
+            self._is_working = False
+
+
+class Lanes:
+    """Who does what the loop may not: three that do not wait for each other.
+
+    Attributes:
+        ends: What is given back and told at an end. It asks no application.
+        reads: Reads that may ask a broker, and no application.
+        users: What may call an application, which may take its time.
+    """
+
+    __slots__ = ("ends", "reads", "users")
+
+    def __init__(self, ends: Lane, reads: Lane, users: Lane) -> None:
+        self.ends, self.reads, self.users = ends, reads, users
 
 
 def _run(job: Callable[[], object]) -> None:
@@ -517,7 +631,8 @@ class Fanout:
         self._looked_at = 0.0
         self._shared: dict[Hashable, Group] = {}
         self._terms: dict[Terms, Terms] = {}
-        self._workers: dict[Any, Worker] = {}
+        self._lanes: dict[Any, Lanes] = {}
+        self._lanes_lock = native_lock()
         self._epoll = epoll()
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._event_fd, select.EPOLLIN)
@@ -540,31 +655,81 @@ class Fanout:
             self._is_woken = True
             os.eventfd_write(self._event_fd, 1)
 
-    def worker(self) -> Worker:
-        """Return the worker of what runs here: of a thread, or of a gevent hub."""
-        here = hub()
-        key = None if here is None else id(watch())
-        found = self._workers.get(key)
-        if found is None:
-            new = Worker() if here is None else _HubWorker(watch())
-            found = self._workers.setdefault(key, new)
+    def lanes(self) -> Lanes:
+        """Return the lanes of what runs here: of a thread, or of a gevent hub.
+
+        Raises:
+            RuntimeError: No thread is left.
+        """
+        own = None if hub() is None else watch()
+        with self._lanes_lock:
+            threads = self._lanes.get(None)
+            if threads is None:
+                ends = Lane()
+                threads = self._lanes[None] = Lanes(ends, Lane(ends), Lane(ends))
+            found = threads
+            if own is not None:  # it has the watch, so its id is no other's
+                found = self._lanes.get(id(own)) or self._lanes.setdefault(
+                    id(own),
+                    Lanes(
+                        _HubLane(own, threads.ends),
+                        _HubLane(own, threads.reads),
+                        _HubLane(own, threads.users),
+                    ),
+                )
+        found.ends.start()
         return found
 
-    def terms(self, terms: Terms) -> Terms:
+    def prepare(
+        self,
+        process: Process,
+        served: Served,
+        *,
+        keepalive: float | None,
+        send_timeout: float | None,
+        retry: int,
+        reasons: frozenset[str],
+        before_wait: tuple[Callable[[], object], ...] = (),
+    ) -> tuple[Terms, Terms]:
+        """Make all that a client needs and that can fail, before it is taken.
+
+        Args:
+            process, served, keepalive, send_timeout, retry, reasons, before_wait: As
+                for `Terms`.
+
+        Returns:
+            Those of a response that is raw, and of one in chunks.
+
+        Raises:
+            RuntimeError: No thread is left.
+        """
+        lanes, life = self.lanes(), (keepalive, send_timeout, retry)
+        rest = (*life, reasons, before_wait)
+        return (
+            self._same(Terms(lanes, process, served, False, *rest)),
+            self._same(Terms(lanes, process, served, True, *rest)),
+        )
+
+    def _same(self, terms: Terms) -> Terms:
         """Return the same object for equal ones."""
         if len(self._terms) > 1000:  # an application makes a hook for each request
             self._terms.clear()
-        return self._terms.setdefault(terms, terms)
+        try:
+            return self._terms.setdefault(terms, terms)
+        except Exception as error:  # its hooks need not be comparable
+            log.debug("terms are not shared: %r", error)
+            return terms
 
     def add(self, client: Client, head: bytes) -> None:
         """Take a client on.
 
         Args:
-            client: Its subscription has begun; its descriptor is the loop's from now.
+            client: Its subscription has begun, and was detached to it; its descriptor
+                is the loop's from now.
             head: What is to be sent before all else, framed.
         """
-        client.terms.served.parked.add(client)
-        client.subscription.detach(client)
+        client.terms.served.parked.add(client)  # first: see `Client.is_given`
+        hold(client.fd)
         self.call(partial(self._add, client, head))
 
     # The loop.
@@ -640,7 +805,7 @@ class Fanout:
         if not mine.is_plain or client.rest is not None:
             return
         terms = client.terms
-        key = (*mine.kind, terms.is_chunked, terms.keepalive, id(terms.worker))
+        key = (*mine.kind, terms.is_chunked, terms.keepalive, id(terms.lanes))
         shared = self._shared.get(key)
         if shared is None:
             leader = mine.twin()
@@ -659,18 +824,27 @@ class Fanout:
     def drop(self, group: Group) -> None:
         """Forget a group that is empty."""
         self.wheel.remove(group)
-        group.leader.withdraw()
         if group.is_shared:
             del self._shared[group.key]
+        if not group.is_asking:
+            group.let_go()
+
+    def part(self, client: Client) -> Group:
+        """Have a client of a shared group be by itself, where that is."""
+        group = client.group
+        assert group is not None
+        client.subscription.go_where(group.leader)
+        group.remove(client)
+        alone = Group(self, client.subscription, client)
+        alone.add(client)
+        return alone
 
     def lag(self, client: Client, rest: memoryview) -> None:
         """Let a client go on by itself, as fast as it can."""
         group = client.group
         assert group is not None
         if group.is_shared:
-            client.subscription.go_where(group.leader)
-            group.remove(client)
-            Group(self, client.subscription, client).add(client)
+            self.part(client)
         if client.rest is None:
             client.since = time.monotonic()
             client.acknowledged = None
@@ -721,14 +895,15 @@ class Fanout:
                 self.end(client, "send_timeout")
 
     def abandon(self) -> None:
-        """Close the copies of a parent's descriptors, in a child; of nothing else."""
+        """Close the copies of a parent's own descriptors, in a child.
+
+        Those of its clients are closed by `sockets.hold`.
+        """
         if self._is_abandoned:  # by our parent: these numbers are ours
             return
         self._is_abandoned = True
-        close = native(os, "close")
-        for fd in (*self._clients, self._event_fd):
-            with suppress(OSError):
-                close(fd)
+        with suppress(OSError):
+            native(os, "close")(self._event_fd)
         self._epoll.close()
 
     # Ends.
@@ -749,7 +924,7 @@ class Fanout:
         self.end(client, "error")
 
     def end(self, client: Client, reason: str) -> None:
-        """End a client, once; all of it that is the application's by the worker."""
+        """End a client, once; what is the application's of it in its lane."""
         if client.reason is not None:
             return
         if client.group is None:
@@ -765,8 +940,9 @@ class Fanout:
         with suppress(OSError):
             self._epoll.unregister(fd)
         self._say_goodbye(client)
+        client.rest = None
         _close(fd)
-        client.terms.worker.do(client.finish)
+        client.terms.lanes.ends.do(client.leave)
 
     def _say_goodbye(self, client: Client) -> None:
         """Write the last words, as far as the kernel takes them at once."""
@@ -797,7 +973,7 @@ def _close(fd: int) -> None:
         for _ in range(_DRAINED // 65536):
             if len(sock.recv(65536, socket.MSG_DONTWAIT)) < 65536:
                 break
-    native(os, "close")(fd)
+    release(fd)
 
 
 _fanouts: dict[int, Fanout] = {}  # this process's, and its parents' if it was forked

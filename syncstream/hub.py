@@ -341,6 +341,7 @@ class Hub:
         Raises:
             TypeError, ValueError: An argument is not what it should be.
         """
+        self.check_open("subscribe")
         return Subscription(
             self,
             channels,
@@ -806,6 +807,14 @@ class _Brought:
         self.room = 64
 
 
+class Apart(Exception):
+    """Those who are at one place do not go on together: each asks its application."""
+
+
+def _read_apart() -> Iterable[Any]:
+    raise Apart
+
+
 Item = tuple["_Cursor", "Entry | Event"]
 
 _NO_TAGS: frozenset[str] = frozenset()
@@ -850,7 +859,6 @@ class Subscription:
         authorize: Callable[[Subscription], bool] | None,
         reauthorize: float | None,
     ) -> None:
-        hub.check_open("subscribe")
         if not channels:
             raise ValueError("channels must be given, at least one")
         for name in channels:
@@ -975,6 +983,7 @@ class Subscription:
     def _own_waiter(self) -> Waiter:
         waiter = self._waiter
         if not isinstance(waiter, Waiter) or not waiter.is_ours():
+            self._check_attached()
             self.withdraw()
             waiter = self._waiter = Waiter()
         return waiter
@@ -1040,7 +1049,17 @@ class Subscription:
     def kind(self) -> tuple[Hashable, ...]:
         """What plain ones have in common that may be sent the same bytes."""
         (cursor,) = self._named
-        return cursor.record, self.tags, self._on_lag
+        on_gap = "apart" if callable(self._on_gap) else self._on_gap
+        return cursor.record, self.tags, self._on_lag, on_gap
+
+    @property
+    def has_user_code(self) -> bool:
+        """To read it may call what the application has given."""
+        return (
+            self._key is not None
+            or self._reauthorize is not None
+            or (callable(self._on_gap) and self._on_gap is not _read_apart)
+        )
 
     @property
     def ask_again_at(self) -> float:
@@ -1049,14 +1068,42 @@ class Subscription:
             return math.inf
         return self._asked + self._reauthorize
 
-    def detach(self, waiter: Wakeable) -> None:
-        """Have this woken by what is new, in place of the thread that has read it."""
+    def detach(self, waiter: Wakeable | None) -> None:
+        """Have this woken by what is new, in place of the thread that has read it.
+
+        Args:
+            waiter: ``None``: that does not read it any more.
+
+        Raises:
+            RuntimeError: Another has it.
+        """
+        if waiter is not None:
+            self._check_attached()
         self.withdraw()
         self._waiter = waiter
 
+    def _check_attached(self) -> None:
+        if self._waiter is not None and not isinstance(self._waiter, Waiter):
+            raise RuntimeError(
+                "a subscription is one reader's: make one for each response"
+            )
+
     def twin(self) -> Subscription:
         """Return one at the same place that nobody counts, of a plain one."""
-        twin = self.hub.subscribe(*self.channels, on_lag=self._on_lag, tags=self.tags)
+        twin = Subscription(
+            self.hub,
+            self.channels,
+            after="now",
+            on_gap=_read_apart if callable(self._on_gap) else self._on_gap,
+            on_lag=self._on_lag,
+            key=None,
+            throttle=None,
+            tags=self.tags,
+            who=None,
+            announce=False,
+            authorize=None,
+            reauthorize=None,
+        )
         twin.go_where(self)
         twin._is_begun = True
         return twin
@@ -1093,19 +1140,24 @@ class Subscription:
                 place = window.after(cursor.last)
                 cursor.position = -1 if place is None else place
             position = cursor.position
-            if (
-                position < window.first
-                or record.tagged >= position
-                or self._reason is not None
-            ):
+            if position < window.first or self._reason is not None:
                 return None
-            if position < window.end:
-                end, chunk = window.joined(position)
+            while cursor.position < window.end:
+                position = cursor.position
+                if record.tagged >= position:
+                    entries = window.read(position, READ)
+                    end = position + len(entries)
+                    ours = [e.wire for e in entries if self._is_for_us(e)]
+                    chunk, count = b"".join(ours), len(ours)
+                else:
+                    end, chunk = window.joined(position)
+                    count = end - position
                 cursor.position = end
                 is_all = end == window.end
                 cursor.last = window.head if is_all else window.entry(end - 1).id
-                cursor.is_begun = True
-                return chunk, end - position
+                cursor.is_begun, cursor.start = True, ""
+                if count:
+                    return chunk, count
             if record.is_doubtful:
                 return None
             assert self._waiter is not None
@@ -1140,7 +1192,8 @@ class Subscription:
             if items:
                 self._delivered = time.monotonic()
                 return b"".join(map(self._frame, items)), len(items), None
-            if self._waiter is None or self._register(self._waiter):
+            waiter = self._waiter  # at its end it has none, at any time
+            if waiter is None or self._register(waiter):
                 return b"", 0, None
 
     def count(self, events: int) -> None:
@@ -1201,6 +1254,7 @@ class Subscription:
             Closed: The subscription has ended.
             BrokerError: Its position cannot be read.
         """
+        self._check_attached()
         if not self._is_begun:
             self._begin(is_owned=True)
 

@@ -10,6 +10,7 @@ import _socket
 import ctypes
 import errno
 import functools
+import os
 import select
 import socket
 import struct
@@ -25,10 +26,12 @@ __all__ = [
     "give_up_after",
     "hang_up",
     "has_timed_out",
+    "hold",
     "is_hung_up",
     "is_socket",
     "is_writable",
     "native",
+    "release",
     "reset",
 ]
 
@@ -55,6 +58,37 @@ def native(module: Any, name: str) -> Any:
     if monkey is not None:
         return monkey.get_original(module.__name__, name)
     return getattr(module, name)
+
+
+_held: set[int] = set()
+
+
+def hold(fd: int) -> None:
+    """Take note that a connection's descriptor is ours, and no server's.
+
+    A child that is forked while it is closes its copy at once: it would keep the
+    client from seeing the end.
+    """
+    _held.add(fd)
+
+
+def release(fd: int) -> None:
+    """Close a descriptor that was ours."""
+    _held.discard(fd)  # first: in a child the number may be another's
+    # gevent's close comes later, when the number may be another's, too.
+    native(os, "close")(fd)
+
+
+def _forked() -> None:
+    held = tuple(_held)
+    _held.clear()
+    for fd in held:
+        with suppress(OSError):
+            native(os, "close")(fd)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def is_hung_up(fd: int) -> bool:

@@ -33,7 +33,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from .capacity import Full, Place
 from .errors import ClientDisconnected, Closed, Unavailable
-from .fanout import Client, Terms, come_back, fanout
+from .fanout import Client, come_back, fanout
 from .hub import Frames, Subscription
 from .process import Process, Served, Stopping, process
 from .protocol import sse
@@ -45,6 +45,7 @@ from .sockets import (
     hang_up,
     has_timed_out,
     is_socket,
+    release,
 )
 from .waiting import (
     Parked,
@@ -883,53 +884,62 @@ class Stream:
         assert self._opening is not None
         assert process is not None
         assert served is not None
+        taken, life, is_detached = None, self._life, False
         try:
+            # All that may fail comes before the connection is taken.
             loop = fanout()
-        except (OSError, RuntimeError) as error:
+            terms = loop.prepare(
+                process,
+                served,
+                keepalive=life.keepalive,
+                send_timeout=life.send_timeout,
+                retry=self._retry or 0,
+                reasons=REASONS,
+                before_wait=connection.hooks,
+            )
+            client = Client(
+                loop,
+                -1,
+                source,
+                terms[0],
+                label=sys.intern(self._label),
+                began=self._began,
+                deadline=self._deadline,
+                events=events,
+                bytes=len(self._opening) + len(first),
+            )
+            source.detach(client)
+            is_detached = True
+            if not self._once:
+                taken = self._swap.take(self._opening)
+        except (OSError, RuntimeError, MemoryError) as error:
             self._log(logging.WARNING, "%s stays with its server", error)
-            taken = None
-        else:
-            taken = None if self._once else self._swap.take(self._opening)
         if taken is None:
             self._swap.undo()
             self._swap = None
+            if is_detached:
+                source.detach(None)
             self._observe()
             return False
-        head, life = taken.head, self._life
-        if first:
-            head += b"%x\r\n%b\r\n" % (len(first), first) if taken.is_chunked else first
-        callbacks = tuple(self._callbacks)
-        if self._place is not None:
-            self._place.leave_thread()
-            callbacks = (*callbacks, self._place.release)
-            self._place = None
-        self._callbacks.clear()
-        terms = Terms(
-            loop.worker(),
-            process,
-            served,
-            taken.is_chunked,
-            life.keepalive,
-            life.send_timeout,
-            self._retry or 0,
-            REASONS,
-            connection.hooks,
-        )
-        self._client = client = Client(
-            loop,
-            taken.fd,
-            source,
-            loop.terms(terms),
-            label=sys.intern(self._label),
-            began=self._began,
-            deadline=self._deadline,
-            callbacks=callbacks,
-            events=events,
-            bytes=len(self._opening) + len(first),
-        )
-        self._to_close.clear()
-        self._source = None
-        loop.add(client, head)
+        try:
+            client.fd, client.terms = taken.fd, terms[taken.is_chunked]
+            head = taken.head
+            if first:
+                chunk = b"%x\r\n%b\r\n" % (len(first), first)
+                head += chunk if taken.is_chunked else first
+            client.place, self._place = self._place, None
+            if client.place is not None:
+                client.place.leave_thread()
+            self._client = client
+            client.callbacks = tuple(self._callbacks)
+            self._callbacks.clear()
+            self._to_close.clear()
+            self._source = None
+            loop.add(client, head)
+        except BaseException:  # of a signal's handler, say
+            if not client.is_given:
+                release(taken.fd)
+            raise
         token = self._once.get("end")
         if token is not None:  # it came while this was done
             client.stop(token[0])

@@ -206,6 +206,11 @@ class Watch:
 
     # Elsewhere.
 
+    @property
+    def is_over(self) -> bool:
+        """Its hub has been destroyed: nothing that it is given will run."""
+        return False
+
     def run(self, callback: Callback) -> None:
         """Run something where greenlets may be interrupted; from any thread."""
         raise NotImplementedError
@@ -322,6 +327,10 @@ class _HubWatch(Watch):
         hub = self._hub()
         if when is not None and hub is not None and when < self._timer_at:
             self._set_timer(hub, when)
+
+    @property
+    def is_over(self) -> bool:
+        return getattr(self._hub(), "loop", None) is None
 
     def run(self, callback: Callback) -> None:
         self._calls.append(callback)

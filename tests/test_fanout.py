@@ -22,7 +22,7 @@ from syncstream import fanout as fanout_module
 from syncstream import hub as hub_module
 from syncstream import log as log_module
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.fanout import Client, Terms, fanout
+from syncstream.fanout import Client, fanout
 from syncstream.process import Process, Served
 from syncstream.protocol import sse
 from syncstream.stream import REASONS
@@ -38,7 +38,7 @@ def await_true(condition):
 
 @pytest.fixture(scope="module", autouse=True)
 def loop():
-    """The process's own; its thread has begun, and its worker's."""
+    """The process's own; its thread has begun, and its lanes'."""
     loop = fanout()
     settle(loop)
     return loop
@@ -81,9 +81,10 @@ def peers(loop):
 
 
 def settle(loop):
-    """Wait until the loop, and its worker, have done what they were told before."""
+    """Wait until the loop, and its lanes, have done what they were told before."""
+    lanes = loop.lanes()
     for _ in range(3):
-        for call in (loop.call, loop.worker().do):
+        for call in (loop.call, lanes.reads.do, lanes.ends.do, lanes.users.do):
             done = threading.Event()
             call(done.set)
             assert done.wait(TIMEOUT)
@@ -108,9 +109,9 @@ class Peer:
         retry=0,
         deadline=math.inf,
         before_wait=(),
-        worker=None,
         process=None,
         callbacks=(),
+        place=None,
         add=True,
         **options,
     ):
@@ -128,27 +129,27 @@ class Peer:
         self.subscription = hub.subscribe(*(channels or ("a",)), **options)
         self.subscription.begin()
         self.process, self.served = process or Process(), Served(None)
-        terms = Terms(
-            worker or loop.worker(),
+        terms = loop.prepare(
             self.process,
             self.served,
-            is_chunked,
-            keepalive,
-            send_timeout,
-            retry,
-            REASONS,
-            tuple(before_wait),
+            keepalive=keepalive,
+            send_timeout=send_timeout,
+            retry=retry,
+            reasons=REASONS,
+            before_wait=tuple(before_wait),
         )
         self.client = Client(
             loop,
             fd,
             self.subscription,
-            loop.terms(terms),
+            terms[is_chunked],
             label="GET '/a'",
             began=time.monotonic(),
             deadline=deadline,
+            place=place,
             callbacks=(*callbacks, lambda: self.ends.append(self.client.reason)),
         )
+        self.subscription.detach(self.client)
         if add:
             loop.add(self.client, HEAD)
 
@@ -295,7 +296,7 @@ def test_an_id_that_is_not_kept(peers):
 
 
 def test_a_snapshot_by_a_callable(hub, peers):
-    """Run by the worker, where the client begins; then what came since."""
+    """Run in a lane, where the client begins; then what came since."""
     peer = peers(hub, after="abc", on_gap=lambda: ["snapshot"])
     texts_until(peer, "snapshot")
     hub.publish("a", "next")
@@ -594,22 +595,20 @@ def test_joins_and_leaves_are_announced(hub, peers):
 # What could go wrong.
 
 
-def test_what_comes_while_the_worker_reads(hub, peers):
-    """Told between the worker's last look and the loop's hearing of it: not missed."""
+def test_what_comes_while_a_lane_reads(hub, peers):
+    """Told between the lane's last look and the loop's hearing of it: not missed."""
     rounds = iter(range(1, 50))
 
     def publish():
-        # The worker runs this when it has read, before it says so.
+        # The lane runs this when it has read, before it says so.
         for n in rounds:
             hub.publish("a", str(n))
             return
 
-    single = peers(hub, "a", before_wait=[publish])
-    hub.publish("a", "0", only=["nobody"])  # tagged: the worker is asked
-    two = peers(hub, "a", "b", before_wait=[publish])
-    for peer in (single, two):
-        found = texts_until(peer, "49")
-        assert found == [str(n) for n in range(int(found[0]), 50)]
+    asked = {"authorize": lambda s: True, "reauthorize": 1000}
+    two = peers(hub, "a", "b", before_wait=[publish], **asked)
+    found = texts_until(two, "49")
+    assert found == [str(n) for n in range(int(found[0]), 50)]
 
 
 def test_an_end_that_comes_first(hub, peers, loop):
@@ -619,7 +618,6 @@ def test_an_end_that_comes_first(hub, peers, loop):
         lambda peer: loop.call(peer.client.turn) or peer.subscription.close("kicked"),
     ):
         peer = peers(hub, add=False)
-        peer.subscription.detach(peer.client)
         end(peer)
         settle(loop)
         loop.add(peer.client, HEAD)
@@ -631,8 +629,8 @@ def test_an_end_that_comes_first(hub, peers, loop):
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
-def test_an_application_that_exits_in_the_worker(hub, peers, error, caplog):
-    """Its client has an end; the worker goes on for the others."""
+def test_an_application_that_exits_in_a_lane(hub, peers, error, caplog):
+    """Its client has an end; the lane goes on for the others."""
     is_quiet = threading.Event()
 
     def authorize(subscription):

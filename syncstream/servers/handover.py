@@ -53,7 +53,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ..sockets import borrowed, forget, hang_up, is_hung_up, native
+from ..sockets import borrowed, forget, hang_up, hold, is_hung_up, native, release
 from ..waiting import hub, runner
 from ..watch import Timer, watch
 from .contract import Environ, Server, SocketLike
@@ -130,6 +130,7 @@ class Swap:
 
     def __init__(self, environ: Environ, server: Server) -> None:
         self._state = _CLOSED
+        self._pid = os.getpid()
         self._runner = runner()
         self._environ = environ
         self._server = server
@@ -165,7 +166,7 @@ class Swap:
             # Native: gevent's would wait in the hub, and defers what it closes.
             theirs, ours = _socket.socketpair()
         except BaseException:
-            _close(connection)
+            release(connection)
             raise
         try:
             ours.setblocking(False)
@@ -178,7 +179,7 @@ class Swap:
             os.dup2(theirs.fileno(), fd, inheritable=False)
         except BaseException:
             ours.close()
-            _close(connection)
+            release(connection)
             raise
         finally:
             theirs.close()
@@ -214,7 +215,7 @@ class Swap:
             self._part(fd)
         except BaseException:
             hang_up(fd)
-            _close(fd)
+            release(fd)
             raise
         finally:
             self._connection = -1
@@ -242,7 +243,7 @@ class Swap:
         greenlet it does nothing: the server may be writing.
         """
         # A thread's ident: greenlet may have been imported since.
-        if self._runner not in (runner(), threading.get_ident()):
+        if self._runner not in (runner(), threading.get_ident()) or self._is_copy:
             return
         with self._server.lock(self._environ):
             with self._lock:
@@ -273,6 +274,8 @@ class Swap:
         what was taken, and leaves the rest to the request's own.
         """
         self.undo()
+        if self._is_copy:
+            return
         with self._lock:
             if self._state != _TAKEN:
                 return
@@ -284,7 +287,7 @@ class Swap:
     def __del__(self) -> None:
         # Nobody has closed it, and who collects it may be any thread: it is too late
         # to put anything back.
-        if self._state == _CLOSED:
+        if self._state == _CLOSED or self._is_copy:
             return
         if self._state == _SWAPPED:
             log.debug("a swap was dropped: its client is hung up")
@@ -292,6 +295,11 @@ class Swap:
             self._drop_connection()
         self._drop_pair()
         self._state = _CLOSED
+
+    @property
+    def _is_copy(self) -> bool:
+        """This is a forked child, and the connection its parent's."""
+        return self._pid != os.getpid()
 
     # Under the lock.
 
@@ -334,7 +342,7 @@ class Swap:
 
     def _drop_connection(self) -> None:
         fd, self._connection = self._connection, -1
-        _close(fd)
+        release(fd)
 
     def _drop_pair(self) -> None:
         # Shut down, not closed alone: a forked child may hold it, too, and under
@@ -431,9 +439,10 @@ def _duplicate(fd: int) -> int:
     limit = raise_descriptor_limit()
     lowest = min(LOWEST, limit // 4)
     duplicate = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+    hold(duplicate)
     # The lowest that is free from there on: how many are left can be seen by it.
     if duplicate >= limit - min(_RESERVE, limit // 8):
-        _close(duplicate)
+        release(duplicate)
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     return duplicate
 
@@ -481,11 +490,6 @@ def _forget_in_hub(fd: int) -> None:
 def _inode(fd: int) -> tuple[int, int]:
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
-
-
-def _close(fd: int) -> None:
-    # gevent's close comes later, when the number may be another's.
-    native(os, "close")(fd)
 
 
 def _send(fd: int, data: bytearray) -> bool:
