@@ -256,7 +256,7 @@ def test_all_clients_of_all_workers(site, engine, channel):
 
 def test_a_worker_that_is_killed(site, channel):
     """kill -9 under load: its clients go on at others; nothing is lost or doubled."""
-    posted, unsure, is_over = {}, [], threading.Event()
+    posted, unsure, is_over = {"a": [], "b": []}, [], threading.Event()
 
     def publish(name):
         number = 0
@@ -264,16 +264,16 @@ def test_a_worker_that_is_killed(site, channel):
             number += 1
             try:
                 post(site, channel, f"{name}{number}")
-                posted.setdefault(name, []).append(number)
+                posted[name].append(number)
             except (OSError, EOFError):  # it was the victim's
                 unsure.append(f"{name}{number}")
 
     def stored():
-        return sum(map(len, posted.values()))
+        return sum(len(numbers) for numbers in posted.values())
 
     with followers(site, channel) as found:
         victim = found[0].pids[0]
-        publishers = [threading.Thread(target=publish, args=(name,)) for name in "ab"]
+        publishers = [threading.Thread(target=publish, args=(name,)) for name in posted]
         for publisher in publishers:
             publisher.start()
         try:
@@ -295,12 +295,13 @@ def test_a_worker_that_is_killed(site, channel):
             assert victim not in follower.pids[1:]
         data = found[0].data[1:-1]
     assert len(unsure) <= len(publishers)
-    for name in "ab":
-        own = [int(text[1:]) for text in data if text[0] == name]
-        assert own == sorted(set(own))
-        assert set(posted[name]) <= set(own)
-    known = {f"{name}{number}" for name in posted for number in posted[name]}
-    assert set(data) <= {*known, *unsure}
+    # What the victim had sent may be stored, a moment later: an engine that has it goes
+    # on with it. All else is there, in its publisher's order.
+    assert len(set(data)) == len(data)
+    sure = [text for text in data if text not in unsure]
+    for name, numbers in posted.items():
+        own = [int(text[1:]) for text in sure if text[0] == name]
+        assert own == numbers
 
 
 def next_data(client):
@@ -311,15 +312,17 @@ def next_data(client):
     return event.data
 
 
-def test_fifty_processes_listen_once_each(engine, channel):
+@pytest.mark.parametrize("broker", BROKERS)
+def test_fifty_processes_listen_once_each(broker, channel):
     """However many clients they have; and all of these get what is published."""
     count = 50
     words = ["-w", str(count), "--preload", "--timeout", "120"]
-    env = {"HUB_URL": engine.url}
-    with (
-        LiveServer("gunicorn-sync", "apps.broker_app:wrapped", *words, env=env) as site,
-        contextlib.ExitStack() as stack,
-    ):
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(BROKERS[broker]())  # where nobody else listens
+        env = {"HUB_URL": engine.url}
+        site = stack.enter_context(
+            LiveServer("gunicorn-sync", "apps.broker_app:wrapped", *words, env=env)
+        )
         post(site, channel, "0")
         clients, pids = [], Counter()
         with stopped() as stop:
