@@ -1,5 +1,6 @@
 """The fan-out loop: who holds no thread gets all, in order, once, and has one end."""
 
+import _thread
 import gc
 import json
 import logging
@@ -10,6 +11,7 @@ import re
 import socket
 import threading
 import time
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -25,6 +27,7 @@ from syncstream.brokers.memory import MemoryBroker
 from syncstream.fanout import Client, fanout
 from syncstream.process import Process, Served
 from syncstream.protocol import sse
+from syncstream.sockets import native
 from syncstream.stream import REASONS
 
 PLACE = Threads()
@@ -590,6 +593,236 @@ def test_joins_and_leaves_are_announced(hub, peers):
     peer.leave()
     found = watching.read_until(lambda events: len(events) == 2)
     assert [event.event for event in found] == ["join", "leave"]
+
+
+# Who holds up whom.
+
+
+class Place:
+    """One of a capacity's, which says so when it is given back."""
+
+    def __init__(self):
+        self.released = threading.Event()
+
+    def release(self):
+        self.released.set()
+
+
+def test_an_application_that_blocks_holds_up_nobody_else(hub, peers):
+    """Not what others read, not their places, their presence, nor their end."""
+    is_blocking, go_on = threading.Event(), threading.Event()
+
+    def authorize(subscription):
+        if subscription.who == "slow":
+            is_blocking.set()
+            assert go_on.wait(TIMEOUT)
+        return True
+
+    place, process = Place(), Process()
+    others = {
+        "plain": peers(hub, "a"),
+        "tagged": peers(hub, "a", tags=["t"]),
+        "two": peers(hub, "a", "b"),
+        "throttled": peers(hub, "a", throttle=0.01),
+        "pattern": peers(hub, "*"),
+        "retried": peers(hub, "a", on_gap="live", after="now"),
+    }
+    leaver = peers(hub, "a", who="ann", place=place, process=process)
+    settle(leaver.client._loop)
+    slow = peers(hub, "x", who="early", authorize=authorize, reauthorize=0.1)
+    slow.subscription.who = "slow"
+    try:
+        assert is_blocking.wait(TIMEOUT)
+        hub.publish("a", "0", only=["nobody"])
+        hub.publish("a", "1", only=["t"])
+        hub.publish("a", "2", exclude=["t"])
+        hub.publish("a", "3")
+        for name, peer in others.items():
+            between = "1" if name == "tagged" else "2"
+            assert texts_until(peer, "3") == [between, "3"]
+        assert hub.presence("a").count("ann") == 1
+        leaver.leave()
+        assert place.released.wait(TIMEOUT)
+        await_true(lambda: "ann" not in hub.presence("a"))
+        assert process.stats()["ended"]["disconnected"]["streams"] == 1
+        assert leaver.ends == []  # the application's own has to wait
+        assert leaver.client in leaver.served.parked
+    finally:
+        go_on.set()
+    await_true(lambda: leaver.ends)
+
+
+def test_tags_are_told_apart_by_the_loop(hub, peers):
+    """No lane is asked: not one of them is free."""
+    peer, tagged = peers(hub), peers(hub, tags=["t"])
+    hub.publish("a", "0")
+    for each in (peer, tagged):
+        texts_until(each, "0")
+    seen(peer, tagged)
+    lanes, go_on = peer.client.terms.lanes, threading.Event()
+    try:
+        for lane in (lanes.reads, lanes.users, lanes.ends):
+            lane.do(lambda: go_on.wait(TIMEOUT))
+        for n in range(1, 300):
+            hub.publish("a", str(n), only=["t"] if n % 2 else ["nobody"])
+        hub.publish("a", "last", exclude=["nobody"])
+        odd = [str(n) for n in range(1, 300, 2)]
+        assert texts_until(tagged, "last") == ["0", *odd, "last"]
+        assert texts_until(peer, "last") == ["0", "last"]
+    finally:
+        go_on.set()
+
+
+class Deaf(MemoryBroker):
+    """One that does not tell of its events, for a while."""
+
+    is_deaf = False
+
+    def _is_watched(self, channel):
+        return not self.is_deaf and super()._is_watched(channel)
+
+
+def test_a_gap_of_many_at_one_place(peers):
+    """Each is told as it has asked for: its own snapshot, or none, or what is kept."""
+    broker = Deaf(capacity=5)
+    hub = Hub(broker=broker)
+    try:
+        asked = [lambda: ["ann"], lambda: ["bob"], "live", "replay"]
+        here = [peers(hub, on_gap=on_gap) for on_gap in asked]
+        hub.publish("a", "0")
+        for peer in here:
+            texts_until(peer, "0")
+        seen(*here)
+        assert here[0].client.group is here[1].client.group
+        broker.is_deaf = True
+        hub.publish_many("a", [str(n) for n in range(1, 10)])
+        broker.is_deaf = False
+        hub.resync(None)
+        for peer in here:
+            peer.read_until(lambda events: any(e.event == "reset" for e in events))
+        settle(here[0].client._loop)
+        hub.publish("a", "last")
+        found = [texts_until(peer, "last")[2:-1] for peer in here]
+        assert found == [["ann"], ["bob"], [], ["5", "6", "7", "8", "9"]]
+        seen(*here)
+    finally:
+        hub.close()
+
+
+def test_a_lane_that_cannot_be_started(loop, monkeypatch):
+    """Another does what it should do; the next time it is tried again."""
+    start, is_full = native(_thread, "start_new_thread"), True
+
+    def maybe(function, *args):
+        if is_full:
+            raise RuntimeError("can't start new thread")
+        return start(function, *args)
+
+    real = fanout_module.native
+    monkeypatch.setattr(
+        fanout_module,
+        "native",
+        lambda module, name: maybe if module is _thread else real(module, name),
+    )
+    monkeypatch.setattr(loop, "_lanes", {})
+    with pytest.raises(RuntimeError):  # before anything is taken from its server
+        loop.lanes()
+    is_full = False
+    lanes = loop.lanes()
+    is_full = True
+    assert len(idents(lanes.users, lanes.reads, lanes.ends)) == 1
+    is_full = False
+    assert len(idents(lanes.users, lanes.reads, lanes.ends)) == 3
+
+
+def idents(*lanes):
+    """Return the threads that these run in."""
+    found = set()
+    for lane in lanes:
+        done = threading.Event()
+        lane.do(lambda: found.add(threading.get_ident()))
+        lane.do(done.set)
+        assert done.wait(TIMEOUT)
+    return found
+
+
+def test_hooks_that_cannot_be_compared(loop, hub, peers):
+    """Are no reason to fail after a connection was taken: they are not asked then."""
+
+    class Hook:
+        __hash__ = None
+        calls = 0
+
+        def __call__(self):
+            self.calls += 1
+
+    hook = Hook()
+    peer = peers(hub, before_wait=[hook])
+    hub.publish("a", "1")
+    assert texts_until(peer, "1") == ["1"]
+    peer.leave()
+    await_true(lambda: hook.calls)
+
+
+def test_a_subscription_of_two_responses(hub, peers):
+    """The second is told so, before anything is sent; the first goes on."""
+    peer = peers(hub)
+    second = Client(
+        peer.client._loop,
+        -1,
+        peer.subscription,
+        peer.client.terms,
+        label="GET '/a'",
+        began=0.0,
+    )
+    for use in (
+        peer.subscription.begin,
+        lambda: peer.subscription.detach(second),
+        lambda: peer.subscription.read(0),
+    ):
+        with pytest.raises(RuntimeError, match="one for each response"):
+            use()
+    hub.publish("a", "1")
+    assert texts_until(peer, "1") == ["1"]
+
+
+def test_a_hub_that_closes_while_a_client_comes(hub, peers):
+    """Its end is an end as others; nothing is subscribed any more by then."""
+    peer = peers(hub, add=False)
+    hub._is_closed = True  # as in the midst of close()
+    peer.client._loop.add(peer.client, HEAD)
+    seen(peer)
+    hub._is_closed = False
+    hub.close()
+    assert ended(peer)[0] == "closed"
+
+
+@pytest.mark.parametrize("channels", ["a", "ab"])
+def test_nothing_stays_until_a_collection(hub, peers, loop, channels):
+    """What has ended is freed at once, with what it had not sent."""
+    alive = weakref.WeakSet()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            here = [Peer(loop, hub, *channels) for _ in range(3)]
+            hub.publish("a", "1")
+            for peer in here:
+                texts_until(peer, "1")
+                alive.add(peer.subscription)
+            full(hub, here[0])
+            await_true(lambda here=here: here[0].client.rest is not None)
+            for peer in here:
+                peer.leave()
+            for peer in here:
+                await_true(lambda peer=peer: peer.ends)
+            settle(loop)
+            del here, peer
+        assert len(alive) == 0
+        kinds = (Client, fanout_module.Group, type(hub.subscribe("a")))
+        assert [o for o in gc.get_objects() if type(o) in kinds] == []
+    finally:
+        gc.enable()
 
 
 # What could go wrong.
