@@ -1305,6 +1305,7 @@ class Stream:
         seconds = time.monotonic() - self._began if record is not None else 0.0
         if self._frames is not None:
             self._events += self._frames.events
+            self._frames = None  # it has us as its scope, and the other way round
         (record or process()).count(reason, seconds, self._events, self._bytes)
         self._log(
             logging.DEBUG,

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pairs import TIMEOUT, Threads, check_script, tcp_pair
+from pairs import EVENTS, TIMEOUT, Threads, check_script, tcp_pair
 from pairs import await_true as await_true_in
 from syncstream import Hub, Unavailable
 from syncstream import fanout as fanout_module
@@ -28,7 +28,8 @@ from syncstream.fanout import Client, fanout
 from syncstream.process import Process, Served
 from syncstream.protocol import sse
 from syncstream.sockets import native
-from syncstream.stream import REASONS
+from syncstream.stream import REASONS, Stream
+from syncstream.watch import watch
 
 PLACE = Threads()
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -41,7 +42,8 @@ def await_true(condition):
 
 @pytest.fixture(scope="module", autouse=True)
 def loop():
-    """The process's own; its thread has begun, and its lanes'."""
+    """The process's own; its thread has begun, and its lanes', and the watch's."""
+    watch()
     loop = fanout()
     settle(loop)
     return loop
@@ -821,6 +823,26 @@ def test_nothing_stays_until_a_collection(hub, peers, loop, channels):
         assert len(alive) == 0
         kinds = (Client, fanout_module.Group, type(hub.subscribe("a")))
         assert [o for o in gc.get_objects() if type(o) in kinds] == []
+    finally:
+        gc.enable()
+
+
+def test_nothing_stays_of_a_stream_that_kept_its_thread(hub):
+    """It is freed by its end, too."""
+    alive = weakref.WeakSet()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            stream = Stream(hub.subscribe("a"), EVENTS, handover=False)
+            body = iter(stream)
+            alive.add(stream)
+            assert next(body) == b": ok\n\n"
+            hub.publish("a", "1")
+            assert b"data: 1" in next(body)
+            stream.close()
+            del stream, body
+        assert len(alive) == 0
     finally:
         gc.enable()
 
