@@ -137,7 +137,10 @@ class Swap:
         self._written = bytearray()
         # For the watch's thread, held for moments: not what a greenlet waits for.
         self._lock = native(_thread, "allocate_lock")()
-        clock = watch()
+        try:
+            clock = watch()
+        except (OSError, RuntimeError) as error:  # no descriptor or thread is left
+            raise Refused(f"it cannot be watched: {error}") from error
         with server.lock(environ):
             if server.is_closing(environ):
                 raise Refused("the server is closing it", is_gone=True)
