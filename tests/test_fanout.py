@@ -1077,6 +1077,119 @@ print("done")
     assert out == "done\n"
 
 
+@pytest.mark.parametrize("where", ["in a swap", "on its way"])
+def test_a_child_lets_go_of_who_is_not_there_yet(where):
+    """Of a connection that has left its server, and is in no table of the loop's."""
+    out = check_script(
+        """
+import os, sys, threading
+from test_fanout import Peer, settle
+from syncstream import Hub
+from syncstream.fanout import fanout
+from syncstream.sockets import hold
+
+hub, loop = Hub(), fanout()
+settle(loop)
+peer = Peer(loop, hub, add=False)
+fd, go_on = peer.client.fd, threading.Event()
+if sys.argv[1] == "in a swap":
+    hold(fd)
+else:
+    is_held = threading.Event()
+    loop.call(lambda: is_held.set() or go_on.wait(15))
+    assert is_held.wait(15)
+    loop.add(peer.client, b"")
+pid = os.fork()
+if not pid:
+    try:
+        os.fstat(fd)
+    except OSError:
+        os._exit(0)
+    os._exit(1)
+assert os.waitpid(pid, 0)[1] == 0
+os.fstat(fd)
+go_on.set()
+if sys.argv[1] == "in a swap":
+    loop.add(peer.client, b"")
+peer.leave()
+settle(loop)
+print("done")
+""",
+        where,
+    )
+    assert out == "done\n"
+
+
+GREENLETS = """
+import gevent
+from gevent import monkey
+monkey.patch_all()
+import threading
+from syncstream.fanout import fanout
+from syncstream.sockets import native
+"""
+
+
+def test_lanes_of_a_hub():
+    """A greenlet each: one that waits holds up neither the others nor the hub."""
+    out = check_script(
+        GREENLETS
+        + """
+from gevent.event import Event
+
+lanes, go_on, order = fanout().lanes(), Event(), []
+assert fanout().lanes() is lanes
+is_waiting, are_done = Event(), [Event(), Event(), Event()]
+lanes.users.do(lambda: is_waiting.set() or go_on.wait(15) or order.append("late"))
+lanes.users.do(lambda: order.append("users") or are_done[0].set())
+assert is_waiting.wait(15)
+lanes.reads.do(lambda: order.append("reads") or are_done[1].set())
+assert are_done[1].wait(15)
+lanes.ends.do(lambda: order.append("ends") or are_done[2].set())
+assert are_done[2].wait(15)
+assert not are_done[0].is_set()
+go_on.set()
+assert are_done[0].wait(15)
+print(*order)
+"""
+    )
+    assert out == "reads ends users\n"
+
+
+def test_lanes_of_a_hub_that_was_destroyed():
+    """Threads do what is left: the ends of its clients are counted."""
+    out = check_script(
+        """
+import threading
+import gevent
+from syncstream.fanout import fanout
+from syncstream.waiting import hub
+
+found, ready, is_over = [], threading.Event(), threading.Event()
+
+def serve():
+    def begin():
+        found.append(fanout().lanes())
+
+    gevent.spawn(begin).join()
+    ready.set()
+    gevent.get_hub().destroy()
+    is_over.set()
+
+threading.Thread(target=serve).start()
+assert is_over.wait(15)
+(lanes,) = found
+assert lanes is not fanout().lanes()
+for lane in (lanes.ends, lanes.reads, lanes.users):
+    done = threading.Event()
+    lane.do(done.set)
+    assert done.wait(15)
+print("done")
+"""
+    )
+    assert out == "done\n"
+
+
 # Whatever happens.
 
 OPS = st.one_of(
