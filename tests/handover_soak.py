@@ -2,13 +2,13 @@
 
     python tests/handover_soak.py [--handovers 20000] [--clients 8000] [--seed N]
 
-In the repository's folder. First, on each of four servers: subscribers come, each to a
-channel of its own, among ordinary requests on connections that are kept; what each of
-them gets is compared byte by byte; they leave in every way there is. Afterwards
-descriptors, threads and greenlets are what they were, and the process is idle. Then
-8,000 clients subscribe at one gunicorn sync worker, which was started with 1,024
-descriptors: all get every event, in order, an ordinary request is answered meanwhile,
-and what an idle one costs in memory is printed.
+In the repository's folder; ``tox -e soak`` runs it. First, on each of four servers:
+subscribers come, each to a channel of its own, among ordinary requests on connections
+that are kept; what each of them gets is compared byte by byte; they leave in every way
+there is. Afterwards descriptors, threads and greenlets are what they were, and the
+process is idle. Then 8,000 clients subscribe at one gunicorn sync worker, which was
+started with 1,024 descriptors: all get every event, in order, an ordinary request is
+answered meanwhile, and what an idle one costs in memory is printed.
 """
 
 import argparse
