@@ -8,13 +8,14 @@ About a minute; --quick about a fifth of one.
 Every server of tests/live.py, one worker each, by the application tests/apps/life.py,
 whose generators wait in `syncstream.sleep`, in ``stream.wait(queue)``, or for an
 upstream read by requests and given to ``stream.link``; under gevent also in a plain
-``time.sleep``. 100 clients leave each wait in each way: by closing (FIN), by a reset,
-and by closing behind a pipelined request that nobody reads. A server is started once.
-Where it serves several at once, seven clients at a time come and wait; but they leave
-one after the other, each when the last one's `finally` has run, so that no time is
-another's. Two servers are measured at a time, gunicorn's sync worker beside all of
-the others. Both ends read the same monotonic clock: before the client's close(), and
-first thing in the `finally`.
+``time.sleep``. And for subscribers that were handed over: when does their ``on_close``
+run? 100 clients leave each wait in each way: by closing (FIN), by a reset, and by
+closing behind a pipelined request that nobody reads. A server is started once. Where
+it serves several at once, seven clients at a time come and wait; but they leave one
+after the other, each when the last one's `finally` has run, so that no time is
+another's. Two servers are measured at a time, gunicorn's sync worker beside all of the
+others. Both ends read the same monotonic clock: before the client's close(), and first
+thing in the `finally`.
 
 The p99 of 100 is the 99th in order: one may be later.
 """
@@ -53,6 +54,7 @@ WAITS = {
     "queue": "wait(Queue())",
     "linked": "linked upstream",
     "time.sleep": "time.sleep(30)",
+    "sub": "handed over",
 }
 GEVENT = ("gunicorn-gevent", "pywsgi")
 TLS = {"gunicorn-gthread TLS": "gunicorn-gthread", "gunicorn-gevent TLS": GEVENT[0]}
@@ -155,9 +157,12 @@ def measure(server: LiveServer, wait: str, way: str, count: int, url: str) -> Ti
             for _ in range(min(at_once, count - len(times))):
                 key = unique_key()
                 path = f"/sse/{wait}?key={key}&upstream={url}"
+                path = f"/sub?key={key}" if wait == "sub" else path
                 waiting.append((key, stack.enter_context(server.get(path))))
             for key, client in waiting:
                 assert client.block() == b": ok\n\n"
+                if wait == "sub":
+                    continue
                 assert client.block() == b"data: waiting\n\n"
                 if wait != "linked":
                     server.control.next(f"{key}-waiting")
@@ -166,7 +171,8 @@ def measure(server: LiveServer, wait: str, way: str, count: int, url: str) -> Ti
             for key, client in waiting:
                 left = leave(client, way)
                 try:
-                    at, _, _ = server.control.next(f"{key}-ended", TIMEOUT)
+                    at, _, is_so = server.control.next(f"{key}-ended", TIMEOUT)
+                    assert is_so or wait != "sub", "it was not handed over"
                 except AssertionError:
                     at = math.inf
                 times.append(at - left)
@@ -180,6 +186,8 @@ def measure_server(name: str, count: int, url: str, folder: str) -> dict[Cell, T
         for wait in WAITS:
             if wait == "time.sleep" and server.kind not in GEVENT:
                 continue  # nothing can interrupt a thread there
+            if wait == "sub" and name in TLS:
+                continue  # it stays with its server
             for way in WAYS:
                 found[name, wait, way] = measure(server, wait, way, count, url)
         if server.tracebacks():

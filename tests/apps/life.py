@@ -2,7 +2,8 @@
 
 /KIND/SOURCE?key=KEY, and the options of `SSEResponse` in the query. KIND is "sse" for
 a response, "hand" for a generator by hand. Each source tells when, how and where it
-has ended: ``{key}-ended`` is [time.monotonic(), exception, in its own thread].
+has ended: ``{key}-ended`` is [time.monotonic(), exception, in its own thread]. So does
+a subscriber, /sub?key=KEY; the last is then: not in the request's thread or greenlet.
 """
 
 import os
@@ -16,7 +17,7 @@ import psutil
 import requests
 
 from apps.control import gate, note
-from syncstream import SSEResponse, StreamMiddleware, current_stream, sleep
+from syncstream import Hub, SSEResponse, StreamMiddleware, current_stream, sleep
 from syncstream.process import stats
 
 OPTIONS = {
@@ -182,6 +183,22 @@ SOURCES = {
 }
 
 
+hub = Hub()
+
+
+def subscribed(key):
+    """Return a subscriber's response, which notes its end; has it left its thread?"""
+    thread = threading.get_ident()
+    response = SSEResponse(hub.subscribe("life"))
+
+    def ended():
+        now = time.monotonic()
+        note(f"{key}-ended", [now, "left", threading.get_ident() != thread])
+
+    response.response.on_close(ended)
+    return response
+
+
 def app(environ, start_response):
     query = {name: v[0] for name, v in parse_qs(environ["QUERY_STRING"]).items()}
     _, kind, *rest = environ["PATH_INFO"].split("/")
@@ -191,6 +208,8 @@ def app(environ, start_response):
         return plain(repr(state()), start_response)
     if kind == "moment":
         return plain(repr(moments.get(query["key"])), start_response)
+    if kind == "sub":
+        return subscribed(query["key"])(environ, start_response)
     source = SOURCES[rest[0]](query.get("key"), query)
     if kind == "hand":
         start_response("200 OK", [("Content-Type", "text/event-stream")])
