@@ -3,7 +3,7 @@
 /KIND/SOURCE?key=KEY, and the options of `SSEResponse` in the query. KIND is "sse" for
 a response, "hand" for a generator by hand. Each source tells when, how and where it
 has ended: ``{key}-ended`` is [time.monotonic(), exception, in its own thread]. So does
-a subscriber, /sub?key=KEY; the last is then: not in the request's thread or greenlet.
+a subscriber, /sub?key=KEY; the last is then: it had been handed over.
 """
 
 import os
@@ -187,15 +187,15 @@ hub = Hub()
 
 
 def subscribed(key):
-    """Return a subscriber's response, which notes its end; has it left its thread?"""
-    thread = threading.get_ident()
+    """Return a subscriber's response, which notes its end."""
     response = SSEResponse(hub.subscribe("life"))
+    stream = response.response
 
     def ended():
         now = time.monotonic()
-        note(f"{key}-ended", [now, "left", threading.get_ident() != thread])
+        note(f"{key}-ended", [now, stream.reason, stream._client is not None])
 
-    response.response.on_close(ended)
+    stream.on_close(ended)
     return response
 
 
