@@ -260,14 +260,20 @@ class Client:
         if self.place is not None:
             self.place.release()
         terms.process.count(reason, seconds, self.events, self.bytes)
+        if self.subscription.announcement is None:
+            self._close(reason, seconds)
+        else:  # others are told by a broker, who may take his time
+            terms.lanes.reads.do(partial(self._close, reason, seconds))
+
+    def _close(self, reason: str, seconds: float) -> None:
         try:
-            self.subscription.close(reason)  # others may be told by a broker
+            self.subscription.close(reason)
         except BaseException:
             log.exception("the subscription of %s could not be closed", self.label)
         # It is freed as soon as nobody has it, without a garbage collection.
         self.subscription.detach(None)
         if self.callbacks:
-            terms.lanes.users.do(partial(self._finish, seconds))
+            self.terms.lanes.users.do(partial(self._finish, seconds))
         else:
             self._forget(seconds)
 
@@ -593,7 +599,7 @@ class Lanes:
 
     Attributes:
         ends: What is given back and told at an end. It asks no application.
-        reads: Reads that may ask a broker, and no application.
+        reads: What may ask a broker, and no application.
         users: What may call an application, which may take its time.
     """
 

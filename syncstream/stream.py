@@ -884,7 +884,7 @@ class Stream:
         assert self._opening is not None
         assert process is not None
         assert served is not None
-        taken, life, is_detached = None, self._life, False
+        life, is_ready = self._life, False
         try:
             # All that may fail comes before the connection is taken.
             loop = fanout()
@@ -909,15 +909,16 @@ class Stream:
                 bytes=len(self._opening) + len(first),
             )
             source.detach(client)
-            is_detached = True
-            if not self._once:
-                taken = self._swap.take(self._opening)
+            is_ready = True
         except (OSError, RuntimeError, MemoryError) as error:
             self._log(logging.WARNING, "%s stays with its server", error)
+        taken = None
+        if is_ready and not self._once:
+            taken = self._swap.take(self._opening)
         if taken is None:
             self._swap.undo()
             self._swap = None
-            if is_detached:
+            if is_ready:
                 source.detach(None)
             self._observe()
             return False

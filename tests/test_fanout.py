@@ -654,6 +654,49 @@ def test_an_application_that_blocks_holds_up_nobody_else(hub, peers):
     await_true(lambda: leaver.ends)
 
 
+class Mute(MemoryBroker):
+    """One that takes its time to publish who leaves."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_asked, self.go_on = threading.Event(), threading.Event()
+
+    def publish(self, items, *, connection=None):
+        if any(b"event: leave" in payload for _, payload in items):
+            self.is_asked.set()
+            assert self.go_on.wait(TIMEOUT)
+        return super().publish(items, connection=connection)
+
+
+def test_a_broker_that_is_slow_holds_up_no_place(peers):
+    """Nor the counting of an end, nor the presence of who is not announced."""
+    broker = Mute()
+    hub = Hub(broker=broker)
+    try:
+        process, places = Process(), [Place(), Place(), Place()]
+        told = [{"announce": True}, {"announce": True}, {}]
+        here = [
+            peers(hub, who=n, place=place, process=process, **more)
+            for n, (place, more) in enumerate(zip(places, told, strict=True))
+        ]
+        settle(here[0].client._loop)
+        for peer in here:
+            peer.leave()
+        assert broker.is_asked.wait(TIMEOUT)
+        for place in places:
+            assert place.released.wait(TIMEOUT)
+        await_true(lambda: 2 not in hub.presence("a"))
+        await_true(lambda: process.stats()["ended"]["disconnected"]["streams"] == 3)
+        await_true(lambda: here[2].ends)
+        assert here[1].ends == []
+        broker.go_on.set()
+        await_true(lambda: here[0].ends and here[1].ends)
+        assert hub.presence("a") == []
+    finally:
+        broker.go_on.set()
+        hub.close()
+
+
 def test_tags_are_told_apart_by_the_loop(hub, peers):
     """No lane is asked: not one of them is free."""
     peer, tagged = peers(hub), peers(hub, tags=["t"])
