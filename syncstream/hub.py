@@ -107,7 +107,10 @@ class Hub:
     methods may be called from any thread or greenlet.
 
     Args:
-        url: Where events are kept: ``memory:`` is this process.
+        url: Where events are kept: ``memory:``, this process; ``local:``,
+            ``local:NAME`` or ``local:/PATH``, the processes of this machine;
+            ``redis://HOST`` or ``postgresql://USER@HOST/DATABASE``, all who reach it.
+            See `brokers.open_broker`, and docs/brokers.md.
         broker: A broker, in place of a URL; see `syncstream.brokers`.
         capacity: So many events of each channel are kept, for those who resume:
             fewer, if they are large (``memory:`` has 256 MiB for all channels, an
@@ -1842,9 +1845,11 @@ class Frames:
                         cursor.is_begun = True
                         if end == window.end:
                             cursor.last = window.head
-                            # Now: it takes the lock once for each event.
-                            record.waiters[waiter] = None
-                            self._is_registered = True
+                            if waiter.hub is not None:
+                                # Now: it takes the lock once for each event. (Threads
+                                # may run before all of a batch has come.)
+                                record.waiters[waiter] = None
+                                self._is_registered = True
                         else:
                             cursor.last = window.entry(end - 1).id
                         count = end - position
