@@ -28,7 +28,7 @@ NAMES = {
     "werkzeug": "Werkzeug",
     "uwsgi": "uWSGI",
 }
-FILES = ("test_live", "test_life")
+FILES = ("test_live", "test_life", "test_handover")
 # The promise, the test, and the words that its ids must hold.
 PROMISES = (
     ("opening, then each event at once", "test_events_leave_one_at_a_time", ""),
@@ -71,6 +71,9 @@ PROMISES = (
     ),
     ("`max_duration`", "test_a_stream_ends_after_its_time", ""),
     ("server stops: ended in order", "test_streams_end_when_the_server_stops", ""),
+    ("subscribers hold no thread", "test_every_byte", ""),
+    ("a subscriber that leaves is known at once", "test_who_leaves_is_known", ""),
+    ("server stops: subscribers told in order", "test_farewell", ""),
     ("error seen as truncation, HTTP/1.1", "test_an_error_truncates", "1.1"),
     ("error seen as truncation, HTTP/1.0", "test_an_error_truncates", "1.0"),
 )
