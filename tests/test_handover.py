@@ -447,6 +447,7 @@ def test_however_gunicorn_ends(kind, how, channel):
         path = f"/events/{channel}"
         here = [stack.enter_context(Listener(server, path)) for _ in range(5)]
         pid = state(server)["pid"]
+        worker = psutil.Process(pid)
         if how == "SIGKILL":
             os.kill(pid, signal.SIGKILL)
         else:
@@ -459,6 +460,8 @@ def test_however_gunicorn_ends(kind, how, channel):
                 assert RETRY.fullmatch(rest)
                 assert is_whole
         if how != "preload":
+            # It may answer still, and has a hub of its own.
+            await_true(lambda: not is_running(worker))
             await_true(lambda: state_or_none(server, pid))
             with Listener(server, path) as listener, Asker(server) as asker:
                 listener.expect(wire(asker.publish(channel, ["new"]), ["new"]))
