@@ -11,9 +11,11 @@ one of them publishes 200 events a second by its hub, and all four read a subscr
 the time is from before ``hub.publish`` to after ``subscription.read``, by one clock,
 of all that all have read. *single*: two threads (greenlets) of each publish one event
 after the other, as fast as they can, to one channel, and all four are told of each;
-*batched*: a hundred by each call. *alone*: one thread of one process, and nobody
-listens. *idle*: CPU time of a process that listens, and nothing comes. *floor*: the
-p99 of a bare datagram from one to all four, in the same minute: what the machine's
+*batched*: a hundred by each call. *10,000*: the p99 where all four listen to so many
+channels, and one of them publishes 200 events a second, by turns to all; *CPU*: what
+that takes of a process that only listens. *alone*: one thread of one process, and
+nobody listens. *idle*: CPU time of a process that listens, and nothing comes. *floor*:
+the p99 of a bare datagram from one to all four, in the same minute: what the machine's
 other work costs anybody.
 
 Each event has 200 bytes. Every run checks that everybody got every event once, and in
@@ -28,6 +30,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -37,6 +40,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from syncstream import Hub
@@ -47,7 +51,7 @@ from syncstream.log import Entry
 from .machine import describe, verdict
 
 PROCESSES, THREADS, SIZE, BATCH = 4, 2, 200, 100
-RATE, TIMEOUT = 200, 60.0
+RATE, TIMEOUT, CHANNELS = 200, 60.0, 10_000
 KEPT = 200_000  # events: no one is to fall behind what is kept
 
 
@@ -72,37 +76,79 @@ def redis_server() -> Iterator[str]:
     with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
         try:
             url = f"redis://127.0.0.1:{port}?publish_timeout=10"
-            broker = open_broker(url)
-            while True:
-                try:
-                    broker.read("bench", None)
-                except BrokerError:
-                    if process.poll() is not None:
-                        raise
-                    time.sleep(0.05)
-                else:
-                    break
-            broker.close()
+            await_broker(url, process)
             yield url
         finally:
             process.terminate()
+
+
+@contextmanager
+def postgresql() -> Iterator[str]:
+    """Start a server as its Debian package would have it, commits are flushed."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    program = shutil.which("initdb") or (str(found[-1]) if found else None)
+    if program is None or importlib.util.find_spec("psycopg") is None:
+        raise Missing("apt-get install postgresql; pip install 'psycopg[binary]'")
+    # It does not run as root.
+    user: Any = {} if os.geteuid() else {"user": "postgres", "extra_groups": []}
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="syncstream-") as folder:
+        if user:
+            shutil.chown(folder, "postgres", "postgres")
+        quiet: Any = {"stdout": subprocess.DEVNULL, "cwd": folder, **user}
+        data = f"{folder}/data"
+        words = [program, "-D", data, "-U", "postgres", "--auth=trust"]
+        subprocess.run(words, check=True, **quiet)
+        words = [str(Path(program).with_name("postgres")), "-D", data, "-p", str(port)]
+        words += ["-h", "127.0.0.1", "-k", folder]
+        with subprocess.Popen(words, stderr=subprocess.DEVNULL, **quiet) as process:
+            try:
+                url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+                await_broker(url, process)
+                yield url
+            finally:
+                process.send_signal(signal.SIGINT)  # clients or not
+
+
+def await_broker(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until an engine answers."""
+    broker = open_broker(url)
+    while True:
+        try:
+            broker.read("bench", None)
+        except BrokerError:
+            if process.poll() is not None:
+                raise
+            time.sleep(0.05)
+        else:
+            break
+    broker.close()
 
 
 # A broker's name: what starts its engine, and yields its URL; it may raise `Missing`.
 OPENERS: dict[str, Callable[[], AbstractContextManager[str]]] = {
     "local": local,
     "redis": redis_server,
+    "postgresql": postgresql,
 }
 
 
 @dataclass(frozen=True)
 class Goal:
-    p99: float  # ms
-    single: float  # a second
-    batched: float
+    """Milliseconds, publishes a second, percent of a CPU; ``None``: no goal."""
+
+    p99: float | None = None
+    single: float | None = None
+    batched: float | None = None
+    many_p99: float | None = None
+    many_cpu: float | None = None
 
 
-GOALS = {"local": Goal(2.0, 4_000, 15_000), "redis": Goal(3.0, 4_000, 15_000)}
+GOALS = {
+    "local": Goal(p99=2.0, single=4_000, batched=15_000),
+    "redis": Goal(many_p99=3.0, many_cpu=5.0),
+}
 
 
 # One of the processes.
@@ -163,6 +209,46 @@ def paced(control: Control, url: str, count: int, is_publisher: bool) -> Any:
         publisher.join()
     with_hub.close()
     return times
+
+
+class Timed:
+    """A sink that takes the time."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def deliver(self, channel: str, entry: Entry) -> None:
+        number, at, _ = entry.payload.split(b" ", 2)
+        assert int(number) == len(self.times), f"{number!r} came too soon"
+        self.times.append((time.monotonic() - float(at)) * 1000)
+
+    def resync(self, channels: Iterable[str] | None) -> None:
+        """Shows by what is missing."""
+
+    def state(self, is_up: bool, reason: str) -> None:
+        """The same."""
+
+
+def many(control: Control, url: str, count: int, is_publisher: bool) -> Any:
+    """Return the milliseconds of each event, of many channels; and the CPU's part."""
+    broker, timed = open_broker(url), Timed()
+    broker.attach(timed)
+    for number in range(CHANNELS):
+        broker.watch(f"bench:{number}")
+    control.send("ready")
+    control.receive()
+    cpu, begin = time.process_time(), time.monotonic()
+    if is_publisher:
+        for number in range(count):
+            time.sleep(max(0.0, begin + number / RATE - time.monotonic()))
+            text = payload(number, time.monotonic()).encode()
+            broker.publish([(f"bench:{number * 7919 % CHANNELS}", text)])
+    while len(timed.times) < count:
+        assert time.monotonic() - begin < count / RATE + TIMEOUT, "nothing came"
+        time.sleep(0.1)
+    percent = (time.process_time() - cpu) / (time.monotonic() - begin) * 100
+    broker.close()
+    return [timed.times, percent]
 
 
 class Told:
@@ -279,7 +365,13 @@ def floor(
 
 def node(fd: int, url: str) -> None:
     control = Control(socket.socket(fileno=fd))
-    tasks = {"paced": paced, "flat_out": flat_out, "idle": idle, "floor": floor}
+    tasks: dict[str, Callable[..., Any]] = {
+        "paced": paced,
+        "many": many,
+        "flat_out": flat_out,
+        "idle": idle,
+        "floor": floor,
+    }
     while True:
         try:
             name, options = control.receive()
@@ -328,6 +420,17 @@ def measure_paced(controls: list[Control], count: int) -> tuple[float, float]:
         control.send("go")
     times = sorted(time for found in answers(controls) for time in found)
     return times[len(times) // 2], times[len(times) * 99 // 100]
+
+
+def measure_many(controls: list[Control], count: int) -> tuple[float, float]:
+    each = [{"count": count, "is_publisher": not n} for n in range(len(controls))]
+    all_do(controls, "many", each=each)
+    assert set(answers(controls)) == {"ready"}
+    for control in controls:
+        control.send("go")
+    found = answers(controls)
+    times = sorted(time for took, _ in found for time in took)
+    return times[len(times) * 99 // 100], max(percent for _, percent in found[1:])
 
 
 def measure_floor(controls: list[Control], count: int) -> float:
@@ -385,6 +488,8 @@ class Row:
     alone: float
     idle: float  # percent
     floor: float  # ms, p99
+    many_p99: float  # ms
+    many_cpu: float  # percent
 
 
 def measure(name: str, kind: str, quick: bool) -> Row:
@@ -398,7 +503,8 @@ def measure(name: str, kind: str, quick: bool) -> Row:
         batched = measure_flat_out(controls, seconds, BATCH)
         alone = measure_flat_out(controls[:1], seconds, 1, threads=1)
         percent = measure_idle(controls[0], 2 * seconds)
-    return Row(p50, p99, single, batched, alone, percent, least)
+        many_p99, many_cpu = measure_many(controls, count)
+    return Row(p50, p99, single, batched, alone, percent, least, many_p99, many_cpu)
 
 
 def best(rows: list[Row]) -> Row:
@@ -410,6 +516,8 @@ def best(rows: list[Row]) -> Row:
         max(row.alone for row in rows),
         min(row.idle for row in rows),
         min(row.floor for row in rows),
+        min(row.many_p99 for row in rows),
+        min(row.many_cpu for row in rows),
     )
 
 
@@ -432,8 +540,9 @@ def main() -> None:
         f"{PROCESSES} processes, {THREADS} publishers each, {SIZE} bytes an event;"
         f" batches of {BATCH}\n"
     )
-    print(f"{'':21} {'publish -> receive, ms':>26} {'publishes a second':>29}")
-    heads = ("p50", "p99", "floor", "single", "batched", "alone", "idle, %")
+    print(f"{'':21} {'publish -> receive, ms':>39} {'publishes a second':>29}")
+    heads: tuple[str, ...] = ("p50", "p99", "floor", "10,000")
+    heads += ("single", "batched", "alone", "idle, %", "CPU, %")
     print(f"{'broker':12} {'by':8}", *(f"{head:>9}" for head in heads))
     verdicts = []
     for name in options.only:
@@ -449,20 +558,23 @@ def main() -> None:
             row = best(rows)
             print(
                 f"{name:12} {kind:8} {row.p50:9.2f} {row.p99:9.2f} {row.floor:9.2f}"
-                f" {row.single:9,.0f} {row.batched:9,.0f} {row.alone:9,.0f}"
-                f" {row.idle:9.2f}",
+                f" {row.many_p99:9.2f} {row.single:9,.0f} {row.batched:9,.0f}"
+                f" {row.alone:9,.0f} {row.idle:9.2f} {row.many_cpu:9.2f}",
                 flush=True,
             )
-            goal = GOALS.get(name)
-            if goal is not None:
-                verdicts += [
-                    f"{verdict(is_met)}: {name} by {kind}, {text}"
-                    for text, is_met in (
-                        (f"p99 under {goal.p99} ms", row.p99 < goal.p99),
-                        (f"{goal.single:,} single", row.single >= goal.single),
-                        (f"{goal.batched:,} batched", row.batched >= goal.batched),
+            goal = GOALS.get(name, Goal())
+            for text, value, limit in (
+                ("p99 under {} ms", row.p99, goal.p99),
+                ("p99 at 10,000 channels under {} ms", row.many_p99, goal.many_p99),
+                ("CPU at 10,000 channels under {} %", row.many_cpu, goal.many_cpu),
+                ("{:,} single", -row.single, goal.single and -goal.single),
+                ("{:,} batched", -row.batched, goal.batched and -goal.batched),
+            ):
+                if limit is not None:
+                    said = text.format(abs(limit))
+                    verdicts.append(
+                        f"{verdict(value <= limit)}: {name} by {kind}, {said}"
                     )
-                ]
     print("", *verdicts, sep="\n")
     print(f"load {' '.join(f'{value:.2f}' for value in os.getloadavg())} at the end")
 
