@@ -1021,9 +1021,14 @@ class Subscription:
             self._leave()
 
     def forget(self) -> None:
-        """Be nobody's: it is a forked child's copy."""
+        """Begin anew where it is: it is a forked child's copy."""
+        named = self._named
+        if self._is_simple and named:
+            self._given = named[0].last
+        elif named:
+            self._given = _composite([c.name for c in named], [c.last for c in named])
         self._is_begun = False
-        self._reason = self._reason or "closed"
+        self._named, self._brought, self._waiter, self._watched = (), None, None, 0
 
     def __del__(self) -> None:
         # Maybe in the midst of anything: see `Hub._dropped`.
@@ -1228,12 +1233,14 @@ class Subscription:
         By the hub, under its lock.
 
         Args:
-            channel: Its name; ``None`` for some that nobody has heard of.
+            channel: Its name, or a pattern for all of its channels; ``None`` for some
+                that nobody has heard of.
         """
         brought = self._brought
-        if brought is None or channel in self.channels:
+        is_named = channel is not None and not is_pattern(channel)
+        if brought is None or (is_named and channel in self.channels):
             return {}
-        if channel is not None:
+        if channel is not None and is_named:
             cursor = brought.cursors.get(channel)
             if cursor is not None:
                 return self.discover(channel, cursor.last)
@@ -1242,7 +1249,8 @@ class Subscription:
         lost = [
             (name, "lagged")
             for name in self.channels
-            if is_pattern(name) and (channel is None or matches(name, channel))
+            if is_pattern(name)
+            and (channel in (None, name) or (is_named and matches(name, str(channel))))
         ]
         known = self._lost = self._lost or []
         known += [pair for pair in lost if pair not in known]
