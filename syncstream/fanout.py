@@ -44,7 +44,7 @@ from typing import Any
 from .capacity import Place
 from .errors import BrokerError, Closed
 from .hub import Apart, Subscription
-from .process import Process, Served
+from .process import EXIT_WAIT, Process, Served, process
 from .protocol.sse import Event
 from .senders import Sender, open_sender
 from .sockets import acknowledged, borrowed, has_timed_out, hold, native, release, reset
@@ -642,14 +642,28 @@ class Fanout:
         self._epoll = epoll()
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._event_fd, select.EPOLLIN)
+        self._is_over = False
+        self._ended = native_lock()  # the thread's, until then
+        self._ended.acquire()
         try:
             native(_thread, "start_new_thread")(self._run, ())
         except BaseException:
             self._epoll.close()
             os.close(self._event_fd)
             raise
+        process().at_exit(self.quit)
 
     # From any thread.
+
+    def quit(self) -> None:
+        """Let the thread end before the interpreter does, and wait a little for that.
+
+        It would wake in the midst of that: greenlet then brings the process down
+        (segmentation fault, Python 3.10).
+        """
+        self._is_over = True
+        self.call(lambda: None)
+        self._ended.acquire(True, EXIT_WAIT)
 
     def call(self, function: Callable[[], object]) -> None:
         """Call this in the loop, soon; not in a child that has been forked."""
@@ -745,12 +759,13 @@ class Fanout:
             self.sender = open_sender()
         except Exception:
             log.exception("no other way to send than os.write can be had")
-        while True:
+        while not self._is_over:
             try:
                 self._round()
             except Exception:
                 log.exception("the loop of the subscribers failed")
                 native(time, "sleep")(0.1)  # whatever it is, not as fast as can be
+        self._ended.release()
 
     def _round(self) -> None:
         for fd, events in self._epoll.poll(self._pause(), 1024):

@@ -97,6 +97,7 @@ class Process:
         self._stopping: Stopping | None = None
         self._is_looking = False
         self._has_exit = False
+        self._last: list[Callable[[], object]] = []
 
     def warn_once(self, log: logging.Logger, text: str, key: str = "") -> None:
         """Log a warning unless this process has done so before."""
@@ -149,14 +150,22 @@ class Process:
         key = id(stream)
         served.open[key] = weakref.ref(stream, partial(served.open.pop, key))
         self._all[id(served)] = served
-        if not self._has_exit:
-            self._has_exit = True
-            atexit.register(_at_exit)
+        self._have_exit()
         is_told = served.stopping is not None or self._stopping is not None
         if watch is not None and is_told and not self._is_looking:
             self._is_looking = True
             watch.call_at(on_grid(time.monotonic()), self._look)
         return served
+
+    def _have_exit(self) -> None:
+        if not self._has_exit:
+            self._has_exit = True
+            atexit.register(_at_exit)
+
+    def at_exit(self, callback: Callable[[], object]) -> None:
+        """Call this at the interpreter's exit, after the streams have ended."""
+        self._last.append(callback)
+        self._have_exit()
 
     def closed(self, stream: Stoppable, served: Served) -> None:
         """Let a stream go."""
@@ -225,6 +234,11 @@ class Process:
         while self.open_streams and time.monotonic() < deadline:
             (gevent or time).sleep(0.01)
 
+    def leave(self) -> None:
+        """Do what is to be done last."""
+        while self._last:
+            self._last.pop()()
+
     def stats(self) -> dict[str, Any]:
         with self._lock:
             self._add_up()
@@ -257,4 +271,6 @@ def stats() -> dict[str, Any]:
 
 
 def _at_exit() -> None:
-    process().end(EXIT_WAIT)
+    record = process()
+    record.end(EXIT_WAIT)
+    record.leave()
