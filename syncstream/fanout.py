@@ -758,7 +758,7 @@ class Fanout:
         try:
             self.sender = open_sender()
         except Exception:
-            log.exception("no other way to send than os.write can be had")
+            log.exception("events are sent by os.write: what was asked for failed")
         while not self._is_over:
             try:
                 self._round()

@@ -977,6 +977,7 @@ broker.attach(told)
 broker.watch("a")
 broker.publish([("a", b"before")])
 await_true(lambda: told == [b"before"])
+told_of, listens = os.pipe()
 children = []
 for number in range(3):
     pid = os.fork()
@@ -985,16 +986,18 @@ for number in range(3):
         broker.read("a", None)
         broker.watch("b")
         await_true(lambda: lost == [["a"]])
+        os.write(listens, b"x")
         broker.publish([("b", b"mine %d" % number)])
         await_true(lambda: b"mine %d" % number in told)
         await_true(lambda: b"parent's" in told)
         broker.close()
         os._exit(0)
     children.append(pid)
-time.sleep(0.3)
+for _ in children:  # or there would be nothing that they have not been told of
+    assert os.read(told_of, 1) == b"x"
 import redis
 with redis.Redis.from_url(sys.argv[1]) as client:
-    await_true(lambda: len(client.client_list(_type="pubsub")) == 4)
+    assert len(client.client_list(_type="pubsub")) == 4
     ids = broker.publish([("a", b"parent's")] * 1)
     await_true(lambda: told[1:] == [b"parent's"])
 for pid in children:

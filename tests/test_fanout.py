@@ -401,7 +401,7 @@ def test_who_lags_goes_on_by_himself(hub, peers, loop):
 
 
 def test_who_stops_is_dropped(hub, peers):
-    """After send_timeout, and not before; two hundred others get everything."""
+    """After send_timeout, and not before; twenty others get everything."""
     stuck = [peers(hub, is_tcp=True, send_timeout=1.0) for _ in range(3)]
     stuck.append(peers(hub, is_tcp=True, send_timeout=1.0, is_chunked=False))
     others = [peers(hub, send_timeout=1.0) for _ in range(20)]
