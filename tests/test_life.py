@@ -227,11 +227,13 @@ def test_a_client_that_does_not_read_is_dropped(server, key, record_property):
             assert blocks[-1] == b"data: 8\n\n"
         at, error, same = server.control.next(f"{key}-ended")
     assert (error, same) == ("GeneratorExit", True)
+    taken = moment(server, key)
     if server.kind in BUFFERS:
         record_property("cell", "yes, and it buffers 16 MiB itself")
-        assert 1 < at - began < 5
+        assert at - began > 1
     else:
-        assert 1 < at - moment(server, key) < 3
+        assert at - taken > 1
+    assert at - taken < 3
     after = state(server)
     assert "send_timeout" in after["ended"]
     if before is not None:
