@@ -1251,8 +1251,10 @@ class Stream:
         elif taken is not None and taken != self._acknowledged:
             self._full_since = now
         elif not self._full_since:
-            # Nothing was taken since the last look, nor before the last chunk.
-            self._full_since = max(self._moved, self._looked_at)
+            # Nothing was taken since the last look, nor before the last chunk. If that
+            # was long ago we were stopped ourselves, and the client is not to blame.
+            at_most = now - send_timeout / 2
+            self._full_since = max(self._moved, self._looked_at, at_most)
         if self._full_since and now - self._full_since >= send_timeout:
             self._over("send_timeout")
             hang_up(self._fd)

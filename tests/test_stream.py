@@ -800,8 +800,9 @@ def test_the_watch_may_be_faster(line, monkeypatch):
         assert (stream.reason, source.closed) == ("disconnected", 1)
 
 
-def test_a_client_that_is_slow_at_last_is_not_dropped(line):
-    """A large chunk may take longer than send_timeout, as long as it goes on."""
+@pytest.fixture
+def large(line):
+    """Give a stream to a client that has been sent a large chunk."""
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_connection(listener.getsockname()),
@@ -813,12 +814,29 @@ def test_a_client_that_is_slow_at_last_is_not_dropped(line):
             stream = stream_of(["large"], line, RAW, life=Life(send_timeout=1000))
             chunks = iter(stream)
             next(chunks)
-            yielded = time.monotonic()
-            stream._look_at_the_client(yielded + 20, 10)
-            line.is_full = lambda: True
-            for later in (24, 25, 29):
-                stream._look_at_the_client(yielded + later, 10)
-                assert stream.reason is None
-            stream._look_at_the_client(yielded + 30, 10)
-            assert stream.reason == "send_timeout"
+            yield stream
             stream.close()
+
+
+def test_a_client_that_is_slow_at_last_is_not_dropped(line, large):
+    """A large chunk may take longer than send_timeout, as long as it goes on."""
+    yielded = time.monotonic()
+    large._look_at_the_client(yielded + 20, 10)
+    line.is_full = lambda: True
+    for later in (24, 25, 29):
+        large._look_at_the_client(yielded + later, 10)
+        assert large.reason is None
+    large._look_at_the_client(yielded + 30, 10)
+    assert large.reason == "send_timeout"
+
+
+def test_no_client_is_dropped_for_a_process_that_was_stopped(line, large):
+    """Long ago nothing was in its way, and now the next chunk has just been sent."""
+    yielded = time.monotonic()
+    large._look_at_the_client(yielded + 2, 10)
+    line.is_full = lambda: True
+    for later in (40, 44):
+        large._look_at_the_client(yielded + later, 10)
+        assert large.reason is None
+    large._look_at_the_client(yielded + 45, 10)
+    assert large.reason == "send_timeout"
