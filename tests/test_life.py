@@ -6,7 +6,6 @@ is made from this file, too.
 
 import ast
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ import psutil
 import pytest
 
 from live import GUNICORN, SERVERS, LiveServer, await_true, unique_key
+from pairs import vanish
 from programs import certificate
 from syncstream.protocol.sse import Decoder
 
@@ -213,7 +213,7 @@ def test_the_same_over_tls(kind, tls, key, upstream):
 
 
 def moment(server, key):
-    """Return when a flood's last chunk was taken; `time.monotonic`."""
+    """Return when a flood yielded its last chunk; `time.monotonic`."""
     with server.get(f"/moment?key={key}") as client:
         return float(client.rest())
 
@@ -246,26 +246,18 @@ def test_a_client_that_does_not_read_is_dropped(server, key, record_property):
             assert blocks[-1] == b"data: 8\n\n"
         at, error, same = server.control.next(f"{key}-ended")
     assert (error, same) == ("GeneratorExit", True)
-    taken = moment(server, key)
+    yielded = moment(server, key)
     if server.kind in BUFFERS:
         record_property("cell", "yes, and it buffers 16 MiB itself")
         assert at - began > 1
     else:
-        assert at - taken > 1
-    assert at - taken < 8
+        assert at - yielded > 1
+    assert at - yielded < 8
     # It is counted when it is over: a moment after its generator.
     await_true(lambda: dropped(server) > dropped_before)
     grown = state(server)["rss"] - before["rss"]
     assert grown < 10 << 20 or grown < BUFFERS.get(server.kind, 0)
     assert server.tracebacks() == 0, server.log()
-
-
-def vanish(client):
-    """Let the kernel drop what comes for a client: nothing is acknowledged any more."""
-    drop_all = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
-    program = struct.pack("HL", 1, ctypes.addressof(drop_all))  # struct sock_fprog
-    attach_filter = 26  # SO_ATTACH_FILTER, asm-generic/socket.h
-    client.socket.setsockopt(socket.SOL_SOCKET, attach_filter, program)
 
 
 @pytest.mark.parametrize("source", ["ticking", "sleep"])
@@ -279,7 +271,7 @@ def test_a_client_that_vanishes_is_dropped(server, source, key):
         assert client.block() == b": ok\n\n"
         client.block()
         vanished = time.monotonic()
-        vanish(client)
+        vanish(client.socket)
         at, error, same = server.control.next(f"{key}-ended")
     assert same
     assert error in ("ClientDisconnected", "GeneratorExit")

@@ -14,6 +14,7 @@ import weakref
 import pytest
 
 from pairs import Line as PairsLine
+from pairs import tcp_pair, vanish
 from syncstream import (
     ClientDisconnected,
     Event,
@@ -23,6 +24,7 @@ from syncstream import (
     sleep,
 )
 from syncstream.protocol import raw, sse
+from syncstream.sockets import is_hung_up
 from syncstream.stream import Format, Life
 from syncstream.watch import Watch
 
@@ -840,3 +842,26 @@ def test_no_client_is_dropped_for_a_process_that_was_stopped(line, large):
         assert large.reason is None
     large._look_at_the_client(yielded + 45, 10)
     assert large.reason == "send_timeout"
+
+
+def test_who_was_given_up_by_the_kernel_has_not_left(line, monkeypatch):
+    """Also where the generator is faster than the watch to see that it is gone."""
+    monkeypatch.setattr(Watch, "add", lambda self, fd, hung_up: None)
+    with tcp_pair() as (server, client):
+        vanish(client)
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 100)
+        line.fd = server.fileno()
+        line.is_hung_up = lambda: is_hung_up(line.fd)
+
+        def source():
+            server.sendall(b"x")
+            while True:
+                sleep(0.01)
+                yield None
+
+        stream = stream_of(source(), line, life=Life(send_timeout=None))
+        assert list(stream) == [b": ok\n\n"]
+        stream.close()
+        assert stream.reason == "send_timeout"
+        with pytest.raises(BrokenPipeError):  # not TimeoutError, which servers log
+            server.sendall(b"x")

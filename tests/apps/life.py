@@ -100,8 +100,8 @@ def flood(key, query):
     """Yield as fast as it goes."""
     payload = "x" * 1000
     while True:
-        yield payload
         note_moment(key)
+        yield payload
 
 
 moments = {}
