@@ -435,7 +435,7 @@ class Stream:
             return
         if not self._once:
             gone = self._connection is not None and self._connection.is_hung_up()
-            self._over("disconnected" if gone else "closed")
+            self._over(self._how_gone() if gone else "closed")
         # The other side sets is_running before it looks for an end: one of the two
         # sees the other, and whoever pops the source closes it.
         if self.is_running:
@@ -506,7 +506,7 @@ class Stream:
             return True
         if current_scope() is self:
             # Its generator knows now, and may clean up: it is not interrupted.
-            self._end("disconnected")
+            self._end(self._how_gone())
             self._closing = True
         return False
 
@@ -629,7 +629,7 @@ class Stream:
             return
         connection = self._connection
         if not self._once and connection is not None and connection.is_hung_up():
-            self._end("disconnected")
+            self._end(self._how_gone())
         if self._once:
             self._closing = True
             raise self._exit()
@@ -972,7 +972,7 @@ class Stream:
             return
         self._poll_at = now + WATCHED_LOOK_EVERY
         if connection is not None and connection.is_hung_up():
-            self._end("disconnected")
+            self._end(self._how_gone())
         elif self._server_stops():
             self._end("shutdown")
 
@@ -1197,8 +1197,17 @@ class Stream:
         return self._connection is not None and self._connection.fd == fd
 
     def _on_hang_up(self) -> None:
-        timed_out = self._has_socket(self._fd) and has_timed_out(self._fd)
-        self._over("send_timeout" if timed_out else "disconnected")
+        self._over(self._how_gone())
+
+    def _how_gone(self) -> str:
+        """Return the reason for a client that is gone; first come, first told.
+
+        Whoever is first clears the kernel's error, or the server's next write would
+        fail with that: see `has_timed_out`.
+        """
+        fd = self._fd
+        timed_out = fd >= 0 and self._has_socket(fd) and has_timed_out(fd)
+        return "send_timeout" if timed_out else "disconnected"
 
     def _next_tick(self, now: float) -> float:
         """Return when the clock is to look at this stream next."""
@@ -1251,8 +1260,10 @@ class Stream:
         elif taken is not None and taken != self._acknowledged:
             self._full_since = now
         elif not self._full_since:
-            # Nothing was taken since the last look, nor before the last chunk.
-            self._full_since = max(self._moved, self._looked_at)
+            # Nothing was taken since the last look, nor before the last chunk. If that
+            # was long ago we were stopped ourselves, and the client is not to blame.
+            at_most = now - send_timeout / 2
+            self._full_since = max(self._moved, self._looked_at, at_most)
         if self._full_since and now - self._full_since >= send_timeout:
             self._over("send_timeout")
             hang_up(self._fd)
@@ -1292,6 +1303,8 @@ class Stream:
             and connection is not None
             and connection.write is not None
             and not connection.is_full()
+            # Or the write would take the error that says why: see `_how_gone`.
+            and not connection.is_hung_up()
         )
 
     def _await_writer(self) -> None:

@@ -69,6 +69,7 @@ class Watch:
     def __init__(self) -> None:
         self.ran_at = 0.0  # when it made a call last, if it is a hub's
         self._hung_up: dict[int, Callback] = {}  # by descriptor
+        self._told: dict[int, Callback] = {}  # of these; without epoll
         self._timers: list[tuple[float, int, Timer]] = []  # a heap
         self._order = itertools.count()
         self._cancelled = 0
@@ -91,6 +92,7 @@ class Watch:
             known = fd in self._hung_up
             self._hung_up[fd] = hung_up
             if self._epoll is None:
+                self._told.pop(fd, None)
                 return
             mask = select.EPOLLRDHUP | select.EPOLLONESHOT
             try:
@@ -113,6 +115,7 @@ class Watch:
                 return
             del self._hung_up[fd]
             if self._epoll is None:
+                self._told.pop(fd, None)
                 return
             with suppress(OSError):  # the server was faster, and closed it
                 self._epoll.unregister(fd)
@@ -124,7 +127,14 @@ class Watch:
 
     def _look(self) -> float:
         for fd in tuple(self._hung_up):
-            self._look_at(fd)
+            hung_up = self._hung_up.get(fd)
+            if hung_up is None or self._told.get(fd) is hung_up or not is_hung_up(fd):
+                continue
+            with self._lock:
+                if self._hung_up.get(fd) is not hung_up:  # removed meanwhile
+                    continue
+                self._told[fd] = hung_up
+            _guarded(hung_up)
         return time.monotonic() + LOOK_EVERY
 
     def _look_at(self, fd: int) -> None:

@@ -7,6 +7,7 @@ generator and learns what it did, whatever the server's threads are doing.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,16 +47,35 @@ SERVERS = (
 )
 
 
+_reserved: deque[socket.socket] = deque()
+
+
 def free_port() -> int:
-    """Return a port nobody listens on, outside of the range of outgoing ones."""
+    """Return a port nobody listens on, outside of the range of outgoing ones.
+
+    It stays ours until a hundred others have been asked for: no other run of tests
+    takes it before the server that it is for. That has SO_REUSEADDR, as all have.
+    """
     while True:
         port = random.randrange(15000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+        probe = socket.socket()
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            probe.close()
+            continue
+        # From now on Linux lets servers bind it, and no other probe.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _reserved.append(probe)
+        if len(_reserved) > 100:
+            _reserved.popleft().close()
+        return port
+
+
+@atexit.register
+def _release_ports() -> None:
+    while _reserved:
+        _reserved.popleft().close()
 
 
 def command(kind: str, app: str, port: int, *options: str) -> list[str]:
@@ -170,8 +191,9 @@ class LiveServer:
 
     def log(self) -> str:
         """Return what the server has written so far."""
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace")
+        # The server writes at the same file position: to seek would move it.
+        fd = self._log.fileno()
+        return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace")
 
     def tracebacks(self) -> int:
         """Count the tracebacks that the server has written.

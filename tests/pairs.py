@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import socket
 import struct
@@ -90,6 +91,14 @@ def leave(client: socket.socket, how: str = "FIN") -> None:
     elif how == "bytes, FIN":
         client.sendall(b"GET /health HTTP/1.1\r\n\r\n")
     client.close()
+
+
+def vanish(client: socket.socket) -> None:
+    """Let the kernel drop what comes for a client: nothing is acknowledged any more."""
+    drop_all = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+    program = struct.pack("HL", 1, ctypes.addressof(drop_all))  # struct sock_fprog
+    attach_filter = 26  # SO_ATTACH_FILTER, asm-generic/socket.h
+    client.setsockopt(socket.SOL_SOCKET, attach_filter, program)
 
 
 class Threads:

@@ -180,7 +180,7 @@ def test_a_client_that_leaves_closes_the_generator(server, key):
     assert server.control.next(f"{key}-started") == pid
     assert server.control.next(f"{key}-ended") == ["finished", True]
     assert server.control.pending(f"{key}-ended") == []
-    assert server.tracebacks() == before
+    assert server.tracebacks() == before, server.log()
 
 
 ERRORS = ["GeneratorExit", "SystemExit", "KeyboardInterrupt", "RuntimeError"]
@@ -225,7 +225,7 @@ def test_an_error_truncates(server, key, path, error, version, record_property):
         client.rest()
     assert server.control.next(f"{key}-started") == pid
     await_true(lambda: server.tracebacks() > before)
-    assert server.tracebacks() == before + 1
+    assert server.tracebacks() == before + 1, server.log()
     log = server.log()
     path = f"{path}/raise-{error}"
     assert log.count(f"the source of GET '{path}' failed") == log.count(f"'{path}'")
@@ -255,7 +255,7 @@ def test_a_debugger_above_swallows_no_cut(kind, key):
             client.block(), client.block()
         assert server.control.next(f"{key}-ended") == ["RuntimeError", True]
         assert server.control.next(f"{key}-ended") in LEFT
-        assert server.tracebacks() == 1
+        assert server.tracebacks() == 1, server.log()
 
 
 def test_an_error_truncates_handwritten_streams(wrapped, key):

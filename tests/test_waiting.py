@@ -29,7 +29,7 @@ from pairs import (
     tcp_pair,
 )
 from syncstream import ClientDisconnected, current_stream, sleep
-from syncstream.waiting import wait
+from syncstream.waiting import Parked, wait
 
 PLACE = Threads()
 
@@ -210,15 +210,14 @@ def test_a_pulse_is_not_missed():
 
 def test_an_event_is_true_only_when_it_was_set():
     """Streams that end while it is set and cleared wake nobody who came later."""
-    event, stop, spurious, waits = threading.Event(), threading.Event(), [], []
-    sets = []
+    event, stop, spurious = threading.Event(), threading.Event(), []
+    sets, clears = [], []
 
     def plain():
         while not stop.is_set():
-            before = len(sets)
-            if event.wait(0.05) and len(sets) == before and not event.is_set():
-                spurious.append(before)
-            waits.append(1)
+            before = len(clears)
+            if event.wait(0.05) and len(sets) == before:
+                spurious.append(before)  # all that were set had been cleared
 
     joins = [PLACE.start(plain) for _ in range(4)]
     for _ in range(60):
@@ -227,6 +226,7 @@ def test_an_event_is_true_only_when_it_was_set():
         sets.append(1)
         event.set()
         event.clear()
+        clears.append(1)
         for join in [*stops, *(one.join for one in waiting)]:
             join()
     stop.set()
@@ -642,7 +642,7 @@ def test_an_interrupted_wait_leaves_no_waiter(kind):
         pytest.skip("signals come to the main thread")
     waitable = WAITABLES[kind]()
     condition = getattr(waitable, "not_empty", getattr(waitable, "_cond", waitable))
-    seen = []
+    seen, raised = [], []
 
     def source():
         try:
@@ -651,12 +651,22 @@ def test_an_interrupted_wait_leaves_no_waiter(kind):
             seen.append("interrupted")
         yield "a"
 
+    def is_waiting():
+        # In the system call, or just before it: nothing is half done there.
+        frame = sys._current_frames()[threading.main_thread().ident]
+        return frame.f_code is Parked.wait.__code__ and "has_failed" in frame.f_locals
+
     def interrupt():
-        await_true(PLACE, lambda: condition._waiters)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        await_true(PLACE, is_waiting)
+        # More than one: what comes just before the system call does not end that.
+        while not seen:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+            PLACE.pause()
 
     def raises(*args):
-        raise KeyboardInterrupt
+        if not raised:
+            raised.append(True)
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGUSR1, raises)
     try:
@@ -813,14 +823,15 @@ SELECT max(i) FROM n
 @pytest.mark.parametrize("what", ["connection", "cursor"])
 def test_a_linked_query_is_interrupted(what, caplog):
     """sqlite3: its error is no failure of the stream."""
-    seen = []
+    seen, running = [], threading.Event()
 
     def source():
         database = sqlite3.connect(":memory:")
         try:
             cursor = database.cursor()
             current_stream().link(cursor if what == "cursor" else database)
-            seen.append("queries")
+            # Called while it runs: to interrupt it sooner would be to miss it.
+            database.set_progress_handler(running.set, 1000)
             yield cursor.execute(QUERY).fetchone()
         except sqlite3.OperationalError as error:
             seen.append(str(error))
@@ -831,11 +842,10 @@ def test_a_linked_query_is_interrupted(what, caplog):
     with tcp_pair() as (server, client):
         stream = stream_of(source(), Line(server))
         join = PLACE.start(lambda: serve(stream))
-        await_true(PLACE, lambda: seen)
-        PLACE.pause(0.05)
+        assert running.wait(TIMEOUT)
         leave(client)
         assert join() == [b": ok\n\n"]
-    assert seen == ["queries", "interrupted"]
+    assert seen == ["interrupted"]
     assert stream.reason == "disconnected"
     assert caplog.records == []
 
@@ -980,7 +990,8 @@ streams = {name: stream_of(source(name), Line()) for name in "ab"}
 greenlets = []
 for stream in streams.values():
     greenlets.append(gevent.spawn(serve, stream))
-    gevent.sleep(0.01)
+    while len(condition._waiters) < len(greenlets):
+        gevent.sleep(0.001)
 streams["a"].stop("kicked")
 with condition:
     condition.notify()

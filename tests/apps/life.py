@@ -100,8 +100,8 @@ def flood(key, query):
     """Yield as fast as it goes."""
     payload = "x" * 1000
     while True:
-        yield payload
         note_moment(key)
+        yield payload
 
 
 moments = {}
@@ -128,6 +128,31 @@ def pieces(key, query):
             yield event[-1:]
         if n % 2:
             time.sleep(0.002)
+
+
+@lived
+def blocked(key, query):
+    """Block in a plain way until the gate is open."""
+    yield "waiting"
+    gate(key)
+    yield "woken"
+
+
+@lived
+def told(key, query):
+    """Do the same; another thread tells when the stream has ended meanwhile."""
+    stream = current_stream()
+
+    def tell():
+        while stream.reason is None:
+            time.sleep(0.005)
+        note(f"{key}-told", stream.reason)
+
+    yield "waiting"
+    threading.Thread(target=tell, daemon=True).start()
+    note(f"{key}-waiting", True)
+    gate(key)
+    yield "woken"
 
 
 @lived
@@ -172,7 +197,8 @@ SOURCES = {
     "event": waits(wait_for_event),
     "condition": waits(wait_for_condition),
     "time.sleep": waits(lambda: time.sleep(30)),
-    "busy": waits(lambda: time.sleep(1.2)),
+    "blocked": blocked,
+    "told": told,
     "linked": linked,
     "ticking": ticking,
     "flood": flood,

@@ -74,7 +74,7 @@ def raising(error):
     @noted
     def source(key):
         yield 0
-        raise error
+        raise error("MARK")
 
     return source
 
@@ -86,7 +86,7 @@ SOURCES = {
     "silent": silent,
     "broken": broken,
     **{
-        f"raise-{error.__name__}": raising(error("MARK"))
+        f"raise-{error.__name__}": raising(error)
         for error in (GeneratorExit, SystemExit, KeyboardInterrupt, RuntimeError)
     },
 }
