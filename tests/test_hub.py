@@ -155,7 +155,7 @@ def test_read_times_out(hub, place):
         return times
 
     times = in_place(place, read)
-    assert min(times) >= 0.01
+    assert sum(times) >= 0.2
     assert min(times) < 0.1  # a busy machine may be late, but not each time
 
 
