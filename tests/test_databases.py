@@ -50,10 +50,9 @@ def values(body):
 
 def value(client):
     """Return the value of a stream's next event; the opening is left out."""
-    while True:
-        found = values(client.block())
-        if found:
-            return found[0]
+    while not (found := values(block := client.block())):
+        assert block, "the stream has ended"
+    return found[0]
 
 
 def get_json(server, path):
@@ -247,12 +246,11 @@ def test_streams_share_sqlalchemys_pool(flask, app, view):
 
 def test_a_scoped_session_holds_a_connection(flask):
     """Flask-SQLAlchemy's, which its context keeps: the third stream of two fails."""
-    before = flask.log().count("QueuePool limit of size 2")
-    with flask.get("/app/scoped") as first, flask.get("/app/scoped") as second:
+    with flask.get("/hasty/scoped") as first, flask.get("/hasty/scoped") as second:
         assert [value(first), value(second)] == [1, 1]
-        assert get_json(flask, "/app/pool") == {"checked_out": 2}
-        with flask.get("/app/scoped") as third, cut():
+        assert get_json(flask, "/hasty/pool") == {"checked_out": 2}
+        with flask.get("/hasty/scoped") as third, cut():
             assert b"data" not in third.rest()
-        await_true(lambda: flask.log().count("QueuePool limit of size 2") > before)
+        flask.await_log("QueuePool limit of size 2")
     # When they have left, their teardowns give both back.
-    await_true(lambda: get_json(flask, "/app/pool") == {"checked_out": 0})
+    await_true(lambda: get_json(flask, "/hasty/pool") == {"checked_out": 0})

@@ -311,11 +311,9 @@ def test_reconnection_has_a_page(reconnection):
 def test_keepalive_only_when_idle(kind):
     """A comment comes when there was nothing to send for so long, not earlier."""
     idle = 0.5
-    with (
-        serve("keepalive", kind, IDLE=str(idle)) as server,
-        server.get("/events") as client,
-    ):
+    with serve("keepalive", kind, IDLE=str(idle)) as server, server.connect() as client:
         asked = time.monotonic()
+        client.request("GET", "/events")
         assert client.block() == b": ok\n\n"
 
         def read():
@@ -397,7 +395,7 @@ def test_backpressure_skips_to_the_newest(kind):
 @pytest.mark.parametrize("kind", ["gunicorn-gevent", "gunicorn-gthread"])
 def test_error_recovery(kind):
     """Three failures in a row, 2 and 4 units apart, then an error event, the end."""
-    unit = 0.4
+    unit = 0.6  # the source must be up again before the third failure, 6 units later
     failed = "Error fetching data: the source is down"
     with serve("error_recovery", kind, BACKOFF=str(unit)) as server:
         with server.get("/events", headers=EVENT_SOURCE) as client:
@@ -475,10 +473,11 @@ def test_production_keeps_alive_when_idle(database):
     idle = 0.3
     with (
         serve("production", DATABASE=str(database), KEEPALIVE=str(idle)) as server,
-        server.get("/events") as client,
+        server.connect() as client,
     ):
-        client.block()
         wrote = asked = time.monotonic()
+        client.request("GET", "/events")
+        client.block()
         while time.monotonic() - asked < 4 * idle:
             now = time.monotonic()
             post(server, "/events/x")

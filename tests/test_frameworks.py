@@ -132,9 +132,13 @@ def test_an_error_truncates(server, key, error, version):
         client.rest()
     assert server.control.next(f"{key}-started") == pid
     await_true(lambda: server.log().count(line) > before)
-    log = server.log()
-    assert log.count(line) == before + 1
-    assert log.count("Traceback") == log.count("the source of GET")
+
+    def each_has_its_traceback():
+        log = server.log()  # the line is there before what follows it
+        return log.count("Traceback") == log.count("the source of GET")
+
+    await_true(each_has_its_traceback, server.log)
+    assert server.log().count(line) == before + 1
 
 
 def test_handwritten_views_get_the_life_of_a_stream(wrapped, framework, key):

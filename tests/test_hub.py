@@ -143,16 +143,20 @@ def test_read_times_out(hub, place):
 
     def read():
         subscription = hub.subscribe("a", "b")
-        began = time.monotonic()
+        times = []
         for _ in range(20):
+            began = time.monotonic()
             assert subscription.read(0.01) == []
+            times.append(time.monotonic() - began)
         record = hub._channels["a"]
         assert len(record.waiters) <= 1
         subscription.close()
         assert not record.waiters
-        return time.monotonic() - began
+        return times
 
-    assert 0.2 <= in_place(place, read) < 2
+    times = in_place(place, read)
+    assert sum(times) >= 0.2
+    assert min(times) < 0.1  # a busy machine may be late, but not each time
 
 
 def test_resume_at_each_position(hub):
@@ -648,12 +652,12 @@ def test_throttle(hub, place):
         subscription = hub.subscribe("a", throttle=0.1)
         subscription.read(0)
         hub.publish("a", "1")
-        found = [data(subscription.read())]
         began = time.monotonic()
+        found = [data(subscription.read(TIMEOUT))]
         hub.publish_many("a", "23")
-        assert subscription.read(0) == []
-        found.append(data(subscription.read()))
-        assert 0.05 < time.monotonic() - began < 2
+        early = subscription.read(0)
+        found.append(data(early or subscription.read(TIMEOUT)))
+        assert time.monotonic() - began >= 0.1
         subscription.close()
         return found
 
@@ -1271,6 +1275,12 @@ def test_an_exception_in_a_wait_ends_only_the_wait(hub, channels):
 
 def test_close_wakes_all(place):
     """Whoever waits gets `Closed`, at once; whoever comes later, too."""
+    # A busy machine may be late, but not each time.
+    assert min(check_close(place) for _ in range(3)) < 1
+
+
+def check_close(place):
+    """Return how long a close takes to be noticed by all."""
     hub = Hub()
     early = hub.subscribe("a")
 
@@ -1290,7 +1300,7 @@ def test_close_wakes_all(place):
     began = time.monotonic()
     hub.close()
     assert [join() for join in joins] == ["closed"] * 4
-    assert time.monotonic() - began < 1
+    took = time.monotonic() - began
     assert hub.stats()["subscribers"] == 0
     for what, call in {
         "publish": lambda: hub.publish("a", "x"),
@@ -1302,6 +1312,7 @@ def test_close_wakes_all(place):
     with pytest.raises(Closed, match="closed"):
         early.read()
     hub.close()
+    return took
 
 
 def test_close_while_the_broker_is_asked():
@@ -1374,18 +1385,22 @@ def test_kicks_and_beginnings(hub):
 
     stop, now = [], []
     join = Threads().start(close)
-    closed = 0
-    for _ in range(3000):
-        subscription = hub.subscribe("a", "b:*")
-        now[:] = [subscription]
-        try:
-            subscription.read(0)
-        except Closed:
-            closed += 1
-        subscription.close()
-    stop.append(True)
-    join()
-    assert closed
+    begun = closed = 0
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while begun < 3000 or not closed:
+            subscription = hub.subscribe("a", "b:*")
+            now[:] = [subscription]
+            try:
+                subscription.read(0)
+            except Closed:
+                closed += 1
+            subscription.close()
+            begun += 1
+            assert closed or time.monotonic() < deadline
+    finally:
+        stop.append(True)
+        join()
     record = hub._channels.get("a")
     assert record is None or record.subscriptions == 0
     assert not hub._patterns
@@ -1529,9 +1544,12 @@ def test_a_broker_that_goes_down_later(monkeypatch):
     hub.resync(["b"])
     broker.is_down = True
     assert data(subscription.read(0)) == ["0", "1"]
-    before = broker.reads
-    assert subscription.read(0.5) == []
-    assert 2 <= broker.reads - before <= 12
+    looks = [0]
+    while looks[-1] < 2 and len(looks) < 9:  # one that a busy machine held up has one
+        before = broker.reads
+        assert subscription.read(0.5) == []
+        looks.append(broker.reads - before)
+    assert 2 <= looks[-1] <= 12
     assert hub.stats()["subscribers"] == 1
     broker.is_down = False
     assert data(subscription.read(5)) == ["2"]
@@ -1885,10 +1903,14 @@ def test_what_is_held_is_given_back_before_each_wait(hub, place, channels):
 
 
 def test_races_lose_nothing(place):
-    """Subscribe and publish at once, 10,000 times: each is got once, in order."""
-    hub = Hub(capacity=100_000)
+    """Subscribe and publish at once, 10,000 times: each is got once, in order.
+
+    A machine on which a thread waits long for its turn does what it can in 30 s.
+    """
+    hub = Hub(capacity=1_000_000)
     start = hub.head("a")
     stop = []
+    until = time.monotonic() + 2 * TIMEOUT
 
     def publish():
         number = 0
@@ -1900,11 +1922,13 @@ def test_races_lose_nothing(place):
 
     def subscribe():
         mine = random.Random(1)
-        expected, id = 0, start
+        expected, id, rounds = 0, start, 0
         try:
-            for _ in range(2500):
+            while rounds < 2500 and (rounds < 10 or time.monotonic() < until):
+                rounds += 1
                 subscription = hub.subscribe("a", after=id)
-                events = subscription.read()
+                events = subscription.read(TIMEOUT)
+                assert events
                 if mine.random() < 0.5:
                     events += subscription.read(0)
                 subscription.close()
@@ -1913,21 +1937,20 @@ def test_races_lose_nothing(place):
                     assert event.data == str(expected), event
                     expected, id = expected + 1, event.id
         finally:
-            done.append(expected)
+            done.append((rounds, expected))
 
     done = []
     publisher = place.start(publish)
     joins = [place.start(subscribe) for _ in range(4)]
     try:
         for join in joins:
-            deadline = time.monotonic() + 4 * TIMEOUT
-            while len(done) < 4 and time.monotonic() < deadline:
+            while len(done) < 4 and time.monotonic() < until + TIMEOUT:
                 place.pause(0.01)
             join()
     finally:
         stop.append(True)
         publisher()
-    assert min(done) > 2500
+    assert all(expected >= rounds for rounds, expected in done)
     hub.close()
 
 
@@ -2037,13 +2060,13 @@ def test_a_wake_before_the_wait_ends_it(place):
         wake_all([waiter])
         place.pause(0.01)
         began = time.monotonic()
-        waiter.wait(5.0)
-        assert time.monotonic() - began < 2
+        waiter.wait(4 * TIMEOUT)
+        assert time.monotonic() - began < TIMEOUT
         began = time.monotonic()
         waiter.wait(0.05)
         return time.monotonic() - began
 
-    assert 0.03 < in_place(place, wait) < 2
+    assert in_place(place, wait) > 0.03
 
 
 def test_a_kick_while_the_broker_is_asked(place):
@@ -2182,15 +2205,20 @@ def test_the_window_that_is_quiet_for_longest_makes_room(hub, monkeypatch):
 
 def test_a_window_holds_nothing_that_is_too_old():
     """What is older than ``max_age`` goes when its channel is touched."""
-    hub = Hub(max_age=0.05)
+    hub = Hub(max_age=60)
     subscription = hub.subscribe("a")
     subscription.read(0)
-    hub.publish("a", "old")
     record = hub._channels["a"]
-    time.sleep(0.06)
+
+    def pass_a_minute():
+        for entry in record.log.read(record.log.first, 10):
+            entry.time -= 61
+
+    hub.publish("a", "old")
+    pass_a_minute()
     hub.publish("a", "new")
     assert len(record.log) == 1
-    time.sleep(0.06)
+    pass_a_minute()
     hub.subscribe("a").read(0)
     assert len(record.log) == hub._size == 0
     hub.close()

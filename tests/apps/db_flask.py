@@ -1,7 +1,8 @@
 """Flask with SQLAlchemy's pool, counted; and its teardowns.
 
-/APP/KIND/SOURCE?key=KEY, as in db_django.py. KIND is "sse" for a response, "context"
-for one with Flask's context, "decorated" for ``@sse``, "hand" and "hand-context" for
+/APP/KIND/SOURCE?key=KEY, as in db_django.py; APP may be "hasty", too, whose pool lets
+nobody wait for long. KIND is "sse" for a response, "context" for one with Flask's
+context, "decorated" for ``@sse``, "hand" and "hand-context" for
 Flask's Response; or "own", a stream that queries by sessions of its own, "scoped",
 one with Flask-SQLAlchemy's, "removed", which removes that before it waits, and
 "before", whose view alone queries by it.
@@ -23,12 +24,12 @@ from syncstream import SSEResponse, StreamMiddleware, sleep, sse
 db = SQLAlchemy()
 
 
-def make():
+def make(**options):
     app = flask.Flask(__name__)
     path = os.path.join(tempfile.mkdtemp(), "db.sqlite3")
     app.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{path}"
-    options = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 1}
-    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
+    pool = {"pool_size": 2, "max_overflow": 0, **options}
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = pool
     db.init_app(app)
 
     def source(name):
@@ -126,5 +127,6 @@ wrapped = make()
 wrapped.wsgi_app = StreamMiddleware(wrapped.wsgi_app)
 limited = make()
 limited.wsgi_app = StreamMiddleware(limited.wsgi_app, max_streams=1)
-APPS = {"app": plain, "wrapped": wrapped, "limited": limited}
+hasty = make(pool_timeout=1)
+APPS = {"app": plain, "wrapped": wrapped, "limited": limited, "hasty": hasty}
 app = mounted(APPS)

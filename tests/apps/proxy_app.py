@@ -41,8 +41,8 @@ def resumed(key):
 
 @noted
 def commenting(key):
-    """Be silent but for comments for 2 s, then yield 0."""
-    for _ in range(8):
+    """Be silent but for comments for 4 s, then yield 0."""
+    for _ in range(16):
         sleep(0.25)
         yield Event(comment="keepalive")
     yield 0
@@ -50,8 +50,8 @@ def commenting(key):
 
 @noted
 def dozing(key):
-    """Be silent for 2 s, then yield 0."""
-    sleep(2)
+    """Be silent for 4 s, then yield 0."""
+    sleep(4)
     yield 0
 
 
