@@ -587,6 +587,28 @@ def test_its_end_is_counted_and_logged_once(hub, peers, caplog):
     ]
 
 
+def test_its_end_is_logged_before_it_is_forgotten(hub, peers):
+    """A process that stops waits until none is left, and then for nothing."""
+    logger, seen_by_log = logging.getLogger("syncstream.fanout"), []
+
+    class Looking(logging.Handler):
+        def emit(self, record):
+            seen_by_log.append((record.msg.split()[1], set(peer.served.parked)))
+
+    handler, level = Looking(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        peer = peers(hub)
+        peer.client.stop("shutdown")
+        await_true(lambda: not peer.served.parked)
+        assert seen_by_log == [("ended:", {peer.client})]
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        handler.close()
+
+
 def test_joins_and_leaves_are_announced(hub, peers):
     """As of those who hold a thread."""
     watching = peers(hub)
