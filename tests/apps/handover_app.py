@@ -154,7 +154,7 @@ def state(environ, name, query):
         **stats(),
         **hub.stats(),
         "attached": process().attached_streams,
-        "parked": process().open_streams - process().attached_streams,
+        "parked": process().parked_streams,
         "fds": me.num_fds(),
         "threads": me.num_threads(),
         "greenlets": sum(
@@ -232,7 +232,9 @@ def storm(environ, name, query):
 
 
 def nap(environ, name, query):
-    time.sleep(0.3)
+    """Keep a thread busy until the test says so."""
+    note(f"{name}-naps", True)
+    gate(f"{name}-wake")
     return "ok"
 
 
