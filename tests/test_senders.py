@@ -864,7 +864,6 @@ def has_gil():
 def test_a_convoy_is_noticed_and_left():
     """Beside a thread that computes the GIL is held; without it no longer."""
     sender = AdaptiveSender(None, PydllSender())
-    sender.HOLD = 0.2
     with socket_pairs(200) as pairs:
         fds = [near.fileno() for near, _ in pairs]
 
