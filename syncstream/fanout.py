@@ -291,11 +291,13 @@ class Client:
             self._forget(seconds)
 
     def _forget(self, seconds: float) -> None:
-        self.terms.served.parked.discard(self)
-        log.debug(
-            "%s ended: %s, %.3f s, %d events, %d bytes",
-            *(self.label, self.reason, seconds, self.events, self.bytes),
-        )
+        try:
+            log.debug(
+                "%s ended: %s, %.3f s, %d events, %d bytes",
+                *(self.label, self.reason, seconds, self.events, self.bytes),
+            )
+        finally:  # last: a process that stops waits for no more than this
+            self.terms.served.parked.discard(self)
 
 
 class Group:

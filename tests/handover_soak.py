@@ -24,7 +24,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from live import TIMEOUT, LiveServer, await_true
+from live import TIMEOUT, LiveServer, await_true, unique_key
 
 APP = "apps.handover_app:served"
 OPENING = b": ok\n\n"
@@ -36,11 +36,15 @@ OPTIONS = {
 CHURNED = ("gunicorn-gthread", "gunicorn-gevent", "gunicorn-sync", "waitress")
 RESET = struct.pack("ii", 1, 0)
 WAYS = ("FIN", "RST", "bytes, FIN", "half-close")
+HELD = ("fds", "threads", "greenlets")
 
 
 def serving(kind, *options, **more):
     """Return a server of the subscribers."""
     kind, *own = OPTIONS.get(kind, (kind,))
+    if kind.startswith("gunicorn"):
+        # For longer than an `Asker` may be busy elsewhere; gunicorn's own are 2 s.
+        own = ["--keep-alive", "60", *own]
     return LiveServer(kind, APP, *own, *options, **more)
 
 
@@ -139,7 +143,7 @@ def state(server, query=""):
 def settled(server):
     """Return the state once connections of before are closed, and it is steady."""
     seen = [state(server, "?all=1")]
-    names = ("fds", "threads", "greenlets", "open")
+    names = (*HELD, "open")
     while len(seen) < 4 or any(seen[-1][n] != seen[-3][n] for n in names):
         time.sleep(0.1)
         seen.append(state(server, "?all=1"))
@@ -147,12 +151,12 @@ def settled(server):
     return seen[-1]
 
 
-def await_state(server, is_so):
+def await_state(server, is_so, query=""):
     """Wait for a state of which something is so; return it."""
     found = []
 
     def look():
-        found[:] = [state(server)]
+        found[:] = [state(server, query)]
         return is_so(found[0])
 
     await_true(look, lambda: f"{found}\n{server.log()[-2000:]}")
@@ -211,17 +215,37 @@ def churn(server, count, workers=4, seed=0):
 
 def warmed(server):
     """Let all be there that comes once; return what the process holds then."""
-    with ThreadPoolExecutor(8) as pool:  # a thread of the server's for each
-        for job in [pool.submit(_nap, server) for _ in range(8)]:
-            job.result()
+    if server.kind != "gunicorn-sync":  # which has one thread
+        occupy(server, 8)
     churn(server, 40, seed="warm")
     await_state(server, lambda now: not now["open"])
     return settled(server)
 
 
-def _nap(server):
-    with Asker(server) as asker:
-        assert asker.ask("/nap") == b"ok"
+def occupy(server, threads):
+    """Have so many threads of the server be busy at once: it starts them then."""
+    key = unique_key()
+
+    def nap():
+        with Asker(server) as asker:
+            assert asker.ask(f"/nap/{key}") == b"ok"
+
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = [pool.submit(nap) for _ in range(threads)]
+        for _ in jobs:
+            server.control.next(f"{key}-naps")
+        server.control.open(f"{key}-wake", threads)
+        for job in jobs:
+            job.result()
+
+
+def await_return(server, before):
+    """Wait until the process holds no more than it held before."""
+
+    def is_so(now):
+        return all(now[name] <= before[name] for name in HELD)
+
+    await_state(server, is_so, "?all=1")
 
 
 def idle_cpu(server, seconds=1.0):
@@ -316,9 +340,7 @@ def listen(server, count, events):
             crowd.await_size(len(expected))
             assert set(crowd.bodies()) == {expected}
         await_state(server, lambda now: not now["open"])
-        after = settled(server)
-    for name in ("fds", "threads", "greenlets"):
-        assert after[name] <= before[name], (name, before, after)
+        await_return(server, before)
     return (during["rss"] - before["rss"]) / count
 
 
@@ -346,18 +368,16 @@ def main():
             churn(server, options.handovers // len(CHURNED), seed=options.seed)
             seconds = time.monotonic() - began
             await_state(server, lambda now: not now["open"])
+            await_return(server, before)
             after = settled(server)
-            cells = [
-                f"{before[name]} → {after[name]}"
-                for name in ("fds", "threads", "greenlets")
-            ]
+            cells = [f"{before[name]} → {after[name]}" for name in HELD]
             cpu = idle_cpu(server, 5.0)
             print(
                 f"| {kind} | {options.handovers // len(CHURNED):,} | {seconds:.0f} |"
                 f" {' | '.join(cells)} | {cpu:.1%} |",
                 flush=True,
             )
-            for name in ("fds", "threads", "greenlets"):
+            for name in HELD:
                 assert after[name] <= before[name], (name, before, after)
             assert cpu < 0.05, cpu
             assert server.tracebacks() == 0, server.log()[-20_000:]

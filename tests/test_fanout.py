@@ -235,7 +235,19 @@ def texts_until(peer, text):
 
 def seen(*peers):
     """Have all of them be where the channel is, in one group."""
-    await_true(lambda: all(p.client.group and p.client.group.is_shared for p in peers))
+
+    def are_together():
+        alone = [peer for peer in peers if not is_shared(peer.client.group)]
+        for peer in alone:
+            # Who came before the others had their turn joins them by the next one.
+            peer.client.wake()
+        return not alone
+
+    await_true(are_together)
+
+
+def is_shared(group):
+    return group is not None and group.is_shared
 
 
 # What they get.
@@ -335,15 +347,16 @@ def test_throttle_and_the_latest_of_a_key(hub, peers):
         return event.data.partition(":")[0]
 
     peer = peers(hub, throttle=0.1, on_lag="latest", key=key)
+    began = time.monotonic()
     hub.publish("a", "x:0")
     assert texts_until(peer, "x:0") == ["x:0"]
-    began = time.monotonic()
     for n in range(1, 100):
         hub.publish("a", f"{'xy'[n % 2]}:{n}")
     found = texts_until(peer, "y:99")
-    assert time.monotonic() - began >= 0.09
+    times = (time.monotonic() - began) / 0.1  # so often, at most, after the first
+    assert times >= 1
     assert found[-2:] == ["x:98", "y:99"]
-    assert len(found) < 20
+    assert len(found) <= 1 + 2 * times
 
 
 def test_a_keepalive_comes_in_silence(hub, peers):
@@ -353,14 +366,17 @@ def test_a_keepalive_comes_in_silence(hub, peers):
     for peer in (*together, alone):
         began = time.monotonic()
         while peer.body()[0].count(b": keepalive\n\n") < 3:
-            peer.data += peer.socket.recv(1000)
+            peer.data += peer.socket.recv(1 << 20)
         assert peer.body()[0] == b": keepalive\n\n" * peer.body()[0].count(b":")
         assert time.monotonic() - began < 10
+    began = time.monotonic()
+    together[0].read()
+    before = together[0].body()[0].count(b": keepalive")
     for n in range(20):
         hub.publish("a", str(n))
-    before = together[0].body()[0].count(b": keepalive")
     texts_until(together[0], "19")
-    assert together[0].body()[0].count(b": keepalive") <= before + 1
+    more = together[0].body()[0].count(b": keepalive") - before
+    assert more <= 1 + (time.monotonic() - began) / 0.2
 
 
 # Who is slow.
@@ -368,6 +384,7 @@ def test_a_keepalive_comes_in_silence(hub, peers):
 
 def full(hub, peer, channel="a"):
     """Publish until a client does not take any more."""
+    settle(peer.client._loop)  # it has its head
     n = 0
     while peer.client.rest is None:
         hub.publish(channel, f"{n} {'x' * 10_000}")
@@ -423,11 +440,14 @@ def test_who_stops_is_dropped(hub, peers):
 
 def test_who_reads_a_little_is_kept(hub, peers):
     """What he acknowledges counts, though there is never room for all."""
-    peer = peers(hub, is_tcp=True, send_timeout=0.8)
+    # A busy machine may pause us; and the kernel opens a window late (0.9 s measured).
+    peer = peers(hub, is_tcp=True, send_timeout=3.0)
     peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     n = full(hub, peer)
+    for _ in range(40):  # 64 KiB had room before: no more comes until they are read
+        peer.read(2000)
     began = time.monotonic()
-    while time.monotonic() - began < 2.5:
+    while time.monotonic() - began < 5:
         peer.read(2000)
         time.sleep(0.02)
     assert peer.ends == []
@@ -532,11 +552,11 @@ def test_who_is_denied_later(hub, peers):
 
 def test_max_duration(hub, peers):
     """At the time, with a word when to come back."""
-    peer = peers(hub, deadline=time.monotonic() + 0.3, retry=20_000)
     began = time.monotonic()
+    peer = peers(hub, deadline=began + 0.3, retry=20_000)
     reason, body, is_whole, _ = ended(peer)
     assert (reason, is_whole) == ("max_duration", True)
-    assert 0.2 < time.monotonic() - began < 5
+    assert 0.3 <= time.monotonic() - began < 5
     assert 20_000 <= int(RETRY.search(body)[1]) <= 60_000
 
 
@@ -585,6 +605,28 @@ def test_its_end_is_counted_and_logged_once(hub, peers, caplog):
         ("ERROR", "a callback at the end of GET '/a' failed"),
         ("DEBUG", "GET '/a' ended"),
     ]
+
+
+def test_its_end_is_logged_before_it_is_forgotten(hub, peers):
+    """A process that stops waits until none is left, and then for nothing."""
+    logger, seen_by_log = logging.getLogger("syncstream.fanout"), []
+
+    class Looking(logging.Handler):
+        def emit(self, record):
+            seen_by_log.append((record.msg.split()[1], set(peer.served.parked)))
+
+    handler, level = Looking(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        peer = peers(hub)
+        peer.client.stop("shutdown")
+        await_true(lambda: not peer.served.parked)
+        assert seen_by_log == [("ended:", {peer.client})]
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def test_joins_and_leaves_are_announced(hub, peers):
@@ -846,7 +888,9 @@ def test_a_hub_that_closes_while_a_client_comes(hub, peers):
 def test_nothing_stays_until_a_collection(hub, peers, loop, channels):
     """What has ended is freed at once, with what it had not sent."""
     alive = weakref.WeakSet()
+    kinds = (Client, fanout_module.Group, type(hub.subscribe("a")))
     gc.collect()
+    others = {id(o): o for o in gc.get_objects() if type(o) in kinds}
     gc.disable()
     try:
         for _ in range(20):
@@ -864,8 +908,8 @@ def test_nothing_stays_until_a_collection(hub, peers, loop, channels):
             settle(loop)
             del here, peer
         assert len(alive) == 0
-        kinds = (Client, fanout_module.Group, type(hub.subscribe("a")))
-        assert [o for o in gc.get_objects() if type(o) in kinds] == []
+        left = [o for o in gc.get_objects() if type(o) in kinds]
+        assert [o for o in left if id(o) not in others] == []
     finally:
         gc.enable()
 
@@ -961,9 +1005,9 @@ def test_an_application_that_blocks(hub, peers):
             assert go_on.wait(TIMEOUT)
         return True
 
-    deadline = time.monotonic() + 0.5
     other = peers(hub)
     seen(other)
+    deadline = time.monotonic() + 2  # it is asked before that
     peer = peers(hub, authorize=authorize, reauthorize=0.1, deadline=deadline)
     try:
         assert is_blocking.wait(TIMEOUT)
@@ -1045,13 +1089,15 @@ def test_joins_and_leaves_while_others_publish(loop):
     threads += [threading.Thread(target=visit) for _ in range(4)]
     for thread in threads:
         thread.start()
-    time.sleep(2)
-    stop.set()
+    least = time.monotonic() + 2
+    try:
+        await_true(lambda: problems or (visits[20:] and time.monotonic() > least))
+    finally:
+        stop.set()
     while any(thread.is_alive() for thread in threads):
         hub.publish("a", "for those who still wait")
         threads[-1].join(0.01)
     assert problems == []
-    assert len(visits) > 20
     ids, last = [], "0"
     while entries := hub.broker.read("a", last).entries:
         ids += [entry.id for entry in entries]

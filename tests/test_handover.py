@@ -19,6 +19,7 @@ from handover_soak import (
     OPTIONS,
     Asker,
     Crowd,
+    await_return,
     await_state,
     body_of,
     churn,
@@ -134,6 +135,12 @@ class Listener:
         self.expected += data
         body = self.read_until(lambda body: len(body) >= len(self.expected))
         assert body[: len(self.expected)] == self.expected
+
+    def forget(self):
+        """Drop all of the body that has come, which is to end with a whole chunk."""
+        self.read_until(lambda _: self.data.endswith(b"\r\n"))
+        head, blank, _ = self.data.partition(b"\r\n\r\n")
+        self.data, self.expected = head + blank, b""
 
     def rest(self):
         """Return what comes up to the end, and whether that was marked."""
@@ -402,10 +409,10 @@ STOPS = {
 def test_farewell(kind, channel, record_property):
     """Everybody is told when to come back; callbacks run; then the process ends."""
     with serving(kind, env={"DEBUG": "1"}) as server, ExitStack() as stack:
-        path = f"/events/{channel}?note={channel}"
+        # In the log: a process that ends has a second for all of them.
+        path = f"/events/{channel}?say={channel}-closed"
         here = [stack.enter_context(Listener(server, path)) for _ in range(20)]
         process = psutil.Process(state(server)["pid"])
-        began = time.monotonic()
         server.signal_one(getattr(signal, STOPS[kind]))
         retries = set()
         for listener in here:
@@ -415,7 +422,6 @@ def test_farewell(kind, channel, record_property):
                 continue
             retries.add(int(RETRY.fullmatch(rest)[1]))
             assert is_whole
-            assert server.control.next(f"{channel}-closed") == "shutdown"
         if kind == "uwsgi":
             record_property("cell", "most of the time")
             return
@@ -425,10 +431,9 @@ def test_farewell(kind, channel, record_property):
         assert min(retries) >= 1000
         assert max(retries) <= 3000
         await_true(lambda: not is_running(process))
-        assert time.monotonic() - began < 8  # usually 0.3
-        assert server.control.pending(f"{channel}-closed") == []
-        ends = re.findall(r"ended: (\w+)", server.log())
-        assert ends == ["shutdown"] * 20
+        for word in ("ended", f"{channel}-closed"):
+            ends = re.findall(rf"{word}: (\w+)", server.log())
+            assert ends == ["shutdown"] * 20, word
 
 
 def is_running(process):
@@ -494,7 +499,9 @@ def test_all_options_at_once(few, asker, channel):
             asker.publish(f"{channel}:{n % 3}", [f"wild {n}"])
         asker.publish(channel, ["last"])
         for listener, names in ((vip, ["all", "vip"]), (other, ["all", "other"])):
-            found = listener.await_text("last")
+            # In the order of each channel: the last one of all may come earlier.
+            listener.read_until(lambda _, one=listener: len(one.texts()) >= 41)
+            found = listener.texts()
             for name in names:
                 mine = [text for text in found if text.startswith(name)]
                 assert mine == [f"{name} {n}" for n in range(20)]
@@ -503,7 +510,7 @@ def test_all_options_at_once(few, asker, channel):
             listener.read_until(
                 lambda body, most=count + 2: body.count(b": keepalive\n\n") >= most
             )
-        wild.await_text("wild 19")
+        wild.read_until(lambda _: len(wild.texts()) >= 20)
         assert sorted(wild.texts()) == sorted(f"wild {n}" for n in range(20))
 
 
@@ -674,10 +681,7 @@ def test_who_is_told_that_he_lags(channel):
         for n in range(100):
             texts = [f"{10 * n + k} {'x' * 20_000}" for k in range(10)]
             healthy.expect(wire(asker.publish(channel, texts), texts))
-            healthy.data = bytearray(
-                healthy.data.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
-            )
-            healthy.expected = b""
+            healthy.forget()
         asker.publish(channel, ["last"])
         told.await_text("last")
         events = told.events()
@@ -711,7 +715,7 @@ def test_a_fork_disturbs_nobody(kind, channel):
                 data = wire(asker.publish(channel, [str(n)]), [str(n)])
                 for listener in here:
                     listener.expect(data)
-            assert not [fd for fd in os.listdir(f"/proc/{child}/fd") if int(fd) >= 4096]
+            await_true(lambda: max(map(int, os.listdir(f"/proc/{child}/fd"))) < 4096)
             assert asker.ask("/kick/w0") == b"1"
             assert here[0].rest()[1]
             os.kill(parent, signal.SIGKILL)
@@ -740,9 +744,7 @@ def test_churn(kind):
         before = warmed(server)
         churn(server, 500, seed=1)
         await_state(server, lambda now: not now["open"])
-        after = settled(server)
-        for name in ("fds", "threads", "greenlets"):
-            assert after[name] <= before[name], (name, before, after)
+        await_return(server, before)
         assert min(idle_cpu(server) for _ in range(3)) < 0.05
         assert server.tracebacks() == 0
 

@@ -46,7 +46,9 @@ def test_the_last_descriptors_are_the_servers(kind):
         clients = []
         while not state(server)["ended"].get("refused"):
             assert len(clients) < 150
-            one = Listener(server, f"/events/{channel}", is_parked=False)
+            # Whoever is refused would keep its connection, for other requests.
+            asked = {"is_parked": False, "Connection": "close"}
+            one = Listener(server, f"/events/{channel}", **asked)
             clients.append(stack.enter_context(one))
             count = len(clients)
             await_state(
@@ -62,4 +64,4 @@ def test_the_last_descriptors_are_the_servers(kind):
             asker.ask(f"/publish/{channel}", ["hello"])
         for other in others:
             assert other.await_text("hello") == ["hello"]
-        assert "no descriptor is left of 150" in server.log()
+        server.await_log("no descriptor is left of 150")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apps.swap_app import JUNK, OPENING
@@ -20,6 +20,7 @@ from pairs import check_script, leave, tcp_pair
 from programs import certificate
 from syncstream.servers import server_of
 from syncstream.servers.handover import Refused, Swap, read_back
+from syncstream.sockets import is_hung_up
 
 KINDS = (*SERVERS, "gunicorn-gevent_pywsgi")
 KEEP_ALIVE = (
@@ -37,6 +38,9 @@ def serving(kind, *options, **more):
     """Return a server of the streams."""
     if kind == "gunicorn-gevent_pywsgi":
         kind, options = "gunicorn-gevent", ("-k", "gevent_pywsgi", *options)
+    if kind.startswith("gunicorn"):
+        # For longer than we may pause between two requests; its own are 2 s.
+        options = ("--keep-alive", "60", *options)
     return LiveServer(kind, APP, *options, **more)
 
 
@@ -361,13 +365,17 @@ import os, socket, threading, waitress
 
 def answer_of(app, **options):
     server = waitress.create_server(app, host="127.0.0.1", port=0, **options)
-    threading.Thread(target=server.run, daemon=True).start()
+    loop = threading.Thread(target=server.run, daemon=True)
+    loop.start()
     with socket.create_connection(("127.0.0.1", server.effective_port), 10) as client:
         client.sendall(b"GET /events?tag=T HTTP/1.0\\r\\n\\r\\n")
         with client.makefile("rb") as file:
             data = file.read()
     server.task_dispatcher.shutdown()
-    server.close()
+    # In its own thread, which may be about to wait for what would be closed.
+    server.trigger.pull_trigger(server.close)
+    loop.join(15)
+    assert not loop.is_alive()
     return data
 """
 
@@ -551,7 +559,8 @@ def pair():
         client.settimeout(TIMEOUT)
         yield server, client
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    # The watch may have been looking at the swap: then it drops it, a little later.
+    await_true(lambda: len(os.listdir("/proc/self/fd")) == len(before))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -694,6 +703,7 @@ def test_a_swap_that_is_dropped_hangs_up(pair):
     del swap
     gc.collect()
     assert client.recv(100) == b""
+    await_true(lambda: is_hung_up(server.fileno()))
     with pytest.raises(BrokenPipeError):
         server.sendall(b"more")
 
@@ -804,6 +814,7 @@ def test_a_client_that_has_left_is_gone(pair, how):
     """There is nobody for the server either."""
     server, client = pair
     leave(client, how)
+    await_true(lambda: is_hung_up(server.fileno()))
     with pytest.raises(Refused, match="has left") as caught:
         swap_of(server)
     assert caught.value.is_gone
@@ -867,6 +878,7 @@ def head_of(headers, *more):
     return b"\r\n".join([b"HTTP/1.1 200 OK", *lines, *more, b"", b""])
 
 
+@settings(deadline=None)
 @given(HEADERS, OPENINGS, st.booleans(), st.booleans())
 def test_a_head_and_an_opening_are_read_back(headers, opening, framed, old):
     """Raw or in a chunk: the headers stay as they are, but for those of the hop."""
@@ -880,6 +892,7 @@ def test_a_head_and_an_opening_are_read_back(headers, opening, framed, old):
     assert kept == expected + (data if is_chunked else opening)
 
 
+@settings(deadline=None)
 @given(HEADERS, OPENINGS, st.booleans(), st.data())
 def test_nothing_else_is_read_back(headers, opening, framed, data):
     """A byte less, a byte more, another one: it is put back."""

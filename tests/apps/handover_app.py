@@ -2,9 +2,10 @@
 
 /events/CHANNEL,CHANNEL?OPTION=VALUE subscribes; the options are those of
 `Hub.subscribe` and `SSEResponse`, and ``note=KEY``: why the stream ended comes as
-``KEY-closed``. /ndjson/CHANNEL the same, as lines. Before both may stand the name of a
-middleware: see WRAPPERS. POST /publish/CHANNEL takes JSON, /plain?tag=TAG gives TAG
-back, /state tells what this process holds.
+``KEY-closed``, or with ``say=WORD`` as a line in the log. /ndjson/CHANNEL the same, as
+lines. Before both may stand the name of a middleware: see WRAPPERS. POST
+/publish/CHANNEL takes JSON, /plain?tag=TAG gives TAG back, /state tells what this
+process holds.
 """
 
 import gc
@@ -122,6 +123,9 @@ def subscribe(kind, name, query):
     if "note" in query:
         key, stream = query["note"], response._stream
         stream.on_close(lambda: note(f"{key}-closed", stream.reason))
+    if "say" in query:
+        word, stream = query["say"], response._stream
+        stream.on_close(lambda: os.write(2, f"{word}: {stream.reason}\n".encode()))
     return response
 
 
@@ -154,7 +158,7 @@ def state(environ, name, query):
         **stats(),
         **hub.stats(),
         "attached": process().attached_streams,
-        "parked": process().open_streams - process().attached_streams,
+        "parked": process().parked_streams,
         "fds": me.num_fds(),
         "threads": me.num_threads(),
         "greenlets": sum(
@@ -232,7 +236,9 @@ def storm(environ, name, query):
 
 
 def nap(environ, name, query):
-    time.sleep(0.3)
+    """Keep a thread busy until the test says so."""
+    note(f"{name}-naps", True)
+    gate(f"{name}-wake")
     return "ok"
 
 
