@@ -913,6 +913,8 @@ class Fanout:
             if taken is not None and taken != client.acknowledged:
                 if client.acknowledged is not None:
                     client.since = now
+                else:  # if it was long ago, we were stopped ourselves
+                    client.since = max(client.since, now - limit / 2)
                 client.acknowledged = taken
             if now - client.since >= limit:
                 self.end(client, "send_timeout")

@@ -3,6 +3,11 @@
 import threading
 
 import pytest
+from hypothesis import settings
+
+# A machine that is busy makes no example wrong.
+settings.register_profile("untimed", settings(), deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

@@ -455,6 +455,26 @@ def test_who_reads_a_little_is_kept(hub, peers):
     assert len(texts_until(peer, "last")) == n + 1
 
 
+def test_no_client_is_dropped_for_a_loop_that_stood_still(hub, peers):
+    """Nobody has looked how much it takes: half of its time is left, at least."""
+    peer = peers(hub, is_tcp=True, send_timeout=2.0)
+    loop = peer.client._loop
+    full(hub, peer)
+
+    def stand_still():
+        peer.client.since = time.monotonic() - 60
+        peer.client.acknowledged = None  # nor has anybody before
+        loop._looked_at = 0.0
+
+    loop.call(stand_still)
+    began = time.monotonic()
+    settle(loop)
+    assert peer.ends == []
+    await_true(lambda: peer.ends)
+    assert peer.ends == ["send_timeout"]
+    assert time.monotonic() - began >= 1.0
+
+
 @pytest.mark.parametrize("on_lag", ["reset", "drop", "latest"])
 def test_on_lag(peers, on_lag):
     """Told, and on with what is kept; or dropped; or the newest of each key."""
@@ -1380,7 +1400,7 @@ def is_for(only, tags):
 
 
 @pytest.mark.parametrize("seed", [0])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(OPS, min_size=5, max_size=60))
 def test_whatever_happens(seed, ops):
     """Given or announced is what was published: in order, once, by whatever way."""

@@ -2015,7 +2015,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(STEPS)
 def test_all_is_delivered_or_announced(steps):
     """Whatever happens in whatever order: delivered once, in order, or announced."""
@@ -2126,7 +2126,7 @@ def tight_windows():
         yield
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(SIZES)
 def test_windows_have_a_budget(steps):
     """Their sizes are known exactly, and bounded together; and nothing is lost."""

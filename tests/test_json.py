@@ -25,7 +25,7 @@ from syncstream.protocol.json import _dumps_orjson, _dumps_standard, default_dum
 
 pytest.importorskip("orjson", reason="compares with orjson: pip install orjson")
 
-MANY = settings(deadline=None, max_examples=300)
+MANY = settings(max_examples=300)
 UTC = datetime.timezone.utc
 
 

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from syncstream.log import JOIN, START, Entry, Log, first_part
@@ -50,7 +50,6 @@ def size_of(entries):
     return sum(entry.size for _, entry in entries)
 
 
-@settings(deadline=None)
 @given(ACTIONS)
 def test_it_is_a_list_with_positions(actions):
     """Whatever is done to it, all it answers is what a list would."""

@@ -26,7 +26,7 @@ from syncstream.errors import RemoteProtocolError
 from syncstream.protocol.ndjson import Decoder, encoder
 from syncstream.protocol.sse import Event
 
-MANY = settings(deadline=None, max_examples=400)
+MANY = settings(max_examples=400)
 
 
 class Colour(enum.Enum):
@@ -496,7 +496,6 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(JSON, max_size=6), PLACES)
 def test_round_trips(values: list[Any], places: list[int]) -> None:
     """Any JSON values but null come back as they were, one a line.

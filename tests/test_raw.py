@@ -7,7 +7,7 @@ import enum
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from syncstream.protocol.raw import encode, encode_bytes
@@ -129,7 +129,6 @@ def test_mutable_chunks_are_copied() -> None:
     assert written == b"abc"
 
 
-@settings(deadline=None)
 @given(st.lists(st.text()))
 def test_text_round_trips(texts: list[str]) -> None:
     """The chunks, joined, are the texts, joined."""

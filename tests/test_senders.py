@@ -271,7 +271,7 @@ STEPS = st.tuples(st.integers(1, 40_000), st.booleans())  # bytes; all read afte
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(states=st.lists(STATES, max_size=40), steps=st.lists(STEPS, max_size=5))
 def test_like_a_model(name, states, steps):
     """Random mixtures: each is told of as many bytes as came, or of its own error."""

@@ -709,7 +709,7 @@ TEXT = st.text()
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0")).filter(
     lambda name: name != END_ID
 )
-MANY = settings(deadline=None, max_examples=400)
+MANY = settings(max_examples=400)
 
 
 @MANY

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from syncstream.protocol.sse import END_ID, Decoder, Event, encoder, ends_blank
 
-MANY = settings(deadline=None, max_examples=300)
+MANY = settings(max_examples=300)
 
 
 class Colour(enum.Enum):
@@ -830,7 +830,6 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(JSON.filter(lambda value: value is not None and not isinstance(value, str)))
 def test_json_round_trips(value: Any) -> None:
     """Any JSON value but text and null comes back from the wire as it was."""

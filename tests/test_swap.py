@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from apps.swap_app import JUNK, OPENING
@@ -878,7 +878,6 @@ def head_of(headers, *more):
     return b"\r\n".join([b"HTTP/1.1 200 OK", *lines, *more, b"", b""])
 
 
-@settings(deadline=None)
 @given(HEADERS, OPENINGS, st.booleans(), st.booleans())
 def test_a_head_and_an_opening_are_read_back(headers, opening, framed, old):
     """Raw or in a chunk: the headers stay as they are, but for those of the hop."""
@@ -892,7 +891,6 @@ def test_a_head_and_an_opening_are_read_back(headers, opening, framed, old):
     assert kept == expected + (data if is_chunked else opening)
 
 
-@settings(deadline=None)
 @given(HEADERS, OPENINGS, st.booleans(), st.data())
 def test_nothing_else_is_read_back(headers, opening, framed, data):
     """A byte less, a byte more, another one: it is put back."""
