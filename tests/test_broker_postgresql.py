@@ -563,7 +563,9 @@ def test_close_leaves_nothing(server, make):
         broker.close()
         with pytest.raises(Unavailable, match="closed"):
             broker.publish([("a", b"x")])
-    await_true(lambda: (own.num_fds(), own.num_threads()) == before)
+        broker.watch("b")
+    # Fewer: what earlier tests have left may end meanwhile.
+    await_true(lambda: own.num_fds() <= before[0] and own.num_threads() <= before[1])
     await_true(lambda: backends(server) == 0)
 
 
