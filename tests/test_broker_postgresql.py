@@ -332,10 +332,10 @@ def test_killed_processes_hold_nobody_up(server, schema, mode):
             before = len(family.rows())
             await_true(lambda before=before: len(family.rows()) > before + 50)
             family.kill_one()
-        (account,) = family.end()
-    # Who is held up for long gives up.
-    assert account["slowest"] < 1.5
-    assert account["refused"] == 0
+        family.end()
+    # Nor does anything go on that a killed one has begun, and hold its lock.
+    held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+    await_true(lambda: server.execute(held) == [(0,)])
 
 
 # Failures, one by one.
@@ -423,7 +423,7 @@ def test_busy_connections_are_waited_for(make, server, schema):
         def publish():
             try:
                 broker.publish([("a", b"x")])
-            except (Unavailable, Uncertain) as error:  # it was sent late, maybe
+            except (Unavailable, Uncertain) as error:  # maybe the answer came late
                 errors.append(error)
 
         threads = [threading.Thread(target=publish) for _ in range(6)]
@@ -432,7 +432,7 @@ def test_busy_connections_are_waited_for(make, server, schema):
         for thread in threads:
             thread.join(LIMIT)
     assert len(errors) == 6
-    assert sum(isinstance(error, Unavailable) for error in errors) >= 4
+    assert sum(isinstance(error, Unavailable) for error in errors) >= 2
     assert broker._own().permits.qsize() == 2
     broker.publish([("a", b"2")])
 
@@ -632,15 +632,26 @@ def test_forked_processes_have_their_own(server, schema, mode):
     check_script(FORK, mode, server.url, schema)
 
 
-def test_it_is_idle_when_nothing_happens(server, make):
-    """Less than half a percent of a core."""
-    broker = make()
-    told = listening(broker, "a")
-    broker.publish([("a", b"x")])
-    await_true(lambda: told.entries)
-    before, began = time.process_time(), time.monotonic()
-    threading.Event().wait(4)
-    assert (time.process_time() - before) / (time.monotonic() - began) < 0.005
+IDLE = """
+import sys, threading, time
+from syncstream import Hub
+from syncstream.brokers.postgresql import PostgreSQLBroker
+hub = Hub(broker=PostgreSQLBroker(sys.argv[1], schema=sys.argv[2]))
+subscription = hub.subscribe("a")
+subscription.read(0)
+hub.publish("a", "x")
+assert [event.data for event in subscription.read(10)] == ["x"]
+before, began = time.process_time(), time.monotonic()
+threading.Event().wait(4)
+share = (time.process_time() - before) / (time.monotonic() - began)
+assert share < 0.005, share
+hub.close()
+"""
+
+
+def test_it_is_idle_when_nothing_happens(server, schema):
+    """Less than half a percent of a core; in a process that does nothing else."""
+    check_script(IDLE, server.url, schema)
 
 
 def test_listen_dsn(server, make, line, caplog):
