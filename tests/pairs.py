@@ -194,7 +194,7 @@ def run_script(script: str, *words: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-X", "dev", "-W", "error", "-c", script, *words],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,  # CI gives a test 120
         env={"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "PATH": "/usr/bin:/bin"},
     )
 

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import psycopg
 
-from live import TIMEOUT, free_port
+from live import TIMEOUT, await_true, free_port
 from programs import program
 
 __all__ = ["Line", "PostgreSQL"]
@@ -51,7 +51,7 @@ class PostgreSQL:
         self._user: dict[str, Any] = {}
         if os.geteuid() == 0:
             self._user = {"user": "postgres", "group": "postgres", "extra_groups": []}
-        self.port = free_port()
+        self.port = 0
         self._folder = Path(tempfile.mkdtemp(prefix="pg-"))
         self.data = self._folder / "data"
         self._process: subprocess.Popen[bytes] | None = None
@@ -69,6 +69,7 @@ class PostgreSQL:
                 cwd=self._folder,
                 **self._user,
             )
+            self.port = free_port()  # not before: others look for some meanwhile
             self.start()
         except BaseException:
             self.close()
@@ -136,6 +137,8 @@ class PostgreSQL:
         with contextlib.suppress(psutil.NoSuchProcess):
             own = psutil.Process(self._process.pid)
             own.suspend()
+            ends = psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE
+            await_true(lambda: own.status() in ends)
             family = [own, *own.children(recursive=True)]
             for process in family:
                 with contextlib.suppress(psutil.NoSuchProcess):

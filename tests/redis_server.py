@@ -148,7 +148,7 @@ class RedisServer:
 
 
 class Sentinel:
-    """One that watches a server, and promotes a replica half a second after its end.
+    """One that watches a server, and promotes a replica two seconds after its end.
 
     Args:
         name: Of the service.
@@ -164,7 +164,7 @@ class Sentinel:
         lines = [
             *(f"port {self.port}", "bind 127.0.0.1", f"dir {self._folder.name}"),
             f"sentinel monitor {name} 127.0.0.1 {port} 1",
-            f"sentinel down-after-milliseconds {name} 500",
+            f"sentinel down-after-milliseconds {name} 2000",
             f"sentinel failover-timeout {name} 3000",
         ]
         config.write_text("\n".join([*lines, ""]))

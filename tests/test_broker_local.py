@@ -169,7 +169,8 @@ def test_nothing_is_left_behind(make, folder):
     assert os.listdir(f"{folder}/log/wake") == []
     assert sorted(os.listdir(f"{folder}/log")) == ["lock", "log.db", "wake"]
     if before:
-        assert len(os.listdir("/proc/self/fd")) == len(before)
+        # Fewer: what earlier tests have dropped may be collected meanwhile.
+        assert len(os.listdir("/proc/self/fd")) <= len(before)
 
 
 def test_nothing_is_opened_before_it_is_used(make, folder):
@@ -416,8 +417,9 @@ def test_idle_channels_are_forgotten(make, monkeypatch):
         number += 100
     assert not broker.read("never", empty).complete
     assert not broker.read("c0", old).complete
-    broker.publish([("c0", b"y")])
-    page = broker.read("c0", old)
+    lasting = make()  # or it might be too old before it is read
+    lasting.publish([("c0", b"y")])
+    page = lasting.read("c0", old)
     assert not page.complete
     assert [entry.payload for entry in page.entries] == [b"y"]
 
@@ -459,19 +461,17 @@ def test_a_publisher_that_is_killed(make, folder):
     broker = make(capacity=100_000)
     choose = random.Random(0)
     acknowledged = {}
-    longest = 0.0
     for name in range(8):
         with running(PUBLISHER, f"local:{folder}/log", str(name)) as process:
             lines = [process.stdout.readline()]
             limit = time.monotonic() + choose.uniform(0.01, 0.15)
             while time.monotonic() < limit:
-                began = time.monotonic()
                 broker.publish([("a", b"us 0")])
-                longest = max(longest, time.monotonic() - began)
             process.kill()
             lines += process.stdout.readlines()
         whole = [line for line in lines if line.endswith("\n")]
         acknowledged[b"%d" % name] = int(whole[-1])
+        # It would give up if it were held up for five seconds, as those above.
         broker.publish([("a", b"us 0")])
     found = [payload.split() for payload in payloads(broker)]
     for name, last in acknowledged.items():
@@ -479,7 +479,6 @@ def test_a_publisher_that_is_killed(make, folder):
         assert numbers == [*range(len(numbers))]
         assert len(numbers) > last
         assert len(numbers) % 3 == 0
-    assert longest < 1
     with contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
@@ -506,7 +505,7 @@ broker.close(0.1)
 
 def test_a_publisher_that_is_killed_within_its_transaction(make, folder):
     """All its events are gone, its lock, too; who has waited goes on at once."""
-    broker = make()
+    broker = make(publish_timeout=None)
     broker.publish([("a", b"1")])
     with running(STOPS_WITHIN, f"local:{folder}/log", "60") as process:
         assert process.stdout.readline() == "within\n"
@@ -520,15 +519,29 @@ def test_a_publisher_that_is_killed_within_its_transaction(make, folder):
     assert payloads(broker) == [b"1", b"2"]
 
 
+@contextlib.contextmanager
+def in_haste(broker, timeout):
+    """Have a broker give up sooner, for a while.
+
+    From its first publish on it would have this time for what opens files, too.
+    """
+    process = broker._own()
+    before, process._timeout = process._timeout, timeout
+    try:
+        yield
+    finally:
+        process._timeout = before
+
+
 def test_who_is_held_up_gives_up(make, folder):
     """Not begun is `Unavailable`, and it is not stored later; reads go on."""
-    patient, hasty = make(), make(publish_timeout=0.2)
+    patient, hasty = make(), make()
     patient.publish([("a", b"1")])
     hasty.publish([("a", b"2")])
     with running(STOPS_WITHIN, f"local:{folder}/log", "60") as process:
         assert process.stdout.readline() == "within\n"
         began = time.monotonic()
-        with pytest.raises(Unavailable, match=r"within 0\.2 s"):
+        with in_haste(hasty, 0.2), pytest.raises(Unavailable, match=r"within 0\.2 s"):
             hasty.publish([("a", b"never")])
         assert time.monotonic() - began < 5
         assert payloads(hasty) == [b"1", b"2"]
@@ -541,29 +554,34 @@ def test_who_is_held_up_within_its_transaction_is_uncertain(folder):
     """It may be stored."""
     script = STOPS_WITHIN.replace("_own()", "_own(); broker._own()._writing.acquire()")
     script = script.replace("try:\n", RELEASE + "try:\n")
-    with running(script, f"local:{folder}/log", "0.3") as process:
+    with running(script, f"local:{folder}/log", "3") as process:
         assert process.stdout.readline() == "within\n"
         assert process.stdout.readline() == "Uncertain\n"
 
 
 # So that the writer does it, who can be waited for with a limit.
 RELEASE = """
-import threading
-threading.Timer(0.05, process._writing.release).start()
+import threading, time
+def release():
+    while not process._writer.jobs:
+        time.sleep(0.001)
+    process._writing.release()
+threading.Thread(target=release).start()
 """
 
 
 def test_a_locked_database(make, folder):
     """By somebody else's tool: publishes wait, give up, and then go on."""
-    broker = make(publish_timeout=0.5)
+    broker = make()
     broker.publish([("a", b"1")])
     with contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as connection:
         connection.execute("BEGIN IMMEDIATE")
-        with pytest.raises(Unavailable, match=r"within 0\.5 s"):
+        with in_haste(broker, 0.5), pytest.raises(Unavailable, match=r"within 0\.5 s"):
             broker.publish([("a", b"never")])
         assert payloads(broker) == [b"1"]
         waiting = threading.Thread(target=broker.publish, args=([("a", b"2")],))
         waiting.start()
+        wait_until(lambda: broker._own()._writer.jobs)
         connection.rollback()
         waiting.join(TIMEOUT)
     assert payloads(broker) == [b"1", b"2"]
@@ -811,7 +829,7 @@ if child:
     if kind != "preload":
         found = []
         while "forked" not in found:
-            new = before.read(5)
+            new = before.read(15)
             assert new
             found += [event.data for event in new]
     hub.close()
@@ -822,7 +840,7 @@ else:
     subscription = hub.subscribe("a")
     subscription.read(0)
     hub.publish("a", "child")
-    while "from outside" not in (found := [e.data for e in subscription.read(5)]):
+    while "from outside" not in (found := [e.data for e in subscription.read(15)]):
         print(found, flush=True)
         assert found
     print("child is done", flush=True)
@@ -851,16 +869,10 @@ def test_fork(make, folder, kind):
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-    found = payloads(broker)
-    assert (
-        sorted(found)[-3:]
-        == [
-            b"data: forked\n\n",
-            b"data: from outside\n\n",
-            b"data: parent\n\n",
-        ][: 3 if kind != "preload" else 2]
-        or b"data: child\n\n" in found
-    )
+    expected = ["child", "forked", "from outside"]
+    if kind != "preload":
+        expected.append("parent")
+    assert sorted(payloads(broker)) == [f"data: {e}\n\n".encode() for e in expected]
 
 
 FORK_AND_DIE = """
@@ -933,7 +945,7 @@ def test_a_hub_is_never_held_up(folder):
 
 def test_many_publish_at_once_in_one_transaction(make, folder):
     """Who waits for the same turn shares it; each has its own ids, in its order."""
-    broker = make()
+    broker = make(publish_timeout=None)
     broker.publish([("a", b"-1")])
     ids = {}
     with running(STOPS_WITHIN, f"local:{folder}/log", "60") as process:

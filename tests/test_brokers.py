@@ -85,7 +85,8 @@ class Greedy(MemoryBroker):
 )
 def test_the_suite_sees_what_is_broken(broker, sentence, monkeypatch):
     """It is no suite if all pass."""
-    monkeypatch.setattr("syncstream.testing.LIMIT", 0.3)
+    if broker is Silent:  # the others are found out without a wait
+        monkeypatch.setattr("syncstream.testing.LIMIT", 0.3)
     with pytest.raises(AssertionError, match=sentence):
         check_broker(broker, rounds=10)
 
@@ -201,10 +202,12 @@ def test_patterns_of_a_channel_are_those_that_match(levels, prefix):
 def test_a_seed_makes_no_ids():
     """Whoever seeds `random` gets other ids in each life all the same."""
     found = []
+    state = random.getstate()
     for _ in range(2):
         random.seed(42)
         broker = MemoryBroker()
         found += [broker.read("a", None).head, *broker.publish([("a", b"x")] * 3)]
+    random.setstate(state)  # others choose ports by it
     assert len(set(found)) == 8
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import tempfile
 
 import pytest
 from werkzeug.test import Client
@@ -146,8 +147,9 @@ def test_wrong_tokens(hub, token, error):
 
 
 @pytest.fixture
-def url(tmp_path):
-    return f"local:{tmp_path / 'events'}"
+def url():
+    with tempfile.TemporaryDirectory(prefix="ss-") as folder:  # short, for sockets
+        yield f"local:{folder}/events"
 
 
 def test_the_command_publishes(url, capsys):

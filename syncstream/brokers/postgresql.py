@@ -333,6 +333,7 @@ class PostgreSQLBroker:
         self._watched: set[str] = set()
         self._patterns: frozenset[str] = frozenset()
         self._owns: dict[int, _Own] = {}
+        self._is_closing = False  # nobody begins to listen any more
         self._is_closed = False
 
     # What a process has: nothing that was open before a fork is touched after it.
@@ -347,9 +348,10 @@ class PostgreSQLBroker:
                 self._listener(own, is_late=True)
         return own
 
-    def _listener(self, own: _Own, is_late: bool = False) -> _Listener:
+    def _listener(self, own: _Own, is_late: bool = False) -> _Listener | None:
+        """Return who listens in this process; ``None``: the broker is closed."""
         with own.lock:
-            if own.listener is None:
+            if own.listener is None and not self._is_closing:
                 own.listener = _Listener(self, is_late)
             return own.listener
 
@@ -530,7 +532,8 @@ class PostgreSQLBroker:
             else:
                 self._watched.add(channel)
         listener = self._listener(own)
-        if not listener.is_decided:
+        # Without one the broker is closed: the read that follows says so.
+        if listener is not None and not listener.is_decided:
             deadline = time.monotonic() + READ_TIMEOUT
             self._call(own, listener.await_decided, deadline)
 
@@ -540,6 +543,7 @@ class PostgreSQLBroker:
             self._watched.discard(channel)
 
     def close(self, timeout: float = 5.0) -> None:
+        self._is_closing = True
         own = self._owns.get(os.getpid())
         if own is None or self._is_closed:
             self._is_closed = True
