@@ -875,6 +875,105 @@ def test_fork(make, folder, kind):
     assert sorted(payloads(broker)) == [f"data: {e}\n\n".encode() for e in expected]
 
 
+FORK_IN_THE_MIDST = """
+import os, sys, threading
+from syncstream import Hub
+from syncstream.brokers import open_broker
+broker, count = open_broker(sys.argv[1], capacity=100_000), int(sys.argv[2])
+hub = Hub(broker=broker)
+subscription = hub.subscribe("a")
+subscription.read(0)
+is_over, published, reads = threading.Event(), [], []
+def publish():
+    while not is_over.is_set():
+        published.extend(hub.publish_many("a", ["x"] * 5))
+def read():
+    while not is_over.is_set():
+        broker.read("a", "0-0")
+        reads.append(None)
+threads = [
+    threading.Thread(target=each, daemon=True) for each in (publish, publish, read)
+]
+for thread in threads:
+    thread.start()
+ids = []
+def take():
+    found = subscription.read(15)
+    assert found and "reset" not in {event.event for event in found}, found
+    ids.extend(event.id for event in found)
+for number in range(count):
+    child = os.fork()
+    if not child:
+        mine, found = hub.subscribe("a"), []
+        mine.read(0)
+        hub.publish("a", f"child {number}")
+        while f"child {number}" not in found:
+            new = [event.data for event in mine.read(15)]
+            assert new
+            found += new
+        hub.close()
+        os._exit(0)
+    take()
+    assert os.waitpid(child, 0)[1] == 0
+    print(number, flush=True)
+assert all(thread.is_alive() for thread in threads)
+is_over.set()
+for thread in threads:
+    thread.join()
+assert len(reads) >= count
+while len(ids) < len(published) + count:
+    take()
+assert len(set(ids)) == len(ids) == len(published) + count
+assert set(published) < set(ids)
+hub.close()
+"""
+
+
+def test_forks_in_the_midst_of_everything(folder):
+    """While others write, read and listen: children and parent go on, all is there."""
+    count = 30
+    with running(FORK_IN_THE_MIDST, f"local:{folder}/log", str(count)) as process:
+        assert process.stdout.read().split() == [str(n) for n in range(count)]
+        assert process.wait(TIMEOUT) == 0
+
+
+FORK_UNSAID = """
+import ctypes, os, sys
+from syncstream.brokers.local import LocalBroker
+from syncstream.errors import Unavailable
+used, idle = LocalBroker(sys.argv[1]), LocalBroker(sys.argv[1])
+used.publish([("a", b"parent")])
+child = ctypes.PyDLL(None).fork()
+if not child:
+    for each in (
+        lambda: used.publish([("a", b"x")]),
+        lambda: used.read("a", None),
+    ):
+        try:
+            each()
+        except Unavailable as error:
+            assert "lazy-apps" in str(error), error
+        else:
+            raise AssertionError("used what SQLite knows of another process")
+    used.close()
+    idle.publish([("a", b"child")])
+    idle.close()
+    print("right", flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+used.publish([("a", b"parent again")])
+used.close()
+"""
+
+
+def test_a_fork_that_nobody_announces(make, folder):
+    """uWSGI's: a child that would use its parent's files says what to do instead."""
+    with running(FORK_UNSAID, f"local:{folder}/log") as process:
+        assert process.stdout.read() == "right\n"
+        assert process.wait(TIMEOUT) == 0
+    assert payloads(make()) == [b"parent", b"child", b"parent again"]
+
+
 FORK_AND_DIE = """
 import os, sys
 from syncstream.brokers.local import LocalBroker

@@ -15,7 +15,10 @@ The rules:
   and, for a gevent hub, a reader. What many publish at once is one transaction. (A
   thread that finds nobody else writing does it itself: to hand it over and to be
   woken would take as long again.)
-- Nothing of before a fork is used after it: https://sqlite.org/howtocorrupt.html 2.6.
+- Nothing is open during a fork, and nobody is in SQLite: what it knows of a file, and
+  its locks, a child would have, too, and believe (https://sqlite.org/howtocorrupt.html
+  2.6). So a fork waits for the transactions that have begun, and closes; who needs the
+  files after that opens them.
 - A file that is removed, or replaced, is noticed before it is used. What comes after
   is another log: the ids of before are unknown to it.
 
@@ -41,8 +44,8 @@ import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
@@ -149,6 +152,7 @@ class LocalBroker:
         self._patterns: set[str] = set()
         self._is_closed = False
         self._is_heir = False
+        self._is_spoilt = False
         self._forget()
         _brokers.add(self)
 
@@ -162,19 +166,39 @@ class LocalBroker:
         parents = self._process
         self._is_heir = self.is_watching()
         self._forget()
-        if parents is not None:
-            parents.let_go()
-            # Its connections are not to be closed here, by a garbage collection.
-            _parents.append(parents)
+        if parents is None:
+            return
+        parents.let_go()
+        if parents.has_files:
+            self._is_spoilt = True
+            _spoilt.append(parents)  # a garbage collection would close them
 
     def _own(self) -> _Process:
         """Return this process's part; begun by its first use."""
         with self._lock:
             if self._is_closed:
                 raise Unavailable("local: is closed")
+            self._look_for_a_fork()
+            if self._is_spoilt:
+                raise Unavailable(
+                    f"{self.path} was in use when this process was forked by what does"
+                    " not say so: use it only after that (uWSGI: lazy-apps, or"
+                    " @postfork)"
+                )
             if self._process is None:
-                self._process = _Process(self)
+                with _forking:  # not between a fork's beginning and the fork
+                    self._process = _Process(self)
             return self._process
+
+    def _look_for_a_fork(self) -> None:
+        """Notice one that Python was not told of, such as uWSGI's."""
+        if self._process is not None and self._process.pid != os.getpid():
+            self._forked()
+
+    @property
+    def process(self) -> _Process | None:
+        """This process's part, if it has begun."""
+        return self._process
 
     def publish(self, items: Items, *, connection: Any = None) -> list[str | None]:
         if connection is not None:
@@ -227,6 +251,7 @@ class LocalBroker:
 
     def close(self, timeout: float = 5.0) -> None:
         with self._lock:
+            self._look_for_a_fork()
             process, self._process = self._process, None
             self._is_closed = True
             self._sink = None
@@ -275,17 +300,37 @@ class LocalBroker:
 
 
 _brokers: weakref.WeakSet[LocalBroker] = weakref.WeakSet()
-_parents: list[_Process] = []
+_spoilt: list[_Process] = []
+_paused: list[_Process] = []
+_forking = native(_thread, "RLock")()  # one at a time
+
+
+def _forks() -> None:
+    _forking.acquire()
+    for broker in list(_brokers):
+        process = broker.process
+        if process is not None:
+            _paused.append(process)
+            process.pause()
+
+
+def _has_forked() -> None:
+    while _paused:
+        _paused.pop().resume()
+    _forking.release()
 
 
 def _forked() -> None:
+    global _forking
+    _forking = native(_thread, "RLock")()
+    _paused.clear()
     for broker in list(_brokers):
         broker._forked()
 
 
-# At once, not at the next use: a child that has a lock's or a socket's descriptor,
+# In the child at once, not at the next use: who has a lock's or a socket's descriptor,
 # too, keeps it held, or open, when its parent is killed.
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(before=_forks, after_in_parent=_has_forked, after_in_child=_forked)
 
 
 # Where the files are.
@@ -473,9 +518,16 @@ class _Lock:
 
 
 class _Database:
-    """A connection to the log, of one thread at a time."""
+    """A connection to the log, of one thread at a time.
+
+    Attributes:
+        guard: Held by who uses it, and by who forks, who has closed it. Who wants the
+            right to write, too, has that before.
+    """
 
     def __init__(self, path: str) -> None:
+        # Reentrant: a signal's handler may fork.
+        self.guard = native(_thread, "RLock")()
         self._path = path
         self._file = f"{path}/log.db"
         self._identity: tuple[int, int] | None = None
@@ -488,8 +540,13 @@ class _Database:
 
     @property
     def connection(self) -> sqlite3.Connection:
-        assert self._connection is not None
+        if self._connection is None:  # the handler of a signal has forked
+            raise sqlite3.ProgrammingError("closed by a fork")
         return self._connection
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None
 
     def is_current(self) -> bool:
         """Tell whether it is open, and its file where it was."""
@@ -584,7 +641,8 @@ class _Database:
         is_held = self._connection is not None and lock.hold(timeout)
         try:
             # Even so: the last one's close, a checkpoint, needs all others closed.
-            self.close()
+            with self.guard:
+                self.close()
         finally:
             if is_held:
                 lock.release()
@@ -988,10 +1046,12 @@ class _Process:
     """What one process has of a broker: threads, connections, sockets."""
 
     def __init__(self, broker: LocalBroker) -> None:
+        self.pid = os.getpid()
         self._broker = broker
         self._path = broker.path
         self._timeout = broker.timeout
         self._bounds = broker.bounds
+        self._is_private = broker.is_private
         self._locks = [_Lock(broker.path, broker.is_private) for _ in range(3)]
         self._log, self._history, self._news = (
             _Database(broker.path) for _ in range(3)
@@ -1029,10 +1089,11 @@ class _Process:
             if not lock.try_acquire():
                 return False
             try:
-                if not database.is_current():
-                    return False
-                database.connection.execute("BEGIN IMMEDIATE")
-                self._store([job])
+                with database.guard:
+                    if not database.is_current():
+                        return False
+                    database.connection.execute("BEGIN IMMEDIATE")
+                    self._store([job])
             finally:
                 lock.release()
         except (sqlite3.Error, OSError):
@@ -1081,15 +1142,16 @@ class _Process:
         with self._writing:
             lock.acquire()
             try:
-                if not database.is_current():
-                    database.open()
-                database.connection.execute("BEGIN IMMEDIATE")
-                jobs: list[_Job] = []
-                size = 0
-                while size < _GROUP and (job := self._writer.take()) is not None:
-                    jobs.append(job)
-                    size += sum(1000 + len(payload) for _, payload in job.items)
-                self._store(jobs)
+                with database.guard:
+                    if not database.is_current():
+                        database.open()
+                    database.connection.execute("BEGIN IMMEDIATE")
+                    jobs: list[_Job] = []
+                    size = 0
+                    while size < _GROUP and (job := self._writer.take()) is not None:
+                        jobs.append(job)
+                        size += sum(1000 + len(payload) for _, payload in job.items)
+                    self._store(jobs)
             finally:
                 lock.release()
 
@@ -1165,26 +1227,32 @@ class _Process:
             if self._is_closed:
                 raise Unavailable("local: is closed")
             database = self._history
-            self._refresh(database, self._locks[1])
-            return database.page(channel, after, limit, self._bounds)
+            with self._opened(database, self._locks[1]):
+                return database.page(channel, after, limit, self._bounds)
         except (sqlite3.Error, OSError) as error:
             raise Unavailable(f"{self._path}: {error}") from error
         finally:
             self._reading.release()
 
-    def _refresh(self, database: _Database, lock: _Lock) -> bool:
-        """Open what is not open, or not there any more; tell whether it was so."""
-        if database.is_current():
-            return False
-        lock.open()
-        if database.open_to_read():
-            return True
-        lock.acquire(self._timeout)
-        try:
-            database.open()
-        finally:
-            lock.release()
-        return True
+    @contextmanager
+    def _opened(self, database: _Database, lock: _Lock) -> Iterator[bool]:
+        """Open what is not open, or not there any more; yield whether it was so."""
+        is_new = False
+        while True:
+            with database.guard:
+                if not database.is_current():
+                    is_new = True
+                    lock.open()
+                    database.open_to_read()
+                if database.is_open:
+                    yield is_new
+                    return
+            lock.acquire(self._timeout)
+            try:
+                with database.guard:
+                    database.open()
+            finally:
+                lock.release()
 
     # To listen.
 
@@ -1204,16 +1272,18 @@ class _Process:
             if self._listener is not None:
                 return
             try:
-                self._refresh(self._news, self._locks[2])
-                listener = _Listener(self, self._broker, self._news)
+                with self.news() as (news, _):
+                    listener = _Listener(self, self._broker, news)
             except (sqlite3.Error, OSError) as error:
                 raise Unavailable(f"{self._path}: {error}") from error
             listener.start()
             self._listener = listener
 
-    def refresh_news(self) -> bool:
-        """Open what the listener reads, as `_refresh`; in its thread."""
-        return self._refresh(self._news, self._locks[2])
+    @contextmanager
+    def news(self) -> Iterator[tuple[_Database, bool]]:
+        """Open what the listener reads; yield it, and whether that was necessary."""
+        with self._opened(self._news, self._locks[2]) as is_new:
+            yield self._news, is_new
 
     def finish_news(self) -> None:
         """Close it; in the listener's thread, its end."""
@@ -1258,6 +1328,41 @@ class _Process:
         with self._writing:
             self._log.finish(self._locks[0], _CLOSE)
             self._others.close()
+
+    # Forks.
+
+    def pause(self) -> None:
+        """Close the files, once nobody is using them; nobody opens them any more."""
+        databases = self._log, self._history, self._news
+        # Another one than those that our own threads may be waiting for just now.
+        lock = _Lock(self._path, self._is_private)
+        is_held = False
+        if self.has_files:
+            with suppress(OSError, Unavailable):  # without it, as in `finish`
+                lock.open()
+                is_held = lock.hold(_CLOSE)
+        try:
+            for database in databases:
+                database.guard.acquire()
+                try:
+                    database.close()
+                except sqlite3.Error:
+                    log.exception("%s: not closed before a fork", self._path)
+        finally:
+            if is_held:
+                lock.release()
+            lock.close()
+
+    def resume(self) -> None:
+        """Let them be opened again, by the thread that has paused it."""
+        for database in (self._log, self._history, self._news):
+            with suppress(RuntimeError):  # it was interrupted before it had this one
+                database.guard.release()
+
+    @property
+    def has_files(self) -> bool:
+        """SQLite has some of them open."""
+        return any(d.is_open for d in (self._log, self._history, self._news))
 
     def let_go(self) -> None:
         """Close all descriptors but SQLite's."""
@@ -1327,7 +1432,6 @@ class _Listener:
     ) -> None:
         self._process = process
         self._broker = broker
-        self._database = database
         self._folder = f"{broker.path}/wake"
         self._name = ""
         self._socket: Any = None
@@ -1356,7 +1460,6 @@ class _Listener:
     def _run(self) -> None:
         while not self._is_closed:
             try:
-                self._check()
                 self._tell()
             except Exception as error:
                 self._state(False, str(error))
@@ -1387,30 +1490,19 @@ class _Listener:
             while True:
                 self._socket.recv(16)
 
-    def _check(self) -> None:
-        """Notice that files were removed or replaced."""
-        if self._process.refresh_news():
-            self._position = self._database.newest()
-            self._is_doubtful = True
-        if not os.path.exists(self._name):
-            self._bind()
-        if self._is_doubtful:
-            self._is_doubtful = False
-            if self._broker.sink is not None:
-                self._broker.sink.resync(None)
-
     def _tell(self) -> None:
+        """Tell what has come since the last time."""
         while not self._is_closed:
-            if not self._broker.is_watching():
-                newest = self._database.newest()
-
-                def skip(newest: int = newest) -> None:
-                    self._position = newest
-
-                self._broker.unless_watching(skip)
-            rows = self._database.tail(self._position)
+            rows = self._look()
+            if not os.path.exists(self._name):
+                self._bind()
             sink = self._broker.sink
-            if not rows or sink is None:
+            if sink is None:
+                return
+            if self._is_doubtful:
+                self._is_doubtful = False
+                sink.resync(None)
+            if not rows:
                 return
             last = rows[-1][0]
             if last - self._position != len(rows):
@@ -1421,6 +1513,21 @@ class _Listener:
             for _, channel, entry in rows:
                 if self._broker.is_watched(channel):
                     sink.deliver(channel, entry)
+
+    def _look(self) -> list[tuple[int, str, Entry]]:
+        """Return what follows our position; notice that files were replaced."""
+        with self._process.news() as (database, is_new):
+            if is_new:
+                self._position = database.newest()
+                self._is_doubtful = True
+            if not self._broker.is_watching():
+                newest = database.newest()
+
+                def skip() -> None:
+                    self._position = newest
+
+                self._broker.unless_watching(skip)
+            return database.tail(self._position)
 
     def _state(self, is_up: bool, reason: str) -> None:
         if is_up != self._is_up:
