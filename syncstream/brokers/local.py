@@ -309,7 +309,7 @@ def _forks() -> None:
     _forking.acquire()
     for broker in list(_brokers):
         process = broker.process
-        if process is not None:
+        if process is not None and process.pid == os.getpid():
             _paused.append(process)
             process.pause()
 
