@@ -361,7 +361,9 @@ def test_other_methods_and_bodies_stay(server, before, tag):
 
 
 WAITRESS = """
-import os, socket, threading, waitress
+import logging, os, socket, threading, waitress
+# It warns of a request that comes before its threads have begun to wait.
+logging.getLogger("waitress.queue").setLevel(logging.ERROR)
 
 def answer_of(app, **options):
     server = waitress.create_server(app, host="127.0.0.1", port=0, **options)
