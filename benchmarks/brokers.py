@@ -412,23 +412,24 @@ def answers(controls: list[Control]) -> list[Any]:
     return [control.receive() for control in controls]
 
 
-def measure_paced(controls: list[Control], count: int) -> tuple[float, float]:
+def one_publishes(controls: list[Control], task: str, count: int) -> list[Any]:
+    """Have one publish so many events while all take them; return the answers."""
     each = [{"count": count, "is_publisher": not n} for n in range(len(controls))]
-    all_do(controls, "paced", each=each)
+    all_do(controls, task, each=each)
     assert set(answers(controls)) == {"ready"}
     for control in controls:
         control.send("go")
-    times = sorted(time for found in answers(controls) for time in found)
+    return answers(controls)
+
+
+def measure_paced(controls: list[Control], count: int) -> tuple[float, float]:
+    found = one_publishes(controls, "paced", count)
+    times = sorted(time for each in found for time in each)
     return times[len(times) // 2], times[len(times) * 99 // 100]
 
 
 def measure_many(controls: list[Control], count: int) -> tuple[float, float]:
-    each = [{"count": count, "is_publisher": not n} for n in range(len(controls))]
-    all_do(controls, "many", each=each)
-    assert set(answers(controls)) == {"ready"}
-    for control in controls:
-        control.send("go")
-    found = answers(controls)
+    found = one_publishes(controls, "many", count)
     times = sorted(time for took, _ in found for time in took)
     return times[len(times) * 99 // 100], max(percent for _, percent in found[1:])
 

@@ -524,11 +524,6 @@ class AdaptiveSender:
         self._hold = 0.0
         self._held_until = self._suspect_until = -math.inf
 
-    @property
-    def is_holding(self) -> bool:
-        """The GIL is held during sends now, because of a convoy."""
-        return time.monotonic() < self._held_until
-
     def send(self, fds: Iterable[int], data: bytes) -> Rest:
         """Send the same bytes to each descriptor; see `Sender`."""
         if self._ring is not None:

@@ -1262,8 +1262,8 @@ class Stream:
         elif not self._full_since:
             # Nothing was taken since the last look, nor before the last chunk. If that
             # was long ago we were stopped ourselves, and the client is not to blame.
-            at_most = now - send_timeout / 2
-            self._full_since = max(self._moved, self._looked_at, at_most)
+            earliest = now - send_timeout / 2
+            self._full_since = max(self._moved, self._looked_at, earliest)
         if self._full_since and now - self._full_since >= send_timeout:
             self._over("send_timeout")
             hang_up(self._fd)

@@ -1051,7 +1051,6 @@ class _Process:
         self._path = broker.path
         self._timeout = broker.timeout
         self._bounds = broker.bounds
-        self._is_private = broker.is_private
         self._locks = [_Lock(broker.path, broker.is_private) for _ in range(3)]
         self._log, self._history, self._news = (
             _Database(broker.path) for _ in range(3)
@@ -1335,7 +1334,7 @@ class _Process:
         """Close the files, once nobody is using them; nobody opens them any more."""
         databases = self._log, self._history, self._news
         # Another one than those that our own threads may be waiting for just now.
-        lock = _Lock(self._path, self._is_private)
+        lock = _Lock(self._path, self._broker.is_private)
         is_held = False
         if self.has_files:
             with suppress(OSError, Unavailable):  # without it, as in `finish`
