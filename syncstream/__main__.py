@@ -213,7 +213,7 @@ def _demo(options: argparse.Namespace) -> int:
     missing = [n for n in ("flask", "gevent", "gunicorn") if find_spec(n) is None]
     if missing:
         return _fail(
-            f"the demo needs {', '.join(missing)}: pip install 'syncstream[demo]'"
+            f"the demo needs {', '.join(missing)}: pip install 'syncstream-wsgi[demo]'"
         )
     try:
         sock = _bind(options.host, options.port)

@@ -329,5 +329,6 @@ def test_a_missing_extra(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr == (
-        "syncstream: the demo needs flask, gevent: pip install 'syncstream[demo]'\n"
+        "syncstream: the demo needs flask, gevent:"
+        " pip install 'syncstream-wsgi[demo]'\n"
     )

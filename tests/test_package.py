@@ -1,6 +1,7 @@
 """The package as a whole: layers, names, what importing it does."""
 
 import ast
+import configparser
 import re
 import subprocess
 import sys
@@ -120,6 +121,55 @@ print(sorted(new - set(sys.stdlib_module_names)))
     assert done.returncode == 0, done.stderr
     # orjson is the `fast` extra: used wherever it is installed.
     assert done.stdout.strip() in ("['orjson', 'syncstream']", "['syncstream']")
+
+
+def test_commands_install_this_project():
+    """By its own name, or from the clone: ``syncstream`` on PyPI is somebody else's."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert config["metadata"]["name"] == "syncstream-wsgi"
+    paths = [ROOT / name for name in ("README.md", "CHANGELOG.md", "setup.cfg")]
+    for folder in (".ci", "benchmarks", "docs", "examples", "syncstream", "tests"):
+        paths += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+    texts = {p: p.read_text() for p in paths if p.suffix not in (".pyc", ".svg")}
+    ours = re.compile(r"syncstream-wsgi\[|(?<=['\" ])\.\[")
+    theirs = re.compile(
+        # pip install, some options and other packages, and the bare name.
+        r"(?:pip3?|uv|poetry|pipx)\s+(?:install|add)[^`\n]*?(?<![\w./-])syncstream"
+        # An extra of it, wherever it stands, a requirement or a line of its own.
+        r"(?![\w./-])|(?<![\w./-])syncstream\[(?!\.)"
+    )
+    wrong = {p: found for p, t in texts.items() if (found := theirs.findall(t))}
+    wrong.pop(Path(__file__), None)
+    assert not wrong
+    assert sum(len(ours.findall(text)) for text in texts.values()) >= 8
+
+
+@pytest.mark.parametrize(
+    ("url", "package", "extra"),
+    [
+        ("redis://127.0.0.1", "redis", "redis"),
+        ("postgresql://127.0.0.1", "psycopg", "postgresql"),
+    ],
+)
+def test_a_broker_without_its_package(url, package, extra):
+    """The error says what to install, by this project's name."""
+    code = f"""
+import sys
+sys.modules[{package!r}] = None
+from syncstream import Hub
+try:
+    Hub({url!r})
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout == (
+        f"{extra}: needs the package {package}:"
+        f" pip install 'syncstream-wsgi[{extra}]'\n"
+    ), done.stderr
 
 
 def test_version():

@@ -39,15 +39,21 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from psycopg import Error as DriverError
-from psycopg import pq
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
-
 from .. import waiting
 from ..errors import BrokerError, PayloadTooLarge, Unavailable, Uncertain
 from ..log import Entry, Page
 from ..sockets import native
 from . import Sink, is_pattern, matches
+
+try:
+    from psycopg import Error as DriverError
+except ImportError as error:
+    raise ImportError(
+        "postgresql: needs the package psycopg:"
+        " pip install 'syncstream-wsgi[postgresql]'"
+    ) from error
+from psycopg import pq
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 __all__ = ["PostgreSQLBroker", "install", "install_sql"]
 

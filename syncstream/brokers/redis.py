@@ -44,7 +44,7 @@ try:
     import redis
 except ImportError as error:
     raise ImportError(
-        "redis: needs the package redis: pip install 'syncstream[redis]'"
+        "redis: needs the package redis: pip install 'syncstream-wsgi[redis]'"
     ) from error
 from redis.backoff import NoBackoff
 from redis.connection import parse_url
