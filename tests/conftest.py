@@ -5,9 +5,24 @@ import threading
 import pytest
 from hypothesis import settings
 
+from live import SERVERS
+
 # A machine that is busy makes no example wrong.
 settings.register_profile("untimed", settings(), deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as `matrix` each test that has one of `live.SERVERS` for a parameter.
+
+    Its own fixtures' parameters count, too. A test of deployments that has none says
+    it by ``pytest.mark.matrix``. See tests/run.
+    """
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(str(value).startswith(SERVERS) for value in values):
+            item.add_marker("matrix")
 
 
 @pytest.fixture(autouse=True)
