@@ -21,7 +21,8 @@ def pytest_collection_modifyitems(items):
     """
     for item in items:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if any(str(value).startswith(SERVERS) for value in values):
+        names = [value for value in values if isinstance(value, str)]
+        if any(name.startswith(SERVERS) for name in names):
             item.add_marker("matrix")
 
 
