@@ -1037,6 +1037,19 @@ def test_tags(hub):
     assert resume(hub, ids[-1]) == []
 
 
+def test_tags_hold_where_a_thread_is_kept(hub):
+    """A response that is not handed over passes each event on as it comes, or not."""
+    stream = stream_of(hub.subscribe("a", after="start"), Line(), handover=False)
+    chunks = iter(stream)
+    assert next(chunks) == b": ok\n\n"
+    hub.publish("a", "first")
+    assert b"data: first\n" in next(chunks)
+    hub.publish("a", "admins", only=["admin"])
+    id = hub.publish("a", "all")
+    assert next(chunks) == f"id: {id}\ndata: all\n\n".encode()
+    stream.close()
+
+
 def test_much_that_is_for_others_is_passed(hub):
     """What is for others never stands in the way of what is not."""
     hub.publish_many("a", ["x"] * 700, only=["others"])

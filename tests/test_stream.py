@@ -176,6 +176,20 @@ def test_an_error_is_logged_once_and_cuts(line, caplog):
     assert caplog.records[0].exc_info[1].args == ("broken",)
 
 
+def test_an_iterator_that_fails_is_closed(line):
+    """Once, and as it is cut: no generator, it has no `finally` that would run."""
+
+    class Failing(Closing):
+        def __next__(self):
+            raise RuntimeError("broken")
+
+    source = Failing()
+    chunks = iter(stream_of(source, line))
+    with pytest.raises(ConnectionResetError):
+        list(chunks)
+    assert source.closed == 1
+
+
 def test_on_error_says_the_last_word(line):
     """What on_error returns is the last event."""
 

@@ -966,7 +966,7 @@ def test_a_link_must_have_a_close(thing):
 
 
 def test_a_stopped_greenlet_passes_a_notification_on():
-    """Two streams wait on one condition; the first is stopped as it is notified."""
+    """Two wait for one thing; the first is notified, then stopped before it runs."""
     pytest.importorskip("gevent")
     assert check_script(PASS_ON) == ""
 
@@ -978,24 +978,41 @@ import gevent, threading
 from pairs import Line, serve, stream_of
 from syncstream import current_stream
 
-condition, got = threading.Condition(), []
+Queue = gevent.monkey.get_original("queue", "Queue")  # with gevent's locks
 
-def source(name):
-    yield name
+def in_condition(condition, stream):
+    with condition:  # held where the stream's end arrives
+        return stream.wait(condition)
+
+def notify(condition):
     with condition:
-        if current_stream().wait(condition, 5):
-            got.append(name)
+        condition.notify()
 
-streams = {name: stream_of(source(name), Line()) for name in "ab"}
-greenlets = []
-for stream in streams.values():
-    greenlets.append(gevent.spawn(serve, stream))
-    while len(condition._waiters) < len(greenlets):
-        gevent.sleep(0.001)
-streams["a"].stop("kicked")
-with condition:
-    condition.notify()
-gevent.joinall(greenlets, timeout=10)
-# It reached the first before its end did, or else the second.
-assert got, got
+for waitable, wait, give, waiters in (
+    (queue := Queue(), lambda queue, stream: stream.wait(queue),
+     lambda queue: queue.put(1), queue.not_empty._waiters),
+    (condition := threading.Condition(), in_condition, notify, condition._waiters),
+):
+    got = []
+
+    def source(name):
+        yield name
+        wait(waitable, current_stream())
+        got.append(name)
+
+    streams = {name: stream_of(source(name), Line()) for name in "ab"}
+    greenlets = []
+    for stream in streams.values():
+        greenlets.append(gevent.spawn(serve, stream))
+        while len(waiters) < len(greenlets):
+            gevent.sleep(0.001)
+
+    def notify_and_stop():
+        give(waitable)
+        streams["a"].stop("kicked")
+        streams["a"]._interrupt()  # as the watch does, in this callback or a later one
+
+    gevent.get_hub().loop.run_callback(notify_and_stop)
+    gevent.joinall(greenlets, timeout=10)
+    assert got == ["b"], (waitable, got)
 """

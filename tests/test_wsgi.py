@@ -397,6 +397,21 @@ def test_errors_before_the_head_reach_the_server():
         run_wsgi_app(StreamMiddleware(app), create_environ())
 
 
+def test_an_error_in_the_step_of_the_head_is_no_end(caplog):
+    """A lazy application that fails before its first chunk has failed, not finished."""
+
+    def app(environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/event-stream")])
+        raise LookupError("early")
+        yield
+
+    body, _, _ = run_wsgi_app(StreamMiddleware(app), create_environ())
+    with pytest.raises((ConnectionResetError, LookupError)):
+        list(body)
+    (record,) = caplog.records
+    assert record.exc_info[1].args == ("early",)
+
+
 @pytest.mark.parametrize("app", [handwritten, lazy])
 def test_the_middleware_passes_exc_info(app):
     """A second start_response with exc_info replaces the first one's head."""
