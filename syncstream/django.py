@@ -1,7 +1,9 @@
 """Django: the responses as StreamingHttpResponse, and ``@sse`` for its views.
 
-For WSGI. A response is made without the request, so the request's environ is taken
-from Django's ``request_started`` signal, in the thread or greenlet that handles it.
+For WSGI. A response is made without its request. The handler adds the request's
+``close`` to what the response closes (``_resource_closers``, Django 4.2 to 6.1), after
+all middlewares and before anything is sent: there it is found, whatever happened
+before these views were imported, which may have been during this request.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from django.conf import settings
 from django.core.signals import request_finished, request_started
 from django.db import connections
 from django.db.backends.signals import connection_created
-from django.http import StreamingHttpResponse
+from django.http import HttpRequest, StreamingHttpResponse
 
 from . import wsgi
 from .process import process
 from .protocol.json import Dumps
+from .stream import Stream
 from .views import decorator
 
 __all__ = ["NDJSONResponse", "SSEResponse", "StreamResponse", "sse"]
@@ -30,8 +33,8 @@ Environ = dict[str, Any] | None
 
 log = logging.getLogger(__name__)
 
-# The environ of the request that runs here, and of the one around it: a view may use
-# Django's test client.
+# The environ of the request that runs here, and of the one around it (a view may use
+# Django's test client): for a body that a middleware has put into another response.
 _environ: ContextVar[tuple[Environ, Environ]] = ContextVar(
     "syncstream_django_environ", default=(None, None)
 )
@@ -44,9 +47,21 @@ def _started(sender: object, environ: Environ = None, **kwargs: Any) -> None:
     _environ.set((environ, _environ.get()[0]))
     _thread.is_asgi = environ is None
     if environ is not None:
-        environ[wsgi.BEFORE_WAIT] = [_give_connections_back]
-        for connection in connections.all(initialized_only=True):
-            _OpenCursors.of(connection)
+        _prepare(environ, is_new=True)
+
+
+def _prepare(environ: dict[str, Any], *, is_new: bool) -> None:
+    """Have the connections of a request's thread given back while it waits.
+
+    Args:
+        environ: The request's.
+        is_new: It has just begun, so that no cursor of its own is open.
+    """
+    if wsgi.BEFORE_WAIT in environ and not is_new:
+        return
+    environ[wsgi.BEFORE_WAIT] = [_give_connections_back]
+    for connection in connections.all(initialized_only=True):
+        _OpenCursors.of(connection, is_late=not is_new)
 
 
 class _OpenCursors:
@@ -58,16 +73,24 @@ class _OpenCursors:
     https://docs.djangoproject.com/en/stable/topics/db/instrumentation/
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_late: bool) -> None:
         self._cursors: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._is_late = is_late
 
     @classmethod
-    def of(cls, connection: Any) -> _OpenCursors:
-        """Return those of a connection; from the first call on they are watched."""
+    def of(cls, connection: Any, *, is_late: bool = False) -> _OpenCursors:
+        """Return those of a connection; from the first call on they are watched.
+
+        Args:
+            connection: One of this thread's or greenlet's.
+            is_late: Nobody knows what has been opened before: it stays in use, until
+                the next request or connection.
+        """
         for wrapper in connection.execute_wrappers:
             if isinstance(wrapper, cls):
+                wrapper._is_late &= is_late
                 return wrapper
-        cursors = cls()
+        cursors = cls(is_late)
         # First: `connection.execute_wrapper` takes its own out by popping the last.
         connection.execute_wrappers.insert(0, cursors)
         return cursors
@@ -92,10 +115,11 @@ class _OpenCursors:
 
         return closing
 
-    def __len__(self) -> int:
-        return len(self._cursors)
+    def __bool__(self) -> bool:
+        return self._is_late or bool(self._cursors)
 
     def clear(self) -> None:
+        self._is_late = False
         self._cursors.clear()
 
 
@@ -136,22 +160,23 @@ _ASGI = (
 
 
 class _Streaming(StreamingHttpResponse):
+    _response: Any = None
+    _connection: wsgi.Connection | None = None
+    _status = 200
+
     def __init__(
         self, response: wsgi.SSEResponse | wsgi.NDJSONResponse | wsgi.StreamResponse
     ) -> None:
-        environ, _ = _environ.get()
-        if environ is None and getattr(_thread, "is_asgi", False):
+        if _environ.get()[0] is None and getattr(_thread, "is_asgi", False):
             response.close()
             raise RuntimeError(_ASGI)
-        # No request at all: a response that a test made, of a RequestFactory's.
-        body, status, headers = response.get_wsgi_response(
-            {"REQUEST_METHOD": "GET"} if environ is None else environ
-        )
-        code, _, reason = status.partition(" ")
-        super().__init__(body, status=int(code), reason=reason)
+        _, _, reason = response.status.partition(" ")
+        stream = response._stream
+        super().__init__(_body(stream), status=response.status_code, reason=reason)
+        self._resource_closers.append(stream.close)
         _warn_of_gzip()
         del self.headers["Content-Type"]  # Django's default
-        for name, value in headers:
+        for name, value in response.get_wsgi_headers({}):
             if name.lower() == "set-cookie":
                 self.cookies.load(value)
             elif name in self.headers:  # Django's are a mapping
@@ -160,8 +185,45 @@ class _Streaming(StreamingHttpResponse):
                 self.headers[name] = value
         self._response = response
 
+    def _find_request(self) -> None:
+        """Learn which request this answers, as soon as the handler has told."""
+        if self._response is None or self._connection is not None:
+            return
+        for closer in self._resource_closers:
+            request = getattr(closer, "__self__", None)
+            if isinstance(request, HttpRequest):
+                break
+        else:
+            return
+        environ = getattr(request, "environ", None)
+        if environ is None:
+            self._response.close()
+            raise RuntimeError(_ASGI)
+        _prepare(environ, is_new=False)
+        self._connection = connection = wsgi.Connection.of(environ)
+        stream = self._response._stream
+        if stream.is_over_for(connection):
+            self._status, self._reason_phrase = 204, None
+            del self.headers["Content-Type"]
+        if wsgi.has_body(connection, self._status):
+            connection.take(stream, self.headers.items())
+        else:
+            stream.close()
+
+    # The handler reads it right after it has added the request, then the headers.
+
+    @property
+    def status_code(self) -> int:
+        self._find_request()
+        return self._status
+
+    @status_code.setter
+    def status_code(self, status: int) -> None:
+        self._status = status
+
     def items(self) -> Any:
         """Return the headers that WSGI leaves to the application."""
+        self._find_request()
         return wsgi.without_hop_by_hop(super().items())
 
     def __iter__(self) -> Iterator[bytes]:
@@ -174,6 +236,22 @@ class _Streaming(StreamingHttpResponse):
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         raise RuntimeError(_ASGI)
+
+
+def _body(stream: Stream) -> Iterator[bytes]:
+    """Yield a stream's chunks, to the client of the request that runs here.
+
+    That is known here if the response with our body is not ours. Without any, as of
+    a RequestFactory's request, it is a stream without a connection.
+    """
+    environ, _ = _environ.get()
+    if environ is not None and not stream.has_connection and not stream.reason:
+        connection = wsgi.Connection.of(environ)
+        if connection.is_head:
+            stream.close()
+        elif connection.stream is None:
+            connection.take(stream)
+    yield from stream
 
 
 def _warn_of_gzip() -> None:

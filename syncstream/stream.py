@@ -398,6 +398,11 @@ class Stream:
             self._opening = None
             self._format = Format(self._format.encode, lambda tail: False)
 
+    @property
+    def has_connection(self) -> bool:
+        """Whether it is known to whom its chunks go."""
+        return self._connection is not None
+
     def is_over_for(self, connection: Connection) -> bool:
         """Tell whether this client has been told to stop, and came back."""
         return self._end_mode == "stop" and connection.last_event_id == sse.END_ID
@@ -832,6 +837,14 @@ class Stream:
     def _warn(self) -> None:
         if self._connection is not None:
             self._connection.warn()
+            return
+        process().warn_once(
+            log,
+            "a stream is written to nobody knows whom: its request was not found, so"
+            " that it misses it when its client leaves or its server stops, and has"
+            " no keepalive. Return the response itself from the view",
+            "no connection",
+        )
 
     # Without the server.
 

@@ -9,6 +9,7 @@ from django.test import Client, RequestFactory
 
 from apps import django_app
 from syncstream.django import SSEResponse, sse
+from syncstream.process import process
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,13 +40,20 @@ def test_the_test_client_reads_a_stream(client):
     response.close()
 
 
-def test_without_a_request():
-    """A response that is made for a RequestFactory's request streams too."""
+def test_without_a_request(caplog):
+    """A response for a RequestFactory's request streams, too, and says what it lacks.
+
+    No request is invented for it.
+    """
+    process()._warned.clear()
     view = sse(lambda request: (n for n in range(2)))
     response = view(RequestFactory().get("/"))
     assert isinstance(response, SSEResponse)
     assert response.streaming
     assert b"".join(response).endswith(b"data: 1\n\n")
+    assert not response._response._stream.has_connection
+    assert b"".join(SSEResponse(["a"])) == b": ok\n\ndata: a\n\n"
+    assert caplog.text.count("its request was not found") == 1
 
 
 def test_asgi_is_a_clear_error(caplog):
