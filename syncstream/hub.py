@@ -289,7 +289,7 @@ class Hub:
         if event.data is None:
             # Readers would never see it: nothing is dispatched without data.
             raise ValueError("data must be given: an event without is not dispatched")
-        return event.encode()
+        return event.encode(self._dumps)
 
     # To subscribe.
 

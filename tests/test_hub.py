@@ -1774,7 +1774,8 @@ def test_dumps():
     """What is not text is encoded by it."""
     hub = Hub(dumps=lambda value: b"<%d>" % value)
     hub.publish("a", 7)
-    assert data(hub.subscribe("a", after="start").read(0)) == ["<7>"]
+    hub.publish("a", Event(8, event="e"))
+    assert data(hub.subscribe("a", after="start").read(0)) == ["<7>", "<8>"]
     hub.close()
 
 
