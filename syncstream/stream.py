@@ -63,7 +63,16 @@ from .waiting import (
 )
 from .watch import Timer, Watch, watch
 
-__all__ = ["Connection", "Format", "Life", "Stream", "Swap", "Taken", "current_stream"]
+__all__ = [
+    "Connection",
+    "Format",
+    "Life",
+    "Stream",
+    "Swap",
+    "Taken",
+    "current_stream",
+    "warn_unframed",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -244,6 +253,22 @@ def current_stream() -> Stream | None:
     generator has started: pass them the stream.
     """
     return cast("Stream | None", current_scope())
+
+
+def warn_unframed() -> None:
+    """Say, once a process, that the stream which runs here sends bytes in vain."""
+    # Not `current_stream`: the generator has just yielded, and does not run.
+    reference = current.get()
+    stream = cast("Stream | None", reference() if reference is not None else None)
+    # In a Content-Encoding of the application's no bytes are an event as they are.
+    if stream is not None and stream._format.is_events:
+        process().warn_once(
+            log,
+            f"{stream._label} yields bytes that no client takes for an event: bytes are"
+            " sent as they are, so frame them (b'data: ...\\n\\n'), or yield the object"
+            " itself instead of its JSON",
+            "unframed",
+        )
 
 
 def check_source(source: Any) -> None:

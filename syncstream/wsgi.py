@@ -29,7 +29,7 @@ from .protocol.json import Dumps
 from .servers import Server, SocketLike, connection_reset, server_of
 from .servers.handover import Refused, Swap
 from .sockets import hang_up, is_hung_up, is_writable, reset
-from .stream import Format, Life, Stream, check_handover
+from .stream import Format, Life, Stream, check_handover, warn_unframed
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -526,7 +526,8 @@ class SSEResponse(_Streaming):
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:
-        format = Format(sse.encoder(dumps), sse.ends_blank, is_events=True)
+        encode = sse.encoder(dumps, warn_unframed)
+        format = Format(encode, sse.ends_blank, is_events=True)
         life = Life(keepalive, send_timeout, max_duration)
         stream = Stream(
             source,
@@ -851,7 +852,7 @@ def _format_of(headers: Iterable[tuple[str, str]]) -> Format | None:
         return None
     mimetype = values.get("content-type", "").partition(";")[0].strip().lower()
     if mimetype == _EVENT_TYPE:
-        return Format(raw.encode_bytes, sse.ends_blank, is_events=True)
+        return Format(sse.passer(warn_unframed), sse.ends_blank, is_events=True)
     if mimetype in _NDJSON_TYPES:
         return Format(raw.encode_bytes, _ends_line)
     return None

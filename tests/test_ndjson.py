@@ -145,6 +145,9 @@ def test_yield_is_one_line(item: Any, line: bytes | None) -> None:
             id="object with .data",
         ),
         pytest.param({(1,): 2}, TypeError, "keys must be", id="key"),
+        pytest.param(
+            Event(event="e"), ValueError, "data must be given with event", id="no data"
+        ),
         pytest.param("\ud800", ValueError, "surrogates not allowed", id="surrogate"),
         pytest.param(["\ud800"], ValueError, "surrogates not", id="surrogate within"),
     ],

@@ -218,12 +218,20 @@ def test_nothing_is_added_within_an_event(line):
         next(chunks)
 
 
-def test_on_error_may_fail(line, caplog):
-    """An exception in on_error is logged, and the stream is cut all the same."""
+def fails(error):
+    raise SystemExit("worse")
 
-    def on_error(error):
-        raise SystemExit("worse")
 
+@pytest.mark.parametrize(
+    "on_error",
+    [fails, lambda error: Event(event="failed"), lambda error: {1}],
+    ids=["fails", "no data", "no JSON"],
+)
+def test_on_error_may_fail(on_error, line, caplog):
+    """An exception in on_error is logged, and the stream is cut all the same.
+
+    So it is where what on_error returns cannot be encoded, or would fire nothing.
+    """
     chunks = iter(stream_of(iter([object()]), line, on_error=on_error))
     with pytest.raises(ConnectionResetError):
         list(chunks)
@@ -244,6 +252,10 @@ def test_what_cannot_be_encoded_is_thrown_at_the_yield(caplog):
             yield Event("a"), {"not": {1, 2}}
         except TypeError:
             yield "caught"
+        with pytest.raises(ValueError, match="data must be given with event"):
+            yield Event(event="done")
+        with pytest.raises(TypeError, match="a memoryview must be a row of bytes"):
+            yield memoryview(b"data").cast("I")
         yield object()  # the user's line
 
     body = b"".join(iter(stream_of(source())))

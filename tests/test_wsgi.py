@@ -17,6 +17,7 @@ from syncstream import (
     last_event_id,
     sse,
 )
+from syncstream.process import process
 
 ASK = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
 
@@ -433,6 +434,30 @@ def test_the_middleware_passes_exc_info(app):
     body = StreamMiddleware(failing)(create_environ(), start_response)
     assert list(body) == [b"oops"]
     assert calls == [("200 OK", False), ("500 Oops", True)]
+
+
+@pytest.mark.parametrize(
+    "app",
+    [
+        SSEResponse([b'{"a":1}', b'{"a":2}']),
+        StreamMiddleware(handwritten(body=[b'{"a":1}'])),
+        StreamMiddleware(lazy(body=[b'{"a":1}'])),
+        SSEResponse([b"data: a\n\n", b"event: e\ndata:", b"b\n", b"\n"]),
+        SSEResponse([b"\x1f\x8b"], headers={"Content-Encoding": "gzip"}),
+        NDJSONResponse([b'{"a":1}']),
+    ],
+    ids=["response", "middleware", "lazy", "framed", "encoded", "lines"],
+)
+def test_bytes_that_fire_nothing_are_warned_of(app, request, caplog, monkeypatch):
+    """Bytes that no client takes for an event are passed, and told of once."""
+    monkeypatch.setattr(process(), "_warned", {})
+    assert get(app, headers=ASK).data
+    is_told = request.node.callspec.id in ("response", "middleware", "lazy")
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * is_told
+    for record in caplog.records:
+        assert record.message.startswith("GET '/' yields bytes")
+        assert "b'data: ...\\n\\n'" in record.message
+        assert '{"a"' not in record.message  # never what is sent
 
 
 def test_the_middleware_twice_is_once():

@@ -15,6 +15,7 @@ import datetime
 import decimal
 import enum
 import json
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,18 +25,77 @@ try:
 except ImportError:
     orjson = None  # type: ignore[assignment]
 
-__all__ = ["Dumps", "default_dumps", "dumps_or_default"]
+__all__ = ["Dumps", "as_mapping", "default_dumps", "dumps_or_default", "is_array"]
 
 Dumps = Callable[[Any], "str | bytes"]
 """A JSON encoder: one value in, its text out."""
+
+
+def as_mapping(value: Any) -> Any:
+    """Return the fields of an object that is a record of them, by name.
+
+    A dataclass, an object of attrs, pydantic (2 and 1) or msgspec, a Django model, a
+    class mapped by SQLAlchemy or one of its rows, a peewee model. Each library is
+    recognised by what it leaves in its classes, and none is imported.
+
+    Returns:
+        A dict, or ``None`` for any other object. A pydantic ``RootModel`` is its root,
+        whatever that is.
+    """
+    kind = type(value)
+    # First: a SQLModel is a pydantic model whose dump of an expired row is empty.
+    if hasattr(kind, "__mapper__"):  # SQLAlchemy's; what is not loaded is loaded
+        names = [attribute.key for attribute in kind.__mapper__.column_attrs]
+        return {name: getattr(value, name) for name in names}
+    if hasattr(kind, "model_fields") and hasattr(kind, "model_dump"):  # pydantic 2
+        return value.model_dump(mode="json")
+    if hasattr(kind, "__fields_set__") and hasattr(kind, "__fields__"):  # pydantic 1
+        return json.loads(value.json())
+    if hasattr(kind, "__struct_fields__"):  # msgspec, with the names it encodes
+        return sys.modules["msgspec"].to_builtins(value, enc_hook=_plain)
+    if hasattr(kind, "__attrs_attrs__"):
+        return {f.name: getattr(value, f.name) for f in kind.__attrs_attrs__}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    options: Any = getattr(kind, "_meta", None)
+    if hasattr(options, "concrete_fields"):  # Django: what values() would give
+        deferred = value.get_deferred_fields()
+        names = [field.attname for field in options.concrete_fields]
+        return {name: getattr(value, name) for name in names if name not in deferred}
+    if hasattr(options, "sorted_field_names"):  # peewee
+        return dict(value.__data__)
+    if hasattr(kind, "_mapping") and isinstance(value._mapping, Mapping):
+        return dict(value._mapping.items())  # a row of SQLAlchemy's
+    return None
+
+
+def is_array(value: Any) -> bool:
+    """Tell whether an object's ``.data`` is memory: numpy's, a buffer's, a tensor's."""
+    if hasattr(type(value), "dtype") or hasattr(type(value), "__array__"):
+        return True
+    try:
+        memoryview(value).release()
+    except (TypeError, ValueError, BufferError):
+        return False
+    return True
+
+
+def _listed(value: Any) -> Any:
+    """Return the numbers of an array, or the number of a scalar, of numpy's kind."""
+    # b, i, u, f: what JSON has; U and O are text and objects. Of dates tolist() makes
+    # plain numbers, of complex ones and bytes nothing that JSON has. (Tensors' dtypes
+    # have no kind, and are numbers.)
+    if getattr(value.dtype, "kind", "f") in "biufUO":
+        listed = value.tolist()
+        if type(listed) is not type(value):  # as numpy.longdouble stays one
+            return listed
+    return value
 
 
 def _plain(value: Any) -> Any:
     """Turn what JSON has no word for into what it has."""
     if isinstance(value, Mapping):
         return dict(value.items())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, enum.Enum):
@@ -43,6 +103,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (uuid.UUID, decimal.Decimal)):
         return str(value)
     kind = type(value)
+    if not isinstance(value, type):
+        fields = as_mapping(value)
+        if fields is not None:
+            return fields
+        if hasattr(kind, "dtype") and hasattr(kind, "tolist"):
+            listed = _listed(value)
+            if listed is not value:
+                return listed
     raise TypeError(
         f"cannot encode {kind.__module__}.{kind.__qualname__} as JSON:"
         " yield its text, or give dumps="

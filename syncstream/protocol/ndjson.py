@@ -12,7 +12,8 @@ from typing import Any
 from ..errors import RemoteProtocolError
 from .json import Dumps, dumps_or_default
 from .lines import LineBuffer
-from .sse import Event
+from .raw import as_bytes
+from .sse import Event, check_dispatched
 
 __all__ = ["Decoder", "encoder"]
 
@@ -23,8 +24,9 @@ def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
     ``bytes`` pass through as they are, ``None`` and ``b""`` are checkpoints, an
     `Event` is its data (text becomes a JSON string), all else is one JSON value.
 
-    The function raises ``TypeError`` or ``ValueError`` for what cannot be encoded,
-    also for a ``dumps`` that writes a value over several lines.
+    The function raises ``TypeError`` or ``ValueError`` for what cannot be encoded, for
+    an event that has a name and no data, and for a ``dumps`` that writes a value over
+    several lines.
     """
     json = dumps_or_default(dumps)
 
@@ -32,9 +34,10 @@ def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
         if item is None:
             return None
         if isinstance(item, (bytes, bytearray, memoryview)):
-            return bytes(item) or None
+            return as_bytes(item) or None
         if isinstance(item, Event):
             if item.data is None:
+                check_dispatched(item)
                 return None
             item = item.data
         text = json(item)

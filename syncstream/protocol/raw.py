@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["encode", "encode_bytes"]
+__all__ = ["as_bytes", "encode", "encode_bytes"]
 
 
 def encode(item: Any) -> bytes | None:
@@ -31,5 +31,20 @@ def _passed(item: Any, expected: str) -> bytes | None:
     if item is None:
         return None
     if isinstance(item, (bytes, bytearray, memoryview)):
-        return bytes(item) or None
+        return as_bytes(item) or None
     raise TypeError(f"a chunk must be {expected}, got {item!r}")
+
+
+def as_bytes(item: bytes | bytearray | memoryview) -> bytes:
+    """Return bytes as ``bytes``.
+
+    Raises:
+        TypeError: A memoryview of something else, numbers for one: its memory says
+            nothing to a client.
+    """
+    if isinstance(item, memoryview) and (item.format, item.ndim) != ("B", 1):
+        raise TypeError(
+            "a memoryview must be a row of bytes (format 'B'), got format"
+            f" {item.format!r} in {item.ndim} dimensions: give its tolist()"
+        )
+    return bytes(item)

@@ -7,16 +7,26 @@ what it cannot carry, `Event` refuses where it is made.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from json import loads
 from typing import Any
 
 from ..errors import RemoteProtocolError
-from .json import Dumps, default_dumps, dumps_or_default
+from .json import Dumps, as_mapping, default_dumps, dumps_or_default, is_array
 from .lines import LineBuffer
+from .raw import as_bytes, encode_bytes
 
-__all__ = ["END_ID", "Decoder", "Event", "encoder", "ends_blank"]
+__all__ = [
+    "END_ID",
+    "Decoder",
+    "Event",
+    "check_dispatched",
+    "encoder",
+    "ends_blank",
+    "passer",
+]
 
 END_ID = "syncstream-end"
 """The last event id that tells a browser, when it comes back, to stay away."""
@@ -125,7 +135,7 @@ class Event:
         elif isinstance(data, str):
             data = _text("data", data)
         elif isinstance(data, (bytes, bytearray, memoryview)):
-            data = _decoded(bytes(data))
+            data = _decoded(as_bytes(data))
         if event is not None:
             event = _name("event", event)
         if id is not None:
@@ -218,6 +228,44 @@ def _json_text(value: Any, dumps: Dumps | None) -> str:
     return text
 
 
+def check_dispatched(event: Event) -> None:
+    """Refuse an event that has a name and that no client would fire.
+
+    Raises:
+        ValueError: It has no data.
+    """
+    if event.data is None and event.event is not None:
+        raise ValueError(
+            "data must be given with event: without data a browser dispatches nothing"
+            f' (data="" will do), got event={event.event!r}'
+        )
+
+
+# Of these types no object is a record of fields.
+_VALUES = frozenset((list, tuple, int, float, bool))
+
+
+def _event_of(item: object, has_dumps: bool) -> Event:
+    """Return the event that an object stands for, or one with it as JSON data."""
+    if type(item) in _VALUES or isinstance(item, type):
+        return Event(item)
+    if isinstance(item, tuple):
+        names = getattr(item, "_fields", ())
+        if "data" in names and _FIELDS.issuperset(names):
+            return _fields(item)
+        return Event(item)
+    fields = as_mapping(item)
+    if fields is None:
+        if hasattr(item, "data") and not is_array(item):
+            return _fields(item)
+        return Event(item)
+    if not isinstance(fields, dict):
+        return Event(item)
+    if "data" in fields and fields.keys() <= _FIELDS:
+        return Event(**fields)
+    return Event(item if has_dumps else fields)  # dumps= may know more of it than we
+
+
 def _fields(item: object) -> Event:
     """Return the event that an object with a ``.data`` attribute stands for."""
     return Event(
@@ -229,7 +277,45 @@ def _fields(item: object) -> Event:
     )
 
 
-def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
+# What begins a line of an event stream; the last line may not be whole. A blank line
+# that comes first ends what came before.
+_FRAMED = re.compile(
+    rb"\A[\r\n]|(?:\A(?:\xef\xbb\xbf)?|[\r\n])"
+    rb"(?::|(?:data|event|id|retry)(?:[:\r\n]|\Z)"
+    rb"|(?:d|da|dat|e|ev|eve|even|i|r|re|ret|retr)\Z)"
+)
+_USUAL = (b"data:", b"id:", b"event:", b":")
+
+
+def passer(unframed: Callable[[], object] | None) -> Callable[[Any], bytes | None]:
+    """Return the function that passes bytes through, as they are.
+
+    ``b""`` and ``None`` are checkpoints. Anything else is a ``TypeError``.
+
+    Args:
+        unframed: Called once, for bytes that are nothing in an event stream: no line of
+            them begins with a colon or with the name of a field, so that no client ever
+            sees them. ``json.dumps(…).encode()`` is of that kind. ``None``: not told.
+    """
+    is_inside = False  # of a line, which goes on in the next chunk
+
+    def encode(item: Any) -> bytes | None:
+        nonlocal is_inside, unframed
+        chunk = encode_bytes(item)
+        if chunk is None or unframed is None:
+            return chunk
+        if not is_inside and not chunk.startswith(_USUAL) and not _FRAMED.search(chunk):
+            unframed()
+            unframed = None
+        is_inside = chunk[-1] not in b"\r\n"
+        return chunk
+
+    return encode
+
+
+def encoder(
+    dumps: Dumps | None = None, unframed: Callable[[], object] | None = None
+) -> Callable[[Any], bytes | None]:
     """Return the function that turns what a generator yields into a chunk.
 
     ============================================  ================================
@@ -239,16 +325,27 @@ def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
     ``str``                                       an event with that data
     a mapping with ``data``, all keys of it       an event with those fields
     event fields
-    an object with a ``.data`` attribute (and     an event with those fields
-    maybe ``event, id, retry, comment``)
+    a dataclass, an object of attrs, pydantic or  as a mapping of its fields
+    msgspec, a Django, SQLAlchemy or peewee
+    object, a named tuple with ``data``
+    any other object with a ``.data`` attribute   an event with those fields
+    (and maybe ``event, id, retry, comment``)
     ``bytes``, ``bytearray``, ``memoryview``      as they are: already framed
     ``None``, ``b""``                             nothing: a checkpoint
-    anything else                                 an event with that as JSON data
+    anything else, numbers and arrays of numpy    an event with that as JSON data
+    among it
     ============================================  ================================
 
-    The function raises ``TypeError`` or ``ValueError`` for what cannot be encoded.
+    The function raises ``TypeError`` or ``ValueError`` for what cannot be encoded: the
+    memory of numbers (``array.array``, a memoryview of them, ctypes) for one, and an
+    event that has a name and no data, which browsers do not dispatch.
+
+    Args:
+        dumps: The JSON encoder; it gets the objects that you yield.
+        unframed: As for `passer`.
     """
     json = dumps_or_default(dumps)
+    passed = passer(unframed)
 
     def encode(item: Any) -> bytes | None:
         if type(item) is str:
@@ -263,11 +360,13 @@ def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
                 return b"data: %b\n\n" % text
             return f"data: {text}\n\n".encode()  # type: ignore[str-bytes-safe]
         if type(item) is Event:
+            if item.data is None:
+                check_dispatched(item)
             return item.encode(dumps)
         if item is None:
             return None
         if isinstance(item, (bytes, bytearray, memoryview)):
-            return bytes(item) or None
+            return passed(item)
         if isinstance(item, (str, Event)):
             event = Event(item) if isinstance(item, str) else item
         elif isinstance(item, Mapping):
@@ -276,10 +375,9 @@ def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
                 event = Event(**{name: item[name] for name in item})
             else:
                 event = Event(item)
-        elif hasattr(item, "data") and not isinstance(item, type):
-            event = _fields(item)
         else:
-            event = Event(item)
+            event = _event_of(item, dumps is not None)
+        check_dispatched(event)
         return event.encode(dumps)
 
     return encode
