@@ -1282,7 +1282,8 @@ class Subscription:
         # It is what the first one in a stream has sent: of others it says nothing.
         if scope is not None and not getattr(scope, "has_resumed", False):
             # Kept: where the broker is down, it is tried again, maybe elsewhere.
-            self._given = getattr(scope, "last_event_id", None)
+            # An empty one is a first connection's.
+            self._given = getattr(scope, "last_event_id", None) or None
         if getattr(scope, "is_multiprocess", False):
             self.hub.warn_of_processes()
         self._named, self._turn, self._lost = (), 0, None

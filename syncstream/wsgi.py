@@ -78,29 +78,46 @@ HeaderSource = (
 """Header names and values; the value ``None`` removes a default."""
 
 
-def last_event_id(environ: WSGIEnvironment) -> str | None:
+def last_event_id(request: Any) -> str | None:
     """Return the id of the last event that a client has, ``None`` if it says none.
 
     The header Last-Event-ID comes first, then the query's ``last_event_id`` and
-    ``lastEventId``, for clients that cannot set headers. It comes from outside:
-    expect any text.
+    ``lastEventId``, for clients that cannot set headers. An empty one says none, as
+    a first connection does: the next is looked at. It comes from outside: expect any
+    text.
 
     Args:
-        environ: The request's WSGI environ, ``request.environ`` in Flask.
+        request: The request, of Flask, Django, Bottle, Pyramid or Falcon, or its WSGI
+            environ.
+
+    Raises:
+        TypeError: It is neither.
     """
-    header: str | None = environ.get("HTTP_LAST_EVENT_ID")
-    if header is not None:
+    environ = _environ_of(request)
+    header: str = environ.get("HTTP_LAST_EVENT_ID", "")
+    if header and not header.isspace():
         # Browsers send UTF-8, and PEP 3333 shows its bytes as Latin-1.
         return header.encode("latin-1", "replace").decode(errors="replace")
     text = environ.get("QUERY_STRING", "")
     if "last_event_id=" not in text and "lastEventId=" not in text:
         return None
     try:
-        query = parse_qs(text, keep_blank_values=True, errors="replace")
+        query = parse_qs(text, errors="replace")  # of no empty values
     except ValueError:  # too many fields
         return None
     ids = query.get("last_event_id") or query.get("lastEventId")
     return ids[0] if ids else None
+
+
+def _environ_of(request: Any) -> Mapping[str, Any]:
+    """Return a request's environ; Django has it in META, Falcon in env."""
+    if isinstance(request, Mapping):
+        return request
+    for name in ("environ", "META", "env"):
+        environ = getattr(request, name, None)
+        if isinstance(environ, Mapping):
+            return environ
+    raise TypeError(f"request must be a request or a WSGI environ, got {request!r}")
 
 
 class Connection:

@@ -276,6 +276,13 @@ def test_last_event_id_counts_more_than_after(hub):
     assert data(resume(hub, ids[1], after="start")) == ["3"]
 
 
+@pytest.mark.parametrize("channels", [("a",), ("a", "b")])
+def test_an_empty_last_event_id_is_a_first_connection(hub, channels):
+    """It begins where `after` says, and nothing is reset."""
+    hub.publish_many("a", "123")
+    assert data(resume(hub, "", *channels, after=1)) == ["3"]
+
+
 # Resets.
 
 
@@ -354,7 +361,10 @@ def cut_anywhere(hub, found, expected, **options):
         assert got + rest == expected, place
 
 
-@pytest.mark.parametrize("id", [*HOSTILE, "1", "ffffffff-00000000"])
+PRESENTED = tuple(id for id in HOSTILE if id)  # an empty one is no id
+
+
+@pytest.mark.parametrize("id", [*PRESENTED, "1", "ffffffff-00000000"])
 def test_unknown_ids_are_a_reset(hub, id):
     """Whatever a client presents: a reset and all there is; cut there, none is lost."""
     hub.publish_many("a", "123")
@@ -368,7 +378,7 @@ def test_unknown_ids_are_a_reset(hub, id):
     cut_anywhere(hub, [reset, *found], ["1", "2", "3"])
 
 
-@pytest.mark.parametrize("id", [*HOSTILE, "a" * 8, ",,,", "a.b,c.d", "." * 9999])
+@pytest.mark.parametrize("id", [*PRESENTED, "a" * 8, ",,,", "a.b,c.d", "." * 9999])
 def test_unknown_ids_of_several_are_resets(hub, id):
     """Each channel of which nothing is known has its own."""
     hub.publish_many("a", "12")

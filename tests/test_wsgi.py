@@ -1,19 +1,27 @@
 """The WSGI side: responses, headers, the middleware, and what frameworks do to them."""
 
+import contextlib
 import io
+import types
 
+import bottle
+import falcon
 import flask
 import pytest
+import webob
+from django.core.handlers.wsgi import WSGIRequest
 from werkzeug.datastructures import Headers
 from werkzeug.middleware.lint import LintMiddleware
 from werkzeug.test import Client, create_environ, run_wsgi_app
 from werkzeug.wrappers import Response
 
 from syncstream import (
+    Hub,
     NDJSONResponse,
     SSEResponse,
     StreamMiddleware,
     StreamResponse,
+    current_stream,
     last_event_id,
     sse,
 )
@@ -242,10 +250,16 @@ def test_sse_refuses_asynchronous_views():
     [
         ({}, None),
         ({"headers": {"Last-Event-ID": "5"}}, "5"),
-        ({"headers": {"Last-Event-ID": ""}}, ""),
+        ({"headers": {"Last-Event-ID": ""}}, None),
+        ({"headers": {"Last-Event-ID": " "}}, None),
+        ({"headers": {"Last-Event-ID": ""}, "query_string": "lastEventId=7"}, "7"),
+        ({"headers": {"Last-Event-ID": ""}, "query_string": "lastEventId="}, None),
         ({"query_string": "last_event_id=6"}, "6"),
         ({"query_string": "lastEventId=7"}, "7"),
-        ({"query_string": "lastEventId="}, ""),
+        ({"query_string": "lastEventId="}, None),
+        ({"query_string": "last_event_id=&lastEventId=7"}, "7"),
+        ({"query_string": "lastEventId=7&last_event_id="}, "7"),
+        ({"query_string": "last_event_id=&last_event_id=6"}, "6"),
         ({"query_string": "last_event_id=%C3%A4%00%FF"}, "ä\0\ufffd"),
         ({"query_string": "a=1;last_event_id=6"}, None),
         ({"query_string": "x=1&last_event_id=6&last_event_id=7"}, "6"),
@@ -259,6 +273,68 @@ def test_sse_refuses_asynchronous_views():
 def test_last_event_id(environ, id):
     """The header comes first, then the query; any text is taken."""
     assert last_event_id(create_environ(**environ)) == id
+
+
+def django_request(environ):
+    # It would ask the settings, which belong to a whole process, for its path.
+    request = WSGIRequest.__new__(WSGIRequest)
+    request.environ = request.META = environ
+    return request
+
+
+FRAMEWORKS = {
+    "Flask": lambda environ: flask.Request(environ),
+    "Django": django_request,
+    "Django, ASGI": lambda environ: types.SimpleNamespace(META=environ),
+    "Bottle": lambda environ: bottle.Request(environ),
+    "Pyramid": lambda environ: webob.Request(environ),
+    "Falcon": lambda environ: falcon.Request(environ),
+}
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_last_event_id_of_a_request(name):
+    """It takes the request of a framework just as its environ."""
+    make = FRAMEWORKS[name]
+    environ = create_environ(headers={"Last-Event-ID": "5"})
+    assert last_event_id(make(environ)) == last_event_id(environ) == "5"
+    assert last_event_id(make(create_environ(query_string="lastEventId=7"))) == "7"
+    assert last_event_id(make(create_environ())) is None
+
+
+def test_last_event_id_of_flasks_proxy():
+    """The request that Flask shows to its views."""
+    app = flask.Flask("app")
+    with app.test_request_context(headers={"Last-Event-ID": "5"}):
+        assert last_event_id(flask.request) == "5"
+
+
+@pytest.mark.parametrize("wrong", [None, "5", object(), flask.Flask], ids=repr)
+def test_last_event_id_of_no_request(wrong):
+    """Anything else is refused, and not taken for a first connection."""
+    with pytest.raises(TypeError, match="request must be a request or a WSGI environ"):
+        last_event_id(wrong)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"headers": {"Last-Event-ID": ""}}, {"query_string": "lastEventId="}],
+    ids=["header", "query"],
+)
+def test_an_empty_last_event_id_is_a_first_connection(options):
+    """A channel's subscriber gets no reset, and a stream sees None."""
+    with contextlib.closing(Hub()) as hub:
+        hub.publish_many("a", ["1", "2"])
+        subscription = hub.subscribe("a", after=1)
+
+        def source():
+            assert current_stream().last_event_id is None
+            yield from subscription.read(0)
+
+        text = get(SSEResponse(source()), **options).data.decode()
+    assert "reset" not in text
+    assert "data: 2" in text
+    assert "data: 1" not in text
 
 
 def test_last_event_id_is_utf8():
