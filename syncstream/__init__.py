@@ -12,6 +12,7 @@ The map of the package, from top to bottom the way the data takes:
 ``log``               one channel's events: a bounded window, and positions in it
 ``brokers``           what stores events, and tells of them: ``memory:``
 ``hub``               channels: publish, subscribe, resume
+``links``             what gets a thread out of a read
 ``stream``            one response's life: iterate, encode, close, one reason
 ``servers``           the WSGI servers: where each keeps the socket, how it ends
 ``capacity``          how many streams there may be

@@ -21,7 +21,6 @@ import logging
 import math
 import random
 import sys
-import threading
 import time
 import traceback
 import weakref
@@ -35,6 +34,7 @@ from .capacity import Full, Place
 from .errors import ClientDisconnected, Closed, Unavailable
 from .fanout import Client, come_back, fanout
 from .hub import Frames, Subscription
+from .links import AGAIN, USELESS, Link, place_of, unblock
 from .process import Process, Served, Stopping, process
 from .protocol import sse
 from .protocol.json import Dumps, dumps_or_default
@@ -44,7 +44,6 @@ from .sockets import (
     give_up_after,
     hang_up,
     has_timed_out,
-    is_socket,
     release,
 )
 from .waiting import (
@@ -354,7 +353,7 @@ class Stream:
         # What can happen but once, by the token of who was first.
         self._once: dict[str, tuple[str]] = {}
         self._callbacks: deque[Callable[[], object]] = deque()
-        self._links: deque[Any] = deque()
+        self._links: deque[Link] = deque()
         self.is_running = False  # inside the source; see waiting.py
         self.has_waited = False  # since the last look
         self.has_resumed = False  # a subscription has taken the Last-Event-ID
@@ -587,26 +586,38 @@ class Stream:
     def link(self, closable: T) -> T:
         """Close this when the stream ends, and at once when the client leaves.
 
-        For what a thread blocks on, and nothing else could wake: a response of
-        `requests`, a socket, a database connection or cursor. At an end that comes
-        while the generator runs, a socket is shut down, so that a read ends; what
-        has ``cancel()`` or ``interrupt()`` (database drivers) gets that; else it is
-        closed, from another thread. What that raises in the generator is not taken
-        for an error. (Under gevent the generator is interrupted anyway.)
+        For what a thread blocks on, and nothing else could wake. When the stream ends
+        while its generator runs:
+
+        - A socket is shut down, so that a read of it ends: also that of a response of
+          requests, httpx (HTTP/1.1), urllib3 or ``http.client``, of a stream of the
+          openai SDK, of a redis pubsub.
+        - A database connection or cursor (psycopg, sqlite3) is cancelled. A
+          connection that waits without a query, as in ``connection.notifies()``, is
+          shut down.
+        - A process (``subprocess.Popen``, ``multiprocessing.Process``) gets SIGTERM,
+          and SIGKILL 2 s later, so that a read of its output ends. Processes that it
+          has started are its own affair: ``exec`` in a shell's command.
+        - Anything else is closed from another thread. If the generator still waits
+          5 s later, the log says so.
+
+        What that raises in the generator is not logged as an error. Under gevent the
+        generator is interrupted anyway.
 
         Args:
             closable: It has a ``close()``, which the generator's own thread calls
-                at the end of the stream.
+                at the end of the stream, or is a process, which is then ended and
+                waited for, and its pipes are closed.
 
         Returns:
             The same.
 
         Raises:
-            TypeError: It has no ``close()``.
+            TypeError: It has no ``close()``; or its ``close()`` would not end a read
+                (a pipe, a generator, a ``requests.Session``): the message names what
+                to link instead.
         """
-        if not callable(getattr(closable, "close", None)):
-            raise TypeError(f"closable must have a close(), got {closable!r}")
-        self._links.append(closable)
+        self._links.append(Link(closable))
         if self.is_over():
             self._interrupt()
         return closable
@@ -1137,11 +1148,8 @@ class Stream:
             self._closing = True
             self.runner.throw(self._exit())
             return
-        for closable in tuple(self._links):
-            try:
-                _unblock(closable)
-            except Exception as error:  # the others, and the wait, must end too
-                log.debug("a linked object could not be unblocked: %r", error)
+        if self._links:
+            self._unblock(tuple(self._links))
         parked = self.parked
         if parked is not None and not parked.wake() and self._watch is not None:
             # Somebody holds its condition just now.
@@ -1149,6 +1157,38 @@ class Stream:
                 time.monotonic() + 0.005,
                 lambda: None if parked.wake() else time.monotonic() + 0.005,
             )
+
+    def _unblock(self, links: tuple[Link, ...]) -> None:
+        """Get the thread out of what it reads; again while that goes on."""
+        began, place = time.monotonic(), place_of(links)
+        reference = self.reference
+
+        def unblock_again() -> float | None:
+            now, stream = time.monotonic(), reference()
+            if stream is None or not stream.is_running or stream._closing:
+                return None
+            if place_of(links) != place:  # it cleans up, perhaps by these
+                return None
+            if stream.parked is not None:
+                return now + AGAIN
+            if now - began >= USELESS:
+                stream._say_useless(links)
+                return None
+            unblock(links, is_parked=False)
+            return now + AGAIN
+
+        unblock(links, is_parked=self.parked is not None)
+        if self._watch is not None:
+            self._watch.call_at(began + AGAIN, unblock_again)
+
+    def _say_useless(self, links: tuple[Link, ...]) -> None:
+        names = sorted({type(link.closable).__qualname__ for link in links})
+        text = (
+            f"{self._label} goes on {USELESS:.0f} s after its end: what it has linked"
+            f" ({', '.join(names)}) does not end what it waits in; link the socket,"
+            " the response or the process that it reads from"
+        )
+        process().warn_once(log, text, f"useless link {names}")
 
     # The watch's side: in its thread, or in a callback of the hub.
 
@@ -1457,37 +1497,3 @@ def _weakly(method: Callable[[], R], default: R) -> Callable[[], R]:
         return default if found is None else found()
 
     return call
-
-
-def _unblock(closable: Any) -> None:
-    """Get a thread out of a call that it makes on something; from another thread.
-
-    A socket is shut down: closing it would not wake a read, and a buffered reader
-    cannot be closed while one goes on.
-    """
-    for name in ("cancel", "interrupt"):
-        for target in (closable, getattr(closable, "connection", None)):
-            method = getattr(target, name, None)
-            if callable(method):
-                # It may connect to its server, which takes its time.
-                _in_a_thread(method)
-                return
-    # `requests` has its response in raw, http.client and others a socket in sock.
-    for name in ("", "raw", "sock"):
-        target = getattr(closable, name, None) if name else closable
-        with suppress(OSError, ValueError, AttributeError, TypeError):
-            fd: int = target.fileno()  # type: ignore[union-attr]
-            if is_socket(fd):
-                hang_up(fd)
-                return
-    _in_a_thread(closable.close)
-
-
-def _in_a_thread(function: Callable[[], object]) -> None:
-    def run() -> None:
-        try:
-            function()
-        except Exception as error:
-            log.debug("a linked object could not be closed: %r", error)
-
-    threading.Thread(target=run, name="syncstream-link", daemon=True).start()

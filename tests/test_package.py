@@ -24,7 +24,7 @@ LAYERS = (
     ("waiting",),
     ("log",),
     ("brokers",),
-    ("capacity", "watch"),
+    ("capacity", "links", "watch"),
     ("process",),
     ("hub",),
     ("fanout",),
