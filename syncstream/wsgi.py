@@ -129,6 +129,9 @@ class Connection:
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         self.environ = environ
+        # As the server has made it, if this is early enough: the socket is found by
+        # it, and Bottle's request.params puts another one into its place.
+        self._input = environ.get("wsgi.input")
         # Weak references, here and in the environ: no cycle keeps either alive.
         self._stream: weakref.ref[Stream] | None = None
         self._write: Callable[[bytes], object] | None = None
@@ -161,7 +164,7 @@ class Connection:
 
     def warn(self) -> None:
         """Say, once a process, what an operator should change: a stream stays here."""
-        record, server, environ = process(), self.server, self.environ
+        record, server, environ = process(), self.server, self._given
         key = ("warning", server.name, environ.get("SERVER_PROTOCOL"))
         warning = record.memo(key, lambda: server.warning(environ))
         if warning is not None:
@@ -178,6 +181,14 @@ class Connection:
     @functools.cached_property
     def server(self) -> Server:
         return server_of(self.environ)
+
+    @property
+    def _given(self) -> WSGIEnvironment:
+        """The environ, as far as the server is found by it, as it was at first."""
+        environ, given = self.environ, self._input
+        if environ.get("wsgi.input") is given:
+            return environ
+        return {**environ, "wsgi.input": given}
 
     @property
     def label(self) -> str:
@@ -219,7 +230,7 @@ class Connection:
         fd = self.fd
         if fd is not None and not is_writable(fd):
             return True
-        return self.server.unsent(self.environ) > 0
+        return self.server.unsent(self._given) > 0
 
     def started(self, write: Callable[[bytes], object]) -> None:
         """Take what the server's, or a middleware's, start_response has returned."""
@@ -249,13 +260,13 @@ class Connection:
 
     @property
     def stopping(self) -> Stopping | None:
-        return self.server.stopping(self.environ)
+        return self.server.stopping(self._given)
 
     @property
     def threads(self) -> int | None:
         """How many requests the server process serves at once."""
         threads: int | None = process().memo(
-            ("threads", self.server_key), lambda: self.server.threads(self.environ)
+            ("threads", self.server_key), lambda: self.server.threads(self._given)
         )
         return threads
 
@@ -265,7 +276,7 @@ class Connection:
 
     @functools.cached_property
     def _socket(self) -> SocketLike | None:
-        return self.server.socket(self.environ)
+        return self.server.socket(self._given)
 
     @property
     def fd(self) -> int | None:
@@ -279,7 +290,7 @@ class Connection:
         if self.environ.get(HANDOVER) is False:
             return None
         try:
-            return Swap(self.environ, self.server)
+            return Swap(self._given, self.server)
         except Refused as error:
             log.debug("%s stays with its server: %s", self.label, error)
             if error.is_gone:
@@ -313,7 +324,7 @@ class Connection:
         if fd >= 0:
             if (
                 not server.marks_end(self.environ)
-                and not server.is_tls(self.environ)
+                and not server.is_tls(self._given)
                 and not reset(fd)
             ):
                 log.warning("%s cannot be reset: the client sees an end", self.label)

@@ -9,6 +9,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -533,12 +534,17 @@ def test_no_byte_gets_into_another_connection(server, before, tag):
 # One connection, without a server.
 
 
+def gunicorn_body():
+    """Return as much of gunicorn's ``wsgi.input`` as is looked at."""
+    return SimpleNamespace(reader=SimpleNamespace(unreader=SimpleNamespace(buf=b"")))
+
+
 def environ_of(sock, **more):
     return {
         "REQUEST_METHOD": "GET",
         "SERVER_PROTOCOL": "HTTP/1.1",
         "gunicorn.socket": sock,
-        "wsgi.input": None,
+        "wsgi.input": gunicorn_body(),
         **more,
     }
 
@@ -839,17 +845,20 @@ import os, resource
 from pairs import tcp_pair
 from syncstream.servers import server_of
 from syncstream.servers.handover import Swap, raise_descriptor_limit
+from types import SimpleNamespace
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 1000))
 assert raise_descriptor_limit() == 1000
 assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1000, 1000)
 opening = b": ok\\n\\n"
+unreader = SimpleNamespace(buf=b"")
+body = SimpleNamespace(reader=SimpleNamespace(unreader=unreader))
 with tcp_pair() as (server, client):
     environ = {
         "REQUEST_METHOD": "GET",
         "SERVER_PROTOCOL": "HTTP/1.1",
         "gunicorn.socket": server,
-        "wsgi.input": None,
+        "wsgi.input": body,
     }
     swap = Swap(environ, server_of(environ))
     server.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n" + opening)

@@ -21,11 +21,24 @@ from .contract import (
 __all__ = ["SERVER"]
 
 
+def _reader(environ: Environ) -> Any:
+    # KnownLengthRFile -> StreamReader; or the connection's, where somebody has put
+    # another ``wsgi.input`` into the environ.
+    reader = getattr(environ.get("wsgi.input"), "rfile", None)
+    if not hasattr(_raw(reader), "_sock"):
+        gateway = running("cheroot.wsgi", "req")
+        connection = getattr(getattr(gateway, "req", None), "conn", None)
+        reader = getattr(connection, "rfile", None)
+    return reader
+
+
+def _raw(reader: Any) -> Any:
+    return getattr(reader, "_raw", None) or getattr(reader, "raw", None)
+
+
 def _socket(environ: Environ) -> SocketLike | None:
-    # KnownLengthRFile -> StreamReader -> SocketIO -> socket
-    reader = getattr(environ["wsgi.input"], "rfile", None)
-    raw = getattr(reader, "_raw", None) or getattr(reader, "raw", None)
-    socket: SocketLike | None = getattr(raw, "_sock", None)
+    # StreamReader -> SocketIO -> socket
+    socket: SocketLike | None = getattr(_raw(_reader(environ)), "_sock", None)
     return socket
 
 
@@ -66,6 +79,6 @@ SERVER = Server(
     headers=_headers,
     stopping=_stopping,
     threads=_threads,
-    drop_read_ahead=lambda environ: drop_buffered(environ["wsgi.input"].rfile),
+    drop_read_ahead=lambda environ: drop_buffered(_reader(environ)),
     closes_first=True,  # and what it cannot write then, Python 3.13 complains of
 )

@@ -149,7 +149,9 @@ def drop_buffered(reader: Any) -> None:
         reader.read(len(peek(1)))
 
 
-def running(module: str, attribute: str, frame: FrameType | None = None) -> Any:
+def running(
+    module: str, attribute: str, frame: FrameType | None = None, *, name: str = "self"
+) -> Any:
     """Return whose method is running here, by the module that it is written in.
 
     Most servers leave themselves out of the environ, but not out of the stack.
@@ -159,6 +161,7 @@ def running(module: str, attribute: str, frame: FrameType | None = None) -> Any:
         attribute: What the object must have.
         frame: Where to begin; by default with the caller, in this thread or
             greenlet.
+        name: The variable that holds the object.
 
     Returns:
         The ``self`` of the innermost such call, ``None`` if there is none.
@@ -167,9 +170,9 @@ def running(module: str, attribute: str, frame: FrameType | None = None) -> Any:
     while frame is not None:
         # Others are not looked into: up to Python 3.12 a frame keeps the f_locals
         # that were read, and so whatever the application had in its variables.
-        name = frame.f_globals.get("__name__") or ""
-        if name == module or name.startswith(f"{module}."):
-            owner = frame.f_locals.get("self")
+        written_in = frame.f_globals.get("__name__") or ""
+        if written_in == module or written_in.startswith(f"{module}."):
+            owner = frame.f_locals.get(name)
             if hasattr(owner, attribute):
                 return owner
         frame = frame.f_back

@@ -101,13 +101,29 @@ def _stays(environ: Environ) -> str | None:
     # Not by HTTP_VERSION, which a request's own header ``Version`` sets, too.
     if any(key.startswith("gunicorn.http2") for key in environ):
         return "the connection is shared by the streams of HTTP/2"
+    if _unreader(environ) is None:  # a request behind this one would be run
+        return "gunicorn does not show what it has read ahead"
     return None
 
 
-def _drop_read_ahead(environ: Environ) -> None:
-    # Body -> its reader -> the parser's unreader, whose ``buf`` is a BytesIO.
-    reader = getattr(environ["wsgi.input"], "reader", None)
+def _unreader(environ: Environ) -> Any:
+    # Body -> its reader -> the parser's unreader; or the worker's Response -> its
+    # request -> that, where somebody has put another ``wsgi.input`` into the environ.
+    reader = getattr(environ.get("wsgi.input"), "reader", None)
     unreader = getattr(reader, "unreader", None)
+    if unreader is None:
+        request = getattr(_response(), "req", None)
+        unreader = getattr(request, "unreader", None)
+    return unreader
+
+
+def _response() -> Any:
+    """Return the server's own response to the running request."""
+    return running("gunicorn.workers", "req", name="resp")
+
+
+def _drop_read_ahead(environ: Environ) -> None:
+    unreader = _unreader(environ)
     if unreader is not None:
         unreader.buf = io.BytesIO()
 

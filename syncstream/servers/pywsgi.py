@@ -22,8 +22,16 @@ from .contract import (
 __all__ = ["SERVER"]
 
 
+def _reader(environ: Environ) -> Any:
+    # Somebody may have put another ``wsgi.input`` into the environ.
+    reader = getattr(environ.get("wsgi.input"), "rfile", None)
+    if not hasattr(getattr(reader, "raw", None), "_sock"):
+        reader = getattr(running("gevent.pywsgi", "rfile"), "rfile", None)
+    return reader
+
+
 def _socket(environ: Environ) -> SocketLike | None:
-    raw = getattr(getattr(environ["wsgi.input"], "rfile", None), "raw", None)
+    raw = getattr(_reader(environ), "raw", None)
     socket: SocketLike | None = getattr(raw, "_sock", None)
     return socket
 
@@ -62,5 +70,5 @@ SERVER = Server(
     stopping=_stopping,
     threads=_threads,
     warning=lambda environ: unpatched(),
-    drop_read_ahead=lambda environ: drop_buffered(environ["wsgi.input"].rfile),
+    drop_read_ahead=lambda environ: drop_buffered(_reader(environ)),
 )

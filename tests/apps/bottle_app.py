@@ -2,8 +2,10 @@
 
 import bottle
 
+from apps.control import note
 from apps.sources import SOURCES, as_sse
 from syncstream import (
+    Hub,
     NDJSONResponse,
     SSEResponse,
     StreamMiddleware,
@@ -11,8 +13,10 @@ from syncstream import (
     current_stream,
 )
 from syncstream.bottle import respond, sse
+from syncstream.process import process
 
 app = bottle.Bottle()
+hub = Hub()
 
 
 @app.get("/health")
@@ -25,6 +29,38 @@ def events(name):
     response = SSEResponse(SOURCES[name](bottle.request.query.key))
     response.set_cookie("cookie", "crumb")
     return respond(response)
+
+
+# `request.params` puts a wsgi.input of Bottle's own into the environ.
+
+
+@app.get("/params/<name>")
+def params(name):
+    return respond(SSEResponse(SOURCES[name](bottle.request.params.key)))
+
+
+@app.get("/byhand/<name>")
+def by_hand(name):
+    key = bottle.request.params.key
+    bottle.response.content_type = "text/event-stream"
+    return as_sse(SOURCES[name](key))
+
+
+@app.get("/subscribe")
+def subscribe():
+    assert bottle.request.params.key
+    return respond(SSEResponse(hub.subscribe("news")))
+
+
+@app.get("/note")
+def noted():
+    note(bottle.request.params.key, "run")
+    return "noted"
+
+
+@app.get("/parked")
+def parked():
+    return str(process().parked_streams)
 
 
 @app.get("/ndjson/<name>")

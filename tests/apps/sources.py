@@ -7,6 +7,7 @@ import os
 import threading
 
 from apps.control import gate, note
+from syncstream import sleep
 
 
 def noted(source):
@@ -50,6 +51,13 @@ def ticking(key):
 
 
 @noted
+def waiting(key):
+    """Yield once, and wait."""
+    yield 0
+    sleep(60)
+
+
+@noted
 def three(key):
     """Yield three numbers."""
     yield from range(3)
@@ -82,6 +90,7 @@ def raising(error):
 SOURCES = {
     "gated": gated,
     "ticking": ticking,
+    "waiting": waiting,
     "three": three,
     "silent": silent,
     "broken": broken,
