@@ -1,5 +1,6 @@
 """What holds for every test."""
 
+import signal
 import threading
 
 import pytest
@@ -12,17 +13,24 @@ settings.register_profile("untimed", settings(), deadline=None)
 settings.load_profile("untimed")
 
 
+# A shell ignores it for what it runs in the background; our servers would, too.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark as `matrix` each test that has one of `live.SERVERS` for a parameter.
+    """Mark as `matrix` what is less about Python than about servers and browsers.
 
-    Its own fixtures' parameters count, too. A test of deployments that has none says
-    it by ``pytest.mark.matrix``. See tests/run.
+    That is each test with one of `live.SERVERS` for a parameter, or a fixture's, and
+    with a browser, `driver`. Others of deployments say it by ``pytest.mark.matrix``.
+    See tests/run.
     """
     for item in items:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         names = [value for value in values if isinstance(value, str)]
-        if any(name.startswith(SERVERS) for name in names):
+        has_server = any(name.startswith(SERVERS) for name in names)
+        if has_server or "driver" in item.fixturenames:
             item.add_marker("matrix")
 
 
