@@ -13,6 +13,7 @@ The map of the package, from top to bottom the way the data takes:
 ``brokers``           what stores events, and tells of them: ``memory:``
 ``hub``               channels: publish, subscribe, resume
 ``links``             what gets a thread out of a read
+``answers``           frameworks' responses and errors, where an item was due
 ``stream``            one response's life: iterate, encode, close, one reason
 ``servers``           the WSGI servers: where each keeps the socket, how it ends
 ``capacity``          how many streams there may be

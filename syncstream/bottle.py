@@ -8,7 +8,7 @@ from __future__ import annotations
 from bottle import HTTPResponse, request
 
 from .views import decorator
-from .wsgi import NDJSONResponse, SSEResponse, StreamResponse
+from .wsgi import Connection, NDJSONResponse, SSEResponse, StreamResponse
 
 __all__ = ["respond", "sse"]
 
@@ -23,6 +23,8 @@ def respond(response: SSEResponse | NDJSONResponse | StreamResponse) -> HTTPResp
     ...     return respond(SSEResponse(["hello", "world"]))
     """
     body, status, headers = response.get_wsgi_response(request.environ)
+    # It takes the first item before it begins, and makes a 500 of an error there.
+    Connection.of(request.environ).hides_errors = True
     if request.method == "HEAD":
         # Bottle drops it. For an empty body it would say Content-Length: 0.
         body = iter((b"\n",))

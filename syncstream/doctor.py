@@ -727,7 +727,7 @@ def _ending(seen: Observation, head: Head) -> Iterator[Finding]:
     elif (
         seen.end in ("whole", "closed")
         and seen.kind == "sse"
-        and seen.last_id != sse.END_ID
+        and seen.last_id not in sse.RESERVED_IDS
     ):
         yield Finding(
             "ended",

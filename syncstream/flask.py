@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
+from .answers import checked_return
 from .views import decorator
 from .wsgi import SSEResponse
 
 __all__ = ["sse"]
 
 
-def _in_request(source: Iterable[Any]) -> Iterable[Any]:
+def _checked(source: Generator[Any, Any, Any]) -> Iterator[Any]:
+    """Keep a generator's return value, which Flask's wrapper drops."""
+    returned = checked_return((yield from source))
+    if returned is not None:
+        raise returned
+
+
+def _in_request(source: Generator[Any, Any, Any]) -> Iterable[Any]:
     # Flask's request ends before the generator starts; a view reads `request`.
     flask = sys.modules.get("flask")
     if flask is None or not flask.has_request_context():
         return source
-    wrapped: Iterable[Any] = flask.stream_with_context(source)
+    wrapped: Iterable[Any] = flask.stream_with_context(_checked(source))
     return wrapped
 
 

@@ -6,12 +6,17 @@ exactly once, for every cause of an end, in the thread or greenlet that iterates
 client that has gone is an end like any other: what the server still writes fails, and
 servers take that quietly.
 
-Nothing of the source's leaves ``next()``: an exception that leaks there kills a
-gthread worker (GeneratorExit), writes a 500 page into the running response (sync,
-gevent) or hangs the client (waitress). A source's error is logged here, once, and
-then the response is cut without its terminator, so that the client can tell a
-truncated stream from a finished one. What the cut takes differs from server to
+Once a byte is out, nothing of the source's leaves ``next()``: an exception that leaks
+there kills a gthread worker (GeneratorExit), writes a 500 page into the running
+response (sync, gevent) or hangs the client (waitress). A source's error is logged
+here, once, and then the response is cut without its terminator, so that the client can
+tell a truncated stream from a finished one. What the cut takes differs from server to
 server: the `Connection` knows.
+
+While no byte is out (NDJSON and raw streams; an event stream's opening leaves before
+its source begins) a source that fails is answered with 500: by start_response, which
+may be called again with the error until then (PEP 3333), or where a framework has
+called it for us, by letting the error leave, an `Exception` and nothing else.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
+from .answers import Returned, checked_return, is_answer, status_of
 from .capacity import Full, Place
 from .errors import ClientDisconnected, Closed, Unavailable
 from .fanout import Client, come_back, fanout
@@ -88,6 +94,10 @@ REASONS = frozenset(("closed", "finished", "kicked", "denied", "shutdown"))
 """Why an application may stop a stream."""
 
 _OPENING = "ok"
+_TOO_LATE = (
+    ": the response's head has left before the generator began, and the status with it."
+    " Decide in a plain view, which returns SSEResponse(...) or another response"
+)
 _KEEPALIVE = Event(comment="keepalive").encode()
 _CLOSE_TRIES = 10
 _GRACE = 1.5  # seconds that the kernel waits longer than we do, for a frozen client
@@ -241,6 +251,27 @@ class Connection(Protocol):
             ClientDisconnected: Nobody is there.
         """
 
+    def answer(self, error: BaseException, status: int, body: bytes) -> bytes | None:
+        """Begin the response anew, by another head, while no byte of it is out.
+
+        Args:
+            error: Why.
+            status: What to answer instead, 400 to 599.
+            body: What to send, of the response's own type; ``b""`` for plain text.
+
+        Returns:
+            The body to send, all of it; ``None`` if the response has to stay.
+        """
+
+    @property
+    def answers_errors(self) -> bool:
+        """The server answers 500 for an `Exception` that leaves ``next()`` now,
+        before any byte."""
+
+    @property
+    def logs_errors(self) -> bool:
+        """And logs it, with its traceback."""
+
     def cut(self) -> BaseException | None:
         """Make truncation visible; return what to raise, ``None`` to just end."""
 
@@ -362,6 +393,7 @@ class Stream:
         self._tail = b""
         self._events = self._bytes = 0
         self._frames: Frames | None = None  # their chunks may hold several events
+        self._is_asked = False  # see `is_over_for`
         self._may_hand_over = bool(handover)
         self._swap: Swap | None = None
         self._client: Client | None = None  # its connection is the loop's
@@ -428,8 +460,13 @@ class Stream:
         return self._connection is not None
 
     def is_over_for(self, connection: Connection) -> bool:
-        """Tell whether this client has been told to stop, and came back."""
-        return self._end_mode == "stop" and connection.last_event_id == sse.END_ID
+        """Tell whether this client has been told to stop, and came back.
+
+        Whoever asks answers it with 204, so it may be told to stop.
+        """
+        self._is_asked = True
+        id = connection.last_event_id
+        return id == sse.REFUSED_ID or (self._end_mode == "stop" and id == sse.END_ID)
 
     def __iter__(self) -> Iterator[bytes]:
         if self._body is None and self._source is not None:
@@ -548,7 +585,7 @@ class Stream:
         if self._connection is None:
             return None
         id = self._connection.last_event_id
-        return None if id == sse.END_ID else id
+        return None if id in sse.RESERVED_IDS else id
 
     @property
     def is_multiprocess(self) -> bool:
@@ -725,9 +762,15 @@ class Stream:
                     if ended:
                         break
                     item = throw(refused.pop()) if refused and throw else advance()
-                except StopIteration:
-                    self._end("finished")
-                    break
+                except StopIteration as stop:
+                    if stop.value is not None and not ended:
+                        returned = checked_return(stop.value)
+                        if returned is not None:
+                            failed.append(returned)
+                            del returned
+                    if not failed:
+                        self._end("finished")
+                        break
                 except BaseException as error:
                     if ended or self._is_end(error):
                         self._after_end(error)
@@ -1057,16 +1100,16 @@ class Stream:
             return self._end_block()
         return come_back(str(self.reason), self._retry or 0)
 
-    def _end_block(self) -> bytes:
+    def _end_block(self, *, is_refused: bool = False) -> bytes:
         """Return the block after which a browser, coming back, gets 204."""
+        stops = self._end_mode == "stop" or (is_refused and self._is_asked)
         if not (
-            self._end_mode == "stop"
-            and self._connection is not None
-            and self._connection.is_event_source
+            stops and self._connection is not None and self._connection.is_event_source
         ):
             return b""
         # The blank line puts the id in force; there is no data, so no event.
-        return f"id: {sse.END_ID}\n\n".encode()
+        id = sse.END_ID if self._end_mode == "stop" else sse.REFUSED_ID
+        return f"id: {id}\n\n".encode()
 
     def _fail(self, failed: list[BaseException]) -> Iterator[bytes]:
         """Log a source's error, say a last word to the client, cut the response.
@@ -1074,29 +1117,93 @@ class Stream:
         Args:
             failed: The error, alone; it is taken out.
         """
-        last = self._bury(failed.pop())
+        if not self._is_out and not is_greenlet_exit(failed[0]):
+            yield from self._fail_unsent(failed)
+            return
+        block = self._refusal(failed[0])
+        last = self._bury(failed.pop(), block)
         if last:
             self._bytes += len(last)
             yield last
+        if block and last.endswith(block):  # and the end behind it is whole
+            self._settle()
+            return
         raised = self._connection.cut() if self._connection else None
         self._settle()
         if raised is not None:
             raise raised
 
-    def _bury(self, error: BaseException) -> bytes:
-        """Log a source's error, close the source; return the last words."""
+    @property
+    def _is_out(self) -> bool:
+        """A byte of the response may have left."""
+        return bool(self._is_event_stream or self._tail or self._bytes or self._events)
+
+    def _refusal(self, error: BaseException) -> bytes:
+        """Return what keeps a browser away for good, if an error is to do that."""
+        if not (is_answer(error) or isinstance(error, Returned)):
+            return b""
+        return self._end_block(is_refused=True)
+
+    def _fail_unsent(self, failed: list[BaseException]) -> Iterator[bytes]:
+        """Answer with an error's status instead of a stream: no byte has left."""
+        error, connection = failed.pop(), self._connection
+        raised: BaseException | None = None
+        try:
+            self._end("error")
+            self._close_source()
+            words, status = self._last_words(error), status_of(error)
+            body = None
+            if connection is not None:
+                body = connection.answer(error, status, words)
+            if body is not None:
+                level = logging.ERROR if status >= 500 else logging.DEBUG
+                self._log(level, "the source of %s failed", error)
+                self._bytes += len(body)
+                yield body
+            elif connection is None or words or not connection.answers_errors:
+                self._log(logging.ERROR, "the source of %s failed", error)
+                if words:
+                    self._bytes += len(words)
+                    yield words
+                raised = connection.cut() if connection is not None else None
+            else:
+                told = error if not connection.logs_errors else None
+                message = "the source of %s failed before its first item"
+                self._log(logging.ERROR, message, told)
+                raised = error
+                if not isinstance(error, Exception):  # GeneratorExit, for one
+                    raised = RuntimeError(f"a source raised {type(error).__name__}")
+                    raised.__cause__ = error
+            self._settle()
+            if raised is not None:
+                raise raised
+        finally:
+            # Their tracebacks have this frame, and so what it names.
+            error, raised, failed = RuntimeError(), None, []
+
+    def _bury(self, error: BaseException, refusal: bytes = b"") -> bytes:
+        """Log a source's error, close the source; return the last words.
+
+        Args:
+            error: It.
+            refusal: What comes last, instead of what asks a client to come back.
+        """
         if is_greenlet_exit(error):
             # gevent ends this greenlet, or the source ends itself in that way.
             self._end("shutdown")
             self._log(logging.WARNING, "the greenlet of %s was killed")
             self._close_source()
             return b""
-        self._end("error")
-        self._log(logging.ERROR, "the source of %s failed", error)
+        is_first = isinstance(error, Returned) and not self._events
+        self._end("refused" if is_first else "error")
+        message = "the source of %s failed"
+        if self._is_event_stream and (is_answer(error) or isinstance(error, Returned)):
+            message += _TOO_LATE
+        self._log(logging.ERROR, message, error)
         self._close_source()
-        return self._last_words(error)
+        return self._last_words(error, refusal)
 
-    def _last_words(self, error: BaseException) -> bytes:
+    def _last_words(self, error: BaseException, refusal: bytes = b"") -> bytes:
         if not self._format.is_whole(self._tail):
             return b""
         words = b""
@@ -1107,7 +1214,7 @@ class Stream:
             except BaseException as second:
                 self._log(logging.ERROR, "on_error of %s failed", second)
         if self._format.is_events and self._format.is_whole(words):
-            words += come_back("error", self._retry or 0)
+            words += refusal or come_back("error", self._retry or 0)
         return words
 
     # Its ends.

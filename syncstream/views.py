@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, ParamSpec, Protocol, overload
 
 from .protocol.json import Dumps
@@ -42,7 +42,7 @@ def _same(value: Any) -> Any:
 def decorator(
     response: Callable[..., Any],
     *,
-    prepare: Callable[[Iterable[Any]], Iterable[Any]] = _same,
+    prepare: Callable[[Generator[Any, Any, Any]], Iterable[Any]] = _same,
     finish: Callable[[Any], Any] = _same,
 ) -> ViewDecorator:
     """Return the decorator that turns a generator view into an event stream.
@@ -71,6 +71,12 @@ def decorator(
         decorator. What the view yields, and the options, are those of
         `SSEResponse`. A view that returns something else than a generator, such
         as a redirect, is left to the framework.
+
+        A generator view cannot choose the response's status: its head leaves before
+        the generator begins. If it raises or returns what would choose one
+        (``abort(404)``, ``return redirect(...)``), that is logged, and the stream
+        ends for good: a browser does not come back. Decide in a plain view that
+        returns SSEResponse(...).
 
         Raises:
             TypeError, ValueError: The view is asynchronous, or not a function; an

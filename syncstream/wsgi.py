@@ -19,6 +19,7 @@ from urllib.parse import parse_qs
 from wsgiref.util import is_hop_by_hop
 
 from werkzeug.datastructures import Headers
+from werkzeug.http import HTTP_STATUS_CODES
 from werkzeug.wrappers import Response
 
 from .capacity import Capacity, Full, Place
@@ -71,6 +72,10 @@ _NDJSON_TYPES = frozenset(
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROLS = re.compile(r"[\r\n\0]")
+_DESCRIBES_BODY = re.compile(
+    r"(content-.*|x-accel-.*|etag|last-modified|expires|cache-control|accept-ranges)$",
+    re.I,
+)
 
 HeaderSource = (
     Mapping[str, "str | int | None"] | Iterable[tuple[str, "str | int | None"]]
@@ -135,6 +140,9 @@ class Connection:
         # Weak references, here and in the environ: no cycle keeps either alive.
         self._stream: weakref.ref[Stream] | None = None
         self._write: Callable[[bytes], object] | None = None
+        self._begun: tuple[StartResponse, list[tuple[str, str]]] | None = None
+        self.is_answering = False  # start_response is called again, for an error
+        self.hides_errors = False  # a framework answers errors, and logs none
 
     @classmethod
     def of(cls, environ: WSGIEnvironment) -> Connection:
@@ -231,6 +239,54 @@ class Connection:
         if fd is not None and not is_writable(fd):
             return True
         return self.server.unsent(self._given) > 0
+
+    @property
+    def answers_errors(self) -> bool:
+        return self.server.answers_errors or self.hides_errors
+
+    @property
+    def logs_errors(self) -> bool:
+        return self.server.logs_errors and not self.hides_errors
+
+    def answer(self, error: BaseException, status: int, body: bytes) -> bytes | None:
+        server, environ = self.server, self.environ
+        start_response, headers = self._begun or (server.start_response(environ), [])
+        if start_response is None or not server.forget_head(environ, self._write):
+            return None
+        line = f"{status} {HTTP_STATUS_CODES.get(status, 'Error')}"
+        kinds = [value for name, value in headers if name.lower() == "content-type"]
+        if not (body and kinds):
+            body, kinds = f"{line}\n".encode(), ["text/plain; charset=utf-8"]
+        headers = [pair for pair in headers if not _DESCRIBES_BODY.match(pair[0])]
+        headers += [
+            ("Content-Type", kinds[0]),
+            ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"),
+        ]
+        self.is_answering = True
+        try:
+            exc_info: Any = (type(error), error, error.__traceback__)
+            start_response(line, headers, exc_info)
+        except SystemError:
+            # uWSGI 2.0.30 does as it is told, and leaves the error set in which it
+            # was told so.
+            return body if server.name == "uwsgi" else None
+        except BaseException as raised:
+            if raised is not error and not isinstance(raised, Exception):
+                raise
+            # It raises the error if a byte is out (PEP 3333), and a middleware's may
+            # take no third argument.
+            log.debug("%s is cut, not answered by %s: %r", self.label, line, raised)
+            return None
+        finally:
+            self.is_answering, exc_info = False, None  # no cycle by its traceback
+        return body
+
+    def begun(
+        self, start_response: StartResponse, headers: list[tuple[str, str]]
+    ) -> None:
+        """Note by what the response began, and may begin anew until a byte is out."""
+        self._begun = start_response, headers
 
     def started(self, write: Callable[[bytes], object]) -> None:
         """Take what the server's, or a middleware's, start_response has returned."""
@@ -485,6 +541,7 @@ class _Streaming(Response):
         """Answer a request: this is a WSGI application."""
         app_iter, status, headers = self.get_wsgi_response(environ)
         self._connection.started(start_response(status, headers))
+        self._connection.begun(start_response, headers)
         return app_iter
 
 
@@ -755,6 +812,8 @@ class _Head:
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
     ) -> Callable[[bytes], object]:
+        if self.connection.is_answering:
+            return self._call(status, headers, exc_info)
         self.is_started = True
         self.refusal = None  # called again, for an error of a refused application
         self._status = int(status[:3])
@@ -786,6 +845,7 @@ class _Head:
         # Some servers take no third argument unless there is one to give.
         if exc_info is None:
             write = self._start_response(status, headers)
+            self.connection.begun(self._start_response, headers)
         else:
             write = self._start_response(status, headers, exc_info)
         self.connection.started(write)

@@ -141,6 +141,20 @@ def test_an_error_truncates(server, key, error, version):
     assert server.log().count(line) == before + 1
 
 
+def test_an_error_before_the_first_line_is_a_500(server, framework, key):
+    """By start_response, by the server for what leaves next(), or by Bottle."""
+    with server.get(f"/ndjson/broken?key={key}") as client:
+        client.rest()
+    assert client.status == 500
+    assert client.is_whole
+    assert server.control.next(f"{key}-ended") == ["RuntimeError", True]
+    line = "the source of GET '/ndjson/broken' failed"
+    await_true(lambda: server.log().count("MARK") >= 2, server.log)
+    assert server.log().count(line) == 1
+    # The error's own line of its one traceback, and the line that raised it.
+    assert server.log().count('RuntimeError("MARK")') == 1, server.log()
+
+
 def test_handwritten_views_get_the_life_of_a_stream(wrapped, framework, key):
     """The middleware serves generator views that know nothing of it.
 

@@ -231,18 +231,56 @@ def test_an_error_truncates(server, key, path, error, version, record_property):
     assert log.count(f"the source of GET '{path}' failed") == log.count(f"'{path}'")
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_an_error_before_the_first_chunk(server, key, version):
-    """Where nothing has been sent, the connection ends without a whole response."""
-    with server.get(f"/ndjson/broken?key={key}", version=version) as client:
-        try:
-            body = client.rest()
-        except (EOFError, ConnectionResetError):
-            pass
-        else:
-            assert body == b""
-            assert not client.is_whole
+PLAIN = b"500 Internal Server Error\n"
+
+
+def assert_answered(server, key, path, body=PLAIN, version="1.1"):
+    """Get what fails before its first byte: a whole 500, logged once."""
+    before, served = server.tracebacks(), server.log().count(f"'{path}' failed")
+    with server.get(f"{path}?key={key}", version=version) as client:
+        assert client.rest() == body
+        assert client.status == 500
+        assert client.is_whole
+        assert client.headers["content-length"] == str(len(body))
+        lines = path == "/told/broken"
+        kind = "application/x-ndjson" if lines else "text/plain; charset=utf-8"
+        assert client.headers["content-type"] == kind
+        assert client.headers["cache-control"] == "no-store"
     assert server.control.next(f"{key}-ended") == ["RuntimeError", True]
+    await_true(lambda: server.tracebacks() > before)
+    assert server.tracebacks() == before + 1, server.log()
+    assert server.log().count(f"'{path}' failed") == served + 1
+    return client
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/ndjson/broken", PLAIN),
+        ("/raw/broken", PLAIN),
+        ("/sized/broken", PLAIN),
+        ("/told/broken", b'{"error":"MARK"}\n'),
+    ],
+)
+def test_an_error_before_the_first_chunk_is_a_500(server, key, path, body, version):
+    """Where nothing has been sent, the head that has not left says so."""
+    assert_answered(server, key, path, body, version)
+    server.control.next(f"{key}-started")
+    with server.get(f"/ndjson/three?key={key}") as client:
+        assert client.rest() == b"0\n1\n2\n"
+
+
+@pytest.mark.parametrize("path", ["/lines/broken", "/lazy-lines/broken"])
+def test_handwritten_lines_that_fail_first_are_a_500(wrapped, key, path):
+    """The middleware does so for generators that are not ours."""
+    client = assert_answered(wrapped, key, path)
+    assert client.headers["x-other"] == "kept"
+
+
+def test_ours_that_fail_first_are_a_500_under_the_middleware(wrapped, key):
+    """Its start_response is called again by ours."""
+    assert_answered(wrapped, key, "/ndjson/broken")
 
 
 @pytest.mark.parametrize("kind", ["werkzeug", "gunicorn-gthread", "gunicorn-gevent"])

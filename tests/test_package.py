@@ -18,6 +18,7 @@ PACKAGE = ROOT / "syncstream"
 # and its own folder.
 LAYERS = (
     ("errors",),
+    ("answers",),
     ("protocol",),
     ("sockets",),
     ("senders",),

@@ -20,6 +20,8 @@ from .raw import as_bytes, encode_bytes
 
 __all__ = [
     "END_ID",
+    "REFUSED_ID",
+    "RESERVED_IDS",
     "Decoder",
     "Event",
     "check_dispatched",
@@ -30,6 +32,11 @@ __all__ = [
 
 END_ID = "syncstream-end"
 """The last event id that tells a browser, when it comes back, to stay away."""
+
+REFUSED_ID = "syncstream-refused"
+"""The same for one whose stream, which asks browsers to come back, was refused."""
+
+RESERVED_IDS = frozenset((END_ID, REFUSED_ID))
 
 _RETRY_DIGITS = 15  # 31,000 years will do; the decoder takes more for that much
 _FIELDS = frozenset(("data", "event", "id", "retry", "comment"))
@@ -145,8 +152,10 @@ class Event:
                 id = int.__repr__(id)
             else:
                 raise TypeError(f"id must be str or int, got {id!r}")
-            if id.strip() == END_ID:  # HTTP strips Last-Event-ID, too
-                raise ValueError(f"id {END_ID!r} is reserved for the end of a stream")
+            if id.strip() in RESERVED_IDS:  # HTTP strips Last-Event-ID, too
+                raise ValueError(
+                    f"id {id.strip()!r} is reserved for the end of a stream"
+                )
         if retry is not None:
             if isinstance(retry, bool) or not isinstance(retry, int):
                 raise TypeError(

@@ -21,7 +21,12 @@ SERVERS = (
     cheroot.SERVER,
     asgi.SERVER,
 )
-OTHER = Server("another server", runs=lambda environ: True, raises=connection_reset)
+OTHER = Server(
+    "another server",
+    runs=lambda environ: True,
+    raises=connection_reset,
+    logs_errors=False,
+)
 
 
 def server_of(environ: Environ) -> Server:

@@ -48,6 +48,22 @@ def _headers(write: Write) -> Headers | None:
     return None if headers is None else decoded(headers)
 
 
+def _start_response(environ: Environ) -> Any:
+    gateway = running("cheroot.wsgi", "started_response")
+    # A framework that takes the first item before it begins does better itself.
+    return gateway.start_response if getattr(gateway, "started_response", 0) else None
+
+
+def _forget_head(environ: Environ, write: Write | None) -> bool:
+    gateway: Any = getattr(_start_response(environ), "__self__", None)
+    request = getattr(gateway, "req", None)
+    if request is None or request.sent_headers:
+        return False
+    request.outheaders.clear()
+    gateway.remaining_bytes_out = None
+    return True
+
+
 def _server() -> Any:
     return getattr(running("cheroot.server", "server"), "server", None)
 
@@ -77,6 +93,9 @@ SERVER = Server(
     is_tls=lambda environ: has_cipher(_socket(environ)),
     write_module="cheroot.wsgi",
     headers=_headers,
+    start_response=_start_response,
+    forget_head=_forget_head,
+    answers_errors=False,  # it sends the head that it has, 200 (11.1)
     stopping=_stopping,
     threads=_threads,
     drop_read_ahead=lambda environ: drop_buffered(_reader(environ)),

@@ -101,6 +101,16 @@ class Server:
             Nothing blocks: its descriptor reads an end.
         closes_first: It calls the response's ``close()`` before it writes the mark
             of the response's end.
+        start_response: The server's own, where it can be had from within ``next()``;
+            needed only where ``answers_errors`` does not hold.
+        forget_head: Has the server forget a head that start_response was given and
+            that has not been sent, given its own ``write`` (``None`` if that is not
+            known), so that start_response may be called again with an error. Tells
+            whether it will: PEP 3333 wants the new headers to replace the old ones,
+            gunicorn and cheroot add them to the old ones.
+        answers_errors: It answers 500 for an `Exception` that leaves ``next()``
+            before a byte of the response has left.
+        logs_errors: And logs it, with its traceback.
     """
 
     name: str
@@ -126,6 +136,10 @@ class Server:
     is_closing: Callable[[Environ], bool] = lambda environ: False
     drop_read_ahead: Callable[[Environ], object] = lambda environ: None
     closes_first: bool = False
+    start_response: Callable[[Environ], Any] = lambda environ: None
+    forget_head: Callable[[Environ, Write | None], bool] = lambda environ, write: True
+    answers_errors: bool = True
+    logs_errors: bool = True
 
 
 def has_cipher(socket: SocketLike | None) -> bool:

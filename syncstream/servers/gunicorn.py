@@ -44,6 +44,14 @@ def _headers(write: Write) -> Headers | None:
     return headers
 
 
+def _forget_head(environ: Environ, write: Write | None) -> bool:
+    headers = _headers(write) if write is not None else None
+    if not isinstance(headers, list):
+        return False
+    headers.clear()  # 27.0: a Content-Length would stand there twice
+    return True
+
+
 def worker() -> Any:
     """Return the gunicorn worker that serves the running request, else ``None``."""
     found = running("gunicorn.workers", "alive")
@@ -154,6 +162,7 @@ SERVER = Server(
     is_tls=lambda environ: has_cipher(environ["gunicorn.socket"]),
     write_module="gunicorn.http.wsgi",
     headers=_headers,
+    forget_head=_forget_head,
     stopping=_stopping,
     threads=_threads,
     warning=_warning,

@@ -66,6 +66,7 @@ SERVER = Server(
     socket=_socket,
     # It never chunks.
     marks_end=lambda environ: False,
+    answers_errors=False,  # it sends the head that it has, 200 (2.0.30)
     is_tls=_is_tls,
     threads=_threads,
     warning=_warning,

@@ -12,6 +12,9 @@ from syncstream import (
     StreamResponse,
 )
 
+EVENTS = [("Content-Type", "text/event-stream"), ("Connection", "keep-alive")]
+LINES = [("Content-Type", "application/x-ndjson"), ("X-Other", "kept")]
+
 
 def app(environ, start_response):
     """/KIND/SOURCE?key=KEY"""
@@ -27,26 +30,32 @@ def app(environ, start_response):
         response = SSEResponse(source, on_error=lambda e: {"error": str(e)})
     elif kind == "refused":
         response = SSEResponse(source, 204)
+    elif kind == "told":
+        response = NDJSONResponse(source, on_error=lambda e: {"error": str(e)})
     elif kind == "ndjson":
         response = NDJSONResponse(source)
     elif kind == "raw":
         response = StreamResponse(map(str, source))
+    elif kind == "sized":
+        response = StreamResponse(map(str, source), headers={"Content-Length": "99"})
     elif kind == "handwritten":
         start_response("200 OK", [("Content-Type", "text/event-stream")])
         return as_sse(source)
+    elif kind == "lines":
+        start_response("200 OK", LINES)
+        return as_sse(source)
     elif kind == "lazy":
         return lazy(source, start_response)
+    elif kind == "lazy-lines":
+        return lazy(source, start_response, LINES)
     else:
         raise LookupError(kind)
     return response(environ, start_response)
 
 
-def lazy(source, start_response):
+def lazy(source, start_response, headers=EVENTS):
     """Call start_response in the first step, as generator applications do."""
-    start_response(
-        "200 OK",
-        [("Content-Type", "text/event-stream"), ("Connection", "keep-alive")],
-    )
+    start_response("200 OK", headers)
     yield from as_sse(source)
 
 
