@@ -27,6 +27,10 @@ def pytest_collection_modifyitems(items):
     See tests/run.
     """
     for item in items:
+        if " at 0x" in item.nodeid:  # xdist's processes must agree on the names
+            raise pytest.UsageError(
+                f"an address is part of a test's name: {item.nodeid}"
+            )
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         names = [value for value in values if isinstance(value, str)]
         has_server = any(name.startswith(SERVERS) for name in names)

@@ -26,6 +26,8 @@ from syncstream import Hub
 from syncstream.errors import Unavailable, Uncertain
 from syncstream.protocol import sse
 
+pytestmark = pytest.mark.matrix  # WAYS of serving by brokers
+
 LIMIT = 2 * TIMEOUT
 PROCESSES, EACH = 4, 3  # workers, and the clients of each
 WAYS = {
