@@ -9,15 +9,20 @@ understands it.
 from __future__ import annotations
 
 import _thread
+import time
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from typing import Any
 
 from .sockets import native
+from .waiting import Waiter, wake_all
 
 __all__ = ["Capacity", "Full", "Place"]
 
 Environ = dict[str, Any]
+
+MOMENT = 1.0
+"""Seconds that a stream may wait for a thread that another one is about to leave."""
 
 
 class Full(Exception):
@@ -74,16 +79,26 @@ class Capacity:
         # Reentrant: a garbage collection in here may close a stream.
         self._lock = native(_thread, "RLock")()
         self._count = self._threads = 0
+        self._leaving = 0  # of the threads: their streams are being handed over
+        self._waiters: list[Waiter] = []
         self._counts: dict[Hashable, int] = {}
 
     def admit(
-        self, environ: Environ, threads: Callable[[], int | None]
+        self,
+        environ: Environ,
+        threads: Callable[[], int | None],
+        *,
+        leaves: bool = False,
     ) -> Place | None:
         """Take a stream on; return its place, ``None`` if there is none.
 
         Args:
             environ: The request's.
             threads: How many the server has; asked only if it matters.
+            leaves: It gives its thread back in a moment: it is to be handed over.
+                Where others are about to do so, too, it waits for the first of them,
+                for up to `MOMENT`. (So never on a server of one thread: the others
+                are there to go.)
         """
         if not self._is_limited:
             return Place(None, None)
@@ -93,6 +108,8 @@ class Capacity:
             if number is not None:
                 most = max(0, number - self._reserve_threads)
         key = self._limit_by(environ) if self._limit_by is not None else None
+        if leaves and most is not None:
+            self._await_thread(most)
         with self._lock:
             if self._max_streams is not None and self._count >= self._max_streams:
                 return None
@@ -106,7 +123,20 @@ class Capacity:
                 self._counts[key] = held + 1
             self._count += 1
             self._threads += 1
-        return Place(self, key)
+            self._leaving += leaves
+        return Place(self, key, leaves=leaves)
+
+    def _await_thread(self, most: int) -> None:
+        """Wait while all threads are held, and one is about to be left."""
+        until = time.monotonic() + MOMENT
+        while True:
+            with self._lock:
+                left = until - time.monotonic()
+                if self._threads < most or not self._leaving or left <= 0:
+                    return
+                waiter = Waiter()
+                self._waiters.append(waiter)
+            waiter.wait(left)
 
     def leave(self, key: Hashable) -> None:
         """Give a place back: by `Place`, once."""
@@ -121,22 +151,44 @@ class Capacity:
         """Give a thread back: by `Place`, once."""
         with self._lock:
             self._threads -= 1
+        self._wake()
+
+    def stay(self) -> None:
+        """One that was about to leave its thread is so no more: by `Place`, once."""
+        with self._lock:
+            self._leaving -= 1
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiters:
+            with self._lock:
+                waiters, self._waiters = self._waiters, []
+            wake_all(waiters)
 
 
 class Place:
     """A stream's place, and its thread's; each is given back once, by whom ever."""
 
-    __slots__ = ("_keys", "_threads")
+    __slots__ = ("_keys", "_leaving", "_threads")
 
-    def __init__(self, capacity: Capacity | None, key: Hashable) -> None:
+    def __init__(
+        self, capacity: Capacity | None, key: Hashable, *, leaves: bool = False
+    ) -> None:
         held = [] if capacity is None else [capacity]
         self._keys = [(capacity, key) for capacity in held]
+        self._leaving = held[:] if leaves else []
         self._threads = held
 
     def leave_thread(self) -> None:
         """The stream goes on without its thread."""
         with suppress(IndexError):
             self._threads.pop().leave_thread()
+        self.stay()
+
+    def stay(self) -> None:
+        """The stream does not leave its thread, though it was to."""
+        with suppress(IndexError):
+            self._leaving.pop().stay()
 
     def release(self) -> None:
         """The stream has ended."""

@@ -694,6 +694,8 @@ class Stream:
     def hold(self, place: Place) -> None:
         """Take a place, to be released at the end, also if nobody closes it."""
         self._place = place
+        if self._process is not None or not self.will_leave:
+            place.stay()
 
     # For the waits.
 
@@ -935,6 +937,11 @@ class Stream:
             and self._connection is not None
         )
 
+    @property
+    def will_leave(self) -> bool:
+        """Whether its thread is to be given back as soon as its head is out."""
+        return isinstance(self._source, Subscription) and self._is_to_hand_over()
+
     def _first_step(self, source: Subscription) -> tuple[bytes, int]:
         """Begin; return what there is for a client that is to be handed over."""
         with entered(self):
@@ -964,7 +971,13 @@ class Stream:
         except ClientDisconnected:
             self._end("disconnected")
         if self._swap is None:
-            self._observe()
+            self._stay()
+
+    def _stay(self) -> None:
+        """Stay in the thread or greenlet of the request, and be watched there."""
+        if self._place is not None:
+            self._place.stay()
+        self._observe()
 
     def _is_handed_over(self, first: bytes, events: int) -> bool:
         """Take the connection for good, and let the loop go on with it."""
@@ -1012,7 +1025,7 @@ class Stream:
             self._swap = None
             if is_ready:
                 source.detach(None)
-            self._observe()
+            self._stay()
             return False
         try:
             client.fd, client.terms = taken.fd, terms[taken.is_chunked]

@@ -727,6 +727,8 @@ class StreamMiddleware:
             ``None`` for no limit.
         reserve_threads: So many of the server's threads are kept free of streams;
             ``None`` for none. (Werkzeug makes as many as it needs: no limit there.)
+            A subscription that is to be handed over waits, for up to a second, while
+            others are about to leave their threads.
         limit_by: Returns, for an environ, whose stream it is, say ``lambda environ:
             environ["REMOTE_ADDR"]``; ``None``: not counted for anybody.
         max_per_key: So many streams at once for each of these.
@@ -822,7 +824,11 @@ class _Head:
         self.release()  # called again, for an error
         if (ours is not None or self.format is not None) and self.has_body:
             environ, connection = self.connection.environ, self.connection
-            self._place = self._capacity.admit(environ, lambda: connection.threads)
+            self._place = self._capacity.admit(
+                environ,
+                lambda: connection.threads,
+                leaves=ours is not None and ours.will_leave,
+            )
             if self._place is None:
                 return self._refuse(exc_info)
         if self.format is None:

@@ -5,14 +5,15 @@ import logging
 import os
 import random
 import threading
+import time
 
 import pytest
 from werkzeug.test import Client, EnvironBuilder
 
 import syncstream.process
-from pairs import TIMEOUT, Threads
+from pairs import TIMEOUT, Threads, await_true, check_script
 from syncstream import NDJSONResponse, SSEResponse, StreamMiddleware
-from syncstream.capacity import Capacity
+from syncstream.capacity import MOMENT, Capacity
 from syncstream.process import Process, stats
 
 PLACE = Threads()
@@ -115,6 +116,77 @@ def test_threads_are_reserved(threads, admitted):
     places = capacity(reserve_threads=3, max_streams=9)
     got = [places.admit({}, lambda: threads) for _ in range(12)]
     assert sum(place is not None for place in got) == admitted
+
+
+def test_who_leaves_waits_for_who_leaves():
+    """Of 50 subscribers on 3 threads none is refused, and none waits for one that
+    stays; nor does a generator wait."""
+    places = capacity(reserve_threads=1)
+    held, most = [], []
+
+    def work():
+        place = places.admit({}, lambda: 4, leaves=True)
+        assert place
+        held.append(1)
+        most.append(len(held))
+        PLACE.pause()
+        assert places.admit({}, lambda: 2) is None
+        held.pop()
+        place.leave_thread()
+
+    for join in [PLACE.start(work) for _ in range(50)]:
+        join()
+    assert (places._threads, places._leaving) == (0, 0)
+    assert max(most) <= 3
+    stays = [places.admit({}, lambda: 4, leaves=leaves) for leaves in (0, 1, 1)]
+    for place in stays:
+        place.stay()
+        place.stay()
+    start = time.monotonic()
+    assert places.admit({}, lambda: 4, leaves=True) is None
+    assert time.monotonic() - start < MOMENT
+    for place in stays:
+        place.release()
+    assert (places._threads, places._leaving, places._count) == (0, 0, 50)
+
+
+@pytest.mark.parametrize("how", ["leaves", "stays", "neither"])
+def test_how_long_a_subscriber_waits(how, monkeypatch):
+    """Until another one has left its thread, or is known to stay, or for a moment."""
+    monkeypatch.setattr("syncstream.capacity.MOMENT", 0.02 if how == "neither" else 60)
+    places = capacity(reserve_threads=1)
+    first = places.admit({}, lambda: 2, leaves=True)
+    join = PLACE.start(lambda: places.admit({}, lambda: 2, leaves=True))
+    await_true(PLACE, lambda: places._waiters)
+    if how == "leaves":
+        first.leave_thread()
+    elif how == "stays":
+        first.stay()
+    assert (join() is None) == (how != "leaves")
+
+
+def test_a_subscriber_in_a_greenlet_waits_in_its_hub():
+    """The others of the hub go on, the one that it waits for too."""
+    pytest.importorskip("gevent")
+    assert check_script(IN_A_HUB) == ""
+
+
+IN_A_HUB = """
+import gevent
+from syncstream.capacity import Capacity
+
+places = Capacity(None, 1, None, None)
+
+def subscribe():
+    place = places.admit({}, lambda: 2, leaves=True)
+    assert place
+    gevent.sleep(0.01)
+    place.leave_thread()
+
+greenlets = [gevent.spawn(subscribe) for _ in range(20)]
+gevent.joinall(greenlets, timeout=10, raise_error=True)
+assert all(greenlet.successful() for greenlet in greenlets), greenlets
+"""
 
 
 def test_a_thread_is_given_back_before_its_place():

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import pytest
 
 from handover_soak import serving
-from live import unique_key
+from live import LiveServer, unique_key
 from test_handover import Asker, Listener, await_state, state
 
 RETRY = re.compile(rb"retry: [0-9]+\n\n")
@@ -21,6 +21,23 @@ def refused(server, channel, body=None):
         rest, is_whole = one.rest()
     assert is_whole
     return rest
+
+
+def test_many_subscribers_at_once_find_a_thread():
+    """50 on 8 threads of which 2 are reserved: each waits for a moment, if it must."""
+    words = ("--threads", "8")
+    with (
+        LiveServer("gunicorn-gthread", "apps.hub_app:reserved", *words) as server,
+        ExitStack() as stack,
+    ):
+        for _ in range(5):
+            # All have connected before the first asks, so that they ask together.
+            clients = [stack.enter_context(server.connect()) for _ in range(50)]
+            for client in clients:
+                client.socket.sendall(b"GET /sse/a HTTP/1.1\r\nHost: x\r\n\r\n")
+            for client in clients:
+                client.read_head()
+            assert [client.status for client in clients] == [200] * 50
 
 
 def test_one_thread_is_not_given_to_who_cannot_leave():

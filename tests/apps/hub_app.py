@@ -101,3 +101,4 @@ def plain(text, start_response):
 
 
 wrapped = StreamMiddleware(app)
+reserved = StreamMiddleware(app, reserve_threads=2)
