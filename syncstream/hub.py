@@ -48,6 +48,8 @@ WINDOW = 256  # entries of a channel that are kept for its subscribers
 WINDOW_SIZE = 1 << 20  # bytes of them, but for a single one
 BUDGET = 64 << 20  # bytes of all windows of a hub
 IDLE = 60.0  # seconds that a window without subscribers is kept
+MOST_IDLE = 10_000  # how many of them, roughly: names of channels may come from clients
+CROWD = 1000  # new ones after which they are counted
 RETRY = 1.0  # seconds, roughly, until a broker that did not answer is asked again
 MAX_CHANNELS = 32  # of one subscription, by name: their ids fit into one
 _MAX_ID = 4096  # characters of an id that are looked at
@@ -171,6 +173,7 @@ class Hub:
         self._is_up = True
         self._is_closed = False
         self._swept = time.monotonic()
+        self._crowd = CROWD  # so many windows are looked through at once
         _hubs.add(self)
         broker.attach(self)
 
@@ -687,23 +690,32 @@ class Hub:
     def _forget_idle(self, now: float, is_watched: bool = True) -> list[str]:
         """Drop windows that nobody wants, under the lock; return the watched ones'.
 
+        Those that nobody has wanted for long, and the oldest where they are many.
+
         Args:
             is_watched: Those that the broker tells of by their names, too.
         """
-        if now - self._swept < IDLE / 4:
+        if now - self._swept < IDLE / 4 and len(self._channels) < self._crowd:
             return []
         self._swept = now
         idle = [
             (name, record)
             for name, record in self._channels.items()
-            if not record.subscriptions
-            and now - record.idle_since > IDLE
-            and (is_watched or not record.is_watched)
+            if not record.subscriptions and (is_watched or not record.is_watched)
         ]
-        for name, record in idle:
+        idle.sort(key=lambda pair: pair[1].idle_since)
+        surplus = len(idle) - MOST_IDLE
+        dropped = [
+            (name, record)
+            for place, (name, record) in enumerate(idle)
+            if place < surplus or now - record.idle_since > IDLE
+        ]
+        for name, record in dropped:
             del self._channels[name]
             self._empty(record)  # a pattern's subscription may hold it
-        return [name for name, record in idle if record.is_watched]
+        count = len(self._channels)
+        self._crowd = count + max(CROWD, count // 2)
+        return [name for name, record in dropped if record.is_watched]
 
     def record(self, name: str) -> _Channel:
         with self._lock:

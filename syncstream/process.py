@@ -27,6 +27,7 @@ from .watch import GRID, Watch, on_grid
 __all__ = ["Process", "Served", "Stopping", "process", "stats"]
 
 EXIT_WAIT = 1.0  # seconds
+_MOST_KEPT = 200  # of what is kept for whoever asks again
 
 Stopping = Callable[[], bool]
 
@@ -85,6 +86,7 @@ class Process:
     def __init__(self) -> None:
         self._warned: dict[str, object] = {}
         self._memo: dict[Hashable, Any] = {}
+        self._labels: dict[str, str] = {}
         # Reentrant: a garbage collection in here may end a stream, whose callback
         # asks for these numbers; so may a signal's.
         self._lock = native(_thread, "RLock")()
@@ -109,10 +111,31 @@ class Process:
                 print(f"syncstream: {text} (not logged: {error!r})", file=sys.stderr)
 
     def memo(self, key: Hashable, find: Callable[[], Any]) -> Any:
-        """Return what was found for a key; find it the first time."""
-        if key not in self._memo:
-            self._memo[key] = find()
-        return self._memo[key]
+        """Return what was found for a key; find it the first time.
+
+        Args:
+            key: Of the server's or ours. What clients send makes no key: when there
+                are too many, all are forgotten.
+            find: Returns it.
+        """
+        missing = object()
+        found = self._memo.get(key, missing)
+        if found is missing:
+            found = find()
+            if len(self._memo) >= _MOST_KEPT:
+                self._memo.clear()
+            self._memo[key] = found
+        return found
+
+    def shared_label(self, label: str) -> str:
+        """Return the same object for equal labels, of which there are often many.
+
+        `sys.intern` would keep each one that a client makes up, on Python 3.12 for
+        ever.
+        """
+        if len(self._labels) >= _MOST_KEPT:
+            self._labels.clear()
+        return self._labels.setdefault(label, label)
 
     @property
     def open_streams(self) -> int:

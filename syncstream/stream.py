@@ -1007,7 +1007,7 @@ class Stream:
                 -1,
                 source,
                 terms[0],
-                label=sys.intern(self._label),
+                label=process.shared_label(self._label),
                 began=self._began,
                 deadline=self._deadline,
                 events=events,

@@ -173,7 +173,9 @@ class Connection:
     def warn(self) -> None:
         """Say, once a process, what an operator should change: a stream stays here."""
         record, server, environ = process(), self.server, self._given
-        key = ("warning", server.name, environ.get("SERVER_PROTOCOL"))
+        # Not by what the client has sent, nor is one of HTTP/2's that of HTTP/1's.
+        is_http_2 = str(environ.get("SERVER_PROTOCOL")).startswith("HTTP/2")
+        key = ("warning", server.name, is_http_2)
         warning = record.memo(key, lambda: server.warning(environ))
         if warning is not None:
             record.warn_once(log, warning)
@@ -305,10 +307,13 @@ class Connection:
         encoded = any(name.lower() == "content-encoding" for name, _ in headers)
         return None if encoded else write
 
-    @property
+    @functools.cached_property
     def server_key(self) -> Hashable:
-        names = ("SERVER_NAME", "SERVER_PORT")
-        return (self.server.name, *(self.environ.get(name) for name in names))
+        # By the server's own object, not by SERVER_NAME: over a Unix socket, and
+        # behind ProxyFix, that is the client's Host. Weak: nobody is kept by a key,
+        # and no other object at the same address is taken for it.
+        key = self.server.key(self._given)
+        return (self.server.name, None if key is None else weakref.ref(key))
 
     @property
     def may_vanish(self) -> bool:

@@ -98,6 +98,7 @@ SERVER = Server(
     answers_errors=False,  # it sends the head that it has, 200 (11.1)
     stopping=_stopping,
     threads=_threads,
+    key=lambda environ: _server(),
     drop_read_ahead=lambda environ: drop_buffered(_reader(environ)),
     closes_first=True,  # and what it cannot write then, Python 3.13 complains of
 )

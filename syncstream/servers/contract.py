@@ -99,6 +99,9 @@ class Server:
             that is not, while the lock is held, will ask for the lock before it does.
         drop_read_ahead: Drops what the server has read of requests behind this one.
             Nothing blocks: its descriptor reads an end.
+        key: The server's own object that tells it from others of its kind in this
+            process, never what a client sends; ``None`` if there can be but one. In
+            the thread or greenlet of the request.
         closes_first: It calls the response's ``close()`` before it writes the mark
             of the response's end.
         start_response: The server's own, where it can be had from within ``next()``;
@@ -135,6 +138,7 @@ class Server:
     )
     is_closing: Callable[[Environ], bool] = lambda environ: False
     drop_read_ahead: Callable[[Environ], object] = lambda environ: None
+    key: Callable[[Environ], object] = lambda environ: None
     closes_first: bool = False
     start_response: Callable[[Environ], Any] = lambda environ: None
     forget_head: Callable[[Environ, Write | None], bool] = lambda environ, write: True

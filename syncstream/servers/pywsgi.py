@@ -69,6 +69,7 @@ SERVER = Server(
     headers=_headers,
     stopping=_stopping,
     threads=_threads,
+    key=lambda environ: _server(),
     warning=lambda environ: unpatched(),
     drop_read_ahead=lambda environ: drop_buffered(_reader(environ)),
 )

@@ -76,6 +76,7 @@ SERVER = Server(
     closes_early=True,  # a send that fails in its main thread
     stopping=_stopping,
     threads=_threads,
+    key=lambda environ: _channel(environ).server,
     stays=_stays,
     lock=_lock,
     is_closing=lambda environ: not _channel(environ).connected,

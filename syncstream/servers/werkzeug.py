@@ -36,13 +36,14 @@ def _headers(write: Write) -> Headers | None:
     return headers
 
 
+def _server() -> Any:
+    return getattr(running("werkzeug.serving", "server"), "server", None)
+
+
 def _stopping(environ: Environ) -> Callable[[], bool] | None:
-    handler = running("werkzeug.serving", "server")
-    if handler is None:
-        return None
-    server = handler.server
+    server = _server()
     # serve_forever() ends with server_close(), for Ctrl-C and shutdown() (3.1).
-    return lambda: server.socket.fileno() < 0
+    return None if server is None else lambda: server.socket.fileno() < 0
 
 
 def _threads(environ: Environ) -> int | None:
@@ -67,5 +68,6 @@ SERVER = Server(
     headers=_headers,
     stopping=_stopping,
     threads=_threads,
+    key=lambda environ: _server(),
     stays=_stays,
 )
