@@ -61,7 +61,9 @@ def test_other_return_values_are_none_of_ours(value):
 @pytest.mark.parametrize(
     ("mode", "id"), [("stop", b"syncstream-end"), ("reconnect", b"syncstream-refused")]
 )
-@pytest.mark.parametrize("error", [pair[0] for pair in ERRORS], ids=repr)
+@pytest.mark.parametrize(
+    "error", [pair[0] for pair in ERRORS], ids=lambda error: type(error).__name__
+)
 def test_a_raised_answer_ends_for_good(error, mode, id, count, logged):
     """The browser is told to stay away, and does; the log names the cure."""
     runs = []
@@ -99,7 +101,7 @@ def redirecting(value, count=0):
 
 
 @pytest.mark.parametrize(("count", "reason"), [(0, "refused"), (1, "error")])
-@pytest.mark.parametrize("value", RETURNED, ids=repr)
+@pytest.mark.parametrize("value", RETURNED, ids=lambda value: type(value).__name__)
 def test_a_returned_answer_is_refused(value, count, reason, logged):
     """A TypeError in the log, and an end for good, not an empty stream."""
     response = SSEResponse(redirecting(value, count))
