@@ -264,6 +264,11 @@ class Connection(Protocol):
         """
 
     @property
+    def shows_errors(self) -> bool:
+        """What the source raises is to leave ``next()``: it goes to a test, or to a
+        server of which we do not know better."""
+
+    @property
     def answers_errors(self) -> bool:
         """The server answers 500 for an `Exception` that leaves ``next()`` now,
         before any byte."""
@@ -1134,7 +1139,7 @@ class Stream:
             yield from self._fail_unsent(failed)
             return
         block = self._refusal(failed[0])
-        last = self._bury(failed.pop(), block)
+        last = self._bury(failed[0], block)
         if last:
             self._bytes += len(last)
             yield last
@@ -1143,8 +1148,20 @@ class Stream:
             return
         raised = self._connection.cut() if self._connection else None
         self._settle()
+        if self._shows(failed[0]):
+            raised = failed[0]
+        failed.clear()
         if raised is not None:
-            raise raised
+            try:
+                raise raised
+            finally:
+                raised = None  # its traceback has this frame
+
+    def _shows(self, error: BaseException) -> bool:
+        """Tell whether the source's error goes to who iterates: a test, say."""
+        connection = self._connection
+        is_exit = isinstance(error, GeneratorExit) or is_greenlet_exit(error)
+        return not is_exit and (connection is None or connection.shows_errors)
 
     @property
     def _is_out(self) -> bool:
@@ -1179,6 +1196,8 @@ class Stream:
                     self._bytes += len(words)
                     yield words
                 raised = connection.cut() if connection is not None else None
+                if self._shows(error):
+                    raised = error
             else:
                 told = error if not connection.logs_errors else None
                 message = "the source of %s failed before its first item"

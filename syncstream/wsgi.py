@@ -226,7 +226,8 @@ class Connection:
 
     @property
     def is_multiprocess(self) -> bool:
-        return bool(self.environ.get("wsgi.multiprocess"))
+        is_claimed = bool(self.environ.get("wsgi.multiprocess"))
+        return is_claimed and not self.server.is_test
 
     @property
     def is_head(self) -> bool:
@@ -241,6 +242,10 @@ class Connection:
         if fd is not None and not is_writable(fd):
             return True
         return self.server.unsent(self._given) > 0
+
+    @property
+    def shows_errors(self) -> bool:
+        return not self.server.is_known
 
     @property
     def answers_errors(self) -> bool:

@@ -37,6 +37,7 @@ class Line:
     server_key = None
     may_vanish = False
     is_multiprocess = False
+    shows_errors = False
     hooks = ()
 
     def __init__(self, sock: socket.socket | None = None) -> None:

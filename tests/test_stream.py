@@ -258,7 +258,9 @@ def test_what_cannot_be_encoded_is_thrown_at_the_yield(caplog):
             yield memoryview(b"data").cast("I")
         yield object()  # the user's line
 
-    body = b"".join(iter(stream_of(source())))
+    body = []
+    with pytest.raises(TypeError, match=r"cannot encode builtins\.object"):
+        body.extend(stream_of(source()))
     assert b"data: caught\n\n" in body
     assert "yield object()  # the user's line" in caplog.text
 

@@ -7,7 +7,7 @@ uWSGI 2.0.30. A server that is not listed works too, without a look at its socke
 
 from __future__ import annotations
 
-from . import asgi, cheroot, gunicorn, pywsgi, uwsgi, waitress, werkzeug
+from . import asgi, cheroot, gunicorn, pywsgi, testing, uwsgi, waitress, werkzeug
 from .contract import Environ, Server, SocketLike, connection_reset
 
 __all__ = ["Server", "SocketLike", "connection_reset", "server_of"]
@@ -20,12 +20,14 @@ SERVERS = (
     pywsgi.SERVER,
     cheroot.SERVER,
     asgi.SERVER,
+    testing.SERVER,
 )
 OTHER = Server(
     "another server",
     runs=lambda environ: True,
     raises=connection_reset,
     logs_errors=False,
+    is_known=False,
 )
 
 

@@ -114,6 +114,8 @@ class Server:
         answers_errors: It answers 500 for an `Exception` that leaves ``next()``
             before a byte of the response has left.
         logs_errors: And logs it, with its traceback.
+        is_known: What it does with an error that leaves ``next()`` is known.
+        is_test: It is no server, whatever the environ says.
     """
 
     name: str
@@ -144,6 +146,8 @@ class Server:
     forget_head: Callable[[Environ, Write | None], bool] = lambda environ, write: True
     answers_errors: bool = True
     logs_errors: bool = True
+    is_known: bool = True
+    is_test: bool = False
 
 
 def has_cipher(socket: SocketLike | None) -> bool:

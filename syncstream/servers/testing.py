@@ -1,0 +1,29 @@
+"""The frameworks' test clients: no server at all, though some say otherwise.
+
+Django's and Falcon's claim ``wsgi.multiprocess``, and Falcon's to be gunicorn. Others
+(Werkzeug's and so Flask's, WebTest) claim nothing: they count as another server.
+"""
+
+from __future__ import annotations
+
+from .contract import Environ, Server, connection_reset
+
+__all__ = ["SERVER"]
+
+
+def _runs(environ: Environ) -> bool:
+    # Nothing here comes from a client.
+    if type(environ.get("wsgi.input")).__module__ == "django.test.client":
+        return True
+    software = environ.get("SERVER_SOFTWARE") or ""
+    return software.startswith("gunicorn/") and "gunicorn.socket" not in environ
+
+
+SERVER = Server(
+    "a test client",
+    runs=_runs,
+    raises=connection_reset,
+    logs_errors=False,
+    is_known=False,
+    is_test=True,
+)

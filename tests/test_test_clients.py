@@ -1,0 +1,116 @@
+"""What a user's own tests see: the test clients of Werkzeug, Flask, Django, Falcon."""
+
+import falcon
+import falcon.testing
+import flask
+import pytest
+from django.test import Client as DjangoClient
+from django.test import override_settings
+from django.urls import path
+from werkzeug.test import Client
+
+import syncstream.falcon
+from apps import django_app
+from syncstream import Hub, NDJSONResponse, SSEResponse, StreamMiddleware
+from syncstream import django as in_django
+
+assert callable(django_app.app)  # it configures Django
+
+
+class Broken(Exception):
+    pass
+
+
+def failing(n=1):
+    yield from range(n)
+    raise Broken("in a source")
+
+
+def subscribed():
+    hub = Hub()
+    hub.publish("news", "one")
+    return hub.subscribe("news", after="start")
+
+
+def finite():
+    for event in subscribed():
+        yield event
+        return
+
+
+urlpatterns = [
+    path("failing", lambda request: in_django.SSEResponse(failing())),
+    path("finite", lambda request: in_django.SSEResponse(finite())),
+]
+
+
+def joined(make):
+    return b"".join(make().response)
+
+
+def joined_in_django(make):
+    return b"".join(in_django.SSEResponse(failing()))
+
+
+def by_werkzeug(make):
+    return Client(StreamMiddleware(make())).get("/").data
+
+
+def by_flask(make):
+    app = flask.Flask(__name__)
+    app.testing = True
+    app.get("/")(make)
+    return app.test_client().get("/").data
+
+
+def by_django(make):
+    with override_settings(ROOT_URLCONF=__name__):
+        return DjangoClient().get("/failing").getvalue()
+
+
+def by_falcon(make):
+    class Resource:
+        def on_get(self, req, resp):
+            syncstream.falcon.respond(req, resp, make())
+
+    app = falcon.App()
+    app.add_route("/", Resource())
+    return falcon.testing.TestClient(app).get("/").content
+
+
+CLIENTS = (joined, joined_in_django, by_werkzeug, by_flask, by_django, by_falcon)
+
+
+@pytest.mark.parametrize("get", CLIENTS)
+def test_a_failing_source_raises_its_own_error(get, caplog):
+    """A test sees what is wrong; the log has it, as it has on a server."""
+    with pytest.raises(Broken, match="in a source"):
+        get(lambda: SSEResponse(failing()))
+    records = [r for r in caplog.records if r.name == "syncstream.stream"]
+    assert [r.levelname for r in records if "failed" in r.message] == ["ERROR"]
+
+
+@pytest.mark.parametrize("get", [joined, by_werkzeug, by_flask, by_falcon])
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_failing_source_of_lines_raises_its_own_error(get, n):
+    """Before its first item, and after it."""
+    with pytest.raises(Broken):
+        get(lambda: NDJSONResponse(failing(n)))
+
+
+def test_a_hub_in_a_test_is_not_warned_of_processes(caplog):
+    """Django's and Falcon's clients claim ``wsgi.multiprocess``: there is no server."""
+    with override_settings(ROOT_URLCONF=__name__):
+        body = DjangoClient().get("/finite").getvalue()
+    assert b"data: one\n\n" in body
+    assert b"data: one\n\n" in by_falcon(lambda: SSEResponse(finite()))
+    assert "the server runs several" not in caplog.text
+
+
+def test_a_hub_on_an_unknown_server_is(caplog):
+    """One that has several processes, and says so."""
+    environ = {"wsgi.multiprocess": True}
+    assert b"data: one\n\n" in (
+        Client(SSEResponse(finite())).get("/", environ_overrides=environ).data
+    )
+    assert "the server runs several" in caplog.text
