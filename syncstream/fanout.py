@@ -47,7 +47,16 @@ from .hub import Apart, Subscription
 from .process import EXIT_WAIT, Process, Served, process
 from .protocol.sse import Event
 from .senders import Sender, open_sender
-from .sockets import acknowledged, borrowed, has_timed_out, hold, native, release, reset
+from .sockets import (
+    acknowledged,
+    borrowed,
+    has_timed_out,
+    hold,
+    native,
+    queued,
+    release,
+    reset,
+)
 from .waiting import hub
 from .watch import Watch, native_epoll, native_lock, watch
 
@@ -909,7 +918,8 @@ class Fanout:
             limit = client.terms.send_timeout
             if limit is None:
                 continue
-            taken = acknowledged(client.fd)
+            # A Unix socket acknowledges nothing: its queue, that we fill, is read.
+            taken = acknowledged(client.fd) or queued(client.fd)
             if taken is not None and taken != client.acknowledged:
                 if client.acknowledged is not None:
                     client.since = now

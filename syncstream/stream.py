@@ -48,8 +48,8 @@ from .protocol.sse import Event
 from .sockets import (
     acknowledged,
     give_up_after,
-    hang_up,
     has_timed_out,
+    queued,
     release,
 )
 from .waiting import (
@@ -100,6 +100,7 @@ _TOO_LATE = (
 )
 _KEEPALIVE = Event(comment="keepalive").encode()
 _CLOSE_TRIES = 10
+_PIECE = 64 * 1024  # bytes; what a server's socket accepts at once is about as much
 _GRACE = 1.5  # seconds that the kernel waits longer than we do, for a frozen client
 
 
@@ -239,6 +240,9 @@ class Connection(Protocol):
     def is_full(self) -> bool:
         """Tell at once whether the server or the kernel has bytes it cannot send."""
 
+    def unsent(self) -> int:
+        """Return how many bytes the server itself keeps for the client."""
+
     @property
     def hooks(self) -> tuple[Callable[[], object], ...]:
         """What `before_wait` calls."""
@@ -276,6 +280,9 @@ class Connection(Protocol):
     @property
     def logs_errors(self) -> bool:
         """And logs it, with its traceback."""
+
+    def drop(self) -> None:
+        """Hang up, so that a write which waits for the client fails; any thread's."""
 
     def cut(self) -> BaseException | None:
         """Make truncation visible; return what to raise, ``None`` to just end."""
@@ -421,7 +428,7 @@ class Stream:
         self._is_writing = False  # the watch is, under that lock
         self._full_since = 0.0  # the client takes nothing; 0: it does
         self._looked_at = 0.0  # for that, the last time
-        self._acknowledged: int | None = None  # bytes, at that time
+        self._progress: tuple[int | None, int] | None = None  # at that time
         self._all_sent = -1  # `_bytes` when all of them had gone
         # Weak, for its frame refers to us: who drops both ends the stream.
         self._body: weakref.ref[Iterator[bytes]] | None = None
@@ -811,6 +818,9 @@ class Stream:
                     self._tail = chunk if len(chunk) > 3 else (self._tail + chunk)[-4:]
                     self._moved = now
                     self._events += 1
+                    if len(chunk) > _PIECE:
+                        yield from self._pieces(chunk)
+                        continue
                     self._bytes += len(chunk)
                     yield chunk
                 elif self._is_silent(now) and self._format.is_whole(self._tail):
@@ -861,8 +871,7 @@ class Stream:
                 if first:
                     self._moved = time.monotonic()
                     self._events += events
-                    self._bytes += len(first)
-                    yield first
+                    yield from self._pieces(first)
             # What it sends is whole events, or lines.
             self._tail = b"\n\n" if self._is_event_stream else b"\n"
             dumps = dumps_or_default(self._format.dumps)
@@ -902,6 +911,9 @@ class Stream:
                     self._look(now)
                     if ended:
                         break
+                if len(chunk) > _PIECE:
+                    yield from self._pieces(chunk)
+                    continue
                 self._bytes += len(chunk)
                 yield chunk
             self._close_source()
@@ -913,6 +925,18 @@ class Stream:
         except GeneratorExit:
             self.close()
             raise
+
+    def _pieces(self, chunk: bytes) -> Iterator[bytes]:
+        """Yield a chunk; in pieces where that alone shows that the client takes it.
+
+        Nothing is done between the pieces: they are one chunk.
+        """
+        is_seen = self._fd < 0 or acknowledged(self._fd) is not None
+        size = len(chunk) if is_seen else _PIECE
+        for start in range(0, len(chunk), size):
+            piece = chunk[start : start + size]
+            self._bytes += len(piece)
+            yield piece
 
     def _opened(self) -> bytes:
         assert self._opening is not None
@@ -1470,11 +1494,12 @@ class Stream:
         connection, sent = self._connection, self._bytes
         if connection is None or (self.is_running and sent == self._all_sent):
             return  # idle: all has gone when we looked last, and there is no more
-        taken = acknowledged(self._fd)
+        progress = self._look_at_progress(connection)
+        before, self._progress = self._progress, progress
         if not connection.is_full():
             self._full_since = 0.0
             self._all_sent = sent if self.is_running else -1
-        elif taken is not None and taken != self._acknowledged:
+        elif before is None or progress[0] != before[0] or progress[1] > before[1]:
             self._full_since = now
         elif not self._full_since:
             # Nothing was taken since the last look, nor before the last chunk. If that
@@ -1483,8 +1508,20 @@ class Stream:
             self._full_since = max(self._moved, self._looked_at, earliest)
         if self._full_since and now - self._full_since >= send_timeout:
             self._over("send_timeout")
-            hang_up(self._fd)
-        self._looked_at, self._acknowledged = now, taken
+            connection.drop()
+            self._full_since = 0.0  # if that has no effect, once more after a while
+        self._looked_at = now
+
+    def _look_at_progress(self, connection: Connection) -> tuple[int | None, int]:
+        """Return what changes, and what grows, when the client takes something.
+
+        TCP says what was acknowledged. Where nothing does (Unix sockets, other systems)
+        what the server's socket has accepted counts: not to know is no time-out.
+        """
+        taken = acknowledged(self._fd)
+        if taken:  # 0: nothing yet, or a kernel that does not count (gVisor)
+            return taken, 0
+        return queued(self._fd), self._bytes - connection.unsent()
 
     def _keep_alive(self) -> None:
         """Write a comment while the source is busy, if it can be done now.

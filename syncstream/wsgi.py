@@ -241,7 +241,10 @@ class Connection:
         fd = self.fd
         if fd is not None and not is_writable(fd):
             return True
-        return self.server.unsent(self._given) > 0
+        return self.unsent() > 0
+
+    def unsent(self) -> int:
+        return self.server.unsent(self._given)
 
     @property
     def shows_errors(self) -> bool:
@@ -376,6 +379,12 @@ class Connection:
                 # kills, with all whose connections it has.
                 raise Full(f"the server has one thread, and {error}") from error
             return None
+
+    def drop(self) -> None:
+        fd = self.fd
+        if fd is not None and fd >= 0:
+            hang_up(fd)
+            self.server.drop(self._given)
 
     def cut(self) -> BaseException | None:
         """Let the client see that the response is not whole.

@@ -56,11 +56,17 @@ class Line:
     def is_full(self) -> bool:
         return False
 
+    def unsent(self) -> int:
+        return 0
+
     def swap(self) -> None:
         """It stays where it is."""
 
     def is_hung_up(self) -> bool:
         return self.sock is not None and is_hung_up(self.sock.fileno())
+
+    def drop(self) -> None:
+        """Nobody waits for a write."""
 
     def cut(self) -> BaseException:
         return ConnectionResetError("cut")

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import gc
 import logging
+import os
 import re
 import socket
 import sys
@@ -858,6 +859,60 @@ def test_a_client_that_is_slow_at_last_is_not_dropped(line, large):
         assert large.reason is None
     large._look_at_the_client(yielded + 30, 10)
     assert large.reason == "send_timeout"
+
+
+@pytest.fixture
+def unix_line(line):
+    """A line to a client by a Unix socket, which never has room."""
+    server, client = socket.socketpair()
+    with server, client:
+        line.fd = server.fileno()
+        line.is_full = lambda: True
+        line.peer = client
+        yield line
+
+
+def test_what_a_unix_socket_accepts_counts(unix_line):
+    """A large chunk goes in pieces, each of which is accepted when the next goes."""
+    data = bytes(range(256)) * 1000
+    stream = stream_of([data, b"end"], unix_line, RAW, life=Life(send_timeout=1000))
+    pieces, began = [], time.monotonic()
+    for n, piece in enumerate(stream):
+        pieces.append(piece)
+        stream._look_at_the_client(began + 9 * n, 10)
+    assert stream.reason == "finished"
+    assert b"".join(pieces) == data + b"end"
+    assert [len(piece) for piece in pieces] == [65536, 65536, 65536, 59392, 3]
+
+
+def test_a_queue_that_is_read_counts(unix_line):
+    """So does what is taken of one piece; after send_timeout without, it is over."""
+    stream = stream_of(["large"], unix_line, RAW, life=Life(send_timeout=1000))
+    chunks = iter(stream)
+    next(chunks)
+    began = time.monotonic()
+    os.write(unix_line.fd, b"x" * 50_000)
+    os.write(unix_line.fd, b"x" * 50_000)
+    stream._look_at_the_client(began, 10)
+    unix_line.peer.recv(90_000)
+    stream._look_at_the_client(began + 9, 10)
+    stream._look_at_the_client(began + 18, 10)
+    assert stream.reason is None
+    stream._look_at_the_client(began + 19, 10)
+    assert stream.reason == "send_timeout"
+    assert list(chunks) == []
+
+
+def test_what_the_server_keeps_was_not_accepted(unix_line):
+    """Its own buffers may grow (waitress): that says nothing of the client."""
+    unix_line.unsent = lambda: 10 * len(pieces)
+    stream = stream_of([b"more"] * 50, unix_line, RAW, life=Life(send_timeout=1000))
+    pieces, began = [], time.monotonic()
+    for n, piece in enumerate(stream):
+        pieces.append(piece)
+        stream._look_at_the_client(began + n, 10)
+    assert stream.reason == "send_timeout"
+    assert len(pieces) == 11
 
 
 def test_no_client_is_dropped_for_a_process_that_was_stopped(line, large):

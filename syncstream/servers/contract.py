@@ -75,6 +75,8 @@ class Server:
             ``write`` passed through, what we write would be garbage.)
         unsent: How many bytes for this client the server keeps in buffers of its
             own, beyond the kernel's. From any thread.
+        drop: Has it close a client's socket that was shut down and is full, where it
+            would not notice. From any thread.
         closes_early: It may close the client's socket, from a thread of its own,
             while the response is being made.
         stopping: Returns what tells whether this process has been told to stop,
@@ -129,6 +131,7 @@ class Server:
     write_module: str = ""
     headers: Callable[[Write], Headers | None] = lambda write: None
     unsent: Callable[[Environ], int] = lambda environ: 0
+    drop: Callable[[Environ], object] = lambda environ: None
     closes_early: bool = False
     stopping: Callable[[Environ], Callable[[], bool] | None] = lambda environ: None
     threads: Callable[[Environ], int | None] = lambda environ: None

@@ -33,6 +33,13 @@ def _unsent(environ: Environ) -> int:
     return unsent
 
 
+def _drop(environ: Environ) -> None:
+    # Its main thread waits by select(2) for room, which a Unix socket that is full
+    # never says to have, though it was shut down. It is to close it, as it alone may.
+    channel = _channel(environ)
+    channel.server.trigger.pull_trigger(channel.handle_close)  # 3.0; twice is no harm
+
+
 def _stopping(environ: Environ) -> Callable[[], bool]:
     server = _channel(environ).server
     dispatcher = server.task_dispatcher
@@ -73,6 +80,7 @@ SERVER = Server(
     write_module="waitress.task",
     headers=_headers,
     unsent=_unsent,
+    drop=_drop,
     closes_early=True,  # a send that fails in its main thread
     stopping=_stopping,
     threads=_threads,

@@ -1,6 +1,8 @@
 """Serve ``module:attribute`` by a server that has no command of its own.
 
 python serve.py pywsgi|werkzeug|waitress|cheroot MODULE:ATTRIBUTE PORT
+
+waitress listens at the Unix socket, too, that $UNIX_SOCKET names.
 """
 
 import importlib
@@ -37,10 +39,16 @@ def serve_werkzeug(app, port):
 
 def serve_waitress(app, port):
     import logging
+    import os
+    import threading
 
     import waitress
 
     logging.basicConfig()
+    if "UNIX_SOCKET" in os.environ:
+        path = os.environ["UNIX_SOCKET"]
+        other = waitress.create_server(app, unix_socket=path, threads=8)
+        threading.Thread(target=other.run, daemon=True).start()
     waitress.serve(app, host="127.0.0.1", port=port, threads=8)
 
 
