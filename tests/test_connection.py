@@ -11,7 +11,8 @@ import pytest
 
 from live import await_true
 from syncstream.servers import server_of
-from syncstream.sockets import give_up_after, is_hung_up
+from syncstream.servers.handover import _check_descriptor
+from syncstream.sockets import acknowledged, give_up_after, is_hung_up, queued
 from syncstream.wsgi import Connection
 
 
@@ -61,6 +62,35 @@ def test_a_closed_descriptor_is_a_hang_up(pair):
     assert not connection.is_hung_up()
     server.close()
     assert connection.is_hung_up()
+
+
+def test_a_look_leaves_a_socket_blocking(pair):
+    """Whatever socket.setdefaulttimeout says: the server relies on it."""
+    server, _ = pair
+    connection = Connection(environ_of(server))
+    socket.setdefaulttimeout(60)
+    try:
+        assert not connection.is_hung_up()
+        _check_descriptor(server.fileno())
+    finally:
+        socket.setdefaulttimeout(None)
+    assert os.get_blocking(server.fileno())
+
+
+def test_what_a_client_takes_is_seen(pair):
+    """By TCP it is acknowledged; else the kernel's queue for it changes."""
+    server, _ = pair
+    server.sendall(b"x" * 1000)
+    await_true(lambda: acknowledged(server.fileno()) == 1000)
+    server, client = socket.socketpair()
+    with server, client:
+        fd = server.fileno()
+        server.sendall(b"x" * 1000)
+        assert acknowledged(fd) is None
+        assert queued(fd) == queued(fd) > 0
+        client.recv(1000)
+        await_true(lambda: queued(fd) == 0)
+    assert queued(-1) is None
 
 
 def test_an_unknown_server_shows_no_hang_up():

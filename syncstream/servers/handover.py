@@ -409,21 +409,26 @@ def _checked(environ: Environ, server: Server) -> SocketLike:
 
 def _check_descriptor(fd: int) -> None:
     try:
-        sock = _socket.socket(fileno=fd)
+        with borrowed(fd) as sock:
+            kind, protocol, family = (
+                sock.getsockopt(socket.SOL_SOCKET, option)
+                for option in (socket.SO_TYPE, socket.SO_PROTOCOL, socket.SO_DOMAIN)
+            )
     except OSError as error:
         raise Refused(f"not a socket: {error.strerror}") from error
-    try:
-        if sock.type != socket.SOCK_STREAM or sock.proto not in (0, socket.IPPROTO_TCP):
-            raise Refused("the socket is not a stream")
-        if sock.family == socket.AF_UNIX:
-            if not sock.getsockname():  # nobody listens there: half of a pair
-                raise Refused("the socket is one of a pair")
-        elif sock.family not in (socket.AF_INET, socket.AF_INET6):
-            raise Refused("the socket is neither TCP nor Unix")
-    except OSError as error:
-        raise Refused(f"the client has left: {error.strerror}", is_gone=True) from error
-    finally:
-        sock.detach()
+    if kind != socket.SOCK_STREAM or protocol not in (0, socket.IPPROTO_TCP):
+        raise Refused("the socket is not a stream")
+    if family not in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6):
+        raise Refused("the socket is neither TCP nor Unix")
+    if family == socket.AF_UNIX:
+        try:
+            with borrowed(fd, socket.AF_UNIX) as sock:
+                name = sock.getsockname()
+        except OSError as error:
+            reason = f"the client has left: {error.strerror}"
+            raise Refused(reason, is_gone=True) from error
+        if not name:  # nobody listens there: half of a pair
+            raise Refused("the socket is one of a pair")
 
 
 def _plain_sockets() -> tuple[type, ...]:
