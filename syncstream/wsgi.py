@@ -31,6 +31,7 @@ from .servers import Server, SocketLike, connection_reset, server_of
 from .servers.handover import Refused, Swap
 from .sockets import hang_up, is_hung_up, is_writable, reset
 from .stream import Format, Life, Stream, check_handover, warn_unframed
+from .waiting import hub
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -355,6 +356,11 @@ class Connection:
     def hooks(self) -> tuple[Callable[[], object], ...]:
         return tuple(self.environ.get(BEFORE_WAIT, ()))
 
+    @property
+    def _holds_thread(self) -> bool:
+        """A stream that stays with its server holds one of a few threads there."""
+        return hub() is None and self.threads is not None
+
     def swap(self) -> Swap | None:
         if self.environ.get(HANDOVER) is False:
             return None
@@ -372,6 +378,15 @@ class Connection:
                     " hard limit (ulimit -Hn; LimitNOFILE= of systemd, --ulimit nofile="
                     " of Docker), or limit the streams by StreamMiddleware",
                     "descriptors",
+                )
+                raise Full(str(error)) from error
+            if error.is_choice and self._holds_thread:
+                # A few such clients would stop the server for everybody.
+                process().warn_once(
+                    log,
+                    "a stream was refused: it would have held one of the server's few"
+                    f" threads, for {error}",
+                    "choice",
                 )
                 raise Full(str(error)) from error
             if self.threads == 1 and process().parked_streams:

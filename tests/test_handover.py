@@ -250,6 +250,17 @@ def test_the_server_is_free(server, asker, channel):
         assert now["subscribers"] == 20
 
 
+def test_who_announces_a_body_holds_no_thread(few, asker, channel):
+    """A GET may have one; it is neither read nor waited for."""
+    with ExitStack() as stack:
+        for _ in range(10):  # more than there are threads
+            path, headers = f"/events/{channel}", {"Content_Length": "1"}
+            one = stack.enter_context(Listener(few, path, is_parked=False, **headers))
+        await_state(few, lambda now: now["parked"] == 10 and not now["attached"])
+        data = wire(asker.publish(channel, ["one"]), ["one"])
+        one.expect(data)
+
+
 @pytest.mark.parametrize("how", ["FIN", "RST", "bytes, FIN", "half-close"])
 def test_who_leaves_is_known(server, channel, how):
     """At once, for its one reason; the callback runs once."""

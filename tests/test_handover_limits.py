@@ -5,22 +5,11 @@ from contextlib import ExitStack
 
 import pytest
 
-from handover_soak import serving
+from handover_soak import OPENING, serving
 from live import LiveServer, unique_key
 from test_handover import Asker, Listener, await_state, state
 
 RETRY = re.compile(rb"retry: [0-9]+\n\n")
-
-
-def refused(server, channel, body=None):
-    """Subscribe; return what there is after the opening, all of it."""
-    headers = {} if body is None else {"Content_Length": str(len(body))}
-    with Listener(server, f"/events/{channel}", is_parked=False, **headers) as one:
-        if body is not None:
-            one.client.socket.sendall(body)
-        rest, is_whole = one.rest()
-    assert is_whole
-    return rest
 
 
 def test_many_subscribers_at_once_find_a_thread():
@@ -40,15 +29,22 @@ def test_many_subscribers_at_once_find_a_thread():
             assert [client.status for client in clients] == [200] * 50
 
 
-def test_one_thread_is_not_given_to_who_cannot_leave():
-    """A request with a body, on a sync worker that has the clients of others."""
+@pytest.mark.parametrize("kind", ["gunicorn-sync", "gunicorn-gthread", "waitress"])
+def test_few_threads_are_not_given_to_who_chooses_to_stay(kind):
+    """By a method that nobody asks for a stream by, and views of any method take."""
     channel = unique_key()
-    with serving("gunicorn-sync") as server, ExitStack() as stack:
+    with serving(kind) as server, ExitStack() as stack:
         others = [
             stack.enter_context(Listener(server, f"/events/{channel}"))
             for _ in range(5)
         ]
-        assert RETRY.fullmatch(refused(server, channel, b"x"))
+        for _ in range(9):  # more than there are threads
+            with server.connect() as client:
+                client.request("OPTIONS", f"/events/{channel}")
+                rest = client.rest()
+                assert client.is_whole
+            assert RETRY.fullmatch(rest.removeprefix(OPENING))
+        server.await_log("one of the server's few threads, for the method is OPTIONS")
         with Asker(server) as asker:
             asker.ask(f"/publish/{channel}", ["hello"])
         for other in others:

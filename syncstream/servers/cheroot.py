@@ -84,6 +84,13 @@ def _threads(environ: Environ) -> int | None:
     return threads
 
 
+def _leave_body(environ: Environ) -> None:
+    # Its send_headers() reads on, from what is no longer the client, for 10 s (11.1).
+    request: Any = getattr(running("cheroot.wsgi", "req"), "req", None)
+    if getattr(getattr(request, "rfile", None), "remaining", 0) > 0:
+        request.close_connection = True
+
+
 SERVER = Server(
     "cheroot",
     runs=lambda environ: "Cheroot" in environ.get("SERVER_SOFTWARE", ""),
@@ -100,5 +107,6 @@ SERVER = Server(
     threads=_threads,
     key=lambda environ: _server(),
     drop_read_ahead=lambda environ: drop_buffered(_reader(environ)),
+    leave_body=_leave_body,
     closes_first=True,  # and what it cannot write then, Python 3.13 complains of
 )

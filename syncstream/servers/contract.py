@@ -104,6 +104,8 @@ class Server:
         key: The server's own object that tells it from others of its kind in this
             process, never what a client sends; ``None`` if there can be but one. In
             the thread or greenlet of the request.
+        leave_body: Has the server not read what is left of the request's body before
+            it sends a head, and close the connection after the response instead.
         closes_first: It calls the response's ``close()`` before it writes the mark
             of the response's end.
         start_response: The server's own, where it can be had from within ``next()``;
@@ -144,6 +146,7 @@ class Server:
     is_closing: Callable[[Environ], bool] = lambda environ: False
     drop_read_ahead: Callable[[Environ], object] = lambda environ: None
     key: Callable[[Environ], object] = lambda environ: None
+    leave_body: Callable[[Environ], object] = lambda environ: None
     closes_first: bool = False
     start_response: Callable[[Environ], Any] = lambda environ: None
     forget_head: Callable[[Environ, Write | None], bool] = lambda environ, write: True

@@ -46,6 +46,8 @@ def _headers(write: Write) -> Headers | None:
 
 def _forget_head(environ: Environ, write: Write | None) -> bool:
     headers = _headers(write) if write is not None else None
+    if headers is None:
+        headers = getattr(_response(), "headers", None)
     if not isinstance(headers, list):
         return False
     headers.clear()  # 27.0: a Content-Length would stand there twice
@@ -134,6 +136,13 @@ def _drop_read_ahead(environ: Environ) -> None:
     unreader = _unreader(environ)
     if unreader is not None:
         unreader.buf = io.BytesIO()
+    # What is left of the request's body: a chunked one's reader may hold a request
+    # that came behind it, and gives that back when gthread has it read on.
+    body: Any = getattr(getattr(_response(), "req", None), "body", None)
+    reader = getattr(body, "reader", None)
+    if reader is not None:
+        body.failed = True  # 27: "must not be reused"
+        reader.parser, reader.length = None, 0
 
 
 def _warning(environ: Environ) -> str | None:

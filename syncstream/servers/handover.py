@@ -27,7 +27,9 @@ descriptor has one owner, who alone writes to it and closes it:
 
 Nobody may be watching the server's descriptor during a swap. What is still to be
 read from the client stays in the kernel, and is its new owner's: a request that came
-behind this one is not answered (RFC 9112 §9.6: the head says ``Connection: close``).
+behind this one is not answered (RFC 9112 §9.6: the head says ``Connection: close``),
+and a request's body that nobody has read stays unread. So a client that announces a
+body, whether it sends it or not, holds nothing up.
 
 Not used on purpose: SO_SNDTIMEO on the pair. A blocking send that runs into it ends
 with EAGAIN, for which gunicorn writes a traceback; what does not fit into the pair is
@@ -90,12 +92,19 @@ class Refused(Exception):
         is_gone: Nobody is there to write to, for the server neither: the response is
             to end.
         is_full: No descriptor is left, but those that the server needs.
+        is_choice: It is so because the client asked in this way.
     """
 
     def __init__(
-        self, reason: str, *, is_gone: bool = False, is_full: bool = False
+        self,
+        reason: str,
+        *,
+        is_gone: bool = False,
+        is_full: bool = False,
+        is_choice: bool = False,
     ) -> None:
         super().__init__(reason)
+        self.is_choice = is_choice
         self.is_gone = is_gone
         self.is_full = is_full
 
@@ -146,7 +155,11 @@ class Swap:
                 raise Refused("the server is closing it", is_gone=True)
             self._socket = _checked(environ, server)
             if server.unsent(environ):
-                raise Refused("the server has not sent the response before it yet")
+                raise Refused(
+                    "the server has not sent the response before it yet",
+                    is_choice=True,
+                )
+            server.leave_body(environ)
             try:
                 self._swap(self._socket.fileno())
             except OSError as error:
@@ -377,13 +390,14 @@ def _checked(environ: Environ, server: Server) -> SocketLike:
         raise Refused("Windows does not let us")
     method = environ.get("REQUEST_METHOD")
     if method != "GET":
-        raise Refused(f"the method is {method}, not GET")
+        # A POST may be meant, for fetch(); views that take any method, as Django's
+        # do, take those by which nobody asks for a stream.
+        is_choice = method not in ("HEAD", "POST")
+        raise Refused(f"the method is {_told(method)}, not GET", is_choice=is_choice)
     protocol = environ.get("SERVER_PROTOCOL")
-    if protocol not in ("HTTP/1.0", "HTTP/1.1"):
-        raise Refused(f"the protocol is {protocol}, not HTTP/1")
-    length = environ.get("CONTENT_LENGTH") or "0"
-    if length != "0" or environ.get("HTTP_TRANSFER_ENCODING"):
-        raise Refused("the request has a body")
+    # A client may say HTTP/1.9, which is answered as 1.1 (RFC 9110 §2.5).
+    if not _HTTP_1.fullmatch(str(protocol)):
+        raise Refused(f"the protocol is {_told(protocol)}, not HTTP/1", is_choice=True)
     sock = server.socket(environ)
     if sock is None:
         raise Refused(f"{server.name} does not show its socket")
@@ -405,6 +419,11 @@ def _checked(environ: Environ, server: Server) -> SocketLike:
         raise Refused("the client has left", is_gone=True)
     _check_descriptor(fd)
     return sock
+
+
+def _told(text: object) -> str:
+    """Return what a client has said as it may stand in a log."""
+    return ascii(str(text)[:20])[1:-1]
 
 
 def _check_descriptor(fd: int) -> None:
@@ -544,6 +563,7 @@ _HOP_BY_HOP = re.compile(
     rb"\r\n(?:connection|keep-alive|proxy-connection|transfer-encoding):[^\r\n]*",
     re.IGNORECASE,
 )
+_HTTP_1 = re.compile(r"HTTP/1\.[0-9]")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 
 

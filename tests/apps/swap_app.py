@@ -178,6 +178,8 @@ def first(chunks):
 
 HEADERS = {"gzip": ("Content-Encoding", "gzip")}
 WRAPPERS = {
+    "read": iter,
+    "part": iter,
     "peek": peeking,
     "one": ahead(2),
     "two": ahead(3),
@@ -198,6 +200,9 @@ def app(environ, start_response):
         return answer(json.dumps(state()), start_response)
     if path == "health":
         return answer("ok", start_response)
+    if "read" in wrappers or "part" in wrappers:
+        length = int(environ.get("CONTENT_LENGTH") or 6)
+        environ["wsgi.input"].read(length if "read" in wrappers else 1)
     headers = [("Content-Type", "text/event-stream")]
     headers += [HEADERS[name] for name in wrappers if name in HEADERS]
     events = Events(environ, query)
