@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Generator, Iterable
+import sys
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, ParamSpec, Protocol, overload
 
 from .protocol.json import Dumps
@@ -33,6 +34,19 @@ class ViewDecorator(Protocol):
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> Callable[[Callable[P, Any]], Callable[P, Any]]: ...
+
+
+def _check_framework(args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a request of Django's: its views want a response of Django's."""
+    django = sys.modules.get("django.http")
+    if django is None:
+        return
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, django.HttpRequest):
+            raise TypeError(
+                "@sse is not Django's here: in Django use the one of syncstream.django"
+                " (from syncstream.django import sse)"
+            )
 
 
 def _same(value: Any) -> Any:
@@ -113,6 +127,8 @@ def decorator(
 
             @functools.wraps(view)
             def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
+                if response is SSEResponse:
+                    _check_framework(args, kwargs)
                 result = view(*args, **kwargs)
                 if not inspect.isgenerator(result):
                     return result

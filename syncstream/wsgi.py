@@ -484,6 +484,29 @@ def _ends_line(tail: bytes) -> bool:
     return tail[-1:] in (b"", b"\n")
 
 
+# What Django, and the middlewares that come with it, look at in a response.
+_OF_DJANGO = frozenset(
+    [
+        "_resource_closers",
+        "cookies",
+        "get",
+        "has_header",
+        "items",
+        "reason_phrase",
+        "setdefault",
+        "streaming",
+    ]
+)
+
+
+def _not_for_django(response: object) -> str:
+    name = type(response).__name__
+    return (
+        f"Django does not take syncstream.{name}: in a Django view"
+        f" use the one of syncstream.django (from syncstream.django import {name})"
+    )
+
+
 @functools.cache
 def _joined(ours: Any, theirs: Any) -> Any:
     return type(ours.__name__, (ours, theirs), {})
@@ -517,6 +540,19 @@ class _Streaming(Response):
             )
         if "content-type" not in {name.lower() for name, _ in merged}:
             del self.headers["Content-Type"]  # Werkzeug's default, not ours
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_DJANGO:
+            raise AttributeError(_not_for_django(self), name=name, obj=self)
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(message, name=name, obj=self)
+
+    def __contains__(self, header: object) -> bool:
+        raise TypeError(_not_for_django(self))
+
+    # Not __getitem__, which would make it look like a sequence.
+    def __setitem__(self, header: str, value: object) -> None:
+        raise TypeError(_not_for_django(self))
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Werkzeug's force_type, and so Flask's make_response, gives a foreign

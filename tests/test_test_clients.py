@@ -11,7 +11,14 @@ from werkzeug.test import Client
 
 import syncstream.falcon
 from apps import django_app
-from syncstream import Hub, NDJSONResponse, SSEResponse, StreamMiddleware
+from syncstream import (
+    Hub,
+    NDJSONResponse,
+    SSEResponse,
+    StreamMiddleware,
+    StreamResponse,
+    sse,
+)
 from syncstream import django as in_django
 
 assert callable(django_app.app)  # it configures Django
@@ -41,6 +48,11 @@ def finite():
 urlpatterns = [
     path("failing", lambda request: in_django.SSEResponse(failing())),
     path("finite", lambda request: in_django.SSEResponse(finite())),
+    path("SSEResponse", lambda request: SSEResponse(finite())),
+    path("NDJSONResponse", lambda request: NDJSONResponse(finite())),
+    path("StreamResponse", lambda request: StreamResponse(["a"])),
+    path("sse", sse(lambda request: (n for n in range(3)))),
+    path("method/<int:number>", sse(lambda request, number: (n for n in range(3)))),
 ]
 
 
@@ -114,3 +126,58 @@ def test_a_hub_on_an_unknown_server_is(caplog):
         Client(SSEResponse(finite())).get("/", environ_overrides=environ).data
     )
     assert "the server runs several" in caplog.text
+
+
+MIDDLEWARE = {
+    "none": [],
+    "startproject": [
+        "django.middleware.security.SecurityMiddleware",
+        "django.contrib.sessions.middleware.SessionMiddleware",
+        "django.middleware.common.CommonMiddleware",
+        "django.middleware.csrf.CsrfViewMiddleware",
+        "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    ],
+    "security": ["django.middleware.security.SecurityMiddleware"],
+    "common": ["django.middleware.common.CommonMiddleware"],
+    "session": ["django.contrib.sessions.middleware.SessionMiddleware"],
+    "csrf": ["django.middleware.csrf.CsrfViewMiddleware"],
+    "conditional": ["django.middleware.http.ConditionalGetMiddleware"],
+    "gzip": ["django.middleware.gzip.GZipMiddleware"],
+    "locale": ["django.middleware.locale.LocaleMiddleware"],
+    "cache": ["django.middleware.cache.UpdateCacheMiddleware"],
+}
+
+
+@pytest.mark.parametrize("middleware", MIDDLEWARE)
+@pytest.mark.parametrize("name", ["SSEResponse", "NDJSONResponse", "StreamResponse"])
+def test_a_response_that_is_not_djangos(name, middleware):
+    """The error names the module that has Django's, whoever looks at it first."""
+    error = rf"from syncstream\.django import {name}"
+    with (
+        override_settings(ROOT_URLCONF=__name__, MIDDLEWARE=MIDDLEWARE[middleware]),
+        pytest.raises((AttributeError, TypeError), match=error),
+    ):
+        DjangoClient().get(f"/{name}")
+
+
+@pytest.mark.parametrize("url", ["/sse", "/method/1"])
+def test_a_decorator_that_is_not_djangos(url):
+    """The view does not even run."""
+    with (
+        override_settings(ROOT_URLCONF=__name__),
+        pytest.raises(TypeError, match=r"from syncstream\.django import sse"),
+    ):
+        DjangoClient().get(url)
+
+
+def test_a_response_has_no_more_attributes_than_before():
+    """Others ask whether it has some, and are told that it has not."""
+    response = SSEResponse([])
+    assert not hasattr(response, "cookies")
+    assert getattr(response, "items", None) is None
+    with pytest.raises(
+        AttributeError, match="'SSEResponse' object has no attribute 'x'"
+    ):
+        response.x  # noqa: B018
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(response)
