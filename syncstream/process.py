@@ -170,20 +170,25 @@ class Process:
         if served is None or served.is_stopping():
             # Another one may have taken the place of one that has stopped.
             served = self._served[server] = Served(find())
+        self._have_exit()
         key = id(stream)
         served.open[key] = weakref.ref(stream, partial(served.open.pop, key))
         self._all[id(served)] = served
-        self._have_exit()
         is_told = served.stopping is not None or self._stopping is not None
         if watch is not None and is_told and not self._is_looking:
             self._is_looking = True
-            watch.call_at(on_grid(time.monotonic()), self._look)
+            try:
+                watch.call_at(on_grid(time.monotonic()), self._look)
+            except BaseException:
+                self._is_looking = False  # the next one tries again
+                served.open.pop(key, None)
+                raise
         return served
 
     def _have_exit(self) -> None:
         if not self._has_exit:
-            self._has_exit = True
             atexit.register(_at_exit)
+            self._has_exit = True
 
     def at_exit(self, callback: Callable[[], object]) -> None:
         """Call this at the interpreter's exit, after the streams have ended."""

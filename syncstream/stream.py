@@ -950,9 +950,9 @@ class Stream:
             return
         process().warn_once(
             log,
-            "a stream is written to nobody knows whom: its request was not found, so"
-            " that it misses it when its client leaves or its server stops, and has"
-            " no keepalive. Return the response itself from the view",
+            "a stream has no connection: its request was not found, so that it is not"
+            " told when its client leaves or its server stops, and has no keepalive."
+            " Return the response itself from the view",
             "no connection",
         )
 
@@ -1364,13 +1364,17 @@ class Stream:
         if life.max_duration is not None:
             # Jittered, or clients that came together return together.
             self._deadline = now + life.max_duration * random.uniform(0.9, 1)
-        self._observe()
-        self._served = record.opened(
-            self,
-            self._watch,
-            connection.server_key if connection is not None else None,
-            lambda: connection.stopping if connection is not None else None,
-        )
+        try:
+            self._observe()
+            self._served = record.opened(
+                self,
+                self._watch,
+                connection.server_key if connection is not None else None,
+                lambda: connection.stopping if connection is not None else None,
+            )
+        except BaseException:
+            self._leave_watch()
+            raise
 
     def _observe(self) -> None:
         """Have its connection watched, and its clock."""
@@ -1426,6 +1430,9 @@ class Stream:
         if served is None or self._process is not process():
             return  # a forked child's copy: the socket is its parent's, too
         self._process.closed(self, served)
+        self._leave_watch()
+
+    def _leave_watch(self) -> None:
         fd = self._fd
         self._observe_no_more()
         # The connection may serve other requests after this one.

@@ -610,7 +610,12 @@ class _Streaming(Response):
     ) -> Iterable[bytes]:
         """Answer a request: this is a WSGI application."""
         app_iter, status, headers = self.get_wsgi_response(environ)
-        self._connection.started(start_response(status, headers))
+        try:
+            write = start_response(status, headers)
+        except BaseException:  # a header that it refuses, say: nobody will close it
+            self.close()
+            raise
+        self._connection.started(write)
         self._connection.begun(start_response, headers)
         return app_iter
 
@@ -840,17 +845,17 @@ class StreamMiddleware:
         head = _Head(connection, start_response, self._life, self._capacity)
         try:
             app_iter = self.app(environ, head.start_response)
+            if head.refusal is not None:
+                return head.refuse(app_iter)
+            if connection.stream is not None or _is_file(environ, app_iter):
+                head.leave_place_to(connection.stream)
+                return app_iter
+            if not head.is_started:
+                return _Lazy(app_iter, head)
+            return app_iter if head.format is None else head.respond(app_iter)
         except BaseException:
-            head.release()
+            head.abandon()
             raise
-        if head.refusal is not None:
-            return head.refuse(app_iter)
-        if connection.stream is not None or _is_file(environ, app_iter):
-            head.leave_place_to(connection.stream)
-            return app_iter
-        if not head.is_started:
-            return _Lazy(app_iter, head)
-        return app_iter if head.format is None else head.respond(app_iter)
 
 
 def _is_file(environ: WSGIEnvironment, app_iter: object) -> bool:
@@ -886,12 +891,36 @@ class _Head:
     ) -> Callable[[bytes], object]:
         if self.connection.is_answering:
             return self._call(status, headers, exc_info)
+        self.release()  # called again, for an error
+        before = self.is_started, self.refusal, self._status, self.format
+        try:
+            write = self._start(status, headers, exc_info)
+        except BaseException:
+            # A header that the server refuses, say. There is no stream, and the
+            # application may answer something else.
+            self.is_started, self.refusal, self._status, self.format = before
+            self.release()
+            raise
+        # The head is out from here on, or the server's.
+        if self.format is None or self.refusal is not None:
+            return write
+        if self.is_late and self.format.is_events and self.has_body:
+            self._open()
+
+        def noted(data: bytes) -> object:
+            self.written = (self.written + data)[-4:]
+            return write(data)
+
+        return noted
+
+    def _start(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any
+    ) -> Callable[[bytes], object]:
         self.is_started = True
         self.refusal = None  # called again, for an error of a refused application
-        self._status = int(status[:3])
+        self._status = _code(status)
         ours = self.connection.stream
         self.format = _format_of(headers) if ours is None else None
-        self.release()  # called again, for an error
         if (ours is not None or self.format is not None) and self.has_body:
             environ, connection = self.connection.environ, self.connection
             self._place = self._capacity.admit(
@@ -901,19 +930,9 @@ class _Head:
             )
             if self._place is None:
                 return self._refuse(exc_info)
-        if self.format is None:
-            return self._call(status, headers, exc_info)
-        headers = merge_headers(_LIVE, headers)
-        self._headers = headers
-        write = self._call(status, headers, exc_info)
-        if self.is_late and self.format.is_events and self.has_body:
-            self._open()
-
-        def noted(data: bytes) -> object:
-            self.written = (self.written + data)[-4:]
-            return write(data)
-
-        return noted
+        if self.format is not None:
+            self._headers = headers = merge_headers(_LIVE, headers)
+        return self._call(status, headers, exc_info)
 
     def _call(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any
@@ -953,9 +972,16 @@ class _Head:
         if not self.has_body:
             stream.close()
             return ()
-        self.leave_place_to(stream)
         self.connection.take(stream, self._headers, self.written)
+        self.leave_place_to(stream)
         return stream
+
+    def abandon(self) -> None:
+        """Nothing is returned, so that nobody closes what the application began."""
+        stream = self.connection.stream
+        if stream is not None:
+            stream.close()
+        self.release()
 
     # A place among those that the capacity allows.
 
@@ -1009,9 +1035,20 @@ class _Head:
         return [self.refusal]
 
 
-def _format_of(headers: Iterable[tuple[str, str]]) -> Format | None:
+def _code(status: Any) -> int:
+    """Return a status line's code, 0 where there is none: the server judges that."""
+    try:
+        return int(status[:3])
+    except (TypeError, ValueError):
+        return 0
+
+
+def _format_of(headers: Any) -> Format | None:
     """Return the format of an application's stream, ``None`` if it is not one."""
-    values = {name.lower(): value for name, value in headers}
+    try:
+        values = {name.lower(): value + "" for name, value in headers}
+    except (AttributeError, TypeError, ValueError):  # the server says what is wrong
+        return None
     if "content-length" in values:
         return None
     mimetype = values.get("content-type", "").partition(";")[0].strip().lower()
@@ -1066,6 +1103,7 @@ class _Lazy:
         return iter(self._stream)
 
     def close(self) -> None:
+        self._head.release()  # a stream's is its own
         closable = self._app_iter if self._stream is None else self._stream
         close = getattr(closable, "close", None)
         if close is not None:

@@ -139,6 +139,7 @@ class Swap:
 
     def __init__(self, environ: Environ, server: Server) -> None:
         self._state = _CLOSED
+        self._timer: Timer | None = None
         self._pid = os.getpid()
         self._runner = runner()
         self._environ = environ
@@ -174,7 +175,12 @@ class Swap:
             swap = reference()
             return None if swap is None else swap._relieve()
 
-        self._timer: Timer = clock.call_at(time.monotonic() + _LOOK_EVERY, look)
+        try:
+            when = time.monotonic() + _LOOK_EVERY
+            self._timer = clock.call_at(when, look)
+        except BaseException:
+            self.undo()
+            raise
 
     def _swap(self, fd: int) -> None:
         connection = _duplicate(fd)
@@ -224,7 +230,7 @@ class Swap:
             if found is None:
                 return None
             self._state = _TAKEN
-        self._clock.cancel(self._timer)
+        self._forget_timer()
         self._written.clear()
         fd = self._connection
         try:
@@ -236,6 +242,10 @@ class Swap:
         finally:
             self._connection = -1
         return Taken(fd, *found)
+
+    def _forget_timer(self) -> None:
+        if self._timer is not None:
+            self._clock.cancel(self._timer)
 
     def _part(self, fd: int) -> None:
         """Let the server be done with a connection, and its new owner begin."""
@@ -281,7 +291,7 @@ class Swap:
             if is_theirs and not (is_whole and _send(self._fd, self._written)):
                 hang_up(self._fd)
         self._written.clear()
-        self._clock.cancel(self._timer)
+        self._forget_timer()
 
     def close(self) -> None:
         """End a swap, when the server is done with the response: undo, or let go.

@@ -46,6 +46,8 @@ def app(environ, start_response):
         return as_sse(source)
     elif kind == "lazy":
         return lazy(source, start_response)
+    elif kind == "bad-header":
+        return lazy(source, start_response, [("X-Bad", "a\nb: c")])
     elif kind == "lazy-lines":
         return lazy(source, start_response, LINES)
     else:
