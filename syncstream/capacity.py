@@ -25,6 +25,23 @@ MOMENT = 1.0
 """Seconds that a stream may wait for a thread that another one is about to leave."""
 
 
+_UNIX = frozenset(("localhost", "<local>"))  # waitress' and Werkzeug's REMOTE_ADDR
+_FORWARDED = frozenset(("HTTP_X_FORWARDED_FOR", "HTTP_FORWARDED", "HTTP_X_REAL_IP"))
+_ADDRESS = (
+    "take the address that your proxy reports, by Werkzeug's ProxyFix or as the last of"
+    " X-Forwarded-For (docs/proxies.md)"
+)
+_EMPTY = (
+    "limit_by returned no address or an empty key, as REMOTE_ADDR is on a Unix socket:"
+    f" max_per_key limits nobody; {_ADDRESS}"
+)
+_PROXY = (
+    "max_per_key refused a stream whose key is REMOTE_ADDR and whose request was"
+    " forwarded: behind a proxy that is the proxy's, the same for all of its clients;"
+    f" {_ADDRESS}"
+)
+
+
 class Full(Exception):
     """There is no room for a stream, whatever the limits say; its text says why."""
 
@@ -39,6 +56,7 @@ class Capacity:
         limit_by: Returns, for an environ, whose stream this is; ``None``: nobody's
             in particular.
         max_per_key: So many at once for each.
+        warn: Called with what an operator should change, in one sentence.
 
     Raises:
         TypeError, ValueError: A number is no whole number of 1 or more; one of
@@ -51,6 +69,7 @@ class Capacity:
         reserve_threads: int | None,
         limit_by: Callable[[Environ], Hashable] | None,
         max_per_key: int | None,
+        warn: Callable[[str], object] = lambda text: None,
     ) -> None:
         numbers = {
             "max_streams": max_streams,
@@ -75,6 +94,7 @@ class Capacity:
         self._reserve_threads = reserve_threads
         self._limit_by = limit_by
         self._max_per_key = max_per_key
+        self._warn = warn
         self._is_limited = any(number is not None for number in numbers.values())
         # Reentrant: a garbage collection in here may close a stream.
         self._lock = native(_thread, "RLock")()
@@ -107,7 +127,7 @@ class Capacity:
             number = threads()
             if number is not None:
                 most = max(0, number - self._reserve_threads)
-        key = self._limit_by(environ) if self._limit_by is not None else None
+        key = self._key(environ)
         if leaves and most is not None:
             self._await_thread(most)
         with self._lock:
@@ -118,13 +138,33 @@ class Capacity:
             if key is not None:
                 assert self._max_per_key is not None
                 held = self._counts.get(key, 0)
-                if held >= self._max_per_key:
-                    return None
-                self._counts[key] = held + 1
-            self._count += 1
-            self._threads += 1
-            self._leaving += leaves
+                is_theirs = held >= self._max_per_key
+                if not is_theirs:
+                    self._counts[key] = held + 1
+            else:
+                is_theirs = False
+            if not is_theirs:
+                self._count += 1
+                self._threads += 1
+                self._leaving += leaves
+        if is_theirs:
+            if _FORWARDED & environ.keys() and key == environ.get("REMOTE_ADDR"):
+                self._warn(_PROXY)
+            return None
         return Place(self, key, leaves=leaves)
+
+    def _key(self, environ: Environ) -> Hashable:
+        """Return whose stream this is, ``None`` for nobody's."""
+        key = self._limit_by(environ) if self._limit_by is not None else None
+        if key is None:
+            return None
+        is_unix = key in _UNIX and key == environ.get("REMOTE_ADDR")
+        if is_unix or (isinstance(key, (str, bytes, tuple)) and not key):
+            # It would be one client's for all: who has all of its places locks out
+            # everybody.
+            self._warn(_EMPTY)
+            return None
+        return key
 
     def _await_thread(self, most: int) -> None:
         """Wait while all threads are held, and one is about to be left."""

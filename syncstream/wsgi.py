@@ -805,7 +805,9 @@ class StreamMiddleware:
             A subscription that is to be handed over waits, for up to a second, while
             others are about to leave their threads.
         limit_by: Returns, for an environ, whose stream it is, say ``lambda environ:
-            environ["REMOTE_ADDR"]``; ``None``: not counted for anybody.
+            environ["REMOTE_ADDR"]``; ``None``: not counted for anybody, nor is an
+            empty key, which is warned of. Behind a proxy REMOTE_ADDR is the proxy's,
+            on a Unix socket nobody's: see docs/proxies.md.
         max_per_key: So many streams at once for each of these.
         handover: As for `SSEResponse`; ``False`` for all of the application.
 
@@ -830,7 +832,13 @@ class StreamMiddleware:
             raise TypeError(f"app must be a WSGI application, got {app!r}")
         self.app = app
         self._life = Life(keepalive, send_timeout, max_duration)
-        self._capacity = Capacity(max_streams, reserve_threads, limit_by, max_per_key)
+        self._capacity = Capacity(
+            max_streams,
+            reserve_threads,
+            limit_by,
+            max_per_key,
+            lambda text: process().warn_once(log, text),
+        )
         check_handover(handover)
         self._may_hand_over = bool(handover)
 

@@ -238,8 +238,9 @@ def test_keys_and_their_limit_belong_together():
 class Answer:
     """What a server gets from an application, until it is closed."""
 
-    def __init__(self, app, method="GET", headers=None, take=1):
+    def __init__(self, app, method="GET", headers=None, take=1, **more):
         environ = EnvironBuilder(method=method, headers=headers).get_environ()
+        environ.update(more)
         self.statuses = []
         self.written = []
         self.app_iter = app(environ, self.start_response)
@@ -439,17 +440,11 @@ def test_an_application_that_fails_frees_its_place(when):
                     Answer(limited)
             else:
                 answer = Answer(limited, take=0)
-                list(_quietly(answer.chunks))
+                with pytest.raises(RuntimeError, match="broken"):
+                    list(answer.chunks)
                 answer.close()
             gc.collect()
             assert limited._capacity._count == 0
-
-
-def _quietly(chunks):
-    try:
-        yield from chunks
-    except OSError:  # the cut
-        return
 
 
 @pytest.mark.parametrize("is_full", [False, True])
@@ -487,6 +482,51 @@ def test_start_response_called_twice(second, is_full):
     if held is not None:
         held.release()
     assert limited._capacity._count == 0
+
+
+UNIX = ["", b"", (), "localhost", "<local>"]
+
+
+@pytest.mark.parametrize("address", UNIX, ids=repr)
+def test_an_empty_key_is_nobody_s_and_said_once(address, caplog):
+    """On a Unix socket all have the same: none of them locks the others out."""
+    limited = StreamMiddleware(
+        ours([]), limit_by=lambda environ: environ["REMOTE_ADDR"], max_per_key=1
+    )
+    answers = [Answer(limited, REMOTE_ADDR=address) for _ in range(3)]
+    assert [answer.statuses[0] for answer in answers] == ["200 OK"] * 3
+    for answer in answers:
+        answer.close()
+    [record] = caplog.records
+    assert "max_per_key limits nobody" in record.message
+    assert "ProxyFix" in record.message
+
+
+@pytest.mark.parametrize("name", ["X-Forwarded-For", "Forwarded", "X-Real-IP"])
+def test_a_proxy_s_address_is_said_once(name, caplog):
+    """The key of all its clients: the refusal says what to count by."""
+    limited = StreamMiddleware(
+        ours([]), limit_by=lambda environ: environ["REMOTE_ADDR"], max_per_key=1
+    )
+    headers = {name: "203.0.113.9"}
+    answers = [
+        Answer(limited, headers=headers, REMOTE_ADDR="10.0.0.1") for _ in range(3)
+    ]
+    for answer in answers:
+        answer.close()
+    warnings = [r.message for r in caplog.records if "the proxy's" in r.message]
+    assert len(warnings) == 1
+    assert "ProxyFix" in warnings[0]
+
+
+def test_other_keys_may_be_false():
+    """A user's number 0 is a key as any other; so is a host by that name."""
+    places = capacity(limit_by=lambda environ: environ["who"], max_per_key=1)
+    for who in (0, "localhost", False):
+        place = places.admit({"who": who}, lambda: None)
+        assert place
+        assert places.admit({"who": who}, lambda: None) is None
+        place.release()
 
 
 def test_a_limit_for_each_client():
