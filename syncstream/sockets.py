@@ -41,6 +41,12 @@ __all__ = [
 
 POLLRDHUP: int = getattr(select, "POLLRDHUP", 0)
 """The peer will write no more; 0 where poll cannot tell (macOS)."""
+_POLLIN: int = getattr(select, "POLLIN", 1)  # Windows has no poll
+_POLLOUT: int = getattr(select, "POLLOUT", 4)
+_POLLERR: int = getattr(select, "POLLERR", 8)
+# Without MSG_DONTWAIT (Windows) a peek waits, if others read what was there just now:
+# a server does not while it serves a stream.
+_PEEK: int = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
 
 _TCP_USER_TIMEOUT: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)
 # struct tcp_info of linux/tcp.h: 8 bytes, 24 u32, two u64, then this one.
@@ -54,6 +60,7 @@ _EPOLL_CTL_DEL = 2
 # the descriptor so, of which its server learns nothing.
 _STREAM: int = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
 _SIOCOUTQ = 0x5411  # linux/sockios.h
+_SO_NWRITE = 0x1024  # macOS, sys/socket.h: the bytes that its send buffer holds
 
 
 @functools.cache
@@ -108,19 +115,33 @@ def is_hung_up(fd: int) -> bool:
     """
     if fd < 0:
         return True
-    poll = native(select, "poll")()
-    poll.register(fd, POLLRDHUP or select.POLLIN)
-    for _, events in poll.poll(0):
-        if events != select.POLLIN:
-            return True
-        try:
-            with borrowed(fd) as sock:
-                return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-    return False
+    events = _poll(fd, POLLRDHUP or _POLLIN)
+    if events != _POLLIN:
+        return bool(events)
+    try:
+        with borrowed(fd) as sock:
+            return not sock.recv(1, _PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _poll(fd: int, events: int) -> int:
+    """Return which of these events, or of errors, a socket has now; 0 for none."""
+    if hasattr(select, "poll"):
+        poll = native(select, "poll")()
+        poll.register(fd, events)
+        return sum(found for _, found in poll.poll(0))
+    # Windows: its select(2) takes any number, elsewhere those below 1024.
+    is_out = events == _POLLOUT
+    try:
+        in_, out, _ = native(select, "select")(
+            () if is_out else (fd,), (fd,) if is_out else (), (), 0
+        )
+    except OSError:  # closed
+        return _POLLERR
+    return events if in_ or out else 0
 
 
 def is_writable(fd: int) -> bool:
@@ -130,9 +151,7 @@ def is_writable(fd: int) -> bool:
     """
     if fd < 0:
         return True
-    poll = native(select, "poll")()
-    poll.register(fd, select.POLLOUT)
-    return bool(poll.poll(0))
+    return bool(_poll(fd, _POLLOUT))
 
 
 def hang_up(fd: int) -> None:
@@ -141,7 +160,8 @@ def hang_up(fd: int) -> None:
     By its descriptor, because ``SSLSocket.shutdown`` would forget the encryption.
     Writes then fail as if the peer had gone, reads show an end.
     """
-    _libc().shutdown(fd, socket.SHUT_RDWR)
+    with suppress(OSError), borrowed(fd) as sock:  # closed already, or reset
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def reset(fd: int) -> bool:
@@ -223,11 +243,14 @@ def queued(fd: int) -> int | None:
     Only whether it changes says something: for a Unix socket it is memory, given back
     in pieces of up to 37 KB as the peer reads (measured, Linux 6.18).
     """
-    if not sys.platform.startswith("linux"):
-        return None
     with suppress(OSError, ValueError):  # ValueError: closed, -1
-        answer = fcntl.ioctl(fd, _SIOCOUTQ, bytes(4))
-        return int.from_bytes(answer, sys.byteorder)
+        if sys.platform.startswith("linux"):
+            answer = fcntl.ioctl(fd, _SIOCOUTQ, bytes(4))
+            return int.from_bytes(answer, sys.byteorder)
+        if sys.platform == "darwin":
+            with borrowed(fd) as sock:
+                size: int = sock.getsockopt(socket.SOL_SOCKET, _SO_NWRITE)
+            return size
     return None
 
 

@@ -61,12 +61,13 @@ from .waiting import (
     hub,
     is_greenlet_exit,
     make_lock,
+    refuse_eventlet,
     runner_function,
     sleep,
     sleep_in_hub,
     wait,
 )
-from .watch import Timer, Watch, watch
+from .watch import Timer, Watch, native_epoll, watch
 
 __all__ = [
     "Connection",
@@ -370,6 +371,7 @@ class Stream:
         handover: str | bool = "auto",
         on_error: Callable[[Exception], Any] | None = None,
     ) -> None:
+        refuse_eventlet()
         check_source(source)
         if end is None:  # a subscription never ends by itself
             end = "reconnect" if isinstance(source, Subscription) else "stop"
@@ -961,6 +963,7 @@ class Stream:
     def _is_to_hand_over(self) -> bool:
         return (
             self._may_hand_over
+            and native_epoll() is not None  # without it there is no loop
             and self._is_event_stream
             and self._opening is not None
             and self._connection is not None
@@ -1045,7 +1048,8 @@ class Stream:
             source.detach(client)
             is_ready = True
         except (OSError, RuntimeError, MemoryError) as error:
-            self._log(logging.WARNING, "%s stays with its server", error)
+            text = f"clients stay with their server: {error!r}"
+            process.warn_once(log, text, "no loop")
         taken = None
         if is_ready and not self._once:
             taken = self._swap.take(self._opening)

@@ -35,6 +35,7 @@ __all__ = [
     "hub",
     "is_greenlet_exit",
     "make_lock",
+    "refuse_eventlet",
     "runner",
     "runner_function",
     "sleep",
@@ -145,6 +146,20 @@ def hub() -> Any:
 def _is_patched() -> bool:
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched("threading"))
+
+
+def refuse_eventlet() -> None:
+    """Refuse to run where eventlet has replaced what waits are made of.
+
+    Raises:
+        RuntimeError: It has.
+    """
+    patcher = sys.modules.get("eventlet.patcher")
+    if getattr(patcher, "already_patched", None):
+        raise RuntimeError(
+            "syncstream cannot stream under eventlet, whose monkey patching it does not"
+            " know: run gunicorn with -k gevent, or with -k gthread --threads N"
+        )
 
 
 def is_greenlet_exit(error: BaseException) -> bool:
