@@ -16,7 +16,7 @@ import xml.etree.ElementTree as ET
 from collections import defaultdict
 from pathlib import Path
 
-from live import SERVERS
+from live import TABLE
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- guarantees -->\n", "<!-- end of guarantees -->"
@@ -27,6 +27,7 @@ NAMES = {
     "pywsgi": "gevent.pywsgi",
     "werkzeug": "Werkzeug",
     "uwsgi": "uWSGI",
+    "runserver": "Django runserver",
 }
 FILES = ("test_live", "test_life", "test_handover")
 # The promise, the test, and the words that its ids must hold.
@@ -85,7 +86,7 @@ def cells(report: Path) -> dict[tuple[str, str], str]:
     for case in ET.parse(report).iter("testcase"):
         name, _, ids = case.attrib["name"].partition("[")
         ids = ids.removesuffix("]")
-        server = next((s for s in SERVERS if re.search(rf"\b{s}\b", ids)), None)
+        server = next((s for s in TABLE if re.search(rf"\b{s}\b", ids)), None)
         if not server or not case.attrib["classname"].endswith(FILES):
             continue
         if any(case.find(tag) is not None for tag in ("failure", "error", "skipped")):
@@ -107,10 +108,10 @@ def cells(report: Path) -> dict[tuple[str, str], str]:
 
 def table(report: Path) -> str:
     found = cells(report)
-    head = ["guarantee", *(NAMES.get(s, s) for s in SERVERS)]
-    rows = [head, ["---"] + [":---:"] * len(SERVERS)]
+    head = ["guarantee", *(NAMES.get(s, s) for s in TABLE)]
+    rows = [head, ["---"] + [":---:"] * len(TABLE)]
     for promise, _, _ in PROMISES:
-        rows.append([promise, *(found.get((promise, s), "?") for s in SERVERS)])
+        rows.append([promise, *(found.get((promise, s), "?") for s in TABLE)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -45,6 +45,10 @@ SERVERS = (
     "cheroot",
     "uwsgi",
 )
+# Django's development server, for the README's table: beside the promises themselves
+# nothing is asked of it.
+TABLE = (*SERVERS, "runserver")
+UNMARKED = ("uwsgi", "runserver")  # they never chunk: a response ends by closing
 
 
 _reserved: deque[socket.socket] = deque()

@@ -5,7 +5,7 @@ import pytest
 from live import LiveServer, await_true, unique_key
 from test_live import LEFT
 
-KINDS = ("gunicorn-gthread", "gunicorn-gevent", "pywsgi", "cheroot")
+KINDS = ("gunicorn-gthread", "gunicorn-gevent", "pywsgi", "cheroot", "runserver")
 BOTH = [(kind, app) for kind in KINDS for app in ("app", "wrapped")]
 
 

@@ -32,10 +32,10 @@ from handover_soak import (
     warmed,
     wire,
 )
-from live import SERVERS, await_true, unique_key
+from live import TABLE, UNMARKED, await_true, unique_key
 from programs import certificate
 
-KINDS = (*SERVERS, *OPTIONS)
+KINDS = (*TABLE, *OPTIONS)
 GUNICORN = tuple(kind for kind in KINDS if kind.startswith("gunicorn"))
 THREADED = "gunicorn-gthread", "gunicorn-gevent", "gunicorn-sync"
 RETRY = re.compile(rb"retry: ([0-9]+)\n\n")
@@ -190,7 +190,7 @@ def test_every_byte(server, asker, channel, version):
             listener.expect(wire(asker.publish(channel, texts), texts))
         head = bytes(listener.data).partition(b"\r\n\r\n")[0].lower()
         assert head.count(b"\r\nconnection: close") == 1
-        is_framed = version == "1.1" and server.kind != "uwsgi"
+        is_framed = version == "1.1" and server.kind not in UNMARKED
         assert (b"transfer-encoding" in head) == is_framed
 
 
@@ -292,7 +292,7 @@ def test_kick_and_close_and_presence(server, asker, channel):
         assert asker.ask(f"/kick/ann{channel}") == b"1"
         rest, is_whole = listener.rest()
         assert RETRY.search(rest)
-        assert is_whole == (server.kind != "uwsgi")
+        assert is_whole == (server.kind not in UNMARKED)
         assert server.control.next(f"{channel}-closed") == "kicked"
         watching.read_until(lambda _: len(watching.events()) == 2)
         assert [name for _, name, _ in watching.events()] == ["join", "leave"]
@@ -411,7 +411,9 @@ def test_tls_stays(kind, channel, tmp_path):
 
 STOPS = {
     **dict.fromkeys(GUNICORN, "SIGTERM"),
-    **dict.fromkeys(("pywsgi", "werkzeug", "waitress", "cheroot"), "SIGINT"),
+    **dict.fromkeys(
+        ("pywsgi", "werkzeug", "waitress", "cheroot", "runserver"), "SIGINT"
+    ),
     "uwsgi": "SIGTERM",
 }
 
@@ -432,7 +434,7 @@ def test_farewell(kind, channel, record_property):
                 assert not rest or RETRY.fullmatch(rest)
                 continue
             retries.add(int(RETRY.fullmatch(rest)[1]))
-            assert is_whole
+            assert is_whole or kind in UNMARKED
         if kind == "uwsgi":
             record_property("cell", "most of the time")
             return

@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import sys
 import time
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import pytest
 
@@ -387,3 +389,36 @@ def test_http_2_is_warned_of():
     environ = {"gunicorn.socket": None, "SERVER_PROTOCOL": "HTTP/2.0"}
     warning = server_of(environ).warning(environ)
     assert "--http-protocols h1" in warning
+
+
+def test_a_wsgiref_server_without_threads_is_warned_of():
+    """It serves one request at a time; what it serves is found all the same."""
+    found = []
+
+    def app(environ, start_response):
+        server = server_of(environ)
+        fd = server.socket(environ).fileno()
+        del environ["wsgi.input"]
+        assert server.socket(environ).fileno() == fd
+        found.append((server.name, server.threads(environ), server.warning(environ)))
+        found.append(server.stopping(environ))
+        start_response("200 OK", [("Content-Length", "0")])
+        return []
+
+    with (
+        make_server("127.0.0.1", 0, app, handler_class=Quiet) as server,
+        socket.create_connection(server.server_address, 10) as client,
+    ):
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        server.handle_request()
+        assert b" 200 OK" in client.recv(1000)
+        (name, threads, warning), stopping = found
+        assert (name, threads) == ("wsgiref", 1)
+        assert "serves nothing else while a stream is open" in warning
+        assert not stopping()
+    assert stopping()
+
+
+class Quiet(WSGIRequestHandler):
+    def log_message(self, *args):
+        """Say nothing."""

@@ -1,13 +1,23 @@
 """The WSGI servers, one file each: where each keeps the socket, how it ends.
 
 An open set: one more server is one more file here, and its line below. Measured
-with gunicorn 27.0, gevent 26.9, Werkzeug 3.1, waitress 3.0, cheroot 11.1 and
-uWSGI 2.0.30. A server that is not listed works too, without a look at its socket.
+with gunicorn 27.0, gevent 26.9, Werkzeug 3.1, waitress 3.0, cheroot 11.1, uWSGI 2.0.30
+and Django 4.2 and 6.1 (wsgiref). A server that is not listed works too, without a look at its socket.
 """
 
 from __future__ import annotations
 
-from . import asgi, cheroot, gunicorn, pywsgi, testing, uwsgi, waitress, werkzeug
+from . import (
+    asgi,
+    cheroot,
+    gunicorn,
+    pywsgi,
+    testing,
+    uwsgi,
+    waitress,
+    werkzeug,
+    wsgiref,
+)
 from .contract import Environ, Server, SocketLike, connection_reset
 
 __all__ = ["Server", "SocketLike", "connection_reset", "server_of"]
@@ -19,6 +29,7 @@ SERVERS = (
     uwsgi.SERVER,
     pywsgi.SERVER,
     cheroot.SERVER,
+    wsgiref.SERVER,
     asgi.SERVER,
     testing.SERVER,
 )

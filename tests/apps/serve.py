@@ -1,6 +1,6 @@
 """Serve ``module:attribute`` by a server that has no command of its own.
 
-python serve.py pywsgi|werkzeug|waitress|cheroot MODULE:ATTRIBUTE PORT
+python serve.py pywsgi|werkzeug|waitress|cheroot|runserver MODULE:ATTRIBUTE PORT
 
 waitress listens at the Unix socket, too, that $UNIX_SOCKET names.
 """
@@ -57,6 +57,18 @@ def serve_cheroot(app, port):
 
     server = Server(("127.0.0.1", port), app, numthreads=8)
     server.safe_start()
+
+
+def serve_runserver(app, port):
+    """Do as Django's ``manage.py runserver --noreload`` does."""
+    import sys
+
+    from django.core.servers import basehttp
+
+    try:
+        basehttp.run("127.0.0.1", port, app, threading=True)
+    except KeyboardInterrupt:
+        sys.exit(0)
 
 
 main()

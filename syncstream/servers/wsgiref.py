@@ -1,0 +1,99 @@
+"""The standard library's server, and Django's ``runserver``, which is built on it.
+
+Neither names its socket, so it is found by what the request's body is read from:
+``rfile``, in Django inside a ``LimitedStream`` (4.2 to 6.1).
+"""
+
+from __future__ import annotations
+
+import socketserver
+from collections.abc import Callable
+from typing import Any
+
+from .contract import (
+    Environ,
+    Headers,
+    Server,
+    SocketLike,
+    Write,
+    drop_buffered,
+    has_cipher,
+    running,
+)
+
+__all__ = ["SERVER"]
+
+
+def _handler() -> Any:
+    """Return the handler of the running request, of `http.server`."""
+    return running("django.core.servers", "rfile") or running(
+        "wsgiref.simple_server", "rfile"
+    )
+
+
+def _reader(environ: Environ) -> Any:
+    given = environ.get("wsgi.input")
+    read = getattr(given, "_read", None)  # Django's, of what it limits
+    for reader in (given, getattr(read, "__self__", None), _stream(given)):
+        if hasattr(getattr(reader, "raw", None), "_sock"):
+            return reader
+    return getattr(_handler(), "rfile", None)
+
+
+def _stream(given: Any) -> Any:
+    return getattr(given, "stream", None)  # Django's, up to 4.2
+
+
+def _socket(environ: Environ) -> SocketLike | None:
+    raw = getattr(_reader(environ), "raw", None)
+    socket: SocketLike | None = getattr(raw, "_sock", None)
+    return socket
+
+
+def _headers(write: Write) -> Headers | None:
+    headers = getattr(getattr(write, "__self__", None), "headers", None)
+    return None if headers is None else headers.items()
+
+
+def _server() -> Any:
+    return getattr(_handler(), "server", None)
+
+
+def _stopping(environ: Environ) -> Callable[[], bool] | None:
+    server = _server()
+    # After serve_forever() whoever made it closes it; ``runserver`` just exits.
+    return None if server is None else lambda: server.socket.fileno() < 0
+
+
+def _threads(environ: Environ) -> int | None:
+    server = _server()
+    if server is None or isinstance(server, socketserver.ThreadingMixIn):
+        return None
+    return 1
+
+
+def _warning(environ: Environ) -> str | None:
+    if _threads(environ) is None:
+        return None
+    return (
+        "this server of wsgiref serves nothing else while a stream is open: run "
+        "Django's runserver without --nothreading, or a server class with "
+        "socketserver.ThreadingMixIn"
+    )
+
+
+SERVER = Server(
+    "wsgiref",
+    runs=lambda environ: environ.get("SERVER_SOFTWARE", "").startswith("WSGIServer/"),
+    socket=_socket,
+    # It never chunks: the end is the connection's.
+    marks_end=lambda environ: False,
+    is_tls=lambda environ: has_cipher(_socket(environ)),
+    write_module="wsgiref.handlers",
+    headers=_headers,
+    stopping=_stopping,
+    threads=_threads,
+    warning=_warning,
+    key=lambda environ: _server(),
+    drop_read_ahead=lambda environ: drop_buffered(_reader(environ)),
+)
