@@ -243,11 +243,12 @@ def queued(fd: int) -> int | None:
     Only whether it changes says something: for a Unix socket it is memory, given back
     in pieces of up to 37 KB as the peer reads (measured, Linux 6.18).
     """
+    system: str = sys.platform
     with suppress(OSError, ValueError):  # ValueError: closed, -1
-        if sys.platform.startswith("linux"):
+        if system == "linux":
             answer = fcntl.ioctl(fd, _SIOCOUTQ, bytes(4))
             return int.from_bytes(answer, sys.byteorder)
-        if sys.platform == "darwin":
+        if system == "darwin":
             with borrowed(fd) as sock:
                 size: int = sock.getsockopt(socket.SOL_SOCKET, _SO_NWRITE)
             return size
