@@ -4,6 +4,7 @@ The map of the package, from top to bottom the way the data takes:
 
 ====================  ==========================================================
 ``errors``            every exception, as a tree
+``clock``             the clock that waits go by
 ``protocol``          bytes <-> values: event streams, NDJSON, JSON
 ``sockets``           what is asked of a socket, by its descriptor
 ``waiting``           the one place that knows threads from gevent; the scope

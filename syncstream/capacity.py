@@ -9,11 +9,11 @@ understands it.
 from __future__ import annotations
 
 import _thread
-import time
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from typing import Any
 
+from .clock import time
 from .sockets import native
 from .waiting import Waiter, wake_all
 

@@ -20,7 +20,6 @@ import ssl
 import statistics
 import textwrap
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from typing import Any, Literal
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from . import __version__
+from .clock import time
 from .errors import RemoteProtocolError
 from .protocol import ndjson, sse
 

@@ -33,7 +33,6 @@ import os
 import random
 import select
 import socket
-import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
@@ -42,6 +41,7 @@ from functools import partial
 from typing import Any
 
 from .capacity import Place
+from .clock import time
 from .errors import BrokerError, Closed
 from .hub import Apart, Subscription
 from .process import EXIT_WAIT, Process, Served, process

@@ -20,7 +20,6 @@ import math
 import os
 import random
 import re
-import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from itertools import islice
 from typing import Any
 
 from .brokers import Broker, is_pattern, matches, open_broker, patterns_of
+from .clock import time
 from .errors import BrokerError, Closed, PayloadTooLarge, Unavailable
 from .log import JOIN, START, Entry, Log, Page, first_part
 from .process import process

@@ -23,11 +23,11 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from .clock import time
 from .sockets import hang_up, is_socket
 from .waiting import sleep
 

@@ -13,7 +13,6 @@ import atexit
 import logging
 import os
 import sys
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from .clock import time
 from .sockets import native
 from .watch import GRID, Watch, on_grid
 

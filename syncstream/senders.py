@@ -32,7 +32,6 @@ import platform
 import socket
 import struct
 import sys
-import time
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -40,6 +39,7 @@ from contextlib import closing, suppress
 from itertools import islice
 from typing import Any, Protocol
 
+from .clock import time
 from .sockets import native
 
 __all__ = [

@@ -26,7 +26,6 @@ import logging
 import math
 import random
 import sys
-import time
 import traceback
 import weakref
 from collections import deque
@@ -37,6 +36,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from .answers import Returned, checked_return, is_answer, status_of
 from .capacity import Full, Place
+from .clock import time
 from .errors import ClientDisconnected, Closed, Unavailable
 from .fanout import Client, come_back, fanout
 from .hub import Frames, Subscription

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from .brokers import Broker, Sink
+from .clock import time
 from .errors import Closed
 from .hub import WINDOW, Gap, Hub, Subscription
 from .log import START, Entry

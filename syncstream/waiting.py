@@ -16,12 +16,12 @@ import _thread
 import queue
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+from .clock import time
 from .sockets import native
 
 __all__ = [

@@ -23,13 +23,13 @@ import os
 import select
 import sys
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from .clock import time
 from .sockets import is_hung_up, native
 from .waiting import hub
 

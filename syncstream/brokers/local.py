@@ -41,7 +41,6 @@ import socket
 import sqlite3
 import stat
 import tempfile
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +48,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
+from ..clock import time
 from ..errors import BrokerError, PayloadTooLarge, Unavailable, Uncertain
 from ..log import Entry, Page
 from ..sockets import native

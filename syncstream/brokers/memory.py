@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import _thread
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from ..clock import time
 from ..log import START, Entry, Log, Page
 from ..sockets import native
 from . import Sink, is_pattern, patterns_of

@@ -33,13 +33,13 @@ import random
 import re
 import select
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 from .. import waiting
+from ..clock import time
 from ..errors import BrokerError, PayloadTooLarge, Unavailable, Uncertain
 from ..log import Entry, Page
 from ..sockets import native

@@ -27,7 +27,6 @@ import select
 import socket
 import sys
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +34,7 @@ from contextlib import suppress
 from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
+from ..clock import time
 from ..errors import BrokerError, Unavailable, Uncertain
 from ..log import START, Entry, Page
 from ..waiting import sleep

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ..clock import time
 
 __all__ = ["TICK", "Room", "Viewer"]
 

@@ -49,12 +49,12 @@ import select
 import socket
 import sys
 import threading
-import time
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from ..clock import time
 from ..sockets import borrowed, forget, hang_up, hold, is_hung_up, native, release
 from ..waiting import hub, runner
 from ..watch import Timer, watch

@@ -1,0 +1,37 @@
+"""The clock that waits go by: ``time``, with a ``monotonic`` that nobody stops.
+
+freezegun stops ``time.monotonic`` in `time` and in each module that has its name. A
+wait that counts by it never ends then, and no keepalive falls due. The function here is
+of a copy of that module which only we have. All else (``time.time``, for the age of
+what is stored, and ``sleep``) is what `time` has at the moment, frozen or patched.
+"""
+
+from __future__ import annotations
+
+import time as _time
+from collections.abc import Callable
+from importlib.machinery import BuiltinImporter
+from importlib.util import module_from_spec
+from typing import Any
+
+__all__ = ["time"]
+
+
+def _monotonic() -> Callable[[], float]:
+    spec = BuiltinImporter.find_spec("time")
+    if spec is None or spec.loader is None:  # not built in, on another Python
+        return _time.monotonic
+    own = module_from_spec(spec)
+    spec.loader.exec_module(own)
+    monotonic: Callable[[], float] = own.monotonic
+    return monotonic
+
+
+class _Time:
+    monotonic = staticmethod(_monotonic())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_time, name)
+
+
+time = _Time()
