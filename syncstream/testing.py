@@ -284,8 +284,8 @@ class _Suite:
             )
             page = broker.read("a", None)
             _require(
-                page.head == ids[-1] and not page.entries,
-                "after=None must return the head alone",
+                page.head == ids[-1] and page.complete and not page.entries,
+                "after=None must return the head alone, and be complete",
             )
             head = broker.read("nothing", None).head
             page = broker.read("nothing", head)

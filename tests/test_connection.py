@@ -101,6 +101,27 @@ def test_an_unknown_server_shows_no_hang_up():
     assert isinstance(connection.cut(), ConnectionResetError)
 
 
+def test_what_a_server_keeps_makes_a_connection_full(pair):
+    """waitress takes all that is written, and has it in a buffer of its own."""
+    server, _ = pair
+
+    class Channel:
+        total_outbufs_len = 0
+        socket = server
+
+        def client_disconnected(self):
+            return False
+
+    channel = Channel()
+    environ = {**environ_of(server), "SERVER_SOFTWARE": "waitress"}
+    del environ["gunicorn.socket"]
+    environ["waitress.client_disconnected"] = channel.client_disconnected
+    connection = Connection(environ)
+    assert not connection.is_full()
+    channel.total_outbufs_len = 1
+    assert connection.is_full()
+
+
 def test_http_1_0_is_cut_by_a_reset(pair):
     """The client reads all that was sent, then a reset, though the server goes on."""
     server, client = pair

@@ -438,6 +438,19 @@ def test_who_stops_is_dropped(hub, peers):
     assert not any(peer.ends for peer in others)
 
 
+def test_who_may_stop_for_ever_shields_nobody(hub, peers):
+    """Without a send_timeout one is kept, and another is dropped after its own."""
+    patient = peers(hub, is_tcp=True)
+    stuck = peers(hub, is_tcp=True, send_timeout=0.5)
+    for peer in (patient, stuck):
+        peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    for n in range(1000):
+        hub.publish("a", f"{n} {'x' * 10_000}")
+    await_true(lambda: stuck.ends)
+    assert stuck.ends == ["send_timeout"]
+    assert patient.ends == []
+
+
 @pytest.mark.parametrize("is_tcp", [True, False], ids=["TCP", "Unix"])
 def test_who_reads_a_little_is_kept(hub, peers, is_tcp):
     """What he takes counts, though there is never room for all."""

@@ -1029,6 +1029,16 @@ def test_a_window_between_two_patterns(hub):
     assert data(read_all(named)) == ["three"]
 
 
+def test_a_long_id_is_not_read_to_its_end():
+    """What a client may make up costs nothing, however long it is."""
+    hub = Hub()
+    subscription = hub.subscribe("a", "b")
+    id = hub_module._composite(["a"], ["1-0"])
+    assert subscription._places(f"{id},{'x' * hub_module._MAX_ID}") == {"a": "1-0"}
+    assert subscription._places(f"{'x' * hub_module._MAX_ID},{id}") == {}
+    hub.close()
+
+
 # Who gets it.
 
 

@@ -148,6 +148,12 @@ def test_what_is_read_at_once_is_bounded(size, limit, expected):
     assert log.read(log.end, limit) == first_part([]) == []
 
 
+def test_the_first_part_ends_with_its_last_byte():
+    """Who has just as many bytes as a read may hold takes no more."""
+    entries = [Entry(f"{n}-0", "", b"x" * (JOIN // 2)) for n in range(4)]
+    assert first_part(entries) == entries[:2]
+
+
 def test_one_entry_is_never_cut():
     """A single one goes out whole, however large."""
     log = Log()

@@ -24,7 +24,7 @@ from pairs import (
     tcp_pair,
 )
 from syncstream import ClientDisconnected, current_stream, sleep
-from syncstream.waiting import Parked, wait
+from syncstream.waiting import Parked, Waiter, wait, wake_all
 
 PLACE = Threads()
 
@@ -687,6 +687,41 @@ def test_waits_and_stops_race():
             stop()
         waiting.join()
         assert waiting.seen == [GeneratorExit]
+
+
+class InHub:
+    """What wakes of a greenlet are called on."""
+
+    def __init__(self, hub, switch):
+        self.hub, self.switch = hub, switch
+
+
+def test_a_greenlet_that_fails_keeps_no_other_asleep():
+    """Those of one hub are woken in one callback: each, and the hub is told."""
+    gevent = pytest.importorskip("gevent")
+    woken, told = [], []
+
+    def fail():
+        raise LookupError("broken")
+
+    class Hub:
+        loop = gevent.get_hub().loop
+
+        def handle_error(self, context, type, value, traceback):
+            told.append((context, type))
+
+    hub = Hub()
+    waiters = [InHub(hub, fail), InHub(hub, lambda: woken.append(1))]
+    wake_all(waiters)
+    await_true(Greenlets(), lambda: woken)
+    assert told == [(waiters[0], LookupError)]
+
+
+def test_a_wake_is_done_when_it_has_been_said():
+    """Whoever is awake already, too: nobody is to try it again."""
+    waiter = Waiter()
+    assert waiter.wake() is True
+    assert waiter.wake() is True
 
 
 def test_a_stopped_greenlet_passes_a_notification_on():

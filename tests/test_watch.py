@@ -458,6 +458,35 @@ def timeout_of(sock):
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="TCP_USER_TIMEOUT is Linux's")
+@pytest.mark.parametrize("before", [0, 7000])
+def test_the_servers_own_time_out_is_given_back(own_watches, before):
+    """The connection may serve other requests after the stream."""
+    with tcp_pair() as (server, _):
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, before)
+        stream = stream_of(["a"], Line(server), life=Life(send_timeout=5))
+        chunks = iter(stream)
+        next(chunks), next(chunks)
+        assert timeout_of(server) not in (0, before)
+        assert list(chunks) == []
+        stream.close()
+        assert timeout_of(server) == before
+
+
+def test_a_descriptor_may_be_added_twice(own_watches):
+    """After it was told of, and nobody has removed it: the newer one is told, too."""
+    place, told = Threads(), []
+    with tcp_pair() as (server, client):
+        watch = place.watch()
+        watch.add(server.fileno(), lambda: told.append("first"))
+        leave(client)
+        await_true(place, lambda: told)
+        watch.add(server.fileno(), second := lambda: told.append("second"))
+        await_true(place, lambda: len(told) == 2)
+        watch.remove(server.fileno(), second)
+    assert told == ["first", "second"]
+
+
 def test_a_forked_child_leaves_the_streams_alone(own_watches):
     """It closes those that it has inherited: its parent's are watched as before."""
     place, seen = Threads(), []

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import types
 
 import bottle
@@ -556,6 +557,31 @@ def test_the_middleware_knows_what_was_written():
 
     body = StreamMiddleware(app)(create_environ(), start_response)
     assert b"".join(sent) + b"".join(body) == b"data: a\ndata: b\n\n"
+
+
+@pytest.mark.parametrize("mark", [b"\n\n", b"\r\n\r\n"])
+def test_the_middleware_knows_what_was_written_in_pieces(mark):
+    """An event whose end came byte by byte is whole: `retry:` may follow it."""
+    sent = []
+
+    def app(environ, start_response):
+        write = start_response("200 OK", [("Content-Type", "text/event-stream")])
+        write(b"data: a")
+        for number in mark:
+            write(bytes([number]))
+        return broken()
+
+    def broken():
+        raise LookupError("broken")
+        yield
+
+    def start_response(status, headers, exc_info=None):
+        return sent.append
+
+    body = StreamMiddleware(app)(create_environ(headers=ASK), start_response)
+    with pytest.raises((ConnectionResetError, LookupError)):
+        sent.extend(body)
+    assert re.fullmatch(b"data: a%b(retry: [0-9]+\n\n)" % mark, b"".join(sent))
 
 
 def test_a_sub_request_does_not_use_up_the_middleware():
