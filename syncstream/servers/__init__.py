@@ -2,7 +2,8 @@
 
 An open set: one more server is one more file here, and its line below. Measured
 with gunicorn 27.0, gevent 26.9, Werkzeug 3.1, waitress 3.0, cheroot 11.1, uWSGI 2.0.30
-and Django 4.2 and 6.1 (wsgiref). A server that is not listed works too, without a look at its socket.
+and Django 4.2 and 6.1 (wsgiref). A server that is not listed works too, without a look
+at its socket.
 """
 
 from __future__ import annotations
