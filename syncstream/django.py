@@ -277,6 +277,7 @@ class SSEResponse(_Streaming):
         retry: int | None = None,
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
+        drain: float | None = None,
         end: str | None = None,
         handover: str | bool = "auto",
         on_error: Callable[[Exception], Any] | None = None,
@@ -290,6 +291,7 @@ class SSEResponse(_Streaming):
             retry=retry,
             send_timeout=send_timeout,
             max_duration=max_duration,
+            drain=drain,
             end=end,
             handover=handover,
             on_error=on_error,
@@ -309,6 +311,7 @@ class NDJSONResponse(_Streaming):
         *,
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
+        drain: float | None = None,
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:
@@ -318,6 +321,7 @@ class NDJSONResponse(_Streaming):
             headers,
             send_timeout=send_timeout,
             max_duration=max_duration,
+            drain=drain,
             on_error=on_error,
             dumps=dumps,
         )
@@ -335,6 +339,7 @@ class StreamResponse(_Streaming):
         *,
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
+        drain: float | None = None,
         content_type: str = "text/plain; charset=utf-8",
     ) -> None:
         response = wsgi.StreamResponse(
@@ -343,6 +348,7 @@ class StreamResponse(_Streaming):
             headers,
             send_timeout=send_timeout,
             max_duration=max_duration,
+            drain=drain,
             content_type=content_type,
         )
         super().__init__(response)

@@ -88,6 +88,10 @@ _COME_BACK = {  # milliseconds; browsers' own 3 to 5 s would hammer a broken vie
 }
 
 
+_WHOLE = frozenset(("closed", "finished"))
+"""Ends that the application has asked for, and says are none of a failure's."""
+
+
 def come_back(reason: str, retry: int) -> bytes:
     """Return what asks a client to come back, after an end in good order or not.
 
@@ -118,6 +122,7 @@ class Terms:
         is_chunked: The framing of their responses.
         keepalive, send_timeout: Seconds, ``None`` for never.
         retry: Milliseconds, at least, after which they are to come back.
+        comes_back: They take an end in good order for a break, as EventSources do.
         reasons: Why an application may end a stream.
         before_wait: What gives back, after code of the application has run, what
             should not be held.
@@ -130,6 +135,7 @@ class Terms:
     keepalive: float | None
     send_timeout: float | None
     retry: int
+    comes_back: bool
     reasons: frozenset[str]
     before_wait: tuple[Callable[[], object], ...] = ()
 
@@ -158,8 +164,8 @@ class Client:
 
     __slots__ = (
         *("_loop", "acknowledged", "began", "bucket", "bytes", "callbacks"),
-        *("deadline", "early", "events", "fd", "group", "label", "place", "reason"),
-        *("rest", "since", "subscription", "terms"),
+        *("deadline", "early", "events", "fd", "group", "is_lagged", "label", "place"),
+        *("reason", "rest", "since", "subscription", "terms"),
     )
 
     hub: None = None  # no gevent hub's: `wake_all` calls `wake`
@@ -190,6 +196,7 @@ class Client:
         self.place = place
         self.events, self.bytes = events, bytes  # less its group's: see Group
         self.reason: str | None = None
+        self.is_lagged = False  # dropped for that
         self.early: str | None = None  # an end that came before the client itself
         self.group: Group | None = None  # always, from `_add` to its end
         self.rest: memoryview | None = None  # of a chunk that the kernel has not taken
@@ -719,14 +726,15 @@ class Fanout:
         keepalive: float | None,
         send_timeout: float | None,
         retry: int,
+        comes_back: bool,
         reasons: frozenset[str],
         before_wait: tuple[Callable[[], object], ...] = (),
     ) -> tuple[Terms, Terms]:
         """Make all that a client needs and that can fail, before it is taken.
 
         Args:
-            process, served, keepalive, send_timeout, retry, reasons, before_wait: As
-                for `Terms`.
+            process, served, keepalive, send_timeout, retry, comes_back, reasons,
+                before_wait: As for `Terms`.
 
         Returns:
             Those of a response that is raw, and of one in chunks.
@@ -734,7 +742,7 @@ class Fanout:
         Raises:
             RuntimeError: No thread is left.
         """
-        lanes, life = self.lanes(), (keepalive, send_timeout, retry)
+        lanes, life = self.lanes(), (keepalive, send_timeout, retry, comes_back)
         rest = (*life, reasons, before_wait)
         return (
             self._same(Terms(lanes, process, served, False, *rest)),
@@ -953,6 +961,7 @@ class Fanout:
             return
         if isinstance(error, Closed):
             known = error.reason in client.terms.reasons
+            client.is_lagged = error.reason == "lagged"
             self.end(client, error.reason if known else "closed")
             return
         log.error("the source of %s failed", client.label, exc_info=error)
@@ -984,16 +993,19 @@ class Fanout:
         reason, terms = client.reason, client.terms
         if reason in ("disconnected", "send_timeout"):
             return
+        # A subscription is never done: others would take it for a whole answer.
+        is_partial = reason not in _WHOLE or client.is_lagged
+        is_cut = reason == "error" or (is_partial and not terms.comes_back)
         is_whole = client.rest is None  # not in the middle of a chunk
         if is_whole:
             words = come_back(str(reason), terms.retry)
             if terms.is_chunked and words:
                 words = _chunked(words)
-            if terms.is_chunked and reason != "error":
+            if terms.is_chunked and not is_cut:
                 words += _END
             with suppress(OSError):
                 is_whole = os.write(client.fd, words) == len(words)
-        if (not is_whole or reason == "error") and not terms.is_chunked:
+        if (not is_whole or is_cut) and not terms.is_chunked:
             reset(client.fd)  # only that tells it that something is missing
 
 

@@ -2,8 +2,9 @@
 
 A server that is told to stop tells nobody: streams would go on until it kills them.
 So while there are streams, the flag by which the server knows it is looked at 12
-times a second (gunicorn's SIGQUIT leaves 0.1 s), and then they are told to end. At
-the interpreter's exit they are told, too, and get a second.
+times a second, and from then on each stream is asked to end at every look: one whose
+client comes back ends at once, finite work goes on until it is done or its time is
+over. At the interpreter's exit all are told to end, and get a second.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import _thread
 import atexit
 import logging
+import math
 import os
 import sys
 import weakref
@@ -26,14 +28,53 @@ from .watch import GRID, Watch, on_grid
 
 __all__ = ["Process", "Served", "Stopping", "process", "stats"]
 
+log = logging.getLogger(__name__)
+
 EXIT_WAIT = 1.0  # seconds
 _MOST_KEPT = 200  # of what is kept for whoever asks again
 
-Stopping = Callable[[], bool]
+Stopping = Callable[[], "float | None"]
+"""Tells whether a server has been told to stop: until when (`time.monotonic`) finite
+work may go on, which is in the past if it may not; ``None`` if it has not been told."""
+
+AT_ONCE = -math.inf
+"""What a `Stopping` returns when nothing may go on."""
 
 
-class Stoppable(Protocol):
-    """A stream, as far as this module needs to know."""
+def drain_of_environment() -> float | None:
+    """Return ``SYNCSTREAM_DRAIN``: for how many seconds finite work goes on at a stop.
+
+    ``None`` if it is not set, or is no such number, which is said once.
+    """
+    text = os.environ.get("SYNCSTREAM_DRAIN")
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if 0 <= seconds < math.inf:
+        return seconds
+    process().warn_once(
+        log, f"SYNCSTREAM_DRAIN must be seconds, 0 or more, got {text!r}: ignored"
+    )
+    return None
+
+
+class Attached(Protocol):
+    """A stream that its server has, as far as this module needs to know."""
+
+    def shut_down(self, since: float, until: float) -> None:
+        """End, or go on with finite work for a while; called again and again.
+
+        Args:
+            since: When the server's stop was first seen, `time.monotonic`.
+            until: As a `Stopping` returns it.
+        """
+
+
+class Parked(Protocol):
+    """A client that its server has let go."""
 
     def stop(self, reason: str = ...) -> None: ...
 
@@ -54,24 +95,29 @@ class Served:
     Attributes:
         stopping: Tells whether the server has been told to stop, ``None`` if nothing
             does.
+        since: When its stop was first seen (`time.monotonic`), ``None`` before.
     """
 
     def __init__(self, stopping: Stopping | None) -> None:
         self.stopping = stopping
+        self.since: float | None = None
         # Weak: a stream that everybody has dropped ends.
-        self.open: dict[int, weakref.ref[Stoppable]] = {}
+        self.open: dict[int, weakref.ref[Attached]] = {}
         # Those that the server has let go; until the last callback of theirs has run.
-        self.parked: set[Stoppable] = set()
+        self.parked: set[Parked] = set()
 
-    def is_stopping(self) -> bool:
-        return self.stopping is not None and self.stopping()
+    def until(self) -> float | None:
+        """Return what its `stopping` tells."""
+        return None if self.stopping is None else self.stopping()
 
-    def stop(self) -> None:
-        """Tell all its streams to end."""
+    def stop(self, until: float = AT_ONCE) -> None:
+        """Tell all its streams to end; those with finite work, at that time."""
+        if self.since is None:
+            self.since = time.monotonic()
         for reference in list(self.open.values()):
             stream = reference()
             if stream is not None:
-                stream.stop("shutdown")
+                stream.shut_down(self.since, until)
         for parked in tuple(self.parked):
             parked.stop("shutdown")
 
@@ -153,7 +199,7 @@ class Process:
 
     def opened(
         self,
-        stream: Stoppable,
+        stream: Attached,
         watch: Watch | None,
         server: Hashable,
         find: Callable[[], Stopping | None],
@@ -167,7 +213,7 @@ class Process:
             find: Returns what tells whether that has been told to stop.
         """
         served = self._served.get(server)
-        if served is None or served.is_stopping():
+        if served is None or served.until() is not None:
             # Another one may have taken the place of one that has stopped.
             served = self._served[server] = Served(find())
         self._have_exit()
@@ -195,7 +241,7 @@ class Process:
         self._last.append(callback)
         self._have_exit()
 
-    def closed(self, stream: Stoppable, served: Served) -> None:
+    def closed(self, stream: Attached, served: Served) -> None:
         """Let a stream go."""
         served.open.pop(id(stream), None)
 
@@ -226,20 +272,31 @@ class Process:
         """Say how to learn that the whole process has been told to stop."""
         self._stopping = stopping
 
-    def is_stopping(self, served: Served) -> bool:
-        """Tell whether a server, or the process, has been told to stop."""
-        return served.is_stopping() or (self._stopping is not None and self._stopping())
+    def until(self, served: Served) -> float | None:
+        """Return what a server's `Stopping` tells, or the process's, if that is less.
+
+        From the first time on that it is not ``None``, the server has a `since`.
+        """
+        until = served.until()
+        if self._stopping is not None:
+            ours = self._stopping()
+            if ours is not None:
+                until = ours if until is None else min(until, ours)
+        if until is not None and served.since is None:
+            served.since = time.monotonic()
+        return until
 
     def stop(self) -> None:
-        """Tell all open streams to end."""
+        """Tell all open streams to end at once."""
         for served in list(self._all.values()):
             served.stop()
 
     def _look(self) -> float | None:
         for key, served in list(self._all.items()):
             if served.count():
-                if self.is_stopping(served):
-                    served.stop()
+                until = self.until(served)
+                if until is not None:
+                    served.stop(until)
                 continue
             # A server that may have gone is forgotten, and asked for again.
             del self._all[key]

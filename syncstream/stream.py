@@ -21,11 +21,14 @@ called it for us, by letting the error leave, an `Exception` and nothing else.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import logging
 import math
 import random
+import signal
 import sys
+import threading
 import traceback
 import weakref
 from collections import deque
@@ -57,9 +60,12 @@ from .waiting import (
     Waiter,
     current,
     current_scope,
+    end_hub,
     entered,
     hub,
+    insist,
     is_greenlet_exit,
+    is_main_thread,
     make_lock,
     refuse_eventlet,
     runner_function,
@@ -103,6 +109,14 @@ _KEEPALIVE = Event(comment="keepalive").encode()
 _CLOSE_TRIES = 10
 _PIECE = 64 * 1024  # bytes; what a server's socket accepts at once is about as much
 _GRACE = 1.5  # seconds that the kernel waits longer than we do, for a frozen client
+_STUCK = 1.0  # seconds that a write may block once the stream has ended
+_FROZEN = 2.0  # seconds without progress, of a client whose server is to stop
+_GHOST = 30.0  # seconds after which a source that has not noticed its end is named
+_THROW_EVERY = 2.5  # seconds: gunicorn leaves no more to a worker after its streams
+
+_CUT = frozenset(("shutdown", "max_duration", "kicked", "denied", "refused"))
+"""Ends that are none of the source's own: only a client that comes back takes them for
+what they are, for all others they would look like the end of a whole answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +145,9 @@ class Life:
         keepalive: After so much silence a comment is sent.
         send_timeout: A client that takes nothing for so long is dropped.
         max_duration: The stream ends after that, and the client comes back.
+        drain: For so long a generator goes on after its server was told to stop; 0 is
+            not at all. ``None``: as long as the server lets it, but for a client that
+            comes back not at all.
 
     Raises:
         TypeError, ValueError: A duration is no number, or not above 0.
@@ -139,11 +156,12 @@ class Life:
     keepalive: float | None = 15.0
     send_timeout: float | None = 30.0
     max_duration: float | None = None
+    drain: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("keepalive", "send_timeout", "max_duration"):
+        for name in ("keepalive", "send_timeout", "max_duration", "drain"):
             value = getattr(self, name)
-            if value is None:
+            if value is None or (name == "drain" and value == 0):
                 continue
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise TypeError(f"{name} must be seconds or None, got {value!r}")
@@ -152,9 +170,8 @@ class Life:
             except OverflowError:  # an int beyond all floats
                 seconds = math.inf
             if not 0 < seconds < math.inf:
-                raise ValueError(
-                    f"{name} must be above 0 seconds, or None, got {value!r}"
-                )
+                least = "0 seconds or more" if name == "drain" else "above 0 seconds"
+                raise ValueError(f"{name} must be {least}, or None, got {value!r}")
 
 
 class Taken(Protocol):
@@ -227,6 +244,10 @@ class Connection(Protocol):
 
     def before_wait(self) -> None:
         """Give back what the application should not hold while the stream waits."""
+
+    @property
+    def lets_exits_through(self) -> bool:
+        """The server, in the main thread, ends by what leaves the application."""
 
     def warn(self) -> None:
         """Say, once a process, if a stream should not hold its thread there."""
@@ -403,6 +424,9 @@ class Stream:
         self.has_waited = False  # since the last look
         self.has_resumed = False  # a subscription has taken the Last-Event-ID
         self._closing = False
+        self.was_told = False  # of its end, by an exception; see waiting.py
+        self._exits: list[BaseException] = []  # the process's own, to be raised last
+        self._is_lagged = False
         self._is_closed = False
         self._tail = b""
         self._events = self._bytes = 0
@@ -423,12 +447,17 @@ class Stream:
         self._kernel_timeout: float | None = None  # what held before ours
         self._is_limited = False  # by ours
         self._in_hub = False
+        self._thread = 0
+        self._ended_at = 0.0  # told from outside; `time.monotonic`
+        self._thrown_at = 0.0
         self._began = self._moved = 0.0  # `time.monotonic`; at the last chunk
         self._deadline = math.inf
         self._poll_at = 0.0
         self._write_lock: Any = None
         self._is_writing = False  # the watch is, under that lock
         self._full_since = 0.0  # the client takes nothing; 0: it does
+        self._stuck_since = 0.0  # the same, while its server is to stop
+        self._stuck_at: tuple[int | None, int] | None = None  # its progress then
         self._looked_at = 0.0  # for that, the last time
         self._progress: tuple[int | None, int] | None = None  # at that time
         self._all_sent = -1  # `_bytes` when all of them had gone
@@ -526,6 +555,7 @@ class Stream:
         self._close_source()
         self._settle()
         self._let_go()
+        self._raise_exit()
 
     def __del__(self) -> None:
         # A server that does not close what it has read to the end.
@@ -537,11 +567,14 @@ class Stream:
             self._leave_place()
 
     def stop(self, reason: str = "closed") -> None:
-        """End the stream, from any thread or greenlet, in good order.
+        """End the stream, from any thread or greenlet.
 
         A wait in its generator ends at once; a generator that is busy with something
-        else is closed at its next yield. The client sees a whole response, and a
-        browser comes back, except after "finished" of a stream with ``end="stop"``.
+        else is closed at its next yield. After "finished" and "closed" the client sees
+        a whole response; a browser comes back, except after "finished" of a stream
+        with ``end="stop"``. After the others an EventSource sees the same, and comes
+        back later; for other clients, who would take it for a whole answer, the
+        response is cut.
 
         Args:
             reason: "closed", "finished", "kicked", "denied" or "shutdown".
@@ -557,6 +590,24 @@ class Stream:
             self._client.stop(reason)
             return
         self._over(reason)
+
+    def shut_down(self, since: float, until: float) -> None:
+        """End the stream, or let it finish: its server has been told to stop.
+
+        Called again and again until it has ended, from any thread; from then on too,
+        until its server is done with it.
+
+        Args:
+            since: When that was first seen, `time.monotonic`.
+            until: When a generator may run no longer.
+        """
+        now = time.monotonic()
+        if self._client is not None:
+            self._client.stop("shutdown")
+            return
+        if now >= self._drained_at(since, until):
+            self._over("shutdown")
+        self._hurry(now, until)
 
     def refuse(self) -> None:
         """End it before it has begun: there is no place for it."""
@@ -718,14 +769,20 @@ class Stream:
         return bool(self._once) and not self._closing
 
     def check(self) -> None:
-        """Raise the end of the stream, once, if it is known by now."""
+        """Raise the end of the stream, once, if it is known by now.
+
+        Again where the source has swallowed that, and goes on: it would never end.
+        """
         if self._closing:
+            if self.was_told and not _is_unwinding():
+                self._name_source("swallows the end of its waits, and is ended there")
+                insist(self._exit())
             return
         connection = self._connection
         if not self._once and connection is not None and connection.is_hung_up():
             self._end(self._how_gone())
         if self._once:
-            self._closing = True
+            self._closing = self.was_told = True
             raise self._exit()
 
     def before_wait(self) -> None:
@@ -745,8 +802,7 @@ class Stream:
             if self._opening is not None and not self._once:
                 yield self._opened()
             if self._once:
-                self._close_source()
-                self._settle()
+                yield from self._finish()
                 return
             self._warn()
             try:
@@ -829,13 +885,7 @@ class Stream:
                     self._moved = now
                     self._bytes += len(_KEEPALIVE)
                     yield _KEEPALIVE
-            self._close_source()
-            last = self._last_block()
-            if last:
-                self._bytes += len(last)
-                yield last
-            # Not every server, and not every middleware, calls close().
-            self._settle()
+            yield from self._finish()
         except GeneratorExit:
             # Whoever wraps us by `yield from`, or just drops us, closes the stream.
             self.close()
@@ -918,12 +968,7 @@ class Stream:
                     continue
                 self._bytes += len(chunk)
                 yield chunk
-            self._close_source()
-            last = self._last_block()
-            if last:
-                self._bytes += len(last)
-                yield last
-            self._settle()
+            yield from self._finish()
         except GeneratorExit:
             self.close()
             raise
@@ -1031,6 +1076,7 @@ class Stream:
                 keepalive=life.keepalive,
                 send_timeout=life.send_timeout,
                 retry=self._retry or 0,
+                comes_back=self._comes_back(),
                 reasons=REASONS,
                 before_wait=connection.hooks,
             )
@@ -1089,11 +1135,52 @@ class Stream:
         if isinstance(error, ClientDisconnected) and not self.connected:
             self._end("disconnected")
         elif isinstance(error, Closed):
+            self._is_lagged = error.reason == "lagged"
             self._end(error.reason if error.reason in REASONS else "closed")
-        # gunicorn's handler of SIGQUIT exits, and a sync worker runs it in here.
-        if isinstance(error, SystemExit) and self._server_stops():
+        # gunicorn's handlers of SIGQUIT and SIGABRT exit, wherever that hits.
+        elif self._is_exit(error) or (
+            isinstance(error, SystemExit) and self._until() is not None
+        ):
             self._end("shutdown")
         return bool(self._once)
+
+    def _is_exit(self, error: BaseException) -> bool:
+        """Tell the end of the whole process from a source that calls sys.exit().
+
+        Ctrl-C in the main thread, and what a signal's handler raises there, belong to
+        a server that serves in that thread. Anywhere else it must not get them: a
+        SystemExit ends gevent's hub, or a thread of a pool, for everybody.
+        """
+        if not isinstance(error, (KeyboardInterrupt, SystemExit)):
+            return False
+        if not is_main_thread():
+            return False
+        if self._in_hub:  # what it gets is passed on, see `_raise_exit`
+            return isinstance(error, KeyboardInterrupt)
+        if self._connection is not None and not self._connection.lets_exits_through:
+            return False
+        return (
+            isinstance(error, KeyboardInterrupt)
+            or self._until() is not None
+            or _is_of_a_signal(error)
+        )
+
+    def _keep_exit(self, error: BaseException | None) -> bool:
+        """Keep what ends the whole process, to be raised when we are done; or not."""
+        if error is None or not self._is_exit(error):
+            return False
+        if not self._exits:
+            self._exits.append(error)
+        return True
+
+    def _raise_exit(self) -> None:
+        """Let go what ends the whole process, in the way in which its server hears."""
+        if not self._exits:
+            return
+        error = self._exits.pop()
+        if not self._in_hub:
+            raise error
+        end_hub(error)
 
     def _look(self, now: float) -> None:
         """See for ourselves what the watch would tell, if it came to run."""
@@ -1111,13 +1198,36 @@ class Stream:
         self._poll_at = now + WATCHED_LOOK_EVERY
         if connection is not None and connection.is_hung_up():
             self._end(self._how_gone())
-        elif self._server_stops():
-            self._end("shutdown")
+            return
+        until = self._until()
+        if until is not None:
+            assert self._served is not None
+            since = self._served.since or now
+            if time.monotonic() >= self._drained_at(since, until):
+                self._end("shutdown")
 
-    def _server_stops(self) -> bool:
+    def _until(self) -> float | None:
+        """Return until when work may go on, if the server has been told to stop."""
         process, served = self._process, self._served
+        if process is None or served is None:
+            return None
+        return process.until(served)
+
+    def _drained_at(self, since: float, until: float) -> float:
+        """Return when this stream has to end, if its server stops."""
+        drain = self._life.drain
+        if isinstance(self._source, Subscription):
+            return since  # it never ends by itself
+        if drain is None:
+            drain = 0.0 if self._comes_back() else math.inf
+        return min(until, since + drain)
+
+    def _comes_back(self) -> bool:
+        """Tell whether the client takes an end in good order for a break."""
         return (
-            process is not None and served is not None and process.is_stopping(served)
+            self._format.is_events
+            and self._connection is not None
+            and self._connection.is_event_source
         )
 
     def _is_silent(self, now: float) -> bool:
@@ -1130,6 +1240,9 @@ class Stream:
 
     def _after_end(self, error: BaseException) -> None:
         """Take what left the source after the stream had ended."""
+        # A ``finally`` that waits is told of the end instead.
+        if self._keep_exit(error) or self._keep_exit(error.__context__):
+            return
         if isinstance(error, (GeneratorExit, Closed)) or is_greenlet_exit(error):
             return
         # What a link that was cut makes the source raise is not its fault, nor is
@@ -1137,6 +1250,23 @@ class Stream:
         expected = bool(self._links) or not isinstance(error, Exception)
         level = logging.DEBUG if expected else logging.ERROR
         self._log(level, f"the source of %s failed at its end ({self.reason})", error)
+
+    def _finish(self) -> Iterator[bytes]:
+        """Close the source, say a last word to the client, or cut the response."""
+        self._close_source()
+        raised = None
+        if (self.reason in _CUT or self._is_lagged) and not self._comes_back():
+            raised = self._connection.cut() if self._connection else None
+        else:
+            last = self._last_block()
+            if last:
+                self._bytes += len(last)
+                yield last
+        # Not every server, and not every middleware, calls close().
+        self._settle()
+        self._raise_exit()
+        if raised is not None:
+            raise raised
 
     def _last_block(self) -> bytes:
         """Return what the client is told at an end in good order."""
@@ -1160,6 +1290,9 @@ class Stream:
     def _fail(self, failed: list[BaseException]) -> Iterator[bytes]:
         """Log a source's error, say a last word to the client, cut the response.
 
+        After an event of ``on_error`` it ends in order: that event is the sign, and
+        browsers' fetch loses what comes just before a cut (Chromium: 13 to 18 of 25).
+
         Args:
             failed: The error, alone; it is taken out.
         """
@@ -1167,15 +1300,18 @@ class Stream:
             yield from self._fail_unsent(failed)
             return
         block = self._refusal(failed[0])
-        last = self._bury(failed[0], block)
+        last, is_told = self._bury(failed[0], block)
         if last:
             self._bytes += len(last)
             yield last
-        if block and last.endswith(block):  # and the end behind it is whole
+        if is_told or (block and last.endswith(block)):  # the end behind it is whole
+            failed.clear()
             self._settle()
+            self._raise_exit()
             return
         raised = self._connection.cut() if self._connection else None
         self._settle()
+        self._raise_exit()
         if self._shows(failed[0]):
             raised = failed[0]
         failed.clear()
@@ -1209,7 +1345,7 @@ class Stream:
         try:
             self._end("error")
             self._close_source()
-            words, status = self._last_words(error), status_of(error)
+            (words, _), status = self._last_words(error), status_of(error)
             body = None
             if connection is not None:
                 body = connection.answer(error, status, words)
@@ -1235,25 +1371,29 @@ class Stream:
                     raised = RuntimeError(f"a source raised {type(error).__name__}")
                     raised.__cause__ = error
             self._settle()
+            self._raise_exit()
             if raised is not None:
                 raise raised
         finally:
             # Their tracebacks have this frame, and so what it names.
             error, raised, failed = RuntimeError(), None, []
 
-    def _bury(self, error: BaseException, refusal: bytes = b"") -> bytes:
-        """Log a source's error, close the source; return the last words.
+    def _bury(self, error: BaseException, refusal: bytes = b"") -> tuple[bytes, bool]:
+        """Log a source's error, close the source.
 
         Args:
             error: It.
             refusal: What comes last, instead of what asks a client to come back.
+
+        Returns:
+            The last words, and whether one of them is the application's own.
         """
         if is_greenlet_exit(error):
             # gevent ends this greenlet, or the source ends itself in that way.
             self._end("shutdown")
             self._log(logging.WARNING, "the greenlet of %s was killed")
             self._close_source()
-            return b""
+            return b"", False
         is_first = isinstance(error, Returned) and not self._events
         self._end("refused" if is_first else "error")
         message = "the source of %s failed"
@@ -1263,19 +1403,23 @@ class Stream:
         self._close_source()
         return self._last_words(error, refusal)
 
-    def _last_words(self, error: BaseException, refusal: bytes = b"") -> bytes:
+    def _last_words(
+        self, error: BaseException, refusal: bytes = b""
+    ) -> tuple[bytes, bool]:
         if not self._format.is_whole(self._tail):
-            return b""
+            return b"", False
         words = b""
         if self._on_error is not None and isinstance(error, Exception):
             try:
                 with entered(self):
                     words = self._format.encode(self._on_error(error)) or b""
             except BaseException as second:
-                self._log(logging.ERROR, "on_error of %s failed", second)
+                if not self._keep_exit(second):
+                    self._log(logging.ERROR, "on_error of %s failed", second)
+        is_told = bool(words)
         if self._format.is_events and self._format.is_whole(words):
             words += refusal or come_back("error", self._retry or 0)
-        return words
+        return words, is_told
 
     # Its ends.
 
@@ -1286,14 +1430,17 @@ class Stream:
 
     def _end(self, reason: str) -> bool:
         """Set the reason; tell whether it is the first one, which stays."""
-        return self._is_first("end", reason)
+        is_first = self._is_first("end", reason)
+        if is_first:
+            self._ended_at = time.monotonic()
+        return is_first
 
     def _over(self, reason: str) -> None:
         """End the stream from outside of its source, and wake that."""
-        if not self._end(reason) or not self.is_running:
+        if not self._end(reason):
             return
         if self._watch is not None:
-            self._watch.run(self._interrupt)
+            self._watch.run(self._bring_through)
         elif not self._in_hub:
             self._interrupt()
 
@@ -1312,7 +1459,7 @@ class Stream:
         if not self.is_running or self._closing:
             return
         if self._in_hub:
-            self._closing = True
+            self._closing = self.was_told = True
             self.runner.throw(self._exit())
             return
         if self._links:
@@ -1363,6 +1510,7 @@ class Stream:
         """Let the process and its watch know; in the thread or greenlet it is in."""
         self._began = self._moved = now = time.monotonic()
         self._in_hub = hub() is not None
+        self._thread = threading.get_ident()
         record = self._process = process()
         connection, life = self._connection, self._life
         if life.max_duration is not None:
@@ -1465,7 +1613,7 @@ class Stream:
         """Return when the clock is to look at this stream next."""
         life = self._life
         if self._once:
-            tick = math.inf
+            tick = now + _STUCK
         else:
             tick = self._deadline
             if life.keepalive is not None and self._format.is_events:
@@ -1487,6 +1635,8 @@ class Stream:
         if self._watch is None:
             return None
         now = time.monotonic()
+        if self._once:
+            self._look_after_the_end(now)
         if self._fd >= 0 and not self._has_socket(self._fd):
             # waitress closes from its own thread, and epoll forgets what is closed.
             self._over("disconnected")
@@ -1533,6 +1683,89 @@ class Stream:
         if taken:  # 0: nothing yet, or a kernel that does not count (gVisor)
             return taken, 0
         return queued(self._fd), self._bytes - connection.unsent()
+
+    # From its end until its server is done with it.
+
+    def _bring_through(self) -> None:
+        """End what it waits in, and look soon whether it has ended."""
+        watch, timer = self._watch, self._timer
+        if watch is not None:
+            if timer is not None:
+                watch.cancel(timer)
+            when = time.monotonic() + _STUCK
+            self._timer = watch.call_at(when, _weakly(self._tick, None))
+        self._interrupt()
+
+    def _look_after_the_end(self, now: float) -> None:
+        """Cut a write that blocks; name a source that does not notice its end."""
+        if self.is_running:
+            if now - self._ended_at >= _GHOST:
+                self._name_source(
+                    f"has not yielded for {_GHOST:.0f} s since its stream has ended"
+                    f" ({self.reason}), and holds its thread and its place: let it wait"
+                    " in syncstream.sleep or stream.wait, or yield None now and then"
+                )
+        elif self.reason in _CUT and now - self._ended_at >= _STUCK and self._is_full():
+            self._drop()
+
+    def _is_full(self) -> bool:
+        """Tell whether what is written now has to wait for the client."""
+        connection = self._connection
+        is_open = self._fd >= 0 and self._has_socket(self._fd)
+        return is_open and connection is not None and connection.is_full()
+
+    def _drop(self) -> None:
+        """Have a write that blocks fail."""
+        if self._connection is not None:
+            self._connection.drop()
+
+    def _hurry(self, now: float, until: float) -> None:
+        """Have nothing keep a server that is to stop; at each look, twelve a second.
+
+        A client that takes nothing is cut, whether it has been told its end or not.
+        """
+        if self.is_running:
+            self._stuck_since = 0.0
+            if self._is_deaf(now, until):
+                self._thrown_at = now
+                _throw_into(self._thread, lambda: self.is_running)
+            return
+        if not self._is_full():
+            self._stuck_since = 0.0
+            return
+        assert self._connection is not None
+        progress = self._look_at_progress(self._connection)
+        is_unwanted = self.reason in _CUT
+        if not self._stuck_since or (progress != self._stuck_at and not is_unwanted):
+            self._stuck_since, self._stuck_at = now, progress
+        elif now - self._stuck_since >= (_STUCK if is_unwanted else _FROZEN):
+            self._over("shutdown")
+            self._drop()
+
+    def _is_deaf(self, now: float, until: float) -> bool:
+        """Tell whether a thread does not hear of the end, and so keeps its server.
+
+        It waits in nothing of ours. Not at once, it may be on its way; and only once,
+        for its ``finally`` may take its time, until the time of its work is over.
+        """
+        if not self._once or self._in_hub or self._closing or self.parked is not None:
+            return False
+        if self._thrown_at:
+            return now >= until and now - self._thrown_at >= _THROW_EVERY
+        return now - self._ended_at >= _STUCK
+
+    def _name_source(self, what: str) -> None:
+        """Say, once a stream, what is wrong with its source, and where that is."""
+        if self._is_first("named", "yes"):
+            self._log(logging.WARNING, f"{self._source_name} of %s {what}")
+
+    @property
+    def _source_name(self) -> str:
+        source = self._source
+        name = getattr(source, "__qualname__", None) or type(source).__qualname__
+        code = getattr(source, "gi_code", None)
+        place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+        return f"the generator {name}{place}".replace("%", "%%")
 
     def _keep_alive(self) -> None:
         """Write a comment while the source is busy, if it can be done now.
@@ -1614,8 +1847,11 @@ class Stream:
             try:
                 close = getattr(closable, "close", None)
                 if close is not None:
+                    self.was_told |= inspect.isgenerator(closable)
                     close()
             except BaseException as error:
+                if self._keep_exit(error):
+                    return
                 ignored = type(error) is RuntimeError and error.args == (
                     "generator ignored GeneratorExit",
                 )
@@ -1635,7 +1871,8 @@ class Stream:
                 callback()
             except BaseException as error:
                 message = "a callback at the end of %s failed"
-                self._log(logging.ERROR, message, error)
+                if not self._keep_exit(error):
+                    self._log(logging.ERROR, message, error)
 
     def _log(
         self, level: int, message: str, error: BaseException | None = None
@@ -1667,6 +1904,41 @@ class Stream:
     @property
     def _label(self) -> str:
         return self._connection.label if self._connection else "a stream"
+
+
+def _is_unwinding() -> bool:
+    """Tell whether what runs here does so because a generator is being ended.
+
+    In a ``finally``, or in an ``except`` for the end, and in what these call, the
+    exception is being handled; behind an ``except`` that has swallowed it, it is not.
+    """
+    error = sys.exc_info()[1]
+    while error is not None:
+        if isinstance(error, GeneratorExit) or is_greenlet_exit(error):
+            return True
+        error = error.__context__
+    return False
+
+
+def _is_of_a_signal(error: BaseException) -> bool:
+    """Tell whether an exception was raised by a signal's handler."""
+    handlers = set()
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        handlers.add(getattr(getattr(handler, "__func__", handler), "__code__", None))
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code in handlers for frame, _ in frames)
+
+
+def _throw_into(thread: int, is_due: Callable[[], bool]) -> None:
+    """Raise GeneratorExit in a thread, when it next runs Python code.
+
+    For the last seconds of a process only: it may hit a little later than meant.
+    """
+    if is_due():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread), ctypes.py_object(GeneratorExit)
+        )
 
 
 def _is_running(reference: Callable[[], Any] | None) -> bool:

@@ -19,7 +19,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, Protocol
+from types import FrameType
+from typing import Any, NoReturn, Protocol
 
 from .clock import time
 from .sockets import native
@@ -31,9 +32,12 @@ __all__ = [
     "Wakeable",
     "current",
     "current_scope",
+    "end_hub",
     "entered",
     "hub",
+    "insist",
     "is_greenlet_exit",
+    "is_main_thread",
     "make_lock",
     "refuse_eventlet",
     "runner",
@@ -53,12 +57,14 @@ class Scope(Protocol):
         runner: The thread or greenlet that runs it.
         reference: A weak reference to it.
         has_waited: Set by a wait that lets the others of a hub run.
+        was_told: Its end has been raised in its source, which should not wait again.
         parked: The wait that its thread is in, for whoever ends the stream: sets an
             end first, then looks here; waits look the other way round.
     """
 
     is_running: bool
     has_waited: bool
+    was_told: bool
     runner: object
     parked: Parked | Waiter | None
 
@@ -71,7 +77,8 @@ class Scope(Protocol):
     def check(self) -> None:
         """Raise `ClientDisconnected` or another `GeneratorExit`, once, if it is over.
 
-        Not in a source that is being closed: its ``finally`` may wait.
+        Not in a source that is being closed: its ``finally`` may wait. But again in
+        one that has swallowed it, and waits on.
         """
 
     def before_wait(self) -> None:
@@ -166,6 +173,60 @@ def is_greenlet_exit(error: BaseException) -> bool:
     """Tell whether an exception is gevent's way to end this greenlet."""
     greenlet = sys.modules.get("greenlet")
     return greenlet is not None and isinstance(error, greenlet.GreenletExit)
+
+
+def is_main_thread() -> bool:
+    """Tell whether signals' handlers run in this thread, in whichever greenlet."""
+    if hub() is not None:  # for which threading.main_thread() may be a greenlet
+        return bool(sys.modules["gevent"].get_hub().main_hub)
+    return threading.current_thread() is threading.main_thread()
+
+
+def end_hub(error: BaseException) -> None:
+    """Raise in the main greenlet what belongs there: Ctrl-C, which hit another."""
+    hub = sys.modules["gevent"].get_hub()
+    hub.handle_system_error(type(error), error)
+
+
+def insist(error: BaseException) -> NoReturn:
+    """Raise what the code around a wait has swallowed before: it does not get to again.
+
+    An ``except:`` that goes on catches whatever is raised in its ``try``, for ever. So
+    it is raised once more when the first line runs after that: in the handler, where
+    nothing catches it but what stands further out. There it goes as any exception.
+    """
+    package = __name__.partition(".")[0]
+    frames: list[FrameType] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        is_ours = name == package or name.startswith(f"{package}.")
+        if is_ours and frames:  # the stream, which runs the source
+            break
+        if not is_ours:
+            frames.append(frame)
+        frame = frame.f_back
+    before, traces = sys.gettrace(), [frame.f_trace for frame in frames]
+
+    def restore() -> None:
+        sys.settrace(before)
+        for frame, trace in zip(frames, traces, strict=True):
+            frame.f_trace = trace
+        frames.clear()
+        traces.clear()
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        if event == "line":
+            restore()
+            raise error
+        if event == "return" and frame is frames[-1]:  # nobody has swallowed it
+            restore()
+        return None if event == "call" else trace
+
+    for frame in frames:
+        frame.f_trace = trace
+    sys.settrace(trace)
+    raise error
 
 
 def sleep(seconds: float) -> None:
@@ -498,6 +559,8 @@ class Waiter:
         """
         scope = self.scope
         if scope is not None:
+            if scope.was_told:
+                scope.check()
             # Each time: who knows what ran since the last wait, here or in a
             # middleware, and what it took. A wake that comes meanwhile counts.
             scope.before_wait()

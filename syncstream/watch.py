@@ -165,6 +165,8 @@ class Watch:
             callback: Returns the next time, ``None`` for never again.
         """
         timer = Timer(callback)
+        if self._is_foreign:  # nobody runs it there, and its lock may be held for ever
+            return timer
         when = _shared(when)
         with self._lock:
             is_first = not self._timers or when < self._timers[0][0]

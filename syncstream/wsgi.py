@@ -177,8 +177,7 @@ class Connection:
         # Not by what the client has sent, nor is one of HTTP/2's that of HTTP/1's.
         is_http_2 = str(environ.get("SERVER_PROTOCOL")).startswith("HTTP/2")
         key = ("warning", server.name, is_http_2)
-        warning = record.memo(key, lambda: server.warning(environ))
-        if warning is not None:
+        for warning in record.memo(key, lambda: tuple(server.warnings(environ))):
             record.warn_once(log, warning)
         threads, streams = self.threads, record.attached_streams
         if threads is not None and threads > 1 and streams >= threads:
@@ -331,6 +330,10 @@ class Connection:
     @property
     def stopping(self) -> Stopping | None:
         return self.server.stopping(self._given)
+
+    @property
+    def lets_exits_through(self) -> bool:
+        return self.server.lets_exits_through
 
     @property
     def threads(self) -> int | None:
@@ -649,7 +652,13 @@ class SSEResponse(_Streaming):
             is something for it, is dropped; also one that is gone without a word.
             ``None``: the system decides (some 15 minutes, or never).
         max_duration: The stream ends after so many seconds (up to a tenth less, by
-            chance), in good order, and the client comes back. ``None``: never.
+            chance), and the client comes back. ``None``: never.
+        drain: How many seconds a generator goes on after the server was told to stop;
+            then its response is cut, or, for an EventSource, ended. ``None``: not at
+            all for an EventSource, which comes back; for all others as long as the
+            server lets it (gunicorn's graceful timeout less 2.5 s; the variable
+            ``SYNCSTREAM_DRAIN`` of the environment says otherwise). ``0``: not at all.
+            A `Subscription` ends at once.
         end: What a browser does when the source has finished. ``"stop"``: it stays
             away (it gets the reserved id ``syncstream-end``, returns once with
             that, and gets 204; the view has run once more, its source has not).
@@ -681,6 +690,7 @@ class SSEResponse(_Streaming):
         retry: int | None = None,
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
+        drain: float | None = None,
         end: str | None = None,
         handover: str | bool = "auto",
         on_error: Callable[[Exception], Any] | None = None,
@@ -688,7 +698,7 @@ class SSEResponse(_Streaming):
     ) -> None:
         encode = sse.encoder(dumps, warn_unframed)
         format = Format(encode, sse.ends_blank, is_events=True)
-        life = Life(keepalive, send_timeout, max_duration)
+        life = Life(keepalive, send_timeout, max_duration, drain)
         stream = Stream(
             source,
             format,
@@ -711,7 +721,8 @@ class NDJSONResponse(_Streaming):
         source: A generator or another iterable of values. What becomes of them:
             `syncstream.protocol.ndjson.encoder`.
         status, headers: As for `SSEResponse`.
-        send_timeout, max_duration: As for `SSEResponse`.
+        send_timeout, max_duration, drain: As for `SSEResponse`. A response that is
+            ended by one of them is cut: this client does not come back.
         on_error: Called with the exception when the source has failed; what it
             returns is sent as the last value, ``None`` sends nothing.
         dumps: Encodes a value into ``str`` or ``bytes`` without line ends.
@@ -728,11 +739,12 @@ class NDJSONResponse(_Streaming):
         *,
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
+        drain: float | None = None,
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:
         format = Format(ndjson.encoder(dumps), _ends_line, dumps=dumps)
-        life = Life(None, send_timeout, max_duration)
+        life = Life(None, send_timeout, max_duration, drain)
         stream = Stream(source, format, life=life, on_error=on_error)
         super().__init__(stream, _NDJSON_HEADERS, status, headers)
 
@@ -749,7 +761,7 @@ class StreamResponse(_Streaming):
             or ``None`` (a checkpoint: nothing is sent).
         status, headers: As for `SSEResponse`. Give a Content-Length where you know
             it, and clients can show the progress of a download.
-        send_timeout, max_duration: As for `SSEResponse`.
+        send_timeout, max_duration, drain: As for `NDJSONResponse`.
         content_type: The body's media type.
 
     Raises:
@@ -766,12 +778,13 @@ class StreamResponse(_Streaming):
         *,
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
+        drain: float | None = None,
         content_type: str = "text/plain; charset=utf-8",
     ) -> None:
         if not isinstance(content_type, str):
             raise TypeError(f"content_type must be str, got {content_type!r}")
         defaults = {"Content-Type": content_type, **_LIVE}
-        life = Life(None, send_timeout, max_duration)
+        life = Life(None, send_timeout, max_duration, drain)
         stream = Stream(source, Format(raw.encode, lambda tail: False), life=life)
         super().__init__(stream, defaults, status, headers)
 
@@ -796,7 +809,7 @@ class StreamMiddleware:
         app: The WSGI application. Flask: ``app.wsgi_app =
             StreamMiddleware(app.wsgi_app)``; Django: ``application =
             StreamMiddleware(get_wsgi_application())``.
-        keepalive, send_timeout, max_duration: As for `SSEResponse`, for streams
+        keepalive, send_timeout, max_duration, drain: As for `SSEResponse`, for streams
             that are not responses of ours.
         max_streams: So many streams at once in this process, ours included;
             ``None`` for no limit.
@@ -822,6 +835,7 @@ class StreamMiddleware:
         keepalive: float | None = 15.0,
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
+        drain: float | None = None,
         max_streams: int | None = None,
         reserve_threads: int | None = None,
         limit_by: Callable[[WSGIEnvironment], Hashable] | None = None,
@@ -831,7 +845,7 @@ class StreamMiddleware:
         if not callable(app):
             raise TypeError(f"app must be a WSGI application, got {app!r}")
         self.app = app
-        self._life = Life(keepalive, send_timeout, max_duration)
+        self._life = Life(keepalive, send_timeout, max_duration, drain)
         self._capacity = Capacity(
             max_streams,
             reserve_threads,

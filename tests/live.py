@@ -464,6 +464,9 @@ class Client:
         self.close()
 
 
+EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
+"""What a browser's EventSource sends, and we tell it by."""
+
 _keys = itertools.count()
 
 

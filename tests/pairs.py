@@ -31,13 +31,14 @@ class Line:
 
     label = "GET '/test'"
     last_event_id = None
-    is_event_source = False
+    is_event_source = True
     write = None
     stopping = None
     server_key = None
     may_vanish = False
     is_multiprocess = False
     shows_errors = False
+    lets_exits_through = False
     hooks = ()
 
     def __init__(self, sock: socket.socket | None = None) -> None:

@@ -117,6 +117,7 @@ class Peer:
         process=None,
         callbacks=(),
         place=None,
+        comes_back=True,
         add=True,
         **options,
     ):
@@ -140,6 +141,7 @@ class Peer:
             keepalive=keepalive,
             send_timeout=send_timeout,
             retry=retry,
+            comes_back=comes_back,
             reasons=REASONS,
             before_wait=tuple(before_wait),
         )

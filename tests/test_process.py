@@ -29,7 +29,7 @@ from pairs import (
     tcp_pair,
 )
 from syncstream import ClientDisconnected, NDJSONResponse, SSEResponse, sleep
-from syncstream.process import Process, process, stats
+from syncstream.process import AT_ONCE, Process, process, stats
 from syncstream.stream import REASONS, Life
 
 PLACE = Threads()
@@ -179,7 +179,7 @@ def test_reasons_that_are_none(reason):
 
 
 def test_stop_before_the_first_step():
-    """The source never runs; it is closed, and the callbacks run."""
+    """The source never runs; it is closed, the callbacks run, the client is told."""
     ran, closes = [], []
 
     def source():
@@ -189,7 +189,7 @@ def test_stop_before_the_first_step():
     stream = stream_of(source(), Line())
     stream.on_close(lambda: closes.append(1))
     stream.stop("denied")
-    assert serve(stream) == []
+    assert RETRY.fullmatch(b"".join(serve(stream)))
     assert (ran, closes, stream.reason) == ([], [1], "denied")
 
 
@@ -406,7 +406,7 @@ def test_all_threads_have_one_record(monkeypatch):
 def test_a_server_that_stops_ends_its_streams(own_record):
     """Those that wait, and those that are busy; the flag is looked at meanwhile."""
     line, flag, waits = Line(), [], threading.Barrier(3)
-    line.stopping = lambda: bool(flag)
+    line.stopping = lambda: AT_ONCE if flag else None
 
     def waiting():
         waits.wait(TIMEOUT)
@@ -637,17 +637,17 @@ def test_a_server_that_has_stopped_does_not_end_the_next_ones_streams():
 def test_a_server_that_takes_anothers_place_is_asked_for_again():
     """Under the same name and port; the old one has stopped for ever."""
     record = Process()
-    stopped, alive = (lambda: True), (lambda: False)
+    stopped, alive = (lambda: AT_ONCE), (lambda: None)
 
     class Stream:
-        def stop(self, reason="closed"):
+        def shut_down(self, since, until):
             """It is not looked at here."""
 
     streams = [Stream(), Stream()]
     old = record.opened(streams[0], None, "server", lambda: stopped)
     new = record.opened(streams[1], None, "server", lambda: alive)
-    assert record.is_stopping(old)
-    assert not record.is_stopping(new)
+    assert record.until(old) == AT_ONCE
+    assert record.until(new) is None
 
 
 def test_a_stream_that_nobody_closes_is_counted():

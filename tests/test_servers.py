@@ -93,8 +93,8 @@ def test_a_running_server_does_not_stop(server, path):
 
 def test_a_server_that_is_fine_is_not_warned_of(server):
     """Of all that the tests run, only gunicorn's sync worker is."""
-    warning = ask(server, "/facts")["warning"]
-    assert (warning is not None) == (server.name == "gunicorn-sync"), warning
+    warnings = ask(server, "/facts")["warnings"]
+    assert len(warnings) == (server.name == "gunicorn-sync"), warnings
 
 
 def test_what_a_middleware_has_added_is_among_the_headers(server):
@@ -273,7 +273,7 @@ def test_other_configurations_have_other_limits(program, configuration, threads)
         facts = ask(server, "/late")
     assert facts["threads"] == threads
     assert facts["stopping"] is False
-    assert facts["warning"] is None
+    assert facts["warnings"] == []
 
 
 @pytest.mark.parametrize(
@@ -294,11 +294,11 @@ def test_uwsgis_cores_are_counted(options, threads):
 def test_the_sync_worker_is_warned_of():
     """With what ends its streams, and with what to do."""
     with serve("gunicorn-sync", "--timeout", "17") as server:
-        warning = ask(server, "/late")["warning"]
+        (warning,) = ask(server, "/late")["warnings"]
     assert "--timeout after 17 s" in warning
     assert "-k gthread" in warning
     with serve("gunicorn-sync", "--timeout", "0") as server:
-        warning = ask(server, "/late")["warning"]
+        (warning,) = ask(server, "/late")["warnings"]
     assert "timeout" not in warning
     assert "-k gthread" in warning
 
@@ -316,7 +316,7 @@ def test_the_sync_workers_timeout_ends_a_stream():
 def test_gevent_without_its_patches_is_warned_of(program):
     """pywsgi without patch_all()."""
     with program("pywsgi unpatched") as server:
-        assert "patch_all" in ask(server, "/late")["warning"]
+        assert "patch_all" in ask(server, "/late")["warnings"][0]
 
 
 @pytest.mark.parametrize(
@@ -331,8 +331,9 @@ def test_gevent_without_its_patches_is_warned_of(program):
 def test_uwsgis_options_are_warned_of(options, word):
     """Of gevent unpatched, and of harakiri."""
     with serve("uwsgi", *options) as server:
-        warning = ask(server, "/late")["warning"]
-    assert warning is None if word is None else word in warning
+        warnings = ask(server, "/late")["warnings"]
+    assert len(warnings) == (word is not None)
+    assert all(word in warning for warning in warnings)
 
 
 @pytest.mark.parametrize("kind", ["a2wsgi", "uvicorn", "hypercorn"])
@@ -341,7 +342,7 @@ def test_bridges_of_asgi_servers_are_warned_of(program, kind):
     with program(kind) as server:
         facts = ask(server, "/late")
     assert facts["name"] == "ASGI bridge"
-    assert "a thread for ever" in facts["warning"]
+    assert "a thread for ever" in facts["warnings"][0]
     assert (facts["threads"], facts["stopping"], facts["unsent"]) == (None, None, 0)
 
 
@@ -371,7 +372,7 @@ def test_an_unknown_server_tells_nothing():
     assert server.unsent(environ) == 0
     assert server.stopping(environ) is None
     assert server.threads(environ) is None
-    assert server.warning(environ) is None
+    assert list(server.warnings(environ)) == []
 
 
 @pytest.mark.parametrize(
@@ -387,7 +388,7 @@ def test_a_write_that_is_not_the_servers_has_no_headers(name):
 def test_http_2_is_warned_of():
     """gunicorn serves the streams of a connection one after another."""
     environ = {"gunicorn.socket": None, "SERVER_PROTOCOL": "HTTP/2.0"}
-    warning = server_of(environ).warning(environ)
+    (warning,) = server_of(environ).warnings(environ)
     assert "--http-protocols h1" in warning
 
 

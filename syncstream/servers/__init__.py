@@ -40,6 +40,7 @@ OTHER = Server(
     raises=connection_reset,
     logs_errors=False,
     is_known=False,
+    lets_exits_through=True,
 )
 
 

@@ -29,9 +29,9 @@ SERVER = Server(
     "ASGI bridge",
     runs=_runs,
     raises=connection_reset,
-    warning=lambda environ: (
+    warnings=lambda environ: (
         "this ASGI server's WSGI bridge does not notice that a client has left, so "
         "that each stream that does not end by itself takes a thread for ever: serve "
-        "the application by a WSGI server, as gunicorn -k gthread or -k gevent"
+        "the application by a WSGI server, as gunicorn -k gthread or -k gevent",
     ),
 )

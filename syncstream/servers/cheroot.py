@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from ..process import Stopping
 from .contract import (
     Environ,
     Headers,
     Server,
     SocketLike,
     Write,
+    at_once,
     connection_reset,
     decoded,
     drop_buffered,
@@ -68,14 +69,12 @@ def _server() -> Any:
     return getattr(running("cheroot.server", "server"), "server", None)
 
 
-def _stopping(environ: Environ) -> Callable[[], bool] | None:
+def _stopping(environ: Environ) -> Stopping | None:
     server = _server()
+    if server is None:
+        return None
     # stop() begins with ``ready``; a thread's SystemExit with ``interrupt`` (11.1).
-    return (
-        None
-        if server is None
-        else lambda: not (server.ready and server.interrupt is None)
-    )
+    return at_once(lambda: not (server.ready and server.interrupt is None))
 
 
 def _threads(environ: Environ) -> int | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
+
+from ..process import AT_ONCE, Stopping
 
 __all__ = [
     "Environ",
@@ -17,6 +19,7 @@ __all__ = [
     "Server",
     "SocketLike",
     "Write",
+    "at_once",
     "connection_reset",
     "decoded",
     "drop_buffered",
@@ -44,6 +47,11 @@ def connection_reset() -> BaseException:
     With its errno: without it gunicorn and pywsgi log a traceback.
     """
     return ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+
+def at_once(is_told: Callable[[], bool]) -> Stopping:
+    """Return the `Stopping` of a server that leaves no time for finite work."""
+    return lambda: AT_ONCE if is_told() else None
 
 
 def speaks_http_1_1(environ: Environ) -> bool:
@@ -79,16 +87,19 @@ class Server:
             would not notice. From any thread.
         closes_early: It may close the client's socket, from a thread of its own,
             while the response is being made.
-        stopping: Returns what tells whether this process has been told to stop,
-            ``None`` where nothing shows it. Once a process, in the thread or
-            greenlet of a request that is being served; what it returns may be
-            called often, from any thread, and holds no request.
+        stopping: Returns what tells whether this process has been told to stop, and
+            until when finite work may go on (`process.Stopping`); ``None`` where
+            nothing shows it. Once a process, in the thread or greenlet of a request
+            that is being served; what it returns may be called often, from any
+            thread, and holds no request.
+        lets_exits_through: It serves in the process's main thread, and ends when a
+            KeyboardInterrupt, or a SystemExit that a signal's handler raises, leaves
+            the application there.
         threads: How many requests this process serves at once, ``None`` where
             there is no such limit, or where it cannot be told. Under gevent it
             counts greenlets. In the thread or greenlet of the request.
-        warning: What an operator should change where streams are served in this
-            way, in one sentence for the log; ``None`` if nothing. In the thread or
-            greenlet of the request.
+        warnings: What an operator should change where streams are served in this
+            way, a sentence for the log each. In the thread or greenlet of the request.
         stays: Why a connection cannot leave this server, in plain words, ``None`` if
             it can (see `handover`). That the method, the protocol, TLS and the
             socket's type allow it is asked elsewhere.
@@ -135,9 +146,10 @@ class Server:
     unsent: Callable[[Environ], int] = lambda environ: 0
     drop: Callable[[Environ], object] = lambda environ: None
     closes_early: bool = False
-    stopping: Callable[[Environ], Callable[[], bool] | None] = lambda environ: None
+    stopping: Callable[[Environ], Stopping | None] = lambda environ: None
+    lets_exits_through: bool = False
     threads: Callable[[Environ], int | None] = lambda environ: None
-    warning: Callable[[Environ], str | None] = lambda environ: None
+    warnings: Callable[[Environ], Iterable[str]] = lambda environ: ()
     stays: Callable[[Environ], str | None] = lambda environ: None
     plain_sockets: tuple[type, ...] = ()
     lock: Callable[[Environ], AbstractContextManager[Any]] = lambda environ: (
@@ -207,13 +219,12 @@ def running(
     return None
 
 
-def unpatched() -> str | None:
-    """Return the warning that gevent serves code which it has not patched."""
+def unpatched() -> Iterator[str]:
+    """Yield the warning that gevent serves code which it has not patched, if so."""
     monkey = sys.modules.get("gevent.monkey")
-    if monkey is not None and all(map(monkey.is_module_patched, ("time", "socket"))):
-        return None
-    return (
-        "gevent has not patched the standard library, so that one stream that sleeps "
-        "or waits holds up all others: call gevent.monkey.patch_all() before anything "
-        "else is imported"
-    )
+    if monkey is None or not all(map(monkey.is_module_patched, ("time", "socket"))):
+        yield (
+            "gevent has not patched the standard library, so that one stream that "
+            "sleeps or waits holds up all others: call gevent.monkey.patch_all() "
+            "before anything else is imported"
+        )

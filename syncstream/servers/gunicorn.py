@@ -9,9 +9,11 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..clock import time
+from ..process import AT_ONCE, Stopping, drain_of_environment, process
 from .contract import (
     Environ,
     Headers,
@@ -22,7 +24,12 @@ from .contract import (
     running,
 )
 
-__all__ = ["SERVER", "is_stopping", "worker"]
+__all__ = ["SERVER", "stopping", "worker"]
+
+_HEADROOM = 2.5
+"""Seconds of the graceful timeout that are left when finite work is cut: a gevent
+worker looks up to 1 s late whether it is to stop, and then whether all have gone."""
+_NOTIFIED = 1.0  # seconds before a sync worker is killed for its silence
 
 
 def _is_http_2(environ: Environ) -> bool:
@@ -72,27 +79,91 @@ def _hub() -> Any:
     return gevent.get_hub()
 
 
-def is_stopping(worker: Any) -> Callable[[], bool] | None:
-    """Return what tells whether a worker has been told to stop.
+class _Stop:
+    """Tells until when the work of a worker may go on, once it is to stop.
 
-    ``alive`` is what all of them look at (gunicorn 22 to 27): it falls with SIGTERM,
+    ``alive`` is what all workers look at (gunicorn 22 to 27): it falls with SIGTERM,
     SIGINT, SIGQUIT, SIGABRT, a reload, and as soon as the request that is the last one
     of max_requests *begins*. With a master that has been killed it stays: gthread
     then waits for its streams without an end, so ask what the workers ask, too.
     """
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._until: float | None = None
+        self.is_quitting = False
+
+    def __call__(self) -> float | None:
+        worker = self._worker
+        if self.is_quitting or worker.ppid != os.getppid():
+            return AT_ONCE
+        if worker.alive:
+            return None
+        if worker.reloader is not None:  # for development, where nobody likes to wait
+            return AT_ONCE
+        if self._until is None:
+            self._until = time.monotonic() + self._left()
+        return self._until
+
+    def _left(self) -> float:
+        """Return how many seconds there are for finite work."""
+        cfg = self._worker.cfg
+        left = drain_of_environment()
+        if left is None:
+            left = max(0.0, cfg.graceful_timeout - _HEADROOM)
+            if _is_sync(self._worker) and cfg.timeout:
+                # It does not say that it lives while it serves a request.
+                silent = time.monotonic() - self._worker.tmp.last_update()
+                left = max(0.0, min(left, cfg.timeout - silent - _NOTIFIED))
+        return left
+
+
+def _is_sync(worker: Any) -> bool:
+    return any(c.__module__ == "gunicorn.workers.sync" for c in type(worker).__mro__)
+
+
+class _Quit:
+    """A server hook of gunicorn's: a worker was told to end at once.
+
+    ``worker_int`` is called for SIGINT and SIGQUIT, and leaves 0.1 s; ``worker_abort``
+    for SIGABRT, by which a master kills, and leaves nothing.
+    """
+
+    def __init__(self, stop: _Stop, before: Callable[[Any], object]) -> None:
+        self.stop = stop
+        self._before = before
+
+    def __call__(self, worker: Any) -> None:
+        self.stop.is_quitting = True
+        process().stop()
+        self._before(worker)
+
+
+def stopping(worker: Any) -> Stopping | None:
+    """Return what tells whether a worker has been told to stop; ``None`` for none.
+
+    Its hooks for an end at once are ours from then on, and call those before them:
+    ``alive`` does not tell SIGQUIT from SIGTERM.
+    """
     if worker is None:
         return None
-    return lambda: not worker.alive or worker.ppid != os.getppid()
+    hook = worker.cfg.worker_int
+    if isinstance(hook, _Quit):
+        return hook.stop
+    stop = _Stop(worker)
+    for name in ("worker_int", "worker_abort"):
+        worker.cfg.set(name, _Quit(stop, getattr(worker.cfg, name)))
+    return stop
 
 
-def _stopping(environ: Environ) -> Callable[[], bool] | None:
+def _stopping(environ: Environ) -> Stopping | None:
     if not environ["wsgi.multithread"]:
         # A sync worker serves in its main thread, which runs signal handlers between
         # system calls. gunicorn has SIGTERM restart them (siginterrupt in its
         # init_signals), so a stream that waits for a lock or a socket would go on
         # and ``alive`` stay. Interrupted, Python retries them itself: PEP 475.
         signal.siginterrupt(signal.SIGTERM, True)
-    return is_stopping(worker())
+    return stopping(worker())
 
 
 def _threads(environ: Environ) -> int | None:
@@ -145,20 +216,28 @@ def _drop_read_ahead(environ: Environ) -> None:
         reader.parser, reader.length = None, 0
 
 
-def _warning(environ: Environ) -> str | None:
+def _warnings(environ: Environ) -> Iterator[str]:
     if _is_http_2(environ):
         # 27.0: handle_http2 runs one WSGI call after the other.
-        return (
+        yield (
             "gunicorn answers the requests of one HTTP/2 connection one after another, "
             "so that an open stream holds up all others of its client: run gunicorn "
             "with --http-protocols h1, and leave HTTP/2 to the proxy"
         )
-    if environ["wsgi.multithread"]:
-        return None
+        return
     found = worker()
+    if found is not None and found.cfg.max_requests and found.cfg.workers == 1:
+        yield (
+            "gunicorn starts the successor of a worker that has served its "
+            "max_requests when that has gone, and an open stream keeps it for up to "
+            f"{found.cfg.graceful_timeout} s, in which nobody serves: run gunicorn "
+            "with two workers or more, or without --max-requests"
+        )
+    if environ["wsgi.multithread"]:
+        return
     timeout = None if found is None else found.cfg.timeout
     ends = f", and is killed by --timeout after {timeout} s" if timeout else ""
-    return (
+    yield (
         "gunicorn's sync worker serves nothing else while a stream is open"
         f"{ends}: run gunicorn with -k gthread --threads N, or with -k gevent"
     )
@@ -174,7 +253,8 @@ SERVER = Server(
     forget_head=_forget_head,
     stopping=_stopping,
     threads=_threads,
-    warning=_warning,
+    warnings=_warnings,
     stays=_stays,
     drop_read_ahead=_drop_read_ahead,
+    lets_exits_through=True,  # its sync worker
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from ..process import Stopping
 from . import gunicorn
 from .contract import (
     Environ,
@@ -12,6 +12,7 @@ from .contract import (
     Server,
     SocketLike,
     Write,
+    at_once,
     decoded,
     drop_buffered,
     has_cipher,
@@ -46,12 +47,12 @@ def _server() -> Any:
     return getattr(running("gevent.pywsgi", "server"), "server", None)
 
 
-def _stopping(environ: Environ) -> Callable[[], bool] | None:
+def _stopping(environ: Environ) -> Stopping | None:
     if "gunicorn.sock" in environ:  # its worker closes the server up to 1 s later
-        return gunicorn.is_stopping(gunicorn.worker())
+        return gunicorn.stopping(gunicorn.worker())
     server = _server()
     # Its close() sets an event, and stop() begins with that (26.9).
-    return None if server is None else lambda: not server.started
+    return None if server is None else at_once(lambda: not server.started)
 
 
 def _threads(environ: Environ) -> int | None:
@@ -70,6 +71,6 @@ SERVER = Server(
     stopping=_stopping,
     threads=_threads,
     key=lambda environ: _server(),
-    warning=lambda environ: unpatched(),
+    warnings=lambda environ: unpatched(),
     drop_read_ahead=lambda environ: drop_buffered(_reader(environ)),
 )

@@ -7,6 +7,8 @@ the graceful reload of SIGHUP, which waits for its streams, ``uwsgi.workers()`` 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from .contract import Environ, Server, SocketLike, unpatched
 
 __all__ = ["SERVER"]
@@ -48,16 +50,17 @@ def _threads(environ: Environ) -> int | None:
     return cores
 
 
-def _warning(environ: Environ) -> str | None:
+def _warnings(environ: Environ) -> Iterator[str]:
     import uwsgi
 
     seconds = uwsgi.opt.get("harakiri")
     if seconds:
-        return (
+        yield (
             f"uWSGI's harakiri kills the worker of a stream after {int(seconds)} s: "
             "raise it, or take it away"
         )
-    return unpatched() if "gevent" in uwsgi.opt else None
+    if "gevent" in uwsgi.opt:
+        yield from unpatched()
 
 
 SERVER = Server(
@@ -69,6 +72,6 @@ SERVER = Server(
     answers_errors=False,  # it sends the head that it has, 200 (2.0.30)
     is_tls=_is_tls,
     threads=_threads,
-    warning=_warning,
+    warnings=_warnings,
     plain_sockets=(_Connection,),
 )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from .contract import Environ, Headers, Server, SocketLike, Write
+from ..process import Stopping
+from .contract import Environ, Headers, Server, SocketLike, Write, at_once
 
 __all__ = ["SERVER"]
 
@@ -40,7 +40,7 @@ def _drop(environ: Environ) -> None:
     channel.server.trigger.pull_trigger(channel.handle_close)  # 3.0; twice is no harm
 
 
-def _stopping(environ: Environ) -> Callable[[], bool]:
+def _stopping(environ: Environ) -> Stopping:
     server = _channel(environ).server
     dispatcher = server.task_dispatcher
 
@@ -49,7 +49,7 @@ def _stopping(environ: Environ) -> Callable[[], bool]:
         # close() leaves the threads, and stops accepting.
         return len(dispatcher.threads) <= dispatcher.stop_count or not server.accepting
 
-    return is_stopping
+    return at_once(is_stopping)
 
 
 def _threads(environ: Environ) -> int | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from ..process import Stopping
 from .contract import (
     Environ,
     Headers,
     Server,
     Write,
+    at_once,
     has_cipher,
     running,
     speaks_http_1_1,
@@ -40,10 +41,10 @@ def _server() -> Any:
     return getattr(running("werkzeug.serving", "server"), "server", None)
 
 
-def _stopping(environ: Environ) -> Callable[[], bool] | None:
+def _stopping(environ: Environ) -> Stopping | None:
     server = _server()
     # serve_forever() ends with server_close(), for Ctrl-C and shutdown() (3.1).
-    return None if server is None else lambda: server.socket.fileno() < 0
+    return None if server is None else at_once(lambda: server.socket.fileno() < 0)
 
 
 def _threads(environ: Environ) -> int | None:
@@ -70,4 +71,5 @@ SERVER = Server(
     threads=_threads,
     key=lambda environ: _server(),
     stays=_stays,
+    lets_exits_through=True,  # with neither threads nor processes
 )

@@ -7,15 +7,17 @@ Neither names its socket, so it is found by what the request's body is read from
 from __future__ import annotations
 
 import socketserver
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
+from ..process import Stopping
 from .contract import (
     Environ,
     Headers,
     Server,
     SocketLike,
     Write,
+    at_once,
     drop_buffered,
     has_cipher,
     running,
@@ -59,10 +61,10 @@ def _server() -> Any:
     return getattr(_handler(), "server", None)
 
 
-def _stopping(environ: Environ) -> Callable[[], bool] | None:
+def _stopping(environ: Environ) -> Stopping | None:
     server = _server()
     # After serve_forever() whoever made it closes it; ``runserver`` just exits.
-    return None if server is None else lambda: server.socket.fileno() < 0
+    return None if server is None else at_once(lambda: server.socket.fileno() < 0)
 
 
 def _threads(environ: Environ) -> int | None:
@@ -72,14 +74,13 @@ def _threads(environ: Environ) -> int | None:
     return 1
 
 
-def _warning(environ: Environ) -> str | None:
-    if _threads(environ) is None:
-        return None
-    return (
-        "this server of wsgiref serves nothing else while a stream is open: run "
-        "Django's runserver without --nothreading, or a server class with "
-        "socketserver.ThreadingMixIn"
-    )
+def _warnings(environ: Environ) -> Iterator[str]:
+    if _threads(environ) is not None:
+        yield (
+            "this server of wsgiref serves nothing else while a stream is open: run "
+            "Django's runserver without --nothreading, or a server class with "
+            "socketserver.ThreadingMixIn"
+        )
 
 
 SERVER = Server(
@@ -93,7 +94,8 @@ SERVER = Server(
     headers=_headers,
     stopping=_stopping,
     threads=_threads,
-    warning=_warning,
+    warnings=_warnings,
     key=lambda environ: _server(),
     drop_read_ahead=lambda environ: drop_buffered(_reader(environ)),
+    lets_exits_through=True,  # without threads
 )

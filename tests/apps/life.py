@@ -1,9 +1,10 @@
 """A WSGI application for the life of a stream: waits, silence, floods, ends.
 
-/KIND/SOURCE?key=KEY, and the options of `SSEResponse` in the query. KIND is "sse" for
-a response, "hand" for a generator by hand. Each source tells when, how and where it
-has ended: ``{key}-ended`` is [time.monotonic(), exception, in its own thread]. So does
-a subscriber, /sub?key=KEY; the last is then: it had been handed over.
+/KIND/SOURCE?key=KEY, and the options of `SSEResponse` in the query. KIND is "sse",
+"ndjson" or "raw" for a response, "hand" for a generator by hand. Each source tells
+when, how and where it has ended: ``{key}-ended`` is [time.monotonic(), exception, in
+its own thread]. So does a subscriber, /sub?key=KEY; the last is then: it had been
+handed over.
 """
 
 import os
@@ -17,13 +18,22 @@ import psutil
 import requests
 
 from apps.control import gate, note
-from syncstream import Hub, SSEResponse, StreamMiddleware, current_stream, sleep
+from syncstream import (
+    Hub,
+    NDJSONResponse,
+    SSEResponse,
+    StreamMiddleware,
+    StreamResponse,
+    current_stream,
+    sleep,
+)
 from syncstream.process import stats
 
 OPTIONS = {
     "keepalive": float,
     "send_timeout": float,
     "max_duration": float,
+    "drain": float,
     "retry": int,
     "end": str,
 }
@@ -165,6 +175,37 @@ def large(key, query):
 
 
 @lived
+def finishing(key, query):
+    """Yield a row, wait until the server is to stop, and finish the others."""
+    yield "row 0\n"
+    note(f"{key}-waiting", True)
+    stream = current_stream()
+    while stream._until() is None:
+        time.sleep(0.01)
+    for n in range(1, 20):
+        time.sleep(0.01)
+        yield f"row {n}\n"
+
+
+@lived
+def endless(key, query):
+    """Yield rows for ever, a few each second."""
+    note(f"{key}-waiting", True)
+    while True:
+        yield "row\n"
+        time.sleep(0.05)
+
+
+@lived
+def deaf(key, query):
+    """Neither yield nor wait in ours."""
+    yield "row\n"
+    note(f"{key}-waiting", True)
+    while True:
+        time.sleep(0.05)
+
+
+@lived
 def gated(key, query):
     """Yield a number for each time the gate is opened."""
     n = 0
@@ -204,6 +245,9 @@ SOURCES = {
     "flood": flood,
     "pieces": pieces,
     "gated": gated,
+    "finishing": finishing,
+    "endless": endless,
+    "deaf": deaf,
     "large": large,
     "stubborn": stubborn,
 }
@@ -248,7 +292,8 @@ def app(environ, start_response):
         for name, kind in OPTIONS.items()
         if name in query
     }
-    return SSEResponse(source, **options)(environ, start_response)
+    response = {"sse": SSEResponse, "ndjson": NDJSONResponse, "raw": StreamResponse}
+    return response[kind](source, **options)(environ, start_response)
 
 
 def state():

@@ -30,9 +30,9 @@ def facts(environ):
     return {
         "name": server.name,
         "unsent": server.unsent(environ),
-        "stopping": None if check is None else check(),
+        "stopping": None if check is None else check() is not None,
         "threads": server.threads(environ),
-        "warning": server.warning(environ),
+        "warnings": list(server.warnings(environ)),
     }
 
 
@@ -71,7 +71,7 @@ def watch_stop(environ, start_response, key):
     def watch():
         looks = []
         while len(looks) < 5:
-            looks = [*looks, check()] if is_main_waiting() else []
+            looks = [*looks, check() is not None] if is_main_waiting() else []
             time.sleep(0.01)
         # By now the server's main thread is in its wait. A signal between its last
         # look and the system call would be handled when that returns: waitress looks
