@@ -669,8 +669,9 @@ class SSEResponse(_Streaming):
             keeps it in the request's thread or greenlet. See docs/handover.md.
         on_error: Called with the exception when the source has failed (an
             ``Exception``, not ``SystemExit`` and its kin); what it returns is
-            encoded and sent as the last event, ``None`` sends nothing. Without it
-            the client learns no more than that the stream broke.
+            encoded and sent as the last event, and the response ends in order behind
+            it: that event is the sign. ``None`` sends nothing. Without it the client
+            learns no more than that the stream broke.
         dumps: Encodes what is sent as JSON, into ``str`` or ``bytes``. The default
             is compact, and orjson with the ``fast`` extra.
 
