@@ -57,7 +57,10 @@ def checked_return(value: Any) -> Returned | None:
     )
     if not (is_pair or is_answer(value)):
         return None
-    return Returned(f"a stream's generator returned {value!r}, which nobody receives")
+    # Not the value: what it says is the user's, and this is for the log.
+    status = value[1] if is_pair else getattr(value, "status_code", "?")
+    what = f"a {type(value).__name__} of status {status}"
+    return Returned(f"a stream's generator returned {what}, which nobody receives")
 
 
 def status_of(error: BaseException) -> int:

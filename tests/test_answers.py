@@ -1,6 +1,7 @@
 """What should have been an answer: raised, or returned, in a stream's generator."""
 
 import logging
+import re
 
 import bottle
 import falcon
@@ -110,7 +111,7 @@ def test_a_returned_answer_is_refused(value, count, reason, logged):
     assert response._stream.reason == reason
     [record] = logged()
     assert type(record.exc_info[1]).__mro__[1] is TypeError
-    assert repr(value) in str(record.exc_info[1])
+    assert re.search("returned a [a-zA-Z]+ of status [34]0", str(record.exc_info[1]))
     assert "Decide in a plain view" in record.message
 
 
@@ -121,7 +122,7 @@ def test_flask_s_wrapper_drops_no_return_value(logged):
         "/", view_func=sse(lambda: redirecting(flask.redirect(flask.request.url)))
     )
     assert get(app).data == b": ok\n\nid: syncstream-end\n\n"
-    assert "returned <Response" in str(logged()[0].exc_info[1])
+    assert "returned a Response of status 302" in str(logged()[0].exc_info[1])
 
 
 @pytest.mark.parametrize("wrap", [lambda app: app, StreamMiddleware])
@@ -184,7 +185,7 @@ def test_lines_return_no_answer(logged):
     """Not even before the first: it is too late to make one of it."""
     server = Server(NDJSONResponse(redirecting(("no", 403))))
     assert server.heads[-1][0].startswith("500 ")
-    assert "returned ('no', 403)" in str(logged()[0].exc_info[1])
+    assert "returned a tuple of status 403" in str(logged()[0].exc_info[1])
 
 
 def test_a_head_that_is_out_stays(logged):
