@@ -14,9 +14,11 @@ import os
 
 from flask import Flask, request
 
+from examples.shared.same_site import same_site_only
 from syncstream import Hub, SSEResponse
 
 app = Flask(__name__)
+app.before_request(same_site_only)
 hub = Hub(os.environ.get("HUB_URL", "local:chat"))
 
 

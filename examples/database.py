@@ -12,16 +12,16 @@ from flask import Flask
 from sqlalchemy import create_engine, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from examples.shared.same_site import same_site_only
 from syncstream import Event, current_stream, sleep, sse
 
 URL = os.environ.get("URL", "sqlite:///rows.sqlite3")
-INTERVAL = float(os.environ.get("INTERVAL", 1))
 app = Flask(__name__)
+app.before_request(same_site_only)
 engine = create_engine(URL, pool_size=2, max_overflow=0)
 
 
-class Base(DeclarativeBase):
-    pass
+class Base(DeclarativeBase): ...
 
 
 class Row(Base):
@@ -45,7 +45,7 @@ def events():
         for row in rows:
             yield Event(row.data, id=row.id)
             last = row.id
-        sleep(INTERVAL)
+        sleep(float(os.environ.get("INTERVAL", 1)))
 
 
 @app.post("/events/<data>")

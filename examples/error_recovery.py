@@ -12,6 +12,7 @@ import time
 
 from flask import Flask
 
+from examples.shared.same_site import same_site_only
 from syncstream import Event, sleep, sse
 
 INTERVAL = float(os.environ.get("INTERVAL", 1))
@@ -19,6 +20,7 @@ BACKOFF = float(os.environ.get("BACKOFF", 1))
 MAX_FAILURES = 3
 
 app = Flask(__name__)
+app.before_request(same_site_only)
 source = {"state": "up"}
 
 

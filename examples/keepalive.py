@@ -14,11 +14,13 @@ import queue
 
 from flask import Flask
 
+from examples.shared.same_site import same_site_only
 from syncstream import Event, current_stream, sse
 
 IDLE = float(os.environ.get("IDLE", 15))
 
 app = Flask(__name__)
+app.before_request(same_site_only)
 inboxes = set()  # of this process: one queue for each client
 
 

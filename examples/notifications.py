@@ -11,9 +11,11 @@ not lost, whether or not a connection breaks.
 
 from flask import Flask, abort, request
 
+from examples.shared.same_site import same_site_only
 from syncstream import Hub, SSEResponse
 
 app = Flask(__name__)
+app.before_request(same_site_only)
 hub = Hub()  # of this process: run one worker, for presence is a process's
 
 

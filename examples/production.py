@@ -12,6 +12,7 @@ from contextlib import closing
 
 from flask import Flask, request
 
+from examples.shared.same_site import same_site_only
 from syncstream import Event, current_stream, sleep, sse
 
 DATABASE = os.environ.get("DATABASE", "events.sqlite3")
@@ -19,6 +20,7 @@ INTERVAL = float(os.environ.get("INTERVAL", 1))
 KEEPALIVE = float(os.environ.get("KEEPALIVE", 15))
 
 app = Flask(__name__)
+app.before_request(same_site_only)
 app.logger.setLevel("INFO")
 with closing(sqlite3.connect(DATABASE)) as db:
     db.execute("CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, data)")
@@ -36,7 +38,9 @@ def fetch(db, last):
 @app.get("/events")
 @sse(retry=3000, end="reconnect", keepalive=KEEPALIVE, max_duration=3600)
 def events():
-    stream, client = current_stream(), request.headers.get("X-Client-ID", "unknown")
+    stream = current_stream()
+    # From outside, and for a log: no control character, of a terminal's or of C1.
+    client = ascii(request.headers.get("X-Client-ID", "unknown")[:100])[1:-1]
     id = stream.last_event_id or "0"
     last = int(id) if id.isdecimal() and len(id) < 19 else 0
     app.logger.info("Client %s connected after event %d", client, last)

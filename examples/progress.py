@@ -4,9 +4,8 @@
     curl -N http://127.0.0.1:8000/jobs/NUMBER/events
 
 ``curl -i -X POST http://127.0.0.1:8000/jobs`` starts a job and tells its number, as
-does the button at http://127.0.0.1:8000/. It runs in a thread of a worker and has a
-channel of its own; a page that is reloaded, or opened by somebody else, begins with
-the job's start, whichever worker it comes to.
+does the button at http://127.0.0.1:8000/. A job runs in a thread and has a channel of
+its own: every page, reloaded or new, begins with the job's start, on any worker.
 """
 
 import os
@@ -15,11 +14,13 @@ from secrets import randbelow
 
 from flask import Flask, redirect
 
+from examples.shared.same_site import same_site_only
 from syncstream import Hub, SSEResponse, sleep
 
 INTERVAL = float(os.environ.get("INTERVAL", 0.1))
 
 app = Flask(__name__)
+app.before_request(same_site_only)
 hub = Hub(os.environ.get("HUB_URL", "local:progress"))
 
 
@@ -45,8 +46,7 @@ def events(job):
 @app.get("/")
 @app.get("/jobs/<int:job>")
 def page(job=0):
-    return """<!doctype html>
-<title>Progress</title>
+    return """<!doctype html><title>Progress</title>
 <form method="post" action="/jobs"><button>Start a job</button></form>
 <progress max="100" value="0"></progress> <output></output>
 <script>

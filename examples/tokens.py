@@ -3,9 +3,8 @@
     gunicorn -k gevent -w 4 examples.tokens:app
     curl -N http://127.0.0.1:8000/answers/1
 
-``curl -d 'Why?' http://127.0.0.1:8000/answers/1`` asks; so does the page at
-http://127.0.0.1:8000/. A thread writes, as a language model would; viewers come and
-leave, resume after their last token, or begin with the first.
+``curl -d 'Why?' http://127.0.0.1:8000/answers/1`` asks; so does the page at /. A thread
+writes; viewers come and leave, resume after their last token, or begin with the first.
 """
 
 import os
@@ -13,10 +12,12 @@ import threading
 
 from flask import Flask, request
 
+from examples.shared.same_site import same_site_only
 from syncstream import Hub, SSEResponse, sleep
 
 INTERVAL = float(os.environ.get("INTERVAL", 0.1))
 app = Flask(__name__)
+app.before_request(same_site_only)
 hub = Hub(os.environ.get("HUB_URL", "local:tokens"), capacity=9999)  # a whole answer
 
 
@@ -41,8 +42,7 @@ def answer(id):
 
 @app.get("/")
 def page():
-    return """<!doctype html>
-<title>Tokens</title>
+    return """<!doctype html><title>Tokens</title>
 <form><input> <button>Ask</button></form><p></p>
 <script>
   const [form, input, answer] = document.querySelectorAll("form, input, p")

@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: every one"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on, and name to answer to; 0.0.0.0: every address",
     )
     demo.add_argument(
         "--port", type=_port, default=8000, help="port to listen on; 0: a free one"
@@ -224,6 +226,7 @@ def _demo(options: argparse.Namespace) -> int:
     # In a process of its own making: gevent patches what nobody has imported yet.
     settings = Path(__file__).with_name("demo") / "settings.py"
     sock.set_inheritable(True)
+    os.environ["SYNCSTREAM_DEMO_HOST"] = options.host
     gunicorn = [sys.executable, "-m", "gunicorn", "-c", str(settings)]
     return os.execv(sys.executable, [*gunicorn, "-b", f"fd://{sock.fileno()}"])
 

@@ -97,6 +97,40 @@ def page(demo, driver):
     driver.get("about:blank")
 
 
+OTHER_SITES = [
+    {"Origin": "https://evil.example"},
+    {"Origin": "null"},
+    {"Origin": "http://127.0.0.1:1"},
+    {"Host": "evil.example"},
+    {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"},
+    {"Host": "127.0.0.1.evil.example"},
+]
+
+
+def wave(demo, headers):
+    """Wave as a page does; return the status."""
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    client = Client(socket.create_connection(("127.0.0.1", demo.port), TIMEOUT))
+    with client:
+        client.send("\r\n".join(["POST /wave HTTP/1.1", *lines, "", ""]))
+        client.read_head()
+        return client.status
+
+
+@pytest.mark.parametrize("headers", OTHER_SITES, ids=str)
+def test_other_sites_do_not_reach_it(demo, headers):
+    """Not by their Origin, nor by a name that they have resolve to this machine."""
+    assert wave(demo, {"Host": f"127.0.0.1:{demo.port}", **headers}) == 403
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "a.localhost"])
+def test_its_own_page_reaches_it(demo, host):
+    """By any address of this machine; a program says no Origin."""
+    host = f"{host}:{demo.port}"
+    assert wave(demo, {"Host": host, "Origin": f"http://{host}"}) == 204
+    assert wave(demo, {"Host": host}) == 204
+
+
 COLOURS = """
 const { width, height } = canvas, found = {};
 const dots = pen.getImageData(0, 0, width, height).data;

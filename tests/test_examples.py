@@ -442,6 +442,49 @@ def next_event(client):
     return events[0]
 
 
+CHANGING = [
+    path.stem for path in FILES if re.search(r"^@app\.post", path.read_text(), re.M)
+]
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_what_changes_something_is_not_for_other_sites(name):
+    """Each example that takes a POST refuses foreign Origin and Host headers."""
+    text = (ROOT / "examples" / f"{name}.py").read_text()
+    assert "app = Flask(__name__)\napp.before_request(same_site_only)\n" in text
+
+
+SITES = [
+    ({}, 201),
+    ({"Origin": "http://localhost"}, 201),
+    ({"Origin": "https://evil.example"}, 403),
+    ({"Origin": "null"}, 403),
+    ({"Host": "evil.example"}, 403),
+    ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
+    ({"Host": "good.example", "Origin": "http://good.example"}, 201),
+    ({"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:8000"}, 201),
+]
+
+
+def test_other_sites_and_control_characters(database):
+    """A POST of another site is refused, and a header is escaped in the log."""
+    with serve("production", DATABASE=str(database), HOSTS="good.example") as server:
+        for headers, status in SITES:
+            lines = {"Host": "localhost", **headers, "Content-Length": "0"}
+            with server.connect() as client:
+                client.send("POST /events/a HTTP/1.1\r\n")
+                client.send("".join(f"{k}: {v}\r\n" for k, v in lines.items()) + "\r\n")
+                client.read_head()
+                assert client.status == status, headers
+        with server.connect() as client:
+            client.socket.sendall(
+                b"GET /events HTTP/1.1\r\nHost: x\r\nX-Client-ID: \x9b31mred\r\n\r\n"
+            )
+            client.block()
+        server.await_log(r"Client \x9b31mred connected")
+        server.await_log(r"Client \x9b31mred: disconnected")
+
+
 @pytest.mark.parametrize(
     ("kind", "workers"), [("gunicorn-gevent", "2"), ("gunicorn-gthread", "1")]
 )

@@ -5,6 +5,11 @@ the stream, ``/health`` says ok. ``POST /wave`` sends an event to every viewer,
 ``POST /drop?client=…`` ends the stream that was opened with the same ``client``, so
 that its browser comes back and goes on after the last id it has.
 
+It answers its own page only. A page of any other site may send a POST to 127.0.0.1
+from its visitor's browser, which says so by the header Origin; or have its own name
+resolve to 127.0.0.1, which the header Host then says (DNS rebinding). So a Host is an
+address, a name without a dot, this machine's, or the one of ``--host``.
+
 Needs the ``demo`` extra; ``settings.py`` is for gunicorn, which serves it.
 """
 
@@ -13,22 +18,59 @@ from __future__ import annotations
 import html
 import inspect
 import itertools
+import os
 import platform
 import re
+import socket
 from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.resources import files
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
-from flask import Flask, Response, request
+from flask import Flask, Response, abort, request
 
 from syncstream import Event, SSEResponse, __version__, last_event_id, sleep
 
 from .room import TICK, Room
 
-__all__ = ["app"]
+__all__ = ["HOST", "app"]
+
+HOST = "SYNCSTREAM_DEMO_HOST"
+"""The environment variable of what ``--host`` says."""
 
 app = Flask(__name__, static_folder=None)
 room = Room()
+
+
+@app.before_request
+def refuse_other_sites() -> None:
+    """Answer 403 to who comes from another site, or by another site's name."""
+    if not is_local(request.host) or not is_same_site(request.origin, request.host):
+        abort(403, "the demo answers its own page only: see --host")
+
+
+def is_local(host: str) -> bool:
+    """Tell a Host that no other site's page can have; its port may follow."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    names = (socket.gethostname().lower(), os.environ.get(HOST, "").lower())
+    if "." not in name and ":" not in name:
+        return True
+    if name.endswith(".localhost") or name in names:
+        return True
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_same_site(origin: str | None, host: str) -> bool:
+    """Tell whether a request's Origin, if it has one, is what its Host says."""
+    return origin is None or origin.partition("://")[2] == host
 
 
 @app.get("/events")
