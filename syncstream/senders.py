@@ -104,7 +104,9 @@ def open_sender(name: str | None = None) -> Sender:
 
     Args:
         name: "write", "pydll" or "uring"; ``None`` for what the environment variable
-            SYNCSTREAM_SENDER says, and without that for what is best here.
+            SYNCSTREAM_SENDER says, and without that for what is best here. That is
+            no ring where a seccomp filter is in force, as in most containers: ask
+            for "uring" if that lets it pass.
 
     Raises:
         ValueError: There is no such sender.
@@ -125,10 +127,24 @@ def _best() -> Sender:
     with suppress(OSError):  # not on this system
         pydll = PydllSender()
     try:
+        if _is_filtered():
+            # It need not fail: a filter may kill the process (SIGSYS) for a system call
+            # that it does not know, and nothing tells which one does.
+            raise OSError(errno.EPERM, "system calls are filtered here (seccomp)")
         ring = UringSender()
     except OSError as error:
         log.debug("sending without a ring: %s", error)
     return AdaptiveSender(ring, pydll)
+
+
+def _is_filtered() -> bool:
+    """Tell whether a seccomp(2) filter sees what this thread asks of the kernel."""
+    try:
+        with open("/proc/thread-self/status", "rb") as status:
+            modes = [line.split()[1] for line in status if line.startswith(b"Seccomp:")]
+    except OSError:  # no Linux, or no /proc: the worst may be true
+        return True
+    return modes not in ([], [b"0"])  # proc_pid_status(5); none: a kernel without it
 
 
 class WriteSender:

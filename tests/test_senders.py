@@ -623,8 +623,9 @@ import ctypes, struct
 
 def forbid(call, error, submit=None):
     # seccomp(2), as containers do: this system call fails, all others are let through;
-    # with `submit`, io_uring_enter for just so many sends.
-    LOAD, IS, RETURN, FAIL, ALLOW = 0x20, 0x15, 6, 0x50000 | error, 0x7FFF0000
+    # with `submit`, io_uring_enter for just so many sends. Without an error it kills.
+    LOAD, IS, RETURN, ALLOW = 0x20, 0x15, 6, 0x7FFF0000
+    FAIL = 0x50000 | error if error else 0x80000000  # SECCOMP_RET_KILL_PROCESS
     steps = [(LOAD, 0, 0, 0), (IS, 0, 3, call), (LOAD, 0, 0, 24)]
     steps += [(IS, 0, 1, submit)] if submit else [(LOAD, 0, 0, 0)]
     steps += [(RETURN, 0, 0, FAIL), (RETURN, 0, 0, ALLOW)]
@@ -668,6 +669,33 @@ def test_a_kernel_that_forbids_it(number, error):
     text = f"io_uring is not to be had here: {call}: {os.strerror(error)}"
     out = check_script(FORBID + FORBIDDING, str(number), str(error))
     assert out.splitlines() == [text, "DEBUG", "auto"]
+
+
+KILLING = """
+import logging, signal, socket, sys
+from subprocess import Popen
+from syncstream.fanout import fanout
+
+forbid(425, 0)
+logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format="%(message)s")
+loop = fanout()
+started = socket.socketpair()
+loop.call(started[0].close)
+assert started[1].recv(1) == b""
+print(loop.sender.name)
+started[1].close()
+child = Popen([sys.executable, "-c", "from syncstream.senders import UringSender as u;"
+    "u()"])
+assert child.wait() == -signal.SIGSYS
+"""
+
+
+@ring
+def test_a_filter_that_kills():
+    """seccomp may kill for a system call that it does not know: nothing is tried."""
+    out = check_script(FORBID + KILLING)
+    text = "[Errno 1] system calls are filtered here (seccomp)"
+    assert out == f"sending without a ring: {text}\nauto\n"
 
 
 SHORT = """

@@ -871,19 +871,22 @@ def test_a_closed_socket_is_gone(pair):
     assert caught.value.is_gone
 
 
-def test_the_limit_of_descriptors_is_raised():
-    """Once, from soft to hard; below 4096 the numbers begin lower."""
+def test_the_limit_of_descriptors_is_for_connections_alone():
+    """They go beyond the soft one, which is what programs inherit, and children.
+
+    Below 4096 their numbers begin lower.
+    """
     check_script(
         """
-import os, resource
+import os, resource, subprocess, sys, threading
 from pairs import tcp_pair
 from syncstream.servers import server_of
-from syncstream.servers.handover import Swap, raise_descriptor_limit
+from syncstream.servers.handover import Swap, _limit, descriptor_limit
 from types import SimpleNamespace
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-resource.setrlimit(resource.RLIMIT_NOFILE, (256, 1000))
-assert raise_descriptor_limit() == 1000
-assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1000, 1000)
+limits = lambda: resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 1000))
+assert descriptor_limit() == 1000
 opening = b": ok\\n\\n"
 unreader = SimpleNamespace(buf=b"")
 body = SimpleNamespace(reader=SimpleNamespace(unreader=unreader))
@@ -898,8 +901,31 @@ with tcp_pair() as (server, client):
     server.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n" + opening)
     taken = swap.take(opening)
     assert taken.fd == 250, taken
+    assert limits() == (200, 1000)
+    words = "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    out = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+    assert out.stdout == "(200, 1000)\\n", out
     swap.close()
     os.close(taken.fd)
+held, go_on = threading.Event(), threading.Event()
+def hold():
+    with _limit.raised(1000):
+        held.set()
+        go_on.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+assert limits() == (1000, 1000)
+import warnings
+warnings.simplefilter("ignore")  # of forks among threads
+if not (child := os.fork()):
+    with _limit.raised(900):
+        inside = limits()
+    os._exit((inside, limits()) != ((900, 1000), (200, 1000)))
+assert os.waitpid(child, 0)[1] == 0
+go_on.set()
+thread.join()
+assert limits() == (200, 1000)
 """
     )
 

@@ -50,7 +50,8 @@ import socket
 import sys
 import threading
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ if sys.platform != "win32":
     import fcntl
     import resource
 
-__all__ = ["Refused", "Swap", "Taken", "raise_descriptor_limit", "read_back"]
+__all__ = ["Refused", "Swap", "Taken", "descriptor_limit", "read_back"]
 
 log = logging.getLogger(__name__)
 
@@ -164,9 +165,8 @@ class Swap:
             try:
                 self._swap(self._socket.fileno())
             except OSError as error:
-                reason = f"no descriptor is left of {raise_descriptor_limit()}"
                 is_full = error.errno in (errno.EMFILE, errno.ENFILE)
-                raise Refused(reason, is_full=is_full) from error
+                raise Refused(str(error.strerror), is_full=is_full) from error
         self._clock = clock
         # Not for as long as the clock has it: who drops a swap ends it.
         reference = weakref.ref(self)
@@ -187,6 +187,13 @@ class Swap:
         try:
             # Native: gevent's would wait in the hub, and defers what it closes.
             theirs, ours = _socket.socketpair()
+        except OSError as error:
+            release(connection)
+            if error.errno == errno.EMFILE:  # of the server's own, by the soft limit
+                raise _none_left(
+                    resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+                ) from error
+            raise
         except BaseException:
             release(connection)
             raise
@@ -473,24 +480,69 @@ def _duplicate(fd: int) -> int:
     Raises:
         OSError: There is none left, but for those that the server needs itself.
     """
-    limit = raise_descriptor_limit()
+    limit = descriptor_limit()
     lowest = min(LOWEST, limit // 4)
-    duplicate = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+    with _limit.raised(limit):
+        duplicate = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
     hold(duplicate)
     # The lowest that is free from there on: how many are left can be seen by it.
     if duplicate >= limit - min(_RESERVE, limit // 8):
         release(duplicate)
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        raise _none_left(limit)
     return duplicate
 
 
-@functools.cache
-def raise_descriptor_limit() -> int:
-    """Let this process have as many descriptors as it may; return how many.
+def _none_left(limit: int) -> OSError:
+    return OSError(errno.EMFILE, f"no descriptor is left of {limit}")
 
-    Once: RLIMIT_NOFILE from its soft to its hard limit, to a million at most. The soft
-    limit of 1024 is there for programs that use select(2), and what we hold is kept
-    away from the numbers that these need.
+
+class _Limit:
+    """RLIMIT_NOFILE, raised for the moments in which a connection is taken.
+
+    It holds for new descriptors alone: those that are there stay, whatever it is. So
+    programs that the application starts inherit the soft limit, mostly 1024, that is
+    there for those which use select(2). (One that another thread starts in such a
+    moment, some microseconds, inherits the raised one.)
+    """
+
+    def __init__(self) -> None:
+        self._lock = native(_thread, "allocate_lock")()
+        self._before: tuple[int, int] | None = None
+
+    @contextmanager
+    def raised(self, most: int) -> Iterator[None]:
+        """Raise the soft limit for a block that neither waits nor forks."""
+        with self._lock:
+            soft, hard = before = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if soft == resource.RLIM_INFINITY or soft >= most:
+                yield
+                return
+            self._before = before
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+                yield
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+                self._before = None
+
+    def forked(self) -> None:
+        """Have a child's own, whichever moment of another thread's it was."""
+        self._lock = native(_thread, "allocate_lock")()
+        before, self._before = self._before, None
+        if before is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+_limit = _Limit()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_limit.forked)
+
+
+@functools.cache
+def descriptor_limit() -> int:
+    """Return how many descriptors this process may have, by its hard limit.
+
+    A million at most; the soft limit where that cannot be raised.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     infinite = resource.RLIM_INFINITY
@@ -498,12 +550,11 @@ def raise_descriptor_limit() -> int:
     if soft == infinite or soft >= most:
         return _MOST_DESCRIPTORS if soft == infinite else soft
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    except (OSError, ValueError) as error:  # macOS has a limit below the hard one
+        with _limit.raised(most):
+            return most
+    except (OSError, ValueError) as error:
         log.debug("RLIMIT_NOFILE stays at %d: %s", soft, error)
         return soft
-    log.debug("RLIMIT_NOFILE was raised from %d to %d", soft, most)
-    return most
 
 
 def _forget_in_hub(fd: int) -> None:
