@@ -6,7 +6,7 @@ import threading
 import pytest
 from hypothesis import settings
 
-from live import SERVERS
+from live import TABLE
 
 # A machine that is busy makes no example wrong.
 settings.register_profile("untimed", settings(), deadline=None)
@@ -22,7 +22,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 def pytest_collection_modifyitems(items):
     """Mark as `matrix` what is less about Python than about servers and browsers.
 
-    That is each test with one of `live.SERVERS` for a parameter, or a fixture's, and
+    That is each test with one of `live.TABLE` for a parameter, or a fixture's, and
     with a browser, `driver`. Others of deployments say it by ``pytest.mark.matrix``.
     See tests/run.
     """
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
             )
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         names = [value for value in values if isinstance(value, str)]
-        has_server = any(name.startswith(SERVERS) for name in names)
+        has_server = any(name.startswith(TABLE) for name in names)
         if has_server or "driver" in item.fixturenames:
             item.add_marker("matrix")
 

@@ -167,9 +167,20 @@ class Stop:
         self.client.close()
 
 
-@pytest.mark.parametrize("wraps", [False, True], ids=["", "wrapped"])
-@pytest.mark.parametrize("options", [(), ("--preload",)], ids=["", "preload"])
-@pytest.mark.parametrize("kind", GUNICORN)
+# That streams of gunicorn's other workers, of Werkzeug, waitress and cheroot end on a
+# signal, which they can do only if they see it, is in tests/test_life.py.
+PRELOAD = ("--preload",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "wraps"),
+    [
+        ("gunicorn-pywsgi", (), False),
+        ("gunicorn-pywsgi", (), True),
+        ("gunicorn-pywsgi", PRELOAD, False),
+        *[(kind, PRELOAD, True) for kind in GUNICORN],
+    ],
+)
 def test_sigterm_to_gunicorn_is_seen_by_a_stream(kind, options, wraps):
     """With a handler of the application's above gunicorn's, and with --preload."""
     env = {"WRAP_SIGNALS": "1"} if wraps else {}
@@ -183,10 +194,9 @@ def test_sigterm_to_gunicorn_is_seen_by_a_stream(kind, options, wraps):
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
-@pytest.mark.parametrize("kind", GUNICORN)
-def test_gunicorns_other_signals_are_seen_by_a_stream(kind, number):
+def test_gunicorns_other_signals_are_seen_by_a_stream(number):
     """SIGHUP replaces the workers; SIGQUIT, like Ctrl-C, leaves them 0.1 s."""
-    with serve(kind) as server, Stop(server) as stop:
+    with serve("gunicorn-pywsgi") as server, Stop(server) as stop:
         assert stop.was_stopping is False
         stop.signal(number)
         assert stop.seen() < PROMPT
@@ -198,25 +208,6 @@ def test_the_death_of_gunicorns_master_is_seen_by_a_stream(kind):
     with serve(kind) as server, Stop(server) as stop:
         assert stop.was_stopping is False
         stop.signal(signal.SIGKILL)
-        assert stop.seen() < PROMPT
-
-
-@pytest.mark.parametrize("kind", ["gunicorn-gthread", "gunicorn-gevent"])
-def test_a_reload_is_seen_by_a_stream(kind, tmp_path):
-    """--reload ends the worker 0.1 s after a file has changed."""
-    file = tmp_path / "changing.txt"
-    file.write_text("before")
-    options = ("--reload", "--reload-engine", "poll", "--reload-extra-file", str(file))
-    with serve(kind, *options) as server, Stop(server) as stop:
-
-        def is_seen():
-            """Change it once more: the first may come before the first look."""
-            later = max(time.time(), file.stat().st_mtime) + 1
-            os.utime(file, (1, later))
-            return "Worker reloading" in server.log()
-
-        live.await_true(is_seen, server.log)
-        stop.sent = time.monotonic()
         assert stop.seen() < PROMPT
 
 
@@ -235,15 +226,6 @@ def test_max_requests_is_seen_by_the_last_stream_of_a_sync_worker():
     """From its start, though its worker serves it to its end."""
     with serve("gunicorn-sync", "--max-requests", "2") as server, Stop(server) as last:
         assert last.was_stopping
-
-
-@pytest.mark.parametrize("kind", ["werkzeug", "waitress", "cheroot"])
-def test_ctrl_c_is_seen_by_a_stream(kind):
-    """While the process lives: Werkzeug's does not wait for a stream."""
-    with serve(kind) as server, Stop(server) as stop:
-        assert stop.was_stopping is False
-        stop.signal(signal.SIGINT, stop.pid)
-        assert stop.seen() < PROMPT
 
 
 @pytest.mark.parametrize(

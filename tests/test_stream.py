@@ -504,8 +504,8 @@ def hasty_threads():
 
 @pytest.mark.usefixtures("hasty_threads")
 def test_close_races_with_next(caplog):
-    """500 times: close() from another thread loses or doubles nothing."""
-    for _ in range(500):
+    """100 times: close() from another thread loses or doubles nothing."""
+    for _ in range(100):
         source = Closing(iter(lambda: "a", None))
         stream = stream_of(source)
         thread = threading.Thread(target=list, args=(stream,))

@@ -215,7 +215,7 @@ def test_an_event_is_true_only_when_it_was_set():
                 spurious.append(before)  # all that were set had been cleared
 
     joins = [PLACE.start(plain) for _ in range(4)]
-    for _ in range(60):
+    for _ in range(20):
         waiting = [Waiting(lambda: in_stream(event)) for _ in range(3)]
         stops = [PLACE.start(one.stream.stop) for one in waiting]
         sets.append(1)
@@ -677,9 +677,9 @@ def test_an_interrupted_wait_leaves_no_waiter(kind):
 
 
 def test_waits_and_stops_race():
-    """200 stops at any moment of a wait: each ends it, and none is lost."""
+    """60 stops at any moment of a wait: each ends it, and none is lost."""
     items = queue.Queue()
-    for n in range(200):
+    for n in range(60):
         waiting = Waiting(lambda n=n: in_stream(items) if n % 2 else sleep(60))
         if n % 3 == 0:
             waiting.await_parked()
