@@ -1,7 +1,9 @@
-"""The README's table *servers × guarantees*, made from a run of the tests.
+"""The tables *servers × guarantees* and *deployments × guarantees*, made from a run.
 
     python tests/guarantees.py REPORT.xml            compare, fail if they differ
-    python tests/guarantees.py REPORT.xml --write    write it into the README
+    python tests/guarantees.py REPORT.xml --write    write them where they belong
+
+The first one is the README's, the second one that of docs/deployments.md.
 
 A cell says "yes" where every case of the promise has passed, or what the test has
 recorded to be different there. Any other word is taken for pytest's, who ran a part
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from live import TABLE
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- guarantees -->\n", "<!-- end of guarantees -->"
 NAMES = {
     "gunicorn-sync": "gunicorn sync",
@@ -80,6 +82,43 @@ PROMISES = (
 )
 
 
+# A deployment's title, and its names in tests/test_deployments.py.
+DEPLOYMENTS = {
+    "gunicorn sync": ["gunicorn-sync"],
+    "gunicorn gthread": ["gunicorn-gthread"],
+    "gunicorn gevent": ["gunicorn-gevent"],
+    "gunicorn `--preload`": ["preload"],
+    "a container: PID 1": ["container"],
+    "nginx, over TCP": ["nginx-tcp"],
+    "nginx, over a Unix socket": ["nginx-unix"],
+    "New Relic": ["new-relic-gthread", "new-relic-gevent"],
+    "Sentry": ["sentry"],
+    "OpenTelemetry": ["opentelemetry"],
+    "Django": ["django"],
+    "Django, a fresh worker": ["django-fresh"],
+    "Celery's prefork publishes": ["celery"],
+}
+# A column's title, and what of tests/test_deployments.py shows it.
+COLUMNS = {
+    "each piece at once, whole": ["pieces", "slow"],
+    "a leave ends it": ["leave", "first_stream", "first_subscriber", "first_head"],
+    "keepalive": ["keepalive"],
+    "nothing left behind": ["left"],
+    "worker replaced": ["first_burst"],
+    "SIGTERM": ["stopped"],
+}
+# A test with a name of its own: its deployment, and what it shows of that.
+ALONE = {"test_celerys_processes_publish": ("celery", ("pieces", "left", "stopped"))}
+
+
+def outcome(case: ET.Element) -> str:
+    """Return what a test has to say in a cell."""
+    if any(case.find(tag) is not None for tag in ("failure", "error", "skipped")):
+        return "FAILED"
+    found = (p.attrib for p in case.iter("property") if p.attrib["name"] == "cell")
+    return next((property["value"] for property in found), "yes")
+
+
 def cells(report: Path) -> dict[tuple[str, str], str]:
     """Return what to write for each promise and server."""
     results: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -89,30 +128,47 @@ def cells(report: Path) -> dict[tuple[str, str], str]:
         server = next((s for s in TABLE if re.search(rf"\b{s}\b", ids)), None)
         if not server or not case.attrib["classname"].endswith(FILES):
             continue
-        if any(case.find(tag) is not None for tag in ("failure", "error", "skipped")):
-            recorded = "FAILED"
-        else:
-            recorded = next(
-                (
-                    p.attrib["value"]
-                    for p in case.iter("property")
-                    if p.attrib["name"] == "cell"
-                ),
-                "yes",
-            )
         for promise, test, words in PROMISES:
             if test == name and words in ids:
-                results[promise, server].add(recorded)
+                results[promise, server].add(outcome(case))
     return {key: ", ".join(sorted(found)) for key, found in results.items()}
 
 
-def table(report: Path) -> str:
-    found = cells(report)
-    head = ["guarantee", *(NAMES.get(s, s) for s in TABLE)]
-    rows = [head, ["---"] + [":---:"] * len(TABLE)]
-    for promise, _, _ in PROMISES:
-        rows.append([promise, *(found.get((promise, s), "?") for s in TABLE)])
+def drawn(head: list[str], body: list[list[str]]) -> str:
+    rows = [head, ["---"] + [":---:"] * (len(head) - 1), *body]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def servers(report: Path) -> str:
+    """Return the table of servers."""
+    found = cells(report)
+    body = [
+        [promise, *(found.get((promise, server), "?") for server in TABLE)]
+        for promise, _, _ in PROMISES
+    ]
+    return drawn(["guarantee", *(NAMES.get(s, s) for s in TABLE)], body)
+
+
+def deployments(report: Path) -> str:
+    """Return the table of deployments; a cell is empty where nothing is promised."""
+    found: dict[tuple[str, str], str] = {}
+    for case in ET.parse(report).iter("testcase"):
+        if case.attrib["classname"].endswith("test_deployments"):
+            name, _, ids = case.attrib["name"].partition("[")
+            row, _, promise = ids.removesuffix("]").rpartition("-")
+            row, promises = ALONE.get(name, (row, (promise,)))
+            found.update({(row, promise): outcome(case) for promise in promises})
+    body = []
+    for title, names in DEPLOYMENTS.items():
+        row = [title]
+        for promises in COLUMNS.values():
+            keys = [(name, promise) for name in names for promise in promises]
+            row.append(", ".join(sorted({found[k] for k in keys if k in found})))
+        body.append(row)
+    return drawn(["deployment", *COLUMNS], body)
+
+
+TABLES = {"README.md": servers, "docs/deployments.md": deployments}
 
 
 def main() -> str | None:
@@ -120,16 +176,16 @@ def main() -> str | None:
     if words and words != ["--write"]:
         print("guarantees: not compared, a part of the tests was run")
         return None
-    made = table(Path(report))
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    written, _, after = rest.partition(END)
-    if words:
-        README.write_text(before + BEGIN + made + END + after)
-        return None
-    if made != written:
-        return f"README's table of guarantees is not what the tests show:\n{made}"
-    print("guarantees: README's table is what the tests show")
+    for name, table in TABLES.items():
+        file, made = ROOT / name, table(Path(report))
+        before, _, rest = file.read_text().partition(BEGIN)
+        written, _, after = rest.partition(END)
+        if words:
+            file.write_text(before + BEGIN + made + END + after)
+        elif made != written:
+            return f"{name}'s table of guarantees is not what the tests show:\n{made}"
+        else:
+            print(f"guarantees: {name}'s table is what the tests show")
     return None
 
 

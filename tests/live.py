@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,7 @@ class LiveServer:
         ready: Method and path of the request that a server that is ready answers
             with 200. HEAD starts no stream.
         tls: The server speaks TLS.
+        before: Words before the command: a program that runs it.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class LiveServer:
         env: dict[str, str] | None = None,
         ready: str = "GET /health",
         tls: bool = False,
+        before: Sequence[str] = (),
     ) -> None:
         self.kind = kind
         self.control = Control()
@@ -128,6 +130,7 @@ class LiveServer:
         self._env = env or {}
         self._ready = ready
         self._tls = tls
+        self._before = before
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
         try:
@@ -142,7 +145,7 @@ class LiveServer:
         self.port = port or free_port()
         path = os.pathsep.join((str(TESTS), str(TESTS.parent)))
         self._process = subprocess.Popen(
-            command(kind, app, self.port, *options),
+            [*self._before, *command(kind, app, self.port, *options)],
             stdout=self._log,
             stderr=subprocess.STDOUT,
             cwd=TESTS,
@@ -170,6 +173,12 @@ class LiveServer:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{self.kind} did not start:\n{self.log()}")
             time.sleep(0.02)
+
+    @property
+    def pid(self) -> int:
+        """The process that was started."""
+        assert self._process is not None
+        return self._process.pid
 
     @property
     def host(self) -> str:
@@ -216,6 +225,14 @@ class LiveServer:
     def signal(self, number: int) -> None:
         assert self._process is not None
         os.killpg(self._process.pid, number)
+
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def wait(self, timeout: float) -> int:
+        """Wait for the end of the process that was started; return its status."""
+        assert self._process is not None
+        return self._process.wait(timeout)
 
     def signal_one(self, number: int) -> None:
         """Signal the process that was started, and none of its children."""
