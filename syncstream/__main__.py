@@ -102,6 +102,12 @@ def _add_doctor(commands: _Commands) -> None:
         "--last-event-id", metavar="ID", help="resume after this event"
     )
     command.add_argument(
+        "--data",
+        metavar="BODY",
+        help="ask by POST, with this body: JSON, or a form's fields, or what a"
+        " --header 'Content-Type: …' says",
+    )
+    command.add_argument(
         "--insecure", action="store_true", help="take any TLS certificate"
     )
     command.set_defaults(run=_doctor)
@@ -160,6 +166,7 @@ def _doctor(options: argparse.Namespace) -> int:
             headers=options.header,
             last_event_id=options.last_event_id,
             insecure=options.insecure,
+            data=None if options.data is None else os.fsencode(options.data),
         )
     except ValueError as error:
         print(f"syncstream: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import json
 import queue
 import re
 import socket
@@ -61,6 +62,7 @@ SILENCE = 1.0  # seconds without a byte before what may be a burst
 TOGETHER = 0.05  # seconds; what comes within them was sent at once
 BURST = 3  # events at once
 KEEPALIVE = 15.0  # seconds; the interval that the standard recommends (§9.2.7)
+LATE = 3.0  # seconds by which a keepalive of that interval may come later
 IDLE = 60.0  # seconds; nginx's proxy_read_timeout and AWS's load balancers
 
 Level = Literal["fault", "note"]
@@ -242,7 +244,7 @@ def _redirected(seen: Observation) -> Iterator[Finding]:
     if not seen.redirects:
         return
     targets = ", then ".join(f"{n} to {show(url)}" for n, url in seen.redirects)
-    dropped = "; your --header was not sent to the other origin"
+    dropped = "; your --header and --data were not sent to the other origin"
     yield Finding(
         "redirect",
         f"the address redirects: {targets}{dropped * seen.has_dropped_headers}",
@@ -271,10 +273,15 @@ _STATUS = {
         "check the path, its trailing slash too, and the prefix that a proxy adds"
         " or takes away",
     ),
-    405: ("the address takes no GET", "an EventSource sends GET: route it"),
+    405: (
+        "the address takes no such method",
+        "an EventSource sends GET: route it; what is asked for by POST: --data '...'",
+    ),
     406: (
         "the server has nothing of the type that an EventSource accepts",
-        "answer text/event-stream; for another stream say --header 'Accept: ...'",
+        "answer text/event-stream; for another stream say --header 'Accept: ...'."
+        " Django REST framework refuses it for want of a renderer: give the view one"
+        ' whose media_type is "text/event-stream" (README)',
     ),
     410: ("the stream is gone for good", "browsers stop here; give another address"),
     429: (
@@ -612,14 +619,15 @@ def _buffering(seen: Observation, head: Head) -> Iterator[Finding]:
 
 def _keepalive(seen: Observation, head: Head) -> Iterator[Finding]:
     silence = _longest_silence(seen)
-    if seen.kind != "sse" or not seen.arrivals or silence < KEEPALIVE:
+    if seen.kind != "sse" or not seen.arrivals or silence < KEEPALIVE + LATE:
         return
     yield Finding(
         "keepalive",
         f"up to {_span(silence)} without a byte: proxies end what is silent for"
         " long (nginx and AWS after 60 s), and a client that has left is not noticed",
-        "send a comment every 15 s when there is no event:"
-        ' yield Event(comment="keepalive")',
+        "send a comment every 15 s when there is no event: SSEResponse does"
+        " (keepalive=15.0), in Django, Bottle, Pyramid and Falcon under"
+        ' StreamMiddleware; by hand yield Event(comment="keepalive")',
         "fault" if silence >= IDLE else "note",
     )
 
@@ -973,6 +981,7 @@ def examine(
     headers: Sequence[tuple[str, str]] = (),
     last_event_id: str | None = None,
     insecure: bool = False,
+    data: bytes | None = None,
 ) -> Observation:
     """Listen to a stream, and return what was seen of it.
 
@@ -987,6 +996,9 @@ def examine(
             Another origin, to which a redirect leads, is not given them.
         last_event_id: The id to resume after, as a reconnecting browser does.
         insecure: Take any TLS certificate.
+        data: What to send, by POST; ``None`` asks by GET. JSON by its Content-Type if
+            it is JSON, else a form, unless ``headers`` say so. It is sent once: there
+            is no second connection that offers gzip.
 
     Raises:
         ValueError: An argument is wrong.
@@ -998,12 +1010,12 @@ def examine(
     given = [parse_header(f"{name}: {value}") for name, value in headers]
     if last_event_id is not None:
         given.append(("Last-Event-ID", last_event_id))
-    request = _Request(parse_url(url), tuple(given), insecure)
+    request = _Request(parse_url(url), tuple(given), insecure, data)
     seen = _Listening(request).run(seconds)
     is_free = not any(name.lower() == "accept-encoding" for name, _ in given)
     if seen.head is None or seen.head.status != 200 or _coding(seen.head):
         return seen
-    if not is_free or seen.kind == "other":
+    if not is_free or seen.kind == "other" or data is not None:
         return seen
     probe = _Listening(request, is_probe=True).run(min(seconds, PROBE))
     return replace(seen, probe=probe)
@@ -1014,6 +1026,7 @@ class _Request:
     url: str
     headers: tuple[tuple[str, str], ...]
     insecure: bool
+    data: bytes | None = None
 
     def encode(self, coding: str) -> bytes:
         """Return the request that an EventSource would send, but for the coding."""
@@ -1028,16 +1041,31 @@ class _Request:
             "Cache-Control": "no-cache",
             "User-Agent": f"syncstream-doctor/{__version__}",
         }
+        if self.data is not None:
+            fields["Content-Type"] = _type_of(self.data)
+            fields["Content-Length"] = str(len(self.data))
         own = {name.lower() for name, _ in self.headers}
         pairs = [(n, v) for n, v in fields.items() if n.lower() not in own]
         lines = [f"{name}: {value}" for name, value in (*pairs, *self.headers)]
-        return "\r\n".join([f"GET {target} HTTP/1.1", *lines, "", ""]).encode()
+        method = "GET" if self.data is None else "POST"
+        head = "\r\n".join([f"{method} {target} HTTP/1.1", *lines, "", ""])
+        return head.encode() + (self.data or b"")
 
-    def redirected(self, url: str) -> _Request:
+    def redirected(self, url: str, status: int) -> _Request:
         """Return the request for another address, without secrets for others."""
+        # As browsers do (https://fetch.spec.whatwg.org/#http-redirect-fetch).
+        data = self.data if status in (307, 308) else None
         if urlsplit(url)[:2] == urlsplit(self.url)[:2]:
-            return replace(self, url=url)
-        return replace(self, url=url, headers=())
+            return replace(self, url=url, data=data)
+        return replace(self, url=url, headers=(), data=None)
+
+
+def _type_of(data: bytes) -> str:
+    try:
+        json.loads(data)
+    except ValueError:
+        return "application/x-www-form-urlencoded"
+    return "application/json"
 
 
 class _NoStream(Exception):
@@ -1142,8 +1170,12 @@ class _Listening:
             return False
         if not location or len(self._seen.redirects) == MAX_REDIRECTS:
             return False
-        before, self._request = self._request, self._request.redirected(url)
-        has_dropped = len(self._request.headers) < len(before.headers)
+        before, self._request = (
+            self._request,
+            self._request.redirected(url, head.status),
+        )
+        is_other = urlsplit(url)[:2] != urlsplit(before.url)[:2]
+        has_dropped = is_other and bool(before.headers or before.data is not None)
         self._note(
             url=url,
             redirects=(*self._seen.redirects, (head.status, url)),

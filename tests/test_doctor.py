@@ -190,6 +190,12 @@ CASES = {
         seen(arrivals=(Arrival(0.01, 5, 0, 1), burst(1, 1))),
         "note:keepalive",
     ),
+    "keepalive-of-ours": (
+        seen(
+            arrivals=tuple(Arrival(15.1 * n, 13, 0, 1) for n in range(4)), listened=60
+        ),
+        "",
+    ),
     "long-silence": (
         seen(arrivals=(Arrival(0.01, 5, 0, 1), burst(90, 1)), listened=91.0),
         "fault:keepalive",
@@ -566,6 +572,66 @@ def test_what_is_asked(serve):
             "Last-Event-ID: 7",
         } <= set(lines)
         assert "Accept: text/event-stream" not in lines
+
+
+@pytest.mark.parametrize(
+    ("data", "media_type"),
+    [
+        ('{"prompt": "hé"}', "application/json"),
+        ("prompt=x", "application/x-www-form-urlencoded"),
+        ("", "application/x-www-form-urlencoded"),
+    ],
+)
+def test_what_is_asked_by_post(serve, data, media_type, capsys):
+    """``--data`` is sent once, for it may cost something; its type is seen."""
+    server = serve(say(HEAD, EVENT, hold=True))
+    main(["doctor", f"{server.url}/ask", "--data", data, "--seconds", str(WHILE)])
+    (request,) = server.requests
+    head, _, body = request.partition("\r\n\r\n")
+    lines = head.split("\r\n")
+    assert lines[0] == "POST /ask HTTP/1.1"
+    assert f"Content-Length: {len(data.encode())}" in lines
+    assert f"Content-Type: {media_type}" in lines
+    assert "Accept: text/event-stream" in lines
+    assert data.startswith(body)  # what the server has read with the head
+    assert capsys.readouterr().out.endswith("healthy\n")
+
+
+def test_a_type_of_ones_own(serve):
+    """A header of the user's wins."""
+    server = serve(say(HEAD, EVENT, hold=True))
+    given = [("content-type", "text/plain")]
+    doctor.examine(server.url, seconds=WHILE, headers=given, data=b"[]")
+    (request,) = server.requests
+    assert "content-type: text/plain" in request
+    assert "Content-Type" not in request
+
+
+@pytest.mark.usefixtures("_unhurried")
+@pytest.mark.parametrize("status", [303, 307])
+@pytest.mark.parametrize("is_other", [False, True])
+def test_a_body_that_is_redirected(serve, status, is_other):
+    """307 keeps it, 303 does not; another origin is not given it."""
+    there = serve(say(HEAD, EVENT, hold=True))
+    to = there.url if is_other else ""
+    moved = f"HTTP/1.1 {status} Moved\r\nLocation: {to}/b\r\n\r\n".encode()
+    here = serve(
+        lambda conn, request: conn.sendall(HEAD + EVENT if " /b " in request else moved)
+    )
+    observation = doctor.examine(f"{here.url}/a", seconds=WHILE, data=b"[1]")
+    last = (there if is_other else here).requests[-1]
+    is_kept = status == 307 and not is_other
+    assert last.startswith("POST /b " if is_kept else "GET /b ")
+    assert ("application/json" in last) == is_kept
+    assert observation.has_dropped_headers == is_other
+
+
+def test_the_cures_name_what_is_ours():
+    """The keepalive by its argument; a renderer where REST framework answers 406."""
+    found = judge(seen(arrivals=(Arrival(0.01, 5, 0, 1), burst(1, 1))))
+    assert "keepalive=15.0" in found[0].cure
+    found = judge(seen(head=head(status=406)))
+    assert "REST framework" in found[0].cure
 
 
 @pytest.mark.usefixtures("_unhurried")

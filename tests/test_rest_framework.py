@@ -1,0 +1,86 @@
+"""Django REST framework: what the README tells its users to write."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from django.conf import settings
+from django.test import Client, override_settings
+from django.urls import path
+
+from apps import django_app
+from syncstream.django import SSEResponse, sse
+
+assert callable(django_app.app)  # it configures Django
+settings.REST_FRAMEWORK = {
+    "UNAUTHENTICATED_USER": None,
+    "DEFAULT_AUTHENTICATION_CLASSES": [],
+}
+
+# isort: split
+
+from rest_framework.decorators import api_view, renderer_classes  # noqa: E402
+from rest_framework.exceptions import PermissionDenied  # noqa: E402
+from rest_framework.renderers import JSONRenderer  # noqa: E402
+from rest_framework.views import APIView  # noqa: E402
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+CODE = re.search(r"```python\n(class EventStream.*?)```", README, re.DOTALL)[1]
+names = {
+    "__name__": __name__,
+    "JSONRenderer": JSONRenderer,
+    "api_view": api_view,
+    "renderer_classes": renderer_classes,
+    "sse": sse,
+}
+exec(CODE, names)
+
+
+class Events(APIView):
+    renderer_classes = [names["EventStream"], JSONRenderer]  # noqa: RUF012
+
+    def get(self, request):
+        if "forbidden" in request.query_params:
+            raise PermissionDenied
+        return SSEResponse(["hello"])
+
+
+@api_view(["GET"])
+@sse
+def without_renderer(request):
+    yield "hello"
+
+
+urlpatterns = [
+    path("function", names["events"]),
+    path("class", Events.as_view()),
+    path("without", without_renderer),
+]
+ACCEPT = {"Accept": "text/event-stream"}  # and nothing else: as a browser's
+
+
+@pytest.fixture(autouse=True)
+def _settings():
+    with override_settings(ROOT_URLCONF=__name__):
+        yield
+
+
+@pytest.mark.parametrize("name", ["function", "class"])
+def test_a_view_has_a_renderer(name):
+    """An EventSource gets its stream."""
+    response = Client().get(f"/{name}", headers=ACCEPT)
+    assert response.status_code == 200
+    assert b"data: hello\n\n" in response.getvalue()
+
+
+def test_errors_are_json():
+    """They go through the renderer."""
+    response = Client().get("/class?forbidden", headers=ACCEPT)
+    assert response.status_code == 403
+    assert set(json.loads(response.content)) == {"detail"}
+
+
+def test_without_a_renderer():
+    """That is the 406 that is spoken of, whatever the view returns."""
+    assert Client().get("/without", headers=ACCEPT).status_code == 406
