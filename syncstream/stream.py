@@ -1345,7 +1345,7 @@ class Stream:
         try:
             self._end("error")
             self._close_source()
-            (words, _), status = self._last_words(error), status_of(error)
+            (words, is_told), status = self._last_words(error), status_of(error)
             body = None
             if connection is not None:
                 body = connection.answer(error, status, words)
@@ -1359,8 +1359,9 @@ class Stream:
                 if words:
                     self._bytes += len(words)
                     yield words
-                raised = connection.cut() if connection is not None else None
-                if self._shows(error):
+                if connection is not None and not is_told:
+                    raised = connection.cut()
+                if self._shows(error) and not is_told:
                     raised = error
             else:
                 told = error if not connection.logs_errors else None

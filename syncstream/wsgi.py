@@ -716,7 +716,8 @@ class NDJSONResponse(_Streaming):
     """A stream of JSON values (``application/x-ndjson``), one compact one a line.
 
     Each line leaves at once. NDJSON has no comments: the response's head leaves
-    with the first line.
+    with the first line. A source that raises before it is answered with 500, or with
+    the status of a framework's error (``abort(404)``).
 
     Args:
         source: A generator or another iterable of values. What becomes of them:
@@ -753,9 +754,11 @@ class NDJSONResponse(_Streaming):
 class StreamResponse(_Streaming):
     """A stream of text or bytes; each chunk leaves at once.
 
-    The response's head leaves with the first chunk. A source that fails is cut: there
-    are no last words in a format that is not ours. For a file behind nginx, whose
-    buffering is of use there, remove the header ``X-Accel-Buffering``.
+    The response's head leaves with the first chunk. A source that raises before it is
+    answered with 500, or with the status of a framework's error (``abort(404)``). One
+    that fails later is cut: there are no last words in a format that is not ours. For a
+    file behind nginx, whose buffering is of use there, remove the header
+    ``X-Accel-Buffering``.
 
     Args:
         source: A generator or another iterable of ``str`` (sent as UTF-8), bytes,

@@ -77,6 +77,11 @@ PROMISES = (
     ("subscribers hold no thread", "test_every_byte", ""),
     ("a subscriber that leaves is known at once", "test_who_leaves_is_known", ""),
     ("server stops: subscribers told in order", "test_farewell", ""),
+    (
+        "error before the first byte: 500",
+        "test_an_error_before_the_first_chunk_is_a_500",
+        "",
+    ),
     ("error seen as truncation, HTTP/1.1", "test_an_error_truncates", "1.1"),
     ("error seen as truncation, HTTP/1.0", "test_an_error_truncates", "1.0"),
 )

@@ -17,6 +17,7 @@ from werkzeug.test import Client, create_environ
 
 from syncstream import NDJSONResponse, SSEResponse, StreamMiddleware, sse
 from syncstream.answers import checked_return, is_answer, status_of
+from syncstream.process import process
 
 ASK = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
 ERRORS = [
@@ -221,7 +222,9 @@ def test_no_place_is_kept_by_what_fails_first(is_lazy):
     def ours(environ, start_response):
         return NDJSONResponse(raising(ValueError("x")))(environ, start_response)
 
+    before = process().open_streams
     for app in (lazy,) if is_lazy else (lines, ours):
         limited = StreamMiddleware(app, max_streams=1)
         for _ in range(3):
             assert Server(limited).heads[-1][0].startswith("500 ")
+            assert process().open_streams == before
