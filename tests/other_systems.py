@@ -149,7 +149,8 @@ def open_client(name, room=None):
     if room is not None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
     client.connect(("127.0.0.1", port))
-    client.sendall(f"GET /{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    headers = "Host: a\r\nAccept: text/event-stream\r\nCache-Control: no-cache\r\n\r\n"
+    client.sendall(f"GET /{name} HTTP/1.1\r\n{headers}".encode())
     return client
 
 
