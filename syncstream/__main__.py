@@ -169,8 +169,7 @@ def _doctor(options: argparse.Namespace) -> int:
             data=None if options.data is None else os.fsencode(options.data),
         )
     except ValueError as error:
-        print(f"syncstream: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
     findings = doctor.judge(seen)
     try:
         print(doctor.report(seen, findings), end="", flush=True)
@@ -269,7 +268,11 @@ def _url(sock: socket.socket) -> str:
 
 
 def _fail(message: str, status: int = 1) -> int:
-    print(f"syncstream: {message}", file=sys.stderr)
+    # A server's error may be in it: no escape sequence gets to the terminal.
+    shown = "".join(
+        c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message
+    )
+    print(f"syncstream: {shown}", file=sys.stderr)
     return status
 
 

@@ -199,6 +199,15 @@ def test_what_is_wrong_with_a_command(words, status, text, capsys):
     assert err.startswith("syncstream: ")
 
 
+def test_no_escape_sequence_gets_to_the_terminal(tmp_path, capsys):
+    """An error's text may come from a server, or hold a name from outside."""
+    url = f"local:{tmp_path}/\x1b[31m\x9b31m/missing"
+    assert main(["publish", url, "a", "b"]) == 1
+    told = capsys.readouterr().err
+    assert r"\x1b[31m\x9b31m/missing" in told
+    assert told.removesuffix("\n").isprintable()
+
+
 def test_the_answer_is_json(client):
     """Whatever it says."""
     for answer in (post(client), client.get("/")):
