@@ -207,6 +207,8 @@ class _Streaming(StreamingHttpResponse):
             del self.headers["Content-Type"]
         if wsgi.has_body(connection, self._status):
             connection.take(stream, self.headers.items())
+            if not stream.will_leave:
+                _watch_session(request, stream)
         else:
             stream.close()
 
@@ -236,6 +238,36 @@ class _Streaming(StreamingHttpResponse):
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         raise RuntimeError(_ASGI)
+
+
+def _watch_session(request: HttpRequest, stream: Stream) -> None:
+    """Notice what a generator writes to a session that has been saved already."""
+    session: Any = getattr(request, "session", None)
+    if session is None or not hasattr(session, "modified"):
+        return
+    session.modified = False  # SessionMiddleware has looked at it
+    save = session.save
+
+    def saving(*args: Any, **kwargs: Any) -> Any:
+        result = save(*args, **kwargs)
+        session.modified = False
+        return result
+
+    session.save = saving
+
+    def look() -> None:
+        vars(session).pop("save", None)  # it refers to the session
+        if session.modified:
+            process().warn_once(
+                log,
+                "what a stream's generator writes to request.session is lost: the"
+                " session has been saved before the generator starts. Write to it in"
+                " the view, or call request.session.save() in the generator (which"
+                " signed cookies cannot do)",
+                "session",
+            )
+
+    stream.on_close(look)
 
 
 def _body(stream: Stream) -> Iterator[bytes]:

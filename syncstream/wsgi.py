@@ -12,6 +12,7 @@ import logging
 import math
 import random
 import re
+import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -510,6 +511,36 @@ def _not_for_django(response: object) -> str:
     )
 
 
+def _session_watch() -> Callable[[], None] | None:
+    """Return what says, when a generator has ended, that it wrote to Flask's session.
+
+    That is saved before the head is sent, when the generator has not begun. In the
+    request's context; ``None`` elsewhere.
+    """
+    flask: Any = sys.modules.get("flask")
+    if flask is None or not flask.has_request_context():
+        return None
+    session = flask.session._get_current_object()
+    if not isinstance(session, dict):
+        return None
+    before, was_modified = dict(session), getattr(session, "modified", False)
+
+    def look() -> None:
+        is_same = session.keys() == before.keys() and all(
+            session[key] is value for key, value in before.items()
+        )
+        if not is_same or getattr(session, "modified", False) != was_modified:
+            process().warn_once(
+                log,
+                "what a stream's generator writes to flask.session is lost: the session"
+                " has been saved, and its cookie sent, before the generator starts."
+                " Write to it in the view, and give the generator what it needs",
+                "session",
+            )
+
+    return look
+
+
 @functools.cache
 def _joined(ours: Any, theirs: Any) -> Any:
     return type(ours.__name__, (ours, theirs), {})
@@ -518,9 +549,9 @@ def _joined(ours: Any, theirs: Any) -> Any:
 class _Streaming(Response):
     """A Werkzeug response whose body is a `Stream`."""
 
-    # Both would run an endless source to its end.
+    # Would run an endless source to its end. (So would get_data(), but by
+    # make_sequence(), which says so.)
     automatically_set_content_length = False
-    implicit_sequence_conversion = False
 
     # Comments and last words are not in anybody's count.
     _may_have_length = False
@@ -564,6 +595,25 @@ class _Streaming(Response):
             ours: Any = type(self)
             value = _joined(ours, value)
         super().__setattr__(name, value)
+
+    def make_sequence(self) -> None:
+        """Refuse to read a stream to its end, which may never come.
+
+        Raises:
+            RuntimeError: It is a stream still, no plain data that a hook has set.
+        """
+        if not self.is_sequence:
+            raise RuntimeError(
+                f"{type(self).__name__} is a stream, which may not end: its data cannot"
+                " be had before it is sent. Hooks, caches and ETags that read"
+                " response.data must leave out responses with is_streamed; a test reads"
+                ' a stream that ends by a test client: client.get("/events").data'
+            )
+
+    def freeze(self) -> None:
+        """Do as `make_sequence`, and then as Werkzeug's."""
+        self.make_sequence()
+        super().freeze()
 
     def call_on_close(self, func: Callable[[], Any]) -> Callable[[], Any]:
         """Call a function, once, when the response has ended and is closed."""
@@ -620,6 +670,8 @@ class _Streaming(Response):
             raise
         self._connection.started(write)
         self._connection.begun(start_response, headers)
+        if not self._stream.will_leave and (look := _session_watch()) is not None:
+            self._stream.on_close(look)
         return app_iter
 
 
@@ -911,6 +963,7 @@ class _Head:
         self._place: Place | None = None
         self._status = 0
         self._headers: list[tuple[str, str]] = []
+        self._session_look: Callable[[], None] | None = None
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
@@ -947,6 +1000,7 @@ class _Head:
         self._status = _code(status)
         ours = self.connection.stream
         self.format = _format_of(headers) if ours is None else None
+        self._session_look = _session_watch() if self.format is not None else None
         if (ours is not None or self.format is not None) and self.has_body:
             environ, connection = self.connection.environ, self.connection
             self._place = self._capacity.admit(
@@ -1000,6 +1054,8 @@ class _Head:
             return ()
         self.connection.take(stream, self._headers, self.written)
         self.leave_place_to(stream)
+        if self._session_look is not None:
+            stream.on_close(self._session_look)
         return stream
 
     def abandon(self) -> None:

@@ -166,8 +166,27 @@ def test_a_response_answers_one_request():
 
 def test_reading_the_data_does_not_run_an_endless_source():
     """Werkzeug would collect the body: here that is an error, not a hang."""
-    with pytest.raises(RuntimeError, match="sequence"):
-        SSEResponse(iter(lambda: "a", None)).get_data()
+    response = SSEResponse(iter(lambda: "a", None))
+    for read in (
+        response.get_data,
+        response.make_sequence,
+        response.freeze,
+        response.add_etag,
+    ):
+        with pytest.raises(RuntimeError, match="SSEResponse is a stream, which"):
+            read()
+    assert response.calculate_content_length() is None
+    assert response.is_streamed
+
+
+def test_data_that_a_hook_has_set_is_read():
+    """A response that is no stream any more has its data, and an ETag."""
+    response = SSEResponse(iter(lambda: "a", None))
+    response.set_data(b"other")
+    assert response.get_data() == b"other"
+    response.freeze()
+    assert response.get_etag()[0]
+    response.close()
 
 
 def test_force_type_keeps_our_promises():
