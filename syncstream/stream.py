@@ -924,8 +924,8 @@ class Stream:
                     self._moved = time.monotonic()
                     self._events += events
                     yield from self._pieces(first)
-            # What it sends is whole events, or lines.
-            self._tail = b"\n\n" if self._is_event_stream else b"\n"
+            # What it sends is whole events, or lines, as no bytes at all are.
+            self._tail = b"\n\n" if self._is_event_stream else b""
             dumps = dumps_or_default(self._format.dumps)
             self._frames = frames = source.frames(self._is_event_stream, dumps, self)
             advance, reference = frames.__next__, self.reference
@@ -1255,18 +1255,29 @@ class Stream:
         """Close the source, say a last word to the client, or cut the response."""
         self._close_source()
         raised = None
-        if (self.reason in _CUT or self._is_lagged) and not self._comes_back():
-            raised = self._connection.cut() if self._connection else None
+        is_partial = self.reason in _CUT or self._is_lagged
+        if is_partial and not self._comes_back():
+            last = self._answer_unsent()
+            if not last and self._connection is not None:
+                raised = self._connection.cut()
         else:
             last = self._last_block()
-            if last:
-                self._bytes += len(last)
-                yield last
+        if last:
+            self._bytes += len(last)
+            yield last
         # Not every server, and not every middleware, calls close().
         self._settle()
         self._raise_exit()
         if raised is not None:
             raise raised
+
+    def _answer_unsent(self) -> bytes:
+        """Answer by a status, if no byte has left; return the body, ``b""`` if not."""
+        if self._is_out or self._connection is None:
+            return b""
+        status = 403 if self.reason in ("denied", "kicked") else 503
+        error = RuntimeError(f"the stream has ended before it began: {self.reason}")
+        return self._connection.answer(error, status, b"") or b""
 
     def _last_block(self) -> bytes:
         """Return what the client is told at an end in good order."""

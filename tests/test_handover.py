@@ -32,7 +32,7 @@ from handover_soak import (
     warmed,
     wire,
 )
-from live import TABLE, UNMARKED, await_true, unique_key
+from live import EVENT_SOURCE, TABLE, UNMARKED, await_true, unique_key
 from programs import certificate
 
 KINDS = (*TABLE, *OPTIONS)
@@ -100,12 +100,24 @@ class Listener:
     Args:
         path: Of the stream, with its options.
         is_parked: Wait until it has left its server.
+        is_source: It asks as a browser's EventSource does.
     """
 
-    def __init__(self, server, path, version="1.1", *, is_parked=True, **headers):
+    def __init__(
+        self,
+        server,
+        path,
+        version="1.1",
+        *,
+        is_parked=True,
+        is_source=False,
+        **headers,
+    ):
         self.server = server
         self.client = server.connect()
         named = {name.replace("_", "-"): value for name, value in headers.items()}
+        if is_source:
+            named.update(EVENT_SOURCE)
         self.client.request("GET", path, version=version, headers=named)
         self.data = bytearray()
         self.expected = b""
@@ -280,12 +292,15 @@ def test_who_leaves_is_known(server, channel, how):
 
 
 def test_kick_and_close_and_presence(server, asker, channel):
-    """A word when to come back, a whole response, counted for its reason."""
+    """A word when to come back, and a whole response, for who does; who left is told.
+
+    Whoever does not come back is cut.
+    """
     path = f"/events/{channel}?note={channel}&announce=1"
     before = state(server)["ended"].get("kicked", {"streams": 0})["streams"]
     with (
         Listener(server, f"/events/{channel}") as watching,
-        Listener(server, f"{path}&who=ann{channel}") as listener,
+        Listener(server, f"{path}&who=ann{channel}", is_source=True) as listener,
     ):
         watching.await_text(f'{{"who":"ann{channel}"}}')
         assert f"ann{channel}" in json.loads(asker.ask(f"/presence/{channel}"))
@@ -424,7 +439,8 @@ def test_farewell(kind, channel, record_property):
     with serving(kind, env={"DEBUG": "1"}) as server, ExitStack() as stack:
         # In the log: a process that ends has a second for all of them.
         path = f"/events/{channel}?say={channel}-closed"
-        here = [stack.enter_context(Listener(server, path)) for _ in range(20)]
+        listeners = (Listener(server, path, is_source=True) for _ in range(20))
+        here = [stack.enter_context(listener) for listener in listeners]
         process = psutil.Process(state(server)["pid"])
         server.signal_one(getattr(signal, STOPS[kind]))
         retries = set()
@@ -463,7 +479,8 @@ def test_however_gunicorn_ends(kind, how, channel):
     options = ["--preload"] if how == "preload" else []
     with serving(kind, *options) as server, ExitStack() as stack:
         path = f"/events/{channel}"
-        here = [stack.enter_context(Listener(server, path)) for _ in range(5)]
+        listeners = (Listener(server, path, is_source=True) for _ in range(5))
+        here = [stack.enter_context(listener) for listener in listeners]
         pid = state(server)["pid"]
         worker = psutil.Process(pid)
         if how == "SIGKILL":
@@ -540,7 +557,7 @@ def test_the_latest_of_each_key(few, asker, channel):
 def test_max_duration(few, channel):
     """In good order, at about the time, counted for that."""
     path = f"/events/{channel}?max_duration=0.5&note={channel}&retry=9000"
-    with Listener(few, path, is_parked=False) as listener:
+    with Listener(few, path, is_parked=False, is_source=True) as listener:
         rest, is_whole = listener.rest()
         assert int(RETRY.search(rest)[1]) >= 9000
         assert is_whole
@@ -552,7 +569,7 @@ def test_who_may_not_go_on(few, asker, channel):
     path = f"/events/{channel}?reauthorize=0.2&note={channel}&who="
     with (
         Listener(few, f"{path}bob{channel}") as bob,
-        Listener(few, f"{path}eve{channel}") as eve,
+        Listener(few, f"{path}eve{channel}", is_source=True) as eve,
     ):
         asker.ask(f"/deny/eve{channel}")
         rest, is_whole = eve.rest()
