@@ -1846,6 +1846,8 @@ class Stream:
         # sqlite3 cursor's close() fails after its connection's.
         ours = (self._to_close, logging.ERROR), (self._links, logging.DEBUG)
         for closables, level in ours:
+            if closables is self._links:
+                self.was_told = False  # the source has gone; these may wait
             while closables:
                 try:
                     closable = closables.pop()

@@ -18,6 +18,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import anthropic
 import httpx
 import openai
 import psycopg
@@ -25,7 +26,17 @@ import pytest
 import requests
 import urllib3
 
-from pairs import TIMEOUT, Line, Threads, await_true, leave, serve, stream_of, tcp_pair
+from pairs import (
+    TIMEOUT,
+    Line,
+    Threads,
+    await_true,
+    check_script,
+    leave,
+    serve,
+    stream_of,
+    tcp_pair,
+)
 from postgresql_server import PostgreSQL
 from redis_server import RedisServer
 from syncstream import current_stream, links, sleep
@@ -115,6 +126,17 @@ def read_openai_client(upstream, link):
         )
 
 
+def read_anthropic(upstream, link):
+    with anthropic.Anthropic(
+        api_key="x", base_url=url_of(upstream), timeout=None, max_retries=0
+    ) as client:
+        message = {"role": "user", "content": "hi"}
+        with client.messages.stream(
+            model="x", max_tokens=9, messages=[message]
+        ) as stream:
+            yield from link(stream).text_stream
+
+
 def read_urllib(upstream, link):
     with urllib.request.urlopen(url_of(upstream)) as response:
         yield from link(response)
@@ -138,6 +160,7 @@ HTTP_READERS = (
     read_httpx_head,
     read_openai,
     read_openai_client,
+    read_anthropic,
     read_urllib,
     read_urllib3,
     read_pipe_of_sockets,
@@ -282,6 +305,63 @@ def test_a_process_ends(code, end, caplog):
     assert process.stdin.closed
     assert process.stdout.closed
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("patch", ["patch_all()", "patch_all(subprocess=False)"])
+def test_a_process_ends_under_gevent(patch):
+    """The read is interrupted, and the process ended, while the hub goes on."""
+    pytest.importorskip("gevent")
+    script = f"import gevent.monkey; gevent.monkey.{patch}\n{IN_A_HUB}"
+    assert check_script(script) == ""
+
+
+IN_A_HUB = """
+import gevent, subprocess, sys
+from pairs import Line, serve, stream_of
+from syncstream import current_stream, sleep
+
+processes, ready = [], []
+code = "import time; time.sleep(600)"
+
+def source():
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    processes.append(current_stream().link(process))
+    ready.append(1)
+    sleep(600)
+    yield "a"
+
+stream = stream_of(source(), Line())
+greenlet = gevent.spawn(serve, stream)
+with gevent.Timeout(10):
+    while not ready:
+        gevent.sleep(0.001)
+    stream.stop("kicked")
+    greenlet.get()
+assert processes[0].returncode == -15, processes[0].returncode
+assert processes[0].stdout.closed
+assert stream.reason == "kicked"
+"""
+
+
+def test_a_close_may_wait():
+    """A link's own close() sleeps, after its generator was told of the end."""
+    closed = []
+
+    class Slow:
+        def close(self):
+            sleep(0.001)
+            closed.append(current_stream())
+
+    def function():
+        current_stream().link(Slow())
+        sleep(600)
+
+    waiting = Waiting(function)
+    waiting.await_parked()
+    waiting.stream.stop()
+    waiting.join()
+    await_true(PLACE, lambda: closed)
+    assert waiting.stream in closed
 
 
 def _wait_for_ever(pipe):
