@@ -230,6 +230,15 @@ class Connection(Protocol):
         """The server's own ``write``, if others than its thread may write by it, and
         what they write reaches the client as it is."""
 
+    def find_write(self) -> None:
+        """Find it; in the thread or greenlet of the request, in the iteration."""
+
+    def leave_write(self) -> None:
+        """The stream has ended: leave the server's as it was."""
+
+    def has_got(self, size: int) -> bool:
+        """Tell whether the server has got all of so many bytes that were yielded."""
+
     @property
     def server_key(self) -> Hashable:
         """What tells its server from others of this process."""
@@ -1529,6 +1538,8 @@ class Stream:
             # Jittered, or clients that came together return together.
             self._deadline = now + life.max_duration * random.uniform(0.9, 1)
         try:
+            if connection is not None and life.keepalive and self._format.is_events:
+                connection.find_write()
             self._observe()
             self._served = record.opened(
                 self,
@@ -1598,6 +1609,8 @@ class Stream:
 
     def _leave_watch(self) -> None:
         fd = self._fd
+        if self._connection is not None:
+            self._connection.leave_write()
         self._observe_no_more()
         # The connection may serve other requests after this one.
         if self._is_limited and fd >= 0 and self._has_socket(fd):
@@ -1812,6 +1825,7 @@ class Stream:
             and self._format.is_whole(self._tail)
             and connection is not None
             and connection.write is not None
+            and connection.has_got(self._bytes)
             and not connection.is_full()
             # Or the write would take the error that says why: see `_how_gone`.
             and not connection.is_hung_up()

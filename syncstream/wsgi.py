@@ -28,7 +28,14 @@ from .errors import ClientDisconnected
 from .process import Stopping, process
 from .protocol import ndjson, raw, sse
 from .protocol.json import Dumps
-from .servers import Server, SocketLike, connection_reset, server_of
+from .servers import (
+    Counter,
+    Server,
+    SocketLike,
+    connection_reset,
+    server_of,
+    takes_directly,
+)
 from .servers.handover import Refused, Swap
 from .sockets import hang_up, is_hung_up, is_writable, reset
 from .stream import Format, Life, Stream, check_handover, warn_unframed
@@ -142,6 +149,8 @@ class Connection:
         # Weak references, here and in the environ: no cycle keeps either alive.
         self._stream: weakref.ref[Stream] | None = None
         self._write: Callable[[bytes], object] | None = None
+        self._sent_before: int | None = None  # of the body, before the stream
+        self._counter: Counter | None = None
         self._begun: tuple[StartResponse, list[tuple[str, str]]] | None = None
         self.is_answering = False  # start_response is called again, for an error
         self.hides_errors = False  # a framework answers errors, and logs none
@@ -304,6 +313,50 @@ class Connection:
         module = getattr(write, "__module__", None)
         if module and module == self.server.write_module:
             self._write = write
+
+    def find_write(self) -> None:
+        """See what may be written by others than the request's thread, and whether.
+
+        What a framework (Django) or a middleware (New Relic's) does not pass on is
+        found in the server's own frames. In any case it is of use only while the
+        server has got all that we have yielded: a middleware above us may put bodies
+        into other blocks, and a comment would get into the middle of an event.
+        """
+        server = self.server
+        if self._write is None:
+            self._write = server.own_write(self._given)
+            vars(self).pop("write", None)
+        write = self.write
+        if write is None:
+            return
+        self._sent_before = server.sent(write)
+        if self._sent_before is None and hasattr(write, "__self__"):
+            self._counter, self._sent_before = Counter(write), 0
+            vars(self)["write"] = self._counter
+        elif self._sent_before is None and not takes_directly(server.write_module):
+            vars(self)["write"] = None
+            process().warn_once(
+                log,
+                "streams have no keepalive while their generators wait: a WSGI"
+                f" middleware stands between them and {server.name}, and may hold back"
+                " parts of events. Leave it out where streams are, use another server,"
+                " or have the generators yield None now and then",
+                "no write",
+            )
+
+    def leave_write(self) -> None:
+        """Leave the server's write as it was."""
+        counter, self._counter = self._counter, None
+        if counter is not None:
+            counter.close()
+
+    def has_got(self, size: int) -> bool:
+        """Tell whether the server has got all of so many bytes that were yielded."""
+        if self._write is None or self._sent_before is None:
+            return True
+        counter = self._counter
+        sent = self.server.sent(self._write) if counter is None else counter.sent
+        return sent is not None and sent - self._sent_before == size
 
     @functools.cached_property
     def write(self) -> Callable[[bytes], object] | None:
@@ -695,9 +748,8 @@ class SSEResponse(_Streaming):
             a default. Hop-by-hop headers are left to the server.
         keepalive: After so many seconds of silence a comment is sent, which clients
             skip and proxies count. ``None`` for none. Also while the source is busy
-            or waits: everywhere but on uWSGI, and, without `StreamMiddleware`, in
-            Django, Bottle, Pyramid and Falcon. There it is sent when the source
-            yields ``None``.
+            or waits, but not on uWSGI: there it is sent when the source yields
+            ``None``.
         retry: The client's reconnection time, whole milliseconds; ``None`` leaves
             it to the client (Chromium 3 s, Firefox 5 s).
         send_timeout: A client that takes nothing for so many seconds, though there

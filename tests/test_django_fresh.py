@@ -39,8 +39,7 @@ def test_the_first_request_is_a_stream_whose_client_leaves(kind, app):
             with server.get(f"/wait?key={key}{query}") as client:
                 assert client.block() == b": ok\n\n"
                 assert client.block() == b"data: waiting\n\n"
-                if app == "wrapped":
-                    assert client.block() == b": keepalive\n\n"
+                assert client.block() == b": keepalive\n\n"
             assert await_ended(server, key) == "disconnected"
         assert server.tracebacks() == 0, server.log()
 

@@ -19,9 +19,23 @@ from . import (
     werkzeug,
     wsgiref,
 )
-from .contract import Environ, Server, SocketLike, connection_reset
+from .contract import (
+    Counter,
+    Environ,
+    Server,
+    SocketLike,
+    connection_reset,
+    takes_directly,
+)
 
-__all__ = ["Server", "SocketLike", "connection_reset", "server_of"]
+__all__ = [
+    "Counter",
+    "Server",
+    "SocketLike",
+    "connection_reset",
+    "server_of",
+    "takes_directly",
+]
 
 SERVERS = (
     gunicorn.SERVER,

@@ -65,6 +65,12 @@ def _forget_head(environ: Environ, write: Write | None) -> bool:
     return True
 
 
+def _own_write(environ: Environ) -> Write | None:
+    gateway = running("cheroot.wsgi", "started_response")
+    write: Write | None = getattr(gateway, "write", None)
+    return write
+
+
 def _server() -> Any:
     return getattr(running("cheroot.server", "server"), "server", None)
 
@@ -99,6 +105,7 @@ SERVER = Server(
     is_tls=lambda environ: has_cipher(_socket(environ)),
     write_module="cheroot.wsgi",
     headers=_headers,
+    own_write=_own_write,
     start_response=_start_response,
     forget_head=_forget_head,
     answers_errors=False,  # it sends the head that it has, 200 (11.1)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from ..process import AT_ONCE, Stopping
 
 __all__ = [
+    "Counter",
     "Environ",
     "Headers",
     "Server",
@@ -26,6 +27,7 @@ __all__ = [
     "has_cipher",
     "running",
     "speaks_http_1_1",
+    "takes_directly",
     "unpatched",
 ]
 
@@ -81,6 +83,12 @@ class Server:
             us have added is among them, what the server adds itself may be.
             ``None`` where they cannot be had. (With Content-Encoding added and
             ``write`` passed through, what we write would be garbage.)
+        own_write: The ``write`` of the running request's response, from the server's
+            own frames: for where a framework or a middleware does not pass it on. In
+            the thread or greenlet of the request.
+        sent: How many bytes of a response's body the server has been given, by
+            iteration or by its ``write``, which is the argument; ``None`` where it
+            does not count them (see `Counter`).
         unsent: How many bytes for this client the server keeps in buffers of its
             own, beyond the kernel's. From any thread.
         drop: Has it close a client's socket that was shut down and is full, where it
@@ -143,6 +151,8 @@ class Server:
     )
     write_module: str = ""
     headers: Callable[[Write], Headers | None] = lambda write: None
+    own_write: Callable[[Environ], Write | None] = lambda environ: None
+    sent: Callable[[Write], int | None] = lambda write: None
     unsent: Callable[[Environ], int] = lambda environ: 0
     drop: Callable[[Environ], object] = lambda environ: None
     closes_early: bool = False
@@ -211,12 +221,74 @@ def running(
         # Others are not looked into: up to Python 3.12 a frame keeps the f_locals
         # that were read, and so whatever the application had in its variables.
         written_in = frame.f_globals.get("__name__") or ""
-        if written_in == module or written_in.startswith(f"{module}."):
+        if _is_in(written_in, module):
             owner = frame.f_locals.get(name)
             if hasattr(owner, attribute):
                 return owner
         frame = frame.f_back
     return None
+
+
+class Counter:
+    """Counts what a server that does not count is given of one response's body.
+
+    It stands in the place of the ``write`` of the server's response, through which its
+    iteration goes, too, until it is closed.
+
+    Args:
+        write: That, a bound method.
+    """
+
+    def __init__(self, write: Write) -> None:
+        self._owner: Any = write.__self__  # type: ignore[attr-defined]
+        self._write = write
+        self.sent = 0  # bytes
+        self._owner.write = self
+
+    def __call__(self, data: bytes) -> object:
+        result = self._write(data)
+        self.sent += len(data)
+        return result
+
+    def close(self) -> None:
+        """Leave the place."""
+        if vars(self._owner).get("write") is self:
+            del self._owner.write
+
+
+# They hand on each chunk as it is, or not at all.
+_PASSING = (
+    "django.http.response",
+    "newrelic",
+    "opentelemetry",
+    "sentry_sdk",
+    "syncstream",
+    "werkzeug.debug",
+    "werkzeug.wsgi",
+)
+
+
+def takes_directly(module: str) -> bool:
+    """Tell whether what a generator yields here reaches its server at once, as it is.
+
+    So it is if nobody stands between them but who is known to hand on chunks.
+
+    Args:
+        module: The server's, or its package.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__") or ""
+        if _is_in(name, module):
+            return True
+        if not any(_is_in(name, passing) for passing in _PASSING):
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _is_in(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
 
 
 def unpatched() -> Iterator[str]:

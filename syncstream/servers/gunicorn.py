@@ -203,6 +203,16 @@ def _response() -> Any:
     return running("gunicorn.workers", "req", name="resp")
 
 
+def _own_write(environ: Environ) -> Write | None:
+    write: Write | None = getattr(_response(), "write", None)
+    return write
+
+
+def _sent(write: Write) -> int | None:
+    sent: int | None = getattr(getattr(write, "__self__", None), "sent", None)
+    return sent
+
+
 def _drop_read_ahead(environ: Environ) -> None:
     unreader = _unreader(environ)
     if unreader is not None:
@@ -250,6 +260,8 @@ SERVER = Server(
     is_tls=lambda environ: has_cipher(environ["gunicorn.socket"]),
     write_module="gunicorn.http.wsgi",
     headers=_headers,
+    own_write=_own_write,
+    sent=_sent,
     forget_head=_forget_head,
     stopping=_stopping,
     threads=_threads,

@@ -43,6 +43,12 @@ def _headers(write: Write) -> Headers | None:
     return None if headers is None else decoded(headers)
 
 
+def _own_write(environ: Environ) -> Write | None:
+    handler = running("gevent.pywsgi", "response_headers")
+    write: Write | None = getattr(handler, "write", None)
+    return write
+
+
 def _server() -> Any:
     return getattr(running("gevent.pywsgi", "server"), "server", None)
 
@@ -68,6 +74,7 @@ SERVER = Server(
     is_tls=lambda environ: has_cipher(_socket(environ)),
     write_module="gevent.pywsgi",
     headers=_headers,
+    own_write=_own_write,
     stopping=_stopping,
     threads=_threads,
     key=lambda environ: _server(),

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from ..process import Stopping
-from .contract import Environ, Headers, Server, SocketLike, Write, at_once
+from .contract import Environ, Headers, Server, SocketLike, Write, at_once, running
 
 __all__ = ["SERVER"]
 
@@ -25,6 +25,12 @@ def _headers(write: Write) -> Headers | None:
     task = getattr(write, "__self__", None)
     headers: Headers | None = getattr(task, "response_headers", None)
     return headers
+
+
+def _own_write(environ: Environ) -> Write | None:
+    task = running("waitress.task", "response_headers")
+    write: Write | None = getattr(task, "write", None)
+    return write
 
 
 def _unsent(environ: Environ) -> int:
@@ -79,6 +85,7 @@ SERVER = Server(
     is_tls=lambda environ: False,
     write_module="waitress.task",
     headers=_headers,
+    own_write=_own_write,
     unsent=_unsent,
     drop=_drop,
     closes_early=True,  # a send that fails in its main thread

@@ -37,6 +37,11 @@ def _headers(write: Write) -> Headers | None:
     return headers
 
 
+def _own_write(environ: Environ) -> Write | None:
+    write: Write | None = running("werkzeug.serving", "__closure__", name="write")
+    return write
+
+
 def _server() -> Any:
     return getattr(running("werkzeug.serving", "server"), "server", None)
 
@@ -67,6 +72,7 @@ SERVER = Server(
     is_tls=lambda environ: has_cipher(environ["werkzeug.socket"]),
     write_module="werkzeug.serving",
     headers=_headers,
+    own_write=_own_write,
     stopping=_stopping,
     threads=_threads,
     key=lambda environ: _server(),

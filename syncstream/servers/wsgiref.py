@@ -57,6 +57,19 @@ def _headers(write: Write) -> Headers | None:
     return None if headers is None else headers.items()
 
 
+def _own_write(environ: Environ) -> Write | None:
+    found = running("django.core.servers", "bytes_sent") or running(
+        "wsgiref.handlers", "bytes_sent"
+    )
+    write: Write | None = getattr(found, "write", None)
+    return write
+
+
+def _sent(write: Write) -> int | None:
+    sent: int | None = getattr(getattr(write, "__self__", None), "bytes_sent", None)
+    return sent
+
+
 def _server() -> Any:
     return getattr(_handler(), "server", None)
 
@@ -92,6 +105,8 @@ SERVER = Server(
     is_tls=lambda environ: has_cipher(_socket(environ)),
     write_module="wsgiref.handlers",
     headers=_headers,
+    own_write=_own_write,
+    sent=_sent,
     stopping=_stopping,
     threads=_threads,
     warnings=_warnings,
