@@ -49,7 +49,10 @@ def test_a_burst_of_first_streams_ends_with_its_server(kind):
     """Six of them, idle: SIGTERM ends all at once, in good order."""
     keys = [unique_key() for _ in range(6)]
     with serve(kind) as server, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(server.get(f"/wait?key={key}")) for key in keys]
+        clients = [
+            stack.enter_context(server.get(f"/wait?key={key}", headers=EVENT_SOURCE))
+            for key in keys
+        ]
         for client in clients:
             assert client.block() == b": ok\n\n"
             assert client.block() == b"data: waiting\n\n"
