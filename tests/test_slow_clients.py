@@ -29,7 +29,9 @@ def front(request, tmp_path_factory):
         # By a Unix socket there, too: TCP's windows close and open in megabytes.
         front = path.with_name("front")
         config = location(f"http://unix:{path}", listen=f"; listen unix:{front}")
-        with Nginx(config):
+        with Nginx(config) as nginx:
+            with nginx.get("/") as client:  # it listens to all when it answers
+                assert client.rest() == b"ok"
             yield Front(str(front), server.control)
 
 
