@@ -414,7 +414,7 @@ def _checked(environ: Environ, server: Server) -> SocketLike:
     protocol = environ.get("SERVER_PROTOCOL")
     # A client may say HTTP/1.9, which is answered as 1.1 (RFC 9110 §2.5).
     if not _HTTP_1.fullmatch(str(protocol)):
-        raise Refused(f"the protocol is {_told(protocol)}, not HTTP/1", is_choice=True)
+        raise Refused(f"the protocol is {_told(protocol)}, not HTTP/1")
     sock = server.socket(environ)
     if sock is None:
         raise Refused(f"{server.name} does not show its socket")
