@@ -149,6 +149,7 @@ class Connection:
         # Weak references, here and in the environ: no cycle keeps either alive.
         self._stream: weakref.ref[Stream] | None = None
         self._write: Callable[[bytes], object] | None = None
+        self._is_encoded = False  # by the application, who has its reasons
         self._sent_before: int | None = None  # of the body, before the stream
         self._counter: Counter | None = None
         self._begun: tuple[StartResponse, list[tuple[str, str]]] | None = None
@@ -179,11 +180,17 @@ class Connection:
         """Say which stream is written to it, under which response headers."""
         self._stream = weakref.ref(stream)
         encoded = any(name.lower() == "content-encoding" for name, _ in headers)
+        self._is_encoded = encoded
         stream.connect(self, is_encoded=encoded, written=written)
 
     def warn(self) -> None:
         """Say, once a process, what an operator should change: a stream stays here."""
         record, server, environ = process(), self.server, self._given
+        write = self._write
+        if write is not None and not self._is_encoded:
+            head = server.headers(write) or ()
+            if any(name.lower() == "content-encoding" for name, _ in head):
+                _warn_of_compression()
         # Not by what the client has sent, nor is one of HTTP/2's that of HTTP/1's.
         is_http_2 = str(environ.get("SERVER_PROTOCOL")).startswith("HTTP/2")
         key = ("warning", server.name, is_http_2)
@@ -479,6 +486,16 @@ class Connection:
         return server.raises()
 
 
+def _warn_of_compression() -> None:
+    process().warn_once(
+        log,
+        "streams are compressed on their way to the server, which holds back what they"
+        " send, maybe to their end: leave streams out of that (COMPRESS_STREAMS = False"
+        " of Flask-Compress), and let the proxy compress",
+        "compressed",
+    )
+
+
 def _short(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
@@ -709,6 +726,8 @@ class _Streaming(Response):
             connection.take(self._stream, headers)
             if self.response is self._stream:
                 app_iter = self._stream
+            elif "content-encoding" in {name.lower() for name, _ in headers}:
+                _warn_of_compression()
         return app_iter, status, headers
 
     def __call__(

@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import types
+import zlib
 
 import bottle
 import falcon
@@ -84,6 +85,30 @@ def test_a_response_that_is_never_called_can_be_closed():
         assert ended == []
     assert source.closed == 1
     assert ended == ["closed"]
+
+
+def compressing_hook(response):
+    """Do as Flask-Compress does, after a request."""
+    source = response.response
+    response.response = (zlib.compress(chunk) for chunk in source)
+    response.headers["Content-Encoding"] = "deflate"
+    return response
+
+
+@pytest.mark.parametrize("make", [SSEResponse, NDJSONResponse, StreamResponse])
+def test_who_compresses_streams_is_warned_of(make, caplog):
+    """Once, with the cure; not so who sends what is compressed already."""
+    process()._warned.pop("compressed", None)
+    with get(make(["a"], headers={"Content-Encoding": "br"})) as answer:
+        assert answer.data
+    assert "COMPRESS_STREAMS" not in caplog.text
+    app = flask.Flask("test")
+    app.after_request(compressing_hook)
+    app.add_url_rule("/", view_func=lambda: make(["a"]))
+    for _ in range(2):
+        with app.test_client().get("/") as answer:
+            assert answer.data
+    assert caplog.text.count("COMPRESS_STREAMS = False") == 1
 
 
 @pytest.mark.parametrize("wrap", [lambda app: app, StreamMiddleware])
