@@ -3,7 +3,7 @@
 import http.client
 import io
 import logging
-import multiprocessing
+import multiprocessing.connection
 import os
 import selectors
 import signal
@@ -364,28 +364,24 @@ def test_a_close_may_wait():
     assert waiting.stream in closed
 
 
-def _wait_for_ever(pipe):
-    pipe.send_bytes(b"ready")
-    time.sleep(600)
-
-
 def test_a_process_of_multiprocessing_ends():
     """Its end of the pipe closes, so the read of ours ends."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    processes, ready = [], threading.Event()
+    processes, reads = [], threading.Event()
 
     def source():
-        process = context.Process(target=_wait_for_ever, args=(theirs,))
+        # It waits for its own end of the pipe, to which nobody writes.
+        wait = multiprocessing.connection.wait
+        process = context.Process(target=wait, args=([theirs],))
         process.start()
         theirs.close()
         processes.append(current_stream().link(process))
         with ours:
-            while True:
-                yield ours.recv_bytes()
-                ready.set()
+            reads.set()
+            yield ours.recv_bytes()
 
-    ends_at_once(source(), ready.is_set)
+    ends_at_once(source(), reads.is_set)
     with pytest.raises(ValueError, match="closed"):
         processes[0].is_alive()
 
