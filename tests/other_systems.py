@@ -209,4 +209,13 @@ with open_client("served") as client:
     stop()
     await_end("served", "shutdown")
     read_until(client, b"retry: ")
+if SYSTEM == "win32":
+    for url in ("local:", "postgresql://localhost/test"):
+        try:
+            Hub(url)
+        except OSError as error:
+            if "needs a Unix system" not in str(error):
+                print(url, error)
+        else:
+            print(url, "was opened")
 print("done", syncstream.__name__)

@@ -8,6 +8,9 @@ it, and the hub reads what is missing. `syncstream.testing.check_broker` proves 
 
 from __future__ import annotations
 
+import errno
+import select
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
@@ -129,13 +132,24 @@ def _memory(url: str, options: dict[str, Any]) -> Broker:
     return MemoryBroker(**options)
 
 
+def _require_unix(url: str) -> None:
+    # Its file is locked by fcntl and told of by Unix sockets; PostgreSQL's threads wait
+    # for a pipe and a socket by poll.
+    if not (hasattr(select, "poll") and hasattr(socket, "AF_UNIX")):
+        raise OSError(
+            errno.ENOSYS, f"{url!r} needs a Unix system: use redis: or memory: here"
+        )
+
+
 def _local(url: str, options: dict[str, Any]) -> Broker:
+    _require_unix("local:")
     from .local import LocalBroker
 
     return LocalBroker(url, **options)
 
 
 def _postgresql(url: str, options: dict[str, Any]) -> Broker:
+    _require_unix("postgresql:")
     from .postgresql import PostgreSQLBroker
 
     return PostgreSQLBroker(url, **options)
@@ -178,6 +192,8 @@ def open_broker(
 
     Raises:
         ValueError: There is no such broker.
+        OSError: It needs what this system has not (``local:`` and ``postgresql:`` on
+            Windows).
     """
     scheme = urlsplit(url).scheme
     if scheme not in SCHEMES:
