@@ -324,9 +324,9 @@ def test_a_notification_at_the_last_moment_counts():
 
 @pytest.mark.parametrize("kind", ["Queue", "LifoQueue", "PriorityQueue"])
 def test_items_are_neither_lost_nor_doubled(kind):
-    """50 streams, stopped at random, and 50 threads get from one queue."""
+    """20 streams, stopped at random, and 20 threads get from one queue."""
     items, got = WAITABLES[kind](), []
-    total = 2000
+    total = 600
 
     def plain():
         while (item := items.get(timeout=TIMEOUT)) is not None and item < total:
@@ -336,14 +336,14 @@ def test_items_are_neither_lost_nor_doubled(kind):
         while True:
             got.append(in_stream(items))
 
-    joins = [PLACE.start(plain) for _ in range(50)]
-    waiting = [Waiting(streaming) for _ in range(50)]
-    stopping = random.sample(waiting, 50)
+    joins = [PLACE.start(plain) for _ in range(20)]
+    waiting = [Waiting(streaming) for _ in range(20)]
+    stopping = random.sample(waiting, 20)
     for n in range(total):
         items.put(n)
-        if n % 40 == 10:
+        if n % 30 == 10:
             stopping.pop().stream.stop()
-        if n % 100 == 50:
+        if n % 50 == 25:
             PLACE.pause(0.001)
     for one in waiting:
         one.join()
@@ -358,7 +358,7 @@ def test_items_are_neither_lost_nor_doubled(kind):
 def test_every_notification_is_somebodys():
     """One item at a time to waiters of which every second one is being stopped."""
     items = queue.Queue()
-    for n in range(150):
+    for n in range(50):
         waiting = Waiting(lambda: in_stream(items))
         got = []
         join = PLACE.start(lambda got=got: got.append(items.get(timeout=TIMEOUT)))

@@ -669,7 +669,7 @@ spare = int(sys.argv[2])
 with tcp_pair() as (server, client), tcp_pair() as (server2, client2):
     stream = stream_of(source(), Line(server))
     second = stream_of(source(), Line(server2))
-    serve(stream_of(["imports"]))
+    serve(stream_of(["imports"], Line()))
     import syncstream.watch
     syncstream.watch._watches = syncstream.watch._Watches()
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
@@ -742,7 +742,7 @@ def test_no_thread_no_descriptor_is_lost(own_watches, monkeypatch, caplog):
     gc.collect()  # what other tests have left goes now, or it would be missed
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        assert len(serve(stream_of(["a"]))) == 2
+        assert len(serve(stream_of(["a"], Line()))) == 2
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
     assert len(caplog.messages) == 20
