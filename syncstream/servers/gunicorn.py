@@ -222,8 +222,9 @@ def _drop_read_ahead(environ: Environ) -> None:
     body: Any = getattr(getattr(_response(), "req", None), "body", None)
     reader = getattr(body, "reader", None)
     if reader is not None:
-        body.failed = True  # 27: "must not be reused"
-        reader.parser, reader.length = None, 0
+        with suppress(AttributeError):  # another reader, which has none of these
+            body.failed = True  # 27: "must not be reused"
+            reader.parser, reader.length = None, 0
 
 
 def _warnings(environ: Environ) -> Iterator[str]:
