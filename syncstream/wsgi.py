@@ -194,8 +194,19 @@ class Connection:
         # Not by what the client has sent, nor is one of HTTP/2's that of HTTP/1's.
         is_http_2 = str(environ.get("SERVER_PROTOCOL")).startswith("HTTP/2")
         key = ("warning", server.name, is_http_2)
-        for warning in record.memo(key, lambda: tuple(server.warnings(environ))):
+        warnings = record.memo(key, lambda: tuple(server.warnings(environ)))
+        for warning in warnings:
             record.warn_once(log, warning)
+        # Frameworks' test clients name no server.
+        software = environ.get("SERVER_SOFTWARE")
+        if self.fd is None and software and not warnings and not server.is_test:
+            record.warn_once(
+                log,
+                f"{_short(ascii(software)[1:-1], 60)} shows no socket: a stream is not"
+                " told when its client leaves, until it yields, and has no keepalive"
+                " while its generator waits. Prefer one of the servers in the README",
+                "no socket",
+            )
         threads, streams = self.threads, record.attached_streams
         if threads is not None and threads > 1 and streams >= threads:
             record.warn_once(

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from live import await_true
+from syncstream.process import process
 from syncstream.servers import server_of
 from syncstream.servers.handover import _check_descriptor
 from syncstream.sockets import acknowledged, give_up_after, is_hung_up, queued
@@ -120,6 +121,16 @@ def test_what_a_server_keeps_makes_a_connection_full(pair):
     assert not connection.is_full()
     channel.total_outbufs_len = 1
     assert connection.is_full()
+
+
+def test_a_server_that_shows_no_socket_is_warned_of(caplog):
+    """Once; not so a test client, which names no server."""
+    process()._warned.pop("no socket", None)
+    Connection({"REQUEST_METHOD": "GET"}).warn()
+    assert caplog.text == ""
+    for _ in range(2):
+        Connection({"SERVER_SOFTWARE": "mod_wsgi/6.1\x1b"}).warn()
+    assert caplog.text.count("mod_wsgi/6.1\\x1b shows no socket") == 1
 
 
 def test_http_1_0_is_cut_by_a_reset(pair):
