@@ -551,6 +551,21 @@ def test_farewells(hub, peers, reason, is_chunked):
 
 
 @pytest.mark.parametrize("is_chunked", [True, False])
+@pytest.mark.parametrize("reason", ["shutdown", "kicked", "denied", "closed"])
+def test_who_does_not_come_back_is_cut(hub, peers, reason, is_chunked):
+    """An end would look like that of the answer, but where the application ended it."""
+    peer = peers(hub, is_chunked=is_chunked, is_tcp=True, comes_back=False)
+    hub.publish("a", "1")
+    texts_until(peer, "1")
+    peer.client.stop(reason)
+    found, _, is_whole, is_reset = ended(peer)
+    is_cut = reason != "closed"
+    assert found == reason
+    assert is_whole == (is_chunked and not is_cut)
+    assert is_reset == (is_cut and not is_chunked)
+
+
+@pytest.mark.parametrize("is_chunked", [True, False])
 def test_an_error_is_no_end_in_good_order(hub, peers, caplog, is_chunked):
     """The client can tell; the log has it, once, with its traceback."""
 

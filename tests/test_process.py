@@ -29,7 +29,7 @@ from pairs import (
     tcp_pair,
 )
 from syncstream import ClientDisconnected, NDJSONResponse, SSEResponse, sleep
-from syncstream.process import AT_ONCE, Process, process, stats
+from syncstream.process import AT_ONCE, Process, drain_of_environment, process, stats
 from syncstream.stream import REASONS, Life
 
 PLACE = Threads()
@@ -101,6 +101,53 @@ def test_every_reason_to_stop(reason, while_waiting):
         assert rest == b""
     assert stats()["ended"][reason]["streams"] == 1
     assert stats()["open"] == 0
+
+
+@pytest.mark.parametrize("reason", sorted(REASONS))
+def test_who_does_not_come_back_is_cut(reason):
+    """But where the application has ended the stream: what there is, is whole."""
+    line = Line()
+    line.is_event_source = False
+    if reason in ("closed", "finished"):
+        _, body, seen = stopped(reason, line=line)
+        assert body == b": ok\n\ndata: a\n\n"
+        assert seen == [GeneratorExit, "finally"]
+    else:
+        with pytest.raises(ConnectionResetError, match="cut"):
+            stopped(reason, line=line)
+
+
+@pytest.mark.parametrize(
+    ("is_event_source", "drain", "until", "expected"),
+    [
+        (True, None, 30, 0),
+        (True, 10, 30, 10),
+        (True, 40, 30, 30),
+        (False, None, 30, 30),
+        (False, 10, 30, 10),
+        (False, 40, 30, 30),
+        (False, 0, 30, 0),
+        (False, 10, -1, -1),
+    ],
+)
+def test_for_how_long_a_generator_goes_on(is_event_source, drain, until, expected):
+    """At most as long as the server leaves, whatever it has asked for."""
+    line = Line()
+    line.is_event_source = is_event_source
+    stream = stream_of(iter(()), line, life=Life(drain=drain))
+    assert stream._drained_at(100.0, 100.0 + until) == 100.0 + expected
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [(None, None), ("0", 0), ("2.5", 2.5), ("x", None), ("-1", None)],
+)
+def test_the_drain_of_the_environment(monkeypatch, caplog, text, seconds):
+    """What is no number of seconds is said, and ignored."""
+    if text is not None:
+        monkeypatch.setenv("SYNCSTREAM_DRAIN", text)
+    assert drain_of_environment() == seconds
+    assert len(caplog.records) == (text is not None and seconds is None)
 
 
 def test_the_end_id_is_for_end_stop_alone():

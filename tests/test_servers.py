@@ -285,6 +285,17 @@ def test_the_sync_worker_is_warned_of():
     assert "-k gthread" in warning
 
 
+def test_a_single_worker_with_max_requests_is_warned_of():
+    """Nobody serves between it and its successor; two workers take turns."""
+    options = ("--max-requests", "1000")
+    with serve("gunicorn-gthread", *options) as server:
+        (warning,) = ask(server, "/late")["warnings"]
+    assert "max_requests" in warning
+    assert "two workers" in warning
+    with serve("gunicorn-gthread", *options, "-w", "2") as server:
+        assert ask(server, "/late")["warnings"] == []
+
+
 def test_the_sync_workers_timeout_ends_a_stream():
     """The fact that the warning tells."""
     # Not less, or one that boots slowly is killed, too.

@@ -121,13 +121,17 @@ def test_what_is_not_finished_in_time_is_cut(kind, key):
         ("gunicorn-gthread", "SIGABRT", "GeneratorExit"),
         ("gunicorn-gthread", "SIGQUIT", "GeneratorExit"),
         ("gunicorn-gevent", "SIGQUIT", "GeneratorExit"),
+        ("gunicorn-gthread", "orphan", "GeneratorExit"),
     ],
 )
 def test_an_end_at_once_cuts(kind, number, error, key):
-    """By gunicorn's quick stop, and by what it sends to a worker that is silent."""
+    """By gunicorn's quick stop, for a silent worker, and after its master's end."""
 
     def stop(server, pid):
-        os.kill(pid, getattr(signal, number))
+        if number == "orphan":
+            server.signal_one(signal.SIGKILL)
+        else:
+            os.kill(pid, getattr(signal, number))
 
     client, _, found = stopped(kind, key, "endless", stop)
     # The exit of a sync worker may hit between two steps.
