@@ -160,7 +160,8 @@ def hang_up(fd: int) -> None:
     By its descriptor, because ``SSLSocket.shutdown`` would forget the encryption.
     Writes then fail as if the peer had gone, reads show an end.
     """
-    with suppress(OSError), borrowed(fd) as sock:  # closed already, or reset
+    # Closed already, or reset; ValueError: its number is -1.
+    with suppress(OSError, ValueError), borrowed(fd) as sock:
         sock.shutdown(socket.SHUT_RDWR)
 
 
