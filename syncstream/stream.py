@@ -898,7 +898,12 @@ class Stream:
         except GeneratorExit:
             # Whoever wraps us by `yield from`, or just drops us, closes the stream.
             self.close()
-            raise
+            if not self._thrown_at:
+                raise
+            # Ours, which has hit a moment too late: it would end the server's thread.
+            raised = self._connection.cut() if self._connection is not None else None
+            if raised is not None:
+                raise raised from None
 
     def _subscribed(self, source: Subscription) -> Iterator[bytes]:
         """Do the same for a subscription; until it is handed over, if it can be.
@@ -1961,7 +1966,8 @@ def _is_of_a_signal(error: BaseException) -> bool:
 def _throw_into(thread: int, is_due: Callable[[], bool]) -> None:
     """Raise GeneratorExit in a thread, when it next runs Python code.
 
-    For the last seconds of a process only: it may hit a little later than meant.
+    For the last seconds of a process only: it may hit a little later than meant, and
+    is then taken by `Stream._chunks`, or by the server.
     """
     if is_due():
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
