@@ -992,6 +992,8 @@ class Fanout:
         """Write the last words, as far as the kernel takes them at once."""
         reason, terms = client.reason, client.terms
         if reason in ("disconnected", "send_timeout"):
+            if reason == "send_timeout" and not terms.is_chunked:
+                reset(client.fd)  # or it reads on one day, and finds an end
             return
         # A subscription is never done: others would take it for a whole answer.
         is_partial = reason not in _WHOLE or client.is_lagged

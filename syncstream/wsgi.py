@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 import random
 import re
 import sys
@@ -37,7 +38,7 @@ from .servers import (
     takes_directly,
 )
 from .servers.handover import Refused, Swap
-from .sockets import hang_up, is_hung_up, is_writable, reset
+from .sockets import hang_up, is_hung_up, is_writable, release, reset
 from .stream import Format, Life, Stream, check_handover, warn_unframed
 from .waiting import hub
 
@@ -473,7 +474,14 @@ class Connection:
     def drop(self) -> None:
         fd = self.fd
         if fd is not None and fd >= 0:
-            hang_up(fd)
+            # As soon as its write fails, the server may close its own descriptor.
+            try:
+                fd = os.dup(fd)
+            except OSError:  # closed already, or there are too many
+                hang_up(fd)
+            else:
+                self._cut(fd)
+                release(fd)
             self.server.drop(self._given)
 
     def cut(self) -> BaseException | None:
@@ -483,18 +491,22 @@ class Connection:
         shut down, after what was sent. Elsewhere (HTTP/1.0, uWSGI) only a reset
         can tell.
         """
-        fd, server = self.fd, self.server
+        fd = self.fd
         if fd is None:
             return connection_reset()
         if fd >= 0:
-            if (
-                not server.marks_end(self.environ)
-                and not server.is_tls(self._given)
-                and not reset(fd)
-            ):
-                log.warning("%s cannot be reset: the client sees an end", self.label)
-            hang_up(fd)
-        return server.raises()
+            self._cut(fd)
+        return self.server.raises()
+
+    def _cut(self, fd: int) -> None:
+        server = self.server
+        if (
+            not server.marks_end(self.environ)
+            and not server.is_tls(self._given)
+            and not reset(fd)
+        ):
+            log.warning("%s cannot be reset: the client sees an end", self.label)
+        hang_up(fd)
 
 
 def _warn_of_compression() -> None:

@@ -699,6 +699,23 @@ def test_those_who_stop_hold_nobody_up(kind, channel):
         del stuck
 
 
+def test_who_is_dropped_can_tell(channel):
+    """Without an end mark only a reset tells a slow reader what it lacks."""
+    path = f"/events/{channel}?send_timeout=1"
+    with (
+        serving("gunicorn-gthread") as server,
+        Asker(server) as asker,
+        server.get(path, version="1.0") as slow,
+    ):
+        assert slow.block() == OPENING
+        deadline = time.monotonic() + 40
+        while not state(server)["ended"].get("send_timeout"):
+            asker.publish(channel, [f"{n} {'x' * 20_000}" for n in range(20)])
+            assert time.monotonic() < deadline
+        with pytest.raises(ConnectionResetError):
+            slow.rest()
+
+
 def test_who_is_told_that_he_lags(channel):
     """Behind what is kept he gets a reset, and goes on; or his stream ends."""
     with (
