@@ -93,7 +93,11 @@ DEPLOYMENTS = {
     "gunicorn gthread": ["gunicorn-gthread"],
     "gunicorn gevent": ["gunicorn-gevent"],
     "gunicorn `--preload`": ["preload"],
-    "a container: PID 1": ["container"],
+    "gunicorn `--max-requests`": [
+        *("max-requests-sync", "max-requests-gthread", "max-requests-gevent"),
+    ],
+    "gunicorn `--reload`": ["reload"],
+    "a container: PID 1, killed after 10 s": ["container"],
     "nginx, over TCP": ["nginx-tcp"],
     "nginx, over a Unix socket": ["nginx-unix"],
     "New Relic": ["new-relic-gthread", "new-relic-gevent"],
@@ -109,7 +113,7 @@ COLUMNS = {
     "a leave ends it": ["leave", "first_stream", "first_subscriber", "first_head"],
     "keepalive": ["keepalive"],
     "nothing left behind": ["left"],
-    "worker replaced": ["first_burst"],
+    "worker replaced": ["replaced", "recycled", "reloaded", "first_burst"],
     "SIGTERM": ["stopped"],
 }
 # A test with a name of its own: its deployment, and what it shows of that.

@@ -1,7 +1,9 @@
 """The promises of a stream in the ways that people deploy it: a table of them.
 
 `DEPLOYMENTS` are the rows, `PROMISES` the columns; docs/deployments.md shows what came
-of each. A row is one real server for all its promises.
+of each. A row is one real server for all its promises, the stop last. No stream is lost
+without a sign: a response is whole with all its rows, or visibly cut, or it is that of
+an EventSource, which comes back.
 """
 
 import contextlib
@@ -31,7 +33,10 @@ from syncstream.protocol import sse
 
 pytestmark = pytest.mark.matrix
 
-GRACE = 5  # seconds: --graceful-timeout
+GRACE = 10  # seconds: --graceful-timeout
+DRAIN = 2  # seconds that finite work runs on when the server is told to stop
+# Not told, that is as long as --graceful-timeout allows, of what `docker stop` waits.
+CONTAINER_GRACE, KILL_AFTER = 8, 10
 
 EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
 FETCH = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
@@ -46,8 +51,11 @@ KINDS = {
     "lines": ("GET", "/lines", {}),
     "plain": ("GET", "/plain", {}),
 }
-GENERATORS = ("sse", "fetch", "post", "ndjson", "raw")
+FINITE = ("fetch", "post", "ndjson", "raw")  # generators whose clients do not come back
+GENERATORS = ("sse", *FINITE)
 SUBSCRIPTIONS = ("events", "lines")
+SHORT = {"rows": 6, "pause": 0.1}  # done within DRAIN
+ENDLESS = {"pause": 0.05}
 ROW = re.compile(rb"row (\d+)")
 
 
@@ -78,35 +86,39 @@ class Deployment:
     before: tuple[str, ...] = ()
     nginx: str | None = None
     agent: str = "none"
-    promises: tuple[str, ...] = ("pieces", "leave", "keepalive", "left")
+    promises: tuple[str, ...] = ("pieces", "leave", "keepalive", "left", "stopped")
 
 
+ALL = ("pieces", "leave", "keepalive", "left", "replaced", "stopped")
+BEHIND_A_PROXY = ("pieces", "slow", "leave", "keepalive", "left", "stopped")
 # It makes what it runs PID 1 of a namespace, as containers do. Not only root may.
 CONTAINER = (
     *("unshare", "--user", "--map-root-user"),
     *("--pid", "--fork", "--mount-proc", "--kill-child"),
 )
 NEW_RELIC = {
-    "promises": ("pieces", "leave", "left"),
     "agent": "newrelic",
     "before": (script("newrelic-admin"), "run-program"),
 }
 DEPLOYMENTS = {
-    "gunicorn-sync": Deployment("gunicorn-sync"),
-    "gunicorn-gthread": Deployment(env={"MIDDLEWARE": "1"}),
-    "gunicorn-gevent": Deployment("gunicorn-gevent", env={"MIDDLEWARE": "1"}),
-    "preload": Deployment(options=("--preload",), promises=("left",)),
+    "gunicorn-sync": Deployment("gunicorn-sync", promises=ALL),
+    "gunicorn-gthread": Deployment(promises=ALL, env={"MIDDLEWARE": "1"}),
+    "gunicorn-gevent": Deployment(
+        "gunicorn-gevent", promises=ALL, env={"MIDDLEWARE": "1"}
+    ),
+    "preload": Deployment(options=("--preload",), promises=("left", "replaced")),
     "container": Deployment(
+        options=("--graceful-timeout", str(CONTAINER_GRACE)),
         before=CONTAINER,
-        promises=("pieces", "left"),
+        promises=("pieces", "left", "stopped"),
     ),
     "nginx-tcp": Deployment(
-        nginx="proxy_pass http://127.0.0.1:{port};",
-        promises=("pieces", "slow", "leave", "keepalive", "left"),
+        nginx="proxy_pass http://127.0.0.1:{port};", promises=BEHIND_A_PROXY
     ),
     "nginx-unix": Deployment(
         "gunicorn-gevent",
         nginx="proxy_pass http://unix:{folder}/socket:; proxy_http_version 1.1;",
+        promises=BEHIND_A_PROXY,
     ),
     "new-relic-gthread": Deployment(**NEW_RELIC),
     "new-relic-gevent": Deployment("gunicorn-gevent", **NEW_RELIC),
@@ -116,12 +128,27 @@ DEPLOYMENTS = {
         before=(script("opentelemetry-instrument"),),
         env={"MIDDLEWARE": "1"},
     ),
-    "django": Deployment(app="apps.deploy_django:app", env={"MIDDLEWARE": "1"}),
+    "django": Deployment(
+        app="apps.deploy_django:app", env={"MIDDLEWARE": "1"}, promises=ALL
+    ),
     # Its views are loaded by a worker's first request, and no middleware is installed.
     "django-fresh": Deployment(
         app="apps.deploy_django:app",
         options=("--graceful-timeout", "60"),
         promises=("first_stream", "first_subscriber", "first_head", "first_burst"),
+    ),
+    **{
+        f"max-requests-{kind}": Deployment(
+            f"gunicorn-{kind}", options=("--max-requests", "3"), promises=("recycled",)
+        )
+        for kind in ("sync", "gthread", "gevent")
+    },
+    "reload": Deployment(
+        options=(
+            *("--graceful-timeout", "60"),
+            *("--reload", "--reload-extra-file", "{folder}/extra"),
+        ),
+        promises=("reloaded",),
     ),
 }
 
@@ -141,6 +168,7 @@ class Site:
     Attributes:
         server: Its `LiveServer`.
         hub: The channels of its workers, of this ``url``.
+        folder: Its own; touch ``extra`` in it for a reload.
     """
 
     def __init__(self, deployment):
@@ -155,7 +183,10 @@ class Site:
             if deployment.kind == "gunicorn-gthread":
                 words += ["--threads", "20"]
             words += deployment.options
+            Path(folder, "extra").touch()
             env = {"HUB_URL": self.url, "AGENT": deployment.agent, **deployment.env}
+            if deployment.before != CONTAINER:
+                env["SYNCSTREAM_DRAIN"] = str(DRAIN)
             self.server = self._front = LiveServer(
                 deployment.kind,
                 deployment.app,
@@ -164,6 +195,7 @@ class Site:
                 before=deployment.before,
             )
             stack.enter_context(self.server)
+            self.folder = Path(folder)
             if deployment.nginx:
                 settings = deployment.nginx.format(port=self.server.port, folder=folder)
                 self._front = stack.enter_context(Nginx(location(settings)))
@@ -312,6 +344,58 @@ class Answer(threading.Thread):
         return f"<{self.kind} {self.query}: {seen}>"
 
 
+def load(site, one="raw", what=SHORT):
+    """Return answers of all kinds that run; the subscribers have three rows.
+
+    A sync worker has but ``one`` generator, made of ``what``.
+    """
+    channel = unique_key()
+    site.hub.publish_many(channel, [f"row {n}" for n in range(3)])
+    answers = [Answer(site, kind, channel=channel) for kind in 2 * site.subscriptions]
+    for answer in answers:
+        answer.await_first()
+    if site.deployment.kind == "gunicorn-sync":  # it serves one beside them
+        return [*answers, Answer(site, one, **what).await_first()]
+    answers += [Answer(site, kind, **ENDLESS) for kind in GENERATORS]
+    answers += [Answer(site, "raw", is_frozen=True, size=50_000)]
+    for answer in answers:
+        answer.await_first()
+    # Last: they are to be under way when the server is told.
+    short = [Answer(site, kind, **SHORT) for kind in FINITE]
+    for answer in short:
+        answer.await_first()
+    return [*answers, *short, Answer(site, "plain", **SHORT)]
+
+
+def check(site, answers, told):
+    """See what became of answers whose server was told to stop at a time."""
+    for answer in answers:
+        answer.await_end()
+    come_back, drained = [], []
+    for answer in answers:
+        assert answer.rows == list(range(len(answer.rows))), answer
+        if answer.kind in ("sse", "events"):
+            assert answer.is_whole, answer
+            assert b"syncstream-end" not in answer.text, answer
+            come_back.append(answer.ended)
+        elif answer.kind in SUBSCRIPTIONS:
+            assert not answer.is_whole, answer
+            come_back.append(answer.ended)
+        elif "rows" in answer.query:
+            assert answer.is_whole, answer
+            assert len(answer.rows) == SHORT["rows"], answer
+        else:
+            assert not answer.is_whole, answer
+            if "size" not in answer.query:
+                drained.append(answer.ended)
+        if answer.kind in GENERATORS:
+            how = site.control.next(f"{answer.key}-ended")
+            assert (how == "finished") == ("rows" in answer.query), (how, answer)
+    if drained:
+        assert max(come_back) < min(drained)
+        assert min(drained) - told > DRAIN - 1
+
+
 # What each promise is: a function of the site.
 
 
@@ -433,6 +517,54 @@ def round_of(site):
     return site.facts()
 
 
+def replaced(site):
+    """On SIGHUP a new worker takes over, and nothing is lost without a sign."""
+    (old,) = site.workers()
+    answers = load(site)
+    told = time.monotonic()
+    site.main().send_signal(signal.SIGHUP)
+    await_true(lambda: not old.is_running())
+    thaw(answers)
+    check(site, answers, told)
+    resume(site, answers)
+    await_true(lambda: site.facts()["open"] == 0)
+
+
+def thaw(answers):
+    for answer in answers:
+        answer.thaw()
+
+
+def resume(site, answers):
+    """An EventSource that was told to come back gets what has come since."""
+    (answer, *_) = [answer for answer in answers if answer.kind == "events"]
+    last = list(sse.Decoder().feed(answer.text))[-1].id
+    channel = answer.query["channel"]
+    site.hub.publish(channel, "row 3")
+    with site.connect() as client:
+        headers = {**EVENT_SOURCE, "Last-Event-ID": last}
+        client.request("GET", f"/events?channel={channel}", headers=headers)
+        text = b""
+        while not ROW.search(text):
+            text += client.chunk()
+    assert ROW.findall(text) == [b"3"]
+
+
+def stopped(site):
+    """On SIGTERM nothing is lost without a sign, and the server goes in time."""
+    limit = GRACE
+    if site.deployment.before == CONTAINER:
+        limit = KILL_AFTER
+    answers = load(site, "sse", ENDLESS)
+    told = time.monotonic()
+    site.main().send_signal(signal.SIGTERM)
+    status = site.server.wait(limit)  # else TimeoutExpired, or SIGKILL
+    thaw(answers)
+    check(site, answers, told)
+    assert status == 0
+    assert site.server.tracebacks() == 0, site.server.log()
+
+
 def fresh(site):
     """Have a worker that has answered no request."""
     (old,) = site.workers()
@@ -480,6 +612,28 @@ def first_burst(site):
         assert site.control.next(f"{answer.key}-ended") != "finished"
 
 
+def recycled(site):
+    """Workers that go after three requests leave each response whole.
+
+    One after another, then all at once; a subscriber is told to come back.
+    """
+    channel = unique_key()
+    follower = Follower(site, channel)
+    kinds = ("raw", "post", "ndjson", "fetch")
+    answers = []
+    for n, kind in enumerate(kinds):
+        answers.append(Answer(site, kind, rows=20, pause=0.02).await_end())
+        site.hub.publish(channel, f"row {n}")
+    answers += [Answer(site, kind, rows=20, pause=0.02) for kind in kinds]
+    for answer in answers:
+        answer.await_end()
+        assert (answer.is_whole, answer.rows) == (True, list(range(20))), answer
+    site.hub.publish(channel, "row 4")
+    assert follower.rows_at(5) == [0, 1, 2, 3, 4]
+    pids = {site.control.next(f"{answer.key}-began") for answer in answers}
+    assert len(pids) > 1
+
+
 class Follower(threading.Thread):
     """An EventSource of a channel, that comes back whenever it is told to, or cut."""
 
@@ -524,11 +678,34 @@ class Follower(threading.Thread):
         return self.rows
 
 
+def reloaded(site):
+    """When the code has changed streams are cut at once, so that all can tell."""
+    (old,) = site.workers()
+    answers = load(site)
+    (site.folder / "extra").touch()
+    # By the clock of files: what is as old as the last look has not changed.
+    later = time.time() + 10
+    os.utime(site.folder / "extra", (later, later))
+    await_true(lambda: not old.is_running())  # not after --graceful-timeout
+    thaw(answers)
+    for answer in answers:
+        answer.await_end()
+        assert answer.rows == list(range(len(answer.rows))), answer
+        if answer.kind in ("sse", "events"):
+            assert b"syncstream-end" not in answer.text, answer
+        elif answer.is_whole:
+            assert len(answer.rows) == answer.query.get("rows"), answer
+        if answer.kind in GENERATORS:
+            site.control.next(f"{answer.key}-ended")
+    resume(site, answers)
+
+
 PROMISES = {
     one.__name__: one
     for one in (
-        *(pieces, slow, leave, keepalive, left),
+        *(pieces, slow, leave, keepalive, left, replaced, stopped),
         *(first_stream, first_subscriber, first_head, first_burst),
+        *(recycled, reloaded),
     )
 }
 
