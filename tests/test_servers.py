@@ -394,7 +394,8 @@ def test_a_wsgiref_server_without_threads_is_warned_of():
         fd = server.socket(environ).fileno()
         del environ["wsgi.input"]
         assert server.socket(environ).fileno() == fd
-        found.append((server.name, server.threads(environ), server.warning(environ)))
+        warnings = tuple(server.warnings(environ))
+        found.append((server.name, server.threads(environ), warnings))
         found.append(server.stopping(environ))
         start_response("200 OK", [("Content-Length", "0")])
         return []
@@ -406,7 +407,7 @@ def test_a_wsgiref_server_without_threads_is_warned_of():
         client.sendall(b"GET / HTTP/1.0\r\n\r\n")
         server.handle_request()
         assert b" 200 OK" in client.recv(1000)
-        (name, threads, warning), stopping = found
+        (name, threads, (warning,)), stopping = found
         assert (name, threads) == ("wsgiref", 1)
         assert "serves nothing else while a stream is open" in warning
         assert not stopping()
