@@ -19,6 +19,7 @@ from pairs import tcp_pair, vanish
 from syncstream import (
     ClientDisconnected,
     Event,
+    Hub,
     SSEResponse,
     Stream,
     current_stream,
@@ -948,3 +949,40 @@ def test_who_was_given_up_by_the_kernel_has_not_left(line, monkeypatch):
         assert stream.reason == "send_timeout"
         with pytest.raises(BrokenPipeError):  # not TimeoutError, which servers log
             server.sendall(b"x")
+
+
+class Unswapped:
+    """A swap that nobody can make use of."""
+
+    undone = 0
+
+    def undo(self):
+        self.undone += 1
+
+
+def test_a_loop_that_cannot_start_is_said_once(line, monkeypatch, caplog):
+    """Its clients stay with their server, and get what they wait for."""
+
+    def full():
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("syncstream.stream.fanout", full)
+    swap = Unswapped()
+    hub = Hub()
+    line.swap = lambda: swap
+    for n in range(3):
+        stream = stream_of(hub.subscribe(f"a{n}", after="start"), line)
+        chunks = iter(stream)
+        assert next(chunks) == b": ok\n\n"
+        hub.publish(f"a{n}", n)
+        assert f"data: {n}\n\n".encode() in next(chunks)
+        stream.close()
+        assert swap.undone == n + 1
+        line = type(line)()
+        line.swap = lambda: swap
+    hub.close()
+    said = [text for text in caplog.messages if "stay with their server" in text]
+    assert said == [
+        "clients stay with their server: OSError(24, 'Too many open files')"
+    ]
+    assert "Traceback" not in caplog.text
