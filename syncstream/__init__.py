@@ -7,6 +7,7 @@ The map of the package, from top to bottom the way the data takes:
 ``clock``             the clock that waits go by
 ``protocol``          bytes <-> values: event streams, NDJSON, JSON
 ``sockets``           what is asked of a socket, by its descriptor
+``journal``           log lines that harm nobody
 ``waiting``           the one place that knows threads from gevent; the scope
 ``watch``             hang-ups and a clock, one per process
 ``process``           the process's streams, and its stop

@@ -131,16 +131,30 @@ def _give_connections_back() -> None:
     """Close this thread's database connections, or return them to their pool.
 
     Django does so between requests, and a stream is one long request. What is in use
-    stays: in a transaction, by ``atomic()`` or without autocommit, or by a cursor.
+    stays: in a transaction, by ``atomic()`` or without autocommit, or by a cursor. One
+    that cannot be closed does not keep the others open.
+
+    Raises:
+        Exception: Of the last one that could not be closed.
     """
+    failure = None
     for connection in connections.all(initialized_only=True):
-        if (
-            connection.connection is not None
-            and not connection.in_atomic_block
-            and connection.get_autocommit()
-            and not _OpenCursors.of(connection)
-        ):
-            connection.close()
+        try:
+            _give_back(connection)
+        except Exception as error:
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+def _give_back(connection: Any) -> None:
+    if (
+        connection.connection is not None
+        and not connection.in_atomic_block
+        and connection.get_autocommit()
+        and not _OpenCursors.of(connection)
+    ):
+        connection.close()
 
 
 def _finished(sender: object, **kwargs: Any) -> None:

@@ -37,7 +37,7 @@ from .protocol import sse
 from .protocol.json import Dumps, dumps_or_default
 from .protocol.sse import Event
 from .sockets import native
-from .waiting import Scope, Waiter, Wakeable, current_scope, wake_all
+from .waiting import Scope, Waiter, Wakeable, current_scope, say, wake_all
 
 __all__ = ["Gap", "Hub", "Subscription"]
 
@@ -558,7 +558,8 @@ class Hub:
     def state(self, is_up: bool, reason: str) -> None:
         if is_up != self._is_up:
             self._is_up = is_up
-            log.warning("the broker is %s: %s", "back" if is_up else "down", reason)
+            state = "back" if is_up else "down"
+            say(log, logging.WARNING, "the broker is %s: %s", state, reason)
 
     # For subscriptions.
 
@@ -631,9 +632,11 @@ class Hub:
             try:
                 self.publish(channel, data, event=name)
             except BrokerError as error:
-                log.warning("%r could not be announced in %r: %s", name, channel, error)
-            except Exception:  # the broker's own; others are not to end by it
-                log.exception("%r could not be announced in %r", name, channel)
+                text = "%r could not be announced in %r: %s"
+                say(log, logging.WARNING, text, name, channel, error)
+            except Exception as error:  # the broker's own; others are not to end by it
+                text = "%r could not be announced in %r"
+                say(log, logging.ERROR, text, name, channel, error=error)
 
     def watch(self, name: str) -> _Channel | None:
         """Have the broker tell of a channel, or of those that match a pattern."""
@@ -676,7 +679,7 @@ class Hub:
             try:
                 self.broker.unwatch(name)
             except BrokerError as error:  # it goes on to tell what nobody wants
-                log.warning("%r could not be unwatched: %s", name, error)
+                say(log, logging.WARNING, "%r could not be unwatched: %s", name, error)
             # Somebody may have come in between, and have it watched before this.
             with self._lock:
                 found = self._channels.get(name)

@@ -28,8 +28,9 @@ from contextlib import suppress
 from typing import Any
 
 from .clock import time
+from .journal import report
 from .sockets import hang_up, is_socket
-from .waiting import sleep
+from .waiting import say, sleep
 
 __all__ = ["AGAIN", "USELESS", "Link", "place_of", "unblock"]
 
@@ -66,7 +67,8 @@ class Link:
         try:
             problem, self._is_process = _problem(closable), _is_process(closable)
         except Exception as error:  # it does not like to be looked at
-            log.debug("a linked object could not be inspected: %r", error)
+            text = "a linked object could not be inspected: %r"
+            report(log, logging.DEBUG, text, error)
         if problem is not None:
             raise TypeError(f"closable must {problem}, got {closable!r}")
         self.closable = closable
@@ -128,7 +130,8 @@ class Link:
             try:
                 function()
             except Exception as error:
-                log.debug("a linked object could not be unblocked: %r", error)
+                text = "a linked object could not be unblocked: %r"
+                report(log, logging.DEBUG, text, error)
 
         self._thread = threading.Thread(target=run, name="syncstream-link", daemon=True)
         self._thread.start()
@@ -176,7 +179,7 @@ def unblock(links: Sequence[Link], *, is_parked: bool) -> None:
         try:
             link.unblock(is_parked=is_parked)
         except Exception as error:  # the others, and the wait, must end too
-            log.debug("a linked object could not be unblocked: %r", error)
+            say(log, logging.DEBUG, "a linked object could not be unblocked: %r", error)
 
 
 def place_of(links: Sequence[Link]) -> tuple[object, ...]:

@@ -23,7 +23,9 @@ from functools import partial
 from typing import Any, Protocol
 
 from .clock import time
+from .journal import journal, report
 from .sockets import native
+from .waiting import say
 from .watch import GRID, Watch, on_grid
 
 __all__ = ["Process", "Served", "Stopping", "process", "stats"]
@@ -108,18 +110,22 @@ class Served:
 
     def until(self) -> float | None:
         """Return what its `stopping` tells."""
-        return None if self.stopping is None else self.stopping()
+        return _asked(self.stopping)
 
     def stop(self, until: float = AT_ONCE) -> None:
-        """Tell all its streams to end; those with finite work, at that time."""
+        """Tell all its streams to end; those with finite work, at that time.
+
+        One that fails keeps no other from it.
+        """
         if self.since is None:
             self.since = time.monotonic()
+        complaint = "a stream was not told to end"
         for reference in list(self.open.values()):
             stream = reference()
             if stream is not None:
-                stream.shut_down(self.since, until)
+                _try(partial(stream.shut_down, self.since, until), complaint)
         for parked in tuple(self.parked):
-            parked.stop("shutdown")
+            _try(partial(parked.stop, "shutdown"), complaint)
 
     def count(self) -> int:
         """Return how many streams it has."""
@@ -151,10 +157,15 @@ class Process:
         """Log a warning unless this process has done so before."""
         token = object()
         if self._warned.setdefault(key or text, token) is token:
-            try:
-                log.warning(text)
-            except Exception as error:  # a broken handler does not break a stream
-                print(f"syncstream: {text} (not logged: {error!r})", file=sys.stderr)
+            report(log, logging.WARNING, text)
+
+    def say_once(
+        self, log: logging.Logger, level: int, message: str, *args: object
+    ) -> None:
+        """Log a line, soon, unless this process has done so before."""
+        token = object()
+        if self._warned.setdefault(message, token) is token:
+            say(log, level, message, *args)
 
     def memo(self, key: Hashable, find: Callable[[], Any]) -> Any:
         """Return what was found for a key; find it the first time.
@@ -278,10 +289,9 @@ class Process:
         From the first time on that it is not ``None``, the server has a `since`.
         """
         until = served.until()
-        if self._stopping is not None:
-            ours = self._stopping()
-            if ours is not None:
-                until = ours if until is None else min(until, ours)
+        ours = _asked(self._stopping)
+        if ours is not None:
+            until = ours if until is None else min(until, ours)
         if until is not None and served.since is None:
             served.since = time.monotonic()
         return until
@@ -322,7 +332,7 @@ class Process:
     def leave(self) -> None:
         """Do what is to be done last."""
         while self._last:
-            self._last.pop()()
+            _try(self._last.pop(), "what was to be done at the exit failed")
 
     def stats(self) -> dict[str, Any]:
         with self._lock:
@@ -343,6 +353,27 @@ def process() -> Process:
     return found if found is not None else _processes.setdefault(pid, Process())
 
 
+def _try(function: Callable[[], object], complaint: str) -> None:
+    """Call; the others go on if that fails."""
+    try:
+        function()
+    except Exception as error:
+        # In the thread or the hub of a watch, for which everybody waits.
+        say(log, logging.ERROR, complaint, error=error)
+
+
+def _asked(stopping: Stopping | None) -> float | None:
+    """Return what something tells of its stop; of what cannot be asked, nothing."""
+    if stopping is None:
+        return None
+    try:
+        return stopping()
+    except Exception as error:
+        text = "whether the server stops cannot be asked: %r"
+        process().say_once(log, logging.ERROR, text, error)
+        return None
+
+
 def stats() -> dict[str, Any]:
     """Return what has become of the streams of this process.
 
@@ -359,3 +390,4 @@ def _at_exit() -> None:
     record = process()
     record.end(EXIT_WAIT)
     record.leave()
+    journal().flush()  # what these ends have to say

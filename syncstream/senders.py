@@ -40,6 +40,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from .clock import time
+from .journal import journal
 from .sockets import native
 
 __all__ = [
@@ -133,7 +134,7 @@ def _best() -> Sender:
             raise OSError(errno.EPERM, "system calls are filtered here (seccomp)")
         ring = UringSender()
     except OSError as error:
-        log.debug("sending without a ring: %s", error)
+        journal().later(log, logging.DEBUG, "sending without a ring: %s", error)
     return AdaptiveSender(ring, pydll)
 
 
@@ -570,10 +571,11 @@ class AdaptiveSender:
         return rest + self._pydll.send(each, data)
 
     def _drop_ring(self, ring: UringSender) -> None:
-        if ring.failure is not None:  # not after a fork, or a close
-            log.warning("sending without io_uring: %s", ring.failure.strerror)
-        ring.close()
         self._ring, self.name = None, "auto"
+        ring.close()
+        if ring.failure is not None:  # not after a fork, or a close
+            text = "sending without io_uring: %s"
+            journal().later(log, logging.WARNING, text, ring.failure.strerror)
 
     def _look_at(self, now: float, seconds: float, cpu: float | None) -> None:
         """Judge a send that took long; `cpu` is the thread's clock before it."""

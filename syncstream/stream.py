@@ -33,7 +33,6 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
@@ -43,6 +42,7 @@ from .clock import time
 from .errors import ClientDisconnected, Closed, Unavailable
 from .fanout import Client, come_back, fanout
 from .hub import Frames, Subscription
+from .journal import report
 from .links import AGAIN, USELESS, Link, place_of, unblock
 from .process import Process, Served, Stopping, process
 from .protocol import sse
@@ -1417,16 +1417,16 @@ class Stream:
         if is_greenlet_exit(error):
             # gevent ends this greenlet, or the source ends itself in that way.
             self._end("shutdown")
-            self._log(logging.WARNING, "the greenlet of %s was killed")
             self._close_source()
+            self._log(logging.WARNING, "the greenlet of %s was killed")
             return b"", False
         is_first = isinstance(error, Returned) and not self._events
         self._end("refused" if is_first else "error")
         message = "the source of %s failed"
         if self._is_event_stream and (is_answer(error) or isinstance(error, Returned)):
             message += _TOO_LATE
-        self._log(logging.ERROR, message, error)
         self._close_source()
+        self._log(logging.ERROR, message, error)
         return self._last_words(error, refusal)
 
     def _last_words(
@@ -1911,28 +1911,7 @@ class Stream:
         self, level: int, message: str, error: BaseException | None = None
     ) -> None:
         """Log a line; a handler that is broken does not break the stream."""
-        # Not the error itself: logging asks whether it is true, and one with a
-        # __len__ may say no.
-        info = (type(error), error, error.__traceback__) if error is not None else None
-        try:
-            log.log(level, message, self._label, exc_info=info)
-        except Exception as problem:
-            self._print(message, error, problem)
-
-    def _print(
-        self, message: str, error: BaseException | None, problem: Exception
-    ) -> None:
-        """Print what could not be logged, without asking the exceptions anything."""
-        if sys.stderr is None:
-            return
-        with suppress(OSError, ValueError):  # there is no third place to say it
-            if error is not None:
-                traceback.print_tb(error.__traceback__)
-            names = [type(e).__name__ for e in (error, problem) if e is not None]
-            print(
-                f"syncstream: {message % self._label} (not logged: {', '.join(names)})",
-                file=sys.stderr,
-            )
+        report(log, level, message, self._label, error=error)
 
     @property
     def _label(self) -> str:

@@ -13,6 +13,7 @@ after this module was imported.
 from __future__ import annotations
 
 import _thread
+import logging
 import queue
 import sys
 import threading
@@ -23,9 +24,11 @@ from types import FrameType
 from typing import Any, NoReturn, Protocol
 
 from .clock import time
+from .journal import is_enabled, journal, report
 from .sockets import native
 
 __all__ = [
+    "LONGEST",
     "Parked",
     "Scope",
     "Waiter",
@@ -42,11 +45,21 @@ __all__ = [
     "refuse_eventlet",
     "runner",
     "runner_function",
+    "say",
     "sleep",
     "sleep_in_hub",
     "wait",
     "wake_all",
 ]
+
+log = logging.getLogger(__name__)
+
+LONGEST = 86400.0 * 24
+"""Seconds that a wait, a timer or a lock is given at a stretch, at most.
+
+More overflows somewhere: epoll's milliseconds are a C int, PostgreSQL's and those of
+sockets, too; locks take 292 years.
+"""
 
 
 class Scope(Protocol):
@@ -268,10 +281,11 @@ def sleep_in_hub(seconds: float) -> None:
 
 def _sleep(seconds: float) -> None:
     # Without monkey-patching time.sleep would hold up the whole hub.
-    if hub() is not None:
-        sleep_in_hub(seconds)
-    else:
-        time.sleep(seconds)
+    pause = time.sleep if hub() is None else sleep_in_hub
+    while seconds > LONGEST:
+        pause(LONGEST)
+        seconds -= LONGEST
+    pause(seconds)
 
 
 def wait(waitable: Any, timeout: float | None = None) -> Any:
@@ -300,6 +314,8 @@ def wait(waitable: Any, timeout: float | None = None) -> Any:
         raise TypeError(f"timeout must be a number or None, got {timeout!r}")
     if timeout is not None and not timeout >= 0:
         raise ValueError(f"timeout must be 0 or more, got {timeout!r}")
+    if timeout is not None:  # 146 years: a lock overflows at twice that
+        timeout = min(timeout, threading.TIMEOUT_MAX / 2)
     in_hub = hub() is not None
     condition: Any = None if in_hub else _condition_of(waitable)
     if condition is None and not (in_hub and _is_cooperative(waitable)):
@@ -594,7 +610,7 @@ class Waiter:
             scope.parked = None
 
     def _wait_in_hub(self, timeout: float) -> None:
-        timer = self.hub.loop.timer(timeout)
+        timer = self.hub.loop.timer(min(timeout, LONGEST))
         self._is_waiting = True
         try:
             timer.start(self.switch, update=True)
@@ -628,30 +644,92 @@ def wake_all(waiters: Iterable[Wakeable]) -> None:
     of_hubs: dict[Any, list[Any]] = {}
     last: Any = None  # mostly all are of one
     greenlets: list[Any] = []
+    failed: list[tuple[Wakeable, BaseException]] = []
     for waiter in waiters:
         hub = waiter.hub
         if hub is None:
-            waiter.wake()
+            try:
+                waiter.wake()
+            except BaseException as error:  # the others are to wake; and this one
+                failed.append((waiter, error))
             continue
         if hub is not last:
             last, greenlets = hub, of_hubs.setdefault(hub, [])
         greenlets.append(waiter)
-    if not of_hubs:
-        return
+    if of_hubs:
+        _switch_in(of_hubs)
+    for waiter, problem in failed:
+        _wake_again(waiter, problem)
+
+
+def _switch_in(of_hubs: dict[Any, list[Any]]) -> None:
     here = _hub_of_this_thread()
     for there, greenlets in of_hubs.items():
-        if there is here:
-            there.loop.run_callback(_switch_all, there, greenlets)
-        else:
-            there.loop.run_callback_threadsafe(_switch_all, there, greenlets)
+        try:
+            if there is here:
+                there.loop.run_callback(_switch_all, there, greenlets)
+            else:
+                there.loop.run_callback_threadsafe(_switch_all, there, greenlets)
+        except Exception as error:
+            # A hub that was destroyed has no loop: nobody waits there any more.
+            _not_woken(error, logging.DEBUG if there.loop is None else logging.ERROR)
+
+
+def _wake_again(waiter: Wakeable, error: BaseException) -> None:
+    # It is registered nowhere any more: nobody else would wake it.
+    try:
+        waiter.wake()
+    except Exception as second:
+        error = second
+        _not_woken(error)
+    if not isinstance(error, Exception):  # a signal's, say
+        raise error
+
+
+def _not_woken(error: BaseException, level: int = logging.ERROR) -> None:
+    say(log, level, "a waiter could not be woken", error=error)
 
 
 def _switch_all(hub: Any, waiters: list[Waiter]) -> None:
-    for waiter in waiters:
+    waiting = iter(waiters)
+    for waiter in waiting:
         try:
             waiter.switch()
-        except BaseException:
-            hub.handle_error(waiter, *sys.exc_info())
+        except BaseException as error:
+            try:
+                hub.handle_error(waiter, *sys.exc_info())
+            except Exception as problem:
+                _not_woken(error)
+                _not_woken(problem)
+            except BaseException:  # what ends the hub, or its program, is for those
+                hub.loop.run_callback(_switch_all, hub, list(waiting))
+                raise
+
+
+def say(
+    log: logging.Logger,
+    level: int,
+    message: str,
+    *args: Any,
+    error: BaseException | None = None,
+) -> None:
+    """Log a line, soon: for those whom others wait for. From anywhere.
+
+    In a greenlet of the hub that runs here, where a handler may wait as it is used to;
+    else in the thread of the journal.
+    """
+    if not is_enabled(log, level):
+        return
+    gevent = sys.modules.get("gevent")
+    # A hub's callbacks run in the hub, which is a greenlet with a parent, too.
+    if gevent is not None and _hub_of_this_thread() is not None:
+        try:
+            if gevent.getcurrent().parent is not None:
+                gevent.spawn(report, log, level, message, *args, error=error)
+                return
+        except Exception as problem:  # it cannot be, any more
+            journal().later(log, logging.DEBUG, "not logged in a hub: %r", problem)
+    journal().later(log, level, message, *args, error=error)
 
 
 def _hub_of_this_thread() -> Any:

@@ -21,25 +21,26 @@ import logging
 import math
 import os
 import select
-import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from .clock import time
 from .sockets import is_hung_up, native
-from .waiting import hub
+from .waiting import hub, say
 
-__all__ = ["GRID", "Timer", "Watch", "on_grid", "watch"]
+__all__ = ["GRID", "Timer", "Watch", "Worker", "on_grid", "watch"]
 
 log = logging.getLogger(__name__)
 
 Callback = Callable[[], object]
 
 LOOK_EVERY = 0.05  # seconds, without epoll
+AGAIN = 1.0  # seconds until a timer whose callback has failed is tried again
 _LONGEST = 3600.0  # seconds at a stretch: epoll takes 24 days at most
 GRID = 0.08  # seconds between two times at which timers that are not urgent run
 _COMPACT = 1000  # cancelled timers that are kept, at least
@@ -51,12 +52,14 @@ class Timer:
     Attributes:
         callback: Returns when it wants to be called again (`time.monotonic`), or
             ``None``.
+        has_failed: It has raised before, and that was said.
     """
 
-    __slots__ = ("callback",)
+    __slots__ = ("callback", "has_failed")
 
     def __init__(self, callback: Callable[[], float | None]) -> None:
         self.callback: Callable[[], float | None] | None = callback
+        self.has_failed = False
 
 
 class Watch:
@@ -134,23 +137,39 @@ class Watch:
                 if self._hung_up.get(fd) is not hung_up:  # removed meanwhile
                     continue
                 self._told[fd] = hung_up
-            _guarded(hung_up)
+            self._guarded(hung_up)
         return time.monotonic() + LOOK_EVERY
 
     def _look_at(self, fd: int) -> None:
         # A look at the socket: the number may have become another's since.
         hung_up = self._hung_up.get(fd)
         if hung_up is not None and is_hung_up(fd):
-            _guarded(hung_up)
+            self._guarded(hung_up)
 
     def _read(self, timeout: float) -> None:
         """Wait for epoll, at most so many seconds, and tell of hang-ups."""
         assert self._epoll is not None
         for fd, _ in self._epoll.poll(timeout):
-            if fd in self._hung_up:
-                self._look_at(fd)
-            else:
-                self._woken(fd)
+            try:
+                if fd in self._hung_up:
+                    self._look_at(fd)
+                else:
+                    self._woken(fd)
+            except Exception as error:
+                # It is told of once (EPOLLONESHOT): nobody would look again.
+                self.call_at(time.monotonic() + AGAIN, partial(self._look_at, fd))
+                say(log, logging.ERROR, "a hang-up could not be looked at", error=error)
+
+    def _do_without_epoll(self, error: BaseException) -> None:
+        """Look at each socket from now on: somebody has closed our descriptors."""
+        with self._lock:
+            if self._epoll is None:
+                return
+            self._epoll = None  # not closed: its number may be another's by now
+            self._told.clear()
+        self.call_at(time.monotonic(), self._look)
+        text = "hang-ups are looked for: the epoll of the watch cannot be used"
+        say(log, logging.ERROR, text, error=error)
 
     def _woken(self, fd: int) -> None:
         """Take note that a descriptor which is not a connection is ready."""
@@ -206,15 +225,32 @@ class Watch:
                 if callback is None:
                     self._cancelled -= 1
                     continue
-            again = _guarded(callback)
-            if again is not None and timer.callback is not None:
-                with self._lock:
-                    entry = _shared(again), next(self._order), timer
-                    heapq.heappush(self._timers, entry)
+            again: float | None = now + AGAIN  # whatever ends this here
+            try:
+                again = self._guarded(callback, timer)
+            finally:
+                if again is not None and timer.callback is not None:
+                    # Not before its turn: a time that is over would keep us here.
+                    again = max(again, time.monotonic())
+                    with self._lock:
+                        entry = _shared(again), next(self._order), timer
+                        heapq.heappush(self._timers, entry)
 
     def _wake(self) -> None:
         """Let the watch look at its timers again: the first one has changed."""
         raise NotImplementedError
+
+    def _guarded(self, callback: Callable[[], Any], timer: Timer | None = None) -> Any:
+        """Call; a callback that fails ends neither the watch nor its own timer."""
+        try:
+            return callback()
+        except Exception as error:
+            if timer is None or not timer.has_failed:
+                say(log, logging.ERROR, "a callback of the watch failed", error=error)
+            if timer is None:
+                return None
+            timer.has_failed = True
+            return time.monotonic() + AGAIN
 
     # Elsewhere.
 
@@ -238,6 +274,7 @@ class _ThreadWatch(Watch):
     def __init__(self) -> None:
         self._ready = native_lock()  # without epoll: released to wake the thread
         self._event_fd = -1
+        self._is_over = False
         super().__init__()
         if self._epoll is not None:
             self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -254,32 +291,73 @@ class _ThreadWatch(Watch):
             raise
 
     def _loop(self) -> None:
-        while True:
-            when = self._run_timers()
-            left = -1.0 if when is None else _left(when)
-            if self._epoll is not None:
-                self._read(left)
-            else:
-                self._ready.acquire(True, left)
+        while not self._is_over:
+            # No signal comes to this thread, so that nothing here is anybody's exit.
+            try:
+                self._round()
+            except BaseException as error:
+                say(log, logging.ERROR, "the watch failed, and goes on", error=error)
+                native(time, "sleep")(0.1)  # whatever it is, not as fast as can be
+
+    def _round(self) -> None:
+        when = self._run_timers()
+        left = -1.0 if when is None else _left(when)
+        if self._epoll is None:
+            self._ready.acquire(True, left)
+            return
+        try:
+            self._read(left)
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            self._event_fd = -1
+            self._do_without_epoll(error)
 
     def _wake(self) -> None:
-        if self._event_fd >= 0:
-            os.eventfd_write(self._event_fd, 1)
-        elif self._epoll is None and self._ready.locked():
-            try:
+        event_fd = self._event_fd
+        if event_fd >= 0:
+            os.eventfd_write(event_fd, 1)
+        elif self._epoll is None:
+            with suppress(RuntimeError):  # it is awake
                 self._ready.release()
-            except RuntimeError as error:  # another thread was faster
-                log.debug("the watch is awake: %s", error)
 
     def _woken(self, fd: int) -> None:
         if fd == self._event_fd:
             os.eventfd_read(fd)
 
     def run(self, callback: Callback) -> None:
-        callback()
+        self._guarded(callback)
 
     def spawn(self, callback: Callback) -> None:
-        callback()
+        self._guarded(callback)
+
+
+class Worker:
+    """Does one thing after the other in a greenlet of a hub; all of it in that.
+
+    Args:
+        do: Does one; what it raises ends the greenlet, and another goes on.
+    """
+
+    def __init__(self, do: Callable[[Callback], object]) -> None:
+        self.jobs: deque[Callback] = deque()
+        self._do = do
+        self._is_working = False
+
+    def begin(self) -> None:
+        """Do what there is, soon."""
+        if self._is_working or not self.jobs:
+            return
+        import gevent
+
+        gevent.spawn(self._work)
+        self._is_working = True
+
+    def _work(self) -> None:
+        try:
+            while self.jobs:
+                self._do(self.jobs.popleft())
+        finally:
+            self._is_working = False
+            self.begin()  # it was killed, and what it had to do was not
 
 
 class _HubWatch(Watch):
@@ -290,8 +368,7 @@ class _HubWatch(Watch):
         self._timer: Any = None
         self._timer_at = float("inf")
         self._io: Any = None
-        self._jobs: deque[Callback] = deque()
-        self._is_working = False
+        self._worker = Worker(self._guarded)
         self._calls: deque[Callback] = deque()
         # gevent's run_callback_threadsafe counts references without a lock while the
         # loop runs (libev's ev_ref), and now and then the loop ended, with LoopExit
@@ -309,7 +386,11 @@ class _HubWatch(Watch):
         if self._is_foreign:  # its parent is told of this, or nobody
             self._io.stop()
             return
-        self._read(0)
+        try:
+            self._read(0)
+        except (OSError, ValueError) as error:
+            self._io.stop()
+            self._do_without_epoll(error)
 
     def _wake(self) -> None:
         hub = self._hub()
@@ -335,10 +416,10 @@ class _HubWatch(Watch):
         self._timer_at = float("inf")
         if self._is_foreign:
             return
-        when = self._run_timers()
-        hub = self._hub()
-        if when is not None and hub is not None and when < self._timer_at:
-            self._set_timer(hub, when)
+        try:
+            self._run_timers()
+        finally:  # also of what ends a program that may go on all the same
+            self._wake()
 
     @property
     def is_over(self) -> bool:
@@ -349,23 +430,16 @@ class _HubWatch(Watch):
         self._async.send()
 
     def _run_calls(self) -> None:
-        while self._calls:
-            _guarded(self._calls.popleft())
+        try:
+            while self._calls:
+                self._guarded(self._calls.popleft())
+        finally:
+            if self._calls:
+                self._async.send()
 
     def spawn(self, callback: Callback) -> None:
-        self._jobs.append(callback)
-        if not self._is_working:
-            import gevent
-
-            self._is_working = True
-            gevent.spawn(self._work)
-
-    def _work(self) -> None:
-        try:
-            while self._jobs:
-                _guarded(self._jobs.popleft())
-        finally:
-            self._is_working = False
+        self._worker.jobs.append(callback)
+        self._worker.begin()
 
 
 def _left(when: float) -> float:
@@ -378,27 +452,13 @@ def on_grid(when: float) -> float:
 
     Each waking costs more than what is done then: 100 µs in a gevent hub.
     """
-    return math.ceil(when / GRID) * GRID
+    place = when / GRID
+    # So far away a float has no such steps, nor may it be an int.
+    return math.ceil(place) * GRID if place < 1e15 else when
 
 
 def _shared(when: float) -> float:
     return when if when - time.monotonic() < 1 else on_grid(when)
-
-
-def _guarded(callback: Callable[[], Any]) -> Any:
-    """Call; a callback that fails does not end the watch."""
-    try:
-        return callback()
-    except Exception as error:
-        try:
-            log.exception("a callback of the watch failed")
-        except Exception as second:  # a broken handler does not end the watch, either
-            print(
-                f"syncstream: a callback of the watch failed: {error!r}"
-                f" (not logged: {second!r})",
-                file=sys.stderr,
-            )
-        return None
 
 
 def native_lock() -> Any:

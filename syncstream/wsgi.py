@@ -26,6 +26,7 @@ from werkzeug.wrappers import Response
 
 from .capacity import Capacity, Full, Place
 from .errors import ClientDisconnected
+from .journal import report
 from .process import Stopping, process
 from .protocol import ndjson, raw, sse
 from .protocol.json import Dumps
@@ -156,6 +157,7 @@ class Connection:
         self._begun: tuple[StartResponse, list[tuple[str, str]]] | None = None
         self.is_answering = False  # start_response is called again, for an error
         self.hides_errors = False  # a framework answers errors, and logs none
+        self._has_failed_hook = False
 
     @classmethod
     def of(cls, environ: WSGIEnvironment) -> Connection:
@@ -315,7 +317,8 @@ class Connection:
                 raise
             # It raises the error if a byte is out (PEP 3333), and a middleware's may
             # take no third argument.
-            log.debug("%s is cut, not answered by %s: %r", self.label, line, raised)
+            text = "%s is cut, not answered by %s: %r"
+            report(log, logging.DEBUG, text, self.label, line, raised)
             return None
         finally:
             self.is_answering, exc_info = False, None  # no cycle by its traceback
@@ -418,7 +421,14 @@ class Connection:
 
     def before_wait(self) -> None:
         for give_back in self.environ.get(BEFORE_WAIT, ()):
-            give_back()
+            try:
+                give_back()
+            except Exception as error:  # no reason to end what waits
+                # Once: each of its waits calls it again.
+                level = logging.DEBUG if self._has_failed_hook else logging.ERROR
+                self._has_failed_hook = True
+                text = "what gives back before a wait of %s failed"
+                report(log, level, text, self.label, error=error)
 
     @functools.cached_property
     def _socket(self) -> SocketLike | None:
@@ -443,7 +453,8 @@ class Connection:
         try:
             return Swap(self._given, self.server)
         except Refused as error:
-            log.debug("%s stays with its server: %s", self.label, error)
+            text = "%s stays with its server: %s"
+            report(log, logging.DEBUG, text, self.label, error)
             if error.is_gone:
                 raise ClientDisconnected(str(error)) from error
             if error.is_full:
@@ -500,13 +511,15 @@ class Connection:
 
     def _cut(self, fd: int) -> None:
         server = self.server
-        if (
+        is_hidden = (
             not server.marks_end(self.environ)
             and not server.is_tls(self._given)
             and not reset(fd)
-        ):
-            log.warning("%s cannot be reset: the client sees an end", self.label)
+        )
         hang_up(fd)
+        if is_hidden:
+            text = "%s cannot be reset: the client sees an end"
+            report(log, logging.WARNING, text, self.label)
 
 
 def _warn_of_compression() -> None:
@@ -1133,7 +1146,7 @@ class _Head:
                 write(self.written)
             except OSError as error:
                 # The client has left: the stream will find that out for itself.
-                log.debug("%s: %s", self.connection.label, error)
+                report(log, logging.DEBUG, "%s: %s", self.connection.label, error)
 
     @property
     def has_body(self) -> bool:
@@ -1178,7 +1191,7 @@ class _Head:
         """Start the answer for a stream that there is no place for."""
         record = process()
         record.warn_once(log, "a stream was refused: all places are taken", "refused")
-        log.debug("%s was refused", self.connection.label)
+        report(log, logging.DEBUG, "%s was refused", self.connection.label)
         wait = random.uniform(2, 6)  # seconds, jittered: not all at once
         if self.connection.is_event_source:
             self.refusal = sse.Event(retry=round(wait * 1000)).encode()

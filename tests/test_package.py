@@ -21,6 +21,7 @@ LAYERS = (
     ("answers",),
     ("protocol",),
     ("sockets",),
+    ("journal",),
     ("senders",),
     ("waiting",),
     ("log",),

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from pairs import TIMEOUT, check_script, leave, tcp_pair
 from syncstream import senders
+from syncstream.journal import journal
 from syncstream.senders import AdaptiveSender, PydllSender, open_sender
 
 MANY = 1500
@@ -656,6 +657,9 @@ near, far = socket.socketpair()
 with near, far:
     assert sender.send([near.fileno()] * 20, b"a") == []
     assert far.recv(99) == b"a" * 20
+from syncstream.journal import journal
+
+journal().flush()
 print(sender.name)
 """
 
@@ -682,6 +686,9 @@ loop = fanout()
 started = socket.socketpair()
 loop.call(started[0].close)
 assert started[1].recv(1) == b""
+from syncstream.journal import journal
+
+journal().flush()
 print(loop.sender.name)
 started[1].close()
 child = Popen([sys.executable, "-c", "from syncstream.senders import UringSender as u;"
@@ -802,6 +809,7 @@ def test_a_ring_that_fails(name, caplog):
         else:
             assert sender.send(fds, b"second") == []
             assert sender.name == "auto"
+            assert journal().flush()
             [text] = caplog.messages
             assert text.startswith("sending without io_uring: io_uring_enter: ")
         came = b"" if name == "uring" else b"second"

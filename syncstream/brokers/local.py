@@ -50,9 +50,10 @@ from urllib.parse import quote
 
 from ..clock import time
 from ..errors import BrokerError, PayloadTooLarge, Unavailable, Uncertain
+from ..journal import report
 from ..log import Entry, Page
 from ..sockets import native
-from ..waiting import Waiter, hub, wake_all
+from ..waiting import LONGEST, Waiter, hub, say, wake_all
 from . import Sink, is_pattern, matches
 
 __all__ = ["LocalBroker"]
@@ -146,7 +147,9 @@ class LocalBroker:
             )
         self.path, self._is_private = _path(url)
         self._bounds: Bounds = capacity, max_age, max_size
-        self._timeout = publish_timeout
+        self._timeout = (
+            None if publish_timeout is None else min(publish_timeout, LONGEST)
+        )
         self._sink: Sink | None = None
         self._watched: set[str] = set()
         self._patterns: set[str] = set()
@@ -951,8 +954,8 @@ class _Job:
             return
         try:
             self.turn.end()
-        except Exception:  # its hub was destroyed: nobody waits there
-            log.debug("nobody waits for what was done", exc_info=True)
+        except Exception as problem:  # its hub was destroyed: nobody waits there
+            say(log, logging.DEBUG, "nobody waits for what was done", error=problem)
 
 
 class _Thread:
@@ -1015,7 +1018,10 @@ class _Thread:
         while True:
             self._bell.acquire()
             is_last = self._is_closed
-            self._serve()
+            try:
+                self._serve()
+            except BaseException as error:  # others wait for this thread, from now on
+                say(log, logging.ERROR, "work of local: failed", error=error)
             if is_last:
                 break
         try:
@@ -1183,7 +1189,7 @@ class _Process:
             database.checkpoint()
         except (sqlite3.Error, OSError) as error:
             # Of what is stored nothing is lost; the next one tries again.
-            log.warning("%s: no checkpoint: %s", self._path, error)
+            say(log, logging.WARNING, "%s: no checkpoint: %s", self._path, error)
 
     def _roll_back(self) -> None:
         database = self._log
@@ -1301,7 +1307,8 @@ class _Process:
             is_done = listener is None or listener.close(deadline)
         is_done = self._reader.close(deadline) and is_done
         if not (self._writer.close(deadline) and is_done):
-            log.warning("%s: not closed within %s s", self._path, timeout)
+            text = "%s: not closed within %s s"
+            report(log, logging.WARNING, text, self._path, timeout)
 
     def _stop(self, timeout: float) -> _Listener | None:
         """Close what is read; return the listener: there will be no other."""
@@ -1345,8 +1352,9 @@ class _Process:
                 database.guard.acquire()
                 try:
                     database.close()
-                except sqlite3.Error:
-                    log.exception("%s: not closed before a fork", self._path)
+                except sqlite3.Error as error:
+                    text = "%s: not closed before a fork"
+                    report(log, logging.ERROR, text, self._path, error=error)
         finally:
             if is_held:
                 lock.release()
@@ -1404,7 +1412,7 @@ class _Others:
                     os.unlink(name)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ENOBUFS):
-                    log.debug("%s: not woken: %s", name, error)
+                    say(log, logging.DEBUG, "%s: not woken: %s", name, error)
 
     def _look(self) -> None:
         changed = os.stat(self._folder).st_mtime_ns
@@ -1463,8 +1471,9 @@ class _Listener:
             except Exception as error:
                 self._state(False, str(error))
                 if not isinstance(error, (BrokerError, sqlite3.Error, OSError)):
-                    log.exception("%s: the sink has failed", self._broker.path)
                     self._is_doubtful = True
+                    text = "%s: the sink has failed"
+                    say(log, logging.ERROR, text, self._broker.path, error=error)
                 native(time, "sleep")(LOOK_EVERY / 5)
             else:
                 self._state(True, "it can be read")
@@ -1529,10 +1538,16 @@ class _Listener:
             return database.tail(self._position)
 
     def _state(self, is_up: bool, reason: str) -> None:
-        if is_up != self._is_up:
-            self._is_up = is_up
-            if self._broker.sink is not None:
-                self._broker.sink.state(is_up, f"{self._broker.path}: {reason}")
+        sink = self._broker.sink
+        if is_up == self._is_up:
+            return
+        self._is_up = is_up
+        try:
+            if sink is not None:
+                sink.state(is_up, f"{self._broker.path}: {reason}")
+        except Exception as error:  # the listener goes on, whoever is told
+            text = "%s: the sink has failed"
+            say(log, logging.ERROR, text, self._broker.path, error=error)
 
     def close(self, deadline: float) -> bool:
         turn = _Turn()

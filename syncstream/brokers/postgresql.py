@@ -43,6 +43,7 @@ from ..clock import time
 from ..errors import BrokerError, PayloadTooLarge, Unavailable, Uncertain
 from ..log import Entry, Page
 from ..sockets import native
+from ..waiting import LONGEST, say
 from . import Sink, is_pattern, matches
 
 try:
@@ -333,7 +334,7 @@ class PostgreSQLBroker:
         self._max_age = max_age
         self._schema = schema
         self._create = create
-        self._publish_timeout = publish_timeout
+        self._publish_timeout = min(publish_timeout, LONGEST)
         self._connections = connections
         self._sink: Sink | None = None
         self._watched: set[str] = set()
@@ -778,8 +779,9 @@ class _Listener:
                 except (_Lost, _Refused, BrokerError) as error:
                     self._tell(False, str(error))
                 except Exception as error:  # or it would be the end of all news
-                    log.exception("the listener has failed, and begins anew")
                     self._tell(False, repr(error))
+                    text = "the listener has failed, and begins anew"
+                    say(log, logging.ERROR, text, error=error)
                 if time.monotonic() - began > 10 * BACKOFF[1]:
                     failures = 0
                 self._decide()
@@ -801,9 +803,13 @@ class _Listener:
         if not is_up:
             self._is_late = self._is_late or self._place is None
         sink = self._broker._sink
-        if is_up != self._is_up and sink is not None:
-            self._is_up = is_up
+        if is_up == self._is_up or sink is None:
+            return
+        self._is_up = is_up
+        try:
             sink.state(is_up, reason)
+        except Exception as error:  # the listener goes on, whoever is told
+            say(log, logging.ERROR, "the sink has failed", error=error)
 
     def _listen(self) -> None:
         deadline = time.monotonic() + READ_TIMEOUT
@@ -856,9 +862,11 @@ class _Listener:
                 unheard += 1
             if unheard == 3 and not self._has_warned:
                 self._has_warned = True
-                log.warning(
+                say(
+                    log,
+                    logging.WARNING,
                     "events come without notifications: listen_dsn must lead to the"
-                    " server itself, not to a pooler that shares connections"
+                    " server itself, not to a pooler that shares connections",
                 )
             # All of one moment would look at one moment, ever after.
             pause = random.uniform(0.8, 1.2) * HEARTBEAT

@@ -29,15 +29,16 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from ..clock import time
 from ..errors import BrokerError, Unavailable, Uncertain
+from ..journal import report
 from ..log import START, Entry, Page
-from ..waiting import sleep
+from ..waiting import say, sleep
 from . import Sink, is_pattern, matches
 
 try:
@@ -803,7 +804,8 @@ class _Listener:
         thread.join(timeout)
         if not thread.dead if hasattr(thread, "dead") else thread.is_alive():
             if timeout:
-                log.warning("the listener of %s did not end", self._server.name)
+                text = "the listener of %s did not end"
+                report(log, logging.WARNING, text, self._server.name)
             return
         self._waker.close()
         self._woken.close()
@@ -873,12 +875,13 @@ class _Listener:
             except (RedisError, OSError, BrokerError) as error:
                 reason = str(error)
             except Exception as error:
-                log.exception("the listener of %s has failed", self._server.name)
                 reason = repr(error)
+                text = "the listener of %s has failed"
+                say(log, logging.ERROR, text, self._server.name, error=error)
             finally:
-                self._disconnect()
+                self._try(self._disconnect)
             if not self.is_closed:
-                self._lose(reason)
+                self._try(functools.partial(self._lose, reason))
                 delay = first if self._has_beaten else min(2 * delay, longest)
                 self._wait(random.uniform(delay / 2, delay), [self._woken])
         self._lose("closed", is_told=False)
@@ -891,11 +894,19 @@ class _Listener:
         self._next_beat = time.monotonic() + BEAT
         self._has_more = False
 
+    def _try(self, step: Callable[[], object]) -> None:
+        """Take a step between two connections: the next one comes without it, too."""
+        try:
+            step()
+        except Exception as error:
+            text = "the listener of %s could not let go"
+            say(log, logging.ERROR, text, self._server.name, error=error)
+
     def _disconnect(self) -> None:
-        for connection in (self._sub, self._beats):
+        connections, self._sub, self._beats = (self._sub, self._beats), None, None
+        for connection in connections:
             if connection is not None:
                 connection.disconnect()
-        self._sub = self._beats = None
 
     def _lose(self, reason: str, is_told: bool = True) -> None:
         """Take note that nothing is told any more."""
@@ -1130,8 +1141,9 @@ class _Listener:
                 found = self._beats.read_response()
             except ResponseError as error:
                 # No permission to extend the keys' lives, say.
-                log.warning("%s tells no heads: %s", self._server.name, error)
                 heads = None
+                text = "%s tells no heads: %s"
+                say(log, logging.WARNING, text, self._server.name, error)
             else:
                 heads = None if heads is None else heads + found
         self._beats.read_response()

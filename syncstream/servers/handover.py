@@ -56,8 +56,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..clock import time
+from ..journal import journal, report
 from ..sockets import borrowed, forget, hang_up, hold, is_hung_up, native, release
-from ..waiting import hub, runner
+from ..waiting import hub, runner, say
 from ..watch import Timer, watch
 from .contract import Environ, Server, SocketLike
 
@@ -290,10 +291,12 @@ class Swap:
                     _forget_in_hub(self._fd)
                     os.dup2(self._connection, self._fd, inheritable=False)
                 else:
-                    log.debug("a server has closed a connection that was swapped")
                     hang_up(self._connection)
                 self._drop_connection()
                 self._drop_pair()
+            if not is_theirs:
+                text = "a server has closed a connection that was swapped"
+                report(log, logging.DEBUG, text)
             is_whole = len(self._written) <= _MOST_WRITTEN
             if is_theirs and not (is_whole and _send(self._fd, self._written)):
                 hang_up(self._fd)
@@ -323,9 +326,11 @@ class Swap:
         if self._state == _CLOSED or self._is_copy:
             return
         if self._state == _SWAPPED:
-            log.debug("a swap was dropped: its client is hung up")
             hang_up(self._connection)
             self._drop_connection()
+            # By a garbage collection, maybe in the midst of a log line.
+            text = "a swap was dropped: its client is hung up"
+            journal().later(log, logging.DEBUG, text)
         self._drop_pair()
         self._state = _CLOSED
 
@@ -344,7 +349,7 @@ class Swap:
             except BlockingIOError:
                 return
             except OSError as error:  # closed with bytes unread
-                log.debug("a server's end of a pair: %s", error)
+                say(log, logging.DEBUG, "a server's end of a pair: %s", error)
                 return
             if not data:
                 return
@@ -396,7 +401,7 @@ class Swap:
         try:
             clock.add(fd, closed)
         except OSError as error:
-            log.debug("a pair is closed early: %s", error)
+            report(log, logging.DEBUG, "a pair is closed early: %s", error)
             return False
         return True
 
@@ -553,7 +558,7 @@ def descriptor_limit() -> int:
         with _limit.raised(most):
             return most
     except (OSError, ValueError) as error:
-        log.debug("RLIMIT_NOFILE stays at %d: %s", soft, error)
+        report(log, logging.DEBUG, "RLIMIT_NOFILE stays at %d: %s", soft, error)
         return soft
 
 
@@ -594,7 +599,9 @@ def _send(fd: int, data: bytearray) -> bool:
                 return False
             _await_writable(fd, left)
         except OSError as error:  # the server's next write will find that out
-            log.debug("a client left before it was put back: %s", error)
+            report(
+                log, logging.DEBUG, "a client left before it was put back: %s", error
+            )
             return True
     return True
 
