@@ -9,6 +9,12 @@ thread writes to it or closes it. It is taken out of epoll before it is closed, 
 of the table of clients before that, so no number is ever another's. What came by epoll
 for a client that ended in the same round finds no client.
 
+**What fails, fails alone.** Each call, timer and descriptor of a round has its owner, a
+client or a group. If it raises, nobody knows what those clients have got: they are cut,
+and come back. All others go on. Nothing is logged here but by a `Journal`, after what
+it is about; and a loop that cannot go on says so, cuts all of its clients, and leaves
+its place to another one.
+
 **No user code runs in the loop**, nor does it ask a broker: what needs either is done
 in one of three `Lanes`, threads, or under gevent greenlets of the hub that the request
 had. So what an application does, or does not come back from, holds up those alone who
@@ -38,12 +44,13 @@ from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from .capacity import Place
 from .clock import time
 from .errors import BrokerError, Closed
 from .hub import Apart, Subscription
+from .journal import MOST, is_enabled, journal, report
 from .process import EXIT_WAIT, Process, Served, process
 from .protocol.sse import Event
 from .senders import Sender, open_sender
@@ -58,7 +65,7 @@ from .sockets import (
     reset,
 )
 from .waiting import hub
-from .watch import Watch, native_epoll, native_lock, watch
+from .watch import Watch, Worker, native_epoll, native_lock, watch
 
 __all__ = ["Client", "Fanout", "Lane", "Lanes", "Terms", "come_back", "fanout"]
 
@@ -68,6 +75,8 @@ SEND_BUFFER = 128 * 1024  # bytes; the kernel's own grows to megabytes, and hide
 GRAIN = 0.05  # seconds: timers are as exact as that
 LAG_EVERY = 0.25  # seconds between two looks at those who lag
 RETRY_EVERY = 1.0  # seconds between two questions to a broker that is down
+_LONGEST = 60.0  # seconds between two rounds; epoll takes 24 days at most
+_MOST_FAILURES = 10  # rounds in a row, 0.1 s after each other: then it cannot go on
 _DRAINED = 16 * 65536  # bytes of a client that nobody reads are dropped at its end
 
 # 0 where there is no epoll. (gevent takes select.epoll away, and leaves these.)
@@ -140,8 +149,13 @@ class Terms:
     before_wait: tuple[Callable[[], object], ...] = ()
 
     def give_back(self) -> None:
+        """Call the hooks; one that fails keeps nobody waiting."""
         for hook in self.before_wait:
-            hook()
+            try:
+                hook()
+            except BaseException as error:
+                text = "what gives back before a wait failed"
+                self.lanes.say(logging.ERROR, text, error=error)
 
 
 class Client:
@@ -210,7 +224,7 @@ class Client:
         return self in self.terms.served.parked or self.reason is not None
 
     def wake(self) -> bool:
-        self._loop.call(self.turn)
+        self._loop.call(self.turn, self)
         return True
 
     def turn(self) -> None:
@@ -225,11 +239,11 @@ class Client:
 
     def stop(self, reason: str = "closed") -> None:
         """End it, from any thread."""
-        self._loop.call(partial(self._loop.end, self, reason))
+        self._loop.call(partial(self._loop.end, self, reason), self)
 
     def on_close(self, callback: Callable[[], object]) -> None:
         """Call this, too, when it has ended; from any thread."""
-        self._loop.call(partial(self._add_callback, callback))
+        self._loop.call(partial(self._add_callback, callback), self)
 
     def _add_callback(self, callback: Callable[[], object]) -> None:
         if self.reason is None:
@@ -248,7 +262,7 @@ class Client:
         if now >= self.deadline:
             self._loop.end(self, "max_duration")
         elif now >= self.subscription.ask_again_at:
-            self.terms.lanes.users.do(self._ask_again)
+            self._loop.do(self.terms.lanes.users, self._ask_again, self)
             self._loop.wheel.add(self, self.deadline)  # whatever that takes
         else:
             self._loop.wheel.add(self, self.next_time())
@@ -258,9 +272,9 @@ class Client:
         try:
             self.subscription.check_allowed()
         except BaseException as error:  # a sys.exit() ends nobody else
-            self._loop.call(partial(self._loop.fail, self, error))
+            self._loop.call(partial(self._loop.fail, self, error), self)
         else:
-            self._loop.call(self._again)
+            self._loop.call(self._again, self)
         finally:
             self.terms.give_back()
 
@@ -273,25 +287,40 @@ class Client:
         """Give back what it had of ours, and count it; in the lane of ends."""
         reason, terms = str(self.reason), self.terms
         seconds = time.monotonic() - self.began
+        for step in (
+            self._leave_place,
+            partial(terms.process.count, reason, seconds, self.events, self.bytes),
+            partial(self._part, reason, seconds),
+        ):
+            _run(step)  # one that fails keeps no other from it
+
+    def _leave_place(self) -> None:
         if self.place is not None:
             self.place.release()
-        terms.process.count(reason, seconds, self.events, self.bytes)
+
+    def _part(self, reason: str, seconds: float) -> None:
+        close = partial(self._close, reason, seconds)
         if self.subscription.announcement is None:
-            self._close(reason, seconds)
+            close()
         else:  # others are told by a broker, who may take his time
-            terms.lanes.reads.do(partial(self._close, reason, seconds))
+            self.terms.lanes.reads.do(close)
 
     def _close(self, reason: str, seconds: float) -> None:
         try:
             self.subscription.close(reason)
-        except BaseException:
-            log.exception("the subscription of %s could not be closed", self.label)
+        except BaseException as error:
+            text = "the subscription of %s could not be closed"
+            self.terms.lanes.say(logging.ERROR, text, self.label, error=error)
         # It is freed as soon as nobody has it, without a garbage collection.
-        self.subscription.detach(None)
-        if self.callbacks:
-            self.terms.lanes.users.do(partial(self._finish, seconds))
-        else:
-            self._forget(seconds)
+        _run(partial(self.subscription.detach, None))
+        try:
+            if self.callbacks:
+                self.terms.lanes.users.do(partial(self._finish, seconds))
+                return
+        except BaseException as error:
+            text = "the callbacks at the end of %s cannot be called"
+            self.terms.lanes.say(logging.ERROR, text, self.label, error=error)
+        self._forget(seconds)
 
     def _finish(self, seconds: float) -> None:
         """Call what the application wants to have called; in its lane."""
@@ -300,20 +329,20 @@ class Client:
             for callback in callbacks:
                 try:
                     callback()
-                except BaseException:
-                    log.exception("a callback at the end of %s failed", self.label)
+                except BaseException as error:
+                    text = "a callback at the end of %s failed"
+                    self.terms.lanes.say(logging.ERROR, text, self.label, error=error)
             self.terms.give_back()
         finally:
             self._forget(seconds)
 
     def _forget(self, seconds: float) -> None:
-        try:
-            log.debug(
-                "%s ended: %s, %.3f s, %d events, %d bytes",
-                *(self.label, self.reason, seconds, self.events, self.bytes),
-            )
-        finally:  # last: a process that stops waits for no more than this
-            self.terms.served.parked.discard(self)
+        self.terms.served.parked.discard(self)
+        self.terms.lanes.say(  # at the process's exit it is waited for
+            logging.DEBUG,
+            "%s ended: %s, %.3f s, %d events, %d bytes",
+            *(self.label, self.reason, seconds, self.events, self.bytes),
+        )
 
 
 class Group:
@@ -351,7 +380,7 @@ class Group:
         loop.wheel.add(self, self.next_time())
 
     def wake(self) -> bool:
-        self._loop.call(self.turn)
+        self._loop.call(self.turn, self)
         return True
 
     def add(self, client: Client) -> None:
@@ -362,6 +391,10 @@ class Group:
 
     def remove(self, client: Client) -> None:
         del self.clients[client.fd]
+        self.left(client)
+
+    def left(self, client: Client) -> None:
+        """Take note that a client has been removed."""
         client.group = None
         client.events += self.events
         client.bytes += self.bytes
@@ -382,15 +415,16 @@ class Group:
             return
         found = self.leader.poll() if self.leader.is_plain else None
         if found is None:
-            self.is_asking, self.is_woken = True, False
             lanes = self.terms.lanes
             lane = lanes.users if self.leader.has_user_code else lanes.reads
-            lane.do(self._ask)
+            self._loop.do(lane, self._ask, self)
+            # What it is told, and who wakes it, is told to the loop, later than this.
+            self.is_asking, self.is_woken = True, False
             return
         chunk, count = found
         if chunk:
             self.send(chunk, count)
-            self._loop.again(self.turn)
+            self._loop.again(self.turn, self)
         elif not self.is_shared:
             self._loop.merge(self)
 
@@ -410,10 +444,9 @@ class Group:
             told = self.leader.step()
         except BaseException as error:
             told = error
-        finally:
-            if self.leader.has_user_code:
-                self.terms.give_back()
-        self._loop.call(partial(self._told, told))
+        if self.leader.has_user_code:
+            self.terms.give_back()
+        self._loop.call(partial(self._told, told), self)
 
     def _told(self, told: Any) -> None:
         self.is_asking = False
@@ -421,27 +454,31 @@ class Group:
             self.let_go()
             return
         if isinstance(told, BrokerError):
-            log.debug("a channel cannot be read: %s", told)
             self._retry(time.monotonic() + RETRY_EVERY)
+            self.terms.lanes.say(logging.DEBUG, "a channel cannot be read: %s", told)
             return
         if isinstance(told, Apart):
             for client in tuple(self.clients.values()):
-                self._loop.again(self._loop.part(client).turn)
+                self._loop.guard(client, partial(self._go_apart, client))
             return
         if isinstance(told, BaseException):
             for client in tuple(self.clients.values()):
-                self._loop.fail(client, told)
+                self._loop.guard(client, partial(self._loop.fail, client, told))
             return
         chunk, count, when = told
         if chunk:
             self.send(chunk, count)
-            self._loop.again(self.turn)
+            self._loop.again(self.turn, self)
         elif when is not None:
             self._retry(when)
         elif self.is_woken:  # after the lane had looked
             self.turn()
         elif not self.is_shared:
             self._loop.merge(self)
+
+    def _go_apart(self, client: Client) -> None:
+        alone = self._loop.part(client)
+        self._loop.again(alone.turn, alone)
 
     def _retry(self, when: float) -> None:
         self.retry_at = when
@@ -455,14 +492,23 @@ class Group:
         self.bytes += len(data)
         self.leader.count(count * len(self.clients))
         loop = self._loop
-        for fd, taken in loop.sender.send(self.clients, framed):
+        try:
+            rest = loop.sender.send(self.clients, framed)
+        except BaseException as error:
+            loop.cut(self, error)
+            loop.replace_sender()
+            return
+        for fd, taken in rest:
             client = self.clients[fd]
-            if taken >= 0:
-                loop.lag(client, memoryview(framed)[taken:])
-            elif -taken in (errno.EAGAIN, errno.ENOBUFS):
-                loop.lag(client, memoryview(framed))
-            else:
-                loop.hung_up(client)
+            try:
+                if taken >= 0:
+                    loop.lag(client, memoryview(framed)[taken:])
+                elif -taken in (errno.EAGAIN, errno.ENOBUFS):
+                    loop.lag(client, memoryview(framed))
+                else:
+                    loop.hung_up(client)
+            except BaseException as error:
+                loop.cut(client, error)
 
     # Its times: see `_Wheel`.
 
@@ -496,13 +542,16 @@ class _Wheel:
     def add(self, item: Any, when: float) -> None:
         """Have its ``due`` called at a time, and at no other."""
         self.remove(item)
-        if when == math.inf:
+        place = when / GRAIN
+        if place > 1e15:  # never, or in a million years
             return
-        number = max(1, math.ceil(when / GRAIN))
+        number = max(1, math.ceil(place))
         bucket = self._buckets.get(number)
         if bucket is None:
-            bucket = self._buckets[number] = {}
+            # First: a number without a bucket is passed over, a bucket without its
+            # number would never be found.
             heapq.heappush(self._heap, number)
+            bucket = self._buckets[number] = {}
         bucket[id(item)] = item
         item.bucket = number
 
@@ -514,21 +563,41 @@ class _Wheel:
 
     def left(self) -> float:
         """Return the seconds until the next one; -1 if there is none."""
-        while self._heap and not self._buckets[self._heap[0]]:
-            del self._buckets[heapq.heappop(self._heap)]
+        while self._heap and not self._buckets.get(self._heap[0]):
+            self._pop()
         if not self._heap:
             return -1.0
         return max(0.0, self._heap[0] * GRAIN - time.monotonic())
 
-    def run(self) -> None:
+    def _pop(self) -> None:
+        self._buckets.pop(self._heap[0], None)
+        heapq.heappop(self._heap)
+
+    def run(self, failed: Callable[[Any, BaseException], object]) -> None:
+        """Call what is due.
+
+        Args:
+            failed: Is told of one whose ``due`` has raised, and what that was.
+        """
         now = time.monotonic()
         while self._heap and self._heap[0] * GRAIN <= now:
-            bucket = self._buckets.pop(heapq.heappop(self._heap))
-            for item in bucket.values():
+            # One by one: what ends this leaves the others where they are.
+            bucket = self._buckets.get(self._heap[0])
+            while bucket:
+                _, item = bucket.popitem()
                 item.bucket = 0
-            for item in bucket.values():
-                if not item.bucket:  # what came before it may have moved it
+                try:
                     item.due(now)
+                except BaseException as error:
+                    failed(item, error)
+            self._pop()
+
+
+class Doer(Protocol):
+    """Does things elsewhere."""
+
+    def do(self, job: Callable[[], object]) -> None:
+        """Do this, soon; from any thread, without waiting."""
 
 
 class Lane:
@@ -557,19 +626,35 @@ class Lane:
 
     def do(self, job: Callable[[], object]) -> None:
         """Run this when all that came before has been done; from any thread."""
+        problem = None
         try:
             if not self._is_running:
                 self.start()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if self._other is not None:
                 self._other.do(job)
                 return
-            log.warning("work for a subscriber waits: %s", error)
+            problem = error
         self._jobs.put(job)
+        if problem is not None:
+            text = "work for a subscriber waits: %s"
+            journal().later(log, logging.WARNING, text, problem)
 
     def _work(self) -> None:
-        while True:
-            _run(self._jobs.get())
+        job: Callable[[], object] | None
+        try:
+            while True:
+                job = None  # or it would live on while nothing is to be done
+                try:
+                    job = self._jobs.get()
+                    job()
+                except BaseException as error:  # there is one for all
+                    _failed(job, error)
+        finally:  # there is no memory, say: what is left is another's, from now on
+            self._is_running = False
+            if not self._jobs.empty():
+                self.start()
+            journal().later(log, logging.ERROR, "a lane has ended: another one begins")
 
 
 class _HubLane(Lane):
@@ -578,38 +663,36 @@ class _HubLane(Lane):
     Args:
         watch: The hub's.
         other: Does the rest when the hub has been destroyed.
+        most: As many wait here; what is more is the other's, too.
     """
 
-    def __init__(self, watch: Watch, other: Lane) -> None:
+    def __init__(self, watch: Watch, other: Doer, most: float = math.inf) -> None:
         self._watch = watch
         self._rest = other
-        self._waiting: deque[Callable[[], object]] = deque()
-        self._is_working = False
+        self._most = most
+        self._worker = Worker(_run)
 
     def start(self) -> None:
         pass
 
     def do(self, job: Callable[[], object]) -> None:
-        self._waiting.append(job)
-        if self._watch.is_over:
-            while self._waiting:
-                self._rest.do(self._waiting.popleft())
-        else:
-            self._watch.run(self._begin)
-
-    def _begin(self) -> None:
-        if not self._is_working:
-            import gevent
-
-            self._is_working = True
-            gevent.spawn(self._work)
-
-    def _work(self) -> None:
+        jobs = self._worker.jobs
+        if len(jobs) >= self._most:
+            self._rest.do(job)
+            return
+        jobs.append(job)
         try:
-            while self._waiting:
-                _run(self._waiting.popleft())
-        finally:
-            self._is_working = False
+            if not self._watch.is_over:
+                self._watch.run(self._worker.begin)
+                return
+        except Exception as error:  # it has been destroyed in this moment
+            journal().later(log, logging.DEBUG, "a hub is not woken: %r", error)
+        while jobs:
+            try:
+                left = jobs.popleft()
+            except IndexError:  # another thread was faster
+                return
+            self._rest.do(left)
 
 
 class Lanes:
@@ -619,19 +702,66 @@ class Lanes:
         ends: What is given back and told at an end. It asks no application.
         reads: What may ask a broker, and no application.
         users: What may call an application, which may take its time.
+        logs: What is logged, by handlers that are an application's.
     """
 
-    __slots__ = ("ends", "reads", "users")
+    __slots__ = ("ends", "logs", "reads", "users")
 
-    def __init__(self, ends: Lane, reads: Lane, users: Lane) -> None:
-        self.ends, self.reads, self.users = ends, reads, users
+    def __init__(self, ends: Lane, reads: Lane, users: Lane, logs: Doer) -> None:
+        self.ends, self.reads, self.users, self.logs = ends, reads, users, logs
+
+    def say(
+        self,
+        level: int,
+        message: str,
+        *args: Any,
+        error: BaseException | None = None,
+    ) -> None:
+        """Log a line, soon."""
+        if is_enabled(log, level):
+            self.logs.do(partial(report, log, level, message, *args, error=error))
+
+
+class _Job:
+    """Work for a lane that somebody waits for.
+
+    Args:
+        call: What is to be done.
+        failed: Is told if it raises.
+    """
+
+    __slots__ = ("_call", "failed")
+
+    def __init__(
+        self, call: Callable[[], object], failed: Callable[[BaseException], object]
+    ) -> None:
+        self._call = call
+        self.failed = failed
+
+    def __call__(self) -> None:
+        self._call()
 
 
 def _run(job: Callable[[], object]) -> None:
     try:
         job()
-    except BaseException:  # there is one for all
-        log.exception("work for a subscriber failed")
+    except BaseException as error:  # the others go on
+        _failed(job, error)
+
+
+def _failed(job: Callable[[], object] | None, error: BaseException) -> None:
+    if isinstance(job, _Job):
+        try:
+            job.failed(error)
+        except BaseException as second:
+            _say("work for a subscriber failed twice", second)
+    _say("work for a subscriber failed", error)
+
+
+def _say(message: str, error: BaseException, *args: Any) -> None:
+    # Without the memory for a line nothing can be said, and everything else goes on.
+    with suppress(BaseException):
+        journal().later(log, logging.ERROR, message, *args, error=error)
 
 
 class Fanout:
@@ -647,9 +777,12 @@ class Fanout:
             raise OSError(errno.ENOSYS, "no epoll on this system")
         self.wheel = _Wheel()
         self.sender: Sender = open_sender("write")  # until the thread has its own
-        self._calls: deque[Callable[[], object]] = deque()
-        self._again: deque[Callable[[], object]] = deque()
+        # What to call, and whose it is: see `cut`.
+        self._calls: deque[tuple[Owner, Callable[[], object]]] = deque()
+        self._again: deque[tuple[Owner, Callable[[], object]]] = deque()
         self._is_woken = self._is_abandoned = False
+        self.is_dead = False  # it takes no one any more
+        self._burying = native(_thread, "RLock")()
         self._clients: dict[int, Client] = {}
         self._lagging: dict[int, Client] = {}
         self._looked_at = 0.0
@@ -683,15 +816,30 @@ class Fanout:
         self.call(lambda: None)
         self._ended.acquire(True, EXIT_WAIT)
 
-    def call(self, function: Callable[[], object]) -> None:
-        """Call this in the loop, soon; not in a child that has been forked."""
+    def call(self, function: Callable[[], object], owner: Owner = None) -> None:
+        """Call this in the loop, soon; not in a child that has been forked.
+
+        Args:
+            owner: Who is cut if it fails.
+        """
         if self._is_abandoned:
             return
-        self._calls.append(function)
+        self._calls.append((owner, function))
+        if self.is_dead:
+            self._call_the_last()
         # Set by those who call, cleared by the loop before it looks: none is missed.
-        if not self._is_woken:
+        elif not self._is_woken:
             self._is_woken = True
-            os.eventfd_write(self._event_fd, 1)
+            try:
+                os.eventfd_write(self._event_fd, 1)
+            except OSError as error:
+                # Somebody has closed it: the loop finds that out, within a minute.
+                _say("the loop of the subscribers cannot be woken", error)
+
+    def do(self, lane: Lane, job: Callable[[], object], owner: Owner) -> None:
+        """Have this done in a lane."""
+        # If it fails, the loop would wait for it for ever.
+        lane.do(_Job(job, lambda error: self.call(partial(self.cut, owner, error))))
 
     def lanes(self) -> Lanes:
         """Return the lanes of what runs here: of a thread, or of a gevent hub.
@@ -704,7 +852,8 @@ class Fanout:
             threads = self._lanes.get(None)
             if threads is None:
                 ends = Lane()
-                threads = self._lanes[None] = Lanes(ends, Lane(ends), Lane(ends))
+                reads, users = Lane(ends), Lane(ends)
+                threads = self._lanes[None] = Lanes(ends, reads, users, journal())
             found = threads
             if own is not None:  # it has the watch, so its id is no other's
                 found = self._lanes.get(id(own)) or self._lanes.setdefault(
@@ -713,6 +862,7 @@ class Fanout:
                         _HubLane(own, threads.ends),
                         _HubLane(own, threads.reads),
                         _HubLane(own, threads.users),
+                        _HubLane(own, threads.logs, MOST),
                     ),
                 )
         found.ends.start()
@@ -756,7 +906,7 @@ class Fanout:
         try:
             return self._terms.setdefault(terms, terms)
         except Exception as error:  # its hooks need not be comparable
-            log.debug("terms are not shared: %r", error)
+            report(log, logging.DEBUG, "terms are not shared: %r", error)
             return terms
 
     def add(self, client: Client, head: bytes) -> None:
@@ -769,41 +919,67 @@ class Fanout:
         """
         client.terms.served.parked.add(client)  # first: see `Client.is_given`
         hold(client.fd)
-        self.call(partial(self._add, client, head))
+        self.call(partial(self._add, client, head), client)
 
     # The loop.
 
     def _run(self) -> None:
+        failure: BaseException | None = None
+        try:
+            self._have_sender()
+            failures = 0
+            while not self._is_over and failures < _MOST_FAILURES:
+                try:
+                    self._round()
+                    failures = 0
+                except BaseException as error:
+                    failure, failures = error, failures + 1
+                    _say("the loop of the subscribers failed", error)
+                    native(time, "sleep")(0.1)  # whatever it is, not as fast as can be
+        finally:
+            if not self._is_over:
+                self._die(failure)
+            self._ended.release()
+
+    def _have_sender(self) -> None:
         try:
             self.sender = open_sender()
-        except Exception:
-            log.exception("events are sent by os.write: what was asked for failed")
-        while not self._is_over:
-            try:
-                self._round()
-            except Exception:
-                log.exception("the loop of the subscribers failed")
-                native(time, "sleep")(0.1)  # whatever it is, not as fast as can be
-        self._ended.release()
+        except Exception as error:
+            _say("events are sent by os.write: what was asked for failed", error)
+
+    def replace_sender(self) -> None:
+        """Send by os.write from now on: this one may be in the middle of a batch."""
+        sender, self.sender = self.sender, open_sender("write")
+        try:
+            sender.close()
+        except BaseException as error:
+            _say("a sender could not be closed", error)
 
     def _round(self) -> None:
         for fd, events in self._epoll.poll(self._pause(), 1024):
             client = self._clients.get(fd)
-            if client is not None:
-                if events & _GONE:
-                    self.hung_up(client)
-                else:
-                    self._flush(client)
-            elif fd == self._event_fd:
-                os.eventfd_read(fd)
-            # Else it has ended in this round.
+            try:
+                if client is not None:
+                    if events & _GONE:
+                        self.hung_up(client)
+                    else:
+                        self._flush(client)
+                elif fd == self._event_fd:
+                    os.eventfd_read(fd)
+                # Else it has ended in this round.
+            except BaseException as error:
+                self.cut(client, error)
         # After it was read, before the calls are looked at: who calls from here on
         # finds it cleared, and wakes us.
         self._is_woken = False
         for queue in (self._calls, self._again):
             for _ in range(len(queue)):
-                queue.popleft()()
-        self.wheel.run()
+                owner, function = queue.popleft()
+                try:
+                    function()
+                except BaseException as error:
+                    self.cut(owner, error)
+        self.wheel.run(self.cut)
         if self._lagging:
             self._look_at_lagging()
 
@@ -811,15 +987,72 @@ class Fanout:
         if self._again or self._calls:
             return 0.0
         left = self.wheel.left()
-        if not self._lagging:
-            return left
-        return LAG_EVERY if left < 0 else min(left, LAG_EVERY)
+        longest = LAG_EVERY if self._lagging else _LONGEST
+        return longest if left < 0 else min(left, longest)
 
-    def again(self, function: Callable[[], object]) -> None:
+    def again(self, function: Callable[[], object], owner: Owner) -> None:
         """Call this in the next round."""
-        self._again.append(function)
+        self._again.append((owner, function))
+
+    # What fails.
+
+    def guard(self, owner: Owner, function: Callable[[], object]) -> None:
+        """Call; whose it is are cut if it fails, and nobody else."""
+        try:
+            function()
+        except BaseException as error:
+            self.cut(owner, error)
+
+    def cut(self, owner: Owner, error: BaseException) -> None:
+        """Cut those whom a failure concerns: nobody knows what they have got."""
+        clients: tuple[Client, ...] = ()
+        if isinstance(owner, Client):
+            clients = (owner,)
+        elif owner is not None:
+            owner.is_asking = False  # nor is anything told to it any more
+            clients = (*owner.clients.values(),)
+        for client in clients:
+            self._cut(client)
+        text = "the loop of the subscribers failed: %d of them are cut"
+        _say(text, error, len(clients))
+
+    def _cut(self, client: Client) -> None:
+        if client.reason is not None:
+            return
+        if client.group is None and client not in client.terms.served.parked:
+            client.early = "error"  # its descriptor is not ours yet
+            return
+        client.rest = _UNKNOWN
+        self._end(client, "error")
+
+    def _die(self, error: BaseException | None) -> None:
+        """Let everybody go: this loop sends nothing any more.
+
+        Who is cut comes back, to another loop.
+        """
+        self.is_dead = True
+        count = len(self._clients)
+        for client in (*self._clients.values(),):
+            self._cut(client)
+        self._call_the_last()
+        self.replace_sender()
+        # The other descriptor stays open: somebody may be about to write to it.
+        self._epoll.close()
+        text = "the loop of the subscribers has ended, and %d of them with it"
+        journal().later(log, logging.CRITICAL, text, count, error=error)
+
+    def _call_the_last(self) -> None:
+        """Do in its place what a loop that has ended was to do: end who comes."""
+        with self._burying:
+            while self._calls:
+                owner, function = self._calls.popleft()
+                self.guard(owner, function)
 
     def _add(self, client: Client, head: bytes) -> None:
+        if self.is_dead:
+            self._cut(client)
+        if client.reason is not None:  # by a failure
+            return
         self._clients[client.fd] = client
         group = Group(self, client.subscription, client)
         group.add(client)
@@ -827,8 +1060,9 @@ class Fanout:
         try:
             self._epoll.register(client.fd, _GONE)
         except OSError as error:
-            log.warning("%s cannot be waited for: %s", client.label, error)
             self.end(client, "error")
+            text = "%s cannot be waited for: %s"
+            client.terms.lanes.say(logging.WARNING, text, client.label, error)
             return
         with suppress(OSError), borrowed(client.fd) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
@@ -849,23 +1083,30 @@ class Fanout:
         shared = self._shared.get(key)
         if shared is None:
             leader = mine.twin()
-            shared = self._shared[key] = Group(self, leader, client, key)
+            shared = Group(self, leader, client, key)
             leader.detach(shared)
+            self._shared[key] = shared
         elif shared.is_asking or not mine.is_where(shared.leader):
             # It has not had its turn since. We come again with the next event.
             return
-        group.remove(client)
-        mine.lean_on(shared.leader)
         is_first = not shared.clients
-        shared.add(client)
+        try:
+            group.remove(client)
+            mine.lean_on(shared.leader)
+            shared.add(client)
+        except BaseException as error:  # it may be in neither
+            self.cut(client, error)
+            if not shared.clients:
+                self.drop(shared)
+            return
         if is_first:
-            shared.turn()
+            self.guard(shared, shared.turn)
 
     def drop(self, group: Group) -> None:
         """Forget a group that is empty."""
-        self.wheel.remove(group)
-        if group.is_shared:
+        if group.is_shared and self._shared.get(group.key) is group:
             del self._shared[group.key]
+        self.wheel.remove(group)
         if not group.is_asking:
             group.let_go()
 
@@ -923,19 +1164,22 @@ class Fanout:
             return
         self._looked_at = now
         for client in tuple(self._lagging.values()):
-            limit = client.terms.send_timeout
-            if limit is None:
-                continue
-            # A Unix socket acknowledges nothing: its queue, that we fill, is read.
-            taken = acknowledged(client.fd) or queued(client.fd)
-            if taken is not None and taken != client.acknowledged:
-                if client.acknowledged is not None:
-                    client.since = now
-                else:  # if it was long ago, we were stopped ourselves
-                    client.since = max(client.since, now - limit / 2)
-                client.acknowledged = taken
-            if now - client.since >= limit:
-                self.end(client, "send_timeout")
+            self.guard(client, partial(self._look_at, client, now))
+
+    def _look_at(self, client: Client, now: float) -> None:
+        limit = client.terms.send_timeout
+        if limit is None:
+            return
+        # A Unix socket acknowledges nothing: its queue, that we fill, is read.
+        taken = acknowledged(client.fd) or queued(client.fd)
+        if taken is not None and taken != client.acknowledged:
+            if client.acknowledged is not None:
+                client.since = now
+            else:  # if it was long ago, we were stopped ourselves
+                client.since = max(client.since, now - limit / 2)
+            client.acknowledged = taken
+        if now - client.since >= limit:
+            self.end(client, "send_timeout")
 
     def abandon(self) -> None:
         """Close the copies of a parent's own descriptors, in a child.
@@ -964,8 +1208,9 @@ class Fanout:
             client.is_lagged = error.reason == "lagged"
             self.end(client, error.reason if known else "closed")
             return
-        log.error("the source of %s failed", client.label, exc_info=error)
         self.end(client, "error")
+        text = "the source of %s failed"
+        client.terms.lanes.say(logging.ERROR, text, client.label, error=error)
 
     def end(self, client: Client, reason: str) -> None:
         """End a client, once; what is the application's of it in its lane."""
@@ -975,18 +1220,46 @@ class Fanout:
             # It is on its way here, and its head has not been sent.
             client.early = client.early or reason
             return
+        self._end(client, reason)
+
+    def _end(self, client: Client, reason: str) -> None:
         client.reason = reason
-        fd = client.fd
-        self.wheel.remove(client)
-        self._lagging.pop(fd, None)
-        client.group.remove(client)
-        del self._clients[fd]
+        fd, group = client.fd, client.group
+        # By statements, which do not fail: from here on nothing is sent to its number,
+        # which may soon be another's.
+        if group is not None and fd in group.clients:
+            del group.clients[fd]
+        if fd in self._clients and self._clients[fd] is client:
+            del self._clients[fd]
+        if fd in self._lagging and self._lagging[fd] is client:
+            del self._lagging[fd]
+        for step in _ENDS:
+            try:
+                step(self, client)
+            except BaseException as error:
+                _say("the end of %s failed", error, client.label)
+
+    def _forget(self, client: Client) -> None:
         with suppress(OSError):
-            self._epoll.unregister(fd)
-        self._say_goodbye(client)
+            self._epoll.unregister(client.fd)
+        self.wheel.remove(client)
+
+    def _leave_group(self, client: Client) -> None:
+        if client.group is not None:
+            client.group.left(client)
+
+    def _close(self, client: Client) -> None:
         client.rest = None
-        _close(fd)
-        client.terms.lanes.ends.do(client.leave)
+        _close(client.fd)
+
+    def _depart(self, client: Client) -> None:
+        # Twice, if need be: its place is not to be lost.
+        leave = _Job(client.leave, lambda error: client.leave())
+        try:
+            client.terms.lanes.ends.do(leave)
+        except BaseException:
+            journal().do(leave)
+            raise
 
     def _say_goodbye(self, client: Client) -> None:
         """Write the last words, as far as the kernel takes them at once."""
@@ -1017,13 +1290,25 @@ def _close(fd: int) -> None:
     Shut down first: a forked child may have it, too. And read: what the client has
     sent, and nobody has read, makes the kernel reset the connection at its close.
     """
-    with suppress(OSError), borrowed(fd) as sock:
-        sock.shutdown(socket.SHUT_WR)
-        for _ in range(_DRAINED // 65536):
-            if len(sock.recv(65536, socket.MSG_DONTWAIT)) < 65536:
-                break
-    release(fd)
+    try:
+        with suppress(OSError), borrowed(fd) as sock:
+            sock.shutdown(socket.SHUT_WR)
+            for _ in range(_DRAINED // 65536):
+                if len(sock.recv(65536, socket.MSG_DONTWAIT)) < 65536:
+                    break
+    finally:
+        release(fd)
 
+
+Owner = Client | Group | None
+_UNKNOWN = memoryview(b"?")  # the rest of nobody knows what
+_ENDS: tuple[Callable[[Fanout, Client], None], ...] = (
+    Fanout._forget,
+    Fanout._leave_group,
+    Fanout._say_goodbye,
+    Fanout._close,
+    Fanout._depart,
+)
 
 _fanouts: dict[int, Fanout] = {}  # this process's, and its parents' if it was forked
 _lock = native_lock()
@@ -1038,12 +1323,13 @@ def fanout() -> Fanout:
     """
     pid = os.getpid()
     found = _fanouts.get(pid)
-    if found is not None:
+    if found is not None and not found.is_dead:
         return found
     with _lock:
-        if pid not in _fanouts:
-            _fanouts[pid] = Fanout()
-        return _fanouts[pid]
+        found = _fanouts.get(pid)
+        if found is None or found.is_dead:
+            found = _fanouts[pid] = Fanout()
+        return found
 
 
 def _forked() -> None:

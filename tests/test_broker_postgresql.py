@@ -27,6 +27,7 @@ from syncstream import Gap, Hub
 from syncstream.brokers import open_broker, postgresql
 from syncstream.brokers.postgresql import PostgreSQLBroker, install, install_sql
 from syncstream.errors import PayloadTooLarge, Unavailable, Uncertain
+from syncstream.journal import journal
 from syncstream.protocol import sse
 
 TESTS = Path(__file__).parent
@@ -684,6 +685,7 @@ def test_deaf_listeners_say_so(server, schema, make, monkeypatch, caplog):
         for number in range(5):
             broker.publish([("a", b"%d" % number)])
             await_true(lambda number=number: len(told.entries) > number)
+    journal().flush()
     assert [r.message for r in caplog.records if "listen_dsn" in r.message]
 
 

@@ -24,6 +24,7 @@ from syncstream.brokers import redis as module
 from syncstream.brokers.redis import RedisBroker
 from syncstream.errors import Closed, Unavailable, Uncertain
 from syncstream.hub import Gap, Hub
+from syncstream.journal import journal
 from syncstream.testing import check_broker
 from tcp_proxy import Proxy
 
@@ -697,6 +698,7 @@ def test_subscribers_miss_nothing(fault, hasty, clock, caplog):
         account(publisher, reader)
         assert publisher.longest < 1.5
         assert len(publisher.uncertain) < 10
+        journal().flush()
         assert "the broker is down" in caplog.text
         # The server sees a moment later that another one has ended.
         await_true(lambda: len(server.listeners()) == 1)

@@ -28,6 +28,7 @@ from syncstream import (
 )
 from syncstream import hub as hub_module
 from syncstream.brokers.memory import MemoryBroker
+from syncstream.journal import journal
 from syncstream.log import JOIN, Page
 from syncstream.protocol import sse
 from syncstream.testing import HOSTILE
@@ -1245,6 +1246,7 @@ def test_a_broker_that_fails_breaks_no_kick(caplog):
     assert hub.kick(lambda s: True) == 2
     assert all(subscription.is_closed for subscription in subscriptions)
     assert hub.stats()["subscribers"] == 0
+    journal().flush()
     said = {record.message for record in caplog.records}
     assert "'leave' could not be announced in 'a'" in said
     assert "'b:*' could not be unwatched: no route" in said
@@ -1629,6 +1631,7 @@ def test_state(hub, caplog):
     hub.state(False, "no route")
     assert hub.stats()["up"] is False
     hub.state(True, "connected")
+    journal().flush()
     assert [record.message for record in caplog.records] == [
         "the broker is down: no route",
         "the broker is back: connected",
