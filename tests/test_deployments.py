@@ -364,7 +364,9 @@ def load(site, one="raw", what=SHORT):
     short = [Answer(site, kind, **SHORT) for kind in FINITE]
     for answer in short:
         answer.await_first()
-    return [*answers, *short, Answer(site, "plain", **SHORT)]
+    plain = Answer(site, "plain", **SHORT)
+    site.control.next(f"{plain.key}-began")
+    return [*answers, *short, plain]
 
 
 def check(site, answers, told):
