@@ -227,4 +227,4 @@ def test_no_place_is_kept_by_what_fails_first(is_lazy):
         limited = StreamMiddleware(app, max_streams=1)
         for _ in range(3):
             assert Server(limited).heads[-1][0].startswith("500 ")
-            assert process().open_streams == before
+            assert process().open_streams <= before  # others may have been collected
