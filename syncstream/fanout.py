@@ -85,7 +85,6 @@ _GONE: int = sum(
     getattr(select, name, 0) for name in ("EPOLLRDHUP", "EPOLLERR", "EPOLLHUP")
 )
 
-_KEEPALIVE = Event(comment="keepalive").encode()
 _END = b"0\r\n\r\n"
 _COME_BACK = {  # milliseconds; browsers' own 3 to 5 s would hammer a broken view
     "shutdown": 1000,
@@ -135,6 +134,7 @@ class Terms:
         reasons: Why an application may end a stream.
         before_wait: What gives back, after code of the application has run, what
             should not be held.
+        comment: The keepalive, in the form that these clients read.
     """
 
     lanes: Lanes
@@ -147,6 +147,7 @@ class Terms:
     comes_back: bool
     reasons: frozenset[str]
     before_wait: tuple[Callable[[], object], ...] = ()
+    comment: bytes = b": keepalive\n\n"
 
     def give_back(self) -> None:
         """Call the hooks; one that fails keeps nobody waiting."""
@@ -526,7 +527,7 @@ class Group:
         keepalive = self.terms.keepalive
         if keepalive is not None and now - self.moved >= keepalive:
             if self._may_send():
-                self.send(_KEEPALIVE)
+                self.send(self.terms.comment)
             self.moved = now
         if self.clients:
             self._loop.wheel.add(self, self.next_time())
@@ -879,12 +880,13 @@ class Fanout:
         comes_back: bool,
         reasons: frozenset[str],
         before_wait: tuple[Callable[[], object], ...] = (),
+        comment: bytes = b": keepalive\n\n",
     ) -> tuple[Terms, Terms]:
         """Make all that a client needs and that can fail, before it is taken.
 
         Args:
             process, served, keepalive, send_timeout, retry, comes_back, reasons,
-                before_wait: As for `Terms`.
+                before_wait, comment: As for `Terms`.
 
         Returns:
             Those of a response that is raw, and of one in chunks.
@@ -893,7 +895,7 @@ class Fanout:
             RuntimeError: No thread is left.
         """
         lanes, life = self.lanes(), (keepalive, send_timeout, retry, comes_back)
-        rest = (*life, reasons, before_wait)
+        rest = (*life, reasons, before_wait, comment)
         return (
             self._same(Terms(lanes, process, served, False, *rest)),
             self._same(Terms(lanes, process, served, True, *rest)),
@@ -1079,7 +1081,8 @@ class Fanout:
         if not mine.is_plain or client.rest is not None:
             return
         terms = client.terms
-        key = (*mine.kind, terms.is_chunked, terms.keepalive, id(terms.lanes))
+        form = (terms.is_chunked, terms.keepalive, terms.comment)
+        key = (*mine.kind, *form, id(terms.lanes))
         shared = self._shared.get(key)
         if shared is None:
             leader = mine.twin()
@@ -1273,7 +1276,7 @@ class Fanout:
         is_cut = reason == "error" or (is_partial and not terms.comes_back)
         is_whole = client.rest is None  # not in the middle of a chunk
         if is_whole:
-            words = come_back(str(reason), terms.retry)
+            words = come_back(str(reason), terms.retry) if terms.comes_back else b""
             if terms.is_chunked and words:
                 words = _chunked(words)
             if terms.is_chunked and not is_cut:

@@ -105,7 +105,7 @@ _TOO_LATE = (
     ": the response's head has left before the generator began, and the status with it."
     " Decide in a plain view, which returns SSEResponse(...) or another response"
 )
-_KEEPALIVE = Event(comment="keepalive").encode()
+_KEEPALIVE = "keepalive"
 _CLOSE_TRIES = 10
 _PIECE = 64 * 1024  # bytes; what a server's socket accepts at once is about as much
 _GRACE = 1.5  # seconds that the kernel waits longer than we do, for a frozen client
@@ -220,6 +220,10 @@ class Connection(Protocol):
     @property
     def is_event_source(self) -> bool:
         """The client asks as a browser's EventSource does, and obeys an end id."""
+
+    @property
+    def parses_events(self) -> bool:
+        """The client reads an event stream line by line, as the standard does."""
 
     @property
     def fd(self) -> int | None:
@@ -419,9 +423,11 @@ class Stream:
         self._end_mode = end
         self._retry = retry
         self._on_error = on_error
-        self._opening = (
-            Event(comment=_OPENING, retry=retry).encode() if format.is_events else None
-        )
+        self._opening: bytes | None = None
+        self._keepalive = sse.comment(_KEEPALIVE, is_line=False)
+        if format.is_events:
+            self._retrying = Event(comment=_OPENING, retry=retry).encode()
+            self._opening = sse.comment(_OPENING, is_line=False)
         self._connection: Connection | None = None
         self._source: Iterable[Any] | None = source
         self._to_close: list[Any] = [source]  # popped by whoever closes it
@@ -500,6 +506,12 @@ class Stream:
                 "a stream answers one request: make a new response for each"
             )
         self._connection = connection
+        is_line = connection.parses_events
+        self._keepalive = sse.comment(_KEEPALIVE, is_line=is_line)
+        if self._opening is not None:
+            self._opening = sse.comment(_OPENING, is_line=is_line)
+            if self._retry is not None and connection.is_event_source:
+                self._opening = self._retrying
         if written:
             self._tail, self._opening = written, None
         if is_encoded:
@@ -882,7 +894,12 @@ class Stream:
                     if ended:
                         break
                 if chunk is not None:
-                    self._tail = chunk if len(chunk) > 3 else (self._tail + chunk)[-4:]
+                    # What begins with neither a colon nor a line end says by itself
+                    # how it ends; most begin with a letter.
+                    if chunk > b";" or (len(chunk) > 3 and chunk[0] != 58):
+                        self._tail = chunk
+                    else:
+                        chunk = self._noted(item, chunk)
                     self._moved = now
                     self._events += 1
                     if len(chunk) > _PIECE:
@@ -892,8 +909,8 @@ class Stream:
                     yield chunk
                 elif self._is_silent(now) and self._format.is_whole(self._tail):
                     self._moved = now
-                    self._bytes += len(_KEEPALIVE)
-                    yield _KEEPALIVE
+                    self._bytes += len(self._keepalive)
+                    yield self._keepalive
             yield from self._finish()
         except GeneratorExit:
             # Whoever wraps us by `yield from`, or just drops us, closes the stream.
@@ -1001,9 +1018,25 @@ class Stream:
 
     def _opened(self) -> bytes:
         assert self._opening is not None
-        self._tail = self._opening
+        self._tail = sse.tail_after(b"", self._opening)
         self._bytes += len(self._opening)
         return self._opening
+
+    def _noted(self, item: Any, chunk: bytes) -> bytes:
+        """Take note of a chunk that is short or a comment; return what to send.
+
+        The application's own comments go out as ours do; what it has framed, as it is.
+        """
+        if (
+            self._connection is not None
+            and self._connection.parses_events
+            and self._format.is_events
+            and not isinstance(item, (bytes, bytearray, memoryview))
+            and sse.ends_blank(self._tail)
+        ):
+            chunk = sse.without_blank(chunk)
+        self._tail = sse.tail_after(self._tail, chunk)
+        return chunk
 
     def _warn(self) -> None:
         if self._connection is not None:
@@ -1093,6 +1126,7 @@ class Stream:
                 comes_back=self._comes_back(),
                 reasons=REASONS,
                 before_wait=connection.hooks,
+                comment=self._keepalive,
             )
             client = Client(
                 loop,
@@ -1299,7 +1333,11 @@ class Stream:
             return b""
         if self.reason == "finished":
             return self._end_block()
-        return come_back(str(self.reason), self._retry or 0)
+        return self._come_back(str(self.reason))
+
+    def _come_back(self, reason: str) -> bytes:
+        """Return what asks an EventSource to come back; others make events of it."""
+        return come_back(reason, self._retry or 0) if self._comes_back() else b""
 
     def _end_block(self, *, is_refused: bool = False) -> bytes:
         """Return the block after which a browser, coming back, gets 204."""
@@ -1444,7 +1482,7 @@ class Stream:
                     self._log(logging.ERROR, "on_error of %s failed", second)
         is_told = bool(words)
         if self._format.is_events and self._format.is_whole(words):
-            words += refusal or come_back("error", self._retry or 0)
+            words += refusal or self._come_back("error")
         return words, is_told
 
     # Its ends.
@@ -1811,8 +1849,8 @@ class Stream:
                 if self._may_write():
                     assert self._connection is not None
                     assert self._connection.write is not None
-                    self._connection.write(_KEEPALIVE)
-                    self._bytes += len(_KEEPALIVE)
+                    self._connection.write(self._keepalive)
+                    self._bytes += len(self._keepalive)
                     self._moved = time.monotonic()
             except Exception as error:
                 # The client has left: that is found out where it belongs.

@@ -81,6 +81,7 @@ _NDJSON_TYPES = frozenset(
     f"application/{name}" for name in ("x-ndjson", "ndjson", "jsonl", "x-jsonlines")
 )
 
+_REFUSED = re.compile(r"q\s*=\s*0(?:\.0*)?")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROLS = re.compile(r"[\r\n\0]")
 _DESCRIBES_BODY = re.compile(
@@ -243,7 +244,7 @@ class Connection:
     def last_event_id(self) -> str | None:
         return last_event_id(self.environ)
 
-    @property
+    @functools.cached_property
     def is_event_source(self) -> bool:
         # What the standard's EventSource sends (Chromium 156 and npm's eventsource
         # 5 do, exactly). httpx-sse would make an event of the end block: it sends
@@ -251,8 +252,17 @@ class Connection:
         environ = self.environ
         return (
             environ.get("REQUEST_METHOD") == "GET"
-            and _EVENT_TYPE in environ.get("HTTP_ACCEPT", "")
+            and _names_event_stream(environ.get("HTTP_ACCEPT", ""))
             and environ.get("HTTP_CACHE_CONTROL", "").strip().lower() == "no-cache"
+        )
+
+    @functools.cached_property
+    def parses_events(self) -> bool:
+        # The SDKs of OpenAI, Anthropic and others that are made by Stainless read by
+        # lines, with the decoder of httpx-sse, and ask for application/json.
+        environ = self.environ
+        return "HTTP_X_STAINLESS_LANG" in environ or _names_event_stream(
+            environ.get("HTTP_ACCEPT", "")
         )
 
     @property
@@ -532,6 +542,22 @@ def _warn_of_compression() -> None:
     )
 
 
+def _names_event_stream(accept: str) -> bool:
+    """Tell whether an Accept header asks for event streams by name (RFC 9110 §12.5.1).
+
+    ``*/*`` and ``text/*`` are what curl, fetch and requests send, whatever they do with
+    what comes; ``q=0`` is a refusal.
+    """
+    accept = accept.lower()
+    if _EVENT_TYPE not in accept:
+        return False
+    for item in accept.split(","):
+        name, *parameters = (part.strip() for part in item.split(";"))
+        if name == _EVENT_TYPE:
+            return not any(_REFUSED.fullmatch(each) for each in parameters)
+    return False
+
+
 def _short(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
@@ -806,7 +832,8 @@ class SSEResponse(_Streaming):
             or waits, but not on uWSGI: there it is sent when the source yields
             ``None``.
         retry: The client's reconnection time, whole milliseconds; ``None`` leaves
-            it to the client (Chromium 3 s, Firefox 5 s).
+            it to the client (Chromium 3 s, Firefox 5 s). It goes to EventSources
+            alone: other clients make an event of it, see docs/clients.md.
         send_timeout: A client that takes nothing for so many seconds, though there
             is something for it, is dropped; also one that is gone without a word.
             ``None``: the system decides (some 15 minutes, or never).
@@ -1094,7 +1121,8 @@ class _Head:
             self._open()
 
         def noted(data: bytes) -> object:
-            self.written = (self.written + data)[-4:]
+            if data:
+                self.written = sse.tail_after(self.written, data)
             return write(data)
 
         return noted
@@ -1141,9 +1169,10 @@ class _Head:
         """
         write = self.connection.write
         if write is not None:
-            self.written = sse.Event(comment="ok").encode()
+            opening = sse.comment("ok", is_line=self.connection.parses_events)
+            self.written = sse.tail_after(b"", opening)
             try:
-                write(self.written)
+                write(opening)
             except OSError as error:
                 # The client has left: the stream will find that out for itself.
                 report(log, logging.DEBUG, "%s: %s", self.connection.label, error)

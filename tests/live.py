@@ -32,6 +32,9 @@ from typing import Any
 TESTS = Path(__file__).parent
 TIMEOUT = 15.0  # seconds to wait for what must happen; not what it may take
 
+EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
+"""What an EventSource asks with."""
+
 GUNICORN = {
     "gunicorn-sync": ["-k", "sync"],
     "gunicorn-gthread": ["-k", "gthread", "--threads", "8"],
@@ -364,6 +367,7 @@ class Client:
         self.status = 0
         self.headers: dict[str, str] = {}
         self._body: Iterator[bytes] | None = None
+        self._asks_for_events = False
         self.is_whole = False  # the body's end was marked, or it had a length
 
     def send(self, text: str) -> None:
@@ -378,6 +382,7 @@ class Client:
         headers: dict[str, str] | None = None,
     ) -> None:
         """Send a request."""
+        self._asks_for_events = "event-stream" in (headers or {}).get("Accept", "")
         lines = [f"{method} {path} HTTP/{version}", "Host: localhost"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         self._method = method
@@ -449,18 +454,23 @@ class Client:
     def block(self) -> bytes:
         """Return the body up to the next blank line, and not a byte more.
 
-        Whatever else has come is kept for the next call.
+        Or a comment's line alone, where the client has asked for an event stream: then
+        no blank line follows. Whatever else has come is kept for the next call.
         """
         if self._body is None:
             self.read_head()
         self._text = getattr(self, "_text", b"")
-        while b"\n\n" not in self._text:
+        while (mark := self._mark()) not in self._text:
             data = self.chunk()
             if not data:
                 break
             self._text += data
-        block, mark, self._text = self._text.partition(b"\n\n")
+        block, mark, self._text = self._text.partition(mark)
         return block + mark
+
+    def _mark(self) -> bytes:
+        is_line = self._asks_for_events and self._text.startswith(b":")
+        return b"\n" if is_line else b"\n\n"
 
     def rest(self) -> bytes:
         """Return the body up to its end."""

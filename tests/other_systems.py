@@ -182,7 +182,7 @@ with open_client("ticking") as client:
     read_until(client, b"data: 2\n\n")
     await_end("ticking", "finished")
 with open_client("sleeping") as client:
-    read_until(client, b": keepalive\n\n")
+    read_until(client, b": keepalive\n")
 await_end("sleeping", "disconnected")
 with open_client("stopped") as client:
     read_until(client, b"asleep")
@@ -190,7 +190,7 @@ with open_client("stopped") as client:
     read_until(client, b"retry: ")
     await_end("stopped", "kicked")
 with open_client("events") as client:
-    read_until(client, b": keepalive\n\n")
+    read_until(client, b": keepalive\n")
     hub.publish("a", "event")
     read_until(client, b"data: event\n\n")
 with open_client("flood") as client:

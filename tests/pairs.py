@@ -32,6 +32,7 @@ class Line:
     label = "GET '/test'"
     last_event_id = None
     is_event_source = True
+    parses_events = False
     write = None
     stopping = None
     server_key = None
@@ -80,6 +81,12 @@ class Line:
 
     def cut(self) -> BaseException:
         return ConnectionResetError("cut")
+
+
+class Browser(Line):
+    """One of an EventSource's."""
+
+    is_event_source = parses_events = True
 
 
 def stream_of(source: Any, line: Any = None, **options: Any) -> Stream:

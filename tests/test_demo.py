@@ -273,7 +273,7 @@ def test_the_page_asks_nobody_else(page):
 def test_ids_go_on(demo, id, first):
     """The stream counts on from a Last-Event-ID, and is not upset by any other text."""
     with demo.get("/events", headers={"Last-Event-ID": id}) as client:
-        assert client.block() == b": ok\nretry: 1000\n\n"
+        assert client.block() == b": ok\n\n"
         assert client.block().startswith(f"id: {first}\nevent: hello\n".encode())
         assert client.block().startswith(f"id: {first + 1}\n".encode())
 

@@ -399,7 +399,7 @@ def test_error_recovery(kind):
     failed = "Error fetching data: the source is down"
     with serve("error_recovery", kind, BACKOFF=str(unit)) as server:
         with server.get("/events", headers=EVENT_SOURCE) as client:
-            assert client.block() == b": ok\n\n"
+            assert client.block() == b": ok\n"
             block = client.block()
             assert block.startswith(b"event: update\nretry: 1000\ndata: {")
             # It mends itself, and the count starts again.
@@ -498,7 +498,7 @@ def test_production_resumes(database, kind, workers):
             if presented is not None:
                 headers["Last-Event-ID"] = presented
             with server.get("/events", headers=headers) as client:
-                assert client.block() == b": ok\nretry: 3000\n\n"
+                assert client.block() == b": ok\n\n"
                 assert next_event(client).id == expected
             server.await_log(f"Client after-{presented}: disconnected")
         with server.get("/events?last_event_id=2") as client:
@@ -563,7 +563,9 @@ def test_sse_numbers():
             assert client.is_whole
         headers = dict(EVENT_SOURCE)
         with server.get("/", headers=headers) as client:
-            assert client.rest() == numbers + b"id: syncstream-end\n\n"
+            assert client.rest() == (
+                numbers.replace(b": ok\n\n", b": ok\n") + b"id: syncstream-end\n\n"
+            )
         headers["Last-Event-ID"] = "syncstream-end"
         with server.get("/", headers=headers) as client:
             client.read_head()

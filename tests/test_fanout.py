@@ -115,6 +115,7 @@ class Peer:
         retry=0,
         deadline=math.inf,
         before_wait=(),
+        comment=b": keepalive\n\n",
         process=None,
         callbacks=(),
         place=None,
@@ -146,6 +147,7 @@ class Peer:
             comes_back=comes_back,
             reasons=REASONS,
             before_wait=tuple(before_wait),
+            comment=comment,
         )
         self.client = client(
             loop,
@@ -383,6 +385,25 @@ def test_a_keepalive_comes_in_silence(hub, peers):
     assert more <= 1 + (time.monotonic() - began) / 0.2
 
 
+def test_a_keepalive_comes_in_the_form_that_a_client_reads(hub, peers):
+    """Those who read by lines and those who split at blank lines share no group."""
+    forms = {b": keepalive\n": [], b": keepalive\n\n": []}
+    for comment in (*forms, *forms):
+        forms[comment].append(peers(hub, keepalive=0.2, comment=comment))
+    hub.publish("a", "0")
+    for comment, here in forms.items():
+        for peer in here:
+            texts_until(peer, "0")
+            while peer.body()[0].count(b": keepalive") < 3:
+                peer.data += peer.socket.recv(1 << 20)
+            before, event, after = peer.body()[0].partition(
+                b"id: %b\ndata: 0\n\n" % hub.head("a").encode()
+            )
+            assert event
+            for part in (before, after):
+                assert part == comment * part.count(b":")
+
+
 # Who is slow.
 
 
@@ -550,6 +571,17 @@ def test_farewells(hub, peers, reason, is_chunked):
     else:
         least = 1000 if reason == "shutdown" else 5000
         assert least <= int(retry[1]) <= 3 * least
+
+
+@pytest.mark.parametrize("reason", ["shutdown", "kicked", "closed"])
+def test_no_other_client_gets_a_retry(hub, peers, reason):
+    """Whoever is no EventSource makes an event of a block without data."""
+    peer = peers(hub, comes_back=False)
+    hub.publish("a", "1")
+    texts_until(peer, "1")
+    peer.client.stop(reason)
+    found, body, _, _ = ended(peer)
+    assert (found, RETRY.search(body)) == (reason, None)
 
 
 @pytest.mark.parametrize("is_chunked", [True, False])

@@ -95,7 +95,7 @@ def asker(request):
 
 
 class Listener:
-    """A subscriber; it compares what comes byte by byte.
+    """A subscriber, as a browser is; it compares what comes byte by byte.
 
     Args:
         path: Of the stream, with its options.
@@ -110,7 +110,7 @@ class Listener:
         version="1.1",
         *,
         is_parked=True,
-        is_source=False,
+        is_source=True,
         **headers,
     ):
         self.server = server
@@ -122,7 +122,9 @@ class Listener:
         self.data = bytearray()
         self.expected = b""
         retry = re.search("retry=([0-9]+)", path)
-        opening = f": ok\nretry: {retry[1]}\n\n".encode() if retry else OPENING
+        opening = b": ok\n" if is_source else OPENING
+        if retry and is_source:
+            opening = f": ok\nretry: {retry[1]}\n\n".encode()
         try:
             self.expect(opening)
             if is_parked:
@@ -536,9 +538,10 @@ def test_all_options_at_once(few, asker, channel):
                 mine = [text for text in found if text.startswith(name)]
                 assert mine == [f"{name} {n}" for n in range(20)]
             assert len(found) == 41
-            count = listener.body.count(b": keepalive\n\n")
+            assert b": keepalive\n\n" not in listener.body
+            count = listener.body.count(b": keepalive\n")
             listener.read_until(
-                lambda body, most=count + 2: body.count(b": keepalive\n\n") >= most
+                lambda body, most=count + 2: body.count(b": keepalive\n") >= most
             )
         wild.read_until(lambda _: len(wild.texts()) >= 20)
         assert sorted(wild.texts()) == sorted(f"wild {n}" for n in range(20))

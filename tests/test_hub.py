@@ -15,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from werkzeug.test import EnvironBuilder
 
-from pairs import Greenlets, Threads, await_true, check_script, serve, stream_of
+from pairs import (
+    Browser,
+    Greenlets,
+    Threads,
+    await_true,
+    check_script,
+    serve,
+    stream_of,
+)
 from pairs import Line as PairsLine
 from syncstream import (
     Closed,
@@ -1867,7 +1875,7 @@ def test_who_is_denied_or_kicked_is_told_to_come_back_late(hub, is_generator):
 
     def stream_to(subscription):
         given = source(subscription) if is_generator else subscription
-        return stream_of(given, Line(), end="stop")
+        return stream_of(given, Browser(), end="stop")
 
     waits = set()
     for _ in range(20):

@@ -1,5 +1,6 @@
 """A process and its streams: how they end, what is counted, what holds at its exit."""
 
+import contextlib
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ import syncstream.process
 from pairs import (
     TESTS,
     TIMEOUT,
+    Browser,
     Line,
     Threads,
     await_true,
@@ -170,15 +172,32 @@ def test_nothing_is_put_into_an_event():
 
 def test_a_retry_of_ones_own_is_the_least():
     """What the application has asked for is jittered upwards."""
-    _, body, _ = stopped("shutdown", retry=20_000)
+    _, body, _ = stopped("shutdown", line=Browser(), retry=20_000)
     assert 20_000 <= int(RETRY.search(body, 20)[1]) <= 60_000
+
+
+@pytest.mark.parametrize("reason", sorted({*REASONS, "max_duration"}))
+def test_no_other_client_gets_a_retry(reason):
+    """Others make an event, or bad JSON, of a block without data."""
+    life = Life(max_duration=0.1 if reason == "max_duration" else None)
+    line = Line()
+    line.is_event_source = False
+    stream = stream_of(iter(lambda: None, 1), line, life=life, retry=5000)
+    chunks = iter(stream)
+    found = [next(chunks)]
+    if reason != "max_duration":
+        stream.stop(reason)
+    with contextlib.suppress(ConnectionResetError):  # where it is cut
+        found += chunks
+    assert found == [b": ok\n\n"]
+    assert stream.reason == reason
 
 
 def test_the_retry_is_jittered():
     """Clients that were here together do not return together."""
     found = set()
     for _ in range(30):
-        _, body, _ = stopped("shutdown", while_waiting=False)
+        _, body, _ = stopped("shutdown", line=Browser(), while_waiting=False)
         found.add(RETRY.search(body)[1])
     assert len(found) > 10
 
@@ -336,7 +355,7 @@ def test_max_duration_ends_a_wait_and_a_busy_source():
 
     for source in (waiting, busy):
         start = time.monotonic()
-        stream = stream_of(source(), Line(), life=Life(max_duration=0.2))
+        stream = stream_of(source(), Browser(), life=Life(max_duration=0.2))
         body = b"".join(serve(stream))
         assert time.monotonic() - start >= 0.18
         assert stream.reason == "max_duration"

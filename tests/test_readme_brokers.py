@@ -188,7 +188,7 @@ def test_publish_app_by_curl(tmp_path):
         with follow(server) as client:
             assert "error" in run("wrong")
             (id,) = run("secret")["ids"]
-            (event,) = [e for _ in range(2) for e in sse.Decoder().feed(client.block())]
+            (event,) = [e for _ in range(3) for e in sse.Decoder().feed(client.block())]
             assert (event.id, event.data) == (id, "Hello")
 
 

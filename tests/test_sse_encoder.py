@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import itertools
 import json
 import pickle
 import re
@@ -24,7 +25,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from syncstream.protocol.sse import END_ID, Decoder, Event, encoder, ends_blank
+from syncstream.protocol.sse import (
+    END_ID,
+    Decoder,
+    Event,
+    comment,
+    encoder,
+    ends_blank,
+    tail_after,
+    without_blank,
+)
 
 MANY = settings(max_examples=300)
 
@@ -942,3 +952,85 @@ def test_ends_blank_lets_nothing_be_lost(written: bytes) -> None:
         decoder = Decoder()
         decoder.feed(written)
         assert decoder.feed(b"event: mine\ndata: b\n\n") == [Event("b", event="mine")]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (b": ok\n", True),
+        (b":\n", True),
+        (b": a\r\n: b\r: c\n", True),
+        (b"data: a\n\n: c\n", True),
+        (b"data: a\n\n: c\r\n: d\r", True),
+        (b": c\n\n: d\n", True),
+        (b"data: a\n: c\n", False),
+        (b"data: a\n\nid: 1\n: c\n", False),
+        (b": c", False),
+        (b"data: a\n\n: c", False),
+        (b"data: a\n:", False),
+        (b"data: :\n", False),
+        (b"data: a:\n: b\n", False),
+    ],
+    ids=repr,
+)
+def test_comment_lines_leave_a_stream_between_two_events(
+    written: bytes, expected: bool
+) -> None:
+    """In whatever pieces they are written, whole comment lines are no event's part."""
+    assert ends_blank(tail_after(b"", written)) is expected
+    for size in range(1, len(written)):
+        tail = b""
+        for start in range(0, len(written), size):
+            tail = tail_after(tail, written[start : start + size])
+        assert expected or not ends_blank(tail)  # a piece may say too little
+
+
+@MANY
+@given(
+    st.lists(
+        st.sampled_from(
+            [b"data: a", b"id: 1", b": ok", b":", b"\n", b"\r", b"\r\n", b"\n\n"]
+        )
+    ).map(b"".join),
+    st.lists(st.integers(0, 100)),
+    st.booleans(),
+)
+def test_a_comment_line_loses_nothing(
+    written: bytes, places: list[int], is_line: bool
+) -> None:
+    """Where `ends_blank` says yes a keepalive, of either form, changes no event."""
+    cuts = sorted({0, len(written), *(n for n in places if n < len(written))})
+    chunks = [written[a:b] for a, b in itertools.pairwise(cuts)]
+    tail = b""
+    for chunk in chunks:
+        tail = tail_after(tail, chunk)
+    if ends_blank(tail):
+        plain, kept = Decoder(), Decoder()
+        plain.feed(written)
+        kept.feed(written)
+        assert kept.feed(comment("keepalive", is_line=is_line)) == []
+        more = b"event: mine\ndata: b\n\n"
+        assert kept.feed(more) == plain.feed(more)
+        assert kept.last_event_id == plain.last_event_id
+
+
+@pytest.mark.parametrize("is_line", [True, False])
+def test_comments_between_events_are_nothing(is_line: bool) -> None:
+    """Opening, keepalives and events decode to the events, however they are cut."""
+    block = comment("ok", is_line=is_line)
+    keepalive = comment("keepalive", is_line=is_line)
+    events = [Event("a\nb", id=1), Event({"n": 1}, event="e"), Event("", id="")]
+    wire = block + b"".join(event.encode() + keepalive for event in events)
+    whole = Decoder().feed(wire)
+    assert [event.data for event in whole] == ["a\nb", '{"n":1}', ""]
+    for cut in range(len(wire)):
+        decoder = Decoder()
+        assert decoder.feed(wire[:cut]) + decoder.feed(wire[cut:]) == whole
+
+
+def test_only_comments_lose_their_blank_line() -> None:
+    """A block with a field in it stays as it is."""
+    for event in (Event(comment="a\nb"), Event(comment="")):
+        assert without_blank(event.encode()) == event.encode()[:-1]
+    for event in (Event("a", comment="c"), Event(id=1, comment="c"), Event(retry=5)):
+        assert without_blank(event.encode()) == event.encode()

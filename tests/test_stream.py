@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import gc
+import itertools
 import logging
 import os
 import re
@@ -48,6 +49,10 @@ class Line(PairsLine):
 
     def cut(self):
         return ConnectionResetError("cut")
+
+
+class Browser(Line):
+    is_event_source = parses_events = True
 
 
 @pytest.fixture
@@ -103,9 +108,39 @@ def test_the_opening_leaves_before_the_source_starts():
     """A comment, and retry, come before the source is even asked."""
     source = Closing(["a"])
     source.items = iter(["a"])
-    chunks = iter(stream_of(source, retry=2000))
+    chunks = iter(stream_of(source, Browser(), retry=2000, end="reconnect"))
     assert next(chunks) == b": ok\nretry: 2000\n\n"
     assert list(chunks) == [b"data: a\n\n"]
+
+
+@pytest.mark.parametrize("retry", [None, 2000])
+@pytest.mark.parametrize(
+    ("parses_events", "is_event_source"), [(False, False), (True, False), (True, True)]
+)
+def test_what_is_added_is_what_a_client_can_read(parses_events, is_event_source, retry):
+    """No ``retry:`` but for EventSources; no blank line for those that read by lines.
+
+    A keepalive after a comment, or in the midst of comments of the application's, is
+    as good as one after an event; within an event there is none.
+    """
+    line = Line()
+    line.parses_events, line.is_event_source = parses_events, is_event_source
+    items = iter(["a", None, Event(comment="c"), None, b": x\n", None, b"data: b\n"])
+    items = itertools.chain(items, [None, b"\n", None])
+    options = {"life": Life(keepalive=1e-9), "retry": retry, "end": "reconnect"}
+    body = b"".join(stream_of(items, line, **options))
+    blank = b"" if parses_events else b"\n"
+    keepalive = b": keepalive\n" + blank
+    opening = b": ok\n" + blank
+    if retry and is_event_source:
+        opening = b": ok\nretry: 2000\n\n"
+    assert body == b"".join(
+        (
+            *(opening, b"data: a\n\n", keepalive, b": c\n", blank, keepalive),
+            *(b": x\n", keepalive, b"data: b\n", b"\n", keepalive),
+        )
+    )
+    assert [event.data for event in sse.Decoder().feed(body)] == ["a", "b"]
 
 
 def test_none_is_a_checkpoint():
@@ -162,9 +197,9 @@ def test_an_error_is_logged_once_and_cuts(line, caplog):
         yield "a"
         raise RuntimeError("broken")
 
-    stream = stream_of(source(), line)
+    stream = stream_of(source(), Browser())
     chunks = iter(stream)
-    assert next(chunks) == b": ok\n\n"
+    assert next(chunks) == b": ok\n"
     assert next(chunks) == b"data: a\n\n"
     retry = int(next(chunks).removeprefix(b"retry: "))
     assert 5000 <= retry <= 15000
@@ -202,7 +237,7 @@ def test_on_error_says_the_last_word(line):
     def on_error(error):
         return Event({"error": str(error)}, event="error")
 
-    chunks = iter(stream_of(source(), line, on_error=on_error))
+    chunks = iter(stream_of(source(), Browser(), on_error=on_error))
     next(chunks), next(chunks)
     assert next(chunks).startswith(b'event: error\ndata: {"error":"broken"}\n\nretry: ')
     assert list(chunks) == []  # in order: the event is the sign

@@ -115,8 +115,10 @@ def test_who_compresses_streams_is_warned_of(make, caplog):
 def test_bare_wsgi(wrap):
     """A response is a WSGI application by itself."""
     source = Closing(["a", {"n": 1}])
-    answer = get(wrap(SSEResponse(source, retry=3000, headers={"X-A": "1"})))
-    assert answer.data == b': ok\nretry: 3000\n\ndata: a\n\ndata: {"n":1}\n\n'
+    app = wrap(SSEResponse(source, retry=3000, headers={"X-A": "1"}))
+    answer = get(app, headers=ASK)
+    events = b'data: a\n\ndata: {"n":1}\n\nid: syncstream-end\n\n'
+    assert answer.data == b": ok\nretry: 3000\n\n" + events
     assert dict(answer.headers) == {
         "Content-Type": "text/event-stream; charset=utf-8",
         "Cache-Control": "no-cache, no-transform",
@@ -402,7 +404,7 @@ def test_the_end_id_is_not_a_users_id():
     headers = {**ASK, "Last-Event-ID": "syncstream-end"}
     assert get(SSEResponse(source()), headers=headers).status_code == 204
     answer = get(SSEResponse(source(), end="reconnect"), headers=headers)
-    assert answer.data == b": ok\n\ndata: a\n\n"
+    assert answer.data == b": ok\ndata: a\n\n"
     assert seen == [None]
 
 
@@ -420,6 +422,52 @@ def test_only_an_event_source_is_told_to_stop(method, headers, told):
     """httpx-sse and curl never see the end block."""
     answer = get(SSEResponse(["a"]), method, headers=headers)
     assert answer.data.endswith(b"id: syncstream-end\n\n") is told
+
+
+SSE = "text/event-stream"
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_named"),
+    [
+        ({"Accept": SSE}, True),
+        ({"Accept": "Text/Event-Stream"}, True),
+        ({"Accept": f"{SSE};q=0.5, */*;q=0.1"}, True),
+        ({"Accept": f"application/json, {SSE}"}, True),  # MCP's clients
+        ({"Accept": f"application/json,{SSE} ; charset=utf-8"}, True),
+        ({"Accept": f"{SSE};q=0, */*"}, False),
+        ({"Accept": f"{SSE}; q=0.000"}, False),
+        ({"Accept": "*/*"}, False),
+        ({"Accept": "text/*"}, False),
+        ({"Accept": "application/json, text/plain, */*"}, False),  # axios
+        ({"Accept": f"{SSE}s, x/{SSE}"}, False),
+        ({"Accept": ""}, False),
+        ({}, False),
+        ({"Accept": "application/json"}, False),
+        ({"Accept": "application/json", "X-Stainless-Lang": "python"}, True),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SSEResponse(["a", None, "b"], keepalive=1e-9, retry=1000),
+        lambda: StreamMiddleware(
+            handwritten(body=(b"data: a\n\n", b"", b"data: b\n\n")), keepalive=1e-9
+        ),
+        lambda: StreamMiddleware(
+            lazy(body=(b"data: a\n\n", b"", b"data: b\n\n")), keepalive=1e-9
+        ),
+    ],
+    ids=["response", "middleware", "lazy"],
+)
+def test_comments_are_lines_for_those_who_ask_for_events(make, headers, is_named):
+    """A wildcard asks for anything; a q of 0 refuses. Nobody here gets a ``retry:``."""
+    body = get(make(), headers=headers).data
+    blank = b"" if is_named else b"\n"
+    assert body.replace(b": ok\n" + blank, b"", 1) == b"".join(
+        (b"data: a\n\n: keepalive\n", blank, b"data: b\n\n")
+    )
 
 
 def test_encoded_streams_get_nothing_added():
@@ -558,21 +606,21 @@ def test_the_middleware_passes_exc_info(app):
 
 
 @pytest.mark.parametrize(
-    "app",
+    "make",
     [
-        SSEResponse([b'{"a":1}', b'{"a":2}']),
-        StreamMiddleware(handwritten(body=[b'{"a":1}'])),
-        StreamMiddleware(lazy(body=[b'{"a":1}'])),
-        SSEResponse([b"data: a\n\n", b"event: e\ndata:", b"b\n", b"\n"]),
-        SSEResponse([b"\x1f\x8b"], headers={"Content-Encoding": "gzip"}),
-        NDJSONResponse([b'{"a":1}']),
+        lambda: SSEResponse([b'{"a":1}', b'{"a":2}']),
+        lambda: StreamMiddleware(handwritten(body=[b'{"a":1}'])),
+        lambda: StreamMiddleware(lazy(body=[b'{"a":1}'])),
+        lambda: SSEResponse([b"data: a\n\n", b"event: e\ndata:", b"b\n", b"\n"]),
+        lambda: SSEResponse([b"\x1f\x8b"], headers={"Content-Encoding": "gzip"}),
+        lambda: NDJSONResponse([b'{"a":1}']),
     ],
     ids=["response", "middleware", "lazy", "framed", "encoded", "lines"],
 )
-def test_bytes_that_fire_nothing_are_warned_of(app, request, caplog, monkeypatch):
+def test_bytes_that_fire_nothing_are_warned_of(make, request, caplog, monkeypatch):
     """Bytes that no client takes for an event are passed, and told of once."""
     monkeypatch.setattr(process(), "_warned", {})
-    assert get(app, headers=ASK).data
+    assert get(make(), headers=ASK).data
     is_told = request.node.callspec.id in ("response", "middleware", "lazy")
     assert [r.levelname for r in caplog.records] == ["WARNING"] * is_told
     for record in caplog.records:

@@ -25,9 +25,12 @@ __all__ = [
     "Decoder",
     "Event",
     "check_dispatched",
+    "comment",
     "encoder",
     "ends_blank",
     "passer",
+    "tail_after",
+    "without_blank",
 ]
 
 END_ID = "syncstream-end"
@@ -392,16 +395,62 @@ def encoder(
     return encode
 
 
+def comment(text: str, *, is_line: bool) -> bytes:
+    """Return a comment of one line that stands between two events.
+
+    To the standard both forms are nothing. But who reads an event stream by its lines
+    and takes each blank one for an event's end makes an event of a comment's, too
+    (fetch-event-source; openai and httpx-sse, once there was an id). And who splits it
+    at blank lines loses the event that follows a comment without one.
+
+    Args:
+        is_line: Without a blank line.
+    """
+    return f": {text}\n".encode() if is_line else f": {text}\n\n".encode()
+
+
+def without_blank(block: bytes) -> bytes:
+    """Return a block of comments alone without its blank line; any other as it is."""
+    if block.endswith(b"\n\n") and all(
+        line.startswith(b":") for line in block[:-2].split(b"\n")
+    ):
+        return block[:-1]
+    return block
+
+
 def ends_blank(tail: bytes) -> bool:
     """Tell whether a stream that ends in these bytes stands between two events.
 
+    So it does after a blank line, and after comment lines that follow one.
+
     Args:
-        tail: The last bytes written, at least 4 if there were as many. ``b""`` is
-            a stream with nothing written yet.
+        tail: The last bytes written, at least 4 if there were as many (see
+            `tail_after`). ``b""`` is a stream with nothing written yet.
     """
     if not tail:
         return True
-    return tail.replace(b"\r\n", b"\n").replace(b"\r", b"\n").endswith(b"\n\n")
+    tail = tail.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    end = len(tail)
+    while tail.endswith(b"\n", 0, end):
+        if tail.endswith(b"\n\n", 0, end):
+            return True
+        end = tail.rfind(b"\n", 0, end - 1) + 1  # where the last line begins
+        if tail[end : end + 1] != b":":
+            return False
+    return False
+
+
+def tail_after(tail: bytes, chunk: bytes) -> bytes:
+    """Return what `ends_blank` needs to know after a chunk.
+
+    Args:
+        tail: What this has returned for the chunk before it; ``b""`` at the beginning.
+        chunk: What was written then, not empty.
+    """
+    if len(chunk) > 3 and chunk[:1] != b":":
+        return chunk
+    joined = (tail or b"\n\n") + chunk  # a stream begins between two events
+    return b"\n\n" if ends_blank(joined) else joined[-4:]
 
 
 _BOM = b"\xef\xbb\xbf"
