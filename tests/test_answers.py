@@ -79,7 +79,7 @@ def test_a_raised_answer_ends_for_good(error, mode, id, count, logged):
     answer = get(view())
     assert answer.status_code == 200
     events = b"".join(b"data: %d\n\n" % n for n in range(count))
-    assert answer.data == b": ok\n\n" + events + b"id: %b\n\n" % id
+    assert answer.data == b": ok\n" + events + b"id: %b\n\n" % id
     [record] = logged()
     assert "the source of GET '/' failed" in record.message
     assert "Decide in a plain view" in record.message
@@ -122,7 +122,7 @@ def test_flask_s_wrapper_drops_no_return_value(logged):
     app.add_url_rule(
         "/", view_func=sse(lambda: redirecting(flask.redirect(flask.request.url)))
     )
-    assert get(app).data == b": ok\n\nid: syncstream-end\n\n"
+    assert get(app).data == b": ok\nid: syncstream-end\n\n"
     assert "returned a Response of status 302" in str(logged()[0].exc_info[1])
 
 
