@@ -24,7 +24,7 @@ from django.http import HttpRequest, StreamingHttpResponse
 from . import wsgi
 from .process import process
 from .protocol.json import Dumps
-from .stream import Stream
+from .stream import ANSWERED, Stream
 from .views import decorator
 
 __all__ = ["NDJSONResponse", "SSEResponse", "StreamResponse", "sse"]
@@ -176,6 +176,7 @@ _ASGI = (
 class _Streaming(StreamingHttpResponse):
     _response: Any = None
     _connection: wsgi.Connection | None = None
+    _looked_at = -1  # so many closers
     _status = 200
 
     def __init__(
@@ -201,9 +202,10 @@ class _Streaming(StreamingHttpResponse):
 
     def _find_request(self) -> None:
         """Learn which request this answers, as soon as the handler has told."""
-        if self._response is None or self._connection is not None:
+        if self._response is None or len(self._resource_closers) == self._looked_at:
             return
-        for closer in self._resource_closers:
+        self._looked_at = len(self._resource_closers)
+        for closer in reversed(self._resource_closers):
             request = getattr(closer, "__self__", None)
             if isinstance(request, HttpRequest):
                 break
@@ -213,9 +215,17 @@ class _Streaming(StreamingHttpResponse):
         if environ is None:
             self._response.close()
             raise RuntimeError(_ASGI)
+        stream, before = self._response._stream, self._connection
+        if before is not None and before.environ is environ:
+            return
+        if before is not None and not (before.server.is_test and stream.leave()):
+            # The server answers 500, and the first request has its stream.
+            self._resource_closers.remove(request.close)
+            self._looked_at -= 1
+            request.close()
+            raise RuntimeError(ANSWERED)
         _prepare(environ, is_new=False)
         self._connection = connection = wsgi.Connection.of(environ)
-        stream = self._response._stream
         if stream.is_over_for(connection):
             self._status, self._reason_phrase = 204, None
             del self.headers["Content-Type"]
@@ -293,7 +303,7 @@ def _body(stream: Stream) -> Iterator[bytes]:
     environ, _ = _environ.get()
     if environ is not None and not stream.has_connection and not stream.reason:
         connection = wsgi.Connection.of(environ)
-        if connection.is_head:
+        if connection.is_head or stream.is_over_for(connection):
             stream.close()
         elif connection.stream is None:
             connection.take(stream)

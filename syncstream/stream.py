@@ -76,6 +76,7 @@ from .waiting import (
 from .watch import Timer, Watch, native_epoll, watch
 
 __all__ = [
+    "ANSWERED",
     "Connection",
     "Format",
     "Life",
@@ -100,6 +101,7 @@ STARVED = 0.2  # seconds in which a hub has not run its watch
 REASONS = frozenset(("closed", "finished", "kicked", "denied", "shutdown"))
 """Why an application may stop a stream."""
 
+ANSWERED = "a stream answers one request: make a new response for each"
 _OPENING = "ok"
 _TOO_LATE = (
     ": the response's head has left before the generator began, and the status with it."
@@ -502,9 +504,7 @@ class Stream:
             RuntimeError: It goes to another connection already, or has ended.
         """
         if self._connection not in (None, connection) or self.reason:
-            raise RuntimeError(
-                "a stream answers one request: make a new response for each"
-            )
+            raise RuntimeError(ANSWERED)
         self._connection = connection
         is_line = connection.parses_events
         self._keepalive = sse.comment(_KEEPALIVE, is_line=is_line)
@@ -518,10 +518,26 @@ class Stream:
             self._opening = None
             self._format = Format(self._format.encode, lambda tail: False)
 
+    def leave(self) -> bool:
+        """Leave a connection to which nothing has been written; tell whether it has."""
+        if self._process is not None or self._once:
+            return False
+        self._connection = None
+        return True
+
     @property
     def has_connection(self) -> bool:
         """Whether it is known to whom its chunks go."""
         return self._connection is not None
+
+    def is_new(self, *, is_events: bool) -> bool:
+        """Tell whether it waits for a client, in a format of events or in another."""
+        return (
+            self._connection is None
+            and not self._once
+            and self._process is None
+            and self._is_event_stream == is_events
+        )
 
     def is_over_for(self, connection: Connection) -> bool:
         """Tell whether this client has been told to stop, and came back.

@@ -16,6 +16,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 from wsgiref.util import is_hop_by_hop
@@ -66,6 +67,11 @@ it waits, what should not be held so long: a list of them."""
 
 HANDOVER = "syncstream.handover"
 """The environ key that is ``False`` where a connection must stay with its server."""
+
+# The connection of the request that a middleware has its application answer here.
+_answering: ContextVar[Callable[[], Any] | None] = ContextVar(
+    "syncstream_answering", default=None
+)
 
 _LIVE = {
     # no-transform keeps proxies from compressing, and so from buffering; nginx
@@ -159,6 +165,7 @@ class Connection:
         self.is_answering = False  # start_response is called again, for an error
         self.hides_errors = False  # a framework answers errors, and logs none
         self._has_failed_hook = False
+        self._made: list[Callable[[], Any]] = []
 
     @classmethod
     def of(cls, environ: WSGIEnvironment) -> Connection:
@@ -186,6 +193,22 @@ class Connection:
         encoded = any(name.lower() == "content-encoding" for name, _ in headers)
         self._is_encoded = encoded
         stream.connect(self, is_encoded=encoded, written=written)
+
+    def made(self, stream: Stream) -> None:
+        """Note a stream that has been made for a response to this request, perhaps."""
+        self._made.append(stream.reference)
+
+    def find_made(self, format: Format) -> Stream | None:
+        """Return the last such stream of a format, if it still waits to be sent.
+
+        Its response is not what the application answers by, so its chunks are on
+        their way in another one, as that of a middleware which changes bodies.
+        """
+        for reference in reversed(self._made):
+            stream: Stream | None = reference()
+            if stream is not None and stream.is_new(is_events=format.is_events):
+                return stream
+        return None
 
     def warn(self) -> None:
         """Say, once a process, what an operator should change: a stream stays here."""
@@ -696,6 +719,9 @@ class _Streaming(Response):
         headers: HeaderSource | None,
     ) -> None:
         self._stream = stream
+        reference = _answering.get()
+        if reference is not None and (connection := reference()) is not None:
+            connection.made(stream)
         merged = merge_headers(defaults, headers)
         if not isinstance(status, (int, str)) or isinstance(status, bool):
             raise TypeError(f"status must be int or str, got {status!r}")
@@ -1055,6 +1081,7 @@ class StreamMiddleware:
         if not self._may_hand_over:
             environ[HANDOVER] = False
         head = _Head(connection, start_response, self._life, self._capacity)
+        token = _answering.set(weakref.ref(connection))
         try:
             app_iter = self.app(environ, head.start_response)
             if head.refusal is not None:
@@ -1068,6 +1095,8 @@ class StreamMiddleware:
         except BaseException:
             head.abandon()
             raise
+        finally:
+            _answering.reset(token)
 
 
 def _is_file(environ: WSGIEnvironment, app_iter: object) -> bool:
@@ -1135,6 +1164,14 @@ class _Head:
         self._status = _code(status)
         ours = self.connection.stream
         self.format = _format_of(headers) if ours is None else None
+        if self.format is not None and self.has_body:
+            ours = self.connection.find_made(self.format)
+            if ours is not None and ours.is_over_for(self.connection):
+                ours.close()
+                return self._stay_away(exc_info)
+            if ours is not None:
+                self.connection.take(ours, headers)
+                self.format = None
         self._session_look = _session_watch() if self.format is not None else None
         if (ours is not None or self.format is not None) and self.has_body:
             environ, connection = self.connection.environ, self.connection
@@ -1239,18 +1276,24 @@ class _Head:
         self._call(status, headers, exc_info)
         return lambda data: None
 
+    def _stay_away(self, exc_info: Any) -> Callable[[bytes], object]:
+        """Tell a browser, which has come back with the end id, to stay away."""
+        self.refusal = b""
+        self._call("204 No Content", [("Cache-Control", "no-store")], exc_info)
+        return lambda data: None
+
     def refuse(self, app_iter: Iterable[bytes]) -> Iterable[bytes]:
         """Close what the application has returned; return the refusal instead."""
         assert self.refusal is not None
         stream = self.connection.stream
         if stream is not None:
             stream.refuse()
-        else:
+        elif self.refusal:
             process().count("refused")
         close = getattr(app_iter, "close", None)
         if close is not None:
             close()
-        return [self.refusal]
+        return [self.refusal] if self.refusal else []
 
 
 def _code(status: Any) -> int:

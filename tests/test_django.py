@@ -1,13 +1,19 @@
 """Django: under ASGI a clear error, without a request a plain response."""
 
 import asyncio
+import io
+import types
 
 import pytest
 from django.core.handlers.asgi import ASGIHandler
+from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import request_finished, request_started
-from django.test import Client, RequestFactory
+from django.http import StreamingHttpResponse
+from django.test import Client, RequestFactory, override_settings
+from django.urls import path
 
 from apps import django_app
+from syncstream import StreamMiddleware, current_stream
 from syncstream.django import SSEResponse, sse
 from syncstream.process import process
 
@@ -116,3 +122,78 @@ def test_a_view_may_use_the_test_client(client):
     response = SSEResponse(["a"])
     assert b"".join(response) == b""
     request_finished.send(sender=None)
+
+
+def served(view, query="", *, headers=None, middleware=False):
+    """Return status line, headers and body of a request, as a server asks for it."""
+    environ = {**RequestFactory().get(f"/?{query}", headers=headers).environ}
+    environ["wsgi.input"] = io.BytesIO()  # of no test client
+    begun = []
+
+    def start_response(status, headers, exc_info=None):
+        begun[:] = status, dict(headers)
+        return lambda data: None
+
+    with override_settings(ROOT_URLCONF=urls(view), MIDDLEWARE=[]):
+        app = WSGIHandler()
+        app = StreamMiddleware(app) if middleware else app
+        app_iter = app(environ, start_response)
+        body = b"".join(app_iter)
+        if hasattr(app_iter, "close"):
+            app_iter.close()
+    return (*begun, body)
+
+
+def urls(view):
+    """Return a URL configuration of one view, and of one for requests within."""
+    module = types.ModuleType("urls")
+    inner = path("inner", lambda request: SSEResponse(ids()))
+    module.urlpatterns = [path("", view), inner]
+    return module
+
+
+def ids():
+    """Yield the id that the client has come back with."""
+    yield str(current_stream().last_event_id)
+
+
+EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
+END = b"id: syncstream-end\n\n"
+
+
+@pytest.mark.parametrize("middleware", [False, True])
+def test_a_body_in_a_new_response_is_still_one_stream(middleware):
+    """It has its Last-Event-ID, one opening, and an end that browsers obey."""
+
+    def view(request):
+        body = SSEResponse(ids()).streaming_content
+        chunks = (chunk for chunk in body)
+        return StreamingHttpResponse(chunks, content_type="text/event-stream")
+
+    headers = {**EVENT_SOURCE, "Last-Event-ID": "7"}
+    status, _, body = served(view, headers=headers, middleware=middleware)
+    assert status == "200 OK"
+    assert body == b": ok\ndata: 7\n\n" + END
+    headers["Last-Event-ID"] = "syncstream-end"
+    status, _, body = served(view, headers=headers, middleware=middleware)
+    assert body == b""
+    assert status == ("204 No Content" if middleware else "200 OK")
+
+
+@pytest.mark.parametrize("middleware", [False, True])
+def test_a_response_of_a_request_within_answers_the_outer_one(middleware):
+    """The view returns what Django's test client has got: its client is the outer's."""
+    headers = {**EVENT_SOURCE, "Last-Event-ID": "7"}
+    view = lambda request: Client().get("/inner")  # noqa: E731
+    _, _, body = served(view, headers=headers, middleware=middleware)
+    assert body == b": ok\ndata: 7\n\n" + END
+
+
+@pytest.mark.parametrize("middleware", [False, True])
+def test_a_response_that_is_kept_answers_one_request(middleware):
+    """For the next one it is an error, not an empty stream that looks whole."""
+    kept = SSEResponse(ids())
+    assert served(lambda request: kept, middleware=middleware)[0] == "200 OK"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="answers one request"):
+            served(lambda request: kept, middleware=middleware)

@@ -32,12 +32,14 @@ def await_ended(server, key):
 @pytest.mark.parametrize("app", ["app", "wrapped"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_request_is_a_stream_whose_client_leaves(kind, app):
-    """It is closed at once; the next one, behind a middleware of Django's, too."""
+    """It is closed at once; the next ones, behind a middleware of Django's, too."""
     with serve(kind, app) as server:
-        for query in ("", "&rewrap"):
+        for query in ("", "&rewrap", "&anew"):
             key = unique_key()
-            with server.get(f"/wait?key={key}{query}") as client:
+            resumed = {"Last-Event-ID": "7"}
+            with server.get(f"/wait?key={key}{query}", headers=resumed) as client:
                 assert client.block() == b": ok\n\n"
+                assert server.control.next(f"{key}-started") == "7"
                 assert client.block() == b"data: waiting\n\n"
                 assert client.block() == b": keepalive\n\n"
             assert await_ended(server, key) == "disconnected"

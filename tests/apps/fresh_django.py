@@ -5,6 +5,7 @@
 
 from django.conf import settings
 from django.core.wsgi import get_wsgi_application
+from django.http import StreamingHttpResponse
 
 settings.configure(
     ROOT_URLCONF="apps.fresh_views",
@@ -18,6 +19,8 @@ settings.configure(
 def rewrapped(get_response):
     """Be a middleware that changes a body on its way, as Django's documentation has.
 
+    Or one that puts it into a response of its own.
+
     Before the views are imported it has asked the database, and left no cursor open.
     """
 
@@ -30,6 +33,10 @@ def rewrapped(get_response):
         if "rewrap" in request.GET:
             body = response.streaming_content
             response.streaming_content = (chunk for chunk in body)
+        if "anew" in request.GET:
+            body = response.streaming_content
+            kind = response.headers["Content-Type"]
+            response = StreamingHttpResponse((c for c in body), content_type=kind)
         return response
 
     return middleware
