@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from opcode import opmap
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
@@ -53,6 +54,8 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+_BEGINS_HANDLING = opmap.get("PUSH_EXC_INFO")  # None before Python 3.11
 
 LONGEST = 86400.0 * 24
 """Seconds that a wait, a timer or a lock is given at a stretch, at most.
@@ -205,8 +208,9 @@ def insist(error: BaseException) -> NoReturn:
     """Raise what the code around a wait has swallowed before: it does not get to again.
 
     An ``except:`` that goes on catches whatever is raised in its ``try``, for ever. So
-    it is raised once more when the first line runs after that: in the handler, where
-    nothing catches it but what stands further out. There it goes as any exception.
+    it is raised once more by the first line that runs when the handler has ended: that
+    of a loop, or of its ``try:``, which are not in what the handler covers. Not before:
+    a ``finally`` or the end of a ``with`` would be skipped, and its lock stay taken.
     """
     package = __name__.partition(".")[0]
     frames: list[FrameType] = []
@@ -229,7 +233,7 @@ def insist(error: BaseException) -> NoReturn:
         traces.clear()
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
-        if event == "line":
+        if event == "line" and not _is_handled(error, frame):
             restore()
             raise error
         if event == "return" and frame is frames[-1]:  # nobody has swallowed it
@@ -240,6 +244,17 @@ def insist(error: BaseException) -> NoReturn:
         frame.f_trace = trace
     sys.settrace(trace)
     raise error
+
+
+def _is_handled(error: BaseException, frame: FrameType) -> bool:
+    """Tell whether a line belongs to what is done for an exception on its way."""
+    # A ``with`` has its line on the very instruction by which handling begins.
+    if frame.f_code.co_code[frame.f_lasti] == _BEGINS_HANDLING:
+        return True
+    handled = sys.exc_info()[1]
+    while handled is not None and handled is not error:
+        handled = handled.__context__
+    return handled is error
 
 
 def sleep(seconds: float) -> None:

@@ -56,8 +56,35 @@ def helped(seen):
         pause()
 
 
+def locking(seen):
+    lock = threading.Lock()
+    while True:
+        try:
+            with lock:
+                seen.append("waits")
+                sleep(0.001)
+        except BaseException:
+            assert not lock.locked()
+
+
+def tidying(seen):
+    taken = []
+    for _ in iter(int, 1):
+        try:
+            assert not taken
+            taken.append(1)
+            try:
+                seen.append("waits")
+                sleep(0.001)
+            finally:
+                taken.pop()
+                assert not taken
+        except GeneratorExit:
+            seen.append("swallowed")
+
+
 @pytest.mark.parametrize("place", [Threads(), Greenlets()], ids=lambda p: p.name)
-@pytest.mark.parametrize("loop", [swallowing, suppressing, helped])
+@pytest.mark.parametrize("loop", [swallowing, suppressing, helped, locking, tidying])
 def test_a_source_that_swallows_its_end_is_ended(line, caplog, loop, place):
     """At its next wait, whatever it catches; its `finally` may wait, to its end."""
     seen = []
