@@ -24,7 +24,9 @@ import peewee
 import pydantic
 import pytest
 import sqlalchemy
+from django.utils.functional import SimpleLazyObject
 from sqlalchemy import orm
+from werkzeug.local import LocalProxy
 
 from syncstream.protocol import ndjson, raw
 from syncstream.protocol.sse import Decoder, Event, encoder
@@ -142,6 +144,17 @@ def test_a_field_named_data_is_one_of_several(kind: Any) -> None:
     assert (event.json(), event.event, event.id) == (FIELDS, None, None)
     assert json.loads(ndjson.encoder()(item) or b"") == FIELDS
     assert sent({"within": [item]}).json() == {"within": [FIELDS]}
+
+
+@pytest.mark.parametrize("proxy", [SimpleLazyObject, LocalProxy])
+@pytest.mark.parametrize("kind", [Plain, Attrs, Struct, Model, Tuple])
+def test_a_proxy_is_what_it_stands_for(kind: Any, proxy: Any) -> None:
+    """Django's ``request.user`` and Flask's ``current_user`` are none by their type."""
+    item, made = kind(**FIELDS), proxy(lambda: kind(**FIELDS))
+    assert sent(made) == sent(item)
+    assert sent({"within": made}).json() == sent({"within": item}).json()
+    array_ = proxy(lambda: numpy.arange(3))
+    assert sent(array_).json() == sent({"n": array_}).json()["n"] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", [PlainEvent, AttrsEvent, StructEvent, ModelEvent])

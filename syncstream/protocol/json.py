@@ -42,7 +42,7 @@ def as_mapping(value: Any) -> Any:
         A dict, or ``None`` for any other object. A pydantic ``RootModel`` is its root,
         whatever that is.
     """
-    kind = type(value)
+    kind = value.__class__  # not type(): of a proxy, what it stands for
     # First: a SQLModel is a pydantic model whose dump of an expired row is empty.
     if hasattr(kind, "__mapper__"):  # SQLAlchemy's; what is not loaded is loaded
         names = [attribute.key for attribute in kind.__mapper__.column_attrs]
@@ -52,11 +52,15 @@ def as_mapping(value: Any) -> Any:
     if hasattr(kind, "__fields_set__") and hasattr(kind, "__fields__"):  # pydantic 1
         return json.loads(value.json())
     if hasattr(kind, "__struct_fields__"):  # msgspec, with the names it encodes
+        if type(value) is not kind:  # it takes no proxy
+            encoded = kind.__struct_encode_fields__
+            fields = [getattr(value, name) for name in kind.__struct_fields__]
+            return dict(zip(encoded, fields, strict=True))
         return sys.modules["msgspec"].to_builtins(value, enc_hook=_plain)
     if hasattr(kind, "__attrs_attrs__"):
         return {f.name: getattr(value, f.name) for f in kind.__attrs_attrs__}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if dataclasses.is_dataclass(kind) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(kind)}
     options: Any = getattr(kind, "_meta", None)
     if hasattr(options, "concrete_fields"):  # Django: what values() would give
         deferred = value.get_deferred_fields()
@@ -71,7 +75,8 @@ def as_mapping(value: Any) -> Any:
 
 def is_array(value: Any) -> bool:
     """Tell whether an object's ``.data`` is memory: numpy's, a buffer's, a tensor's."""
-    if hasattr(type(value), "dtype") or hasattr(type(value), "__array__"):
+    kind = value.__class__
+    if hasattr(kind, "dtype") or hasattr(kind, "__array__"):
         return True
     try:
         memoryview(value).release()
@@ -96,13 +101,15 @@ def _plain(value: Any) -> Any:
     """Turn what JSON has no word for into what it has."""
     if isinstance(value, Mapping):
         return dict(value.items())
+    if isinstance(value, (tuple, list)):  # a proxy, or a subclass
+        return list(value)
     if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, (uuid.UUID, decimal.Decimal)):
         return str(value)
-    kind = type(value)
+    kind = value.__class__
     if not isinstance(value, type):
         fields = as_mapping(value)
         if fields is not None:
