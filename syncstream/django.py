@@ -188,6 +188,7 @@ class _Streaming(StreamingHttpResponse):
         _, _, reason = response.status.partition(" ")
         stream = response._stream
         super().__init__(_body(stream), status=response.status_code, reason=reason)
+        self._own = self._iterator
         self._resource_closers.append(stream.close)
         _warn_of_gzip()
         del self.headers["Content-Type"]  # Django's default
@@ -230,6 +231,8 @@ class _Streaming(StreamingHttpResponse):
             self._status, self._reason_phrase = 204, None
             del self.headers["Content-Type"]
         if wsgi.has_body(connection, self._status):
+            if self._iterator is not self._own and "Content-Encoding" in self.headers:
+                _say_compressed()  # by a decorator, say
             connection.take(stream, self.headers.items())
             if not stream.will_leave:
                 _watch_session(request, stream)
@@ -312,12 +315,16 @@ def _body(stream: Stream) -> Iterator[bytes]:
 
 def _warn_of_gzip() -> None:
     if any(name.endswith(".GZipMiddleware") for name in settings.MIDDLEWARE):
-        process().warn_once(
-            log,
-            "Django's GZipMiddleware holds back what streams send: take it out of"
-            " MIDDLEWARE, and let the proxy compress, or decorate the other views"
-            " with gzip_page",
-        )
+        _say_compressed()
+
+
+def _say_compressed() -> None:
+    process().warn_once(
+        log,
+        "Django's GZipMiddleware, or what compresses in its place, holds back what"
+        " streams send: take it out of MIDDLEWARE, and let the proxy compress, or"
+        " decorate the other views, which do not stream, with gzip_page",
+    )
 
 
 class SSEResponse(_Streaming):

@@ -11,6 +11,7 @@ from django.core.signals import request_finished, request_started
 from django.http import StreamingHttpResponse
 from django.test import Client, RequestFactory, override_settings
 from django.urls import path
+from django.views.decorators.gzip import gzip_page
 
 from apps import django_app
 from syncstream import StreamMiddleware, current_stream
@@ -124,9 +125,9 @@ def test_a_view_may_use_the_test_client(client):
     request_finished.send(sender=None)
 
 
-def served(view, query="", *, headers=None, middleware=False):
+def served(view, *, headers=None, middleware=False, of_django=()):
     """Return status line, headers and body of a request, as a server asks for it."""
-    environ = {**RequestFactory().get(f"/?{query}", headers=headers).environ}
+    environ = {**RequestFactory().get("/", headers=headers).environ}
     environ["wsgi.input"] = io.BytesIO()  # of no test client
     begun = []
 
@@ -134,7 +135,7 @@ def served(view, query="", *, headers=None, middleware=False):
         begun[:] = status, dict(headers)
         return lambda data: None
 
-    with override_settings(ROOT_URLCONF=urls(view), MIDDLEWARE=[]):
+    with override_settings(ROOT_URLCONF=urls(view), MIDDLEWARE=of_django):
         app = WSGIHandler()
         app = StreamMiddleware(app) if middleware else app
         app_iter = app(environ, start_response)
@@ -197,3 +198,22 @@ def test_a_response_that_is_kept_answers_one_request(middleware):
     for _ in range(2):
         with pytest.raises(RuntimeError, match="answers one request"):
             served(lambda request: kept, middleware=middleware)
+
+
+@pytest.mark.parametrize("how", ["decorated", "middleware", "own", "none"])
+def test_who_compresses_a_stream_is_told(how, caplog):
+    """A decorator or a middleware holds back events; a view's own encoding does not."""
+    process()._warned.clear()
+
+    def view(request):
+        own = {"Content-Encoding": "gzip"} if how == "own" else {}
+        return SSEResponse([b"data: a\n\n"], headers=own)
+
+    shown = gzip_page(view) if how == "decorated" else view
+    middleware = ["django.middleware.gzip.GZipMiddleware"] * (how == "middleware")
+    _, headers, _ = served(
+        shown, headers={"Accept-Encoding": "gzip"}, of_django=middleware
+    )
+    assert headers.get("Content-Encoding") == (None if how == "none" else "gzip")
+    said = caplog.text.count("holds back what streams send")
+    assert said == (how in ("decorated", "middleware"))
