@@ -10,6 +10,9 @@ buffered reader cannot be closed while one goes on. So each kind has its own way
 - A process is terminated: a read of its output ends with it.
 - Whatever else has a ``close()`` is closed from another thread. Where that is known
   to be without effect the link is refused; where it proves to be, the log says so.
+
+A proxy that is something else in each thread (Django's ``connection``, Werkzeug's
+``LocalProxy``) stands for what it is in the thread that links it.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ USELESS = 5.0  # seconds after which a link has had no effect
 # requests, urllib3 and http.client; redis-py and PyMySQL; the openai and anthropic
 # SDKs; httpx, its clients, and the pool of httpcore.
 _INSIDE = (
-    *("raw", "fp", "_fp", "sock", "_sock", "socket", "connection"),
+    *("raw", "fp", "_fp", "sock", "_sock", "socket"),
     *("response", "http_response", "_response", "_raw_stream", "_client"),
     *("_transport", "_pool", "_connection", "_network_stream"),
 )
@@ -65,6 +68,7 @@ class Link:
     def __init__(self, closable: Any) -> None:
         problem, self._is_process = None, False
         try:
+            closable = _of_this_thread(closable)
             problem, self._is_process = _problem(closable), _is_process(closable)
         except Exception as error:  # it does not like to be looked at
             text = "a linked object could not be inspected: %r"
@@ -199,6 +203,17 @@ def place_of(links: Sequence[Link]) -> tuple[object, ...]:
     return tuple(place)
 
 
+def _of_this_thread(closable: Any) -> Any:
+    """Return what a proxy stands for here: in the watch's thread it is another one."""
+    kind = type(closable)
+    if hasattr(kind, "_get_current_object"):  # Werkzeug's
+        return closable._get_current_object()
+    django = sys.modules.get("django.utils.connection")
+    if django is not None and issubclass(kind, django.ConnectionProxy):
+        return closable._connections[closable._alias]
+    return closable
+
+
 def _problem(closable: Any) -> str | None:
     """Return what is wrong with a link, after "closable must"."""
     if _is_process(closable):
@@ -231,6 +246,12 @@ def _shared(closable: Any) -> str | None:
         return (
             "not be a client of many connections: link its pubsub(), or one made"
             " with single_connection_client=True"
+        )
+    if inspect.ismethod(getattr(closable, "connection", None)):
+        # SQLAlchemy's Session and db.session, peewee's Database, a pool of psycopg's.
+        return (
+            "not take its connections as it needs them, as a session or a pool does:"
+            " link the connection itself (session.connection())"
         )
     response = closable
     for name in ("response", "_response", "http_response"):
@@ -284,16 +305,26 @@ def _is_process(closable: Any) -> bool:
 
 def _cancelable(closable: Any) -> tuple[Any, Callable[[], object]] | None:
     """Return what can be cancelled, and how: a connection, a cursor's, or a call."""
-    for name in ("cancel", "interrupt"):
-        for target in (closable, getattr(closable, "connection", None)):
+    target = closable
+    for _ in range(3):  # a result of SQLAlchemy's, its connection, the driver's
+        for name in ("cancel", "interrupt"):
             method = getattr(target, name, None)
             if callable(method):
                 return target, method
+        target = _connection_of(target)
     return None
+
+
+def _connection_of(target: Any) -> Any:
+    # What SQLAlchemy's pool gives out deprecates its `connection`.
+    is_pooled = hasattr(type(target), "driver_connection")
+    name = "driver_connection" if is_pooled else "connection"
+    return getattr(target, name, None)
 
 
 def _runs_query(connection: Any) -> bool:
     """Tell whether a connection of psycopg has something that can be cancelled."""
+    connection = getattr(connection, "driver_connection", connection)  # SQLAlchemy's
     status = getattr(getattr(connection, "info", None), "transaction_status", None)
     return status is not None and status == 1  # PQTRANS_ACTIVE
 
@@ -326,6 +357,7 @@ def _inside(target: Any) -> Iterator[Any]:
     if isinstance(extensions, dict):
         yield _socket_of(extensions.get("network_stream"))
     yield _socket_of(target)  # a network stream itself
+    yield _connection_of(target)
     for name in _INSIDE:
         yield getattr(target, name, None)
     mounts = getattr(target, "_mounts", None)  # httpx, a client's

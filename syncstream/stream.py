@@ -753,8 +753,8 @@ class Stream:
 
         Raises:
             TypeError: It has no ``close()``; or its ``close()`` would not end a read
-                (a pipe, a generator, a ``requests.Session``): the message names what
-                to link instead.
+                (a pipe, a generator, a ``requests.Session``, a session of
+                SQLAlchemy's): the message names what to link instead.
         """
         self._links.append(Link(closable))
         if self.is_over():

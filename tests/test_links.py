@@ -20,10 +20,16 @@ from pathlib import Path
 import anthropic
 import httpx
 import openai
+import peewee
 import psycopg
 import pytest
 import requests
+import sqlalchemy
+import sqlalchemy.orm
 import urllib3
+from django.db.utils import ConnectionHandler
+from django.utils.connection import ConnectionProxy
+from werkzeug.local import LocalProxy
 
 from pairs import (
     TIMEOUT,
@@ -414,6 +420,14 @@ REFUSED = {
     "context": (lambda: httpx.stream("GET", "http://127.0.0.1"), "enter it by `with`"),
     "asynchronous": (Asynchronous, "be synchronous"),
     "queue of processes": (multiprocessing.Queue, r"get\(\) does not end"),
+    "SQLAlchemy's session": (
+        lambda: sqlalchemy.orm.Session(sqlalchemy.create_engine("sqlite://")),
+        r"link the connection itself \(session.connection\(\)\)",
+    ),
+    "peewee": (
+        lambda: peewee.SqliteDatabase(":memory:"),
+        "link the connection itself",
+    ),
     "HTTP/2": (
         lambda: httpx.Response(200, extensions={"http_version": b"HTTP/2"}),
         "without http2=True",
@@ -613,6 +627,76 @@ def test_a_linked_query_is_interrupted(what, caplog):
         assert join() == [b": ok\n\n"]
     assert seen == ["interrupted"]
     assert stream.reason == "disconnected"
+    assert caplog.records == []
+
+
+def sqlite():
+    return sqlite3.connect(":memory:", check_same_thread=False)
+
+
+def of_django():
+    """What `django.db.connection` is: another connection in each thread."""
+    database = {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
+    proxy = ConnectionProxy(ConnectionHandler({"default": database}), "default")
+    return proxy, lambda: (proxy.connection, proxy.connection.execute)
+
+
+def of_werkzeug():
+    """A proxy of what this thread has, as Flask's `g` has it."""
+    local = threading.local()
+    local.database = sqlite()
+    proxy = LocalProxy(lambda: local.database)
+    return proxy, lambda: (local.database, local.database.execute)
+
+
+def engine():
+    options = {"check_same_thread": False}
+    return sqlalchemy.create_engine("sqlite://", connect_args=options)
+
+
+def of_sqlalchemy():
+    """A connection of a session's."""
+    session = sqlalchemy.orm.Session(engine())
+    connection = session.connection()
+    driver = connection.connection.driver_connection
+    return connection, lambda: (driver, connection.exec_driver_sql)
+
+
+def a_result_of_sqlalchemy():
+    """It has a connection, which has the driver's."""
+    connection = engine().connect()
+    driver = connection.connection.driver_connection
+    result = connection.exec_driver_sql("SELECT 1")
+    return result, lambda: (driver, connection.exec_driver_sql)
+
+
+@pytest.mark.parametrize(
+    "make", [of_django, of_werkzeug, of_sqlalchemy, a_result_of_sqlalchemy]
+)
+def test_what_stands_for_a_connection_is_interrupted(make, caplog):
+    """Also by a thread for which a proxy of threads is another connection."""
+    seen, databases, running = [], [], threading.Event()
+
+    def source():
+        linked, used = make()
+        if make is of_django:
+            linked.ensure_connection()
+        assert current_stream().link(linked) is linked
+        database, execute = used()
+        databases.append(database)
+        database.set_progress_handler(running.set, 1000)
+        try:
+            yield execute(QUERY).fetchone()
+        except Exception as error:
+            seen.append(str(error))
+            raise
+        finally:
+            getattr(execute, "__self__", linked).close()
+
+    ends_at_once(source(), running.is_set)
+    databases[0].close()
+    [text] = seen
+    assert "interrupted" in text
     assert caplog.records == []
 
 
