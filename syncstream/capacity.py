@@ -9,6 +9,7 @@ understands it.
 from __future__ import annotations
 
 import _thread
+import re
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from typing import Any
@@ -27,6 +28,7 @@ MOMENT = 1.0
 
 _UNIX = frozenset(("localhost", "<local>"))  # waitress' and Werkzeug's REMOTE_ADDR
 _FORWARDED = frozenset(("HTTP_X_FORWARDED_FOR", "HTTP_FORWARDED", "HTTP_X_REAL_IP"))
+_SEPARATORS = re.compile(r'[\s,;="\[\]]+')
 _ADDRESS = (
     "take the address that your proxy reports, by Werkzeug's ProxyFix or as the last of"
     " X-Forwarded-For (docs/proxies.md)"
@@ -148,7 +150,7 @@ class Capacity:
                 self._threads += 1
                 self._leaving += leaves
         if is_theirs:
-            if _FORWARDED & environ.keys() and key == environ.get("REMOTE_ADDR"):
+            if _is_proxy_s(key, environ):
                 self._warn(_PROXY)
             return None
         return Place(self, key, leaves=leaves)
@@ -204,6 +206,19 @@ class Capacity:
             with self._lock:
                 waiters, self._waiters = self._waiters, []
             wake_all(waiters)
+
+
+def _is_proxy_s(key: Hashable, environ: Environ) -> bool:
+    """Tell whether a key is the address of a proxy.
+
+    It is not where ProxyFix, say, has put what the proxy reports into REMOTE_ADDR.
+    """
+    reported = [environ[name] for name in _FORWARDED if name in environ]
+    return (
+        bool(reported)
+        and key == environ.get("REMOTE_ADDR")
+        and not any(key in _SEPARATORS.split(value) for value in reported)
+    )
 
 
 class Place:

@@ -520,6 +520,29 @@ def test_a_proxy_s_address_is_said_once(name, caplog):
     assert "ProxyFix" in warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("X-Forwarded-For", "198.51.100.7, 203.0.113.9"),
+        ("X-Real-IP", "203.0.113.9"),
+        ("Forwarded", "for=203.0.113.9;proto=https"),
+        ("Forwarded", 'for="[2001:db8::9]"'),
+    ],
+)
+def test_a_client_s_address_is_no_proxy_s(name, value, caplog):
+    """ProxyFix, or its like, has put into REMOTE_ADDR what the proxy reports."""
+    address = "2001:db8::9" if "[" in value else "203.0.113.9"
+    limited = StreamMiddleware(
+        ours([]), limit_by=lambda environ: environ["REMOTE_ADDR"], max_per_key=1
+    )
+    headers = {name: value}
+    answers = [Answer(limited, headers=headers, REMOTE_ADDR=address) for _ in range(2)]
+    assert [answer.statuses[0][:3] for answer in answers] == ["200", "503"]
+    for answer in answers:
+        answer.close()
+    assert "the proxy's" not in caplog.text
+
+
 def test_other_keys_may_be_false():
     """A user's number 0 is a key as any other; so is a host by that name."""
     places = capacity(limit_by=lambda environ: environ["who"], max_per_key=1)
