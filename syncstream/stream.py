@@ -84,6 +84,7 @@ __all__ = [
     "Swap",
     "Taken",
     "current_stream",
+    "warn_framed",
     "warn_unframed",
 ]
 
@@ -336,18 +337,30 @@ def current_stream() -> Stream | None:
 
 def warn_unframed() -> None:
     """Say, once a process, that the stream which runs here sends bytes in vain."""
+    _warn_of_framing(
+        "bytes that no client takes for an event: bytes are sent as they are, so frame"
+        " them (b'data: ...\\n\\n'), or yield the object itself instead of its JSON",
+        "unframed",
+    )
+
+
+def warn_framed() -> None:
+    """Say, once a process, that the stream which runs here frames its text twice."""
+    _warn_of_framing(
+        "text that is an event already ('data: ...\\n\\n'): a str is an event's data,"
+        " so that clients read the word 'data:', too. Yield the data alone, or"
+        " text.encode(): bytes are sent as they are",
+        "framed",
+    )
+
+
+def _warn_of_framing(what: str, key: str) -> None:
     # Not `current_stream`: the generator has just yielded, and does not run.
     reference = current.get()
     stream = cast("Stream | None", reference() if reference is not None else None)
     # In a Content-Encoding of the application's no bytes are an event as they are.
     if stream is not None and stream._format.is_events:
-        process().warn_once(
-            log,
-            f"{stream._label} yields bytes that no client takes for an event: bytes are"
-            " sent as they are, so frame them (b'data: ...\\n\\n'), or yield the object"
-            " itself instead of its JSON",
-            "unframed",
-        )
+        process().warn_once(log, f"{stream._label} yields {what}", key)
 
 
 def check_source(source: Any) -> None:

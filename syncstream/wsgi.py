@@ -41,7 +41,14 @@ from .servers import (
 )
 from .servers.handover import Refused, Swap
 from .sockets import hang_up, is_hung_up, is_writable, release, reset
-from .stream import Format, Life, Stream, check_handover, warn_unframed
+from .stream import (
+    Format,
+    Life,
+    Stream,
+    check_handover,
+    warn_framed,
+    warn_unframed,
+)
 from .waiting import hub
 
 if TYPE_CHECKING:
@@ -909,7 +916,7 @@ class SSEResponse(_Streaming):
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:
-        encode = sse.encoder(dumps, warn_unframed)
+        encode = sse.encoder(dumps, warn_unframed, warn_framed)
         format = Format(encode, sse.ends_blank, is_events=True)
         life = Life(keepalive, send_timeout, max_duration, drain)
         stream = Stream(

@@ -789,6 +789,32 @@ def test_tells_once_of_bytes_that_are_no_event(
     assert len(told) == (not is_framed)
 
 
+@pytest.mark.parametrize(
+    ("text", "is_framed"),
+    [
+        ("data: a\n\n", True),
+        ("data:a\r\n\r\n", True),
+        ("event: e\ndata: a\n\n", True),
+        ("id: 1\ndata: a\n\n", True),
+        ("retry: 5\n\n", True),
+        (": c\n\n", True),
+        ("data: a", False),
+        ("data: a\n", False),
+        ("a\n\n", False),
+        ("the data: a\n\n", False),
+        ("note: a\n\n", False),
+        ("\n\n", False),
+    ],
+    ids=repr,
+)
+def test_tells_once_of_text_that_is_an_event(text: str, is_framed: bool) -> None:
+    """Text that was framed by hand is data all the same; it is told of, once."""
+    told: list[int] = []
+    encode, plain = encoder(None, None, lambda: told.append(1)), encoder()
+    assert [encode(text), encode(text)] == [plain(text)] * 2
+    assert len(told) == is_framed
+
+
 # dumps
 
 

@@ -629,6 +629,16 @@ def test_bytes_that_fire_nothing_are_warned_of(make, request, caplog, monkeypatc
         assert '{"a"' not in record.message  # never what is sent
 
 
+def test_text_that_was_framed_by_hand_is_warned_of(caplog, monkeypatch):
+    """A recipe's `yield f"data: {x}\\n\\n"` sends "data:", too: told of once."""
+    monkeypatch.setattr(process(), "_warned", {})
+    assert get(SSEResponse(["data: a\n\n"] * 2), headers=ASK).data
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message.startswith("GET '/' yields text that is an event already")
+    assert "Yield the data alone" in record.message
+
+
 def test_the_middleware_twice_is_once():
     """Installing it twice changes nothing."""
     app = StreamMiddleware(StreamMiddleware(handwritten()))

@@ -325,8 +325,15 @@ def passer(unframed: Callable[[], object] | None) -> Callable[[Any], bytes | Non
     return encode
 
 
+# Text that is an event already, as many write it by hand: a field first, a blank line
+# last.
+_WRITTEN = re.compile(r"(?:data|event|id|retry)?:.*(?:\n\n|\r\r|\r\n\r\n)\Z", re.S)
+
+
 def encoder(
-    dumps: Dumps | None = None, unframed: Callable[[], object] | None = None
+    dumps: Dumps | None = None,
+    unframed: Callable[[], object] | None = None,
+    framed: Callable[[], object] | None = None,
 ) -> Callable[[Any], bytes | None]:
     """Return the function that turns what a generator yields into a chunk.
 
@@ -355,13 +362,19 @@ def encoder(
     Args:
         dumps: The JSON encoder; it gets the objects that you yield.
         unframed: As for `passer`.
+        framed: Called once, for a ``str`` that is an event already
+            (``"data: x\\n\\n"``): all of it is sent as data. ``None``: not told.
     """
     json = dumps_or_default(dumps)
     passed = passer(unframed)
 
     def encode(item: Any) -> bytes | None:
+        nonlocal framed
         if type(item) is str:
             if "\n" in item or "\r" in item:
+                if framed is not None and _WRITTEN.match(item):
+                    framed()
+                    framed = None
                 item = _lines(item).replace("\n", "\ndata: ")
             return f"data: {item}\n\n".encode()
         if type(item) is dict and "data" not in item:
