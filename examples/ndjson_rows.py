@@ -3,9 +3,9 @@
     gunicorn -k gevent examples.ndjson_rows:app
     curl -N http://127.0.0.1:8000/rows
 
-A row that cannot be read ends the response, after a last line that says why, without
-the mark of its end: curl says "transfer closed", and half of the rows are not
-mistaken for all.
+A row that cannot be read ends the response with a last line that says why. (Without
+`on_error` the response is cut: curl says "transfer closed", and half of the rows are
+not mistaken for all.)
 """
 
 import csv

@@ -60,12 +60,10 @@ from .waiting import (
     Waiter,
     current,
     current_scope,
-    end_hub,
     entered,
     hub,
     insist,
     is_greenlet_exit,
-    is_main_thread,
     make_lock,
     refuse_eventlet,
     runner_function,
@@ -1228,18 +1226,16 @@ class Stream:
         a server that serves in that thread. Anywhere else it must not get them: a
         SystemExit ends gevent's hub, or a thread of a pool, for everybody.
         """
-        if not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            return False
-        if not is_main_thread():
-            return False
-        if self._in_hub:  # what it gets is passed on, see `_raise_exit`
-            return isinstance(error, KeyboardInterrupt)
-        if self._connection is not None and not self._connection.lets_exits_through:
-            return False
         return (
-            isinstance(error, KeyboardInterrupt)
-            or self._until() is not None
-            or _is_of_a_signal(error)
+            isinstance(error, (KeyboardInterrupt, SystemExit))
+            and not self._in_hub
+            and threading.current_thread() is threading.main_thread()
+            and (self._connection is None or self._connection.lets_exits_through)
+            and (
+                isinstance(error, KeyboardInterrupt)
+                or self._until() is not None
+                or _is_of_a_signal(error)
+            )
         )
 
     def _keep_exit(self, error: BaseException | None) -> bool:
@@ -1251,13 +1247,9 @@ class Stream:
         return True
 
     def _raise_exit(self) -> None:
-        """Let go what ends the whole process, in the way in which its server hears."""
-        if not self._exits:
-            return
-        error = self._exits.pop()
-        if not self._in_hub:
-            raise error
-        end_hub(error)
+        """Let go what ends the whole process, if anything does."""
+        if self._exits:
+            raise self._exits.pop()
 
     def _look(self, now: float) -> None:
         """See for ourselves what the watch would tell, if it came to run."""

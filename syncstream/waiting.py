@@ -36,12 +36,10 @@ __all__ = [
     "Wakeable",
     "current",
     "current_scope",
-    "end_hub",
     "entered",
     "hub",
     "insist",
     "is_greenlet_exit",
-    "is_main_thread",
     "make_lock",
     "refuse_eventlet",
     "runner",
@@ -189,19 +187,6 @@ def is_greenlet_exit(error: BaseException) -> bool:
     """Tell whether an exception is gevent's way to end this greenlet."""
     greenlet = sys.modules.get("greenlet")
     return greenlet is not None and isinstance(error, greenlet.GreenletExit)
-
-
-def is_main_thread() -> bool:
-    """Tell whether signals' handlers run in this thread, in whichever greenlet."""
-    if hub() is not None:  # for which threading.main_thread() may be a greenlet
-        return bool(sys.modules["gevent"].get_hub().main_hub)
-    return threading.current_thread() is threading.main_thread()
-
-
-def end_hub(error: BaseException) -> None:
-    """Raise in the main greenlet what belongs there: Ctrl-C, which hit another."""
-    hub = sys.modules["gevent"].get_hub()
-    hub.handle_system_error(type(error), error)
 
 
 def insist(error: BaseException) -> NoReturn:

@@ -269,12 +269,14 @@ class LiveServer:
         self.close()
 
 
-def await_true(condition: Any, explain: Any = lambda: "") -> None:
-    """Wait until a condition holds, at most `TIMEOUT` seconds."""
-    deadline = time.monotonic() + TIMEOUT
+def await_true(
+    condition: Any, explain: Any = lambda: "", timeout: float = TIMEOUT
+) -> None:
+    """Wait until a condition holds, at most so many seconds."""
+    deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {TIMEOUT} s in vain\n{explain()}")
+            raise AssertionError(f"waited {timeout} s in vain\n{explain()}")
         time.sleep(0.005)
 
 

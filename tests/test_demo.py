@@ -13,7 +13,7 @@ import pytest
 
 import syncstream
 from browser import await_page, chrome, evaluate, prefer, resize
-from live import TIMEOUT, Client, await_true, free_port
+from live import EVENT_SOURCE, TIMEOUT, Client, await_true, free_port
 from syncstream.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -295,8 +295,11 @@ def test_samples(demo):
 def test_signals_end_it(tmp_path, number):
     """Ctrl-C and SIGTERM end the server, its streams too, in good order."""
     demo = Demo(tmp_path / "log")
-    with contextlib.closing(demo), demo.get("/events") as client:
-        client.block()
+    with (
+        contextlib.closing(demo),
+        demo.get("/events", headers=EVENT_SOURCE) as client,
+    ):
+        client.chunk()
         assert demo.stop(number) == 0
         client.rest()
         assert client.is_whole

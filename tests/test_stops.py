@@ -266,7 +266,7 @@ def test_werkzeug_ends_by_a_signal_in_a_generator(number, status, tmp_path):
     )
     try:
         server = Plain(port)
-        await_true(lambda: server.is_ready())
+        await_true(server.is_ready, timeout=3 * TIMEOUT)
         with server.get("/exit") as client:
             assert client.chunk() == b"row\n"
             with pytest.raises(ConnectionResetError):
