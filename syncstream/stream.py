@@ -478,6 +478,7 @@ class Stream:
         self._thread = 0
         self._ended_at = 0.0  # told from outside; `time.monotonic`
         self._thrown_at = 0.0
+        self._unblocked: tuple[tuple[Link, ...], object] | None = None  # and from where
         self._began = self._moved = 0.0  # `time.monotonic`; at the last chunk
         self._deadline = math.inf
         self._poll_at = 0.0
@@ -1561,6 +1562,7 @@ class Stream:
         """Get the thread out of what it reads; again while that goes on."""
         began, place = time.monotonic(), place_of(links)
         reference = self.reference
+        self._unblocked = links, place
 
         def unblock_again() -> float | None:
             now, stream = time.monotonic(), reference()
@@ -1835,13 +1837,22 @@ class Stream:
         """Tell whether a thread does not hear of the end, and so keeps its server.
 
         It waits in nothing of ours. Not at once, it may be on its way; and only once,
-        for its ``finally`` may take its time, until the time of its work is over.
+        for its ``finally`` may take its time, until the time of its work is over. The
+        end of a linked read has told it, too.
         """
         if not self._once or self._in_hub or self._closing or self.parked is not None:
             return False
-        if self._thrown_at:
-            return now >= until and now - self._thrown_at >= _THROW_EVERY
+        if self._thrown_at or self._has_moved():
+            told_at = self._thrown_at or self._ended_at
+            return now >= until and now - told_at >= _THROW_EVERY
         return now - self._ended_at >= _STUCK
+
+    def _has_moved(self) -> bool:
+        """Tell whether a source has left the read out of which its links got it."""
+        if self._unblocked is None:
+            return False
+        links, place = self._unblocked
+        return place_of(links) != place
 
     def _name_source(self, what: str) -> None:
         """Say, once a stream, what is wrong with its source, and where that is."""

@@ -2,6 +2,7 @@
 
 import queue
 import signal
+import socket
 import sys
 import threading
 import time
@@ -214,3 +215,41 @@ def test_a_ghost_is_named_once(line, caplog, monkeypatch):
     assert "source (" in message
     assert "has not yielded" in message
     assert "syncstream.sleep" in message
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["linked", "deaf"])
+def test_a_stop_interrupts_no_cleaning_up(line, monkeypatch, tells):
+    """Of a source whose linked read has ended: that is how it was told."""
+    monkeypatch.setattr(syncstream.stream, "_STUCK", 0.02)
+    mine, upstream = socket.socketpair()
+    waits, cleans, seen = threading.Event(), threading.Event(), []
+
+    def source():
+        try:
+            yield "a"
+            if tells:
+                current_stream().link(mine)
+            waits.set()
+            mine.recv(1)
+        finally:
+            cleans.set()
+            for _ in range(20):
+                time.sleep(0.01)
+            seen.append("cleaned up")
+
+    stream = stream_of(source(), line)
+    join = Threads().start(lambda: serve(stream))
+    assert waits.wait(TIMEOUT)
+    since = time.monotonic()
+    stream._over("disconnected")
+    with mine, upstream:
+        if not tells:
+            stream._ended_at -= 1
+            stream.shut_down(since, since + TIMEOUT)
+            upstream.send(b"x")
+        assert cleans.wait(TIMEOUT)
+        for _ in range(30):
+            stream.shut_down(since, since + TIMEOUT)
+            time.sleep(0.005)
+        join()
+    assert seen == ["cleaned up"]
