@@ -24,6 +24,7 @@ from django.http import HttpRequest, StreamingHttpResponse
 from . import wsgi
 from .process import process
 from .protocol.json import Dumps
+from .servers.contract import running
 from .stream import ANSWERED, Stream
 from .views import decorator
 
@@ -62,6 +63,14 @@ def _prepare(environ: dict[str, Any], *, is_new: bool) -> None:
     environ[wsgi.BEFORE_WAIT] = [_give_connections_back]
     for connection in connections.all(initialized_only=True):
         _OpenCursors.of(connection, is_late=not is_new)
+
+
+def _find_started() -> None:
+    """Find the request that runs here, if it began before this module was imported."""
+    environ = running("django.core.handlers.wsgi", "keys", name="environ")
+    if environ is not None:
+        _environ.set((environ, None))
+        _prepare(environ, is_new=False)
 
 
 class _OpenCursors:
@@ -185,6 +194,8 @@ class _Streaming(StreamingHttpResponse):
         if _environ.get()[0] is None and getattr(_thread, "is_asgi", False):
             response.close()
             raise RuntimeError(_ASGI)
+        if _environ.get()[0] is None:
+            _find_started()
         _, _, reason = response.status.partition(" ")
         stream = response._stream
         super().__init__(_body(stream), status=response.status_code, reason=reason)

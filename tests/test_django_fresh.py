@@ -46,6 +46,20 @@ def test_the_first_request_is_a_stream_whose_client_leaves(kind, app):
         assert server.tracebacks() == 0, server.log()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_request_is_a_stream_in_a_new_response(kind):
+    """Nothing but the stack tells which request a middleware's response answers."""
+    with serve(kind) as server:
+        key = unique_key()
+        resumed = {"Last-Event-ID": "7"}
+        with server.get(f"/wait?key={key}&anew", headers=resumed) as client:
+            assert client.block() == b": ok\n\n"
+            assert server.control.next(f"{key}-started") == "7"
+            assert client.block() == b"data: waiting\n\n"
+            assert client.block() == b": keepalive\n\n"
+        assert await_ended(server, key) == "disconnected"
+
+
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_a_burst_of_first_streams_ends_with_its_server(kind):
     """Six of them, idle: SIGTERM ends all at once, in good order."""
