@@ -178,7 +178,7 @@ class Client:
     """
 
     __slots__ = (
-        *("_loop", "acknowledged", "began", "bucket", "bytes", "callbacks"),
+        *("_loop", "_offer", "acknowledged", "began", "bucket", "bytes", "callbacks"),
         *("deadline", "early", "events", "fd", "group", "is_lagged", "label", "place"),
         *("reason", "rest", "since", "subscription", "terms"),
     )
@@ -201,6 +201,7 @@ class Client:
         bytes: int = 0,
     ) -> None:
         self._loop = loop
+        self._offer = [loop]  # see `claim`
         self.fd = fd
         self.subscription = subscription
         self.terms = terms
@@ -223,6 +224,16 @@ class Client:
     def is_given(self) -> bool:
         """Its descriptor is the loop's; or was."""
         return self in self.terms.served.parked or self.reason is not None
+
+    def claim(self) -> bool:
+        """Tell whether it is the caller's, once: the loop's, or who could not give it.
+
+        One step, which is whole or not done: its descriptor has one owner.
+        """
+        with suppress(IndexError):
+            self._offer.pop()
+            return True
+        return False
 
     def wake(self) -> bool:
         self._loop.call(self.turn, self)
@@ -300,28 +311,38 @@ class Client:
             self.place.release()
 
     def _part(self, reason: str, seconds: float) -> None:
-        close = partial(self._close, reason, seconds)
-        if self.subscription.announcement is None:
-            close()
-        else:  # others are told by a broker, who may take his time
-            self.terms.lanes.reads.do(close)
+        try:
+            close = partial(self._close, reason, seconds)
+            if self.subscription.announcement is None:
+                close()
+            else:  # others are told by a broker, who may take his time
+                job = _Job(close, lambda error: self._forget(seconds))
+                self.terms.lanes.reads.do(job)
+        except BaseException:  # or it would be counted for ever
+            self._forget(seconds)
+            raise
 
     def _close(self, reason: str, seconds: float) -> None:
+        is_left = True
         try:
-            self.subscription.close(reason)
-        except BaseException as error:
-            text = "the subscription of %s could not be closed"
-            self.terms.lanes.say(logging.ERROR, text, self.label, error=error)
-        # It is freed as soon as nobody has it, without a garbage collection.
-        _run(partial(self.subscription.detach, None))
-        try:
+            try:
+                self.subscription.close(reason)
+            except BaseException as error:
+                text = "the subscription of %s could not be closed"
+                self.terms.lanes.say(logging.ERROR, text, self.label, error=error)
+            # It is freed as soon as nobody has it, without a garbage collection.
+            self.subscription.detach(None)
             if self.callbacks:
-                self.terms.lanes.users.do(partial(self._finish, seconds))
-                return
+                finish = partial(self._finish, seconds)
+                job = _Job(finish, lambda error: self._forget(seconds))
+                self.terms.lanes.users.do(job)
+                is_left = False
         except BaseException as error:
             text = "the callbacks at the end of %s cannot be called"
             self.terms.lanes.say(logging.ERROR, text, self.label, error=error)
-        self._forget(seconds)
+        finally:
+            if is_left:
+                self._forget(seconds)
 
     def _finish(self, seconds: float) -> None:
         """Call what the application wants to have called; in its lane."""
@@ -718,9 +739,11 @@ class Lanes:
         *args: Any,
         error: BaseException | None = None,
     ) -> None:
-        """Log a line, soon."""
-        if is_enabled(log, level):
-            self.logs.do(partial(report, log, level, message, *args, error=error))
+        """Log a line, soon; what it is about goes on without it."""
+        # Without the memory for a line nothing can be said.
+        with suppress(BaseException):
+            if is_enabled(log, level):
+                self.logs.do(partial(report, log, level, message, *args, error=error))
 
 
 class _Job:
@@ -919,9 +942,15 @@ class Fanout:
                 is the loop's from now.
             head: What is to be sent before all else, framed.
         """
-        client.terms.served.parked.add(client)  # first: see `Client.is_given`
         hold(client.fd)
-        self.call(partial(self._add, client, head), client)
+        parked = client.terms.served.parked
+        parked.add(client)  # first: see `Client.is_given`
+        try:
+            self.call(partial(self._add, client, head), client)
+        except BaseException:
+            if client.claim():  # the loop has not heard of it, or will not take it
+                parked.discard(client)
+            raise
 
     # The loop.
 
@@ -1051,6 +1080,8 @@ class Fanout:
                 self.guard(owner, function)
 
     def _add(self, client: Client, head: bytes) -> None:
+        if not client.claim():
+            return
         if self.is_dead:
             self._cut(client)
         if client.reason is not None:  # by a failure
@@ -1084,6 +1115,9 @@ class Fanout:
         form = (terms.is_chunked, terms.keepalive, terms.comment)
         key = (*mine.kind, *form, id(terms.lanes))
         shared = self._shared.get(key)
+        if shared is not None and not shared.clients and not shared.is_asking:
+            self.drop(shared)  # a failure has left it, at a place where nobody comes
+            shared = None
         if shared is None:
             leader = mine.twin()
             shared = Group(self, leader, client, key)
@@ -1248,8 +1282,15 @@ class Fanout:
         self.wheel.remove(client)
 
     def _leave_group(self, client: Client) -> None:
-        if client.group is not None:
-            client.group.left(client)
+        group = client.group
+        if group is None:
+            return
+        try:
+            group.left(client)
+        except BaseException:
+            if not group.clients:  # twice, if need be: nobody else forgets it
+                self.drop(group)
+            raise
 
     def _close(self, client: Client) -> None:
         client.rest = None
@@ -1257,11 +1298,11 @@ class Fanout:
 
     def _depart(self, client: Client) -> None:
         # Twice, if need be: its place is not to be lost.
-        leave = _Job(client.leave, lambda error: client.leave())
         try:
+            leave = _Job(client.leave, lambda error: client.leave())
             client.terms.lanes.ends.do(leave)
         except BaseException:
-            journal().do(leave)
+            journal().do(client.leave)
             raise
 
     def _say_goodbye(self, client: Client) -> None:

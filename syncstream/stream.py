@@ -1182,6 +1182,7 @@ class Stream:
                 source.detach(None)
             self._stay()
             return False
+        callbacks = tuple(self._callbacks)
         try:
             client.fd, client.terms = taken.fd, terms[taken.is_chunked]
             head = taken.head
@@ -1192,14 +1193,19 @@ class Stream:
             if client.place is not None:
                 client.place.leave_thread()
             self._client = client
-            client.callbacks = tuple(self._callbacks)
+            client.callbacks = callbacks
             self._callbacks.clear()
             self._to_close.clear()
             self._source = None
             loop.add(client, head)
         except BaseException:  # of a signal's handler, say
-            if not client.is_given:
+            if not client.is_given:  # it ends here, with all that it has
                 release(taken.fd)
+                self._client, self._to_close = None, [source]
+                self._place = self._place or client.place
+                if not self._callbacks:
+                    self._callbacks.extend(callbacks)
+                self._end("error")
             raise
         token = self._once.get("end")
         if token is not None:  # it came while this was done

@@ -5,22 +5,30 @@ taken, no stream counted, nothing watched, and the application did as without us
 """
 
 import gc
+import os
+import resource
 import socket
+from collections import deque
 
 import pytest
 
 from live import LiveServer, unique_key
 from pairs import tcp_pair
 from syncstream import Hub, SSEResponse, StreamMiddleware, StreamResponse
+from syncstream import fanout as fanout_module
 from syncstream import watch as watch_module
+from syncstream.capacity import Place
+from syncstream.fanout import Fanout, fanout
 from syncstream.process import Process, process
-from syncstream.servers import server_of
+from syncstream.servers import handover, server_of
 from syncstream.servers.handover import Swap
 from syncstream.stream import Stream
 from syncstream.watch import Watch, watch
+from test_fanout import settle
 from test_swap import environ_of
 
 EVENTS = [("Content-Type", "text/event-stream")]
+HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
 
 
 class Failure(Exception):
@@ -206,6 +214,60 @@ def test_a_swap_that_is_not_watched_is_undone(connection, monkeypatch):
             Swap(connection, server_of(connection))
     assert server.family == socket.AF_INET
     assert server.getpeername() == before
+
+
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [
+        (Fanout, "add"),
+        (Fanout, "call"),
+        (fanout_module, "hold"),
+        (handover, "hold"),
+        (handover, "_inode"),
+        (Place, "leave_thread"),
+    ],
+)
+def test_a_hand_over_that_fails(connection, monkeypatch, owner, step):
+    """Nobody has its client's descriptor, nor its place; it ends, once."""
+    watch()
+    settle(fanout())
+    hub, ended = Hub(), []
+    response = SSEResponse(hub.subscribe("a"))
+    response.call_on_close(lambda: ended.append("closed"))
+    middleware, server = limited(response), connection["gunicorn.socket"]
+    begin, before = getattr(owner, step), len(os.listdir("/proc/self/fd"))
+    failures = []
+
+    def fail_once(*args, **options):
+        if not failures:
+            failures.append(step)
+            raise Failure
+        return begin(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, fail_once)
+        body = middleware(connection, start_response)
+        with pytest.raises(Failure):
+            deque(map(server.sendall, map(HEAD.__add__, body)))
+        body.close()
+    assert ended == ["closed"]
+    assert hub.stats()["subscribers"] == 0
+    assert_nothing_is_left(middleware, connection)
+    assert len(os.listdir("/proc/self/fd")) == before
+    hub.close()
+
+
+def test_a_limit_that_is_lowered(connection, monkeypatch):
+    """By an operator's prlimit(1), for one: clients stay with their server."""
+    handover.descriptor_limit()
+
+    def refuse(*args):
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(handover, "descriptor_limit", lambda: 1 << 20)
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    with pytest.raises(handover.Refused, match="RLIMIT_NOFILE: current limit"):
+        Swap(connection, server_of(connection))
 
 
 @pytest.mark.parametrize("app", ["app", "wrapped"])

@@ -165,6 +165,8 @@ class Swap:
             server.leave_body(environ)
             try:
                 self._swap(self._socket.fileno())
+            except ValueError as error:  # the hard limit has been lowered since
+                raise Refused(f"RLIMIT_NOFILE: {error}") from error
             except OSError as error:
                 is_full = error.errno in (errno.EMFILE, errno.ENFILE)
                 raise Refused(str(error.strerror), is_full=is_full) from error
@@ -205,6 +207,7 @@ class Swap:
             # does not.
             os.set_blocking(theirs.fileno(), os.get_blocking(fd))
             _forget_in_hub(fd)
+            inode = _inode(theirs.fileno())  # before: nothing may fail from then on
             # Other programs would inherit the connection by default.
             os.dup2(theirs.fileno(), fd, inheritable=False)
         except BaseException:
@@ -214,7 +217,7 @@ class Swap:
         finally:
             theirs.close()
         self._fd, self._connection, self._ours = fd, connection, ours
-        self._inode = _inode(fd)
+        self._inode = inode
         self._state = _SWAPPED
 
     def take(self, opening: bytes) -> Taken | None:
@@ -489,7 +492,11 @@ def _duplicate(fd: int) -> int:
     lowest = min(LOWEST, limit // 4)
     with _limit.raised(limit):
         duplicate = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
-    hold(duplicate)
+    try:
+        hold(duplicate)
+    except BaseException:
+        release(duplicate)
+        raise
     # The lowest that is free from there on: how many are left can be seen by it.
     if duplicate >= limit - min(_RESERVE, limit // 8):
         release(duplicate)
