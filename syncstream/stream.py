@@ -67,6 +67,7 @@ from .waiting import (
     make_lock,
     refuse_eventlet,
     runner_function,
+    say,
     sleep,
     sleep_in_hub,
     wait,
@@ -1591,11 +1592,11 @@ class Stream:
     def _say_useless(self, links: tuple[Link, ...]) -> None:
         names = sorted({type(link.closable).__qualname__ for link in links})
         text = (
-            f"{self._label} goes on {USELESS:.0f} s after its end: what it has linked"
+            f"%s goes on {USELESS:.0f} s after its end: what it has linked"
             f" ({', '.join(names)}) does not end what it waits in; link the socket,"
             " the response or the process that it reads from"
         )
-        process().warn_once(log, text, f"useless link {names}")
+        process().say_once(log, logging.WARNING, text, self._label)
 
     # The watch's side: in its thread, or in a callback of the hub.
 
@@ -1863,7 +1864,7 @@ class Stream:
     def _name_source(self, what: str) -> None:
         """Say, once a stream, what is wrong with its source, and where that is."""
         if self._is_first("named", "yes"):
-            self._log(logging.WARNING, f"{self._source_name} of %s {what}")
+            self._say(logging.WARNING, f"{self._source_name} of %s {what}")
 
     @property
     def _source_name(self) -> str:
@@ -1892,7 +1893,7 @@ class Stream:
                     self._moved = time.monotonic()
             except Exception as error:
                 # The client has left: that is found out where it belongs.
-                self._log(logging.DEBUG, "no keepalive for %s", error)
+                self._say(logging.DEBUG, "no keepalive for %s", error)
             finally:
                 self._is_writing = False
 
@@ -1988,6 +1989,12 @@ class Stream:
     ) -> None:
         """Log a line; a handler that is broken does not break the stream."""
         report(log, level, message, self._label, error=error)
+
+    def _say(
+        self, level: int, message: str, error: BaseException | None = None
+    ) -> None:
+        """Log a line, soon: on the watch's side, where a handler holds up all."""
+        say(log, level, message, self._label, error=error)
 
     @property
     def _label(self) -> str:

@@ -49,7 +49,7 @@ from .stream import (
     warn_framed,
     warn_unframed,
 )
-from .waiting import hub
+from .waiting import hub, say
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -559,7 +559,7 @@ class Connection:
         hang_up(fd)
         if is_hidden:
             text = "%s cannot be reset: the client sees an end"
-            report(log, logging.WARNING, text, self.label)
+            say(log, logging.WARNING, text, self.label)  # the watch may be here
 
 
 def _warn_of_compression() -> None:
