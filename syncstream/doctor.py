@@ -155,6 +155,7 @@ class Observation:
         problem: What broke it, for ``broken`` and ``reset``.
         stray: Lines that are neither fields nor comments; ``sample`` is the first.
         dataless: Blocks that name an event and have no data.
+        is_posted: It was asked for by POST, as no EventSource does.
         probe: What a second connection saw that offered gzip.
     """
 
@@ -174,6 +175,7 @@ class Observation:
     stray: int = 0
     sample: str = ""
     dataless: int = 0
+    is_posted: bool = False
     is_utf8: bool = True
     is_ascii: bool = True
     probe: Observation | None = None
@@ -626,8 +628,7 @@ def _keepalive(seen: Observation, head: Head) -> Iterator[Finding]:
         f"up to {_span(silence)} without a byte: proxies end what is silent for"
         " long (nginx and AWS after 60 s), and a client that has left is not noticed",
         "send a comment every 15 s when there is no event: SSEResponse does"
-        " (keepalive=15.0), in Django, Bottle, Pyramid and Falcon under"
-        ' StreamMiddleware; by hand yield Event(comment="keepalive")',
+        ' (keepalive=15.0); by hand yield Event(comment="keepalive")',
         "fault" if silence >= IDLE else "note",
     )
 
@@ -685,7 +686,7 @@ def _format(seen: Observation, head: Head) -> Iterator[Finding]:
 def _ids(seen: Observation, head: Head) -> Iterator[Finding]:
     if seen.kind != "sse":
         return
-    if seen.events and not seen.last_id:
+    if seen.events and not seen.last_id and not seen.is_posted:
         yield Finding(
             "no-ids",
             "events have no id: a client that comes back cannot say what it has seen",
@@ -736,6 +737,7 @@ def _ending(seen: Observation, head: Head) -> Iterator[Finding]:
         seen.end in ("whole", "closed")
         and seen.kind == "sse"
         and seen.last_id not in sse.RESERVED_IDS
+        and not seen.is_posted  # nobody comes back by himself
     ):
         yield Finding(
             "ended",
@@ -1011,7 +1013,7 @@ def examine(
     if last_event_id is not None:
         given.append(("Last-Event-ID", last_event_id))
     request = _Request(parse_url(url), tuple(given), insecure, data)
-    seen = _Listening(request).run(seconds)
+    seen = replace(_Listening(request).run(seconds), is_posted=data is not None)
     is_free = not any(name.lower() == "accept-encoding" for name, _ in given)
     if seen.head is None or seen.head.status != 200 or _coding(seen.head):
         return seen

@@ -215,6 +215,7 @@ CASES = {
     "reset": (seen(end="reset"), "fault:cut"),
     "ended": (seen(end="whole"), "note:ended"),
     "closed": (seen(end="closed"), "note:ended"),
+    "answered": (seen(end="whole", last_id=None, is_posted=True), ""),
     "enough": (seen(end="enough"), ""),
     "ended-within": (
         seen(end="whole", arrivals=(*steady(), Arrival(20, 5, is_torn=True))),
@@ -595,6 +596,13 @@ def test_what_is_asked_by_post(serve, data, media_type, capsys):
     assert "Accept: text/event-stream" in lines
     assert data.startswith(body)  # what the server has read with the head
     assert capsys.readouterr().out.endswith("healthy\n")
+
+
+def test_what_is_asked_by_post_may_end(serve, capsys):
+    """Nobody comes back by himself: an end is no fault, nor are ids missed."""
+    server = serve(say(HEAD, b": ok\n\ndata: 1\n\n"))
+    main(["doctor", server.url, "--data", "{}", "--seconds", str(WHILE)])
+    assert capsys.readouterr().out.endswith("\n\nhealthy\n")
 
 
 def test_a_type_of_ones_own(serve):
