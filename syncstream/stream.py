@@ -2035,6 +2035,20 @@ def _throw_into(thread: int, is_due: Callable[[], bool]) -> None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread), ctypes.py_object(GeneratorExit)
         )
+        _run_handler_in(thread)
+
+
+def _run_handler_in(thread: int) -> None:
+    """Have the main thread run Python code now, though it is in a system call.
+
+    By a signal for which it has a handler that does nothing: gunicorn's workers log
+    that they ignore SIGWINCH. No other thread runs any.
+    """
+    number = getattr(signal, "SIGWINCH", None)
+    if number is None or thread != threading.main_thread().ident:
+        return
+    if callable(signal.getsignal(number)):
+        signal.pthread_kill(thread, number)
 
 
 def _is_running(reference: Callable[[], Any] | None) -> bool:

@@ -215,6 +215,14 @@ def test_a_generator_that_hears_nothing_does_not_keep_its_worker(kind, leaves, k
         await_true(lambda: not is_running(pid), server.log)
 
 
+def test_a_long_system_call_does_not_keep_a_sync_worker(key):
+    """The main thread gets out of it, and `finally` runs."""
+    env = {"SYNCSTREAM_DRAIN": "0.5"}
+    stop = tell(signal.SIGTERM)
+    client, _, error = stopped("gunicorn-sync", key, "time.sleep", stop, env=env)
+    assert (client.is_whole, error) == (False, "GeneratorExit")
+
+
 APP = """
 from flask import Flask
 from syncstream import SSEResponse, StreamResponse
