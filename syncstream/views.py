@@ -38,12 +38,15 @@ class ViewDecorator(Protocol):
 
 
 def _check_framework(args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse a request of Django's: its views want a response of Django's."""
+    """Refuse a request of Django's or REST framework's: they want Django's response."""
     django = sys.modules.get("django.http")
     if django is None:
         return
+    kinds = [django.HttpRequest]
+    if (rest_framework := sys.modules.get("rest_framework.request")) is not None:
+        kinds.append(rest_framework.Request)
     for argument in (*args, *kwargs.values()):
-        if isinstance(argument, django.HttpRequest):
+        if isinstance(argument, tuple(kinds)):
             raise TypeError(
                 "@sse is not Django's here: in Django use the one of syncstream.django"
                 " (from syncstream.django import sse)"

@@ -10,6 +10,7 @@ from django.test import Client, override_settings
 from django.urls import path
 
 from apps import django_app
+from syncstream import sse as in_flask
 from syncstream.django import SSEResponse, sse
 
 assert callable(django_app.app)  # it configures Django
@@ -52,7 +53,14 @@ def without_renderer(request):
     yield "hello"
 
 
+@api_view(["GET"])
+@in_flask
+def not_djangos(request):
+    yield "hello"
+
+
 urlpatterns = [
+    path("wrong", not_djangos),
     path("function", names["events"]),
     path("class", Events.as_view()),
     path("without", without_renderer),
@@ -84,3 +92,10 @@ def test_errors_are_json():
 def test_without_a_renderer():
     """That is the 406 that is spoken of, whatever the view returns."""
     assert Client().get("/without", headers=ACCEPT).status_code == 406
+
+
+@override_settings(ROOT_URLCONF=__name__)
+def test_a_decorator_that_is_not_djangos():
+    """REST framework's request is none of Django's by its type."""
+    with pytest.raises(TypeError, match=r"from syncstream\.django import sse"):
+        Client().get("/wrong")
