@@ -455,6 +455,7 @@ class Stream:
         self._closing = False
         self.was_told = False  # of its end, by an exception; see waiting.py
         self._exits: list[BaseException] = []  # the process's own, to be raised last
+        self._is_to_cut = False  # when the server closes it
         self._is_lagged = False
         self._is_closed = False
         self._tail = b""
@@ -599,6 +600,9 @@ class Stream:
         # sees the other, and whoever pops the source closes it.
         if self.is_running:
             return
+        if self._is_to_cut and self._connection is not None:
+            self._is_to_cut = False
+            self._connection.cut()
         if self._is_closed:
             self._let_go()
             return
@@ -947,7 +951,7 @@ class Stream:
             if not self._thrown_at:
                 raise
             # Ours, which has hit a moment too late: it would end the server's thread.
-            raised = self._connection.cut() if self._connection is not None else None
+            raised = self._cut()
             if raised is not None:
                 raise raised from None
 
@@ -1335,8 +1339,8 @@ class Stream:
         is_partial = self.reason in _CUT or self._is_lagged
         if is_partial and not self._comes_back():
             last = self._answer_unsent()
-            if not last and self._connection is not None:
-                raised = self._connection.cut()
+            if not last:
+                raised = self._cut()
         else:
             last = self._last_block()
         if last:
@@ -1347,6 +1351,19 @@ class Stream:
         self._raise_exit()
         if raised is not None:
             raise raised
+
+    def _cut(self) -> BaseException | None:
+        """Make truncation visible; return what to raise, ``None`` to just end.
+
+        Beside an exit that is to get through, later: Werkzeug reads from its socket
+        before it is done, and takes what that raises then instead of the exit.
+        """
+        if self._connection is None:
+            return None
+        if self._exits:
+            self._is_to_cut = True
+            return None
+        return self._connection.cut()
 
     def _answer_unsent(self) -> bytes:
         """Answer by a status, if no byte has left; return the body, ``b""`` if not."""
@@ -1401,7 +1418,7 @@ class Stream:
             self._settle()
             self._raise_exit()
             return
-        raised = self._connection.cut() if self._connection else None
+        raised = self._cut()
         self._settle()
         self._raise_exit()
         if self._shows(failed[0]):
@@ -1451,8 +1468,8 @@ class Stream:
                 if words:
                     self._bytes += len(words)
                     yield words
-                if connection is not None and not is_told:
-                    raised = connection.cut()
+                if not is_told:
+                    raised = self._cut()
                 if self._shows(error) and not is_told:
                     raised = error
             else:

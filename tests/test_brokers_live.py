@@ -151,7 +151,7 @@ class Follower(threading.Thread):
             client.read_head()
             client.socket.settimeout(None)  # it may be silent; `close` ends it
             self.pids.append(int(client.headers["x-pid"]))
-            while not self._is_over and (block := client.block()).endswith(b"\n\n"):
+            while not self._is_over and (block := client.block()):
                 for event in sse.Decoder().feed(block):
                     self._last = event.id
                     if event.event == "reset":

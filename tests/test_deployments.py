@@ -659,7 +659,7 @@ class Follower(threading.Thread):
         with self._site.connect() as self._client:
             path = f"/events?channel={self._channel}"
             self._client.request("GET", path, headers=headers)
-            while (block := self._client.block()).endswith(b"\n\n"):
+            while block := self._client.block():
                 for event in sse.Decoder().feed(block):
                     assert event.event is None, event
                     self._last = event.id

@@ -136,6 +136,8 @@ def test_ctrl_c_goes_on_in_the_main_thread(line, caplog, where, exits):
             if where == "close":
                 interrupt()
 
+    cuts = []
+    line.cut = lambda: cuts.append(1) or ConnectionResetError("cut")
     stream = stream_of(source(), line, on_error=interrupt)
     if where == "callback":
         stream.on_close(interrupt)
@@ -149,7 +151,10 @@ def test_ctrl_c_goes_on_in_the_main_thread(line, caplog, where, exits):
         stream.stop()
     with ends:
         list(chunks)
+    # Beside an exit only then: what the server does until then might fail otherwise.
+    assert not (exits and cuts)
     stream.close()
+    assert len(cuts) == (where == "on_error" or (where == "step" and not exits))
     assert closed == [1]
     assert bool(caplog.records) == (not exits or where == "on_error")
 

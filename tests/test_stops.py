@@ -265,27 +265,25 @@ def test_werkzeug_ends_by_a_signal_in_a_generator(number, status, tmp_path):
     """Without threads its main thread runs the generator, and what hits it there."""
     (tmp_path / "app.py").write_text(APP)
     port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "app.py", str(port)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        server = Plain(port)
-        await_true(server.is_ready, timeout=3 * TIMEOUT)
-        with server.get("/exit") as client:
-            assert client.chunk() == b"row\n"
-            with pytest.raises(ConnectionResetError):
-                client.chunk()  # a failed source, and no more
-        with server.get("/stream") as client:
-            assert client.chunk() == b"row\n"
-            process.send_signal(getattr(signal, number))
-            output, _ = process.communicate(timeout=TIMEOUT)
-    finally:
-        process.kill()
-        process.wait()
+    command = [sys.executable, "app.py", str(port)]
+    env = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, **outputs) as process:
+        try:
+            server = Plain(port)
+            await_true(server.is_ready, timeout=3 * TIMEOUT)
+            with server.get("/exit") as client:
+                assert client.chunk() == b"row\n"
+                with pytest.raises(ConnectionResetError):
+                    client.chunk()  # a failed source, and no more
+            with server.get("/stream") as client:
+                assert client.chunk() == b"row\n"
+                process.send_signal(getattr(signal, number))
+                output, _ = process.communicate(timeout=TIMEOUT)
+                with pytest.raises(ConnectionResetError):
+                    client.rest()
+        finally:
+            process.kill()
     assert process.returncode == status
     assert output.count(b"finally") == 1
 
