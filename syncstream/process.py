@@ -57,9 +57,8 @@ def drain_of_environment() -> float | None:
         seconds = -1.0
     if 0 <= seconds < math.inf:
         return seconds
-    process().warn_once(
-        log, f"SYNCSTREAM_DRAIN must be seconds, 0 or more, got {text!r}: ignored"
-    )
+    message = "SYNCSTREAM_DRAIN must be seconds, 0 or more, got %r: ignored"
+    process().say_once(log, logging.WARNING, message, text)
     return None
 
 

@@ -31,6 +31,7 @@ from pairs import (
     tcp_pair,
 )
 from syncstream import ClientDisconnected, NDJSONResponse, SSEResponse, sleep
+from syncstream.journal import journal
 from syncstream.process import AT_ONCE, Process, drain_of_environment, process, stats
 from syncstream.stream import REASONS, Life
 
@@ -145,11 +146,13 @@ def test_for_how_long_a_generator_goes_on(is_event_source, drain, until, expecte
     [(None, None), ("0", 0), ("2.5", 2.5), ("x", None), ("-1", None)],
 )
 def test_the_drain_of_the_environment(monkeypatch, caplog, text, seconds):
-    """What is no number of seconds is said, and ignored."""
+    """What is no number of seconds is ignored, and said: not by the watch itself."""
     if text is not None:
         monkeypatch.setenv("SYNCSTREAM_DRAIN", text)
     assert drain_of_environment() == seconds
+    assert journal().flush()
     assert len(caplog.records) == (text is not None and seconds is None)
+    assert all(r.thread != threading.get_ident() for r in caplog.records)
 
 
 def test_the_end_id_is_for_end_stop_alone():
@@ -605,6 +608,7 @@ FORK = """
 import os, warnings
 warnings.simplefilter("ignore")
 from pairs import Line, Threads, serve, stream_of
+from syncstream.journal import journal
 from syncstream.process import process, stats
 
 serve(stream_of(["a"], Line()))
