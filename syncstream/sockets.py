@@ -32,6 +32,7 @@ __all__ = [
     "hold",
     "is_hung_up",
     "is_socket",
+    "is_unix",
     "is_writable",
     "native",
     "queued",
@@ -39,6 +40,7 @@ __all__ = [
     "reset",
 ]
 
+_SO_DOMAIN: int | None = getattr(socket, "SO_DOMAIN", None)
 POLLRDHUP: int = getattr(select, "POLLRDHUP", 0)
 """The peer will write no more; 0 where poll cannot tell (macOS)."""
 _POLLIN: int = getattr(select, "POLLIN", 1)  # Windows has no poll
@@ -264,6 +266,16 @@ def is_socket(fd: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def is_unix(fd: int) -> bool:
+    """Tell a Unix socket, which cannot be reset; ``False`` where nothing tells it."""
+    if _SO_DOMAIN is None:
+        return False
+    with suppress(OSError), borrowed(fd) as sock:
+        family: int = sock.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN)
+        return family == socket.AF_UNIX
+    return False
 
 
 def forget(epoll: int, fd: int) -> None:

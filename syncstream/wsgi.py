@@ -40,7 +40,7 @@ from .servers import (
     takes_directly,
 )
 from .servers.handover import Refused, Swap
-from .sockets import hang_up, is_hung_up, is_writable, release, reset
+from .sockets import hang_up, is_hung_up, is_unix, is_writable, release, reset
 from .stream import (
     Format,
     Life,
@@ -240,6 +240,15 @@ class Connection:
                 " told when its client leaves, until it yields, and has no keepalive"
                 " while its generator waits. Prefer one of the servers in the README",
                 "no socket",
+            )
+        fd, is_old = self.fd, environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
+        if is_old and fd is not None and not server.marks_end(environ) and is_unix(fd):
+            record.warn_once(
+                log,
+                "a stream that is cut looks finished to a client of HTTP/1.0 over a"
+                " Unix socket, where nothing marks an end and no reset can be had: let"
+                " the proxy speak HTTP/1.1 (nginx: proxy_http_version 1.1)",
+                "unmarked",
             )
         threads, streams = self.threads, record.attached_streams
         if threads is not None and threads > 1 and streams >= threads:

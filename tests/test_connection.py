@@ -183,7 +183,7 @@ def test_where_a_reset_cannot_be_had(pair, caplog, monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
     Connection(environ_of(server, "HTTP/1.0")).cut()
     assert client.recv(100) == b""
-    assert "cannot be reset: the client sees an end" in caplog.text
+    await_true(lambda: "cannot be reset: the client sees an end" in caplog.text)
 
 
 def test_the_log_is_safe_from_the_request():
@@ -221,3 +221,19 @@ def test_a_lost_probe_ends_no_idle_connection(pair, seconds):
     idle = server.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
     interval = server.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
     assert idle + 2 * interval < seconds
+
+
+@pytest.mark.parametrize("protocol", ["HTTP/1.0", "HTTP/1.1"])
+@pytest.mark.parametrize("is_unix", [True, False])
+def test_where_no_cut_can_be_seen_it_is_said(pair, is_unix, protocol, caplog):
+    """Once: a proxy that speaks HTTP/1.0, nginx by default, to a Unix socket."""
+    theirs, ours = socket.socketpair()
+    with theirs, ours:
+        environ = environ_of(ours if is_unix else pair[0], protocol)
+        environ["wsgi.multithread"] = True
+        process()._warned.pop("unmarked", None)
+        for _ in range(2):
+            Connection(environ).warn()
+    is_said = is_unix and protocol == "HTTP/1.0"
+    assert ("proxy_http_version 1.1" in caplog.text) == is_said
+    assert len(caplog.records) == is_said
