@@ -858,9 +858,8 @@ class SSEResponse(_Streaming):
     (and ``retry``) leaves at once, before the source has yielded anything.
 
     Args:
-        source: A generator or another iterable of events, or a `Subscription`. What it
-            may yield, and
-            what becomes of it: `syncstream.protocol.sse.encoder`. It runs in the
+        source: A generator or another iterable of events, or a `Subscription`. For
+            what it may yield see `syncstream.protocol.sse.encoder`. It runs in the
             thread or greenlet of the request, and is closed exactly once, there,
             when it ends, fails, or the client has left. For HEAD, and for a
             status without a body, it is closed without having run.
