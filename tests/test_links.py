@@ -314,7 +314,7 @@ def test_a_process_ends(code, end, caplog):
 
 # An os.close() that waits for the hub keeps what Popen reads from ending (3.10).
 @pytest.mark.parametrize(
-    "patch", ["patch_all()", "patch_all(subprocess=False, os=False)"]
+    "patch", ["patch_all()", "patch_all(subprocess=False, os=False, signal=False)"]
 )
 def test_a_process_ends_under_gevent(patch):
     """The read is interrupted, and the process ended, while the hub goes on."""
