@@ -267,6 +267,9 @@ def _shared(closable: Any) -> str | None:
 
 def _closed_in_vain(closable: Any) -> str | None:
     """Refuse what can be closed, but whose close() ends nobody's wait."""
+    pools = sys.modules.get("multiprocessing.pool")
+    if pools is not None and isinstance(closable, pools.Pool):
+        return "not be a pool, whose close() lets its work go on: link what that reads"
     queues = sys.modules.get("multiprocessing.queues")
     if queues is not None and isinstance(closable, queues.Queue):
         return "not be a queue of processes, whose get() does not end: link the process"
@@ -339,7 +342,7 @@ def _sockets(target: Any) -> list[tuple[int, Any]]:
         inner = []
         for thing, holder in level:
             fd = _fd(thing)
-            if fd is not None and is_socket(fd):
+            if fd is not None and (is_socket(fd) or _is_unconnected(fd)):
                 found.append((fd, holder))
                 continue
             for part in _inside(thing):
@@ -366,6 +369,17 @@ def _inside(target: Any) -> Iterator[Any]:
     connections = getattr(target, "connections", None)  # httpcore, a pool's
     if isinstance(connections, (list, tuple)):
         yield from connections
+
+
+def _is_unconnected(fd: int) -> bool:
+    """Tell a socket that has no peer: one that listens, or waits for datagrams.
+
+    Its shutdown fails, on Linux, and ends its wait all the same.
+    """
+    try:
+        return stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:  # closed, or a system where a socket is no descriptor
+        return False
 
 
 def _socket_of(stream: Any) -> Any:

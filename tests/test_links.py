@@ -3,6 +3,7 @@
 import http.client
 import io
 import multiprocessing.connection
+import multiprocessing.pool
 import os
 import selectors
 import signal
@@ -159,6 +160,19 @@ def read_pipe_of_sockets(upstream, link):
         yield link(ours).recv_bytes()
 
 
+def read_datagrams(upstream, link):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        upstream.asked.set()
+        yield link(sock).recv(1000)
+
+
+def read_listener(upstream, link):
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        upstream.asked.set()
+        yield link(sock).accept()
+
+
 HTTP_READERS = (
     read_httpx,
     read_httpx_client,
@@ -169,6 +183,8 @@ HTTP_READERS = (
     read_urllib,
     read_urllib3,
     read_pipe_of_sockets,
+    read_datagrams,
+    read_listener,
 )
 
 
@@ -406,6 +422,21 @@ def one_way():
     return ours
 
 
+class FakePool(multiprocessing.pool.Pool):
+    """One without processes."""
+
+    _state, _pool = "RUN", ()
+
+    def __init__(self):
+        pass
+
+    def __del__(self):
+        pass
+
+    def close(self):
+        pass
+
+
 class Asynchronous:
     async def close(self):
         raise AssertionError
@@ -422,6 +453,7 @@ REFUSED = {
     "urllib3": (lambda: urllib3.HTTPConnectionPool("127.0.0.1"), "link the response"),
     "context": (lambda: httpx.stream("GET", "http://127.0.0.1"), "enter it by `with`"),
     "asynchronous": (Asynchronous, "be synchronous"),
+    "pool of processes": (FakePool, "link what that reads"),
     "queue of processes": (multiprocessing.Queue, r"get\(\) does not end"),
     "SQLAlchemy's session": (
         lambda: sqlalchemy.orm.Session(sqlalchemy.create_engine("sqlite://")),
