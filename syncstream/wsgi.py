@@ -135,8 +135,11 @@ def last_event_id(request: Any) -> str | None:
         query = parse_qs(text, errors="replace")  # of no empty values
     except ValueError:  # too many fields
         return None
-    ids = query.get("last_event_id") or query.get("lastEventId")
-    return ids[0] if ids else None
+    for name in ("last_event_id", "lastEventId"):
+        for id in query.get(name, ()):
+            if not id.isspace():  # as in the header, whose blanks HTTP strips
+                return id
+    return None
 
 
 def _environ_of(request: Any) -> Mapping[str, Any]:

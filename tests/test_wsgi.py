@@ -304,6 +304,8 @@ def test_sse_refuses_asynchronous_views():
         ({"query_string": "last_event_id=6"}, "6"),
         ({"query_string": "lastEventId=7"}, "7"),
         ({"query_string": "lastEventId="}, None),
+        ({"query_string": "lastEventId=%20"}, None),
+        ({"query_string": "last_event_id=+&lastEventId=7"}, "7"),
         ({"query_string": "last_event_id=&lastEventId=7"}, "7"),
         ({"query_string": "lastEventId=7&last_event_id="}, "7"),
         ({"query_string": "last_event_id=&last_event_id=6"}, "6"),
