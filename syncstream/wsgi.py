@@ -128,7 +128,7 @@ def last_event_id(request: Any) -> str | None:
     if header and not header.isspace():
         # Browsers send UTF-8, and PEP 3333 shows its bytes as Latin-1.
         return header.encode("latin-1", "replace").decode(errors="replace")
-    text = environ.get("QUERY_STRING", "")
+    text: str = environ.get("QUERY_STRING", "")
     if "last_event_id=" not in text and "lastEventId=" not in text:
         return None
     try:
