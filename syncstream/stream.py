@@ -112,7 +112,9 @@ _CLOSE_TRIES = 10
 _PIECE = 64 * 1024  # bytes; what a server's socket accepts at once is about as much
 _GRACE = 1.5  # seconds that the kernel waits longer than we do, for a frozen client
 _STUCK = 1.0  # seconds that a write may block once the stream has ended
-_FROZEN = 2.0  # seconds without progress, of a client whose server is to stop
+# Seconds without progress, of a client whose server is to stop. TCP tells of one that
+# reads by steps of 64 kB and more: at 20 kB/s every 3 s.
+_FROZEN = 5.0
 _GHOST = 30.0  # seconds after which a source that has not noticed its end is named
 _THROW_EVERY = 2.5  # seconds: gunicorn leaves no more to a worker after its streams
 
@@ -455,6 +457,7 @@ class Stream:
         self._closing = False
         self.was_told = False  # of its end, by an exception; see waiting.py
         self._exits: list[BaseException] = []  # the process's own, to be raised last
+        self._is_dropped = False  # by who iterates, before its end
         self._is_to_cut = False  # when the server closes it
         self._is_lagged = False
         self._is_closed = False
@@ -593,6 +596,11 @@ class Stream:
             self._settle_response()
             self._let_go()
             return
+        if isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit)):
+            # It has hit between two steps, or in the server, who leaves the rest. Its
+            # frame may have dropped the iterator before.
+            is_partial = not self._once or self._is_dropped
+            self._is_to_cut |= is_partial and self._process is not None
         if not self._once:
             gone = self._connection is not None and self._connection.is_hung_up()
             self._over(self._how_gone() if gone else "closed")
@@ -947,6 +955,7 @@ class Stream:
             yield from self._finish()
         except GeneratorExit:
             # Whoever wraps us by `yield from`, or just drops us, closes the stream.
+            self._is_dropped = not self._once
             self.close()
             if not self._thrown_at:
                 raise
@@ -1034,6 +1043,7 @@ class Stream:
                 yield chunk
             yield from self._finish()
         except GeneratorExit:
+            self._is_dropped = not self._once
             self.close()
             raise
 

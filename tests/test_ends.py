@@ -107,6 +107,7 @@ def test_a_source_that_swallows_its_end_is_ended(line, caplog, loop, place):
     assert join() == [b": ok\n\n", b"data: a\n\n"]
     assert seen[-1] == "cleaned up"
     assert sys.gettrace() is None
+    await_true(place, lambda: caplog.records)  # it is said beside the stream
     (record,) = caplog.records
     message = record.getMessage()
     assert "source (" in message
@@ -157,6 +158,31 @@ def test_ctrl_c_goes_on_in_the_main_thread(line, caplog, where, exits):
     assert len(cuts) == (where == "on_error" or (where == "step" and not exits))
     assert closed == [1]
     assert bool(caplog.records) == (not exits or where == "on_error")
+
+
+@pytest.mark.parametrize("exits", [KeyboardInterrupt, SystemExit, ValueError])
+@pytest.mark.parametrize("is_dropped", [True, False])
+def test_an_exit_between_two_steps_cuts(line, exits, is_dropped):
+    """The server closes what it has not read to its end, and nothing else tells."""
+    cuts = []
+    line.cut = lambda: cuts.append(1)
+    stream = stream_of(iter("ab"), line)
+
+    def serve():
+        for _ in stream:  # its iterator goes with this frame, or with the next line
+            raise exits
+
+    with suppress(exits):
+        try:
+            if is_dropped:
+                serve()
+            chunks = iter(stream)
+            next(chunks)
+            raise exits
+        finally:
+            stream.close()
+    assert stream.reason == "closed"
+    assert cuts == ([] if exits is ValueError else [1])
 
 
 def test_a_source_that_exits_has_failed(line, caplog):
