@@ -165,6 +165,20 @@ def test_an_object_of_an_events_fields_is_an_event(kind: Any) -> None:
     assert sent(kind(data="a\nb", event="e")).data == "a\nb"
 
 
+@pytest.mark.parametrize("kind", [PlainEvent, AttrsEvent, StructEvent, ModelEvent])
+def test_a_record_whose_data_is_null_is_not_lost(kind: Any) -> None:
+    """It would send an id alone, which fires nothing: an error at the yield."""
+    with pytest.raises(ValueError, match="is None, which no client fires"):
+        encoder()(kind(data=None, event="e"))
+
+
+def test_a_lazy_text_of_django() -> None:
+    """A translation is the text that it is when it is sent."""
+    from django.utils.functional import lazystr
+
+    assert sent({"title": lazystr("hello")}).json() == {"title": "hello"}
+
+
 def test_named_tuples() -> None:
     """A named tuple is JSON as tuples are, unless all its fields are an event's."""
     assert sent(Tuple("a", 1.5)).json() == ["a", 1.5]

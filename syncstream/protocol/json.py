@@ -109,6 +109,9 @@ def _plain(value: Any) -> Any:
         return value.value
     if isinstance(value, (uuid.UUID, decimal.Decimal)):
         return str(value)
+    lazy = sys.modules.get("django.utils.functional")
+    if lazy is not None and isinstance(value, lazy.Promise):
+        return str(value)  # a translation, made when it is sent
     kind = value.__class__
     if not isinstance(value, type):
         fields = as_mapping(value)

@@ -274,6 +274,11 @@ def _event_of(item: object, has_dumps: bool) -> Event:
     if not isinstance(fields, dict):
         return Event(item)
     if "data" in fields and fields.keys() <= _FIELDS:
+        if fields["data"] is None:  # a row with a null, which nobody would get
+            raise ValueError(
+                f"data of a {type(item).__qualname__} is None, which no client fires:"
+                " yield Event(id=…) for an id alone, or dict(…) under another name"
+            )
         return Event(**fields)
     return Event(item if has_dumps else fields)  # dumps= may know more of it than we
 
@@ -346,7 +351,8 @@ def encoder(
     event fields
     a dataclass, an object of attrs, pydantic or  as a mapping of its fields
     msgspec, a Django, SQLAlchemy or peewee
-    object, a named tuple with ``data``
+    object; a named tuple of event fields with
+    ``data``
     any other object with a ``.data`` attribute   an event with those fields
     (and maybe ``event, id, retry, comment``)
     ``bytes``, ``bytearray``, ``memoryview``      as they are: already framed
