@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import time
+from types import SimpleNamespace
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import pytest
@@ -417,3 +418,26 @@ def test_a_wsgiref_server_without_threads_is_warned_of():
 class Quiet(WSGIRequestHandler):
     def log_message(self, *args):
         """Say nothing."""
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_sync_worker_is_silent_while_it_serves(is_closed):
+    """Its work is to end before its master kills it; as it ends, nothing tells when."""
+    from gunicorn.config import Config
+    from gunicorn.workers.sync import SyncWorker
+
+    def last_update():
+        if is_closed:
+            raise ValueError("I/O operation on closed file")
+        return time.monotonic() - 20
+
+    worker = object.__new__(SyncWorker)
+    worker.cfg, worker.tmp = Config(), SimpleNamespace(last_update=last_update)
+    worker.ppid, worker.alive, worker.reloader = os.getppid(), True, None
+    stop = servers.gunicorn.stopping(worker)
+    assert servers.gunicorn.stopping(worker) is stop  # of its hook
+    assert stop() is None
+    worker.alive = False
+    left = stop() - time.monotonic()
+    # Of 30 s each: 2.5 s less than the graceful timeout, 1 s than the other.
+    assert left == pytest.approx(27.5 if is_closed else 9, abs=1)

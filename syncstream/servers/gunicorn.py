@@ -113,9 +113,11 @@ class _Stop:
         if left is None:
             left = max(0.0, cfg.graceful_timeout - _HEADROOM)
             if _is_sync(self._worker) and cfg.timeout:
-                # It does not say that it lives while it serves a request.
-                silent = time.monotonic() - self._worker.tmp.last_update()
-                left = max(0.0, min(left, cfg.timeout - silent - _NOTIFIED))
+                # It does not say that it lives while it serves a request. As it ends,
+                # it closes the file by which it says so, and serves none.
+                with suppress(ValueError):
+                    silent = time.monotonic() - self._worker.tmp.last_update()
+                    left = max(0.0, min(left, cfg.timeout - silent - _NOTIFIED))
         return left
 
 
