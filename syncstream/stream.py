@@ -119,8 +119,8 @@ _GHOST = 30.0  # seconds after which a source that has not noticed its end is na
 _THROW_EVERY = 2.5  # seconds: gunicorn leaves no more to a worker after its streams
 
 _CUT = frozenset(("shutdown", "max_duration", "kicked", "denied", "refused"))
-"""Ends that are none of the source's own: only a client that comes back takes them for
-what they are, for all others they would look like the end of a whole answer."""
+"""Ends that the source did not choose. Only a client that comes back reads them as a
+break; to every other client they would look like the end of a whole answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +264,7 @@ class Connection(Protocol):
 
     @property
     def lets_exits_through(self) -> bool:
-        """The server, in the main thread, ends by what leaves the application."""
+        """Whether an exit that the application raises in the main thread ends it."""
 
     def warn(self) -> None:
         """Say, once a process, if a stream should not hold its thread there."""
@@ -597,8 +597,8 @@ class Stream:
             self._let_go()
             return
         if isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit)):
-            # It has hit between two steps, or in the server, who leaves the rest. Its
-            # frame may have dropped the iterator before.
+            # The exit came between two steps, or in the server, which sends no more.
+            # The server's frame may have dropped the iterator already.
             is_partial = not self._once or self._is_dropped
             self._is_to_cut |= is_partial and self._process is not None
         if not self._once:
@@ -1261,7 +1261,7 @@ class Stream:
         )
 
     def _keep_exit(self, error: BaseException | None) -> bool:
-        """Keep what ends the whole process, to be raised when we are done; or not."""
+        """Keep what ends the whole process until the stream has ended; tell if so."""
         if error is None or not self._is_exit(error):
             return False
         if not self._exits:
@@ -1269,7 +1269,7 @@ class Stream:
         return True
 
     def _raise_exit(self) -> None:
-        """Let go what ends the whole process, if anything does."""
+        """Raise what ends the whole process, if anything does."""
         if self._exits:
             raise self._exits.pop()
 
@@ -1812,7 +1812,7 @@ class Stream:
     # From its end until its server is done with it.
 
     def _bring_through(self) -> None:
-        """End what it waits in, and look soon whether it has ended."""
+        """End what the source waits in, and check soon whether the stream has ended."""
         watch, timer = self._watch, self._timer
         if watch is not None:
             if timer is not None:
@@ -1834,20 +1834,20 @@ class Stream:
             self._drop()
 
     def _is_full(self) -> bool:
-        """Tell whether what is written now has to wait for the client."""
+        """Tell whether a write would have to wait for the client now."""
         connection = self._connection
         is_open = self._fd >= 0 and self._has_socket(self._fd)
         return is_open and connection is not None and connection.is_full()
 
     def _drop(self) -> None:
-        """Have a write that blocks fail."""
+        """Make a write that blocks fail."""
         if self._connection is not None:
             self._connection.drop()
 
     def _hurry(self, now: float, until: float) -> None:
-        """Have nothing keep a server that is to stop; at each look, twelve a second.
+        """Keep a stopping server from waiting for this stream, at each look.
 
-        A client that takes nothing is cut, whether it has been told its end or not.
+        A client that takes nothing is cut, whether its stream has ended or not.
         """
         if self.is_running:
             self._stuck_since = 0.0
@@ -1868,11 +1868,11 @@ class Stream:
             self._drop()
 
     def _is_deaf(self, now: float, until: float) -> bool:
-        """Tell whether a thread does not hear of the end, and so keeps its server.
+        """Tell whether a thread ignores the end, and so keeps its server from stopping.
 
-        It waits in nothing of ours. Not at once, it may be on its way; and only once,
-        for its ``finally`` may take its time, until the time of its work is over. The
-        end of a linked read has told it, too.
+        Such a thread waits in none of our waits. It gets a moment to end by itself, and
+        is interrupted once: its ``finally`` may take until the drain is over. A thread
+        whose linked read was ended has been told, too.
         """
         if not self._once or self._in_hub or self._closing or self.parked is not None:
             return False
