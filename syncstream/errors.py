@@ -8,6 +8,7 @@
     ├── Closed                       a subscription has ended; its `reason` says why
     └── BrokerError                  what stores events could not do it
         ├── Unavailable              nothing was stored: it may be tried again
+        │   └── Denied               the engine does not allow this name to us
         ├── Uncertain                it may be stored, or not: again, it may be twice
         └── PayloadTooLarge          an event is larger than the hub takes
 
@@ -26,6 +27,7 @@ __all__ = [
     "BrokerError",
     "ClientDisconnected",
     "Closed",
+    "Denied",
     "PayloadTooLarge",
     "ProtocolError",
     "RemoteProtocolError",
@@ -66,6 +68,13 @@ class BrokerError(SyncStreamError):
 
 class Unavailable(BrokerError):
     """It cannot be reached. Nothing was stored: the same may be tried again."""
+
+
+class Denied(Unavailable):
+    """The engine does not allow this name to us; that will not pass by itself.
+
+    Nothing was stored.
+    """
 
 
 class Uncertain(BrokerError):
