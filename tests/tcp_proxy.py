@@ -31,6 +31,7 @@ class Proxy:
         self.port: int = self._listener.getsockname()[1]
         self._peers: dict[socket.socket, socket.socket] = {}
         self._servers: set[socket.socket] = set()
+        self._forgotten: set[socket.socket] = set()
         self._lock = threading.RLock()
         self._waker, self._woken = socket.socketpair()
         self._is_closed = False
@@ -44,11 +45,18 @@ class Proxy:
                 self._drop(sock)
         self._wake()
 
+    def forget(self) -> None:
+        """Pass nothing on any more over the connections that there are, silently."""
+        with self._lock:
+            self._forgotten |= set(self._peers)
+        self._wake()
+
     def _drop(self, sock: socket.socket) -> None:
         for one in (sock, self._peers.pop(sock, None)):
             if one is not None:
                 self._peers.pop(one, None)
                 self._servers.discard(one)
+                self._forgotten.discard(one)
                 with suppress(OSError):
                     linger = struct.pack("ii", 1, 0)
                     one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -62,6 +70,7 @@ class Proxy:
         while not self._is_closed:
             with self._lock:
                 socks = [] if self.is_silent else list(self._peers)
+                socks = [sock for sock in socks if sock not in self._forgotten]
             try:
                 ready, _, _ = select.select(
                     [self._listener, self._woken, *socks], [], [], 0.05

@@ -8,10 +8,13 @@ import itertools
 import json
 import logging
 import os
+import random
+import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -26,9 +29,10 @@ from postgresql_server import Line, PostgreSQL
 from syncstream import Gap, Hub
 from syncstream.brokers import open_broker, postgresql
 from syncstream.brokers.postgresql import PostgreSQLBroker, install, install_sql
-from syncstream.errors import PayloadTooLarge, Unavailable, Uncertain
+from syncstream.errors import Denied, PayloadTooLarge, Unavailable, Uncertain
 from syncstream.journal import journal
 from syncstream.protocol import sse
+from tcp_proxy import Proxy
 
 TESTS = Path(__file__).parent
 LIMIT = 20.0  # seconds for what must happen; not what it may take
@@ -335,8 +339,8 @@ def test_killed_processes_hold_nobody_up(server, schema, mode):
             family.kill_one()
         family.end()
     # Nor does anything go on that a killed one has begun, and hold its lock.
-    held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
-    await_true(lambda: server.execute(held) == [(0,)])
+    free = f"SELECT count(*) FROM (SELECT FROM {schema}.state FOR UPDATE SKIP LOCKED) s"
+    await_true(lambda: server.execute(free) == [(1,)])
 
 
 # Failures, one by one.
@@ -398,12 +402,11 @@ def test_a_lost_answer_is_uncertain(make, line):
 
 
 def test_who_waits_for_the_lock_is_told_that_nothing_was_stored(make, server, schema):
-    """Somebody numbers his events early, and stays in his transaction."""
+    """Somebody appends by himself, and stays in his transaction."""
     broker = make()
     broker.publish([("a", b"1")])
     with server.connect() as other, other.transaction():
-        other.execute(f"INSERT INTO {schema}.outbox (channel, data) VALUES ('a', '2')")
-        other.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        other.execute(f"SELECT {schema}.append('a', '2', 1000, NULL)")
         # After publish_timeout it would be Uncertain.
         with pytest.raises(Unavailable, match="statement timeout"):
             broker.publish([("a", b"x")])
@@ -665,7 +668,11 @@ def test_listen_dsn(server, make, line, caplog):
     line.cut()
     with pytest.raises(Unavailable):
         broker.publish([("a", b"x")])
-    assert told.states == []
+    # It hears, and cannot publish.
+    assert [is_up for is_up, _ in told.states] == [False]
+    line.mend()
+    publish_until_it_works(broker, ("a", b"2"))
+    await_true(lambda: [is_up for is_up, _ in told.states] == [False, True])
 
 
 def test_deaf_listeners_say_so(server, schema, make, monkeypatch, caplog):
@@ -801,6 +808,98 @@ def test_channels_that_are_idle_for_long_are_forgotten(server, schema, make):
     assert broker.read("idle", fresh).complete
 
 
+# What was deleted, and who has not seen it.
+
+FROZEN = """
+import json, sys
+from syncstream import Gap, Hub
+from syncstream.brokers.postgresql import PostgreSQLBroker
+_, url, schema, names = sys.argv
+hub = Hub(broker=PostgreSQLBroker(url, schema=schema))
+subscriptions = {name: hub.subscribe(name) for name in names.split(",")}
+for subscription in subscriptions.values():
+    subscription.read(0)
+hub.publish("place", "newest that it knows")
+assert subscriptions["place"].read(10)
+print("ready", flush=True)
+sys.stdin.readline()
+def kind(event):
+    return "reset" if isinstance(event, Gap) else event.data
+# The one that is told last, when all others were.
+assert subscriptions["place"].read(10)
+found = {name: [kind(e) for e in s.read(1)] for name, s in subscriptions.items()}
+print(json.dumps(found), flush=True)
+hub.close()
+"""
+
+
+def test_what_was_deleted_while_a_process_was_frozen(server, schema, make):
+    """Aged out, trimmed or deleted, with nothing newer in its channel: a reset each."""
+    broker = make(max_age=60)
+    names = ["aged", "deleted", "trimmed", "kept", "idle", "place"]
+    path = os.pathsep.join((str(TESTS), str(TESTS.parent)))
+    words = [FROZEN, server.url, schema, ",".join(names)]
+    with subprocess.Popen(
+        [sys.executable, "-c", *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+        text=True,
+    ) as child:
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGSTOP)
+        # What it saw last is of a time when the clock was ahead: that stays.
+        later = f"UPDATE {schema}.event SET ts = ts + interval '1 day'"
+        server.execute(later)
+        broker.publish([("aged", b"data: 1\n\n")])
+        earlier = f"UPDATE {schema}.event SET ts = ts - interval '1 hour' WHERE channel"
+        server.execute(f"{earlier} = 'aged'")
+        broker.publish([("deleted", b"data: 1\n\n"), ("kept", b"data: 1\n\n")])
+        server.execute(f"DELETE FROM {schema}.event WHERE channel = 'deleted'")
+        few = make(capacity=3)
+        few.publish([("trimmed", b"data: %d\n\n" % n) for n in range(64)])
+        left = "SELECT count(*) FROM {}.event WHERE channel IN ('aged', 'deleted')"
+        assert server.execute(left.format(schema)) == [(0,)]
+        child.send_signal(signal.SIGCONT)
+        broker.publish([("place", b"data: last\n\n")])
+        out, _ = child.communicate("go\n", timeout=LIMIT)
+        assert child.returncode == 0
+    found = json.loads(out)
+    assert found == {
+        "aged": ["reset"],
+        "deleted": ["reset"],
+        "trimmed": ["reset", "61", "62", "63"],
+        "kept": ["1"],
+        "idle": [],
+        "place": [],
+    }
+
+
+def test_a_hole_in_the_middle(server, schema, make):
+    """What was deleted is not passed over; what follows it is all there."""
+    broker = make()
+    first, second, third, *rest = broker.publish(
+        [("a", b"data: %d\n\n" % number) for number in range(5)]
+    )
+    server.execute(f"DELETE FROM {schema}.event WHERE off = 3")
+
+    def read(after):
+        page = broker.read("a", after)
+        return page.complete, [entry.id for entry in page.entries]
+
+    assert read(first) == (True, [second, *rest])  # who reads it sees the break
+    assert read(second) == (False, rest)
+    assert read(third) == (True, rest)
+    assert read("3-00000000") == (False, [first, second, *rest])
+    hub = Hub(broker=make())
+    with contextlib.closing(hub.subscribe("a", after=second)) as subscription:
+        reset, *events = subscription.read(LIMIT)
+        assert isinstance(reset, Gap)
+        assert reset.id == third
+        assert [event.id for event in events] == rest
+    hub.close()
+
+
 # Other people's transactions.
 
 
@@ -866,18 +965,134 @@ def test_a_transaction_that_is_not_read_committed(server, make):
     assert payloads == [b"1", b"2"]
 
 
-def test_a_connection_to_elsewhere(server, make):
-    """A clear word: it has no such schema, or is no connection."""
+def test_constraints_that_are_immediate(server, schema, make):
+    """As Django's TestCase has them: the commit is awaited, and no lock is held."""
     broker = make()
-    server.execute("CREATE DATABASE elsewhere")
-    url = server.url_at(server.port, "elsewhere")
+    told = listening(broker, "a")
+    with server.connect() as connection:
+        with connection.transaction():
+            broker.publish([("a", b"1"), ("a", b"2")], connection=connection)
+            connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+            broker.publish([("a", b"3")], connection=connection)
+            connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+            with contextlib.suppress(ZeroDivisionError), connection.transaction():
+                broker.publish([("a", b"never")], connection=connection)
+                connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+                raise ZeroDivisionError
+            connection.execute(
+                "SET CONSTRAINTS ALL IMMEDIATE; SET CONSTRAINTS ALL DEFERRED"
+            )
+            broker.publish([("a", b"4")], connection=connection)
+            broker.publish([("a", b"before")])  # nobody holds it up
+            await_true(lambda: told.payloads() == [b"before"])
+        await_true(lambda: told.payloads() == [b"before", b"1", b"2", b"3", b"4"])
+        with contextlib.suppress(ZeroDivisionError), connection.transaction():
+            connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+            broker.publish([("a", b"never")], connection=connection)
+            raise ZeroDivisionError
+        broker.publish([("a", b"5")], connection=connection)
+    await_true(lambda: told.payloads()[5:] == [b"5"])
+    assert server.execute(f"SELECT count(*) FROM {schema}.outbox") == [(0,)]
+
+
+def test_a_connection_to_elsewhere(server, schema, make):
+    """A clear word, and nothing is stored there."""
+    names = ["", "bare", "copy", "other"]
+    for name in names:
+        template = f"TEMPLATE {schema}" if name == "copy" else ""
+        server.execute(f"CREATE DATABASE {schema}{name} {template}")
+        if name != "bare":
+            install(server.url_at(server.port, schema + name), schema=schema)
+        # Nobody may be in it while it is copied.
+        await_true(
+            lambda: (
+                server.execute(
+                    "SELECT count(*) FROM pg_stat_activity WHERE datname LIKE %s",
+                    f"{schema}%",
+                )
+                == [(0,)]
+            )
+        )
+    broker = make(server.url_at(server.port, schema))
+    broker.publish([("a", b"1")])
     with (
-        psycopg.connect(url) as connection,
+        psycopg.connect(server.url_at(server.port, f"{schema}bare")) as connection,
         pytest.raises(Unavailable, match="is it the one of the hub"),
     ):
         broker.publish([("a", b"x")], connection=connection)
+    for name in ("copy", "other"):
+        with psycopg.connect(server.url_at(server.port, schema + name)) as connection:
+            for pipeline in (contextlib.nullcontext(), connection.pipeline()):
+                with pipeline, pytest.raises(ValueError, match="hub's database"):
+                    broker.publish([("a", b"x")], connection=connection)
+            # Its transaction goes on.
+            sql = f"SELECT count(*) FROM {schema}.outbox"
+            assert connection.execute(sql).fetchall() == [(0,)]
     with pytest.raises(TypeError, match="connection must be Django's"):
         broker.publish([("a", b"x")], connection="postgresql://")
+    nowhere = psycopg.AsyncConnection(psycopg.pq.PGconn.connect(server.url.encode()))
+    with pytest.raises(TypeError, match="must not be async"):
+        broker.publish([("a", b"x")], connection=nowhere)
+    nowhere.pgconn.finish()
+    assert len(broker.read("a", "0").entries) == 1
+
+
+def test_the_lock_is_the_schemas_own(server, schema, make):
+    """Nobody holds up publishers who may not publish himself."""
+    broker = make()
+    broker.publish([("a", b"1")])
+    server.execute(f"CREATE ROLE r{schema} LOGIN")
+    url = server.url.replace("postgres@", f"r{schema}@")
+    server.execute(f"GRANT USAGE ON SCHEMA {schema} TO r{schema}")
+    server.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO r{schema}")
+    oid = f"'{schema}.event'::regclass::oid::integer"
+    with psycopg.connect(url) as other:
+        other.execute(f"SELECT pg_advisory_lock(1937337955, {oid})")
+        broker.publish([("a", b"2")])
+        for sql in (
+            *(f"SELECT FROM {schema}.state FOR {how}" for how in ("UPDATE", "SHARE")),
+            f"LOCK TABLE {schema}.state IN ROW SHARE MODE",
+            f"SELECT {schema}.append('a', '', 1, 1)",
+        ):
+            denied = pytest.raises(psycopg.errors.InsufficientPrivilege)
+            with denied, other.transaction():
+                other.execute(sql)
+
+
+def test_transactions_of_opposite_order(server, make):
+    """They take one lock, at their commits: none waits for the other for ever."""
+    broker = make()
+
+    def commit(channels):
+        with server.connect() as connection:
+            for _ in range(30):
+                with connection.transaction():
+                    for channel in channels:
+                        broker.publish([(channel, b"x")], connection=connection)
+
+    threads = [
+        threading.Thread(target=commit, args=(channels,))
+        for channels in ("ab", "ba", "abc", "cba")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+    assert int(broker.read("a", None).head.partition("-")[0], 16) == 120
+
+
+def test_ids_are_nobody_elses(server, schema, make):
+    """Whatever a session, or a process, has seeded."""
+    broker = make()
+    broker.publish([("a", b"x")])
+    nonces = set()
+    for number in range(3):
+        random.seed(0)
+        with server.connect() as connection, connection.transaction():
+            connection.execute("SELECT setseed(0)")
+            broker.publish([(f"b{number}", b"x")], connection=connection)
+        nonces.add(broker.read(f"b{number}", None).head)
+    assert len(nonces) == 3
 
 
 # The schema.
@@ -1027,6 +1242,310 @@ def test_urls(server, monkeypatch):
     ):
         with pytest.raises(ValueError, match=next(iter(options))):
             PostgreSQLBroker(**options)
+
+
+# Revision 1 of the schema, and of what workers say to it.
+
+REVISION_1 = (TESTS / "formats" / "postgresql_1.sql").read_text()
+
+
+class OldWorker:
+    """What a worker of revision 1 does, over a connection."""
+
+    def __init__(self, server, schema):
+        self.connection = server.connect()
+        self.schema = schema
+        self.place = 0
+
+    def publish(self, *items):
+        sql = f"SELECT {self.schema}.publish(%s::text[], %s::bytea[], 1000, 3600.0)"
+        channels, data = map(list, zip(*items, strict=True))
+        return [id for (id,) in self.connection.execute(sql, (channels, data))]
+
+    def enlist(self, channel, payload):
+        self.connection.execute(
+            f"INSERT INTO {self.schema}.outbox (channel, data, capacity, max_age)"
+            " VALUES (%s, %s, 1000, 3600.0)",
+            (channel, payload),
+        )
+
+    def tail(self):
+        sql = f"SELECT * FROM {self.schema}.tail(%s, 500, ARRAY['a'], '{{}}')"
+        rows = self.connection.execute(sql, (self.place,)).fetchall()[1:]
+        self.place = rows[-1][0] if rows else self.place
+        return [bytes(row[5]) for row in rows if row[5] is not None]
+
+    def read(self):
+        sql = f"SELECT * FROM {self.schema}.read('a', -1, 0, 1000, 1000, 3600.0)"
+        return [bytes(row[3]) for row in self.connection.execute(sql).fetchall()[1:]]
+
+    def version(self):
+        sql = f"SELECT version FROM {self.schema}.state"
+        return self.connection.execute(sql).fetchone()[0]
+
+
+def test_old_and_new_workers_share_a_schema(server, schema, make):
+    """While it is renewed, and after it: nothing is lost, doubled or out of order."""
+    server.execute(REVISION_1.replace("syncstream", schema))
+    old, waiting, late = (OldWorker(server, schema) for _ in range(3))
+    with contextlib.ExitStack() as stack:
+        for worker in (old, waiting, late):
+            stack.enter_context(worker.connection)
+        assert old.publish(("a", b"1"))[0].startswith("1-")
+        for options in ({"create": False}, {}):
+            server.execute(f"CREATE ROLE r{schema}{len(options)} LOGIN")
+            url = server.url.replace("postgres@", f"r{schema}{len(options)}@")
+            server.execute(f"GRANT USAGE ON SCHEMA {schema} TO r{schema}{len(options)}")
+            with pytest.raises(Unavailable, match=r"older release.*migrate"):
+                make(url, **options).read("a", None)
+        late.connection.execute("BEGIN")
+        late.enlist("a", b"5")
+        # One that has appended and not committed, and one that waits for its lock.
+        old.connection.execute("BEGIN")
+        old.publish(("a", b"2"))
+        waiting.connection.execute("BEGIN")
+        steps = [
+            threading.Thread(target=waiting.publish, args=(("a", b"3"), ("new", b"x"))),
+            threading.Thread(target=lambda: install(server.url, schema=schema)),
+        ]
+        blocked = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        for count, step in enumerate(steps, 1):
+            step.start()
+            await_true(lambda count=count: server.execute(blocked) == [(count,)])
+        old.connection.execute("COMMIT")
+        for step in steps:
+            step.join(LIMIT)
+        assert server.execute(f"SELECT revision FROM {schema}.upkeep") == [(2,)]
+        assert waiting.version() == 1
+        # It has begun before, and it holds up who has not.
+        broker = make(publish_timeout=0.5)
+        told = listening(broker, "a")
+        with pytest.raises(Unavailable):
+            broker.publish([("a", b"no")])
+        waiting.connection.execute("COMMIT")
+        broker.publish([("a", b"4")])
+        late.connection.execute("COMMIT")
+        old.publish(("a", b"6"))
+        broker.publish([("a", b"7")])
+        everything = [b"%d" % number for number in range(1, 8)]
+        assert old.read() == everything
+        assert old.tail() == everything
+        await_true(lambda: told.payloads()[-1:] == [b"7"])
+        assert told.payloads() == everything[2:]
+        ids = [entry.id for entry in broker.read("a", "0").entries]
+        prevs = [entry.prev for entry in broker.read("a", "0").entries]
+        assert prevs[1:] == ids[:-1]
+
+
+# Rights, as docs/brokers.md lists them.
+
+
+def _grants(kind, role, schema):
+    """Return the statements of the docs for a role that does one or the other."""
+    docs = (TESTS.parent / "docs" / "brokers.md").read_text()
+    _, _, rest = docs.partition(f"<!-- postgresql rights: {kind} -->\n```sql\n")
+    sql, _, _ = rest.partition("```")
+    assert "GRANT" in sql
+    sql = sql.replace("SCHEMA syncstream", f"SCHEMA {schema}")
+    return sql.replace("syncstream.", f"{schema}.").replace("TO app;", f"TO {role};")
+
+
+def _role(server, schema, kind):
+    role = f"r{schema}_{kind}"
+    server.execute(f"CREATE ROLE {role} LOGIN")
+    server.execute(_grants(kind, role, schema))
+    return server.url.replace("postgres@", f"{role}@")
+
+
+def test_rights_of_the_docs(server, schema, make):
+    """They are enough for what they say, and for no more."""
+    install(server.url, schema=schema)
+    # Functions that nobody else may call, as careful operators have it.
+    server.execute(f"REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} FROM PUBLIC")
+    both, publisher, reader = (
+        make(_role(server, schema, kind), create=False, capacity=10)
+        for kind in ("both", "publish", "subscribe")
+    )
+    heard = [listening(broker, "a") for broker in (both, reader)]
+    for broker in (both, publisher):
+        # Long enough to trim, by number and by age, of other channels, too.
+        broker.publish([("a", b"x")] * 40)
+        with psycopg.connect(broker._dsn) as connection:
+            broker.publish([("a", b"y")], connection=connection)
+    for told in heard:
+        await_true(lambda told=told: told.payloads().count(b"y") == 2)
+    reader.read("a", "0")
+    both.read("a", "0")
+    with pytest.raises(Denied, match=r"permission denied.*docs/brokers.md"):
+        reader.publish([("a", b"x")])
+    # What it may not is its own affair: it hears as before.
+    assert [told.states for told in heard] == [[], []]
+
+
+def test_without_rights_it_says_so_once(server, schema, make):
+    """And goes on when it has them: up and down as the server has it."""
+    make().publish([("a", b"1")])
+    server.execute(f"CREATE ROLE r{schema} LOGIN")
+    broker = make(server.url.replace("postgres@", f"r{schema}@"))
+    told = listening(broker, "a")
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="permission denied for schema"):
+            broker.read("a", None)
+    await_true(lambda: told.states)
+    assert [is_up for is_up, _ in told.states] == [False]
+    server.execute(_grants("subscribe", f"r{schema}", schema))
+    await_true(lambda: told.states[1:])
+    assert [is_up for is_up, _ in told.states] == [False, True]
+    # Rows that are hidden would be taken for deleted ones, or for none.
+    server.execute(f"ALTER TABLE {schema}.event ENABLE ROW LEVEL SECURITY")
+    with pytest.raises(Unavailable, match="row-level security"):
+        broker.read("a", "0")
+    await_true(lambda: told.states[2:])
+    server.execute(f"ALTER TABLE {schema}.event DISABLE ROW LEVEL SECURITY")
+    broker.read("a", "0")
+    await_true(lambda: told.states[3:])
+    assert [is_up for is_up, _ in told.states] == [False, True, False, True]
+
+
+def test_a_policy_denies_one_name(server, schema, make):
+    """Who publishes is told; others, and all that listen, go on."""
+    make().publish([("a", b"1")])
+    url = _role(server, schema, "publish")
+    server.execute(
+        f"ALTER TABLE {schema}.event ENABLE ROW LEVEL SECURITY;"
+        f"CREATE POLICY p ON {schema}.event USING (true) WITH CHECK (channel <> 'no')"
+    )
+    broker = make(url)
+    told = listening(make(), "no", "a")
+    with pytest.raises(Denied, match="row-level security"):
+        broker.publish([("no", b"x")])
+    broker.publish([("a", b"2")])
+    await_true(lambda: told.payloads() == [b"2"])
+
+
+def test_what_the_server_refuses_is_down(server, schema, make):
+    """Reading goes on, and it is said once: a full disk, for one."""
+    broker = make()
+    told = listening(broker, "a")
+    broker.publish([("a", b"1")])
+    server.execute(
+        f"CREATE FUNCTION {schema}.full() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN RAISE disk_full; END'; CREATE TRIGGER full_disk BEFORE INSERT ON"
+        f" {schema}.event EXECUTE FUNCTION {schema}.full()"
+    )
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="53100"):
+            broker.publish([("a", b"x")])
+        assert len(broker.read("a", "0").entries) == 1
+    assert [is_up for is_up, _ in told.states] == [False]
+    server.execute(f"DROP TRIGGER full_disk ON {schema}.event")
+    broker.publish([("a", b"2")])
+    assert [is_up for is_up, _ in told.states] == [False, True]
+
+
+# Lines that were forgotten, and brokers.
+
+
+def test_a_firewall_forgets_idle_connections(server, make, clock):
+    """The next publish is stored, within its time; what listens goes on, too."""
+    make().publish([("a", b"1")])
+    with Proxy(server.port) as proxy:
+        broker = make(server.url_at(proxy.port), connections=2)
+        told = listening(broker, "a")
+        broker.publish([("a", b"2")])
+        for connection in broker._own().idle:
+            connection.used -= 10
+        proxy.forget()
+        began = clock()
+        broker.publish([("a", b"3")])
+        assert clock() - began < 2
+        await_true(lambda: told.payloads() == [b"2", b"3"])
+    payloads = [entry.payload for entry in make().read("a", "0").entries]
+    assert payloads == [b"1", b"2", b"3"]
+
+
+def test_connections_that_are_not_used_are_closed(server, make, monkeypatch):
+    """Some time after a burst, by whoever listens or publishes."""
+    monkeypatch.setattr(postgresql, "HEARTBEAT", 0.05)
+    broker = make(connections=4)
+    listening(broker, "a")
+    broker.publish([("a", b"1")])
+    own = broker._own()
+    for _ in range(3):
+        own.keep(postgresql._Connection.open(broker._dsn, time.monotonic() + LIMIT))
+    assert len(own.idle) == 4
+    for connection in own.idle:
+        connection.used -= postgresql.IDLE
+    await_true(lambda: backends(server) == 1)  # who listens
+    assert own.idle == []
+
+
+DROPPED = """
+import sys
+_, mode, url, schema = sys.argv
+if mode == "gevent":
+    from gevent import monkey
+    monkey.patch_all()
+import gc, time
+import psutil, psycopg
+from syncstream import Hub
+from syncstream.brokers.postgresql import PostgreSQLBroker
+def call():
+    hub = Hub(broker=PostgreSQLBroker(url, schema=schema))
+    hub.publish("a", "x")
+    hub.subscribe("a").read(0)
+    hub.publish("a", "y")
+call()
+gc.collect()
+own = psutil.Process()
+time.sleep(0.5)
+before = own.num_threads(), own.num_fds()
+for _ in range(5):
+    call()
+deadline = time.monotonic() + 10
+while own.num_threads() > before[0] or own.num_fds() > before[1]:
+    assert time.monotonic() < deadline, (before, own.num_threads(), own.num_fds())
+    gc.collect()  # the hub and its broker know each other
+    time.sleep(0.05)
+with psycopg.connect(url, autocommit=True) as connection:
+    sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dropped'"
+    while connection.execute(sql).fetchone() != (1,):  # this one
+        assert time.monotonic() < deadline, "connections must be closed"
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("mode", ["threads", "gevent"])
+def test_what_is_dropped_leaves_nothing(server, schema, mode):
+    """A hub of each call, that nobody closes: no connection, thread or descriptor."""
+    check_script(DROPPED, mode, f"{server.url}?application_name=dropped", schema)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://app:s3cr3t@h/d",
+        "postgresql://app:s3cr3t%zz@h/d",
+        "postgresql://app:x/s3cr3t@h/d",
+        "postgresql://app:s3cr3t/x@h/d",
+        "postgresql://app:x@s3cr3t@h/d",
+        "postgresql://app:s3cr3t@h:port/d",
+        "host=h password=x s3cr3t",
+        "postgresql://app:s3cr3t@h/d?nonsense=1",
+    ],
+)
+def test_no_password_is_shown(url, capsys, monkeypatch):
+    """Not in an error, its causes, a repr, or what the command says."""
+    with pytest.raises(ValueError, match="url must be") as found:
+        PostgreSQLBroker(url)
+    assert "s3cr3t" not in "".join(traceback.format_exception(found.value))
+    for words in ([url], [url, url]):
+        monkeypatch.setattr(sys, "argv", ["postgresql", *words])
+        with pytest.raises(SystemExit) as ended:
+            postgresql.main()
+        assert ended.value.code
+        output = capsys.readouterr()
+        assert "s3cr3t" not in output.out + output.err
 
 
 DJANGO = """

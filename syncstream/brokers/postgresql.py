@@ -29,18 +29,20 @@ import _thread
 import argparse
 import logging
 import os
-import random
 import re
 import select
 import socket
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from inspect import iscoroutinefunction
+from random import SystemRandom
 from typing import Any, Literal, TypeVar
 
 from .. import waiting
 from ..clock import time
-from ..errors import BrokerError, PayloadTooLarge, Unavailable, Uncertain
+from ..errors import BrokerError, Denied, PayloadTooLarge, Unavailable, Uncertain
 from ..log import Entry, Page
 from ..sockets import native
 from ..waiting import LONGEST, say
@@ -62,9 +64,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-VERSION = 1  # of the schema
+VERSION = 1  # of the schema: who needs another one cannot use it
+REVISION = 2  # what else it has by now: who needs less of it can
 
 READ_TIMEOUT = 5.0  # seconds, also to connect, and for the listener's answers
+IDLE = 30.0  # seconds after which a connection that nobody has used is closed
 HEARTBEAT = 2.0  # seconds between two looks of the listener, notified or not
 BACKOFF = 0.05, 2.0  # seconds before it connects again: first, and at most
 FRESH = 1.0  # seconds for which a connection that was used is not asked if it lives
@@ -74,60 +78,160 @@ _MAX_BATCH = 64 << 20  # bytes published at once: they are sent as twice as many
 
 _ID = re.compile(r"([0-9a-f]{1,15})-([0-9a-f]{8})")
 _SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,49}")
+_PORTS = re.compile(r"[0-9,]*")
+
+# Neither the application's random numbers, which it may have seeded, nor those of the
+# process that forked: workers of one seed would all look at the same moments.
+_jitter = SystemRandom().uniform
 
 # Of one statement, so that any driver runs it, in whatever transaction. Everything is
 # named with its schema, and functions look nowhere else: search_path does not matter.
+#
+# It makes the schema, or makes it anew of revision 1, which had no table `upkeep`.
+# Workers of both use it meanwhile: what these call keeps its name, arguments and
+# columns, and nothing waits for a transaction that is open (`outbox`) or a dump.
 _INSTALL = """\
-DO $install$ BEGIN
-PERFORM pg_advisory_xact_lock(1937337955, hashtext('$S'));
-IF to_regclass('$S.state') IS NOT NULL THEN RETURN; END IF;
-IF to_regnamespace('$S') IS NULL THEN CREATE SCHEMA $S; END IF;
+DO $install$ DECLARE
+    c_lock_timeout text := current_setting('lock_timeout');
+    c_is_new boolean := false;
+BEGIN
+IF to_regclass('$S.upkeep') IS NOT NULL THEN RETURN; END IF;
+-- Who has given up waits no longer, and holds up none behind it.
+PERFORM set_config('lock_timeout', '3s', true);
+-- Those of revision 1 wait for this one. Where somebody else has it, let him: a name
+-- that others create at this moment is waited for all the same.
+PERFORM pg_try_advisory_xact_lock(1937337955, hashtext('$S'));
+IF to_regnamespace('$S') IS NULL THEN
+    BEGIN
+        CREATE SCHEMA $S;
+    EXCEPTION WHEN duplicate_schema OR unique_violation THEN NULL;
+    END;
+END IF;
 
--- epoch: the nonce before the first event of channels that have none.
-CREATE TABLE $S.state (
-    version integer NOT NULL, epoch bigint NOT NULL, swept timestamptz NOT NULL);
-INSERT INTO $S.state
-    VALUES ($VERSION, floor(random() * 4294967296), clock_timestamp());
+IF to_regclass('$S.state') IS NULL THEN
+    BEGIN
+        -- epoch: the nonce before the first event of channels that have none. Who
+        -- appends holds the row until his commit is visible: it takes UPDATE.
+        CREATE TABLE $S.state (
+            version integer NOT NULL, epoch bigint NOT NULL,
+            swept timestamptz NOT NULL);
+        c_is_new := true;
+    EXCEPTION WHEN duplicate_table OR unique_violation THEN NULL;
+    END;
+END IF;
 
--- last and nonce: its newest event's; prev: the nonce of the one before.
-CREATE TABLE $S.channel (
-    name text COLLATE "C" PRIMARY KEY, last bigint NOT NULL, prev bigint NOT NULL,
-    nonce bigint NOT NULL, ts timestamptz NOT NULL
-) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.1);
+IF c_is_new THEN
+    INSERT INTO $S.state VALUES (
+        $VERSION, ('x' || left(gen_random_uuid()::text, 8))::bit(32)::bigint,
+        clock_timestamp());
 
--- seq: the order of commits, over all channels. off: within the channel, no holes.
-CREATE TABLE $S.event (
-    seq bigint PRIMARY KEY, channel text COLLATE "C" NOT NULL, off bigint NOT NULL,
-    nonce bigint NOT NULL, prev bigint NOT NULL, ts timestamptz NOT NULL,
-    data bytea NOT NULL, UNIQUE (channel, off)
-) WITH (autovacuum_vacuum_scale_factor = 0.1);
-CREATE SEQUENCE $S.event_seq OWNED BY $S.event.seq;
+    -- last and nonce: its newest event's; prev: the nonce of the one before.
+    CREATE TABLE $S.channel (
+        name text COLLATE "C" PRIMARY KEY, last bigint NOT NULL, prev bigint NOT NULL,
+        nonce bigint NOT NULL, ts timestamptz NOT NULL
+    ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.1);
 
--- What is published within transactions that are open.
-CREATE TABLE $S.outbox (
-    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    channel text COLLATE "C" NOT NULL, data bytea NOT NULL,
-    capacity bigint NOT NULL DEFAULT 1000, max_age double precision DEFAULT 3600
+    -- seq: the order of commits, over all channels. off: within the channel, no holes.
+    CREATE TABLE $S.event (
+        seq bigint PRIMARY KEY, channel text COLLATE "C" NOT NULL, off bigint NOT NULL,
+        nonce bigint NOT NULL, prev bigint NOT NULL, ts timestamptz NOT NULL,
+        data bytea NOT NULL, UNIQUE (channel, off)
+    ) WITH (autovacuum_vacuum_scale_factor = 0.1);
+    CREATE SEQUENCE $S.event_seq OWNED BY $S.event.seq;
+
+    -- What is published within transactions that are open.
+    CREATE TABLE $S.outbox (
+        id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        channel text COLLATE "C" NOT NULL, data bytea NOT NULL,
+        capacity bigint NOT NULL DEFAULT 1000, max_age double precision DEFAULT 3600
+    ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
+ELSE
+    -- Whoever has appended is waited for, until his commit: he may hold another lock.
+    LOCK TABLE $S.channel, $S.event IN SHARE ROW EXCLUSIVE MODE;
+    -- Somebody else may have been here by then.
+    IF to_regclass('$S.upkeep') IS NOT NULL THEN
+        PERFORM set_config('lock_timeout', c_lock_timeout, true);
+        RETURN;
+    END IF;
+    -- Nothing is forgotten while some may still append as revision 1 did.
+    UPDATE $S.state SET swept = clock_timestamp();
+END IF;
+
+-- revision: what is here beyond `state.version`; releases that need less of it go on.
+-- identity: of this schema. deleted: the highest seq that was its channel's newest
+-- event when it was deleted; no later one shows that to who has not seen it.
+CREATE TABLE $S.upkeep (
+    revision integer NOT NULL, identity uuid NOT NULL, deleted bigint NOT NULL
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
+INSERT INTO $S.upkeep VALUES ($REVISION, gen_random_uuid(), 0);
+-- Rights that roles were given before suffice: they need USAGE of the schema.
+GRANT SELECT ON $S.upkeep TO PUBLIC;
 
-CREATE FUNCTION $S.append(
+-- Which database this is: a copy of it is another one.
+CREATE FUNCTION $S.identity() RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    RETURN (SELECT concat_ws('/', u.identity, d.oid, c.system_identifier)
+        FROM $S.upkeep u, pg_database d, pg_control_system() c
+        WHERE d.datname = current_database());
+END $body$;
+GRANT EXECUTE ON FUNCTION $S.identity() TO PUBLIC;
+
+CREATE FUNCTION $S.note_deleted() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    c_seq bigint;
+BEGIN
+    SELECT max(d.seq) INTO c_seq FROM (
+        SELECT g.channel, max(g.off) AS off, max(g.seq) AS seq
+        FROM gone g GROUP BY g.channel) d
+    WHERE NOT EXISTS (
+        SELECT FROM $S.event e WHERE e.channel = d.channel AND e.off > d.off);
+    UPDATE $S.upkeep SET deleted = c_seq WHERE deleted < c_seq;
+    RETURN NULL;
+END $body$;
+REVOKE EXECUTE ON FUNCTION $S.note_deleted() FROM PUBLIC;
+CREATE TRIGGER note_deleted AFTER DELETE ON $S.event REFERENCING OLD TABLE AS gone
+    FOR EACH STATEMENT EXECUTE FUNCTION $S.note_deleted();
+
+-- For who was in the middle of revision 1's `append` when this came: he has passed its
+-- lock. Of this revision only a channel's first event comes here.
+CREATE FUNCTION $S.take_turn() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    PERFORM FROM $S.state FOR UPDATE;
+    RETURN NULL;
+END $body$;
+CREATE TRIGGER take_turn BEFORE INSERT ON $S.channel
+    FOR EACH STATEMENT EXECUTE FUNCTION $S.take_turn();
+
+CREATE OR REPLACE FUNCTION $S.append(
     a_channel text, a_data bytea, a_capacity bigint, a_max_age double precision
 ) RETURNS text LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
     c_seq bigint;
     c_last bigint;
     c_prev bigint;
-    c_nonce bigint := floor(random() * 4294967296);
+    -- Not random(): setseed() of the session would make its ids those of another.
+    c_nonce bigint := ('x' || left(gen_random_uuid()::text, 8))::bit(32)::bigint;
+    c_epoch bigint;
     c_ts timestamptz;
     c_names text[];
 BEGIN
-    -- Held until the commit is visible, so all that follows is in its order.
-    PERFORM pg_advisory_xact_lock(1937337955, '$S.event'::regclass::oid::integer);
-    INSERT INTO $S.channel AS c (name, last, prev, nonce, ts)
-        SELECT a_channel, 1, s.epoch, c_nonce, clock_timestamp() FROM $S.state s
-        ON CONFLICT (name) DO UPDATE SET last = c.last + 1, prev = c.nonce,
-            nonce = excluded.nonce, ts = greatest(c.ts, excluded.ts)
-        RETURNING c.last, c.prev, c.ts INTO STRICT c_last, c_prev, c_ts;
+    -- Held until the commit is visible, so all that follows is in its order. No lock
+    -- of a name that any role of the database may take.
+    SELECT s.epoch INTO STRICT c_epoch FROM $S.state s FOR UPDATE;
+    c_ts := clock_timestamp();
+    UPDATE $S.channel SET last = last + 1, prev = nonce, nonce = c_nonce,
+        ts = greatest(ts, c_ts)
+        WHERE name = a_channel RETURNING last, prev, ts INTO c_last, c_prev, c_ts;
+    IF NOT FOUND THEN
+        c_last := 1;
+        c_prev := c_epoch;
+        c_ts := clock_timestamp();
+        INSERT INTO $S.channel (name, last, prev, nonce, ts)
+            VALUES (a_channel, c_last, c_prev, c_nonce, c_ts);
+    END IF;
     c_seq := nextval('$S.event_seq');
     INSERT INTO $S.event (seq, channel, off, nonce, prev, ts, data)
         VALUES (c_seq, a_channel, c_last, c_nonce, c_prev, c_ts, a_data);
@@ -147,7 +251,8 @@ BEGIN
     -- who has the old one may have missed what they had.
     IF c_seq % 1024 = 0 AND a_max_age IS NOT NULL THEN
         UPDATE $S.state SET swept = clock_timestamp()
-            WHERE swept < clock_timestamp() - interval '1 hour';
+            WHERE swept NOT BETWEEN clock_timestamp() - interval '1 hour'
+                AND clock_timestamp();
         IF FOUND THEN
             SELECT array_agg(name) INTO c_names FROM (
                 SELECT c.name FROM $S.channel c WHERE c.ts < clock_timestamp()
@@ -156,7 +261,8 @@ BEGIN
             IF c_names IS NOT NULL THEN
                 DELETE FROM $S.event WHERE channel = ANY (c_names);
                 DELETE FROM $S.channel WHERE name = ANY (c_names);
-                UPDATE $S.state SET epoch = floor(random() * 4294967296);
+                UPDATE $S.state SET epoch =
+                    ('x' || left(gen_random_uuid()::text, 8))::bit(32)::bigint;
             END IF;
         END IF;
     END IF;
@@ -165,7 +271,7 @@ BEGIN
     RETURN to_hex(c_last) || '-' || lpad(to_hex(c_nonce), 8, '0');
 END $body$;
 
-CREATE FUNCTION $S.publish(
+CREATE OR REPLACE FUNCTION $S.publish(
     a_channels text[], a_data bytea[], a_capacity bigint, a_max_age double precision
 ) RETURNS SETOF text LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
@@ -179,23 +285,48 @@ BEGIN
     END LOOP;
 END $body$;
 
-CREATE FUNCTION $S.commit_outbox() RETURNS trigger
+-- SET CONSTRAINTS ALL IMMEDIATE, which Django's TestCase says, too, fires this before
+-- the commit, and the lock would be held from then on: the rows are put back. One that
+-- is inserted here tells: its own trigger fires at once then, and else it waits.
+CREATE OR REPLACE FUNCTION $S.commit_outbox() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    c_id bigint;
 BEGIN
+    IF NEW.capacity < 0 THEN
+        PERFORM set_config('$S.outbox', 'early', true);
+        RETURN NULL;
+    END IF;
+    IF NOT EXISTS (SELECT FROM $S.outbox WHERE id = NEW.id) THEN
+        RETURN NULL;  -- it was put back
+    END IF;
+    IF current_setting('$S.outbox', true) IS DISTINCT FROM 'commit' THEN
+        PERFORM set_config('$S.outbox', 'commit', true);
+        INSERT INTO $S.outbox (channel, data, capacity) VALUES ('', '', -1)
+            RETURNING id INTO c_id;
+        DELETE FROM $S.outbox WHERE id = c_id;
+        IF current_setting('$S.outbox') = 'early' THEN
+            SET CONSTRAINTS $S.commit_outbox DEFERRED;
+            WITH own AS (DELETE FROM $S.outbox RETURNING *)
+                INSERT INTO $S.outbox (channel, data, capacity, max_age)
+                SELECT channel, data, capacity, max_age FROM own ORDER BY id;
+            RETURN NULL;
+        END IF;
+    END IF;
     PERFORM $S.append(NEW.channel, NEW.data, NEW.capacity, NEW.max_age);
     DELETE FROM $S.outbox WHERE id = NEW.id;
     RETURN NULL;
 END $body$;
-CREATE CONSTRAINT TRIGGER commit_outbox AFTER INSERT ON $S.outbox
-    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION $S.commit_outbox();
 
--- Returns the head's off and nonce; then what follows an id, if it is known, else all
--- that is kept. Stable: all of it is of one moment.
-CREATE FUNCTION $S.read(
+-- Returns the head's off and nonce; then what follows an id, if its event is kept or
+-- the one after it, else all that is kept. Stable: all of it is of one moment. Rows
+-- that a policy hides would look as if they were deleted: that is an error.
+CREATE OR REPLACE FUNCTION $S.read(
     a_channel text, a_off bigint, a_nonce bigint, a_limit integer, a_capacity bigint,
     a_max_age double precision
 ) RETURNS TABLE (r_off bigint, r_nonce bigint, r_prev bigint, r_data bytea)
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $body$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET row_security = off
+AS $body$
 DECLARE
     c_since timestamptz := coalesce(
         clock_timestamp() - a_max_age * interval '1 second', '-infinity');
@@ -207,8 +338,9 @@ BEGIN
     IF a_off IS NULL OR (a_off = r_off AND a_nonce = r_nonce) THEN RETURN; END IF;
     c_after := greatest(r_off - a_capacity, 0);
     IF a_off >= c_after AND EXISTS (
-        SELECT FROM $S.event e WHERE e.channel = a_channel AND e.off = a_off + 1
-            AND e.prev = a_nonce AND e.ts > c_since)
+        SELECT FROM $S.event e WHERE e.channel = a_channel
+            AND (e.off = a_off AND e.nonce = a_nonce
+                OR e.off = a_off + 1 AND e.prev = a_nonce AND e.ts > c_since))
     THEN
         c_after := a_off;
     END IF;
@@ -223,16 +355,18 @@ BEGIN
     ) p WHERE p.place = 1 OR p.size <= 8388608 ORDER BY p.off;
 END $body$;
 
--- Returns the file of the events, another one after each TRUNCATE and restore; then
--- what follows a seq, of all channels; data only of those that are wanted, and not too
--- much of it.
-CREATE FUNCTION $S.tail(
+-- Returns the file of the events, another one after each TRUNCATE and restore, and
+-- what was deleted; then what follows a seq, of all channels; data only of those that
+-- are wanted, and not too much of it.
+CREATE OR REPLACE FUNCTION $S.tail(
     a_seq bigint, a_limit integer, a_names text[], a_prefixes text[]
 ) RETURNS TABLE (r_seq bigint, r_channel text, r_off bigint, r_nonce bigint,
     r_prev bigint, r_data bytea)
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $body$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET row_security = off
+AS $body$
 BEGIN
     r_seq := pg_relation_filenode('$S.event');
+    r_off := (SELECT u.deleted FROM $S.upkeep u);
     RETURN NEXT;
     RETURN QUERY SELECT p.seq, p.channel, p.off, p.nonce, p.prev,
         CASE WHEN p.is_wanted AND (p.size <= 8388608 OR p.place = 1) THEN p.data END
@@ -247,6 +381,13 @@ BEGIN
         WINDOW w AS (ORDER BY e.seq)
     ) p ORDER BY p.seq;
 END $body$;
+
+IF c_is_new THEN
+    CREATE CONSTRAINT TRIGGER commit_outbox AFTER INSERT ON $S.outbox
+        DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
+        EXECUTE FUNCTION $S.commit_outbox();
+END IF;
+PERFORM set_config('lock_timeout', c_lock_timeout, true);
 END $install$"""
 
 
@@ -264,11 +405,14 @@ def install_sql(schema: str = "syncstream") -> str:
             "schema must be lower-case letters, digits and _, 50 at most, got"
             f" {schema!r}"
         )
-    return _INSTALL.replace("$S", schema).replace("$VERSION", str(VERSION))
+    sql = _INSTALL.replace("$S", schema).replace("$VERSION", str(VERSION))
+    return sql.replace("$REVISION", str(REVISION))
 
 
 def install(dsn: str = "", *, schema: str = "syncstream") -> None:
-    """Install the schema, by a role that may; where it is, nothing happens.
+    """Install the schema, or make it this release's, by a role that may.
+
+    Where it is that already, nothing happens. Workers of the release before go on.
 
     Args:
         dsn: As for `PostgreSQLBroker`.
@@ -283,7 +427,7 @@ def install(dsn: str = "", *, schema: str = "syncstream") -> None:
         connection = _Connection.open(_dsn(dsn), deadline)
         try:
             connection.run(sql, deadline=deadline)
-            _check_version(connection, schema, deadline)
+            _identity(connection, schema, deadline)
         finally:
             connection.close()
     except (_Lost, _Refused) as error:
@@ -303,7 +447,7 @@ class PostgreSQLBroker:
         listen_dsn: Where to listen, if ``dsn`` leads to a pooler that shares
             connections (PgBouncer with ``pool_mode = transaction``): the server itself.
         schema: Where its tables are.
-        create: Install the schema when it is missing.
+        create: Install the schema when it is missing, or of an older release.
         publish_timeout: Seconds that `publish` takes at most.
         connections: So many at most publish and read, in each process, beside the one
             that listens.
@@ -340,6 +484,7 @@ class PostgreSQLBroker:
         self._watched: set[str] = set()
         self._patterns: frozenset[str] = frozenset()
         self._owns: dict[int, _Own] = {}
+        self._is_up = True  # as the sink was told, here or in the parent of a fork
         self._is_closing = False  # nobody begins to listen any more
         self._is_closed = False
 
@@ -359,7 +504,9 @@ class PostgreSQLBroker:
         """Return who listens in this process; ``None``: the broker is closed."""
         with own.lock:
             if own.listener is None and not self._is_closing:
-                own.listener = _Listener(self, is_late)
+                stop, stopper = os.pipe()
+                own.stopper = _Stopper(stopper)
+                own.listener = _Listener(self, stop, is_late)
             return own.listener
 
     def _call(self, own: _Own, function: Callable[[], T], deadline: float) -> T:
@@ -385,6 +532,28 @@ class PostgreSQLBroker:
     def _busy(self) -> str:
         return f"all {self._connections} connections were busy for all of its time"
 
+    def _judge(self, own: _Own, *ways: str, reason: str = "") -> None:
+        """Take note of what works, or by a reason does not; tell of a change.
+
+        Args:
+            ways: "listen", "connect" for calls, and by their names what the server has
+                refused to them.
+        """
+        with own.judging:
+            for way in ways:
+                if reason:
+                    own.failing.add(way)
+                else:
+                    own.failing.discard(way)
+            is_up = not own.failing
+            if is_up == self._is_up or self._sink is None:
+                return
+            self._is_up = is_up
+            try:
+                self._sink.state(is_up, reason or "it serves all that is asked")
+            except Exception as error:  # ours goes on, whoever is told
+                say(log, logging.ERROR, "the sink has failed", error=error)
+
     # To publish.
 
     def publish(
@@ -399,6 +568,10 @@ class PostgreSQLBroker:
                 they are: they end that transaction. One that is not READ COMMITTED may
                 fail at its commit, as it does for any row that others have changed:
                 what others have published to the channel since it began.
+
+        Raises:
+            ValueError: The connection is to another database than the broker's.
+            Denied: The role may not publish, or not to this channel.
         """
         size = sum(len(payload) for _, payload in items)
         if size > _MAX_BATCH:
@@ -410,8 +583,18 @@ class PostgreSQLBroker:
         own = self._own()
         deadline = time.monotonic() + self._publish_timeout
         if connection is not None:
+            self._check_connection(connection)
             self._call(own, partial(self._check_installed, own, deadline), deadline)
-            self._enlist(items, connection)
+            if not self._enlist(items, connection, own.identity):
+                # Unless the broker's own is another one by now: a failover, a restore.
+                was, own.is_installed = own.identity, False
+                self._call(own, partial(self._check_installed, own, deadline), deadline)
+                is_same = was == own.identity
+                if is_same or not self._enlist(items, connection, own.identity):
+                    raise ValueError(
+                        "connection must be one to the hub's database, and it is to"
+                        " another one: nothing was stored"
+                    )
             return [None] * len(items)
         return self._call(own, partial(self._publish, own, items, deadline), deadline)
 
@@ -428,13 +611,18 @@ class PostgreSQLBroker:
             try:
                 results = connection.run(sql, deadline=deadline)
             except _Refused as error:
+                if error.sqlstate == _DENIED:
+                    raise Denied(f"not published: {error}") from error
+                self._judge(own, "publish", reason=f"not published: {error}")
                 # A server that stops may say so after the commit; others roll back.
                 kind = Uncertain if error.is_fatal else Unavailable
                 raise kind(f"not published: {error}") from error
             except _Lost as error:
                 results = error.results
                 if not any(r.command_status == b"COMMIT" for r in results):
+                    self._judge(own, "connect", reason=f"no answer: {error}")
                     raise Uncertain(f"no answer: {error}") from error
+            self._judge(own, "connect", "publish")
         (found,) = (r for r in results if r.status == pq.ExecStatus.TUPLES_OK)
         return [found.get_value(row, 0).decode() for row in range(found.ntuples)]
 
@@ -455,25 +643,41 @@ class PostgreSQLBroker:
             f"{self._capacity},{_sql(self._max_age)});COMMIT"
         )
 
-    def _enlist(self, items: Sequence[tuple[str, bytes]], connection: Any) -> None:
+    def _check_connection(self, connection: Any) -> None:
         if not callable(getattr(connection, "cursor", None)):
             raise TypeError(
                 "connection must be Django's, psycopg's or psycopg2's, got"
-                f" {connection!r}"
+                f" {type(connection)!r}"
             )
+        vendor = getattr(connection, "vendor", "postgresql")  # Django's have one
+        if vendor != "postgresql":
+            raise ValueError(f"connection must be to a PostgreSQL, got {vendor!r}")
+
+    def _enlist(
+        self, items: Sequence[tuple[str, bytes]], connection: Any, identity: str
+    ) -> bool:
+        """Store events in a transaction; ``False``: it is another database's."""
         cursor = connection.cursor()
+        if iscoroutinefunction(cursor.execute):  # it would do nothing, unawaited
+            raise TypeError(f"connection must not be async, got {type(connection)!r}")
         try:
             for start in range(0, len(items), 1000):
                 some = items[start : start + 1000]
-                rows = ", ".join(["(%s, %s, %s, %s)"] * len(some))
+                row = "(%s::text, %s::bytea, %s::bigint, %s::double precision)"
+                rows = ", ".join([row] * len(some))
                 words: list[Any] = []
                 for channel, payload in some:
                     words += [channel, payload, self._capacity, self._max_age]
+                # One round trip: what is for another database is not stored there.
                 cursor.execute(
                     f"INSERT INTO {self._schema}.outbox"
-                    f" (channel, data, capacity, max_age) VALUES {rows}",
-                    words,
+                    f" (channel, data, capacity, max_age) SELECT * FROM (VALUES {rows})"
+                    f" AS new WHERE {self._schema}.identity() = %s RETURNING 1",
+                    [*words, identity],
                 )
+                if not cursor.fetchall():  # a pipeline of psycopg knows no count yet
+                    return False
+            return True
         except Exception as error:
             if _sqlstate(error) in _MISSING:
                 raise Unavailable(
@@ -509,7 +713,10 @@ class PostgreSQLBroker:
             except (_Refused, _Lost) as error:
                 # A connection that broke: nothing is lost by another try.
                 if attempt == 2 or time.monotonic() >= deadline:
+                    way = "read" if isinstance(error, _Refused) else "connect"
+                    self._judge(own, way, reason=f"not read: {error}")
                     raise Unavailable(f"not read: {error}") from error
+        self._judge(own, "connect", "read")
         now = time.monotonic()
         entries = []
         head = _id(*(_number(result, 0, column) for column in (0, 1)))
@@ -557,8 +764,9 @@ class PostgreSQLBroker:
             return
         with own.lock:
             listener, own.listener = own.listener, None
-        if listener is not None:
-            listener.stop()
+            stopper, own.stopper = own.stopper, None
+        if listener is not None and stopper is not None:
+            stopper.stop()
             with suppress(Unavailable):  # all are busy: it ends by itself
                 deadline = time.monotonic() + timeout
                 self._call(own, partial(listener.await_end, timeout), deadline)
@@ -582,8 +790,7 @@ class PostgreSQLBroker:
                 is_sound = True
             finally:
                 if is_sound and connection.is_idle() and not self._is_closed:
-                    connection.used = time.monotonic()
-                    own.idle.append(connection)
+                    own.keep(connection)
                 else:
                     connection.close()
                     own.is_installed = False  # or is it gone?
@@ -597,13 +804,18 @@ class PostgreSQLBroker:
                 connection = _Connection.open(self._dsn, deadline)
             if not own.is_installed:
                 try:
-                    self._ensure(connection, deadline)
+                    own.identity = self._ensure(connection, deadline)
                 except BaseException:
                     connection.close()
                     raise
                 own.is_installed = True
         except (_Lost, _Refused) as error:
-            raise Unavailable(f"the server cannot be used: {error}") from error
+            reason = f"the server cannot be used: {error}"
+            self._judge(own, "connect", reason=reason)
+            raise Unavailable(reason) from error
+        except BrokerError as error:
+            self._judge(own, "connect", reason=str(error))
+            raise
         return connection
 
     def _check_installed(self, own: _Own, deadline: float) -> None:
@@ -611,46 +823,61 @@ class PostgreSQLBroker:
             with self._lent(own, deadline):
                 pass
 
-    def _ensure(self, connection: _Connection, deadline: float) -> None:
-        """Install the schema if it is missing; check its version."""
+    def _ensure(self, connection: _Connection, deadline: float) -> str:
+        """Install the schema if it is missing or old; check it; return its identity."""
         try:
-            _check_version(connection, self._schema, deadline)
-            return
+            return _identity(connection, self._schema, deadline)
         except _Refused as error:
             if error.sqlstate not in _MISSING:
                 raise
-            if not self._create:
-                raise Unavailable(
-                    f"there is no schema {self._schema!r} in the database. {_HOW_TO}"
-                ) from error
+            missing = error
+        sql = f"SELECT to_regclass('{self._schema}.state') IS NOT NULL"
+        (result,) = connection.run(sql, (), deadline=deadline)
+        is_old = result.get_value(0, 0) == b"\1"
+        what = (
+            f"the schema {self._schema!r} in the database is of an older release"
+            if is_old
+            else f"there is no schema {self._schema!r} in the database"
+        )
+        if not self._create:
+            raise Unavailable(f"{what}. {_HOW_TO}") from missing
         try:
             connection.run(install_sql(self._schema), deadline=deadline)
         except _Refused as error:
-            if error.sqlstate != "42501":
+            if error.sqlstate != _DENIED:
                 raise
+            may = "renew" if is_old else "create"
             raise Unavailable(
-                f"there is no schema {self._schema!r} in the database, and this role"
-                f" may not create it: {error}. {_HOW_TO}"
+                f"{what}, and this role may not {may} it: {error}. {_HOW_TO}"
             ) from error
-        _check_version(connection, self._schema, deadline)
+        return _identity(connection, self._schema, deadline)
 
 
 _MISSING = ("42P01", "3F000", "42883")  # no such table, schema, function
+_DENIED = "42501"  # a right is missing, or a policy forbids it
 _HOW_TO = (
     'Let a role that may install it: "python -m syncstream.brokers.postgresql URL", or'
     ' in Django "syncstream" in INSTALLED_APPS and "manage.py migrate"'
 )
 
 
-def _check_version(connection: _Connection, schema: str, deadline: float) -> None:
-    sql = f"SELECT version FROM {schema}.state"
+def _identity(connection: _Connection, schema: str, deadline: float) -> str:
+    """Check that a schema can be used; return which one it is, of all databases."""
+    sql = (
+        f"SELECT s.version, u.revision, {schema}.identity()"
+        f" FROM {schema}.state s, {schema}.upkeep u"
+    )
     (result,) = connection.run(sql, (), deadline=deadline)
-    version = _number(result, 0, 0) if result.ntuples else None
-    if version != VERSION:
+    version, revision = (
+        _number(result, 0, column) if result.ntuples else None for column in (0, 1)
+    )
+    if version != VERSION or revision is None or revision < REVISION:
         raise Unavailable(
             f"the schema {schema!r} has version {version}, and this syncstream needs"
             f" {VERSION}: other processes may run another release of it"
         )
+    identity: bytes = result.get_value(0, 2)
+    return identity.decode()
 
 
 class _Own:
@@ -659,12 +886,17 @@ class _Own:
     def __init__(self, connections: int) -> None:
         self.lock = native(_thread, "allocate_lock")()
         self.listener: _Listener | None = None
-        self.idle: list[_Connection] = []
+        self.stopper: _Stopper | None = None
+        # What does not work; see `PostgreSQLBroker._judge`.
+        self.failing: set[str] = set()
+        self.judging = native(_thread, "RLock")()
+        self.idle: list[_Connection] = []  # the one last that was used last
         # The C one: gevent patches the name in `queue`, not this.
         self.permits: _queue.SimpleQueue[None] = _queue.SimpleQueue()
         for _ in range(connections):
             self.permits.put(None)
         self.is_installed = False
+        self.identity = ""
         self._connections = connections
         self._threads: dict[Any, tuple[Any, Any]] = {}
 
@@ -684,22 +916,61 @@ class _Own:
             found = self._threads.setdefault(hub, found)
         return found
 
+    def keep(self, connection: _Connection) -> None:
+        """Keep a connection for whoever comes next."""
+        connection.used = time.monotonic()
+        with self.lock:
+            self.idle.append(connection)
+        self.release()
+
+    def take(self) -> _Connection | None:
+        with self.lock:
+            return self.idle.pop() if self.idle else None
+
+    def release(self, seconds: float = IDLE) -> None:
+        """Close the connections that nobody has used for so long."""
+        since = time.monotonic() - seconds
+        while True:
+            with self.lock:
+                if not self.idle or self.idle[0].used > since:
+                    return
+                connection = self.idle.pop(0)
+            connection.close()
+
     def close(self) -> None:
-        while self.idle:
-            self.idle.pop().close()
+        self.release(0)
         hub = waiting.hub()
         for owner, (threads, _) in list(self._threads.items()):
             if owner is hub:  # others cannot be reached from here
                 threads.kill()
+        self._threads.clear()
+
+    def __del__(self) -> None:
+        # Of a broker that nobody has closed: gevent keeps its threads for ever.
+        for hub, (threads, _) in self._threads.items():
+            if hub.loop is not None:
+                hub.loop.run_callback_threadsafe(threads.kill)
+
+
+class _Stopper:
+    """The end of a pipe that ends a listener, when it is closed, or forgotten."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def stop(self) -> None:
+        """Have it end, without waiting for that."""
+        # A process that was forked has the pipe open, too: closing would not do.
+        with suppress(BrokenPipeError):  # it has ended by itself
+            os.write(self._fd, b"x")
+
+    def __del__(self) -> None:
+        os.close(self._fd)
 
 
 def _living(own: _Own, deadline: float) -> _Connection | None:
     """Return a connection that was kept and still lives."""
-    while own.idle:
-        try:
-            connection = own.idle.pop()
-        except IndexError:  # another thread was faster
-            break
+    while (connection := own.take()) is not None:
         if connection.is_readable():  # nobody asked it: it has ended
             connection.close()
             continue
@@ -711,8 +982,7 @@ def _living(own: _Own, deadline: float) -> _Connection | None:
             connection.run("", deadline=now + (deadline - now) / 2)
         except (_Lost, _Refused):
             connection.close()
-            while own.idle:  # as old as this one
-                own.idle.pop().close()
+            own.release(0)  # as old as this one
             break
         return connection
     return None
@@ -733,23 +1003,31 @@ class _Listener:
         is_decided: It listens, or its first attempt to has failed.
     """
 
-    def __init__(self, broker: PostgreSQLBroker, is_late: bool) -> None:
-        self._broker = broker
+    def __init__(self, broker: PostgreSQLBroker, stop: int, is_late: bool) -> None:
+        # Who drops a broker without a close ends this, too: it is not kept.
+        self._reference = weakref.ref(broker)
+        self._dsn = broker._listen_dsn
         self._schema = broker._schema
         # Somebody counts on being told what has come before it listens.
         self._is_late = is_late
         self._place: tuple[int, int] | None = None  # seq and nonce of what was told
+        self._seen = 0  # up to this seq all was told, or that it was deleted
         self._file = 0  # in which that is
-        self._is_up = True
         self._has_warned = False
         self.is_decided = False
         self._decided = native(_thread, "allocate_lock")()
         self._decided.acquire()
         self._ended = native(_thread, "allocate_lock")()
         self._ended.acquire()
-        self._stop, self._stopper = os.pipe()
-        self._is_stopped = False
+        self._stop = stop
         native(_thread, "start_new_thread")(self._run, ())
+
+    @property
+    def _broker(self) -> PostgreSQLBroker:
+        broker = self._reference()
+        if broker is None:
+            raise _Stopped
+        return broker
 
     def await_decided(self) -> None:
         if self._decided.acquire(True, READ_TIMEOUT):
@@ -757,29 +1035,22 @@ class _Listener:
         else:
             self._is_late = True
 
-    def stop(self) -> None:
-        """Have it end, without waiting for that."""
-        self._is_stopped = True
-        os.write(self._stopper, b"x")
-
     def await_end(self, timeout: float) -> None:
-        if self._ended.acquire(True, timeout):
-            os.close(self._stop)
-            os.close(self._stopper)
+        self._ended.acquire(True, timeout)
 
     def _run(self) -> None:
         try:
             failures = 0
-            while not self._is_stopped:
+            while True:
                 began = time.monotonic()
                 try:
                     self._listen()
-                except _Stopped:
-                    break
                 except (_Lost, _Refused, BrokerError) as error:
-                    self._tell(False, str(error))
+                    self._fail(str(error))
+                except _Stopped:
+                    raise
                 except Exception as error:  # or it would be the end of all news
-                    self._tell(False, repr(error))
+                    self._fail(repr(error))
                     text = "the listener has failed, and begins anew"
                     say(log, logging.ERROR, text, error=error)
                 if time.monotonic() - began > 10 * BACKOFF[1]:
@@ -788,9 +1059,11 @@ class _Listener:
                 first, most = BACKOFF
                 pause = min(most, first * 2 ** min(failures, 10))
                 failures += 1
-                if _poll(self._stop, select.POLLIN, random.uniform(pause / 2, pause)):
-                    break
+                _poll(self._stop, 0, _jitter(pause / 2, pause), self._stop)
+        except _Stopped:
+            pass
         finally:
+            os.close(self._stop)
             self._decide()
             self._ended.release()
 
@@ -799,28 +1072,19 @@ class _Listener:
             self.is_decided = True
             self._decided.release()
 
-    def _tell(self, is_up: bool, reason: str) -> None:
-        if not is_up:
-            self._is_late = self._is_late or self._place is None
-        sink = self._broker._sink
-        if is_up == self._is_up or sink is None:
-            return
-        self._is_up = is_up
-        try:
-            sink.state(is_up, reason)
-        except Exception as error:  # the listener goes on, whoever is told
-            say(log, logging.ERROR, "the sink has failed", error=error)
+    def _fail(self, reason: str) -> None:
+        self._is_late = self._is_late or self._place is None
+        broker = self._broker
+        broker._judge(broker._own(), "listen", reason=reason)
 
     def _listen(self) -> None:
         deadline = time.monotonic() + READ_TIMEOUT
-        connection = _Connection.open(
-            self._broker._listen_dsn, deadline, stop=self._stop
-        )
+        connection = _Connection.open(self._dsn, deadline, stop=self._stop)
         try:
             self._broker._ensure(connection, deadline)
             connection.run(f"LISTEN {self._schema}", deadline=deadline)
             self._find_place(connection)
-            self._tell(True, "the listener is connected")
+            self._tail(connection)
             self._decide()
             self._follow(connection)
         finally:
@@ -829,22 +1093,26 @@ class _Listener:
     def _find_place(self, connection: _Connection) -> None:
         """Go on where we were; if that is not known any more, have all read anew."""
         sql = (
-            f"SELECT e.seq, e.nonce, EXISTS (SELECT FROM {self._schema}.event p WHERE"
-            f" p.seq = $1 AND p.nonce = $2) FROM {self._schema}.event e"
-            " ORDER BY e.seq DESC LIMIT 1"
+            f"SELECT u.deleted, e.seq, e.nonce, EXISTS (SELECT FROM {self._schema}"
+            ".event p WHERE p.seq = $1 AND p.nonce = $2)"
+            f" FROM {self._schema}.upkeep u LEFT JOIN (SELECT v.seq, v.nonce"
+            f" FROM {self._schema}.event v ORDER BY v.seq DESC LIMIT 1) e ON true"
         )
         words = (None, None) if self._place is None else self._place
         deadline = time.monotonic() + READ_TIMEOUT
         (result,) = connection.run(sql, words, deadline=deadline)
-        if result.ntuples and result.get_value(0, 2) == b"\1":
+        if self._place is not None and result.get_value(0, 3) == b"\1":
+            self._seen = self._place[0]
             return
         was_late, self._is_late = self._is_late or self._place is not None, False
         newest = 0, 0
-        if result.ntuples:
-            newest = _number(result, 0, 0), _number(result, 0, 1)
+        if result.get_value(0, 1) is not None:
+            newest = _number(result, 0, 1), _number(result, 0, 2)
         self._place = newest
-        if was_late and self._broker._sink is not None:
-            self._broker._sink.resync(None)
+        self._seen = max(newest[0], _number(result, 0, 0))
+        sink = self._broker._sink
+        if was_late and sink is not None:
+            sink.resync(None)
 
     def _follow(self, connection: _Connection) -> None:
         unheard = 0  # times in a row
@@ -868,15 +1136,16 @@ class _Listener:
                     "events come without notifications: listen_dsn must lead to the"
                     " server itself, not to a pooler that shares connections",
                 )
+            self._broker._own().release()
             # All of one moment would look at one moment, ever after.
-            pause = random.uniform(0.8, 1.2) * HEARTBEAT
+            pause = _jitter(0.8, 1.2) * HEARTBEAT
             connection.wait(select.POLLIN, time.monotonic() + pause, is_needed=False)
 
     def _tail(self, connection: _Connection) -> bool:
         """Tell all that is new; return whether there was something."""
         broker = self._broker
         sql = f"SELECT * FROM {self._schema}.tail($1, $2, $3, $4)"
-        found = False
+        found = is_behind = False
         while True:
             assert self._place is not None
             words = (self._place[0], TAIL, *self._names())
@@ -890,6 +1159,10 @@ class _Listener:
                     self._find_place(connection)
                 self._file = file
                 continue
+            # What was deleted meanwhile, and no newer event of its channel shows:
+            # this process was frozen, or looks too seldom for its max_age.
+            deleted = _number(result, 0, 2)
+            is_behind = is_behind or deleted > self._seen
             for row in range(1, result.ntuples):
                 channel = result.get_value(row, 1).decode()
                 number, nonce, prev = (
@@ -907,7 +1180,21 @@ class _Listener:
                 found = True
             else:
                 if result.ntuples <= TAIL:
+                    self._seen = max(self._place[0], deleted)
+                    if is_behind and broker._sink is not None:
+                        broker._sink.resync(None)
+                    self._serves(broker, found)
                     return found
+
+    def _serves(self, broker: PostgreSQLBroker, found: bool) -> None:
+        ways = {"listen"}
+        if self._dsn == broker._dsn:
+            ways.add("connect")
+        if found:  # somebody could publish
+            ways.add("publish")
+        own = broker._own()
+        if not broker._is_up or not ways.isdisjoint(own.failing):
+            broker._judge(own, *ways)
 
     def _is_wanted(self, channel: str) -> bool:
         broker = self._broker
@@ -1063,8 +1350,11 @@ class _Connection:
             raise _Lost(result.error_message.decode(errors="replace"), results)
         message = result.error_field(field.MESSAGE_PRIMARY) or b""
         severity = result.error_field(field.SEVERITY_NONLOCALIZED)
+        text = f"{message.decode(errors='replace')} ({state.decode()})"
+        if state.decode() == _DENIED:
+            text += "; docs/brokers.md has the rights that a role needs"
         raise _Refused(
-            f"{message.decode(errors='replace')} ({state.decode()})",
+            text,
             state.decode(),
             severity in (b"FATAL", b"PANIC"),
         )
@@ -1129,10 +1419,23 @@ def _dsn(url: str) -> str:
     scheme, _, rest = url.partition(":")
     if scheme in ("postgresql", "postgres") and not rest.strip("/"):
         url = ""  # as libpq's environment says
+    is_sound = True
     try:
         words = conninfo_to_dict(url)
-    except DriverError as error:
-        raise ValueError(f"url must be as libpq takes it: {error}") from None
+    except DriverError:
+        is_sound = False
+    # A password with "@" or "/" in it is taken for a part of the host or the port, and
+    # libpq quotes those, and what it cannot read: it is not shown, nor what it says.
+    if (
+        not is_sound
+        or "@" in str(words.get("host", ""))
+        or not _PORTS.fullmatch(str(words.get("port", "")))
+    ):
+        raise ValueError(
+            "url must be as libpq takes it, postgresql://USER:PASSWORD@HOST/DATABASE or"
+            " key=value words, with %40 for @ and %2F for / in a password; it is not"
+            " shown here"
+        )
     ours = {
         "application_name": os.environ.get("PGAPPNAME", "syncstream"),
         # A peer that is gone without a word.
@@ -1140,6 +1443,8 @@ def _dsn(url: str) -> str:
         "keepalives_interval": "10",
         "keepalives_count": "3",
     }
+    if pq.version() >= 120000:  # libpq's
+        ours["tcp_user_timeout"] = "20000"  # milliseconds for what was sent
     return make_conninfo("", **{**ours, **words, "client_encoding": "UTF8"})
 
 
@@ -1219,13 +1524,15 @@ def main() -> None:
     )
     parser.add_argument("--schema", default="syncstream", help="its name")
     parser.add_argument("--sql", action="store_true", help="print it, for psql")
-    words = parser.parse_args()
+    words, others = parser.parse_known_args()
+    if others:  # not shown: a URL may have a password
+        parser.error("one url must be given, and the options above")
     if words.sql:
         print(f"{install_sql(words.schema)};")
         return
     try:
         install(words.url, schema=words.schema)
-    except BrokerError as error:
+    except (BrokerError, ValueError) as error:
         parser.exit(1, f"{error}\n")
 
 
