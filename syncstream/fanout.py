@@ -16,9 +16,10 @@ it is about; and a loop that cannot go on says so, cuts all of its clients, and 
 its place to another one.
 
 **No user code runs in the loop**, nor does it ask a broker: what needs either is done
-in one of three `Lanes`, threads, or under gevent greenlets of the hub that the request
-had. So what an application does, or does not come back from, holds up those alone who
-have code of it: not what others get, nor the places that they leave.
+in one of the `Lanes`, threads, or under gevent greenlets of the hub that the request
+had. `authorize` has a `Crew`: who is not answered in time is denied, and the others are
+asked by another thread. So what an application does, or does not come back from, holds
+up those alone who have code of it: not what others get, nor the places that they leave.
 
 Clients that are at the same place of the same channel, in the same framing, make a
 `Group`: it has a leader, a subscription that nobody counts, whose place is theirs.
@@ -49,7 +50,7 @@ from typing import Any, Protocol
 from .capacity import Place
 from .clock import time
 from .errors import BrokerError, Closed
-from .hub import Apart, Subscription
+from .hub import ANSWER, Apart, Subscription
 from .journal import MOST, is_enabled, journal, report
 from .process import EXIT_WAIT, Process, Served, process
 from .protocol.sse import Event
@@ -75,6 +76,7 @@ SEND_BUFFER = 128 * 1024  # bytes; the kernel's own grows to megabytes, and hide
 GRAIN = 0.05  # seconds: timers are as exact as that
 LAG_EVERY = 0.25  # seconds between two looks at those who lag
 RETRY_EVERY = 1.0  # seconds between two questions to a broker that is down
+MOST_ASKING = 128  # threads, or greenlets of a hub, in `authorize` at once
 _LONGEST = 60.0  # seconds between two rounds; epoll takes 24 days at most
 _MOST_FAILURES = 10  # rounds in a row, 0.1 s after each other: then it cannot go on
 _DRAINED = 16 * 65536  # bytes of a client that nobody reads are dropped at its end
@@ -178,7 +180,8 @@ class Client:
     """
 
     __slots__ = (
-        *("_loop", "_offer", "acknowledged", "began", "bucket", "bytes", "callbacks"),
+        *("_loop", "_offer", "acknowledged", "answer_by", "began", "bucket"),
+        *("bytes", "callbacks"),
         *("deadline", "early", "events", "fd", "group", "is_lagged", "label", "place"),
         *("reason", "rest", "since", "subscription", "terms"),
     )
@@ -218,6 +221,7 @@ class Client:
         self.rest: memoryview | None = None  # of a chunk that the kernel has not taken
         self.since = 0.0  # it takes nothing
         self.acknowledged: int | None = None
+        self.answer_by: float | None = None  # the application's, while it is asked
         self.bucket = 0
 
     @property
@@ -273,16 +277,28 @@ class Client:
             return
         if now >= self.deadline:
             self._loop.end(self, "max_duration")
+        elif self.answer_by is not None:
+            if now >= self.answer_by:
+                self._loop.end(self, "denied")
+                text = "authorize of %s has not answered in %g seconds: it is denied"
+                self.terms.lanes.say(logging.WARNING, text, self.label, ANSWER)
+            else:  # it waits for others, which may never come back
+                self.terms.lanes.asks.hurry()
+                again = min(self.answer_by, now + ANSWER / 4)
+                self._loop.wheel.add(self, min(self.deadline, again))
         elif now >= self.subscription.ask_again_at:
-            self._loop.do(self.terms.lanes.users, self._ask_again, self)
-            self._loop.wheel.add(self, self.deadline)  # whatever that takes
+            self.answer_by = now + ANSWER
+            self._loop.do(self.terms.lanes.asks, self._ask_again, self)
+            self._loop.wheel.add(self, min(self.deadline, now + ANSWER / 4))
         else:
             self._loop.wheel.add(self, self.next_time())
 
     def _ask_again(self) -> None:
-        """Ask the application whether it may go on; in its lane."""
+        """Ask the application whether it may go on; in the crew."""
+        if self.reason is not None:  # since it was to be asked
+            return
         try:
-            self.subscription.check_allowed()
+            self.subscription.ask()
         except BaseException as error:  # a sys.exit() ends nobody else
             self._loop.call(partial(self._loop.fail, self, error), self)
         else:
@@ -291,7 +307,8 @@ class Client:
             self.terms.give_back()
 
     def _again(self) -> None:
-        if self.reason is None:
+        if self.reason is None:  # or its answer came too late
+            self.answer_by = None
             self._loop.wheel.add(self, self.next_time())
             self.turn()
 
@@ -717,20 +734,141 @@ class _HubLane(Lane):
             self._rest.do(left)
 
 
+class Asker(Doer, Protocol):
+    """Does things that may never come back."""
+
+    def hurry(self) -> None:
+        """Take note that one of them is late; from any thread, without waiting."""
+
+
+class Crew:
+    """Runs what may never come back: a thread, and more while that is late."""
+
+    def __init__(self) -> None:
+        self._jobs: Any = _queue.SimpleQueue()
+        self._lock = native_lock()
+        self._threads = 0
+        self._idle = 0
+
+    def do(self, job: Callable[[], object]) -> None:
+        """Run this, soon; from any thread."""
+        self._jobs.put(job)
+        if not self._threads:
+            self._start(1)
+
+    def hurry(self) -> None:
+        """Take note that a job is late: another thread may have to do it."""
+        if not self._jobs.empty():
+            self._start(MOST_ASKING)
+
+    def _start(self, most: int) -> None:
+        with self._lock:
+            if self._idle or self._threads >= most:
+                return
+            try:
+                native(_thread, "start_new_thread")(self._work, ())
+            except (RuntimeError, MemoryError) as error:
+                # Who is not asked in time is denied.
+                text = "nobody can be asked whether they may go on: %s"
+                journal().later(log, logging.WARNING, text, error)
+            else:
+                self._threads += 1
+
+    def _work(self) -> None:
+        job: Callable[[], object] | None
+        try:
+            while True:
+                with self._lock:
+                    if self._idle and self._jobs.empty():
+                        return  # one waits already
+                    self._idle += 1
+                try:
+                    job = self._jobs.get()
+                finally:
+                    with self._lock:
+                        self._idle -= 1
+                _run(job)
+                job = None  # or it would live on while nothing is to be done
+        finally:
+            with self._lock:
+                self._threads -= 1
+
+
+class _HubCrew:
+    """The same in a gevent hub, of greenlets.
+
+    Args:
+        watch: The hub's.
+        other: Does the rest when the hub has been destroyed.
+    """
+
+    def __init__(self, watch: Watch, other: Asker) -> None:
+        self._watch = watch
+        self._rest = other
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._greenlets = 0
+
+    def do(self, job: Callable[[], object]) -> None:
+        self._jobs.append(job)
+        self._call(self._begin)
+
+    def hurry(self) -> None:
+        self._call(self._more)
+
+    def _call(self, function: Callable[[], object]) -> None:
+        try:
+            if not self._watch.is_over:
+                self._watch.run(function)
+                return
+        except Exception as error:  # it has been destroyed in this moment
+            journal().later(log, logging.DEBUG, "a hub is not woken: %r", error)
+        while self._jobs:
+            with suppress(IndexError):  # another thread was faster
+                self._rest.do(self._jobs.popleft())
+
+    def _begin(self) -> None:
+        if not self._greenlets:
+            self._more()
+
+    def _more(self) -> None:
+        if self._jobs and self._greenlets < MOST_ASKING:
+            import gevent
+
+            gevent.spawn(self._work)
+            self._greenlets += 1
+
+    def _work(self) -> None:
+        try:
+            while self._jobs:
+                _run(self._jobs.popleft())
+        finally:
+            self._greenlets -= 1
+            self._begin()  # it was killed, and what it had to do was not
+
+
 class Lanes:
-    """Who does what the loop may not: three that do not wait for each other.
+    """Who does what the loop may not: those that do not wait for each other.
 
     Attributes:
         ends: What is given back and told at an end. It asks no application.
         reads: What may ask a broker, and no application.
         users: What may call an application, which may take its time.
+        asks: Asks an application who may go on, and does not wait for all answers.
         logs: What is logged, by handlers that are an application's.
     """
 
-    __slots__ = ("ends", "logs", "reads", "users")
+    __slots__ = ("asks", "ends", "logs", "reads", "users")
 
-    def __init__(self, ends: Lane, reads: Lane, users: Lane, logs: Doer) -> None:
-        self.ends, self.reads, self.users, self.logs = ends, reads, users, logs
+    def __init__(
+        self,
+        ends: Lane,
+        reads: Lane,
+        users: Lane,
+        asks: Asker,
+        logs: Doer,
+    ) -> None:
+        self.ends, self.reads, self.users = ends, reads, users
+        self.asks, self.logs = asks, logs
 
     def say(
         self,
@@ -860,7 +998,7 @@ class Fanout:
                 # Somebody has closed it: the loop finds that out, within a minute.
                 _say("the loop of the subscribers cannot be woken", error)
 
-    def do(self, lane: Lane, job: Callable[[], object], owner: Owner) -> None:
+    def do(self, lane: Doer, job: Callable[[], object], owner: Owner) -> None:
         """Have this done in a lane."""
         # If it fails, the loop would wait for it for ever.
         lane.do(_Job(job, lambda error: self.call(partial(self.cut, owner, error))))
@@ -877,7 +1015,9 @@ class Fanout:
             if threads is None:
                 ends = Lane()
                 reads, users = Lane(ends), Lane(ends)
-                threads = self._lanes[None] = Lanes(ends, reads, users, journal())
+                crew = Crew()
+                threads = Lanes(ends, reads, users, crew, journal())
+                self._lanes[None] = threads
             found = threads
             if own is not None:  # it has the watch, so its id is no other's
                 found = self._lanes.get(id(own)) or self._lanes.setdefault(
@@ -886,6 +1026,7 @@ class Fanout:
                         _HubLane(own, threads.ends),
                         _HubLane(own, threads.reads),
                         _HubLane(own, threads.users),
+                        _HubCrew(own, threads.asks),
                         _HubLane(own, threads.logs, MOST),
                     ),
                 )

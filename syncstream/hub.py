@@ -22,7 +22,16 @@ import random
 import re
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -38,6 +47,7 @@ from .protocol.json import Dumps, dumps_or_default
 from .protocol.sse import Event
 from .sockets import native
 from .waiting import Scope, Waiter, Wakeable, current_scope, say, wake_all
+from .watch import Watch, elsewhere, watch
 
 __all__ = ["Gap", "Hub", "Subscription"]
 
@@ -50,6 +60,7 @@ BUDGET = 64 << 20  # bytes of all windows of a hub
 IDLE = 60.0  # seconds that a window without subscribers is kept
 MOST_IDLE = 10_000  # how many of them, roughly: names of channels may come from clients
 CROWD = 1000  # new ones after which they are counted
+ANSWER = 5.0  # seconds in which an `authorize` must have answered
 RETRY = 1.0  # seconds, roughly, until a broker that did not answer is asked again
 MAX_CHANNELS = 32  # of one subscription, by name: their ids fit into one
 _MAX_ID = 4096  # characters of an id that are looked at
@@ -186,7 +197,7 @@ class Hub:
         *,
         event: str | None = None,
         retry: int | None = None,
-        only: Iterable[str] = (),
+        only: Iterable[str] | None = None,
         exclude: Iterable[str] = (),
         connection: Any = None,
     ) -> str | None:
@@ -197,7 +208,8 @@ class Hub:
             data: Text, or what becomes JSON; or an `Event` without an id.
             event: Its name, as in `Event`; not "reset".
             retry: As in `Event`.
-            only: Tags: it is for subscriptions that have one of them.
+            only: Tags: it is for subscriptions that have one of them, and an empty
+                list for nobody; ``None``, the default, for everybody.
             exclude: Tags: it is not for subscriptions that have one of them.
             connection: A database's, in whose transaction it is stored, for
                 brokers that have such.
@@ -226,7 +238,7 @@ class Hub:
         channel: str,
         items: Iterable[Any],
         *,
-        only: Iterable[str] = (),
+        only: Iterable[str] | None = None,
         exclude: Iterable[str] = (),
         connection: Any = None,
     ) -> list[str | None]:
@@ -340,8 +352,10 @@ class Hub:
             announce: Publish "join" and "leave" events to its channels, with ``who``
                 as it is now; not to those of a pattern.
             authorize: Called when it is first read, and every ``reauthorize``
-                seconds; when it returns false, the stream ends. What it raises
-                `read` raises, and nothing is read.
+                seconds; when it returns false, or has not answered within 5 seconds
+                (`ANSWER`), the stream ends ("denied"), and a late answer changes
+                nothing. What it raises `read` raises, and nothing is read. A plain
+                function: what is to be awaited is an error.
             reauthorize: Seconds.
 
         Raises:
@@ -743,7 +757,8 @@ def _check_name(name: Any) -> None:
 
 
 def _check_tags(name: str, tags: Iterable[str]) -> list[str]:
-    if isinstance(tags, str):
+    # The characters of a text are no tags.
+    if isinstance(tags, (str, bytes)) or not isinstance(tags, Iterable):
         raise TypeError(f"{name} must be several strings, got {tags!r}")
     listed = list(tags)
     for tag in listed:
@@ -752,13 +767,14 @@ def _check_tags(name: str, tags: Iterable[str]) -> list[str]:
     return listed
 
 
-def _prefix(only: Iterable[str], exclude: Iterable[str]) -> bytes:
+def _prefix(only: Iterable[str] | None, exclude: Iterable[str]) -> bytes:
     """Return what stands before an event that is not for everybody."""
-    tags = {
-        name: _check_tags(name, given)
-        for name, given in (("only", only), ("exclude", exclude))
-        if given
-    }
+    tags: dict[str, list[str]] = {}
+    if only is not None:  # a computed list that is empty is nobody
+        tags["only"] = _check_tags("only", only)
+    excluded = _check_tags("exclude", exclude)
+    if excluded:
+        tags["exclude"] = excluded
     return b"\0%b\n" % json.dumps(tags).encode() if tags else b""
 
 
@@ -982,8 +998,11 @@ class Subscription:
         """Return what was read before and not given out, the next at its end."""
         if self._items:
             self.check_allowed()
-            if self._reason is not None:
-                self._items = None
+        return self._kept()
+
+    def _kept(self) -> list[Item] | None:
+        if self._items and self._reason is not None:
+            self._items = None
         return self._items
 
     def frames(self, is_events: bool, dumps: Dumps, scope: Scope | None) -> Frames:
@@ -1078,10 +1097,8 @@ class Subscription:
     @property
     def has_user_code(self) -> bool:
         """To read it may call what the application has given."""
-        return (
-            self._key is not None
-            or self._reauthorize is not None
-            or (callable(self._on_gap) and self._on_gap is not _read_apart)
+        return self._key is not None or (
+            callable(self._on_gap) and self._on_gap is not _read_apart
         )
 
     @property
@@ -1190,7 +1207,8 @@ class Subscription:
     def step(self) -> tuple[bytes, int, float | None]:
         """Return what is there, without waiting for it.
 
-        It may ask the broker, and call what `Hub.subscribe` was given.
+        It may ask the broker, and call what `Hub.subscribe` was given, but for
+        `authorize`: that is asked beside it, see `ask`.
 
         Returns:
             Bytes, and how many events they are. No bytes: when to come again
@@ -1201,7 +1219,6 @@ class Subscription:
             BrokerError: The broker cannot be asked.
         """
         while True:
-            self.check_allowed()
             if self._reason is not None:
                 raise Closed(self._reason)
             pause = self._pause()
@@ -1210,9 +1227,9 @@ class Subscription:
             if not self._is_begun:
                 self._begin(is_owned=True)
             # What was read and not given out, by whoever began with it, comes first.
-            items = [*reversed(self._rest() or ())] or self._take()
+            items = [*reversed(self._kept() or ())] or self._take()
             self._items = None
-            if items:
+            if items and self._reason is None:
                 self._delivered = time.monotonic()
                 return b"".join(map(self._frame, items)), len(items), None
             waiter = self._waiter  # at its end it has none, at any time
@@ -1408,6 +1425,8 @@ class Subscription:
                     if not self._is_begun:
                         self._begin()
                     items = self._take()
+                    if self._reason is not None:  # while code of the user's ran
+                        raise Closed(self._reason)
                 except Unavailable:
                     # Who is there stays, and asks again.
                     items, pause = [], random.uniform(0.5, 1.5) * RETRY
@@ -1752,15 +1771,36 @@ class Subscription:
     # Its end.
 
     def check_allowed(self) -> None:
-        if self._authorize is None:
+        """Ask `authorize` here if it is time; end where it does not answer in time."""
+        if self._authorize is None or time.monotonic() < self._ask_at:
             return
+        watcher = watch()
+        denied = partial(_unanswered, weakref.ref(self), current_scope(), watcher)
+        timer = watcher.call_at(time.monotonic() + ANSWER, denied)
+        try:
+            self.ask()
+        finally:
+            watcher.cancel(timer)
+
+    @property
+    def _ask_at(self) -> float:
+        return self.ask_again_at if self._asked else 0.0
+
+    def ask(self) -> None:
+        """Ask `authorize` whether it may go on.
+
+        If that raises, who asks may not read, and it is asked again.
+        """
+        assert self._authorize is not None
         now = time.monotonic()
-        if self._asked and (
-            self._reauthorize is None or now - self._asked < self._reauthorize
-        ):
-            return
-        # If it raises, who asks may not read, and it is asked again.
-        is_allowed = self._authorize(self)
+        is_allowed: Any = self._authorize(self)
+        if isinstance(is_allowed, Awaitable):  # it is true, whatever would come of it
+            if isinstance(is_allowed, Coroutine):
+                is_allowed.close()
+            raise TypeError(
+                f"authorize must be a plain function, got {self._authorize!r}, whose"
+                " answer is to be awaited"
+            )
         self._asked = now
         if not is_allowed:
             self.close("denied")
@@ -1778,6 +1818,21 @@ class Subscription:
         """Return the channels that are told who comes and goes."""
         names = () if self.announcement is None else self.channels
         return [name for name in names if not is_pattern(name)]
+
+
+def _unanswered(
+    reference: weakref.ref[Subscription], scope: Any, watcher: Watch
+) -> None:
+    """End one whose `authorize` has not answered in time; in its watch."""
+    subscription = reference()
+    if subscription is None:
+        return
+    text = "authorize of %r has not answered in %g seconds: it is denied"
+    say(log, logging.WARNING, text, subscription.channels, ANSWER)
+    # Elsewhere: who waits for the watch is not to wait for a broker.
+    elsewhere(watcher, partial(subscription.close, "denied"))
+    if hasattr(scope, "stop"):
+        scope.stop("denied")  # its thread or greenlet, as far as that can be told
 
 
 def _close(reference: weakref.ref[Subscription]) -> None:

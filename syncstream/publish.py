@@ -82,7 +82,8 @@ def _answer(hub: Hub, keys: list[bytes], request: Request) -> Response:
         ids = hub.publish_many(
             request.path.removeprefix("/"),
             _events(request),
-            only=request.args.getlist("only"),
+            # `?only=`, an empty one, is a tag that nobody has.
+            only=request.args.getlist("only") or None,
             exclude=request.args.getlist("exclude"),
         )
     except PayloadTooLarge as error:

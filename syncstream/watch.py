@@ -441,6 +441,12 @@ class _HubWatch(Watch):
         self._worker.jobs.append(callback)
         self._worker.begin()
 
+    def start(self, callback: Callback) -> None:
+        """Do this in a greenlet of its own; in the hub."""
+        import gevent
+
+        gevent.spawn(self._guarded, callback)
+
 
 def _left(when: float) -> float:
     """Return for how long to wait at most: a timer is looked at before its time."""
@@ -459,6 +465,20 @@ def on_grid(when: float) -> float:
 
 def _shared(when: float) -> float:
     return when if when - time.monotonic() < 1 else on_grid(when)
+
+
+def elsewhere(watch: Watch, job: Callback) -> None:
+    """Do this apart from whoever waits for a watch: it may wait, for a broker say.
+
+    In a greenlet of the watch's hub, or in a thread of its own.
+    """
+    if isinstance(watch, _HubWatch):
+        watch.run(partial(watch.start, job))
+        return
+    try:
+        native(_thread, "start_new_thread")(watch._guarded, (job,))
+    except (RuntimeError, MemoryError):  # no thread is left: late is better than never
+        watch._guarded(job)
 
 
 def native_lock() -> Any:

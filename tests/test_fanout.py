@@ -791,11 +791,67 @@ def test_an_application_that_blocks_holds_up_nobody_else(hub, peers):
         assert place.released.wait(TIMEOUT)
         await_true(lambda: "ann" not in hub.presence("a"))
         assert process.stats()["ended"]["disconnected"]["streams"] == 1
-        assert leaver.ends == []  # the application's own has to wait
-        assert leaver.client in leaver.served.parked
+        await_true(lambda: leaver.ends)
     finally:
         go_on.set()
-    await_true(lambda: leaver.ends)
+
+
+@pytest.mark.parametrize("hung", [3, 100])
+def test_an_authorize_that_hangs_lets_nobody_go_on(hub, peers, loop, monkeypatch, hung):
+    """Who gets no answer in time is denied; the others are asked all the same."""
+    monkeypatch.setattr(fanout_module, "ANSWER", 1.0)
+    go_on, answers = threading.Event(), {"revoked": True, "well": True}
+    given_back = []
+
+    def authorize(subscription):
+        if subscription.who == "hung":
+            assert go_on.wait(TIMEOUT)
+            return True
+        return answers[subscription.who]
+
+    asked = {"authorize": authorize, "before_wait": [lambda: given_back.append(1)]}
+    stuck = [peers(hub, who="well", reauthorize=0.2, **asked) for _ in range(hung)]
+    well = peers(hub, who="well", reauthorize=0.2, **asked)
+    revoked = peers(hub, who="revoked", reauthorize=0.2, **asked)
+    for peer in stuck:
+        peer.subscription.who = "hung"
+    answers["revoked"] = False
+    began = time.monotonic()
+    try:
+        assert ended(revoked)[0] == "denied"
+        assert {ended(peer)[0] for peer in stuck} == {"denied"}
+        assert time.monotonic() - began < 5
+        hub.publish("a", "1")
+        assert texts_until(well, "1") == ["1"]
+    finally:
+        go_on.set()
+    crew = loop.lanes().asks
+    await_true(lambda: crew._threads - crew._idle == 0)
+    assert len(given_back) >= hung
+    settle(loop)  # answers that come late bring nobody back
+    assert hub.presence("a") == ["well"]
+
+
+def test_who_cannot_be_asked_is_denied(hub, peers, monkeypatch):
+    """When so many hang that there is nobody left to ask."""
+    monkeypatch.setattr(fanout_module, "ANSWER", 0.4)
+    monkeypatch.setattr(fanout_module, "MOST_ASKING", 1)
+    go_on, is_hung, asked = threading.Event(), threading.Event(), []
+
+    def authorize(subscription):
+        asked.append(subscription.who)
+        if len(asked) > 2:
+            is_hung.set()
+            assert go_on.wait(TIMEOUT)
+        return True
+
+    both = [peers(hub, who=n, authorize=authorize, reauthorize=0.1) for n in range(2)]
+    try:
+        assert is_hung.wait(TIMEOUT)
+        assert [ended(peer)[0] for peer in both] == ["denied", "denied"]
+        assert len(asked) == 3
+    finally:
+        go_on.set()
 
 
 class Mute(MemoryBroker):
@@ -1049,8 +1105,7 @@ def test_what_comes_while_a_lane_reads(hub, peers):
             hub.publish("a", str(n))
             return
 
-    asked = {"authorize": lambda s: True, "reauthorize": 1000}
-    two = peers(hub, "a", "b", before_wait=[publish], **asked)
+    two = peers(hub, "a", "b", before_wait=[publish], on_gap=list)
     found = texts_until(two, "49")
     assert found == [str(n) for n in range(int(found[0]), 50)]
 
@@ -1347,6 +1402,31 @@ print(*order)
     assert out == "reads ends users\n"
 
 
+def test_the_crew_of_a_hub():
+    """One that hangs holds up no other, though all are greenlets of one hub."""
+    out = check_script(
+        GREENLETS
+        + """
+from gevent.event import Event
+
+crew, go_on, hung, done = fanout().lanes().asks, Event(), Event(), Event()
+crew.do(lambda: hung.set() or go_on.wait(15) or done.clear())
+assert hung.wait(15)
+crew.do(done.set)
+gevent.sleep(0)
+assert not done.is_set()
+import _thread
+native(_thread, "start_new_thread")(crew.hurry, ())
+assert done.wait(15)
+go_on.set()
+while crew._greenlets:
+    gevent.sleep(0.001)
+print("done")
+"""
+    )
+    assert out == "done\n"
+
+
 def test_lanes_of_a_hub_that_was_destroyed():
     """Threads do what is left: the ends of its clients are counted."""
     out = check_script(
@@ -1403,7 +1483,7 @@ class Story:
     def __init__(self, loop):
         self.loop = loop
         self.hub = Hub(capacity=20)
-        self.published = []  # (id, tags only)
+        self.published = []  # (id, tags only, or None)
         self.here = []
         self.all = []
 
@@ -1413,7 +1493,7 @@ class Story:
         self.published += [(id, ()) for id in self.hub.publish_many("a", items)]
 
     def tagged(self, kind, size):
-        only = [(), ("t",), ("nobody",)][kind]
+        only = [None, ("t",), ("nobody",)][kind]
         text = f"{len(self.published)} {'x' * size}"
         id = self.hub.publish("a", text, only=only)
         self.published.append((id, only))

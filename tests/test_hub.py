@@ -1066,6 +1066,21 @@ def test_tags(hub):
     assert resume(hub, ids[-1]) == []
 
 
+def test_an_empty_list_is_nobody(hub):
+    """A list that was computed, and came out empty; so does a generator of none."""
+    reader = hub.subscribe("a", after="start", tags=["x"])
+    hub.publish("a", "nobody", only=[])
+    hub.publish_many("a", ["nobody"], only=(tag for tag in ()))
+    hub.publish_many("a", ["x", "x"], only=(tag for tag in ["x", "y"]))
+    hub.publish("a", "all", only=None, exclude=[])
+    hub.publish("a", "nobody", exclude=(tag for tag in ["x"]))
+    assert data(reader.read(0)) == ["x", "x", "all"]
+    for wrong in ("", "x", b"x", [1], 7):
+        for name in ("only", "exclude"):
+            with pytest.raises(TypeError, match=name):
+                hub.publish_many("a", ["1"], **{name: wrong})
+
+
 def test_tags_hold_where_a_thread_is_kept(hub):
     """A response that is not handed over passes each event on as it comes, or not."""
     stream = stream_of(hub.subscribe("a", after="start"), Line(), handover=False)
@@ -1143,6 +1158,58 @@ def test_a_reauthorize_that_raises_lets_nobody_go_on(hub):
         with pytest.raises(ConnectionError):
             subscription.read(0)
     assert data(subscription.read(0)) == ["x"]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_authorize_that_hangs_ends_a_reader(
+    hub, place, monkeypatch, caplog, is_first
+):
+    """In time, whoever waits there; the answer that comes late changes nothing."""
+    monkeypatch.setattr(hub_module, "ANSWER", 0.2)
+    asked = []
+
+    def authorize(subscription):
+        asked.append(1)
+        while not subscription.is_closed and (is_first or len(asked) > 1):
+            place.pause()  # it hangs until that
+        return True
+
+    def read():
+        while True:
+            reader.read()
+
+    hub.publish("a", "1")
+    reader = hub.subscribe(
+        "a", after="start", authorize=authorize, reauthorize=0.05, announce=True
+    )
+    with pytest.raises(Closed, match="denied"):
+        place.start(read)()
+    assert len(asked) == 1 if is_first else 2
+    await_true(place, lambda: hub.presence("a") == [])
+    assert "has not answered" in caplog.text
+
+
+def test_an_answer_that_is_to_be_awaited_is_no_yes(hub):
+    """An `async def` is true, whatever it would have said."""
+
+    async def authorize(subscription):
+        return False
+
+    reader = hub.subscribe("a", authorize=authorize)
+    with pytest.raises(TypeError, match="plain function"):
+        reader.read(0)
+
+
+def test_a_snapshot_that_comes_after_the_end_is_not_given_out(hub):
+    """Kicked while `on_gap` ran: what it returns is of before that."""
+
+    def on_gap():
+        reader.close("kicked")
+        return ["private"]
+
+    reader = hub.subscribe("a", after="9-9", on_gap=on_gap)
+    with pytest.raises(Closed, match="kicked"):
+        reader.read(0)
 
 
 def test_reauthorize_on_a_busy_channel(hub):

@@ -65,6 +65,7 @@ def test_tags_choose_who_gets_it(hub, client):
         subscription.read(0)
     post(client, "/news?only=a&only=c", b"1")
     post(client, "/news?exclude=a", b"2")
+    post(client, "/news?only=", b"3")  # an empty list is nobody
     assert [e.data for e in a.read(0)] == ["1"]
     assert [e.data for e in b.read(0)] == ["2"]
 
