@@ -157,7 +157,7 @@ class Hub:
             if not max_age > 0:
                 raise ValueError(f"max_age must be above 0, or None, got {max_age!r}")
         if not isinstance(url, str):
-            raise TypeError(f"url must be str, got {url!r}")
+            raise TypeError(f"url must be str, got {type(url).__name__}")
         if broker is not None and not callable(getattr(broker, "attach", None)):
             raise TypeError(f"broker must be a Broker, got {broker!r}")
         if broker is None:

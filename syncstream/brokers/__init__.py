@@ -9,15 +9,23 @@ it, and the hub reads what is missing. `syncstream.testing.check_broker` proves 
 from __future__ import annotations
 
 import errno
+import re
 import select
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
-from urllib.parse import urlsplit
 
 from ..log import Entry, Page
 
-__all__ = ["Broker", "Sink", "is_pattern", "matches", "open_broker", "patterns_of"]
+__all__ = [
+    "Broker",
+    "Sink",
+    "is_pattern",
+    "matches",
+    "open_broker",
+    "patterns_of",
+    "shown",
+]
 
 
 class Sink(Protocol):
@@ -126,6 +134,30 @@ def patterns_of(channel: str) -> Iterator[str]:
     yield f"{parent}:*" if parent else "*"
 
 
+def shown(url: str) -> str:
+    """Return a URL as errors, logs and terminals may show it: its scheme alone.
+
+    Passwords are found in every other part: a missing slash or a bad ``%`` moves them
+    into the path or the port. What has no scheme is not shown at all. Whoever parses a
+    URL raises ``from None``: a traceback prints chained errors, and those quote it.
+
+    Args:
+        url: Any text.
+
+    Returns:
+        ``postgresql:``, or ``a url without a scheme``.
+    """
+    scheme, colon, rest = url.partition(":")
+    is_url = rest.startswith("//") and _SCHEME.fullmatch(scheme)
+    # Without slashes it may be "user:password@host".
+    if colon and (scheme.lower() in SCHEMES or is_url):
+        return f"{scheme}:"
+    return "a url without a scheme"
+
+
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{0,31}")  # RFC 3986, section 3.1
+
+
 def _memory(url: str, options: dict[str, Any]) -> Broker:
     from .memory import MemoryBroker
 
@@ -137,7 +169,7 @@ def _require_unix(url: str) -> None:
     # for a pipe and a socket by poll.
     if not (hasattr(select, "poll") and hasattr(socket, "AF_UNIX")):
         raise OSError(
-            errno.ENOSYS, f"{url!r} needs a Unix system: use redis: or memory: here"
+            errno.ENOSYS, f"{url} needs a Unix system: use redis: or memory: here"
         )
 
 
@@ -195,8 +227,8 @@ def open_broker(
         OSError: It needs what this system has not (``local:`` and ``postgresql:`` on
             Windows).
     """
-    scheme = urlsplit(url).scheme
+    scheme = url.partition(":")[0].strip().lower() if ":" in url else ""
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}:" for name in SCHEMES)
-        raise ValueError(f"url must begin with one of {known}, got {url!r}")
+        raise ValueError(f"url must begin with one of {known}, got {shown(url)}")
     return SCHEMES[scheme](url, {"capacity": capacity, "max_age": max_age})

@@ -54,7 +54,7 @@ from ..journal import report
 from ..log import Entry, Page
 from ..sockets import native
 from ..waiting import LONGEST, Waiter, hub, say, wake_all
-from . import Sink, is_pattern, matches
+from . import Sink, is_pattern, matches, shown
 
 __all__ = ["LocalBroker"]
 
@@ -343,7 +343,9 @@ def _path(url: str) -> tuple[str, bool]:
     """Return the folder that a URL names, and whether it is in a private one."""
     scheme, _, rest = url.partition(":")
     if scheme != "local" or rest.startswith("//"):
-        raise ValueError(f"url must be local:, local:NAME or local:/PATH, got {url!r}")
+        raise ValueError(
+            f"url must be local:, local:NAME or local:/PATH, got {shown(url)}"
+        )
     if rest.startswith("/"):
         path = os.path.normpath(rest)
     elif not rest or _NAME.fullmatch(rest):
@@ -354,7 +356,7 @@ def _path(url: str) -> tuple[str, bool]:
     else:
         raise ValueError(
             "url must be local:NAME, of 40 letters, digits and . _ - at most, or"
-            f" local:/PATH, got {url!r}"
+            f" local:/PATH, got {shown(url)} with something else"
         )
     if len(os.fsencode(path)) > _MAX_PATH:
         raise ValueError(
