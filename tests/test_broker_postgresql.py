@@ -1557,7 +1557,7 @@ if mode == "gevent":
 import django
 from django.conf import settings
 from django.core.management import call_command
-from django.db import connection, transaction
+from django.db import connection, connections, transaction
 from syncstream import Hub
 from syncstream.brokers.postgresql import PostgreSQLBroker
 
@@ -1613,6 +1613,12 @@ with transaction.atomic():
     assert subscription.read(0.3) == []
 hub.publish("orders", {"n": 8}, connection=connection)  # no transaction: at once
 assert take(8) == [6, 8]
+try:
+    hub.publish("orders", {"n": 9}, connection=connections["other"])
+except ValueError as error:
+    assert "PostgreSQL" in str(error)
+else:
+    raise AssertionError("it is a SQLite")
 call_command("migrate", "syncstream", "zero", verbosity=0)
 with connection.cursor() as cursor:
     cursor.execute("SELECT to_regnamespace('syncstream')")

@@ -1,6 +1,6 @@
 """``postgresql:``, a database that you have: channels of all who connect to it.
 
-Events are rows. They are numbered while one lock is held until the commit is visible
+Events are rows. They are numbered while a row is locked until the commit is visible
 (ids drawn from a sequence become visible out of order, and readers that go by them
 lose some: measured). Ids are ``<number>-<nonce>`` in hexadecimal digits; numbers are
 of the channel and without holes, and a row names the nonce before its own: the chain.
@@ -8,6 +8,10 @@ of the channel and without holes, and a row names the nonce before its own: the 
 What is published with a ``connection=`` goes into a table that is empty outside of
 transactions; a deferred trigger appends it at the commit. Rolled back, it never was;
 and an open transaction holds nothing that others wait for.
+
+What was deleted before a process had read it, and is its channel's newest, leaves no
+trace in the chain until there is a newer one: a trigger notes how far deletions went,
+and who is behind that has all read anew.
 
 A process has one connection that listens. ``NOTIFY`` says that there is something,
 not what: the listener reads the table from where it was, and does so every two seconds
@@ -18,8 +22,7 @@ thread pool). Only psycopg's ``pq``, libpq itself, is used: its own waits would 
 a hub if psycopg was imported before gevent has patched.
 
 ``python -m syncstream.brokers.postgresql [--sql] [URL]`` installs the schema, or prints
-it. A role that only uses it needs ``USAGE`` on the schema and on its sequences, and
-``SELECT, INSERT, UPDATE, DELETE`` on its tables.
+it. What a role needs that only uses it is in docs/brokers.md.
 """
 
 from __future__ import annotations
@@ -613,7 +616,8 @@ class PostgreSQLBroker:
             except _Refused as error:
                 if error.sqlstate == _DENIED:
                     raise Denied(f"not published: {error}") from error
-                self._judge(own, "publish", reason=f"not published: {error}")
+                way = "connect" if error.is_fatal else "publish"
+                self._judge(own, way, reason=f"not published: {error}")
                 # A server that stops may say so after the commit; others roll back.
                 kind = Uncertain if error.is_fatal else Unavailable
                 raise kind(f"not published: {error}") from error
@@ -713,7 +717,8 @@ class PostgreSQLBroker:
             except (_Refused, _Lost) as error:
                 # A connection that broke: nothing is lost by another try.
                 if attempt == 2 or time.monotonic() >= deadline:
-                    way = "read" if isinstance(error, _Refused) else "connect"
+                    is_refused = isinstance(error, _Refused) and not error.is_fatal
+                    way = "read" if is_refused else "connect"
                     self._judge(own, way, reason=f"not read: {error}")
                     raise Unavailable(f"not read: {error}") from error
         self._judge(own, "connect", "read")
@@ -939,16 +944,19 @@ class _Own:
 
     def close(self) -> None:
         self.release(0)
-        hub = waiting.hub()
-        for owner, (threads, _) in list(self._threads.items()):
-            if owner is hub:  # others cannot be reached from here
-                threads.kill()
-        self._threads.clear()
+        self._end_threads()
 
     def __del__(self) -> None:
         # Of a broker that nobody has closed: gevent keeps its threads for ever.
-        for hub, (threads, _) in self._threads.items():
-            if hub.loop is not None:
+        self._end_threads()
+
+    def _end_threads(self) -> None:
+        here = waiting.hub() if self._threads else None
+        while self._threads:
+            hub, (threads, _) = self._threads.popitem()
+            if hub is here:
+                threads.kill()
+            elif hub.loop is not None:  # another thread's, when it next turns
                 hub.loop.run_callback_threadsafe(threads.kill)
 
 
@@ -1189,7 +1197,7 @@ class _Listener:
     def _serves(self, broker: PostgreSQLBroker, found: bool) -> None:
         ways = {"listen"}
         if self._dsn == broker._dsn:
-            ways.add("connect")
+            ways |= {"connect", "read"}
         if found:  # somebody could publish
             ways.add("publish")
         own = broker._own()
