@@ -49,7 +49,7 @@ from ..errors import BrokerError, Denied, PayloadTooLarge, Unavailable, Uncertai
 from ..log import Entry, Page
 from ..sockets import native
 from ..waiting import LONGEST, say
-from . import Sink, is_pattern, matches
+from . import Sink, is_pattern, matches, shown
 
 try:
     from psycopg import Error as DriverError
@@ -1441,8 +1441,8 @@ def _dsn(url: str) -> str:
     ):
         raise ValueError(
             "url must be as libpq takes it, postgresql://USER:PASSWORD@HOST/DATABASE or"
-            " key=value words, with %40 for @ and %2F for / in a password; it is not"
-            " shown here"
+            " key=value words, with %40 for @ and %2F for / in a password, got"
+            f" {shown(url)}"
         )
     ours = {
         "application_name": os.environ.get("PGAPPNAME", "syncstream"),
