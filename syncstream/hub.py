@@ -601,6 +601,18 @@ class Hub:
                 raise Closed("closed") from None
             raise
 
+    def newest(self, channel: str, count: int) -> tuple[str, str]:
+        """Ask a broker that has `newest`; raise as `read` does."""
+        try:
+            found: tuple[str, str] = self.broker.newest(  # type: ignore[attr-defined]
+                channel, count
+            )
+            return found
+        except BrokerError:
+            if self._is_closed:
+                raise Closed("closed") from None
+            raise
+
     def warn_of_processes(self) -> None:
         """Say, once, that other processes have channels of their own."""
         if self.broker.scope == "process":
@@ -1391,6 +1403,8 @@ class Subscription:
             count: Of so many of its newest; ``None`` for all that are kept.
         """
         read = self.hub.read
+        if count is not None and callable(getattr(self.hub.broker, "newest", None)):
+            return self.hub.newest(name, count)
         page = read(name, START, 1 if count is None else READ)
         head = page.head
         if count is None:

@@ -44,6 +44,9 @@ class Sink(Protocol):
 class Broker(Protocol):
     """Six methods. They may be called from any thread, and block.
 
+    One may have ``newest(channel, count)``, too: the id before so many of a channel's
+    newest events, and its head's. Without it all that is kept is read for that.
+
     Attributes:
         scope: Who shares it: this "process", this "machine", or a "cluster".
     """

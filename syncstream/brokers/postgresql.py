@@ -709,6 +709,57 @@ class PostgreSQLBroker:
         place = None if after is None else off
         words = (channel, place, nonce, limit, self._capacity, self._max_age)
         sql = f"SELECT * FROM {self._schema}.read($1, $2, $3, $4, $5, $6)"
+        result = self._ask(own, sql, words, deadline)
+        now = time.monotonic()
+        entries = []
+        head = _id(*(_number(result, 0, column) for column in (0, 1)))
+        for row in range(1, result.ntuples):
+            number, nonce, prev = (_number(result, row, column) for column in range(3))
+            payload = result.get_value(row, 3) or b""
+            ids = _id(number, nonce), _id(number - 1, prev)
+            entries.append(Entry(*ids, payload, now))
+        first = entries[0].prev if entries else head
+        return Page(entries, after is None or after == first, head)
+
+    def newest(self, channel: str, count: int) -> tuple[str, str]:
+        """Return the id before the newest events of a channel, and its head's.
+
+        Args:
+            channel: Its name.
+            count: Of so many of them, or all that are kept. None of them is read.
+
+        Raises:
+            Unavailable: As from `read`.
+        """
+        own = self._own()
+        deadline = time.monotonic() + READ_TIMEOUT
+        newest = partial(self._newest, own, channel, count, deadline)
+        return self._call(own, newest, deadline)
+
+    def _newest(
+        self, own: _Own, channel: str, count: int, deadline: float
+    ) -> tuple[str, str]:
+        sql = (
+            "SELECT coalesce(c.last, 0), coalesce(c.nonce, s.epoch), e.off - 1, e.prev"
+            f" FROM {self._schema}.state s"
+            f" LEFT JOIN {self._schema}.channel c ON c.name = $1"
+            f" LEFT JOIN LATERAL (SELECT v.off, v.prev FROM {self._schema}.event v"
+            " WHERE v.channel = $1 AND v.off > c.last - $3::bigint"
+            " AND v.ts > coalesce(clock_timestamp()"
+            " - $4::double precision * interval '1 second', '-infinity')"
+            " ORDER BY v.off DESC LIMIT $2::bigint) e ON true ORDER BY e.off LIMIT 1"
+        )
+        words = (channel, count, self._capacity, self._max_age)
+        result = self._ask(own, sql, words, deadline)
+        head = _id(*(_number(result, 0, column) for column in (0, 1)))
+        if result.get_value(0, 2) is None:
+            return head, head
+        return _id(*(_number(result, 0, column) for column in (2, 3))), head
+
+    def _ask(
+        self, own: _Own, sql: str, words: Sequence[object], deadline: float
+    ) -> Any:
+        """Return the answer to a statement that changes nothing."""
         for attempt in (1, 2):
             try:
                 with self._lent(own, deadline) as connection:
@@ -722,16 +773,7 @@ class PostgreSQLBroker:
                     self._judge(own, way, reason=f"not read: {error}")
                     raise Unavailable(f"not read: {error}") from error
         self._judge(own, "connect", "read")
-        now = time.monotonic()
-        entries = []
-        head = _id(*(_number(result, 0, column) for column in (0, 1)))
-        for row in range(1, result.ntuples):
-            number, nonce, prev = (_number(result, row, column) for column in range(3))
-            payload = result.get_value(row, 3) or b""
-            ids = _id(number, nonce), _id(number - 1, prev)
-            entries.append(Entry(*ids, payload, now))
-        first = entries[0].prev if entries else head
-        return Page(entries, after is None or after == first, head)
+        return result
 
     # To tell.
 
