@@ -39,7 +39,8 @@ from typing import Any
 
 from .brokers import Broker, is_pattern, matches, open_broker, patterns_of
 from .clock import time
-from .errors import BrokerError, Closed, PayloadTooLarge, Unavailable
+from .control import CONTROL, Control, Kick, attempt
+from .errors import BrokerError, Closed, Denied, PayloadTooLarge, Unavailable, Uncertain
 from .log import JOIN, START, Entry, Log, Page, first_part
 from .process import process
 from .protocol import sse
@@ -69,6 +70,7 @@ _ID = re.compile(r"[0-9a-f]+(-[0-9a-f]+)?")
 _NAME = re.compile(r"[^\s\x00-\x1f\x7f*#\ud800-\udfff]+")  # surrogates: no UTF-8
 
 GAP_EVENT = "reset"
+_ANYBODY: Any = object()  # `who` was not given
 _NOWHERE = "-"  # an id that no broker has
 
 
@@ -179,11 +181,13 @@ class Hub:
         self._open: dict[int, weakref.ref[Subscription]] = {}
         # What was dropped, not closed. Maybe by a garbage collection, anywhere, under
         # any lock: to call the broker there is to wait for oneself.
-        self._dropped: deque[tuple[Sequence[str], Sequence[str], str | None]] = deque()
+        self._dropped: deque[tuple[Sequence[str], Sequence[str], str | None, bool]]
+        self._dropped = deque()
         self._published = self._delivered = 0
         self._is_up = True
         self._is_closed = False
         self._swept = time.monotonic()
+        self._control = Control(self)
         self._crowd = CROWD  # so many windows are looked through at once
         _hubs.add(self)
         broker.attach(self)
@@ -413,6 +417,7 @@ class Hub:
         self._lock = native(_thread, "RLock")()  # a thread may have held it
         self._channels, self._filled, self._size = {}, OrderedDict(), 0
         self._patterns, self._listeners, self._open = {}, {}, {}
+        self._control.begin_anew()
         self._dropped.clear()
         self._published = self._delivered = 0
 
@@ -442,16 +447,103 @@ class Hub:
         self._clear()
         return [s.who for s in self._subscriptions() if s.hears(channel)]
 
-    def kick(self, predicate: Callable[[Subscription], bool]) -> int:
-        """End the subscriptions of this process that a predicate holds for.
+    def kick(
+        self,
+        predicate: Callable[[Subscription], bool] | None = None,
+        *,
+        who: Any = _ANYBODY,
+        tags: Iterable[str] | None = None,
+    ) -> int:
+        """End subscriptions: by name in all processes of the hub, or here by a test.
+
+        ``kick(who="ann")`` ends those whose ``who`` is the same JSON,
+        ``kick(tags=["user:7"])`` those that have one of the tags, in every process;
+        with both, those for which both hold. One that is just being opened may be
+        missed: give it an ``authorize``.
+
+        Args:
+            predicate: Tells which subscriptions of this process to end, and no
+                others; in place of a name. If it raises, the others are asked all the
+                same, and then this raises it.
+            who: As given to `subscribe`; not ``None``, which nobody is called.
+            tags: Several strings; an empty list is nobody.
 
         Returns:
-            How many.
+            How many were ended in this process.
+
+        Raises:
+            Unavailable, Uncertain: Those of this process were ended, and the others
+                could not be told, or may not have been. Do it again.
+            PayloadTooLarge, TypeError, ValueError: An argument is not what it should
+                be; nobody was ended.
         """
-        found = [s for s in self._subscriptions() if predicate(s)]
-        for subscription in found:
-            subscription.close("kicked")
-        return len(found)
+        if predicate is not None:
+            if who is not _ANYBODY or tags is not None:
+                raise ValueError("predicate and who or tags must not be given together")
+            if not callable(predicate):
+                raise TypeError(f"predicate must be callable, got {predicate!r}")
+            return self._end(predicate)
+        if who is None or (who is _ANYBODY and tags is None):
+            raise ValueError("who or tags must be given, or a predicate")
+        self.check_open("kick")
+        kick = Kick(
+            None if who is _ANYBODY else self._named(who),
+            None if tags is None else _check_tags("tags", tags),
+        )
+        if kick.tags == []:
+            return 0
+        self._check_size(kick.encoded(""))
+        count, told = 0, None
+        try:
+            count = self.end(kick)
+        finally:  # whatever has failed here
+            try:
+                self._control.tell(kick)
+            except BrokerError as error:
+                told = error
+        if told is not None:
+            kind = type(told) if isinstance(told, Unavailable) else Uncertain
+            raise kind(
+                f"{count} were ended in this process, and the others could not be"
+                f" told: {told}"
+            ) from told
+        return count
+
+    def end(self, kick: Kick) -> int:
+        """End the subscriptions of this process that a kick names."""
+        return self._end(lambda subscription: self._is_named(subscription, kick))
+
+    def end_nameable(self) -> int:
+        """End the subscriptions of this process that some kick may have named."""
+        return self._end(lambda subscription: subscription.is_nameable)
+
+    def _is_named(self, subscription: Subscription, kick: Kick) -> bool:
+        if kick.tags is not None and subscription.tags.isdisjoint(kick.tags):
+            return False
+        if kick.who is None:
+            return True
+        try:
+            return kick.who == self._named(subscription.who)
+        except (TypeError, ValueError):  # it is no JSON: nobody can name it
+            return False
+
+    def _named(self, who: Any) -> str:
+        """Return the JSON of a ``who``, in one form."""
+        if not isinstance(who, (str, int)):
+            who = json.loads(self._dumps(who))
+        return json.dumps(who, sort_keys=True)
+
+    def _end(self, predicate: Callable[[Subscription], bool]) -> int:
+        """End those a predicate holds for; one that fails keeps no other from it."""
+        ended: list[Subscription] = []
+
+        def ask(subscription: Subscription) -> None:
+            if predicate(subscription):
+                ended.append(subscription)
+                subscription.close("kicked")
+
+        attempt(partial(ask, s) for s in self._subscriptions() if not s.is_closed)
+        return len(ended)
 
     def _subscriptions(self) -> list[Subscription]:
         return _alive(self._open)
@@ -492,6 +584,9 @@ class Hub:
         with self._lock:
             record = self._channels.get(channel)
             if record is None:
+                if channel == CONTROL:  # by its name, or by a pattern of all
+                    self._control.look()
+                    return
                 if not self._listening(channel):
                     return
                 self._forget_idle(time.monotonic(), is_watched=False)
@@ -552,8 +647,15 @@ class Hub:
         return waiters
 
     def resync(self, channels: Iterable[str] | None) -> None:
+        named = None if channels is None else list(channels)
+        if named is None or CONTROL in named:
+            self._control.look()
         with self._lock:
-            names = list(self._channels if channels is None else channels)
+            names = [
+                name
+                for name in (self._channels if named is None else named)
+                if name != CONTROL
+            ]
             waiters: dict[Wakeable, None] = {}
             for name in names:
                 record = self._channels.get(name)
@@ -563,7 +665,7 @@ class Hub:
                     record.is_doubtful = True
                 for subscription in self._listening(name):
                     waiters |= subscription.lose(name)
-            if channels is None:  # maybe of channels that nobody has heard of
+            if named is None:  # maybe of channels that nobody has heard of
                 for listeners in self._listeners.values():
                     for subscription in _alive(listeners):
                         waiters |= subscription.lose(None)
@@ -634,21 +736,41 @@ class Hub:
         subscription: Subscription,
         watched: Sequence[str],
         announced: Sequence[str],
+        is_listed: bool,
     ) -> None:
         """Take note of one that is gone without a `close`; calls nobody."""
         self.leave(subscription)
-        self._dropped.append((watched, announced, subscription.announcement))
+        data = subscription.announcement
+        self._dropped.append((watched, announced, data, is_listed))
 
     def _clear(self) -> None:
         """Do what is left to do for those that were dropped."""
         while self._dropped:
             try:
-                watched, announced, data = self._dropped.popleft()
+                watched, announced, data, is_listed = self._dropped.popleft()
             except IndexError:  # another thread was faster
                 return
             for name in watched:
                 self.unwatch(name)
+            if is_listed:
+                self.unlist()
             self.announce(announced, data, "leave")
+
+    def enlist(self) -> None:
+        """Listen for kicks for one more subscription.
+
+        Raises:
+            Unavailable: The broker does not answer.
+        """
+        try:
+            self._control.enter()
+        except Denied as error:
+            text = "kicks of other processes are not heard: %s"
+            process().say_once(log, logging.ERROR, text, error)
+
+    def unlist(self) -> None:
+        """Listen for kicks for one subscription less."""
+        self._control.leave()
 
     def announce(self, channels: Iterable[str], data: str | None, name: str) -> None:
         """Tell channels who has come or gone."""
@@ -883,7 +1005,8 @@ class Subscription:
     # There may be many thousands, idle: nothing empty is kept where `None` does.
     __slots__ = (
         *("__weakref__", "_after", "_asked", "_authorize", "_brought"),
-        *("_delivered", "_given", "_is_begun", "_is_simple", "_items", "_key"),
+        *("_delivered", "_given", "_is_begun", "_is_listed", "_is_simple"),
+        *("_items", "_key"),
         *("_lost", "_named", "_on_gap", "_on_lag", "_reason", "_reauthorize"),
         *("_throttle", "_turn", "_waiter", "_watched", "announcement", "channels"),
         *("has_patterns", "hub", "tags", "who"),
@@ -967,6 +1090,7 @@ class Subscription:
         # Read, and not given out; the next is the last.
         self._items: list[Item] | None = None
         self._is_begun = False
+        self._is_listed = False  # kicks are listened for, for its sake
         self._watched = 0  # so many of its channels, the first ones
         self._lost: list[tuple[str, str]] | None = None  # patterns, and why
         self._reason: str | None = None
@@ -1073,7 +1197,7 @@ class Subscription:
             self._given = named[0].last
         elif named:
             self._given = _composite([c.name for c in named], [c.last for c in named])
-        self._is_begun = False
+        self._is_begun = self._is_listed = False
         self._named, self._brought, self._waiter, self._watched = (), None, None, 0
 
     def __del__(self) -> None:
@@ -1081,7 +1205,12 @@ class Subscription:
         if getattr(self, "_is_begun", False):
             self._is_begun = False
             watched = self.channels[: self._watched]
-            self.hub.drop(self, watched, self._announced())
+            self.hub.drop(self, watched, self._announced(), self._is_listed)
+
+    @property
+    def is_nameable(self) -> bool:
+        """A kick may name it."""
+        return self.who is not None or bool(self.tags)
 
     @property
     def is_closed(self) -> bool:
@@ -1334,6 +1463,9 @@ class Subscription:
         self._brought = _Brought() if self.has_patterns else None
         self.hub.enter(self)
         try:
+            if self.is_nameable:
+                self._is_listed = True
+                self.hub.enlist()
             self._begin_channels(self._given)
         except BaseException:
             self._leave(has_joined=False)
@@ -1825,6 +1957,9 @@ class Subscription:
         watched, self._watched = self.channels[: self._watched], 0
         for name in watched:
             self.hub.unwatch(name)
+        was_listed, self._is_listed = self._is_listed, False
+        if was_listed:
+            self.hub.unlist()
         if has_joined:
             self.hub.announce(self._announced(), self.announcement, "leave")
 

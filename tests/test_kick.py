@@ -1,0 +1,222 @@
+"""Kicks by name: all processes of a hub, and what becomes of those that are missed."""
+
+from contextlib import closing
+
+import pytest
+
+from pairs import Threads, await_true
+from syncstream import Closed, Hub, Unavailable, Uncertain
+from syncstream.brokers import matches
+from syncstream.brokers.memory import MemoryBroker
+from syncstream.control import CONTROL, Kick
+
+PLACE = Threads()
+
+
+class Shared(MemoryBroker):
+    """Other processes have it, too, as far as a hub can tell.
+
+    Attributes:
+        is_mute: It tells nothing of what is new, as when its listener is down.
+        failure: What publishing a kick raises.
+    """
+
+    scope = "machine"
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.is_mute, self.failure, self.reads = False, None, []
+
+    def publish(self, items, *, connection=None):
+        if self.failure is not None and items[0][0] == CONTROL:
+            raise self.failure
+        return super().publish(items, connection=connection)
+
+    def read(self, channel, after, limit=1000):
+        self.reads.append(channel)
+        return super().read(channel, after, limit)
+
+    def _is_watched(self, channel):
+        return not self.is_mute and super()._is_watched(channel)
+
+    def kick(self, who=None, tags=None):
+        """Do what another process does."""
+        self.publish([(CONTROL, Kick(who, tags).encoded("another"))])
+
+
+@pytest.fixture
+def broker():
+    return Shared()
+
+
+@pytest.fixture
+def hub(broker):
+    hub = Hub(broker=broker)
+    yield hub
+    hub.close()
+
+
+def begun(hub, *channels, **options):
+    subscription = hub.subscribe(*(channels or ("a",)), **options)
+    subscription.read(0)
+    return subscription
+
+
+def await_end(subscription):
+    await_true(PLACE, lambda: subscription.is_closed)
+    assert subscription.reason == "kicked"
+
+
+def test_by_name_in_all_processes(tmp_path):
+    """Of one name, of a tag, or both; whoever is at another hub is ended there."""
+    with (
+        closing(Hub(f"local:{tmp_path}")) as here,
+        closing(Hub(f"local:{tmp_path}")) as there,
+    ):
+        ann, bob = begun(here, who="ann"), begun(here, who="bob", tags=["staff", "x"])
+        far = [
+            begun(there, who="ann"),
+            begun(there, "*", who="bob", tags=["staff"]),
+            begun(there, "a", "b", who={"id": 7, "name": "ann"}),
+        ]
+        nobody = begun(there)
+        assert here.kick(who="ann") == 1
+        await_end(ann)
+        await_end(far[0])
+        assert here.kick(who="ann", tags=["staff"]) == 0
+        assert here.kick(tags=[]) == 0
+        assert here.kick(tags=["staff", "others"]) == 1
+        await_end(bob)
+        await_end(far[1])
+        assert there.kick(who={"name": "ann", "id": 7}) == 1
+        assert far[2].is_closed
+        again = begun(here, who="ann")  # not by a kick of before
+        assert here.kick(who="nobody") == 0
+        there.publish("a", "1")
+        assert [event.data for event in again.read(5)] == ["1"]
+        assert not nobody.is_closed
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({}, ValueError),
+        ({"who": None}, ValueError),
+        ({"who": None, "tags": ["x"]}, ValueError),
+        ({"tags": "staff"}, TypeError),
+        ({"who": object()}, TypeError),
+        ({"who": "x" * (2 << 20)}, ValueError),
+        ({"predicate": bool, "who": "ann"}, ValueError),
+        ({"predicate": "ann"}, TypeError),
+    ],
+)
+def test_names_that_are_none(hub, options, error):
+    """Refused, and nobody is ended: `None` is the name of all who have none."""
+    subscription = begun(hub, who=object(), tags=["s"])
+    with pytest.raises(error):
+        hub.kick(**options)
+    assert not subscription.is_closed
+
+
+@pytest.mark.parametrize("kind", [Unavailable, Uncertain])
+def test_others_that_cannot_be_told(hub, broker, kind):
+    """It says so, after those of this process were ended."""
+    subscription = begun(hub, who="ann")
+    broker.failure = kind("gone")
+    with pytest.raises(kind, match=r"1 were ended in this process.*gone"):
+        hub.kick(who="ann")
+    assert subscription.is_closed
+
+
+def test_what_a_deaf_listener_has_missed(hub, broker):
+    """It is read when the listener is back."""
+    ann, bob = begun(hub, who="ann"), begun(hub, who="bob")
+    broker.is_mute = True
+    broker.kick('"ann"')
+    broker.is_mute = False
+    hub.resync(None)
+    await_end(ann)
+    assert not bob.is_closed
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_kicks_that_are_gone_end_all_whom_they_may_have_named(is_whole, caplog):
+    """Their views decide anew; who has no name and no tag is none of them."""
+    with closing(Hub(broker=(broker := Shared(capacity=3)))) as hub:
+        named, tagged = begun(hub, who="ann"), begun(hub, tags=["x"])
+        plain = begun(hub)
+        broker.is_mute = True
+        for _ in range(3 if is_whole else 4):
+            broker.kick('"nobody"')
+        broker.is_mute = False
+        broker.kick('"ann"') if is_whole else hub.resync([CONTROL])
+        await_end(named)
+        await_end(tagged)
+        assert not plain.is_closed
+        assert "kicks are missing" in caplog.text
+
+
+def test_a_malformed_kick_ends_all_whom_it_may_have_named(hub, broker):
+    """Nobody knows whom it means."""
+    named = begun(hub, who="ann")
+    broker.publish([(CONTROL, b"data: nope\n\n")])
+    await_end(named)
+
+
+def test_nobody_sees_the_channel(hub, broker):
+    """Not by a pattern, nor in the counts; nor can it be named."""
+    watcher = begun(hub, "*", "#", who="ann")
+    before = hub.stats()
+    broker.kick('"bob"')
+    hub.publish("a", "1")
+    assert {event.data for event in watcher.read(5)} == {"1"}
+    assert hub.stats()["channels"] == before["channels"] + 1
+    for call in (
+        lambda name: hub.publish(name, "x"),
+        hub.subscribe,
+        hub.head,
+        hub.channel,
+    ):
+        with pytest.raises(ValueError, match="channel"):
+            call(CONTROL)
+    assert b'\0{"only": []}\n' in Kick("1", None).encoded("x")  # older workers
+    assert matches("#", CONTROL)
+
+
+def test_it_is_listened_for_while_there_is_somebody(hub, broker):
+    """Nobody with a name or tags costs nothing; nor does the second one."""
+    begun(hub)
+    assert CONTROL not in broker._watched
+    first, second = begun(hub, who="ann"), begun(hub, tags=["x"])
+    await_true(PLACE, lambda: not hub._control._is_reading)
+    reads = broker.reads.count(CONTROL)
+    for n in range(20):
+        hub.publish("a", str(n))
+    first.close()
+    assert CONTROL in broker._watched
+    second.close()
+    assert CONTROL not in broker._watched
+    broker.kick('"ann"')
+    assert not begun(hub, who="ann").is_closed
+    assert reads <= 2
+
+
+def test_a_predicate_that_raises_ends_the_others_all_the_same(hub):
+    """Then it is raised."""
+    first, broken, last = (begun(hub, who=who) for who in (1, 0, 2))
+
+    def predicate(subscription):
+        return 1 / subscription.who
+
+    with pytest.raises(ZeroDivisionError):
+        hub.kick(predicate)
+    assert [s.is_closed for s in (first, broken, last)] == [True, False, True]
+
+
+def test_an_end_of_a_kick_reads_nothing_more(hub):
+    """Kicked between two reads: what has come meanwhile is not given out."""
+    ann = begun(hub, who="ann")
+    hub.publish("a", "1")
+    hub.kick(who="ann")
+    with pytest.raises(Closed, match="kicked"):
+        ann.read(0)
