@@ -27,7 +27,7 @@ LAYERS = (
     ("log",),
     ("brokers",),
     ("capacity", "links", "watch"),
-    ("process",),
+    ("control", "process"),
     ("hub",),
     ("fanout",),
     ("stream",),
