@@ -1,0 +1,45 @@
+"""``apps.broker_app`` with a short `max_age`, and a clock that others may move.
+
+$SOAK_CLOCK is a file: its text is added, in seconds, to what `time.time` says.
+"""
+
+import os
+import time
+from pathlib import Path
+
+from syncstream import Hub
+from syncstream.brokers import open_broker
+
+MAX_AGE = 20.0  # seconds
+MAX_SIZE = 8 << 20  # bytes, of `local:`
+CAPACITY = 1000
+
+_clock = time.time
+
+
+def _moved():
+    try:
+        return _clock() + float(Path(os.environ["SOAK_CLOCK"]).read_text() or 0)
+    except OSError:
+        return _clock()
+
+
+def open_hub(url):
+    """Return a hub as all processes of the soak have it."""
+    if url.startswith("local:"):
+        from syncstream.brokers.local import LocalBroker
+
+        broker = LocalBroker(url, CAPACITY, MAX_AGE, MAX_SIZE)
+    else:
+        broker = open_broker(url, capacity=CAPACITY, max_age=MAX_AGE)
+    return Hub(broker=broker, max_age=MAX_AGE)
+
+
+if "SOAK_CLOCK" in os.environ:
+    time.time = _moved
+
+if "HUB_URL" in os.environ:
+    from apps import broker_app
+
+    broker_app.hub_app.hub = open_hub(os.environ["HUB_URL"])
+    wrapped = broker_app.wrapped
