@@ -1515,10 +1515,9 @@ def call():
     hub.publish("a", "x")
     hub.subscribe("a").read(0)
     hub.publish("a", "y")
-call()
-gc.collect()
+    return hub
+call().close()
 own = psutil.Process()
-time.sleep(0.5)
 before = own.num_threads(), own.num_fds()
 for _ in range(5):
     call()
@@ -1531,6 +1530,7 @@ with psycopg.connect(url, autocommit=True) as connection:
     sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dropped'"
     while connection.execute(sql).fetchone() != (1,):  # this one
         assert time.monotonic() < deadline, "connections must be closed"
+        gc.collect()
         time.sleep(0.05)
 """
 

@@ -35,6 +35,7 @@ import os
 import re
 import select
 import socket
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -986,14 +987,14 @@ class _Own:
 
     def close(self) -> None:
         self.release(0)
-        self._end_threads()
+        self._end_threads(waiting.hub())
 
     def __del__(self) -> None:
         # Of a broker that nobody has closed: gevent keeps its threads for ever.
-        self._end_threads()
+        if not sys.is_finalizing():
+            self._end_threads(None)
 
-    def _end_threads(self) -> None:
-        here = waiting.hub() if self._threads else None
+    def _end_threads(self, here: Any) -> None:
         while self._threads:
             hub, (threads, _) = self._threads.popitem()
             if hub is here:
