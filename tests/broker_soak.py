@@ -67,6 +67,11 @@ class Published:
     id: str | None
     outcome: str  # "stored", "Unavailable" or "Uncertain"
 
+    @property
+    def until(self):
+        """By when it was stored: an engine may go on with what is in doubt."""
+        return float("inf") if self.outcome == "Uncertain" else self.end
+
 
 @dataclass
 class Seen:
@@ -131,9 +136,9 @@ def judge(published, clients, faults):
 
     def precedes(one, other):
         """Tell whether one was stored before the other, ``None`` if nobody knows."""
-        if one.end < other.start:
+        if one.until < other.start:
             return True
-        if other.end < one.start:
+        if other.until < one.start:
             return False
         start, end = min(one.start, other.start), max(one.end, other.end)
         if one.id is None or other.id is None or one.id == other.id:
