@@ -427,7 +427,7 @@ class Redis(OverTCP):
 
     def _refuse_name(self):
         words = [f"{sign}ss:{{{name}}}*" for name in CHANNELS[1:] for sign in "~&"]
-        words += ["~ss:{* *", "&ss:{* *", "&ss:[^{]*"]
+        words += ["~ss:{[^c]*", "&ss:{[^c]*", "&ss:[^{]*"]
         self._acl("resetkeys", "resetchannels", *words)
 
     def _delete_one(self):
