@@ -64,6 +64,10 @@ CROWD = 1000  # new ones after which they are counted
 ANSWER = 5.0  # seconds in which an `authorize` must have answered
 RETRY = 1.0  # seconds, roughly, until a broker that did not answer is asked again
 MAX_CHANNELS = 32  # of one subscription, by name: their ids fit into one
+_MOST_KEPT = 1_000_000_000  # events of a channel: what any broker can count
+_MOST_PAYLOAD = 512 << 20  # bytes: what Redis has for one value
+_LONGEST = 1e9  # seconds, thirty years
+_DEFAULT: Any = object()  # an argument that was not given
 _MAX_ID = 4096  # characters of an id that are looked at
 _MAX_NAME = 200  # characters of a channel's name
 _ID = re.compile(r"[0-9a-f]+(-[0-9a-f]+)?")
@@ -126,11 +130,13 @@ class Hub:
             ``local:NAME`` or ``local:/PATH``, the processes of this machine;
             ``redis://HOST`` or ``postgresql://USER@HOST/DATABASE``, all who reach it.
             See `brokers.open_broker`, and docs/brokers.md.
-        broker: A broker, in place of a URL; see `syncstream.brokers`.
-        capacity: So many events of each channel are kept, for those who resume:
-            fewer, if they are large (``memory:`` has 256 MiB for all channels, an
-            eighth of it for one, see `brokers.memory.MemoryBroker`).
-        max_age: Events are kept for so many seconds, ``None`` for no limit.
+        broker: A broker, in place of ``url``, ``capacity`` and ``max_age``, which are
+            its own; see `syncstream.brokers`.
+        capacity: So many events of each channel are kept, for those who resume,
+            1000 by default: fewer, if they are large (``memory:`` has 256 MiB for all
+            channels, an eighth of it for one, see `brokers.memory.MemoryBroker`).
+        max_age: Events are kept for so many seconds, an hour by default, ``None`` for
+            no limit.
         max_payload: So many bytes an event may have, encoded.
         dumps: Encodes what is not text, as in `SSEResponse`.
 
@@ -140,24 +146,39 @@ class Hub:
 
     def __init__(
         self,
-        url: str = "memory:",
+        url: str = _DEFAULT,
         *,
         broker: Broker | None = None,
-        capacity: int = 1000,
-        max_age: float | None = 3600.0,
+        capacity: int = _DEFAULT,
+        max_age: float | None = _DEFAULT,
         max_payload: int = 1 << 20,
         dumps: Dumps | None = None,
     ) -> None:
-        for name, number in (("capacity", capacity), ("max_payload", max_payload)):
+        if broker is not None:
+            for name, given in (("url", url), ("capacity", capacity)):
+                if given is not _DEFAULT:
+                    raise ValueError(f"{name} must not be given with broker: it has it")
+            if max_age is not _DEFAULT:
+                raise ValueError("max_age must not be given with broker: it has it")
+        url = "memory:" if url is _DEFAULT else url
+        capacity = 1000 if capacity is _DEFAULT else capacity
+        max_age = 3600.0 if max_age is _DEFAULT else max_age
+        for name, number, most in (
+            ("capacity", capacity, _MOST_KEPT),
+            ("max_payload", max_payload, _MOST_PAYLOAD),
+        ):
             if not isinstance(number, int) or isinstance(number, bool):
                 raise TypeError(f"{name} must be int, got {number!r}")
-            if number < 1:
-                raise ValueError(f"{name} must be 1 or more, got {number!r}")
+            if not 1 <= number <= most:
+                raise ValueError(f"{name} must be 1 to {most}, got {number!r}")
         if max_age is not None:
             if not isinstance(max_age, (int, float)) or isinstance(max_age, bool):
                 raise TypeError(f"max_age must be seconds or None, got {max_age!r}")
-            if not max_age > 0:
-                raise ValueError(f"max_age must be above 0, or None, got {max_age!r}")
+            if not 0 < max_age <= _LONGEST:
+                raise ValueError(
+                    f"max_age must be above 0, and {_LONGEST:.0f} seconds at most, or"
+                    f" None for no limit, got {max_age!r}"
+                )
         if not isinstance(url, str):
             raise TypeError(f"url must be str, got {type(url).__name__}")
         if broker is not None and not callable(getattr(broker, "attach", None)):
@@ -1064,8 +1085,11 @@ class Subscription:
                 continue
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise TypeError(f"{label} must be seconds or None, got {value!r}")
-            if not 0 < value < math.inf:
-                raise ValueError(f"{label} must be above 0 seconds, got {value!r}")
+            if not 0 < value <= _LONGEST:
+                raise ValueError(
+                    f"{label} must be above 0 seconds, and {_LONGEST:.0f} at most, got"
+                    f" {value!r}"
+                )
         if reauthorize is not None and authorize is None:
             raise ValueError("reauthorize needs authorize")
         self.hub = hub

@@ -1722,6 +1722,13 @@ def test_state(hub, caplog):
         ({"capacity": 0}, ValueError),
         ({"capacity": 1.5}, TypeError),
         ({"capacity": True}, TypeError),
+        ({"capacity": 10**10}, ValueError),
+        ({"max_payload": 1 << 40}, ValueError),
+        ({"max_age": float("inf")}, ValueError),
+        ({"max_age": 1e300}, ValueError),
+        ({"url": "memory:?x=1"}, ValueError),
+        ({"url": "memory:name"}, ValueError),
+        ({"url": "local:x?y=1"}, ValueError),
         ({"max_payload": 0}, ValueError),
         ({"max_age": 0}, ValueError),
         ({"max_age": "1"}, TypeError),
@@ -1737,6 +1744,15 @@ def test_wrong_arguments_of_a_hub(options, error):
     """Each is refused, by its name."""
     with pytest.raises(error, match=next(iter(options))):
         Hub(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"url": "memory:"}, {"capacity": 1000}, {"max_age": None}], ids=str
+)
+def test_what_a_broker_has_is_not_given_beside_it(options):
+    """It would be ignored."""
+    with pytest.raises(ValueError, match="with broker"):
+        Hub(broker=MemoryBroker(), **options)
 
 
 @pytest.mark.parametrize(
@@ -2249,7 +2265,7 @@ def test_windows_have_a_budget(steps):
 def check_budget(steps):
     # Windows forget what is too old; the broker does not, or it were a gap.
     broker = Told(capacity=10_000, max_age=None)
-    hub = Hub(broker=broker, max_age=1e6)
+    hub = Hub(broker=broker)
     subscriptions = [hub.subscribe(*names) for names in NAMES]
     found = [[] for _ in NAMES]
     published = []

@@ -58,7 +58,8 @@ def hub(broker):
 
 def begun(hub, *channels, **options):
     subscription = hub.subscribe(*(channels or ("a",)), **options)
-    subscription.read(0)
+    # In a thread: ours may have a gevent hub, of other tests, which does not run.
+    PLACE.start(lambda: subscription.read(0))()
     return subscription
 
 

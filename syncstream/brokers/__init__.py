@@ -164,6 +164,8 @@ _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{0,31}")  # RFC 3986, section 3.1
 def _memory(url: str, options: dict[str, Any]) -> Broker:
     from .memory import MemoryBroker
 
+    if url != "memory:":
+        raise ValueError("url must be memory: alone: it has no name and no options")
     return MemoryBroker(**options)
 
 
@@ -178,6 +180,11 @@ def _require_unix(url: str) -> None:
 
 def _local(url: str, options: dict[str, Any]) -> Broker:
     _require_unix("local:")
+    if "?" in url or "#" in url:
+        raise ValueError(
+            "url must be local:, local:NAME or local:/PATH, without ? and #: it has no"
+            " options"
+        )
     from .local import LocalBroker
 
     return LocalBroker(url, **options)
