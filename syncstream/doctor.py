@@ -1065,6 +1065,8 @@ class _Request:
 def _type_of(data: bytes) -> str:
     try:
         json.loads(data)
+    except RecursionError:  # nothing else nests
+        return "application/json"
     except ValueError:
         return "application/x-www-form-urlencoded"
     return "application/json"

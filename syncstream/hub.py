@@ -285,13 +285,14 @@ class Hub:
         prefix = _prefix(only, exclude)
         batch = [(channel, prefix + self._payload(item)) for item in items]
         for _, payload in batch:
-            self._check_size(payload)
+            self.check_size(payload)
         self._clear()
         ids = self.broker.publish(batch, connection=connection) if batch else []
         self._published += len(ids)
         return ids
 
-    def _check_size(self, payload: bytes) -> None:
+    def check_size(self, payload: bytes) -> None:
+        """Refuse what is larger than an event may be, encoded."""
         if len(payload) > self._max_payload:
             raise PayloadTooLarge(
                 f"an event must have {self._max_payload} bytes at most, encoded,"
@@ -309,7 +310,7 @@ class Hub:
         kicks them, or finds that they have gone.
         """
         event = self._event({"who": who}, "leave", None)
-        self._check_size(event.encode())
+        self.check_size(event.encode())
         return str(event.data)
 
     def _event(self, data: Any, event: str | None, retry: int | None) -> Event:
@@ -513,7 +514,7 @@ class Hub:
         )
         if kick.tags == []:
             return 0
-        self._check_size(kick.encoded(""))
+        self.check_size(kick.encoded(""))
         count, told = 0, None
         try:
             count = self.end(kick)

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
 
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import (
+    BadRequest,
+    HTTPException,
+    LengthRequired,
+    RequestEntityTooLarge,
+)
 from werkzeug.wrappers import Request, Response
 
-from .errors import BrokerError, PayloadTooLarge, Unavailable
+from .errors import BrokerError, Denied, PayloadTooLarge, Unavailable
 from .hub import Hub
 from .protocol.sse import Event
 
@@ -24,9 +31,16 @@ if TYPE_CHECKING:
 
 __all__ = ["publish_app"]
 
-MAX_BODY = 16 << 20  # bytes
+MAX_BODY = 16 << 20  # bytes, of all lines together
+# A batch is one piece: other publishers wait until it is stored. It is counted before
+# anything is made of it: 16 MiB of "1\n" would be 2 GB of events.
+MAX_LINES = 1000
+_MAX_DIGITS = 4300  # of an integer: more, and Python does not read it
 _NDJSON = frozenset(("application/x-ndjson", "application/jsonl"))
+_ARGUMENTS = frozenset(("event", "retry", "only", "exclude"))
+_SEVERAL = frozenset(("only", "exclude"))
 _RETRY_AFTER = 2  # seconds
+_TOKEN = re.compile("[!-~]+")
 
 
 def publish_app(hub: Hub, *, token: str | Iterable[str]) -> WSGIApplication:
@@ -36,16 +50,22 @@ def publish_app(hub: Hub, *, token: str | Iterable[str]) -> WSGIApplication:
     the event's data, UTF-8; or, as ``application/x-ndjson``, several events, the JSON
     of one a line, which are published in one go. ``?event=``, ``?retry=``, and
     ``?only=`` and ``?exclude=``, which may come several times, are those of
-    `Hub.publish`.
+    `Hub.publish`. No others are taken.
+
+    A body has `MAX_BODY` bytes and `MAX_LINES` lines at most, empty ones included; an
+    event, `Hub`'s ``max_payload``. Larger ones are refused as a whole, before they are
+    read where their length is given.
 
     The answer is JSON: ``{"ids": ["5-8f1c22aa"]}``, in the order of the events. Errors
-    have ``{"error": "…"}``: 400 what was sent is wrong, 401 the token, 405 the method,
-    413 it is too large, 503 nothing was stored (come again after Retry-After), 504 it
+    have ``{"error": "…"}``: 400 what was sent is wrong, 401 the token, 403 the engine
+    does not allow this channel, 405 the method, 411 Content-Length is needed, 413 it
+    is too large, 503 nothing was stored (come again after Retry-After), 504 it
     may have been stored.
 
     Args:
         hub: Where to publish.
-        token: What callers must present; several while one replaces another.
+        token: What callers must present, printable ASCII without spaces; several
+            while one replaces another.
 
     Raises:
         TypeError, ValueError: A token is no text, or empty, or there is none.
@@ -56,8 +76,10 @@ def publish_app(hub: Hub, *, token: str | Iterable[str]) -> WSGIApplication:
     for each in tokens:
         if not isinstance(each, str):
             raise TypeError(f"token must be str, got {type(each).__name__}")
-        if not each:
-            raise ValueError("token must not be empty")
+        if not _TOKEN.fullmatch(each):  # a header could not carry it; it is not shown
+            raise ValueError(
+                "token must be printable ASCII, without spaces or line ends"
+            )
     keys = [each.encode() for each in tokens]
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -67,31 +89,34 @@ def publish_app(hub: Hub, *, token: str | Iterable[str]) -> WSGIApplication:
 
 
 def _answer(hub: Hub, keys: list[bytes], request: Request) -> Response:
-    request.max_content_length = MAX_BODY
-    authorization = request.authorization
-    given = "" if authorization is None else authorization.token or ""
-    if authorization is None or authorization.type != "bearer":
+    # Not by werkzeug, which takes a token with "=" in it for something else.
+    kind, _, given = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+    if kind.lower() != "bearer" or not given.strip():
         return _error(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
     # All of them, in constant time: how long it takes tells nothing.
-    matches = [hmac.compare_digest(key, given.encode()) for key in keys]
+    text = given.strip().encode("latin-1", "replace")
+    matches = [hmac.compare_digest(key, text) for key in keys]
     if not any(matches):
         return _error(401, "the token is wrong", {"WWW-Authenticate": "Bearer"})
     if request.method != "POST":
         return _error(405, "post it", {"Allow": "POST"})
     try:
+        channel = _decoded("channel", request.environ.get("PATH_INFO", ""))
+        arguments = _arguments(request.environ.get("QUERY_STRING", ""))
+        # `?only=`, an empty one, is a tag that nobody has.
+        only, exclude = arguments.pop("only", None), arguments.pop("exclude", [])
+        events = list(_events(hub, _body(request), request.mimetype, arguments))
         ids = hub.publish_many(
-            request.path.removeprefix("/"),
-            _events(request),
-            # `?only=`, an empty one, is a tag that nobody has.
-            only=request.args.getlist("only") or None,
-            exclude=request.args.getlist("exclude"),
+            channel.removeprefix("/"), events, only=only, exclude=exclude
         )
     except PayloadTooLarge as error:
         return _error(413, str(error))
     except RequestEntityTooLarge:
         return _error(413, f"a body must have {MAX_BODY} bytes at most")
-    except HTTPException as error:  # a body that ends early
+    except HTTPException as error:  # no length; a body that ends early
         return _error(error.code or 400, str(error.description))
+    except Denied as error:  # not 503: it will not pass by itself
+        return _error(403, str(error))
     except Unavailable as error:
         return _error(503, str(error), {"Retry-After": str(_RETRY_AFTER)})
     except (ValueError, TypeError) as error:
@@ -101,36 +126,121 @@ def _answer(hub: Hub, keys: list[bytes], request: Request) -> Response:
     return _json(200, {"ids": ids})
 
 
-def _events(request: Request) -> list[Any]:
-    """Return the events of a request.
+def _decoded(name: str, text: str) -> str:
+    """Return text of the environ, whose characters are bytes, as what it means.
 
     Raises:
-        ValueError: The body is no text, or a line no JSON; retry is no number.
+        ValueError: It is not UTF-8. (What is replaced would be another channel.)
     """
     try:
-        text = request.get_data(cache=False).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the body must be UTF-8: {error.reason}") from None
-    event = request.args.get("event")
-    retry = request.args.get("retry")
-    if retry is not None and not (retry.isascii() and retry.isdecimal()):
-        raise ValueError(f"retry must be whole milliseconds, got {retry!r}")
-    options: Any = {"event": event, "retry": None if retry is None else int(retry)}
-    if request.mimetype not in _NDJSON:
-        return [Event(text, **options)]
-    lines = [line for line in text.split("\n") if line.strip()]
-    if not lines:
+        return text.encode("latin-1").decode()
+    except UnicodeError:
+        raise ValueError(f"{name} must be UTF-8") from None
+
+
+def _arguments(query: str) -> dict[str, Any]:
+    """Return the arguments of a query: lists of those that may come several times.
+
+    Raises:
+        ValueError: One is unknown, is there twice, or is wrong.
+    """
+    found: dict[str, Any] = {}
+    try:
+        pairs = parse_qsl(
+            _decoded("the query", query), keep_blank_values=True, errors="strict"
+        )
+    except UnicodeError:
+        raise ValueError("the query must be UTF-8") from None
+    for name, value in pairs:
+        if name not in _ARGUMENTS:
+            known = ", ".join(sorted(_ARGUMENTS))
+            raise ValueError(f"the query may have {known}, got {name[:100]!r}")
+        if name in _SEVERAL:
+            found.setdefault(name, []).append(value)
+        elif name in found:
+            raise ValueError(f"{name} must be given once")
+        else:
+            found[name] = value
+    retry = found.get("retry")
+    if retry is not None:
+        if not (retry.isascii() and retry.isdecimal()) or len(retry) > _MAX_DIGITS:
+            raise ValueError(f"retry must be whole milliseconds, got {retry[:100]!r}")
+        found["retry"] = int(retry)
+    return found
+
+
+def _body(request: Request) -> bytes:
+    """Return the body.
+
+    Raises:
+        HTTPException: It has no length that is known, is too large, or ends early.
+    """
+    length = request.environ.get("CONTENT_LENGTH") or ""
+    environ = request.environ
+    is_chunked = "HTTP_TRANSFER_ENCODING" in environ and not length
+    # Werkzeug takes a length that is none for 0, and would publish an empty event.
+    if length and not (length.isascii() and length.isdecimal()):
+        raise BadRequest("Content-Length must be a whole number")
+    if is_chunked and not environ.get("wsgi.input_terminated", False):
+        raise LengthRequired("Content-Length must be given: the server reads no chunks")
+    if len(length.lstrip("0")) > len(str(MAX_BODY)):
+        raise RequestEntityTooLarge
+    request.max_content_length = MAX_BODY
+    return request.get_data(cache=False)
+
+
+def _events(
+    hub: Hub, body: bytes, mimetype: str, options: dict[str, Any]
+) -> Iterator[Event]:
+    """Yield the events of a body.
+
+    Raises:
+        ValueError: The body is no text, or a line no JSON.
+        PayloadTooLarge: There are too many lines, or one is too long.
+    """
+    if mimetype not in _NDJSON:
+        hub.check_size(body)  # of many short lines as an event is several times that
+        yield Event(_text("the body", body), **options)
+        return
+    if body.count(b"\n") + (not body.endswith(b"\n")) > MAX_LINES:
+        raise PayloadTooLarge(f"a body must have {MAX_LINES} lines at most")
+    is_empty = True
+    for number, line in enumerate(body.split(b"\n"), 1):
+        hub.check_size(line)
+        text = _text(f"line {number}", line).strip()
+        if text:
+            is_empty = False
+            _check_json(number, text)
+            yield Event(text, **options)
+    if is_empty:
         raise ValueError("the body has no line")
-    for number, line in enumerate(lines, 1):
-        try:
-            json.loads(line, parse_constant=_refuse)
-        except ValueError as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from None
-    return [Event(line.strip(), **options) for line in lines]
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} must be UTF-8: {error.reason}") from None
+
+
+def _check_json(number: int, text: str) -> None:
+    try:
+        json.loads(text, parse_constant=_refuse, parse_int=_check_digits)
+    except ValueError as error:
+        raise ValueError(f"line {number} is not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"line {number} is nested too deeply") from None
 
 
 def _refuse(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _check_digits(text: str) -> int:
+    # It is not made: that takes the square of its digits, where Python has no limit.
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number may have {_MAX_DIGITS} digits at most")
+    return 0
 
 
 def _json(status: int, value: Any, headers: dict[str, str] | None = None) -> Response:

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import tempfile
+import traceback
 
 import pytest
 from werkzeug.test import Client
@@ -12,8 +13,9 @@ from werkzeug.wrappers import Response
 from syncstream import Hub
 from syncstream.__main__ import main
 from syncstream.errors import Unavailable, Uncertain
-from syncstream.publish import MAX_BODY, publish_app
+from syncstream.publish import MAX_BODY, MAX_LINES, publish_app
 
+NDJSON = "application/x-ndjson"
 TOKEN = {"Authorization": "Bearer secret"}
 
 
@@ -82,6 +84,13 @@ def test_tags_choose_who_gets_it(hub, client):
         ("/a", b"{}\n{", {"content_type": "application/x-ndjson"}, 400, "line 2"),
         ("/a", b"NaN", {"content_type": "application/x-ndjson"}, 400, "line 1"),
         ("/a", b"\n", {"content_type": "application/x-ndjson"}, 400, "no line"),
+        ("/a?x=1", b"x", {}, 400, "the query may have"),
+        ("/a?retry=1&retry=2", b"x", {}, 400, "once"),
+        ("/a?event=%FF", b"x", {}, 400, "UTF-8"),
+        ("/", b"x", {"environ_overrides": {"PATH_INFO": "/\xff"}}, 400, "UTF-8"),
+        ("/a", b"\xef\xbb\xbf1", {"content_type": NDJSON}, 400, "line 1"),
+        ("/a", b"1\n" * (MAX_LINES + 1), {"content_type": NDJSON}, 413, "lines"),
+        ("/a", b"\n" * (MAX_LINES + 1), {"content_type": NDJSON}, 413, "lines"),
         ("/a", b"x" * 1001, {}, 413, "1000 bytes at most"),
         ("/a", b"x" * (MAX_BODY + 1), {}, 413, "bytes at most"),
     ],
@@ -91,6 +100,42 @@ def test_what_is_wrong_is_said(hub, client, path, data, options, status, text):
     answer = post(client, path, data, **options)
     assert answer.status_code == status
     assert text in answer.json["error"]
+    assert hub.stats()["published"] == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [(b"[" * 100_000, "nested too deeply"), (b"9" * 5000, "digits at most")],
+    ids=["deep", "digits"],
+)
+def test_json_that_python_cannot_read(data, text):
+    """Is refused in a sentence, by a hub that takes events as large."""
+    hub = Hub()
+    try:
+        client = Client(publish_app(hub, token="secret"), Response)
+        answer = post(client, "/a", data, content_type=NDJSON)
+        assert answer.status_code == 400
+        assert text in answer.json["error"]
+        assert hub.stats()["published"] == 0
+    finally:
+        hub.close()
+
+
+@pytest.mark.parametrize(
+    ("environ", "status"),
+    [
+        ({"CONTENT_LENGTH": "x"}, 400),
+        ({"CONTENT_LENGTH": "-1"}, 400),
+        ({"CONTENT_LENGTH": "9" * 5000}, 413),
+        ({"CONTENT_LENGTH": "9"}, 400),
+        ({"CONTENT_LENGTH": "", "HTTP_TRANSFER_ENCODING": "chunked"}, 411),
+    ],
+    ids=["word", "negative", "huge", "short", "chunked"],
+)
+def test_bodies_of_a_wrong_length(hub, client, environ, status):
+    """Are no empty events."""
+    answer = post(client, environ_overrides=environ)
+    assert answer.status_code == status
     assert hub.stats()["published"] == 0
 
 
@@ -207,6 +252,26 @@ def test_no_escape_sequence_gets_to_the_terminal(capsys):
     told = capsys.readouterr().err
     assert r"\x1b[31m\x9b31m/missing" in told
     assert told.removesuffix("\n").isprintable()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://app:s3cr3t@h/x",
+        "app:s3cr3t@h",
+        "http://[s3cr3t",
+        "s3cr3t",
+        "local://app:s3cr3t@h",
+    ],
+)
+def test_no_password_of_a_url_is_shown(url, capsys):
+    """Neither in the error, nor in what it is chained to, nor by the command."""
+    with pytest.raises(ValueError, match="url must") as caught:
+        Hub(url)
+    assert "s3cr3t" not in "".join(traceback.format_exception_only(caught.value))
+    assert caught.value.__context__ is None
+    assert main(["publish", url, "a", "b"]) == 2
+    assert "s3cr3t" not in "".join(capsys.readouterr())
 
 
 def test_the_answer_is_json(client):

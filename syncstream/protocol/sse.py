@@ -217,12 +217,15 @@ class Event:
         """Return what a receiver gets who reads the data as JSON.
 
         Raises:
-            ValueError: There is no data, or it is not JSON.
+            ValueError: There is no data, or it is not JSON, or nested too deeply.
         """
         if self.data is None:
             raise ValueError("the event has no data to read as JSON")
         data = self.data
-        return loads(data if isinstance(data, str) else _json_text(data, None))
+        try:
+            return loads(data if isinstance(data, str) else _json_text(data, None))
+        except RecursionError:
+            raise ValueError("the event's data is nested too deeply") from None
 
 
 # The ways past the frozen __setattr__: the slots themselves.
