@@ -228,6 +228,9 @@ class Timed:
     def state(self, is_up: bool, reason: str) -> None:
         """The same."""
 
+    def deny(self, name: str, reason: str) -> None:
+        """The same."""
+
 
 def many(control: Control, url: str, count: int, is_publisher: bool) -> Any:
     """Return the milliseconds of each event, of many channels; and the CPU's part."""
@@ -271,6 +274,9 @@ class Told:
 
     def state(self, is_up: bool, reason: str) -> None:
         """Shows by what is missing."""
+
+    def deny(self, name: str, reason: str) -> None:
+        self.reason = reason
 
 
 def flat_out(

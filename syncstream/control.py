@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from .brokers import Broker
 from .clock import time
-from .errors import BrokerError, Unavailable
+from .errors import BrokerError, Denied, Unavailable
 from .log import Entry, Page
 from .protocol.sse import Decoder, Event
 from .sockets import native
@@ -67,6 +67,8 @@ class Kicker(Protocol):
     def end(self, kick: Kick) -> int: ...
 
     def end_nameable(self) -> int: ...
+
+    def deny(self, name: str, reason: str) -> None: ...
 
 
 class Control:
@@ -166,6 +168,9 @@ class Control:
             except BaseException as error:
                 with self._lock:
                     self._is_reading = False
+                if isinstance(error, Denied):  # it is read when the next one is told
+                    hub.deny(CONTROL, str(error))
+                    return
                 if not isinstance(error, Unavailable):
                     say(log, logging.ERROR, "kicks cannot be read", error=error)
                 if watcher is not None:

@@ -62,6 +62,8 @@ IDLE = 60.0  # seconds that a window without subscribers is kept
 MOST_IDLE = 10_000  # how many of them, roughly: names of channels may come from clients
 CROWD = 1000  # new ones after which they are counted
 ANSWER = 5.0  # seconds in which an `authorize` must have answered
+SAID = 3600.0  # seconds for which what was said of a name is not said again
+MOST_SAID = 100  # names of which something is said in that time: clients choose names
 RETRY = 1.0  # seconds, roughly, until a broker that did not answer is asked again
 MAX_CHANNELS = 32  # of one subscription, by name: their ids fit into one
 _MOST_KEPT = 1_000_000_000  # events of a channel: what any broker can count
@@ -207,6 +209,7 @@ class Hub:
         self._published = self._delivered = 0
         self._is_up = True
         self._is_closed = False
+        self._said: dict[tuple[str, str], float] = {}
         self._swept = time.monotonic()
         self._control = Control(self)
         self._crowd = CROWD  # so many windows are looked through at once
@@ -699,6 +702,35 @@ class Hub:
             state = "back" if is_up else "down"
             say(log, logging.WARNING, "the broker is %s: %s", state, reason)
 
+    def deny(self, name: str, reason: str) -> None:
+        if name == CONTROL:  # they are heard again as soon as it is allowed
+            text = "kicks of other processes are not heard: %s"
+            self._say_once(name, logging.ERROR, text, reason)
+            return
+        waiters: dict[Wakeable, None] = {}
+        with self._lock:
+            record = self._channels.get(name)
+            if record is not None:  # who comes now has the broker asked again
+                record.is_watched, record.is_doubtful = False, True
+            for subscription in self._subscriptions():
+                if name in subscription.channels:
+                    waiters |= subscription.deny()
+        text = "the engine refuses %r, whose subscribers are denied: %s"
+        self._say_once(name, logging.ERROR, text, name, reason)
+        wake_all(waiters)
+
+    def _say_once(self, name: str, level: int, text: str, *args: object) -> None:
+        """Log a line of a name, unless that was done within the hour."""
+        now = time.monotonic()
+        with self._lock:
+            if len(self._said) >= MOST_SAID:
+                self._said = {k: at for k, at in self._said.items() if now - at < SAID}
+            at = self._said.get((name, text), -math.inf)
+            if now - at < SAID or len(self._said) >= MOST_SAID:
+                return
+            self._said[name, text] = now
+        say(log, level, text, *args)
+
     # For subscriptions.
 
     def enter(self, subscription: Subscription) -> None:
@@ -716,14 +748,21 @@ class Hub:
 
         Raises:
             Closed: It is, maybe since the broker was asked.
+            Denied: The engine refuses this name; all who subscribe to it have ended.
             BrokerError: The broker does not answer.
         """
         try:
             return self.broker.read(channel, after, limit)
-        except BrokerError:
-            if self._is_closed:
-                raise Closed("closed") from None
+        except BrokerError as error:
+            self._ask_why(channel, error)
             raise
+
+    def _ask_why(self, name: str, error: BrokerError) -> None:
+        """Take note of what a broker has raised of a name."""
+        if self._is_closed:
+            raise Closed("closed") from None
+        if isinstance(error, Denied):
+            self.deny(name, str(error))
 
     def newest(self, channel: str, count: int) -> tuple[str, str]:
         """Ask a broker that has `newest`; raise as `read` does."""
@@ -732,9 +771,8 @@ class Hub:
                 channel, count
             )
             return found
-        except BrokerError:
-            if self._is_closed:
-                raise Closed("closed") from None
+        except BrokerError as error:
+            self._ask_why(channel, error)
             raise
 
     def warn_of_processes(self) -> None:
@@ -787,8 +825,7 @@ class Hub:
         try:
             self._control.enter()
         except Denied as error:
-            text = "kicks of other processes are not heard: %s"
-            process().say_once(log, logging.ERROR, text, error)
+            self.deny(CONTROL, str(error))
 
     def unlist(self) -> None:
         """Listen for kicks for one subscription less."""
@@ -822,7 +859,11 @@ class Hub:
                 self._count(record)
         # Others may have come first, and not be done: it is done twice, then.
         if record is None or not record.is_watched:
-            self.broker.watch(name)
+            try:
+                self.broker.watch(name)
+            except Denied as error:
+                self.deny(name, str(error))
+                raise
             if record is not None:
                 with self._lock:
                     # A pattern may have brought it, and have gone since.
@@ -1215,6 +1256,26 @@ class Subscription:
         if was_begun:
             self._leave()
 
+    def deny(self) -> dict[Wakeable, None]:
+        """End it; return whom to wake. By the hub, under its lock: it waits for nobody.
+
+        Whoever reads it finds that, and closes it.
+        """
+        if self._reason is None:
+            self._reason = "denied"
+        return {} if self._waiter is None else {self._waiter: None}
+
+    def _end_if_denied(self, error: BaseException) -> None:
+        # All of it: to go on without one of its channels is to be silent about that.
+        if isinstance(error, Denied):
+            self.close("denied")
+            raise Closed("denied") from error
+
+    def _check_open(self) -> None:
+        if self._reason is not None:
+            self.close()  # who has ended it may not have waited for that: see `deny`
+            raise Closed(self._reason)
+
     def forget(self) -> None:
         """Begin anew where it is: it is a forked child's copy."""
         named = self._named
@@ -1385,8 +1446,7 @@ class Subscription:
             BrokerError: The broker cannot be asked.
         """
         while True:
-            if self._reason is not None:
-                raise Closed(self._reason)
+            self._check_open()
             pause = self._pause()
             if pause:
                 return b"", 0, time.monotonic() + pause
@@ -1474,8 +1534,7 @@ class Subscription:
             is_owned: Whoever has begun it closes it, too.
         """
         self.check_allowed()
-        if self._reason is not None:
-            raise Closed(self._reason)
+        self._check_open()
         scope: Any = current_scope()
         # It is what the first one in a stream has sent: of others it says nothing.
         if scope is not None and not getattr(scope, "has_resumed", False):
@@ -1492,8 +1551,9 @@ class Subscription:
                 self._is_listed = True
                 self.hub.enlist()
             self._begin_channels(self._given)
-        except BaseException:
+        except BaseException as error:
             self._leave(has_joined=False)
+            self._end_if_denied(error)
             raise
         if scope is not None:
             scope.has_resumed = True
@@ -1588,16 +1648,14 @@ class Subscription:
         waiter = self._own_waiter()
         while True:
             self.check_allowed()
-            if self._reason is not None:
-                raise Closed(self._reason)
+            self._check_open()
             pause = self._pause()
             if not pause:
                 try:
                     if not self._is_begun:
                         self._begin()
                     items = self._take()
-                    if self._reason is not None:  # while code of the user's ran
-                        raise Closed(self._reason)
+                    self._check_open()  # while code of the user's ran
                 except Unavailable:
                     # Who is there stays, and asks again.
                     items, pause = [], random.uniform(0.5, 1.5) * RETRY
@@ -1659,6 +1717,7 @@ class Subscription:
         Raises:
             Unavailable: The broker has to be asked, does not answer, and nothing else
                 is there.
+            Closed: The engine refuses one of its channels.
         """
         items: list[Item] = []
         lost: list[tuple[str, str]] = []
@@ -1685,13 +1744,14 @@ class Subscription:
                 size += sum(len(entry.payload) for entry in entries)
                 if size >= JOIN:
                     break
-        except BaseException:
+        except BaseException as error:
             # Of `key`, `on_gap`, the broker, or from outside. Nothing was given out:
             # the next read begins where this one did, with the one after this.
             with self.hub._lock:
                 self._lost = [*lost, *(self._lost or ())] or None
                 for cursor, place in places:
                     cursor.go_back(place)
+            self._end_if_denied(error)
             raise
         finally:
             self._end_turns([cursor for cursor, _ in places])

@@ -99,6 +99,9 @@ class _Told:
     def state(self, is_up: bool, reason: str) -> None:
         """Nobody asks."""
 
+    def deny(self, name: str, reason: str) -> None:
+        raise AssertionError(f"{name!r} must not be refused: {reason}")
+
 
 class _Tap:
     """A sink between a broker and a hub that knows what has come through.
@@ -119,6 +122,9 @@ class _Tap:
 
     def state(self, is_up: bool, reason: str) -> None:
         self._sink.state(is_up, reason)
+
+    def deny(self, name: str, reason: str) -> None:
+        self._sink.deny(name, reason)
 
     def wait_for(self, ids: Sequence[str | None]) -> None:
         """Wait until the last is told, of a channel that is subscribed to.
@@ -158,6 +164,9 @@ class _Unreliable:
 
     def state(self, is_up: bool, reason: str) -> None:
         self._sink.state(is_up, reason)
+
+    def deny(self, name: str, reason: str) -> None:
+        self._sink.deny(name, reason)
 
 
 class _Suite:

@@ -86,6 +86,9 @@ class Told:
     def state(self, is_up, reason):
         self.states.append(is_up)
 
+    def deny(self, name, reason):
+        raise AssertionError(f"{name} is refused: {reason}")
+
 
 def wait_until(condition):
     await_true(condition, lambda: "")

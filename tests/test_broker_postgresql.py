@@ -86,6 +86,7 @@ class Told:
         self.entries = []
         self.resyncs = []
         self.states = []
+        self.denied = []
 
     def deliver(self, channel, entry):
         self.entries.append((channel, entry))
@@ -95,6 +96,9 @@ class Told:
 
     def state(self, is_up, reason):
         self.states.append((is_up, reason))
+
+    def deny(self, name, reason):
+        self.denied.append((name, reason))
 
     def payloads(self):
         return [entry.payload for _, entry in self.entries]

@@ -114,6 +114,7 @@ class Told:
         self.entries = []
         self.lost = []
         self.states = []
+        self.denied = []
 
     def deliver(self, channel, entry):
         self.entries.append((channel, entry))
@@ -123,6 +124,9 @@ class Told:
 
     def state(self, is_up, reason):
         self.states.append((is_up, reason))
+
+    def deny(self, name, reason):
+        self.denied.append((name, reason))
 
     def payloads(self):
         return [entry.payload for _, entry in self.entries]
@@ -983,6 +987,7 @@ class Told(list):
     def deliver(self, channel, entry): self.append(entry.payload)
     def resync(self, channels): lost.append(list(channels))
     def state(self, is_up, reason): raise AssertionError(reason)
+    def deny(self, name, reason): raise AssertionError(reason)
 
 def await_true(condition):
     deadline = time.monotonic() + 15

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from pairs import EVENTS, TIMEOUT, Threads, check_script, tcp_pair
 from pairs import await_true as await_true_in
-from syncstream import Hub, Unavailable
+from syncstream import Denied, Hub, Unavailable
 from syncstream import fanout as fanout_module
 from syncstream import hub as hub_module
 from syncstream import log as log_module
@@ -1184,10 +1184,13 @@ class Failing(MemoryBroker):
     """One that is down for a while."""
 
     is_down = False
+    refused = ""
 
     def read(self, channel, after, limit=1000):
         if self.is_down:
             raise Unavailable("down")
+        if channel == self.refused:
+            raise Denied("no permission")
         return super().read(channel, after, limit)
 
 
@@ -1211,6 +1214,34 @@ def test_a_broker_that_is_down_for_a_while(peers, channels, monkeypatch):
         broker.is_down = False
         for peer in here:
             assert texts_until(peer, "2") == ["0", "1", "2"]
+    finally:
+        hub.close()
+
+
+@pytest.mark.parametrize("how", ["told", "read"])
+@pytest.mark.parametrize("channels", ["a", "ab"])
+def test_a_name_that_is_refused_ends_its_clients(peers, channels, how):
+    """Those of that name alone, and they come back late; it is not asked again."""
+    broker = Failing()
+    hub = Hub(broker=broker)
+    try:
+        here = [peers(hub, *channels) for _ in range(2)]
+        other = peers(hub, "c")
+        hub.publish("a", "0")
+        for peer in here:
+            texts_until(peer, "0")
+        if how == "told":
+            hub.deny("a", "NOPERM")
+        else:
+            broker.refused = "a"
+            hub.resync(["a"])
+        for peer in here:
+            await_true(lambda peer=peer: peer.ends)
+            assert peer.ends == ["denied"]
+            assert RETRY.search(peer.read_all()[0])
+        hub.publish("c", "1")
+        assert texts_until(other, "1") == ["1"]
+        assert hub.presence("a") == []
     finally:
         hub.close()
 

@@ -40,6 +40,14 @@ class Sink(Protocol):
     def state(self, is_up: bool, reason: str) -> None:
         """Take note that the broker can be reached, or cannot."""
 
+    def deny(self, name: str, reason: str) -> None:
+        """End those who subscribe to this name: the engine refuses to tell of it.
+
+        Args:
+            name: A channel, or a pattern, as it was given to `Broker.watch`.
+            reason: For the log.
+        """
+
 
 class Broker(Protocol):
     """Six methods. They may be called from any thread, and block.
@@ -89,6 +97,7 @@ class Broker(Protocol):
 
         Raises:
             Unavailable: The engine does not answer.
+            Denied: It refuses this name.
         """
 
     def attach(self, sink: Sink) -> None:
@@ -98,6 +107,10 @@ class Broker(Protocol):
         """Tell of a channel, or of all that match a pattern.
 
         Returns when what is stored from now on will be told.
+
+        Raises:
+            Unavailable: The engine does not answer.
+            Denied: It refuses this name; `Sink.deny` may say so later, too.
         """
 
     def unwatch(self, channel: str) -> None:
