@@ -37,7 +37,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from .brokers import Broker, is_pattern, matches, open_broker, patterns_of
+from .brokers import Broker, is_pattern, matches, open_broker, patterns_of, shown
 from .clock import time
 from .control import CONTROL, Control, Kick, attempt
 from .errors import BrokerError, Closed, Denied, PayloadTooLarge, Unavailable, Uncertain
@@ -60,6 +60,7 @@ WINDOW_SIZE = 1 << 20  # bytes of them, but for a single one
 BUDGET = 64 << 20  # bytes of all windows of a hub
 IDLE = 60.0  # seconds that a window without subscribers is kept
 MOST_IDLE = 10_000  # how many of them, roughly: names of channels may come from clients
+MANY = 24  # hubs of one URL that are alive: one is enough
 CROWD = 1000  # new ones after which they are counted
 ANSWER = 5.0  # seconds in which an `authorize` must have answered
 SAID = 3600.0  # seconds for which what was said of a name is not said again
@@ -121,11 +122,36 @@ class _Channel:
         self.idle_since = time.monotonic()
 
 
+class _Ear:
+    """What a broker holds of a hub: it tells it, and does not keep it alive."""
+
+    __slots__ = ("_hub",)
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = weakref.ref(hub)
+
+    def deliver(self, channel: str, entry: Entry) -> None:
+        hub = self._hub()
+        if hub is not None:
+            hub.deliver(channel, entry)
+
+    def resync(self, channels: Iterable[str] | None) -> None:
+        hub = self._hub()
+        if hub is not None:
+            hub.resync(channels)
+
+    def state(self, is_up: bool, reason: str) -> None:
+        hub = self._hub()
+        if hub is not None:
+            hub.state(is_up, reason)
+
+
 class Hub:
     """Channels, and those who subscribe to them.
 
     One of it in an application is enough; it is started by its first use. All
-    methods may be called from any thread or greenlet.
+    methods may be called from any thread or greenlet. One that is dropped, not closed,
+    is freed with what its URL has made.
 
     Args:
         url: Where events are kept: ``memory:``, this process; ``local:``,
@@ -185,6 +211,7 @@ class Hub:
             raise TypeError(f"url must be str, got {type(url).__name__}")
         if broker is not None and not callable(getattr(broker, "attach", None)):
             raise TypeError(f"broker must be a Broker, got {broker!r}")
+        self._url = url if broker is None else None
         if broker is None:
             broker = open_broker(url, capacity=capacity, max_age=max_age)
         self.broker = broker
@@ -214,7 +241,19 @@ class Hub:
         self._control = Control(self)
         self._crowd = CROWD  # so many windows are looked through at once
         _hubs.add(self)
-        broker.attach(self)
+        self._warn_of_many()
+        broker.attach(_Ear(self))
+
+    def _warn_of_many(self) -> None:
+        """Say, once, that hubs are made by the dozen: for each call, maybe."""
+        if self._url is None:
+            return
+        if sum(hub._url == self._url for hub in list(_hubs)) > MANY:
+            process().warn_once(
+                log,
+                f"more than {MANY} hubs of one {shown(self._url)} are in use: make one"
+                " for the whole application, each has connections and threads",
+            )
 
     # To publish.
 

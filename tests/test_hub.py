@@ -8,6 +8,7 @@ import random
 import re
 import sys
 import time
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -1186,6 +1187,7 @@ def test_an_authorize_that_hangs_ends_a_reader(
         place.start(read)()
     assert len(asked) == 1 if is_first else 2
     await_true(place, lambda: hub.presence("a") == [])
+    journal().flush()
     assert "has not answered" in caplog.text
 
 
@@ -2362,3 +2364,30 @@ def test_many_channels_are_small(part):
         pytest.importorskip("gevent")
     script = "import full_size, sys; print(getattr(full_size, sys.argv[1])(0.1))"
     assert float(check_script(script, part)) < 40e6
+
+
+def test_a_hub_that_is_dropped_is_freed():
+    """One made for each call; at once, for nothing refers to it in a circle."""
+    gc.disable()
+    try:
+        hub = Hub()
+        subscription = hub.subscribe("a", who="ann", announce=True)
+        subscription.read(0)
+        found = weakref.ref(hub), weakref.ref(hub.broker)
+        del hub
+        assert found[0]() is not None  # somebody reads it
+        del subscription
+        assert [reference() for reference in found] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_hubs_by_the_dozen_are_warned_of(caplog, tmp_path):
+    url = f"local:{tmp_path}"
+    few = [Hub(url) for _ in range(hub_module.MANY)]
+    assert not caplog.records
+    many = [Hub(url) for _ in range(3)]
+    (record,) = caplog.records
+    assert "hubs of one local: are in use" in record.message
+    assert str(tmp_path) not in record.message
+    assert all(hub.close() is None for hub in few + many)
