@@ -145,6 +145,11 @@ class _Ear:
         if hub is not None:
             hub.state(is_up, reason)
 
+    def deny(self, name: str, reason: str) -> None:
+        hub = self._hub()
+        if hub is not None:
+            hub.deny(name, reason)
+
 
 class Hub:
     """Channels, and those who subscribe to them.
