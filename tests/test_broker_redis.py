@@ -9,8 +9,10 @@ import itertools
 import os
 import queue
 import signal
+import socket
 import threading
 import time
+import traceback
 
 import pytest
 
@@ -217,13 +219,49 @@ def test_urls_name_servers(shared):
         ("redis://h?publish_timeout=soon", "publish_timeout must be seconds"),
         ("redis://h?publish_timeout=0", "publish_timeout must be seconds"),
         ("redis://h?colour=red", "colour"),
+        ("redis://h?ssl_ca_certs=x", "ssl_ca_certs"),  # it would not be encrypted
+        ("redis://h?socket_timeout=inf", "socket_timeout"),
+        ("redis://h?decode_responses=1", "decode_responses"),
+        ("redis://h?max_connections=0", "max_connections must be"),
+        ("redis://h?db=one", "db must be"),
+        ("redis://h/one", "url must be redis:"),
+        ("rediss://h?ssl_cert_reqs=maybe", "ssl_cert_reqs"),
         ("redis+sentinel://h", "name the service"),
+        ("rediss+sentinel://h/one?sentinel_colour=red", "sentinel_colour"),
     ],
 )
 def test_urls_are_refused(url, sentence):
     """In the caller's frame, not on the wire."""
     with pytest.raises(ValueError, match=sentence):
         open_broker(url)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "s3cr3t/1@h",
+        "123/s3cr3t@h",
+        "12?s3cr3t@h",
+        "1#s3cr3t@h",
+        "s3cr3t[@h",
+        "s3cr3t:x",
+        "\u2100s3cr3t@h",
+        "s3cr3t@h:x",
+        "s3cr3t@h?db=s3cr3t",
+        "s3cr3t@h?publish_timeout=s3cr3t",
+        "s3cr3t@h?max_connections=s3cr3t",
+        "s3cr3t@h?ssl_cert_reqs=s3cr3t",
+        "s3cr3t@h?socket_keepalive=1&s3cr3t@",
+    ],
+)
+@pytest.mark.parametrize(
+    "scheme", ["redis", "rediss", "valkey", "redis+sentinel", "unix"]
+)
+def test_no_refused_url_shows_its_password(scheme, rest):
+    """Whatever is wrong with it, wherever that moves it; in no chained error, too."""
+    with pytest.raises(ValueError, match=r"url|options|must be") as caught:
+        open_broker(f"{scheme}://me:{rest}")
+    assert "s3cr3t" not in "".join(traceback.format_exception(caught.value, limit=0))
 
 
 def test_no_password_is_told():
@@ -251,6 +289,34 @@ def test_tls_and_passwords(tmp_path):
             pytest.raises(Unavailable, match=r"(?i)auth"),
         ):
             broker.publish([("a", b"x")])
+
+
+def test_tls_is_checked_for_the_host_name(tmp_path, monkeypatch):
+    """A certificate of another host is refused, unless the URL does not ask for it."""
+    cert, key = certificate(tmp_path, "example.org")
+    with RedisServer(tls=(cert, key)) as server:
+        end = f"127.0.0.1:{server.port}"
+        master = f"rediss+sentinel://{end}/mine"
+
+        def publish(url, *words):
+            query = "&".join([f"ssl_ca_certs={cert}", *words])
+            with opened(f"{url}?{query}") as broker:
+                broker.publish([("a", b"x")])
+
+        lax = "ssl_check_hostname=no", "ssl_cert_reqs=none"
+        # It knows no Sentinel's commands: so one is told by whom it trusts.
+        with pytest.raises(Unavailable, match="No master"):
+            publish(master)
+        for word in lax:
+            with pytest.raises(Unavailable, match="unknown command"):
+                publish(master, word)
+        found = "127.0.0.1", server.port
+        monkeypatch.setattr(module.Sentinel, "discover_master", lambda *_: found)
+        for url in (f"rediss://{end}", f"valkeys://{end}", master):
+            with pytest.raises(Unavailable, match=r"(?i)certificate"):
+                publish(url)
+            for word in lax:
+                publish(url, word)
 
 
 def test_databases_do_not_hear_each_other(shared):
@@ -737,6 +803,64 @@ def test_what_nobody_told_of_is_found(server, quick):
         server.command("XADD", "ss:{a}", id, *fields)
         await_true(lambda: reader.got == ["1", "2"])
         assert reader.gaps == []
+
+
+def test_a_forgotten_connection_takes_no_event(server, proxy, clock, monkeypatch):
+    """What a firewall has dropped without a word is found before it is trusted."""
+    monkeypatch.setattr(module, "FRESH", 0.05)
+    with opened(at(proxy.port)) as broker, opened(server.url) as direct:
+        together = threading.Barrier(4)
+
+        def publish():
+            together.wait(TIMEOUT)
+            broker.publish([("a", b"x")])
+
+        threads = [threading.Thread(target=publish) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        proxy.forget()
+        time.sleep(0.1)  # longer than it is trusted
+        for payload in (b"1", b"2"):
+            began = clock()
+            broker.publish([("a", payload)])
+            assert clock() - began < 1.5
+        found = [entry.payload for entry in direct.read("a", "0").entries]
+        assert found == [b"x"] * 4 + [b"1", b"2"]
+
+
+def test_a_connection_that_answers_is_used_again(server, monkeypatch):
+    """One that is proven by an answer; what nobody uses is let go; keepalive is on."""
+    monkeypatch.setattr(module, "FRESH", 0.0)
+    with opened(server.url) as broker:
+        connections = server.command("INFO", "stats")["total_connections_received"]
+        together = threading.Barrier(8)
+
+        def publish():
+            together.wait(TIMEOUT)
+            broker.publish([("a", b"x")] * 200)
+
+        threads = [threading.Thread(target=publish) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with server.client() as client:
+            before = client.info("clients")["connected_clients"]
+            assert before > 3
+            options = socket.SOL_SOCKET, socket.SO_KEEPALIVE
+            (here,) = broker._processes.values()
+            (pool,) = here.servers
+            assert all(i.connection._sock.getsockopt(*options) for i in pool._idle)
+            made = client.info("stats")["total_connections_received"]
+            broker.publish([("a", b"x")])
+            assert client.info("stats")["total_connections_received"] == made
+            assert connections < made
+            monkeypatch.setattr(module, "IDLE", 0.05)
+            time.sleep(0.1)  # longer than it is kept
+            broker.publish([("a", b"x")])
+            await_true(lambda: client.info("clients")["connected_clients"] == 2)
 
 
 @pytest.mark.parametrize("fault", ["flush", "evict", "restart"])

@@ -31,15 +31,16 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from inspect import signature
+from typing import Any, Literal, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from ..clock import time
 from ..errors import BrokerError, Unavailable, Uncertain
 from ..journal import report
 from ..log import START, Entry, Page
-from ..waiting import say, sleep
-from . import Sink, is_pattern, matches
+from ..waiting import hub, say, sleep
+from . import Sink, is_pattern, matches, shown
 
 try:
     import redis
@@ -70,11 +71,23 @@ BEAT = 2.0  # seconds between two messages to oneself
 DEAF = 5.0  # seconds without them, and the connection is given up
 ROUND = 30.0  # seconds in which the heads of all channels are compared
 BACKOFF = 0.05, 2.0  # seconds between attempts to connect: the first, the longest
+FRESH = 3.0  # seconds for which a connection that was used is not asked if it lives
+IDLE = 30.0  # seconds after which a connection that nobody has used is closed
 _MIN_TTL = 60.0  # seconds that a key lives at least: so long a round may take
 _EMPTY_TTL = 86400.0  # seconds that an empty channel's head does, without `max_age`
 _AT_ONCE = 64  # messages until others may run
 _KEYS = 100  # of one request for heads
 _TOPICS = 500  # of one SUBSCRIBE
+# A peer that is gone without a word: tried after 30 s, given up 30 s later.
+_ALIVE = {
+    getattr(socket, name): seconds
+    for name, seconds in (
+        ("TCP_KEEPIDLE", 30),
+        ("TCP_KEEPINTVL", 10),
+        ("TCP_KEEPCNT", 3),
+    )
+    if hasattr(socket, name)
+}
 # What Redis takes, with room to count on. Ids come from outside.
 _ID = re.compile(r"[0-9]{1,15}-[0-9]{1,16}")
 _GLOB = re.compile(rb"([\\?*\[\]])")
@@ -222,12 +235,22 @@ class RedisBroker:
     def __init__(
         self, url: str, capacity: int = 1000, max_age: float | None = 3600.0
     ) -> None:
-        parts = urlsplit(url)
-        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        parts, query = _parse(url)
         self._prefix = query.pop("prefix", "ss:")
         self._timeout = _seconds("publish_timeout", query)
+        if not re.fullmatch("[1-9][0-9]{0,5}", query.get("max_connections", "1")):
+            raise ValueError("max_connections must be a number above 0")
+        if not re.fullmatch("[0-9]{0,5}", query.get("db", "")):
+            raise ValueError("db must be the number of a database")
         self._urls = _split(parts, query)
-        self._servers()  # what is wrong with a URL is said here, in the caller's frame
+        try:
+            self._servers()  # what is wrong with a URL is said in the caller's frame
+        except (ValueError, TypeError, RedisError):
+            # They quote it; a traceback would show them.
+            names = ", ".join(sorted(query)) or "none"
+            raise ValueError(
+                f"url has an option whose value cannot be used, one of {names}"
+            ) from None
         self._capacity = b"%d" % capacity
         self._age = b"" if max_age is None else b"%d" % round(max_age * 1000)
         ttl = _EMPTY_TTL if max_age is None else max(max_age, _MIN_TTL)
@@ -368,8 +391,66 @@ def _seconds(name: str, query: dict[str, str]) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e6:
-        raise ValueError(f"{name} must be seconds above 0, got {text!r}")
+        raise ValueError(f"{name} must be seconds above 0")
     return seconds
+
+
+def _parse(url: str) -> tuple[SplitResult, dict[str, str]]:
+    """Return the parts of a URL, and its options.
+
+    What is wrong with it is not quoted: a "/", "?" or "#" in a password that is not
+    escaped moves it into any part.
+
+    Raises:
+        ValueError: It is not one of ours.
+    """
+    try:
+        parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        hosts = parts.netloc.rpartition("@")[2].split(",")
+        names = [urlsplit(f"//{host}") for host in hosts if host]
+        # The ports are parsed when they are asked for.
+        is_sound = all(name.port != 0 for name in names) and not parts.fragment
+    except ValueError:
+        is_sound = False
+    if is_sound and parts.scheme == "unix":
+        is_sound = bool(parts.path) and hosts == [""]
+    elif is_sound and parts.scheme.endswith("+sentinel"):
+        if not parts.path.strip("/"):
+            raise ValueError("url must name the service: redis+sentinel://host/service")
+        is_sound = bool(re.fullmatch("/[^/@]+(/[0-9]*)?", parts.path))
+    elif is_sound:
+        is_sound = bool(re.fullmatch("(/[0-9]*)?", parts.path))
+    if not is_sound:
+        raise ValueError(
+            "url must be redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], a unix: or"
+            " a redis+sentinel: one, with %40 for @, %2F for /, %3F for ? and %23 for #"
+            f" in a password, got {shown(url)}"
+        )
+    known = _options(parts.scheme)
+    if not known.issuperset(query):
+        # A "?" in a password would be quoted; "@" then follows it.
+        others = sorted(query.keys() - known) if "@" not in parts.query else []
+        text = f", got {', '.join(map(repr, others))}" if others else ""
+        raise ValueError(f"url's options must be of {', '.join(sorted(known))}{text}")
+    return parts, query
+
+
+def _options(scheme: str) -> set[str]:
+    """Return the options that a URL may have, ours and redis-py's."""
+    known = {"prefix", "publish_timeout", "max_connections"}
+    known |= {"db", "username", "password", "client_name"}
+    if scheme != "unix":
+        known.add("socket_keepalive")
+    if scheme.startswith(("rediss", "valkeys")):
+        known |= {
+            name
+            for name in signature(redis.SSLConnection.__init__).parameters
+            if name.startswith("ssl_")
+        }
+    if scheme.endswith("+sentinel"):
+        known |= {"sentinel_username", "sentinel_password"}
+    return known
 
 
 def _split(parts: SplitResult, query: dict[str, str]) -> list[str]:
@@ -480,12 +561,14 @@ class _Server:
             "socket_timeout": timeout / 2,
             "socket_connect_timeout": timeout / 2,
         }
+        if not url.startswith("unix:"):
+            options |= {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
+        self._source: SentinelConnectionPool | None = None
         if "+sentinel:" in url:
-            given, self.name, self._source = _sentinel(url, options)
+            given, self.name, self._source = _of_sentinel(url, options)
         else:
-            given = {**options, **parse_url(url)}
+            given = _given(url, options)
             self.name = str(given.get("path") or _address(given))
-            self._source = None
         most = given.pop("max_connections", CONNECTIONS)
         self._class: Any = given.pop("connection_class", redis.Connection)
         self._options = {
@@ -499,13 +582,10 @@ class _Server:
         # Keys are a database's, but Pub/Sub is the whole server's.
         self._topic = f"{prefix}{database}:{{" if database else self._key
         self._name = self.name.encode()
-        self._idle: deque[Any] = deque()
+        self._idle: deque[_Idle] = deque()  # the one last that was used last
         self._is_closed = False
         self._free = threading.BoundedSemaphore(most)
-        try:
-            self._class(**self._options)
-        except TypeError as error:
-            raise ValueError(f"url has an option that is none: {error}") from error
+        self._class(**self._options)
 
     def weight(self, channel: str) -> bytes:
         """Return by what a channel chooses among servers (rendezvous hashing)."""
@@ -604,22 +684,25 @@ class _Server:
             self._free.release()
 
     def give_back(self, connection: Any) -> None:
-        self._idle.append(connection)
-        if self._is_closed:
-            self.forget_idle()
+        self._idle.append(_Idle(connection, time.monotonic(), hub()))
+        self.forget_idle(0 if self._is_closed else IDLE)
 
     def take(self, deadline: float) -> Any:
-        """Return a connection that is as good as can be told."""
-        while True:
+        """Return a connection that is known to live."""
+        self.forget_idle(IDLE)
+        here = hub()
+        for idle in [*reversed(self._idle)]:
+            if idle.hub is not here:  # a socket of gevent's waits in one hub alone
+                continue
             try:
-                connection = self._idle.pop()
-            except IndexError:
-                break
-            # What the server has closed is readable, too.
-            with suppress(RedisError, OSError):
-                if not connection.can_read(timeout=0):
-                    return connection
-            connection.disconnect()
+                self._idle.remove(idle)
+            except ValueError:  # another thread was faster
+                continue
+            if _is_living(idle, deadline):
+                return idle.connection
+            idle.connection.disconnect()
+            # Others are as old, and there is no time to ask each.
+            self.forget_idle(FRESH)
         connection = self.connect()
         if time.monotonic() >= deadline:
             connection.disconnect()
@@ -637,6 +720,11 @@ class _Server:
         except BaseException:
             connection.disconnect()
             raise
+        finally:
+            if self._source is not None:
+                # Asked seldom: a firewall has forgotten them by the next time.
+                for client in self._source.sentinel_manager.sentinels:
+                    client.connection_pool.disconnect(inuse_connections=False)
         return connection
 
     def _send(self, connection: Any, commands: list[Any]) -> None:
@@ -663,15 +751,62 @@ class _Server:
                 return error
             raise Uncertain(f"no answer from {self.name}: {error}") from error
 
-    def forget_idle(self) -> None:
-        """Close what is not in use: it may lead to a server that is no more."""
+    def forget_idle(self, seconds: float = 0) -> None:
+        """Close what nobody has used for so long.
+
+        What has just been used, too, may lead to a server that is no more.
+        """
+        since = time.monotonic() - seconds
         while self._idle:
-            with suppress(IndexError):  # another thread was faster
-                self._idle.pop().disconnect()
+            try:
+                idle = self._idle.popleft()
+            except IndexError:  # another thread was faster
+                return
+            if idle.since > since:
+                self._idle.appendleft(idle)
+                return
+            idle.connection.disconnect()
 
     def close(self) -> None:
         self._is_closed = True
         self.forget_idle()
+
+
+class _Idle(NamedTuple):
+    """A connection that is not in use.
+
+    Attributes:
+        since: When it was used last, seconds of `time.monotonic`.
+        hub: gevent's, in which its socket waits.
+    """
+
+    connection: Any
+    since: float
+    hub: Any
+
+
+def _is_living(idle: _Idle, deadline: float) -> bool:
+    """Tell whether a connection can be trusted with an event."""
+    connection = idle.connection
+    try:
+        # What the server has closed is readable, too.
+        if connection.can_read(timeout=0):
+            return False
+        now = time.monotonic()
+        if now - idle.since < FRESH:
+            return True
+        # A firewall may have forgotten it without a word; a PING that is lost is no
+        # harm. Half of the time is for the connection that replaces it.
+        packed = connection.pack_commands([(b"PING",)])
+        connection.send_packed_command(packed, check_health=False)
+        if not connection.can_read(timeout=max(0.0, deadline - now) / 2):
+            return False
+        connection.read_response()
+    except (ResponseError, BusyLoadingError):  # it has answered
+        return True
+    except (RedisError, OSError):
+        return False
+    return True
 
 
 def _address(options: dict[str, Any]) -> str:
@@ -679,7 +814,20 @@ def _address(options: dict[str, Any]) -> str:
     return f"{f'[{host}]' if ':' in host else host}:{options.get('port', 6379)}"
 
 
-def _sentinel(url: str, options: dict[str, Any]) -> tuple[dict[str, Any], str, Any]:
+def _given(url: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return a connection's options, ours and those of a URL that redis-py takes."""
+    given = {**options, **parse_url(url)}
+    # By default releases before 6 take any host's certificate; and later ones refuse
+    # it where no certificate is asked for.
+    is_checked = given.get("ssl_cert_reqs") != "none"
+    if url.startswith("rediss:") and is_checked:
+        given.setdefault("ssl_check_hostname", True)
+    return given
+
+
+def _of_sentinel(
+    url: str, options: dict[str, Any]
+) -> tuple[dict[str, Any], str, SentinelConnectionPool]:
     """Return a connection's options, a name, and what keeps the connections' source.
 
     redis-py has no URL for it.
@@ -688,14 +836,12 @@ def _sentinel(url: str, options: dict[str, Any]) -> tuple[dict[str, Any], str, A
     is_tls = parts.scheme == "rediss+sentinel"
     user, at, hosts = parts.netloc.rpartition("@")
     service, _, database = parts.path.strip("/").partition("/")
-    if not service:
-        raise ValueError("url must name the service: redis+sentinel://host/service")
     one = parts._replace(
         scheme="rediss" if is_tls else "redis",
         netloc=f"{user}{at}localhost",
         path=f"/{database}",
     )
-    given = {**options, **parse_url(one.geturl())}
+    given = _given(one.geturl(), options)
     del given["host"]
     given.pop("connection_class", None)
     theirs: dict[str, Any] = {**options, "retry": Retry(NoBackoff(), 0), "ssl": is_tls}
@@ -706,9 +852,8 @@ def _sentinel(url: str, options: dict[str, Any]) -> tuple[dict[str, Any], str, A
             theirs[name.removeprefix("sentinel_")] = given.pop(name)
     nodes = [urlsplit(f"//{host}") for host in hosts.split(",")]
     addresses = [(node.hostname or "localhost", node.port or 26379) for node in nodes]
-    pool = SentinelConnectionPool(
-        unquote(service), Sentinel(addresses, sentinel_kwargs=theirs), ssl=is_tls
-    )
+    sentinel = Sentinel(addresses, sentinel_kwargs=theirs)
+    pool = SentinelConnectionPool(unquote(service), sentinel, ssl=is_tls)
     given["connection_class"] = pool.connection_class
     given["connection_pool"] = pool.connection_kwargs["connection_pool"]
     return given, f"{unquote(service)} ({hosts})", pool
