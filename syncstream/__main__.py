@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import Hub, __version__, doctor
+from .arguments import Parser
 from .errors import BrokerError, Uncertain
 
 if TYPE_CHECKING:
-    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    _Commands = argparse._SubParsersAction[Parser]
 
 __all__ = ["main"]
 
@@ -42,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="syncstream",
         description="Live streams (SSE, NDJSON) from synchronous Python web apps.",
     )

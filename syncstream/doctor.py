@@ -29,6 +29,7 @@ from typing import Any, Literal
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from . import __version__
+from .brokers import shown
 from .clock import time
 from .errors import RemoteProtocolError
 from .protocol import ndjson, sse
@@ -217,6 +218,14 @@ def show(text: str, length: int = 100) -> str:
     return f"{escaped}..." if len(text) > length else escaped
 
 
+def _place(url: str, length: int = 100) -> str:
+    """Return an address as reports show it: values of a query are often tokens."""
+    parts = urlsplit(url)
+    pairs = [part.partition("=") for part in parts.query.split("&")]
+    query = "&".join(f"{name}=..." if equals else "..." for name, equals, _ in pairs)
+    return show(parts._replace(query=query if parts.query else "").geturl(), length)
+
+
 def _span(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 0.9995 else f"{seconds:.2f} s"
 
@@ -245,7 +254,7 @@ def exit_status(seen: Observation, findings: Sequence[Finding]) -> int:
 def _redirected(seen: Observation) -> Iterator[Finding]:
     if not seen.redirects:
         return
-    targets = ", then ".join(f"{n} to {show(url)}" for n, url in seen.redirects)
+    targets = ", then ".join(f"{n} to {_place(url)}" for n, url in seen.redirects)
     dropped = "; your --header and --data were not sent to the other origin"
     yield Finding(
         "redirect",
@@ -854,7 +863,7 @@ def _wrapped(label: str, text: str) -> list[str]:
 
 
 def _facts(seen: Observation) -> Iterator[tuple[str, str]]:
-    yield "address", show(seen.url, 400)
+    yield "address", _place(seen.url, 400)
     if seen.connected is not None:
         yield "connected", f"in {_span(seen.connected)}"
     head = seen.head
@@ -935,21 +944,24 @@ def parse_url(text: str) -> str:
     Raises:
         ValueError: It is no http or https address, or holds a password.
     """
+    # What is wrong may be a password, or a query's token: only the scheme is shown.
     if "://" not in text:
-        raise ValueError(f"must start with http:// or https://, got {text!a}")
+        raise ValueError(f"must start with http:// or https://, got {shown(text)}")
     try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
         if host and not host.isascii():
             host = host.encode("idna").decode()
-    except ValueError as error:  # a port out of range, a bracket, a name too long
-        raise ValueError(f"is no address: {error}, got {text!a}") from None
+    except ValueError:  # it quotes them
+        raise ValueError(
+            f"is no address: its host or its port cannot be read, got {shown(text)}"
+        ) from None
     if parts.scheme not in ("http", "https"):
-        raise ValueError(f"must start with http:// or https://, got {text!a}")
-    if not host or not re.fullmatch(r"[A-Za-z0-9._:%~-]+", host):
-        raise ValueError(f"must name a host, got {text!a}")
+        raise ValueError(f"must start with http:// or https://, got {shown(text)}")
     if parts.username is not None:
         raise ValueError("must hold no password: use --header 'Authorization: ...'")
+    if not host or not re.fullmatch(r"[A-Za-z0-9._:%~-]+", host):
+        raise ValueError(f"must name a host, got {shown(text)}")
     netloc = f"[{host}]" if ":" in host else host
     if port is not None:
         netloc += f":{port}"
@@ -966,9 +978,9 @@ def parse_header(text: str) -> tuple[str, str]:
     """
     name, colon, value = text.partition(":")
     if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-        raise ValueError(f"must be 'Name: value', got {text!a}")
+        raise ValueError("must be 'Name: value'; what came is not shown")
     if not _is_sendable(value):
-        raise ValueError(f"must be one line of text, got {text!a}")
+        raise ValueError(f"must be one line of text, which {name} is not")
     return name, value.strip()
 
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "syncstream"
 # From the bottom to the top; a module may import what stands before its own layer,
 # and its own folder.
 LAYERS = (
-    ("clock", "errors"),
+    ("arguments", "clock", "errors"),
     ("answers",),
     ("protocol",),
     ("sockets",),

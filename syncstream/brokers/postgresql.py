@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import _queue
 import _thread
-import argparse
 import logging
 import os
 import re
@@ -45,6 +44,7 @@ from random import SystemRandom
 from typing import Any, Literal, TypeVar
 
 from .. import waiting
+from ..arguments import Parser
 from ..clock import time
 from ..errors import BrokerError, Denied, PayloadTooLarge, Unavailable, Uncertain
 from ..log import Entry, Page
@@ -1566,7 +1566,7 @@ def _sql(number: float | None) -> str:
 
 def main() -> None:
     """Install the schema, or print it."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m syncstream.brokers.postgresql",
         description="Install the schema for Hub('postgresql:…').",
     )
@@ -1575,9 +1575,7 @@ def main() -> None:
     )
     parser.add_argument("--schema", default="syncstream", help="its name")
     parser.add_argument("--sql", action="store_true", help="print it, for psql")
-    words, others = parser.parse_known_args()
-    if others:  # not shown: a URL may have a password
-        parser.error("one url must be given, and the options above")
+    words = parser.parse_args()
     if words.sql:
         print(f"{install_sql(words.schema)};")
         return
