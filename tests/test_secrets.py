@@ -13,15 +13,22 @@ SECRET = "s3cr3t"
 
 # Wrong in some way, or of a server that refuses: port 1.
 URLS = {
+    "slash": "redis://:s3cr3t/x@127.0.0.1:1",
+    "hash": "redis://u:s3cr3t#x@127.0.0.1:1",
+    "normalized": "redis://:\u2100s3cr3t@127.0.0.1:1",
     "percent": "redis://:s3cr3t%zz@127.0.0.1:1",
     "bracket": "redis://u:s3cr3t@[::1",
     "port": "redis://u:s3cr3t@127.0.0.1:port",
     "second": "redis://u:s3cr3t@127.0.0.1:1,127.0.0.1:port",
+    "upper": "REDIS://:s3cr3t/x@127.0.0.1:1",
+    "valkey": "valkey://:s3cr3t/@127.0.0.1:1",
     "tls": "rediss://u:s3cr3t@127.0.0.1:1",
     "refused": "redis://u:s3cr3t@127.0.0.1:1/0",
     "space": " redis://:s3cr3t@127.0.0.1:1",
+    "unix": "unix:///missing?password=s3cr3t&db=s3cr3t",
     "unix user": "unix://u:s3cr3t@/missing",
     "sentinel": "redis+sentinel://:s3cr3t@127.0.0.1:1/name",
+    "sentinel slash": "redis+sentinel://:s3cr3t/x@127.0.0.1:1/name",
     "driver": "postgresql+psycopg://app:s3cr3t@127.0.0.1:1/x",
     "pg percent": "postgresql://app:s3cr3t%zz@127.0.0.1:1/x",
     "pg slash": "postgresql://app:s3cr3t/x@127.0.0.1:1/x",
