@@ -7,8 +7,11 @@ What Pub/Sub loses with a connection is found by asking for the heads.
 
 Ids are ``<milliseconds>-<number>``, the number random for the first of a millisecond:
 a server that has lost its newest events, by a failover, say, makes no id a second time.
-An empty channel has a head, too, and remembers it: what is asked for before the first
-event is what that names as its predecessor.
+An empty channel has a head, too, without a key of its own: publishers keep marks in
+one hash, ``ss:empty``, and change a channel's when they make its key. The first event
+names the mark as its predecessor, and no mark comes a second time: who has it has
+missed nothing, whatever has expired, or was evicted or flushed since. Reads write
+nothing but the first mark of a prefix; where they may not, they do without.
 
 What may be lost is what the server loses: see its ``appendfsync``, and ``WAIT``. Keys
 that are evicted or flushed show as a reset. Redis 6.2, or any Valkey.
@@ -23,6 +26,7 @@ import math
 import os
 import random
 import re
+import secrets
 import select
 import socket
 import sys
@@ -73,8 +77,9 @@ ROUND = 30.0  # seconds in which the heads of all channels are compared
 BACKOFF = 0.05, 2.0  # seconds between attempts to connect: the first, the longest
 FRESH = 3.0  # seconds for which a connection that was used is not asked if it lives
 IDLE = 30.0  # seconds after which a connection that nobody has used is closed
-_MIN_TTL = 60.0  # seconds that a key lives at least: so long a round may take
-_EMPTY_TTL = 86400.0  # seconds that an empty channel's head does, without `max_age`
+_MIN_TTL = 300.0  # seconds that a key lives at least: several rounds
+# Seconds that an empty channel's key does, without `max_age`; earlier versions made it.
+_EMPTY_TTL = 86400.0
 _AT_ONCE = 64  # messages until others may run
 _KEYS = 100  # of one request for heads
 _TOPICS = 500  # of one SUBSCRIBE
@@ -101,8 +106,6 @@ class _Script:
 
 _COMMON = """
 local function newest(key)
-  local last = redis.call('XREVRANGE', key, '+', '-', 'COUNT', 1)[1]
-  if last then return last[1] end
   if redis.call('EXISTS', key) == 1 then
     local info = redis.call('XINFO', 'STREAM', key)
     for place = 1, #info, 2 do
@@ -110,6 +113,23 @@ local function newest(key)
     end
   end
   return false
+end
+local function field_of(key)
+  return string.sub(redis.sha1hex(key), 1, 12)
+end
+local function mark(key, marks)
+  local found = redis.call('HMGET', marks, field_of(key), 'epoch')
+  return found[1] or found[2]
+end
+local function head_of(key, marks, nonce)
+  local head = newest(key)
+  if head then return head end
+  local found = mark(key, marks)
+  if not found then
+    redis.pcall('HSET', marks, 'epoch', nonce)
+    found = nonce
+  end
+  return '0-' .. found
 end
 local function now()
   local time = redis.call('TIME')
@@ -133,10 +153,22 @@ end
 _PUBLISH = _Script(
     _COMMON
     + """
-local key, topic, payload, nonce, capacity, age, ttl = KEYS[1], unpack(ARGV)
+local key, marks = KEYS[1], KEYS[2]
+local topic, payload, nonce, capacity, age, ttl = unpack(ARGV)
 local prev = newest(key)
 local id, ms = next_id(prev, nonce)
-prev = prev or '0-' .. nonce
+if not prev then
+  local found = mark(key, marks)
+  prev = '0-' .. (found or nonce)
+  -- All is forgotten now and then: the empty channels' readers are reset.
+  if redis.call('HLEN', marks) > 100000 then
+    redis.call('UNLINK', marks)
+    found = false
+  end
+  if not found then redis.call('HSET', marks, 'epoch', nonce) end
+  local other = string.format('%.0f', tonumber(nonce) + 1)
+  redis.call('HSET', marks, field_of(key), other)
+end
 redis.call('XADD', key, 'MAXLEN', capacity, id, 'p', prev, 'd', payload)
 local is_told, problem = pcall(function()
   if age == '' then
@@ -158,14 +190,9 @@ return redis.error_reply('STORED, but: ' .. problem)
 _READ = _Script(
     _COMMON
     + """
-local key, after, limit, nonce, age, ttl = KEYS[1], unpack(ARGV)
-local head = newest(key)
-if not head then
-  head = next_id(false, nonce)
-  redis.call('XADD', key, head, 'p', '', 'd', '')
-  redis.call('XDEL', key, head)
-  redis.call('PEXPIRE', key, ttl)
-end
+local key, marks = KEYS[1], KEYS[2]
+local after, limit, nonce, age = unpack(ARGV)
+local head = head_of(key, marks, nonce)
 if after == '' then return {head, 1} end
 local oldest = 0
 if age ~= '' then oldest = math.max(0, now() - age) end
@@ -193,20 +220,45 @@ if after ~= '0' then
   if tonumber(string.match(after, '%d+')) < oldest then start = from_oldest end
   local found = read(start, after)
   if found[2] == 1 then return found end
+  -- What follows it is gone, it is not: the rest follows.
+  if start ~= from_oldest and redis.call('XRANGE', key, after, after)[1] then
+    return found
+  end
 end
 return read(from_oldest, false)
+"""
+)
+
+# Returns the id before the newest of a channel that are not too old, and its head.
+_NEWEST = _Script(
+    _COMMON
+    + """
+local key, marks = KEYS[1], KEYS[2]
+local count, nonce, age = unpack(ARGV)
+local head = head_of(key, marks, nonce)
+local oldest, before, left, stop = '-', head, tonumber(count), '+'
+if age ~= '' then oldest = string.format('%.0f', math.max(0, now() - age)) end
+while left > 0 do
+  local piece = redis.call('XREVRANGE', key, stop, oldest, 'COUNT', math.min(left, 100))
+  if #piece == 0 then break end
+  before = piece[#piece][2][2]
+  stop = '(' .. piece[#piece][1]
+  left = left - #piece
+end
+return {before, head}
 """
 )
 
 _HEADS = _Script(
     _COMMON
     + """
-local heads, ttl = {}, tonumber(ARGV[1])
+local heads, ttl, marks = {}, tonumber(ARGV[1]), table.remove(KEYS)
 for place, key in ipairs(KEYS) do
   local is_stream, head = pcall(newest, key)
-  heads[place] = is_stream and head or ''
+  local found = is_stream and not head and mark(key, marks)
+  heads[place] = is_stream and head or found and '0-' .. found or ''
   local left = redis.call('PTTL', key)
-  if left >= 0 and left < ttl / 2 then redis.call('PEXPIRE', key, ttl) end
+  if left >= 0 and left < ttl * 0.9 then redis.call('PEXPIRE', key, ttl) end
 end
 return heads
 """
@@ -316,7 +368,8 @@ class RedisBroker:
 
     def _call(self, server: _Server, channel: str, payload: bytes) -> tuple[bytes, ...]:
         return (
-            *(server.key(channel), server.topic(channel), payload, _nonce()),
+            *(server.key(channel), server.marks, server.topic(channel), payload),
+            _nonce(),
             *(self._capacity, self._age, self._ttl),
         )
 
@@ -326,8 +379,8 @@ class RedisBroker:
         asked = "" if after is None else after if _ID.fullmatch(after) else START
         head, complete, *fields = server.read(
             (
-                *(server.key(channel), asked.encode(), b"%d" % limit),
-                *(_nonce(), self._age, self._ttl),
+                *(server.key(channel), server.marks, asked.encode()),
+                *(b"%d" % limit, _nonce(), self._age),
             ),
             time.monotonic() + self._timeout,
         )
@@ -335,6 +388,27 @@ class RedisBroker:
         triples = zip(fields[::3], fields[1::3], fields[2::3], strict=True)
         entries = [Entry(id.decode(), p.decode(), data, now) for id, p, data in triples]
         return Page(entries, bool(complete), head.decode())
+
+    def newest(self, channel: str, count: int) -> tuple[str, str]:
+        """Return the id before the newest events of a channel, and its head's.
+
+        Args:
+            channel: Its name.
+            count: Of so many of them, or all that are kept. None of them is sent.
+
+        Raises:
+            Unavailable: As from `read`.
+        """
+        server = self._listening().server(channel)
+        before, head = server.read(
+            (
+                *(server.key(channel), server.marks, b"%d" % count),
+                *(_nonce(), self._age),
+            ),
+            time.monotonic() + self._timeout,
+            _NEWEST,
+        )
+        return before.decode(), head.decode()
 
     # To tell.
 
@@ -381,7 +455,8 @@ def _forked(reference: weakref.ref[RedisBroker]) -> None:
 
 
 def _nonce() -> bytes:
-    return b"%d" % random.getrandbits(48)
+    # Not of `random`: an application that seeds it would have the same ids again.
+    return b"%d" % secrets.randbits(48)
 
 
 def _seconds(name: str, query: dict[str, str]) -> float:
@@ -579,6 +654,7 @@ class _Server:
         }
         database = int(given.get("db", 0))
         self._key = f"{prefix}{{"
+        self.marks = f"{prefix}empty".encode()  # the key of those of empty channels
         # Keys are a database's, but Pub/Sub is the whole server's.
         self._topic = f"{prefix}{database}:{{" if database else self._key
         self._name = self.name.encode()
@@ -612,7 +688,7 @@ class _Server:
 
     def own(self) -> bytes:
         """Return the name of a Pub/Sub channel that nobody else has."""
-        return f"{self._topic[:-1]}ctl:{random.getrandbits(64):x}".encode()
+        return f"{self._topic[:-1]}ctl:{secrets.randbits(64):x}".encode()
 
     # Requests.
 
@@ -627,11 +703,13 @@ class _Server:
             raise Uncertain(reason)
         raise Unavailable(reason)
 
-    def read(self, call: tuple[bytes, ...], deadline: float) -> Any:
+    def read(
+        self, call: tuple[bytes, ...], deadline: float, script: _Script = _READ
+    ) -> Any:
         """Run the script that reads; once more if a connection is lost meanwhile."""
         for is_last in (False, True):
             try:
-                (reply,) = self._run(_READ, [call], deadline)
+                (reply,) = self._run(script, [call], deadline)
             except Uncertain as error:
                 if is_last or time.monotonic() >= deadline:
                     raise Unavailable(str(error)) from error
@@ -645,8 +723,8 @@ class _Server:
         self, script: _Script, calls: Sequence[tuple[bytes, ...]], deadline: float
     ) -> list[Any]:
         """Run a script for each call, in this order; return replies, and refusals."""
-        named = [(b"EVALSHA", script.sha, b"1", *call) for call in calls]
-        in_full = (b"EVAL", script.text, b"1", *calls[0])
+        named = [(b"EVALSHA", script.sha, b"2", *call) for call in calls]
+        in_full = (b"EVAL", script.text, b"2", *calls[0])
         if len(calls) > 1:
             # The first teaches the script: else some may be refused, and later ones
             # stored when somebody else has done so.
@@ -1222,10 +1300,10 @@ class _Listener:
         ]
         commands: list[tuple[bytes, ...]] = []
         for start in range(0, len(keys), _KEYS):
-            some = keys[start : start + _KEYS]
+            some = [*keys[start : start + _KEYS], self._server.marks]
             number = b"%d" % len(some)
             commands.append((b"EVAL", _HEADS.text, number, *some, self._process.ttl))
-        self._token = b"%x" % random.getrandbits(64)
+        self._token = b"%x" % secrets.randbits(64)
         commands.append((b"PUBLISH", self._own, self._token))
         self._beats = self._server.take(now + DEAF)
         packed = self._beats.pack_commands(commands)
