@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_MAX_DATA = 1 << 20  # bytes of an event: a hub's ``max_payload``, but for the framing
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status.
@@ -120,12 +122,14 @@ def _add_publish(commands: _Commands) -> None:
         help="send an event to a channel",
         description="Send an event to all who subscribe to a channel; print its id.",
         epilog="Exit status: 0 stored, 1 nothing was stored, 2 something is wrong with"
-        " the arguments, 3 it may have been stored.",
+        " the arguments or the data, 3 it may have been stored. With --lines it is that"
+        " of the line named in the error, the last one read: those before are stored.",
     )
     command.add_argument("url", help="the hub's: local:, redis://…, postgresql://…")
     command.add_argument("channel", help="its name")
     command.add_argument(
-        "data", help="the event's data; - reads it from standard input"
+        "data",
+        help="the event's data, UTF-8, 1 MiB at most; - reads it from standard input",
     )
     command.add_argument("--event", metavar="NAME", help="the event's name")
     command.add_argument(
@@ -181,6 +185,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _publish(options: argparse.Namespace) -> int:
     """Publish, and print the ids."""
+    line = 0
     try:
         if options.url.partition(":")[0] == "memory":
             raise ValueError(
@@ -190,25 +195,58 @@ def _publish(options: argparse.Namespace) -> int:
             raise ValueError("--lines needs - for the data")
         with contextlib.closing(Hub(options.url)) as hub:
             for data in _data(options):
-                print(hub.publish(options.channel, data, event=options.event))
-                sys.stdout.flush()
+                line += options.lines
+                text = _decoded(data)
+                id = hub.publish(options.channel, text, event=options.event)
+                if not _printed(id):
+                    return _fail(_at(line, "it is stored; its id cannot be printed"), 3)
     except (ValueError, TypeError, ImportError) as error:
-        return _fail(str(error), 2)
+        return _fail(_at(line, str(error)), 2)
     except Uncertain as error:
-        return _fail(f"it may have been stored: {error}", 3)
-    except BrokerError as error:
-        return _fail(str(error))
+        return _fail(_at(line, f"it may have been stored: {error}"), 3)
+    except (BrokerError, OSError) as error:
+        return _fail(_at(line, str(error)))
     return 0
 
 
-def _data(options: argparse.Namespace) -> Iterator[str]:
+def _at(line: int, message: str) -> str:
+    return f"line {line}: {message}" if line else message
+
+
+def _data(options: argparse.Namespace) -> Iterator[bytes]:
+    """Yield the data of each event: no more of it than an event may have, and one byte.
+
+    Of bytes, which are read as they come: text is decoded in blocks, and one wrong
+    byte would keep back the lines before it.
+    """
     if options.data != "-":
-        yield options.data
-    elif options.lines:
-        for line in sys.stdin:
-            yield line.removesuffix("\n")
-    else:
-        yield sys.stdin.read()
+        yield os.fsencode(options.data)
+        return
+    if sys.stdin is None:
+        raise ValueError("data must be given: the standard input is closed")
+    if not options.lines:
+        yield sys.stdin.buffer.read(_MAX_DATA + 1)
+        return
+    while line := sys.stdin.buffer.readline(_MAX_DATA + 1):
+        yield line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _decoded(data: bytes) -> str:
+    if len(data) > _MAX_DATA:
+        raise ValueError(f"data must have {_MAX_DATA} bytes at most")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data must be UTF-8: {error.reason}") from None
+
+
+def _printed(id: str | None) -> bool:
+    try:
+        print(id, flush=True)
+    except OSError:  # `| head` has seen enough; the exit would flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _port(text: str) -> int:

@@ -346,6 +346,11 @@ class Hub:
                 f" got {len(payload)}"
             )
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._is_closed
+
     def check_open(self, what: str) -> None:
         if self._is_closed:
             raise ValueError(f"{what} after close()")

@@ -120,6 +120,8 @@ def _answer(hub: Hub, keys: list[bytes], request: Request) -> Response:
     except Unavailable as error:
         return _error(503, str(error), {"Retry-After": str(_RETRY_AFTER)})
     except (ValueError, TypeError) as error:
+        if hub.is_closed:  # the server is about to stop; the request may be right
+            return _error(503, str(error), {"Retry-After": str(_RETRY_AFTER)})
         return _error(400, str(error))
     except BrokerError as error:
         return _error(504, f"it may have been stored: {error}")

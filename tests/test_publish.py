@@ -2,12 +2,17 @@
 
 import io
 import json
+import subprocess
 import sys
 import tempfile
 import traceback
+from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
-from werkzeug.test import Client
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from werkzeug.test import Client, EnvironBuilder, run_wsgi_app
 from werkzeug.wrappers import Response
 
 from syncstream import Hub
@@ -17,6 +22,15 @@ from syncstream.publish import MAX_BODY, MAX_LINES, publish_app
 
 NDJSON = "application/x-ndjson"
 TOKEN = {"Authorization": "Bearer secret"}
+
+
+ROOT = Path(__file__).parent.parent
+FUZZED = Hub(max_payload=30)  # in memory
+
+
+def latin(text):
+    """Return text as a server would: its bytes as characters."""
+    return text.encode(errors="replace").decode("latin-1")
 
 
 @pytest.fixture
@@ -180,6 +194,56 @@ def test_a_broker_that_is_down(hub, client, monkeypatch, error, status):
     assert ("Retry-After" in answer.headers) is (status == 503)
 
 
+def test_a_hub_that_is_closed(hub, client):
+    """Is a server about to stop, and no mistake of who posts."""
+    hub.close()
+    answer = post(client)
+    assert answer.status_code == 503
+    assert "Retry-After" in answer.headers
+
+
+def often(usual, other):
+    """Return what is right three times of four: all wrong at once is soon refused."""
+    return st.integers(0, 3).flatmap(lambda n: other if n == 3 else usual)
+
+
+@settings(max_examples=150)
+@given(
+    path=often(st.sampled_from(["/news", "/a:b"]), st.text(max_size=8)),
+    query=often(
+        st.lists(
+            st.tuples(
+                st.sampled_from(["event", "only", "exclude"]), st.text(max_size=5)
+            ),
+            max_size=3,
+        ).map(urlencode),
+        st.text(max_size=20) | st.integers().map("retry={}".format),
+    ),
+    body=often(
+        st.lists(st.sampled_from([b"1\n", b"{}\r\n", b"\n", b'"x"\n'])).map(b"".join),
+        st.binary(max_size=40)
+        | st.lists(st.sampled_from([b"[", b"NaN"])).map(b"".join),
+    ),
+    kind=often(st.just(NDJSON), st.sampled_from(["text/plain", "", "a/b; x=", ";"])),
+    length=often(st.none(), st.text(max_size=4) | st.integers().map(str)),
+    token=often(st.just("Bearer secret"), st.text(max_size=8)),
+)
+def test_whatever_is_posted(path, query, body, kind, length, token):
+    """Is answered in JSON: nothing that comes from outside is an error of ours."""
+    environ = EnvironBuilder(method="POST", input_stream=io.BytesIO(body)).get_environ()
+    environ |= {
+        "PATH_INFO": latin(path),
+        "QUERY_STRING": latin(query),
+        "CONTENT_TYPE": kind,
+        "CONTENT_LENGTH": str(len(body)) if length is None else latin(length),
+        "HTTP_AUTHORIZATION": latin(token),
+    }
+    chunks, status, _ = run_wsgi_app(publish_app(FUZZED, token="secret"), environ)
+    assert status < "500"
+    answer = json.loads(b"".join(chunks))
+    assert answer.keys() == ({"ids"} if status == "200 OK" else {"error"})
+
+
 @pytest.mark.parametrize(
     ("token", "error"), [("", ValueError), ([], ValueError), ([5], TypeError)]
 )
@@ -215,7 +279,7 @@ def test_the_command_publishes(url, capsys):
 )
 def test_the_command_reads(url, capsys, monkeypatch, options, expected):
     """What stands on standard input, whole or line by line."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n\nb"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n\nb")))
     assert main(["publish", url, "news", "-", *options]) == 0
     assert len(capsys.readouterr().out.split()) == len(expected)
     hub = Hub(url)
@@ -226,6 +290,52 @@ def test_the_command_reads(url, capsys, monkeypatch, options, expected):
         hub.close()
 
 
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "expected", "status", "text"),
+    [
+        (["--lines"], b"a\nb\xff\nc\n", ["a"], 2, "line 2: data must be UTF-8"),
+        (["--lines"], b"a\n" + b"b" * (1 << 20), ["a"], 2, "line 2: an event must"),
+        (["--lines"], b"a\n" + b"b" * (2 << 20), ["a"], 2, "line 2: data must have"),
+        (["--lines"], b"a\r\n" + DEEP, ["a", DEEP.decode()], 0, ""),
+        ([], b"\xff", [], 2, "data must be UTF-8"),
+        ([], b"b" * (2 << 20), [], 2, "data must have 1048576 bytes at most"),
+    ],
+    ids=["UTF-8", "framed", "long", "deep", "whole UTF-8", "whole long"],
+)
+def test_lines_that_cannot_be_published(
+    url, capsys, monkeypatch, options, data, expected, status, text
+):
+    """The error names the line; those before it are stored, their ids printed."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert main(["publish", url, "news", "-", *options]) == status
+    out, err = capsys.readouterr()
+    assert text in err
+    assert len(out.split()) == len(expected)
+    hub = Hub(url)
+    try:
+        found = hub.subscribe("news", after="start").read(10 if expected else 0)
+        assert [event.data for event in found] == expected
+    finally:
+        hub.close()
+
+
+def test_ids_that_nobody_reads(url):
+    """A closed pipe is no traceback: what was stored is said."""
+    command = [sys.executable, "-m", "syncstream", "publish", url, "news", "-"]
+    with subprocess.Popen(
+        [*command, "--lines"], stdin=-1, stdout=-1, stderr=-1, cwd=ROOT
+    ) as process:
+        process.stdout.close()
+        process.stdin.write(b"a\nb\n")
+        process.stdin.close()
+        told = process.stderr.read().decode()
+    assert told == "syncstream: line 1: it is stored; its id cannot be printed\n"
+    assert process.returncode == 3
+
+
 @pytest.mark.parametrize(
     ("words", "status", "text"),
     [
@@ -233,6 +343,7 @@ def test_the_command_reads(url, capsys, monkeypatch, options, expected):
         (["nothing:", "a", "x"], 2, "url must"),
         (["local:", "a b", "x"], 2, "channel must"),
         (["local:", "a", "x", "--lines"], 2, "--lines"),
+        (["local:", "a", "\udcff"], 2, "data must be UTF-8"),
         (["redis://127.0.0.1:1", "a", "x"], 1, ""),
     ],
 )
