@@ -41,7 +41,7 @@ from .brokers import Broker, is_pattern, matches, open_broker, patterns_of, show
 from .clock import time
 from .control import CONTROL, Control, Kick, attempt
 from .errors import BrokerError, Closed, Denied, PayloadTooLarge, Unavailable, Uncertain
-from .log import JOIN, START, Entry, Log, Page, first_part
+from .log import JOIN, START, Entry, Log, Page, first_part, flaw
 from .process import process
 from .protocol import sse
 from .protocol.json import Dumps, dumps_or_default
@@ -655,6 +655,11 @@ class Hub:
     # What the broker tells: a `Sink`.
 
     def deliver(self, channel: str, entry: Entry) -> None:
+        problem = flaw(entry)
+        if problem is not None:
+            self.drop_malformed(channel, problem)
+            self.resync([channel])  # it may have come in place of another
+            return
         with self._lock:
             record = self._channels.get(channel)
             if record is None:
@@ -688,6 +693,11 @@ class Hub:
                     waiters |= subscription.discover(channel, entry.prev)
         if waiters:
             wake_all(waiters)
+
+    def drop_malformed(self, channel: str, problem: str) -> None:
+        """Say that what the broker has told, or read, is none of ours."""
+        text = "something in %r is no event, and dropped: %s"
+        self._say_once(channel, logging.ERROR, text, channel, problem)
 
     def _listening(self, channel: str) -> list[Subscription]:
         """Return those that have patterns of a channel; maybe one several times."""
@@ -1000,6 +1010,10 @@ def _check_name(name: Any) -> None:
             f"channel must be 1 to {_MAX_NAME} characters, without white space, * and"
             f" #, got {name!r}"
         )
+
+
+def _is_id(id: str) -> bool:
+    return len(id) <= 40 and _ID.fullmatch(id) is not None
 
 
 def _check_tags(name: str, tags: Iterable[str]) -> list[str]:
@@ -1653,8 +1667,7 @@ class Subscription:
         if places is not None:
             # Whatever it says, it comes from outside.
             id = places.get(name, "")
-            known = len(id) <= 40 and _ID.fullmatch(id) is not None
-            return _Cursor(name, record, id if known else "")
+            return _Cursor(name, record, id if _is_id(id) else "")
         if self._after == "now":
             head = self.hub.read(name, None).head
             return _Cursor(name, record, head, is_begun=True)
@@ -1782,15 +1795,19 @@ class Subscription:
                     if self._key is not None:
                         items += self._latest(cursor)
                         continue
-                    found, entries = self._take_from(cursor)
+                    found = self._take_from(cursor)
                 except Unavailable:
                     if not items:
                         raise
                     cursor.go_back(places.pop()[1])
                     break  # the others' are given out first
-                items += found
-                items += [(cursor, e) for e in entries if self._is_for_us(e)]
-                size += sum(len(entry.payload) for entry in entries)
+                for item in found:
+                    entry = item[1]
+                    if isinstance(entry, Entry):
+                        size += len(entry.payload)
+                        if not self._is_for_us(entry):
+                            continue
+                    items.append(item)
                 if size >= JOIN:
                     break
         except BaseException as error:
@@ -1852,8 +1869,8 @@ class Subscription:
                 if is_behind and not cursor.is_at_end():
                     brought.behind[cursor.name] = cursor
 
-    def _take_from(self, cursor: _Cursor) -> tuple[list[Item], Sequence[Entry]]:
-        """Return what follows a cursor: a reset, maybe, and entries of anybody's."""
+    def _take_from(self, cursor: _Cursor) -> list[Item]:
+        """Return what follows a cursor: entries of anybody's, and resets."""
         window = cursor.record.log
         with self.hub._lock:
             if cursor.position < window.first:
@@ -1866,7 +1883,7 @@ class Subscription:
                     cursor.last = entries[-1].id
                 cursor.is_begun, cursor.start = True, ""
                 if entries or not cursor.record.is_doubtful:
-                    return [], entries
+                    return [(cursor, entry) for entry in entries]
             end, limit = window.end, cursor.record.limit
         page = self.hub.read(cursor.name, cursor.last or _NOWHERE, limit)
         entries = first_part(page.entries)
@@ -1880,15 +1897,60 @@ class Subscription:
             self._settle(cursor, page.head, end)
         if entries:
             cursor.position = -1
-        if not page.complete:
-            if not self._is_only_older(cursor):
-                return self._gap(cursor, page, entries)
-            cursor.last = entries[0].prev if entries else page.head
-            cursor.sent = cursor.last
-        if entries:
-            cursor.last = last
+        items = self._chained(cursor, page, entries)
         cursor.is_begun, cursor.start = True, ""
-        return [], entries
+        return items
+
+    def _chained(
+        self, cursor: _Cursor, page: Page, entries: Sequence[Entry]
+    ) -> list[Item]:
+        """Return a page's entries, and a reset wherever the chain is broken.
+
+        What was removed, or is no event, shows there; the cursor goes past it.
+        """
+        is_replay = self._on_gap == "replay"
+        reason = "unknown"
+        # What the next entry must name; `None` where something is missing for certain.
+        last: str | None = cursor.last
+        if not page.complete:
+            place = self._place(cursor, entries)
+            if place is not None:
+                entries = entries[place:]
+            elif self._is_only_older(cursor):
+                last = cursor.sent = entries[0].prev if entries else page.head
+            else:
+                last = None
+                reason = "lagged" if cursor.is_begun or cursor.start else reason
+        items: list[Item] = []
+        for entry in entries:
+            problem = flaw(entry)
+            if problem is not None:
+                self.hub.drop_malformed(cursor.name, problem)
+                last = None
+                continue
+            if entry.prev != last:
+                if not is_replay:
+                    last = None
+                    break
+                items += self._reset(cursor, reason, entry.prev)
+                reason = "unknown"
+            items.append((cursor, entry))
+            last = entry.id
+        if last is None:  # what follows is not to be given out, or has not come yet
+            is_past = is_replay and bool(entries) and _is_id(entries[-1].id)
+            last = entries[-1].id if is_past else page.head
+            if not is_replay:
+                cursor.seen = -1  # more may have come
+            items += self._reset(cursor, reason, last)
+        cursor.last = last
+        return items
+
+    def _place(self, cursor: _Cursor, entries: Sequence[Entry]) -> int | None:
+        """Return where a page goes on after an id that was removed, if it does."""
+        if cursor.last in ("", START):
+            return None
+        places = (n for n, entry in enumerate(entries) if entry.prev == cursor.last)
+        return next(places, None)
 
     def _is_only_older(self, cursor: _Cursor) -> bool:
         """Tell whether what was trimmed had come before the cursor began.
@@ -1908,20 +1970,6 @@ class Subscription:
                 record.is_doubtful = False
                 if record.log.head != head:
                     wake_all(self.hub.restart(record, head))
-
-    def _gap(
-        self, cursor: _Cursor, page: Page, entries: Sequence[Entry]
-    ) -> tuple[list[Item], Sequence[Entry]]:
-        """Return the reset, and what is to follow it."""
-        reason = "lagged" if cursor.is_begun or cursor.start else "unknown"
-        if self._on_gap != "replay":
-            cursor.seen = -1  # more may have come
-            entries = ()
-        before = entries[0].prev if entries else page.head
-        items = self._reset(cursor, reason, before)
-        cursor.is_begun, cursor.start = True, ""
-        cursor.last = entries[-1].id if entries else before
-        return items, entries
 
     def _lost_items(self, name: str, reason: str) -> list[Item]:
         """Return the reset of a pattern; its cursor stands for all its channels."""
@@ -1979,22 +2027,25 @@ class Subscription:
             head = self.hub.read(cursor.name, None).head
         kept: dict[Hashable, Item] = {}
         while True:
-            found, entries = self._take_from(cursor)
+            found = self._take_from(cursor)
+            is_gap = False
             for item in found:
-                kept[object()] = item
-            for entry in entries:
+                entry = item[1]
+                if isinstance(entry, Event):  # of a reset
+                    kept[object()], is_gap = item, True
+                    continue
                 if not self._is_for_us(entry):
                     continue
                 # Not `_decoded`: it is not given out yet.
                 (event,) = sse.Decoder().feed(entry.wire)
                 key = self._key(event)
                 kept.pop(key, None)
-                kept[key] = cursor, entry
+                kept[key] = item
             if (
-                found
-                or not entries
+                is_gap
+                or not found
                 or cursor.position >= end
-                or any(entry.id == head for entry in entries)
+                or any(entry.id == head for _, entry in found)
             ):
                 return [*kept.values()]
 

@@ -15,9 +15,11 @@ Nothing here locks, waits or knows a clock: `Hub` does.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 
-__all__ = ["JOIN", "START", "Entry", "Log", "Page", "first_part"]
+__all__ = ["JOIN", "START", "Entry", "Log", "Page", "first_part", "flaw"]
 
 START = "0"
 """Asks for the oldest entry that is kept. Brokers that outlive a restart have it as the
@@ -245,4 +247,52 @@ def first_part(entries: Sequence[Entry]) -> list[Entry]:
     return list(entries)
 
 
+def flaw(entry: Entry) -> str | None:
+    """Return why an entry is none that a hub has stored; ``None`` if it is one.
+
+    Whoever may write to the engine may tell anything. What is not an event can be
+    decoded by nobody; what has an id or a "reset" of its own deceives its readers.
+    """
+    id, prev, fields = entry.id, entry.prev, entry.payload
+    if len(id) > _LONGEST_ID or not _ID.fullmatch(id):
+        return "its id is none"
+    if prev != START and (len(prev) > _LONGEST_ID or not _ID.fullmatch(prev)):
+        return "the id before it is none"
+    if prev == id:
+        return "it follows itself"
+    if fields[:1] == b"\0":
+        tags, _, fields = fields[1:].partition(b"\n")
+        if not _are_tags(tags):
+            return "its tags are none"
+    if fields.find(b"\n\n") != len(fields) - 2 or b"\r" in fields:
+        return "it is not one event"
+    if not (fields.startswith(b"data: ") or b"\ndata: " in fields):
+        return "it has no data"
+    if fields.startswith(b"id") or b"\nid" in fields:
+        return "it has a second id"
+    if b"event" in fields and _RESET.search(fields):
+        return "it says that events are missing"
+    if not fields.isascii():
+        try:
+            fields.decode()
+        except UnicodeDecodeError:
+            return "it is not UTF-8"
+    return None
+
+
+def _are_tags(tags: bytes) -> bool:
+    try:
+        found = json.loads(tags)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+        for names in found.values()
+    )
+
+
+# What a client may come back with: see `hub.Subscription`.
+_LONGEST_ID = 40
+_ID = re.compile(r"[0-9a-f]+-[0-9a-f]+")
+_RESET = re.compile(rb"^event: ?reset$", re.MULTILINE)
 _TRIMMED = Entry("", "", b"")

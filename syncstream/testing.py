@@ -38,6 +38,7 @@ def check_broker(
     max_age: float | None = None,
     rounds: int = 1000,
     seed: int = 0,
+    remove: Callable[[Broker, str, str], object] | None = None,
 ) -> None:
     """Check that a broker keeps the contract; see `syncstream.brokers.Broker`.
 
@@ -50,6 +51,8 @@ def check_broker(
             Give brokers that forget soon, in a call of its own.
         rounds: How often races are run; 10,000 to be sure.
         seed: Of the random choices.
+        remove: Removes an event of a channel, by its id, from a broker's store, as an
+            operator would (``DELETE``, ``XDEL``); ``None``: that is not looked at.
 
     Raises:
         AssertionError: It does not; the message says what is broken.
@@ -65,6 +68,8 @@ def check_broker(
     suite.has_one_order()
     suite.resumes_everywhere()
     suite.trims_by_capacity()
+    if remove is not None:
+        suite.shows_what_was_removed(remove)
     suite.takes_any_id()
     suite.does_not_know_ids_of_others()
     suite.tells_what_comes_after_watch()
@@ -329,6 +334,53 @@ class _Suite:
                     [e.id for e in page.entries] == ids[edge + 1 :],
                     "after a trimmed id all that is kept must follow, and no more",
                 )
+
+    def shows_what_was_removed(
+        self, remove: Callable[[Broker, str, str], object]
+    ) -> None:
+        with self._hub() as hub:
+            broker = hub.broker
+            start = hub.head("a")
+            ids = hub.publish_many("a", "123456")
+            gone = (ids[1], ids[3], ids[5])
+            for id in gone:
+                remove(broker, "a", str(id))
+            page = broker.read("a", START)
+            _require(
+                [entry.id for entry in page.entries] == ids[::2],
+                "what was removed must not be read, and what follows it must",
+            )
+            _require(
+                [entry.prev for entry in page.entries] == [start, ids[1], ids[3]],
+                "prev must be the id before, though that was removed",
+            )
+            _require(
+                page.head == ids[5], "head must be the newest's, though it was removed"
+            )
+            for place in (0, 2, 4):
+                page = broker.read("a", ids[place])
+                _require(
+                    not page.complete
+                    and [entry.id for entry in page.entries] == ids[place + 2 :: 2],
+                    "after an id that is kept, and whose next was removed, what is kept"
+                    " must follow, as not complete",
+                )
+            page = broker.read("a", ids[0], 1)
+            _require(
+                not page.complete and [entry.id for entry in page.entries] == [ids[2]],
+                "the same must hold where less is read at once",
+            )
+            found, expected = [], ["1", ids[1], "3", ids[3], "5", ids[5]]
+            subscription = hub.subscribe("a", after=start)
+            while events := subscription.read(0):
+                found += [e.id if isinstance(e, Gap) else e.data for e in events]
+                _require(
+                    len(found) <= len(expected), "nothing must be read again and again"
+                )
+            _require(
+                found == expected,
+                "where events were removed there must be a reset, and the rest",
+            )
 
     def forgets_by_age(self, max_age: float) -> None:
         with self._broker() as broker:

@@ -91,9 +91,10 @@ class Broker(Protocol):
 
         Returns:
             If the id is known, what follows it, and ``complete``; else all that is
-            kept, from the oldest on. It may be less than there is, but not nothing:
-            a page should end with the entry by which its payloads have `log.JOIN`
-            bytes, for nobody takes more of it than that.
+            kept, from the oldest on. After one that is kept, but whose next was
+            removed, it is what follows, and not ``complete``. It may be less than
+            there is, but not nothing: a page should end with the entry by which its
+            payloads have `log.JOIN` bytes, for nobody takes more of it than that.
 
         Raises:
             Unavailable: The engine does not answer.

@@ -159,9 +159,10 @@ class MemoryBroker:
             if after is None:
                 return Page((), True, log.head)
             position = log.after(after)
-            is_known = position is not None
             start = position if position is not None else log.first
-            return Page(log.read(start, limit), is_known, log.head)
+            entries = log.read(start, limit)
+            follows = entries[0].prev if entries else log.head
+            return Page(entries, position is not None and follows == after, log.head)
 
     def attach(self, sink: Sink) -> None:
         self._sink = sink

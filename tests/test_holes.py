@@ -1,0 +1,202 @@
+"""What was removed from the middle of a channel: announced where it was, once."""
+
+import itertools
+import json
+
+import pytest
+
+from syncstream import Gap, Hub
+from syncstream import hub as hub_module
+from syncstream.brokers.memory import MemoryBroker
+from syncstream.log import START
+
+COUNT = 5
+
+
+class Holed(MemoryBroker):
+    """One from which events can be removed, by other means than its own."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.reads = 0
+
+    def read(self, channel, after, limit=1000):
+        self.reads += 1
+        assert self.reads < 1000, "it reads on for ever"
+        return super().read(channel, after, limit)
+
+    def remove(self, channel, *ids):
+        remove(self, channel, *ids)
+
+
+def remove(broker, channel, *ids):
+    """Remove events of a `MemoryBroker`, as an operator may from a database."""
+    log = broker._logs[channel]
+    entries = log._entries[log._skip :]
+    log._entries = [entry for entry in entries if entry.id not in ids]
+    log._skip, log.end = 0, log.first + len(log._entries)
+
+
+@pytest.fixture
+def broker():
+    return Holed()
+
+
+@pytest.fixture
+def hub(broker):
+    hub = Hub(broker=broker)
+    yield hub
+    hub.close()
+
+
+def read_all(subscription):
+    found = []
+    while events := subscription.read(0):
+        found += events
+    return found
+
+
+def shape(events):
+    """Return the data of events, "reset" for a reset."""
+    return ["reset" if isinstance(e, Gap) else e.data for e in events]
+
+
+def walk(ids, removed, last):
+    """Return what must come after an id, by the chain: pairs of data and id."""
+    place = ids.index(last)
+    found = []
+    for number in range(place + 1, len(ids)):
+        if ids[number] in removed:
+            continue
+        if ids[number - 1] != last:
+            found.append(("reset", ids[number - 1]))
+        last = ids[number]
+        found.append((str(number), last))
+    if last != ids[-1]:
+        found.append(("reset", ids[-1]))
+    return found
+
+
+@pytest.mark.parametrize("limit", [1, 2, 500])
+def test_every_hole_from_everywhere(limit, monkeypatch):
+    """Whatever is removed, whoever resumes where: all is delivered or announced.
+
+    Up to the hole, a reset with the id before what follows, and the rest; also where
+    the page ends there. Cut off anywhere, a client comes to the same end.
+    """
+    monkeypatch.setattr(hub_module, "READ", limit)
+    places = range(1, COUNT + 1)
+    sets = [c for n in range(COUNT + 1) for c in itertools.combinations(places, n)]
+    for holes in sets:
+        broker = Holed()
+        hub = Hub(broker=broker)
+        ids = [hub.head("a"), *hub.publish_many("a", map(str, places))]
+        removed = {ids[place] for place in holes}
+        broker.remove("a", *removed)
+        kept = [(str(n), ids[n]) for n in places if ids[n] not in removed]
+        for after in ids:
+            events = read_all(hub.subscribe("a", after=after))
+            found = list(zip(shape(events), [e.id for e in events], strict=True))
+            if after in removed and found != walk(ids, removed, after):
+                # Nobody knows an id that is gone: all that is kept comes again.
+                assert found[0][0] == "reset", holes
+                assert [pair for pair in found if pair[0] != "reset"] == kept, holes
+                assert after != ids[-1]
+                # Unless what names it is in the first page.
+                assert limit < 500 or ids[ids.index(after) + 1] in removed
+                continue
+            assert found == walk(ids, removed, after), (holes, after)
+            assert hub.head("a") == ids[-1]
+            broker.reads = 0
+        hub.close()
+
+
+@pytest.fixture
+def holed(hub, broker):
+    """A channel of six, the third and the fifth of which are gone; return the ids."""
+    ids = hub.publish_many("a", "123456")
+    broker.remove("a", ids[2], ids[4])
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["2", "reset", "4", "reset", "6"]),
+        ({"on_lag": "drop"}, ["2", "reset", "4", "reset", "6"]),
+        ({"on_gap": "live"}, ["2", "reset"]),
+        ({"on_gap": lambda: ["all"]}, ["2", "reset", "all"]),
+        (
+            {"on_lag": "latest", "key": lambda event: int(event.data) > 3},
+            ["2", "reset", "reset", "6"],
+        ),
+        ({"tags": ["x"]}, ["2", "reset", "4", "reset", "6"]),
+    ],
+    ids=["replay", "drop", "live", "callable", "latest", "tags"],
+)
+def test_each_way_to_go_on(hub, holed, options, expected):
+    """It is as where the oldest are gone; then it is live."""
+    subscription = hub.subscribe("a", after=holed[0], **options)
+    assert shape(read_all(subscription)) == expected
+    hub.publish("a", "7")
+    assert shape(subscription.read(5)) == ["7"]
+
+
+def test_who_is_behind_is_told(hub, broker, monkeypatch):
+    """Live, and slower than its window: a hole is one there, too."""
+    monkeypatch.setattr(hub_module, "WINDOW", 2)
+    subscription = hub.subscribe("a")
+    assert subscription.read(0) == []
+    ids = hub.publish_many("a", "123456")
+    broker.remove("a", ids[1])
+    assert shape(read_all(subscription)) == ["1", "reset", "3", "4", "5", "6"]
+    # The window is what was told, with nothing missing.
+    assert shape(read_all(hub.subscribe("a", after=ids[4]))) == ["6"]
+
+
+@pytest.mark.parametrize("after", ["start", 3])
+def test_the_beginning(hub, broker, after):
+    """What is counted from the newest, or is all that there is, has holes as well."""
+    ids = hub.publish_many("a", "123456")
+    broker.remove("a", ids[4])
+    found = shape(read_all(hub.subscribe("a", after=after)))
+    assert found[-3:] == ["4", "reset", "6"]
+    assert found[0] in ("1", "3")
+
+
+def test_of_several_channels(hub, broker, holed):
+    """Each has its own; the ids of a reset have the others' places."""
+    hub.publish_many("b", "xy")
+    oldest = broker.read("b", START).entries[0].prev
+    after = hub_module._composite("ab", [holed[0], oldest])
+    found = read_all(hub.subscribe("a", "b", after=after))
+    assert shape(found) == ["2", "reset", "4", "reset", "6", "x", "y"]
+    for place, event in enumerate(found):
+        again = shape(read_all(hub.subscribe("a", "b", after=event.id)))
+        assert again == shape(found)[place + 1 :]
+
+
+def test_as_lines(hub, holed):
+    """NDJSON has the same."""
+    frames = hub.subscribe("a", after=holed[0]).frames(False, json.dumps, None)
+    lines = [json.loads(line) for line in next(frames).splitlines()]
+    assert [line.get("event", line["data"]) for line in lines] == [
+        "2",
+        "reset",
+        "4",
+        "reset",
+        "6",
+    ]
+
+
+def test_patterns(hub, broker):
+    """A pattern's channels are read like others."""
+    subscription = hub.subscribe("*")
+    hub.publish("a", "0")
+    assert shape(read_all(subscription)) == []
+    hub.publish("a", "0")
+    assert shape(read_all(subscription)) == ["0"]
+    ids = hub.publish_many("a", "123")
+    broker.remove("a", ids[1])
+    hub.resync(["a"])
+    assert shape(read_all(subscription)) == ["1", "reset", "3"]
