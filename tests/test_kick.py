@@ -5,6 +5,8 @@ from contextlib import closing
 import pytest
 
 from pairs import Threads, await_true
+from postgresql_server import PostgreSQL
+from redis_server import RedisServer
 from syncstream import Closed, Hub, Unavailable, Uncertain
 from syncstream.brokers import matches
 from syncstream.brokers.memory import MemoryBroker
@@ -68,12 +70,19 @@ def await_end(subscription):
     assert subscription.reason == "kicked"
 
 
-def test_by_name_in_all_processes(tmp_path):
+@pytest.fixture(params=["local", "redis", "postgresql"])
+def url(request, tmp_path):
+    """An engine's, for hubs that stand for several processes."""
+    if request.param == "local":
+        yield f"local:{tmp_path}"
+    else:
+        with RedisServer() if request.param == "redis" else PostgreSQL() as server:
+            yield server.url
+
+
+def test_by_name_in_all_processes(url):
     """Of one name, of a tag, or both; whoever is at another hub is ended there."""
-    with (
-        closing(Hub(f"local:{tmp_path}")) as here,
-        closing(Hub(f"local:{tmp_path}")) as there,
-    ):
+    with closing(Hub(url)) as here, closing(Hub(url)) as there:
         ann, bob = begun(here, who="ann"), begun(here, who="bob", tags=["staff", "x"])
         far = [
             begun(there, who="ann"),
