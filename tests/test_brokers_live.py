@@ -129,7 +129,7 @@ class Follower(threading.Thread):
         self.resets = 0
         self._site = site
         attached = "" if site.is_handed_over else "&attached=1"
-        self._path = f"/sse/{channel}?after=start{attached}"
+        self._path = f"/sse/{channel}?after=start&who={channel}{attached}"
         self._last = None
         self._client = None
         self._is_over = False
@@ -263,6 +263,15 @@ def test_all_clients_of_all_workers(site, engine, channel):
             assert follower.resets == 0
             assert len(follower.pids) == 1
         await_true(lambda: engine.listeners() == PROCESSES, engine.listeners)
+        # A kick ends those of all processes; an event source comes back, and resumes.
+        _, count = ask(site, "GET", f"/kick/{channel}")
+        assert count == EACH
+        await_true(lambda: all(len(f.pids) > 1 for f in found), site.log)
+        _, (id,) = post(site, channel, "after the kick")
+        for follower in found:
+            await_true(lambda f=follower: len(f.got) > len(expected) + 1, site.log)
+            assert follower.got[1:] == [*expected, (id, "after the kick")]
+            assert follower.resets == 0
 
 
 def test_a_worker_that_is_killed(site, channel):

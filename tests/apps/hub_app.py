@@ -87,7 +87,7 @@ ANSWERS = {
     "close": lambda what, query, environ: hub.close(),
     "head": lambda what, query, environ: hub.head(*what.split(",")),
     "presence": lambda what, query, environ: hub.presence(what),
-    "kick": lambda what, query, environ: hub.kick(lambda s: s.who == what),
+    "kick": lambda what, query, environ: hub.kick(who=what),
     "deny": lambda what, query, environ: denied.add(what),
     "publish": publish,
     "flood": flood,
