@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 from syncstream import Hub
-from syncstream.brokers import open_broker
 
 MAX_AGE = 20.0  # seconds
 MAX_SIZE = 8 << 20  # bytes, of `local:`
@@ -29,10 +28,8 @@ def open_hub(url):
     if url.startswith("local:"):
         from syncstream.brokers.local import LocalBroker
 
-        broker = LocalBroker(url, CAPACITY, MAX_AGE, MAX_SIZE)
-    else:
-        broker = open_broker(url, capacity=CAPACITY, max_age=MAX_AGE)
-    return Hub(broker=broker, max_age=MAX_AGE)
+        return Hub(broker=LocalBroker(url, CAPACITY, MAX_AGE, MAX_SIZE))
+    return Hub(url, capacity=CAPACITY, max_age=MAX_AGE)
 
 
 if "SOAK_CLOCK" in os.environ:
