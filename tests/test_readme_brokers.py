@@ -143,12 +143,12 @@ def test_the_chat_of_several_workers(chat):
         assert take(client, 1) == ["after"]
 
 
-# What docs/brokers.md says to copy.
+# What docs/brokers.md and docs/security.md say to copy.
 
 
-def code(name, language):
-    """Return the code of a block of docs/brokers.md."""
-    text = (ROOT / "docs" / "brokers.md").read_text()
+def code(name, language, page="brokers.md"):
+    """Return the code of a block of a page."""
+    text = (ROOT / "docs" / page).read_text()
     part = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0]
     (found,) = re.findall(f"```{language}\n(.*?)```", part, re.DOTALL)
     return found
@@ -190,6 +190,53 @@ def test_publish_app_by_curl(tmp_path):
             (id,) = run("secret")["ids"]
             (event,) = [e for _ in range(3) for e in sse.Decoder().feed(client.block())]
             assert (event.id, event.data) == (id, "Hello")
+
+
+def test_a_private_channel(monkeypatch):
+    """A user gets what is theirs until they log out; before they log in, nothing."""
+    monkeypatch.setenv("HUB_URL", "memory:")
+    monkeypatch.setenv("SECRET_KEY", "secret")
+    names = {"__name__": "private", "__file__": "private.py"}
+    exec(code("private", "python", "security.md"), names)
+    hub, client = names["hub"], names["app"].test_client()
+    with contextlib.closing(hub):
+        assert client.get("/mail").status_code == 401
+        with client.session_transaction() as session:
+            session["user"] = "ann"
+        decoder, events = sse.Decoder(), []
+        with client.get("/mail", headers=EVENT_SOURCE) as answer:
+            chunks = iter(answer.response)
+            decoder.feed(next(chunks))  # its head; from here on it listens
+            hub.publish("user:bob", "not hers")
+            hub.publish("user:ann", "hers")
+            while not events:
+                events = decoder.feed(next(chunks))
+            assert [event.data for event in events] == ["hers"]
+            assert client.post("/logout").status_code == 204
+            assert decoder.feed(b"".join(chunks)) == []
+        assert client.get("/mail").status_code == 401
+
+
+def anchors(path):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    found = re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in found}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))],
+    ids=lambda p: p.name,
+)
+def test_links_lead_somewhere(page):
+    """To a file of this repository, and a heading in it."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        target, _, anchor = link.partition("#")
+        if target.startswith("http"):
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path), link
 
 
 def test_a_session_of_sqlalchemy():
