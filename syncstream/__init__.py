@@ -5,6 +5,7 @@ The map of the package, from top to bottom the way the data takes:
 ====================  ==========================================================
 ``errors``            every exception, as a tree
 ``clock``             the clock that waits go by
+``arguments``         commands' arguments, whose errors show no URL
 ``protocol``          bytes <-> values: event streams, NDJSON, JSON
 ``sockets``           what is asked of a socket, by its descriptor
 ``journal``           log lines that harm nobody
@@ -13,6 +14,7 @@ The map of the package, from top to bottom the way the data takes:
 ``process``           the process's streams, and its stop
 ``log``               one channel's events: a bounded window, and positions in it
 ``brokers``           what stores events, and tells of them: ``memory:``
+``control``           whom to kick, as a hub's processes tell each other
 ``hub``               channels: publish, subscribe, resume
 ``links``             what gets a thread out of a read
 ``answers``           frameworks' responses and errors, where an item was due
