@@ -1100,3 +1100,308 @@ def test_the_engine_may_come_later(make, folder):
     broker.watch("a")
     broker.publish([("a", b"x")])
     wait_until(lambda: told.payloads == [b"x"])
+
+
+# Whose it is, and what becomes of its files.
+
+
+def change(folder, sql):
+    """As an operator does, by SQLite's own tool."""
+    with contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as connection:
+        connection.execute(sql)
+        connection.commit()
+
+
+def test_a_hole_is_announced_once(make, folder):
+    """What follows an event whose successor was deleted; not the oldest, for ever."""
+    broker = make()
+    ids = broker.publish([("a", b"%d" % n) for n in range(5)])
+    change(folder, "DELETE FROM event WHERE number = 3")
+    page = broker.read("a", ids[0])
+    assert page.complete
+    assert [entry.id for entry in page.entries] == [ids[1], *ids[3:]]
+    page = broker.read("a", ids[1])
+    assert not page.complete
+    assert [entry.id for entry in page.entries] == ids[3:]
+    assert broker.read("a", ids[3]).complete
+
+
+def test_the_newest_are_found_without_the_rest(make):
+    """Their id before and the head's, within what is kept; no row is made by it."""
+    broker = make(capacity=4)
+    for count in (1, 10):
+        (empty,) = {*broker.newest("a", count)}
+    assert empty == broker.read("a", None).head
+    ids = broker.publish([("a", b"%d" % n) for n in range(6)])
+    assert broker.newest("a", 1) == (ids[4], ids[5])
+    assert broker.newest("a", 3) == (ids[2], ids[5])
+    assert broker.newest("a", 100) == (ids[1], ids[5])
+    assert make(max_age=1e-9).newest("a", 3) == (ids[5], ids[5])
+    for number in range(10):
+        broker.read(f"unused {number}", None)
+        broker.newest(f"unused {number}", 5)
+    with contextlib.closing(sqlite3.connect(f"{broker.path}/log.db")) as connection:
+        assert connection.execute("SELECT count(*) FROM channel").fetchone() == (1,)
+
+
+def test_what_is_deleted_before_it_is_told_is_announced(make, folder):
+    """The last ones, too, which no later event shows."""
+    broker, told = make(), Told()
+    broker.attach(told)
+    broker.watch("a")
+    with broker.process._news.guard:  # as one that is frozen
+        other = make()
+        other.publish([("a", b"x")])
+        change(folder, "DELETE FROM event")
+    wait_until(lambda: told.resyncs)
+    assert told.payloads == []
+
+
+def test_what_a_fast_clock_has_stored_does_not_stay(make, monkeypatch):
+    """It ages from when the clock was put back."""
+    broker = make(max_age=60.0)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 1e6)
+    broker.publish([("a", b"x")] * 10)
+    monkeypatch.setattr(time, "time", lambda: now)
+    broker.publish([("a", b"x")] * 100)
+    assert len(kept(broker)) == 110
+    monkeypatch.setattr(time, "time", lambda: now + 61)
+    assert kept(broker) == []
+
+
+STORES = """
+import sys
+from syncstream.brokers.local import LocalBroker
+broker = LocalBroker(sys.argv[1])
+for line in sys.stdin:
+    print(*broker.publish([("a", line.encode())]), flush=True)
+broker.close()
+print("closed", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["-shm"], ["-wal"], ["-wal", "-shm"], ["", "-shm"], ["", "-wal", "-shm"]],
+    ids=lambda names: "db".join(names) or "db",
+)
+def test_a_log_never_forks(make, folder, names, caplog):
+    """Whichever of its files a cleaner removes, between the uses of two processes."""
+    broker, told = make(), Told()
+    path = f"{folder}/log/log.db"
+    with running(STORES, f"local:{folder}/log") as process:
+
+        def store(text):
+            print(text, file=process.stdin, flush=True)
+            return process.stdout.readline().strip()
+
+        before = [*broker.publish([("a", b"1")]), store("2")]
+        broker.attach(told)
+        broker.watch("a")
+        payloads(broker)
+        for name in names:
+            os.unlink(path + name)
+        theirs = [store("3"), store("4")]
+        ours = broker.publish([("a", b"5")])
+        last = store("6")
+        ids = [entry.id for entry in kept(broker)]
+        assert ids[-4:] == [*theirs, *ours, last]
+        assert ids[:-4] == (before if names == ["-shm"] else ids[:-4])
+        wait_until(lambda: told.resyncs)
+        page = broker.read("a", before[1])
+        assert page.complete is (before[1] in ids)
+        process.stdin.close()
+        assert process.stdout.readline() == "closed\n"
+        assert process.wait(TIMEOUT) == 0
+    assert [entry.id for entry in kept(make())] == ids
+    assert "were removed or replaced" in caplog.text
+
+
+def test_closing_a_stale_log_undoes_nothing(make, folder):
+    """A process that has not stored since a cleaner came takes no events along."""
+    idle, other = make(), make()
+    idle.publish([("a", b"1")])
+    os.unlink(f"{folder}/log/log.db-shm")
+    with running(STORES, f"local:{folder}/log") as process:
+        process.stdin.write("2\n")
+        process.stdin.close()
+        assert process.stdout.readlines()[-1] == "closed\n"
+        process.wait(TIMEOUT)
+    idle.close()
+    assert payloads(other) == [b"1", b"2\n"]
+
+
+def test_the_times_of_files_are_fresh(make, folder, monkeypatch):
+    """Cleaners go by them: of the log, its lock, its sockets and their folders."""
+    monkeypatch.setattr(local, "_FRESHEN", 0.0)
+    broker = make()
+    broker.attach(Told())
+    broker.watch("a")
+    broker.publish([("a", b"x")])
+    (socket,) = os.listdir(f"{folder}/log/wake")
+    names = "", "/log.db", "/log.db-wal", "/log.db-shm", "/lock", "/wake"
+    paths = [f"{folder}/log{name}" for name in (*names, f"/wake/{socket}")]
+    for path in paths:
+        os.utime(path, (1, 1))
+    wait_until(lambda: all(os.stat(path).st_mtime > 1e9 for path in paths))
+    assert all(os.stat(path).st_atime > 1e9 for path in paths)
+
+
+def modes(folder):
+    found = {}
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            found[name] = os.stat(f"{parent}/{name}").st_mode & 0o7777
+    return found
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0])
+def test_files_are_their_owners_only(make, folder, umask):
+    """Whatever the umask, and also those that an earlier release has made."""
+    os.mkdir(f"{folder}/log")
+    os.chmod(f"{folder}/log", 0o755)
+    with open(f"{folder}/log/lock", "w"):
+        os.chmod(f"{folder}/log/lock", 0o644)
+    before = os.umask(umask)
+    try:
+        broker = make()
+        broker.attach(Told())
+        broker.watch("a")
+        broker.publish([("a", b"x")])
+    finally:
+        os.umask(before)
+    found = modes(f"{folder}/log")
+    assert found.pop("wake") == 0o700
+    assert len(found) == 5
+    assert {*found.values()} == {0o600}
+
+
+def test_folders_of_others_are_refused(make, folder):
+    """Whoever owns it reads and forges; whoever may write to it, too."""
+    path = f"{folder}/log"
+    os.mkdir(path)
+    os.chmod(path, 0o777)
+    with pytest.raises(Unavailable, match=r"by every user: chmod o-w"):
+        make().publish([("a", b"x")])
+    os.chmod(path, 0o755)
+    if os.geteuid():
+        return  # CI runs this as root, too
+    os.chown(path, 12345, 12345)
+    with pytest.raises(Unavailable, match=r"belongs to user 12345.*chmod 2770"):
+        make().publish([("a", b"x")])
+    os.chown(path, 0, 0)
+    os.symlink(path, f"{folder}/link")
+    os.chown(f"{folder}/link", 12345, 12345, follow_symlinks=False)
+    with pytest.raises(Unavailable, match="belongs to user 12345"):
+        make("link").publish([("a", b"x")])
+    assert os.listdir(path) == []
+
+
+SHARES = """
+import os, sys
+url, user, umask = sys.argv[1], int(sys.argv[2]), int(sys.argv[3], 8)
+from syncstream import Hub
+import syncstream.brokers.local
+os.umask(umask)
+if user:
+    os.setgroups([23456])
+    os.setgid(user)
+    os.setuid(user)
+hub = Hub(url)
+subscription = hub.subscribe("a", after="start")
+for line in sys.stdin:
+    hub.publish("a", line.strip())
+    found = []
+    while line.strip() not in found:
+        new = subscription.read(15)
+        assert new, found
+        found += [event.data for event in new]
+    print(*found, flush=True)
+hub.close()
+"""
+
+
+@pytest.mark.parametrize("umask", ["077", "022"])
+@pytest.mark.parametrize("first", [0, 12345], ids=["root-first", "user-first"])
+def test_users_of_a_group_share_a_folder(make, folder, first, umask):
+    """One of setgid 2770, whoever comes first, and wake each other."""
+    if os.geteuid():
+        pytest.skip("needs two users: run as root")
+    os.chmod(folder, 0o755)
+    path = f"{folder}/log"
+    os.mkdir(path)
+    os.chown(path, 0, 23456)
+    os.chmod(path, 0o2770)
+    second = 12345 - first or 54321
+    users = [(str(first), umask), (str(second), umask)]
+    url = f"local:{path}"
+    with running(SHARES, url, *users[0]) as one, running(SHARES, url, *users[1]) as two:
+
+        def say(process, text):
+            print(text, file=process.stdin, flush=True)
+            return process.stdout.readline().split()
+
+        assert say(one, "1") == ["1"]
+        assert say(two, "2") == ["1", "2"]
+        assert say(one, "3") == ["2", "3"]
+        found = modes(path)
+        assert found.pop("wake") == 0o2770
+        assert len(found) == 6
+        assert {*found.values()} == {0o660}
+        for process in (one, two):
+            process.stdin.close()
+            assert process.wait(TIMEOUT) == 0
+
+
+REFUSED = """
+import logging, os, sys
+from syncstream import Hub
+from syncstream.errors import Unavailable
+import syncstream.brokers.local
+logging.disable()
+user = int(sys.argv[2])
+os.setgroups([])
+os.setgid(user)
+os.setuid(user)
+hub = Hub(sys.argv[1])
+try:
+    hub.publish("a", "x")
+except Unavailable as error:
+    print(error)
+print(hub.stats()["up"])
+hub.close()
+"""
+
+
+def test_another_user_is_told_what_to_do(make, folder):
+    """As whom to run, and how to share; stats say that it does not work."""
+    if os.geteuid():
+        pytest.skip("needs two users: run as root")
+    os.chmod(folder, 0o755)
+    make().publish([("a", b"x")])
+    lines = check_script(REFUSED, f"local:{folder}/log", "12345").splitlines()
+    assert "chmod 2770" in lines[0]
+    assert lines[1] == "False"
+
+
+def test_each_operation_judges(make, folder):
+    """Publishing and reading, too: said once, and once again when it is mended."""
+    broker, told = make(), Told()
+    broker.attach(told)
+    with open(f"{folder}/log", "w"):
+        pass
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            broker.publish([("a", b"x")])
+        with pytest.raises(Unavailable):
+            broker.watch("a")
+    assert told.states == [False]
+    with pytest.raises(Unavailable):
+        broker.read("a", None)
+    os.unlink(f"{folder}/log")
+    broker.publish([("a", b"x")])
+    assert told.states == [False]
+    broker.read("a", None)
+    broker.watch("a")
+    wait_until(lambda: told.states == [False, True])

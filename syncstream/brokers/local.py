@@ -19,8 +19,13 @@ The rules:
   its locks, a child would have, too, and believe (https://sqlite.org/howtocorrupt.html
   2.6). So a fork waits for the transactions that have begun, and closes; who needs the
   files after that opens them.
-- A file that is removed, or replaced, is noticed before it is used. What comes after
-  is another log: the ids of before are unknown to it.
+- A file that is removed, or replaced, is noticed before it is used: the log's state is
+  in three, and a process has one set of them. Who finds another set closes all that it
+  has without a checkpoint, which would undo what others have stored since, and says
+  so; what it stored in the meantime is `Uncertain`. The files' times are kept fresh, so
+  that what cleans temporary directories leaves them alone.
+- Files have the folder's group if that has its setgid bit and is the group's (2770),
+  and are then of all its members; else they are the owner's only.
 
 Ids are ``<number>-<nonce>`` in hexadecimal digits: the number counts a channel's
 events, the nonce is the event's own. A channel without events has the head
@@ -45,6 +50,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
+from math import inf
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
@@ -72,6 +79,8 @@ _SEEN = 2000  # milliseconds, within which listeners have seen an event
 _SWEEP = 64  # events between two looks for what is too old, or too much
 _CHANNELS = 5000  # that are looked at in one go, whether they can be forgotten
 _LOCK_TRY = 0.002  # seconds between two tries
+_FRESHEN = 60.0  # seconds between two updates of the files' times
+_SHARED = stat.S_ISGID | stat.S_IRWXG  # a folder that a group shares
 _CLOSE = 1.0  # seconds, to have the lock when files are closed
 _MAX_PATH = 80  # bytes: sun_path takes 104 (macOS), with /wake/<pid>-<random>
 _MOUNTS = "/proc/self/mounts"
@@ -154,6 +163,7 @@ class LocalBroker:
         self._watched: set[str] = set()
         self._patterns: set[str] = set()
         self._is_closed = False
+        self._is_up = True  # as the sink was told, here or in the parent of a fork
         self._is_heir = False
         self._is_spoilt = False
         self._forget()
@@ -226,6 +236,20 @@ class LocalBroker:
         self._go_on(process)
         return process.read(channel, after, limit)
 
+    def newest(self, channel: str, count: int) -> tuple[str, str]:
+        """Return the id before the newest events of a channel, and its head's.
+
+        Args:
+            channel: Its name.
+            count: Of so many of them, or all that are kept. None of them is read.
+
+        Raises:
+            Unavailable: As from `read`.
+        """
+        process = self._own()
+        self._go_on(process)
+        return process.edge(channel, count)
+
     def attach(self, sink: Sink) -> None:
         self._sink = sink
 
@@ -266,6 +290,17 @@ class LocalBroker:
     @property
     def sink(self) -> Sink | None:
         return self._sink
+
+    def state(self, is_up: bool, reason: str) -> None:
+        """Tell the sink, if it has not been told so."""
+        if is_up == self._is_up or self._sink is None:
+            return
+        self._is_up = is_up
+        try:
+            self._sink.state(is_up, reason)
+        except Exception as error:  # ours goes on, whoever is told
+            text = "%s: the sink has failed"
+            say(log, logging.ERROR, text, self.path, error=error)
 
     def is_watching(self) -> bool:
         return bool(self._watched or self._patterns)
@@ -385,6 +420,7 @@ def _make(path: str, is_private: bool) -> None:
             )
     with suppress(FileExistsError):
         os.mkdir(path, 0o700)
+    _refuse_others(path)
     kind = _network_kind(path)
     if kind is not None:
         raise Unavailable(
@@ -392,8 +428,83 @@ def _make(path: str, is_private: bool) -> None:
             " between machines: use local:/PATH on a disk of this machine, or redis:"
             " for several"
         )
+    _make_wake(path)
+
+
+def _refuse_others(path: str) -> None:
+    """Refuse a folder in which users that nobody has named could read and forge."""
+    user = os.geteuid()
+    link, found = os.lstat(path), os.stat(path)
+    if not stat.S_ISDIR(found.st_mode):
+        raise Unavailable(f"{path} must be a directory, and is not one")
+    if found.st_mode & stat.S_IWOTH:
+        raise Unavailable(
+            f"{path} can be written to by every user: chmod o-w {path}, or use"
+            " local:/PATH, another one"
+        )
+    is_ours = not user or found.st_gid in {os.getegid(), *os.getgroups()}
+    is_shared = found.st_mode & _SHARED == _SHARED and is_ours
+    for owner in {link.st_uid, found.st_uid} - {0, user}:
+        if not is_shared:
+            raise Unavailable(
+                f"{path} belongs to user {owner}, this is user {user}: run as that"
+                f" user, or share it by a group that both are in (chgrp GROUP {path};"
+                f" chmod 2770 {path})"
+            )
+
+
+def _file_mode(path: str) -> int:
+    """Return the mode of the files in a folder."""
+    return 0o660 if os.stat(path).st_mode & _SHARED == _SHARED else 0o600
+
+
+def _make_wake(path: str) -> None:
+    """Make the folder of the sockets, with the rights of the one it is in."""
+    wake = f"{path}/wake"
     with suppress(FileExistsError):
-        os.mkdir(f"{path}/wake", 0o700)
+        os.mkdir(wake, 0o700)
+    is_shared = _file_mode(path) == 0o660
+    _settle(wake, 0o2770 if is_shared else 0o700, os.stat(path).st_gid)
+
+
+def _settle(path: str, mode: int, group: int) -> None:
+    """Give a file of ours its mode, and the folder's group where that shares it."""
+    found = os.lstat(path)
+    if os.geteuid() not in (0, found.st_uid) or stat.S_ISLNK(found.st_mode):
+        return
+    if mode & stat.S_IRWXG and found.st_gid != group:
+        os.chown(path, -1, group)
+    if found.st_mode & 0o7777 != mode:
+        os.chmod(path, mode)
+
+
+def _make_file(folder: str, name: str) -> None:
+    """Make an empty file if it is not there; whoever sees it sees its final mode."""
+    path = f"{folder}/{name}"
+    mode, group = _file_mode(folder), os.stat(folder).st_gid
+    if not os.path.lexists(path):
+        new = f"{path}-{os.urandom(4).hex()}"
+        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
+        try:
+            _settle(new, mode, group)
+            with suppress(FileExistsError):
+                os.link(new, path)
+        finally:
+            os.unlink(new)
+    with suppress(FileNotFoundError):
+        _settle(path, mode, group)
+
+
+def _said(path: str, error: Exception) -> str:
+    """Return what has failed, and what to do if it is a matter of rights."""
+    text = f"{path}: {error}"
+    rights = "unable to open database file", "readonly database", "read-only"
+    if isinstance(error, PermissionError) or any(word in str(error) for word in rights):
+        text += (
+            " (several users share a folder by a group that all are in: chgrp -R GROUP"
+            f" {path}; chmod 2770 {path}; its files are made again if you remove them)"
+        )
+    return text
 
 
 def _network_kind(path: str) -> str | None:
@@ -471,8 +582,9 @@ class _Lock:
         try:
             with suppress(BlockingIOError):  # it is just being looked at
                 fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._fd = os.open(f"{self._path}/lock", flags, 0o666)
+            _make_file(self._path, "lock")
+            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._fd = os.open(f"{self._path}/lock", flags)
         except BaseException:
             self.close()
             raise
@@ -521,6 +633,21 @@ class _Lock:
 
 # What is in them.
 
+_Identity = tuple[tuple[int, int], ...]  # device and inode of each file
+_SUFFIXES = "", "-wal", "-shm"
+_ASIDE = "-aside"
+_databases: weakref.WeakSet[_Database] = weakref.WeakSet()
+
+
+def _close_all(known: _Identity | None) -> None:
+    """Close this process's connections to a database; by who has the lock."""
+    for database in list(_databases):
+        identity = database.identity
+        if known is None or identity is None or identity[0] != known[0]:
+            continue
+        with database.guard:
+            database.close()
+
 
 class _Database:
     """A connection to the log, of one thread at a time.
@@ -535,13 +662,14 @@ class _Database:
         self.guard = native(_thread, "RLock")()
         self._path = path
         self._file = f"{path}/log.db"
-        self._identity: tuple[int, int] | None = None
+        self.identity: _Identity | None = None
         self._connection: sqlite3.Connection | None = None
         self._swept = 0  # events since old ones were looked for
         self._swept_to = 0  # the channel that was looked at last
         self._added = 0  # since channels were looked for
         self._commits = 0  # since the last checkpoint
         self._stored = 0  # bytes since then
+        _databases.add(self)
 
     @property
     def connection(self) -> sqlite3.Connection:
@@ -554,43 +682,121 @@ class _Database:
         return self._connection is not None
 
     def is_current(self) -> bool:
-        """Tell whether it is open, and its file where it was."""
+        """Tell whether it is open, and all its files where they were."""
+        return self.identity is not None and self._find() == self.identity
+
+    def _find(self) -> _Identity | None:
+        """Return what the files are now, if all are there."""
         try:
-            found = os.stat(self._file)
+            found = [os.stat(self._file + suffix) for suffix in _SUFFIXES]
         except OSError:  # to open it again will say what it is
+            return None
+        return tuple((file.st_dev, file.st_ino) for file in found)
+
+    def _is_split(self) -> bool:
+        """Tell whether this process has another set of these files open.
+
+        What SQLite has of the index (-shm) it shares among a process's connections: a
+        new one would have that, too, wherever the name leads by now.
+        """
+        found = [other.identity for other in list(_databases)]
+        return any(
+            other[0] == self.identity[0] and other != self.identity
+            for other in found
+            if other is not None and self.identity is not None
+        )
+
+    def _has_stray_index(self) -> bool:
+        """Tell whether the index is of a WAL that was removed.
+
+        SQLite makes it after the WAL, and removes it before.
+        """
+        try:
+            found = os.stat(f"{self._file}-shm")
+            is_stray = not os.path.exists(f"{self._file}-wal")
+            return is_stray and os.path.samestat(found, os.stat(f"{self._file}-shm"))
+        except FileNotFoundError:
             return False
-        return (found.st_dev, found.st_ino) == self._identity
 
     def open_to_read(self) -> bool:
-        """Open the file if it is there and whole; without the lock.
+        """Open the files if they are there and whole; without the lock.
 
         Raises:
             Unavailable: It is not a log of this version.
         """
-        self.close()
+        if self.is_open:  # to close it takes the lock
+            return False
         try:
             before = os.stat(self._file)
+            if self._has_stray_index():
+                return False
             self._connect("rw")
         except (FileNotFoundError, sqlite3.OperationalError):
             return False  # or it is just being made, or removed
-        if (before.st_dev, before.st_ino) == self._identity:
+        assert self.identity is not None
+        if (before.st_dev, before.st_ino) == self.identity[0] and not self._is_split():
             return True
         self.close()
         return False
 
     def open(self) -> None:
-        """Open the file, or make it; by who has the lock.
+        """Open the files, or make them; by who has the lock, and not the guard.
 
         Raises:
             Unavailable: It is not a log of this version.
         """
-        self.close()
+        if not os.path.exists(self._file):
+            with suppress(FileNotFoundError):  # who was to move it back was killed
+                os.rename(f"{self._file}{_ASIDE}", self._file)
+        known = self.identity
+        if known is not None:
+            self._leave_files(known)
         if not os.path.exists(self._file):
             # Of a database that was removed, and maybe still is used.
-            for suffix in ("-wal", "-shm"):
+            for suffix in _SUFFIXES[1:]:
                 with suppress(FileNotFoundError):
                     os.unlink(self._file + suffix)
-        self._connect("rwc")
+        elif self._has_stray_index():
+            with suppress(FileNotFoundError):
+                os.unlink(f"{self._file}-shm")
+        _make_file(self._path, "log.db")
+        with self.guard:
+            self._connect("rwc")
+            if self._is_split():
+                self.close()
+                self._leave_files(None)
+                self._connect("rwc")
+
+    def _leave_files(self, known: _Identity | None) -> None:
+        """Close what this process has of files that are not where they were."""
+        text = (
+            "%s: its files were removed or replaced while they were used; what was"
+            " stored meanwhile may be lost, and subscribers are told (a cleaner of"
+            " temporary files? use local:/PATH)"
+        )
+        say(log, logging.WARNING, text, self._path)
+        try:
+            found = os.stat(self._file)
+        except FileNotFoundError:
+            _close_all(known)
+            return
+        here = found.st_dev, found.st_ino
+        if known is not None and here != known[0]:
+            # SQLite sees that it was moved; but the WAL is not that of a new one.
+            for suffix, one in zip(_SUFFIXES[1:], known[1:], strict=True):
+                with suppress(FileNotFoundError):
+                    other = os.stat(self._file + suffix)
+                    if (other.st_dev, other.st_ino) == one:
+                        os.unlink(self._file + suffix)
+            _close_all(known)
+            return
+        # To close the last connection is a checkpoint, and removes the WAL by its name:
+        # that of others, by now. Not so if the database has moved.
+        os.rename(self._file, f"{self._file}{_ASIDE}")
+        try:
+            _close_all((here,))
+        finally:
+            os.rename(f"{self._file}{_ASIDE}", self._file)
 
     def _connect(self, mode: str) -> None:
         connection = sqlite3.connect(
@@ -604,11 +810,17 @@ class _Database:
             self._check(connection, may_make=mode == "rwc")
             for setting in _SETTINGS:
                 connection.execute(f"PRAGMA {setting}")
-            found = os.stat(self._file)
+            identity = self._find()
+            if identity is None:
+                raise sqlite3.OperationalError("its files are just being removed")
+            folder = os.path.dirname(self._file)
+            rights = _file_mode(folder), os.stat(folder).st_gid
+            for suffix in _SUFFIXES:  # what earlier releases have made
+                _settle(self._file + suffix, *rights)
         except BaseException:
             connection.close()
             raise
-        self._identity = found.st_dev, found.st_ino
+        self.identity = identity
         self._connection = connection
 
     def _check(self, connection: sqlite3.Connection, may_make: bool) -> None:
@@ -645,6 +857,8 @@ class _Database:
         """Close it and its lock, for good."""
         is_held = self._connection is not None and lock.hold(timeout)
         try:
+            if is_held and self.identity is not None and not self.is_current():
+                self._leave_files(self.identity)
             # Even so: the last one's close, a checkpoint, needs all others closed.
             with self.guard:
                 self.close()
@@ -656,7 +870,7 @@ class _Database:
     def close(self) -> None:
         """Close it; by who has the lock: the last one's close is a checkpoint."""
         connection, self._connection = self._connection, None
-        self._identity = None
+        self.identity = None
         if connection is not None:
             connection.close()
 
@@ -734,6 +948,12 @@ class _Database:
                 "DELETE FROM event WHERE seq <= (SELECT max(seq) FROM"
                 " (SELECT seq, time FROM event ORDER BY seq LIMIT ?) WHERE time < ?)",
                 (count, now - int(max_age * 1000)),
+            )
+            # What was stored by a clock that has since been put back ages from now on.
+            execute(
+                "UPDATE event SET time = ?1 WHERE time > ?1 AND seq <= (SELECT max(seq)"
+                " FROM (SELECT seq FROM event ORDER BY seq LIMIT ?2))",
+                (now, count),
             )
         (page_size,) = execute("PRAGMA page_size").fetchone()
         (pages,) = execute("PRAGMA page_count").fetchone()
@@ -837,6 +1057,14 @@ class _Database:
             entries = self._entries(channel, number, limit, since)
             if entries and entries[0].prev == after:
                 return Page(entries, True, head)
+            # The event itself is kept, the one after it is not: what follows that.
+            row = execute(
+                "SELECT nonce, (SELECT min(number) FROM event WHERE channel = ?1 AND"
+                " number > ?2) FROM event WHERE channel = ?1 AND number = ?2",
+                (channel, number),
+            ).fetchone()
+            if row and _id(number, row[0]) == after and row[1] != number + 1:
+                oldest = number
         # A clock that is put back does not tear holes: from the first one on that
         # is new enough all are kept.
         (first,) = execute(
@@ -847,6 +1075,28 @@ class _Database:
         if first is None:
             return Page((), False, head)
         return Page(self._entries(channel, first - 1, limit, since), False, head)
+
+    def edge(
+        self, name: str, count: int, capacity: int, max_age: float | None
+    ) -> tuple[str, str]:
+        """Return the id before so many of the newest events, and the head's."""
+        since = 0 if max_age is None else int((time.time() - max_age) * 1000)
+        # Of one statement: of one moment.
+        row = self.connection.execute(
+            "SELECT last, channel.nonce, number - 1, prev FROM channel"
+            " LEFT JOIN (SELECT channel, number, prev FROM event WHERE time >= ?1 AND"
+            " channel = (SELECT id FROM channel WHERE name = ?2)"
+            " ORDER BY number DESC LIMIT ?3) AS e"
+            " ON e.channel = channel.id AND number > last - ?4"
+            " WHERE name = ?2 ORDER BY number LIMIT 1",
+            (since, name, count, capacity),
+        ).fetchone()
+        if row is None:
+            head = _id(0, self._empty())
+            return head, head
+        last, nonce, before, prev = row
+        head = _id(last, nonce)
+        return (head if before is None else _id(before, prev)), head
 
     def _entries(
         self, channel: int, number: int, limit: int, since: int
@@ -1071,10 +1321,18 @@ class _Process:
         self._listener: _Listener | None = None
         self._begins = native(_thread, "allocate_lock")()
         self._is_closed = False
+        # Reentrant: a garbage collection may enter it.
+        self._judging = native(_thread, "RLock")()
+        self._failing: set[str] = set()  # see `judge`
+        self._freshened = -inf
 
     # To write.
 
     def publish(self, items: Items) -> list[str]:
+        with self._judged("publish"):
+            return self._publish(items)
+
+    def _publish(self, items: Items) -> list[str]:
         job = _Job(items)
         if not self._write_here(job):
             self._await(job, self._writer)
@@ -1083,6 +1341,45 @@ class _Process:
             raise type(job.error)(*job.error.args) from job.error.__cause__
         ids: list[str] = job.result
         return ids
+
+    def try_to_store(self, database: _Database) -> None:
+        """If publishing has failed, see whether it would again; with the guard."""
+        if "publish" not in self._failing:
+            return
+        lock = self._locks[2]
+        lock.open()
+        if not lock.try_acquire():
+            return
+        try:
+            disk = os.statvfs(self._path)
+            if disk.f_bavail * disk.f_frsize < _GROUP or not database.is_current():
+                return
+            execute = database.connection.execute
+            execute("BEGIN IMMEDIATE")
+            try:
+                execute("UPDATE life SET empty = empty")
+                execute("COMMIT")
+            finally:
+                database.connection.rollback()
+        except (sqlite3.Error, OSError):
+            return  # as before
+        finally:
+            lock.release()
+        self.judge("publish")
+
+    def freshen(self, *others: str) -> None:
+        """Keep the files' times from ageing: by those, cleaners judge what is used."""
+        now = time.monotonic()
+        if now - self._freshened < _FRESHEN:
+            return
+        self._freshened = now
+        files = [f"log.db{suffix}" for suffix in _SUFFIXES]
+        paths = [f"{self._path}/{name}" for name in (*files, "lock", "wake")]
+        if self._broker.is_private:
+            paths.append(os.path.dirname(self._path))
+        for path in (self._path, *paths, *others):
+            with suppress(OSError):  # another user's; or it is missed when it is used
+                os.utime(path)
 
     def _write_here(self, job: _Job) -> bool:
         """Store it in this thread, if it is one and nobody else writes."""
@@ -1134,7 +1431,7 @@ class _Process:
                     # Those who do not want to wait any longer go.
                     native(time, "sleep")(_LOCK_TRY)
                     continue
-                failed = Unavailable(f"{self._path}: {error}")
+                failed = Unavailable(_said(self._path, error))
                 failed.__cause__ = error
                 while (job := self._writer.take()) is not None:
                     job.end(error=error if isinstance(error, BrokerError) else failed)
@@ -1149,9 +1446,9 @@ class _Process:
         with self._writing:
             lock.acquire()
             try:
+                if not database.is_current():
+                    database.open()
                 with database.guard:
-                    if not database.is_current():
-                        database.open()
                     database.connection.execute("BEGIN IMMEDIATE")
                     jobs: list[_Job] = []
                     size = 0
@@ -1170,12 +1467,14 @@ class _Process:
             ids = database.store([i for job in jobs for i in job.items], self._bounds)
             has_ended = True
             database.connection.execute("COMMIT")
+            if not database.is_current():
+                raise OSError("its files were removed or replaced meanwhile")
         except Exception as error:
             # Of a disk that is full the last frame, which is the commit, is not
             # whole. Of other errors it may be.
             is_stored = has_ended and "is full" not in str(error)
             kind = Uncertain if is_stored else Unavailable
-            failed = kind(f"{self._path}: {error}")
+            failed = kind(_said(self._path, error))
             failed.__cause__ = error
             for job in jobs:
                 job.end(error=failed)
@@ -1184,6 +1483,7 @@ class _Process:
             # An interrupt's, too.
             self._roll_back()
         self._others.wake()
+        self.freshen()
         for job in jobs:
             job.end(ids[: len(job.items)])
             ids = ids[len(job.items) :]
@@ -1226,20 +1526,55 @@ class _Process:
                 job.end(result)
 
     def read(self, channel: str, after: str | None, limit: int) -> Page:
-        return self._call(lambda: self._read(channel, after, limit))
+        def page(database: _Database) -> Page:
+            return database.page(channel, after, limit, self._bounds)
 
-    def _read(self, channel: str, after: str | None, limit: int) -> Page:
+        return self._call(lambda: self._ask(page))
+
+    def edge(self, channel: str, count: int) -> tuple[str, str]:
+        capacity, max_age, _ = self._bounds
+        read = partial(_Database.edge, name=channel, count=count)
+        read = partial(read, capacity=capacity, max_age=max_age)
+        return self._call(lambda: self._ask(read))
+
+    def _ask(self, read: Callable[[_Database], T]) -> T:
         self._acquire(self._reading, self._timeout)
         try:
             if self._is_closed:
                 raise Unavailable("local: is closed")
-            database = self._history
-            with self._opened(database, self._locks[1]):
-                return database.page(channel, after, limit, self._bounds)
-        except (sqlite3.Error, OSError) as error:
-            raise Unavailable(f"{self._path}: {error}") from error
+            with self._judged("read"), self._opened(self._history, self._locks[1]):
+                return read(self._history)
         finally:
             self._reading.release()
+
+    @contextmanager
+    def _judged(self, way: str) -> Iterator[None]:
+        """Take note whether what is done here works; raise what fails as ours."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            failed = Unavailable(_said(self._path, error))
+            self.judge(way, reason=str(failed))
+            raise failed from error
+        except BrokerError as error:
+            self.judge(way, reason=str(error))
+            raise
+        self.judge(way)
+
+    def judge(self, *ways: str, reason: str = "") -> None:
+        """Take note of what works, or by a reason does not; tell of a change.
+
+        Args:
+            ways: "publish", "read", "listen".
+        """
+        if not reason and self._failing.isdisjoint(ways):
+            return
+        with self._judging:
+            if reason:
+                self._failing.update(ways)
+            else:
+                self._failing.difference_update(ways)
+            self._broker.state(not self._failing, reason or "it can be used")
 
     @contextmanager
     def _opened(self, database: _Database, lock: _Lock) -> Iterator[bool]:
@@ -1247,16 +1582,18 @@ class _Process:
         is_new = False
         while True:
             with database.guard:
-                if not database.is_current():
+                is_there = database.is_current()
+                if not is_there:
                     is_new = True
                     lock.open()
-                    database.open_to_read()
-                if database.is_open:
+                    is_there = database.open_to_read()
+                if is_there:
                     yield is_new
                     return
             lock.acquire(self._timeout)
             try:
-                with database.guard:
+                # It may have been moved for a moment.
+                if not database.is_current():
                     database.open()
             finally:
                 lock.release()
@@ -1278,11 +1615,8 @@ class _Process:
                 raise Unavailable("local: is closed")
             if self._listener is not None:
                 return
-            try:
-                with self.news() as (news, _):
-                    listener = _Listener(self, self._broker, news)
-            except (sqlite3.Error, OSError) as error:
-                raise Unavailable(f"{self._path}: {error}") from error
+            with self._judged("listen"), self.news() as (news, _):
+                listener = _Listener(self, self._broker, news)
             listener.start()
             self._listener = listener
 
@@ -1396,6 +1730,7 @@ class _Others:
         self._socket.setblocking(False)
         self._names: list[str] = []
         self._changed: int | None = None
+        self._identity: tuple[int, int] | None = None  # of the folder
 
     def wake(self) -> None:
         """Wake them all; blocks for nothing."""
@@ -1417,9 +1752,11 @@ class _Others:
                     say(log, logging.DEBUG, "%s: not woken: %s", name, error)
 
     def _look(self) -> None:
-        changed = os.stat(self._folder).st_mtime_ns
-        if changed == self._changed:
+        found = os.stat(self._folder)
+        changed, folder = found.st_mtime_ns, (found.st_dev, found.st_ino)
+        if (changed, folder) == (self._changed, self._identity):
             return
+        self._identity = folder
         self._names = [f"{self._folder}/{name}" for name in os.listdir(self._folder)]
         # One that comes in the same tick of the clock will not change it.
         is_settled = abs(time.time_ns() - changed) > 100_000_000
@@ -1448,7 +1785,6 @@ class _Listener:
         # After it: what is stored from now on is looked for.
         self._position = database.newest()
         self._is_doubtful = broker.is_heir  # some may not have been told
-        self._is_up = True
         self._is_closed = False
         self._ended: list[_Turn] = []
         self._lock = native(_thread, "RLock")()
@@ -1456,11 +1792,13 @@ class _Listener:
     def _bind(self) -> None:
         if self._socket is not None:
             self._socket.close()
-        with suppress(FileExistsError):
-            os.mkdir(self._folder, 0o700)
+        path = self._broker.path
+        _make_wake(path)
         self._name = f"{self._folder}/{os.getpid():x}-{os.urandom(4).hex()}"
         self._socket = _datagrams()
         self._socket.bind(self._name)
+        # Who may wake it must be able to write to it.
+        _settle(self._name, _file_mode(path), os.stat(path).st_gid)
         self._socket.setblocking(False)
 
     def start(self) -> None:
@@ -1471,14 +1809,15 @@ class _Listener:
             try:
                 self._tell()
             except Exception as error:
-                self._state(False, str(error))
+                self._process.judge("listen", reason=_said(self._broker.path, error))
                 if not isinstance(error, (BrokerError, sqlite3.Error, OSError)):
                     self._is_doubtful = True
                     text = "%s: the sink has failed"
                     say(log, logging.ERROR, text, self._broker.path, error=error)
                 native(time, "sleep")(LOOK_EVERY / 5)
             else:
-                self._state(True, "it can be read")
+                self._process.judge("listen", "read")
+                self._process.freshen(self._name)
             self._wait()
         with suppress(OSError):
             os.unlink(self._name)
@@ -1503,7 +1842,7 @@ class _Listener:
     def _tell(self) -> None:
         """Tell what has come since the last time."""
         while not self._is_closed:
-            rows = self._look()
+            rows, newest = self._look()
             if not os.path.exists(self._name):
                 self._bind()
             sink = self._broker.sink
@@ -1513,6 +1852,9 @@ class _Listener:
                 self._is_doubtful = False
                 sink.resync(None)
             if not rows:
+                if newest > self._position:  # they were deleted before they were read
+                    self._position = newest
+                    sink.resync(None)
                 return
             last = rows[-1][0]
             if last - self._position != len(rows):
@@ -1524,8 +1866,11 @@ class _Listener:
                 if self._broker.is_watched(channel):
                     sink.deliver(channel, entry)
 
-    def _look(self) -> list[tuple[int, str, Entry]]:
-        """Return what follows our position; notice that files were replaced."""
+    def _look(self) -> tuple[list[tuple[int, str, Entry]], int]:
+        """Return what follows our position, and the newest's place.
+
+        Notices that files were replaced.
+        """
         with self._process.news() as (database, is_new):
             if is_new:
                 self._position = database.newest()
@@ -1537,19 +1882,10 @@ class _Listener:
                     self._position = newest
 
                 self._broker.unless_watching(skip)
-            return database.tail(self._position)
-
-    def _state(self, is_up: bool, reason: str) -> None:
-        sink = self._broker.sink
-        if is_up == self._is_up:
-            return
-        self._is_up = is_up
-        try:
-            if sink is not None:
-                sink.state(is_up, f"{self._broker.path}: {reason}")
-        except Exception as error:  # the listener goes on, whoever is told
-            text = "%s: the sink has failed"
-            say(log, logging.ERROR, text, self._broker.path, error=error)
+            # First: what comes between the two is there for the next look.
+            newest = database.newest()
+            self._process.try_to_store(database)
+            return database.tail(self._position), newest
 
     def close(self, deadline: float) -> bool:
         turn = _Turn()
