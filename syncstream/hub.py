@@ -20,6 +20,7 @@ import math
 import os
 import random
 import re
+import sys
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import (
@@ -42,6 +43,9 @@ from .clock import time
 from .control import CONTROL, Control, Kick, attempt
 from .errors import BrokerError, Closed, Denied, PayloadTooLarge, Unavailable, Uncertain
 from .log import JOIN, START, Entry, Log, Page, first_part, flaw
+from .presence import PRESENCE
+from .presence import decoded as decoded_presence
+from .presence import encoded as encoded_presence
 from .process import process
 from .protocol import sse
 from .protocol.json import Dumps, dumps_or_default
@@ -103,14 +107,16 @@ class _Channel:
     """A channel that has, or had a moment ago, subscribers."""
 
     __slots__ = (
-        *("counted", "idle_since", "is_doubtful", "is_watched", "limit", "log"),
-        *("subscriptions", "tagged", "waiters"),
+        *("aside", "counted", "held", "idle_since", "is_doubtful", "is_watched"),
+        *("limit", "log", "subscriptions", "tagged", "waiters"),
     )
 
     def __init__(self) -> None:
         # The head is unknown: the first entry says what it follows.
         self.log = Log("")
         self.counted = 0  # bytes of it that are in `Hub._size`
+        # Fields of who came and went, until it is known after which event.
+        self.held: tuple[bytes, ...] = ()
         self.subscriptions = 0
         self.is_watched = False  # by its name: the broker tells of it
         # Its head may be older than the channel's, or not known at all: the first to
@@ -119,6 +125,7 @@ class _Channel:
         self.limit = READ  # what to ask the broker for: fewer, if they are large
         self.waiters: dict[Wakeable, None] = {}  # in the order in which they came
         self.tagged = -1  # the last position whose entry is not for everybody
+        self.aside = -1  # the last one whose entry is set aside
         self.idle_since = time.monotonic()
 
 
@@ -240,6 +247,8 @@ class Hub:
         self._dropped = deque()
         self._published = self._delivered = 0
         self._is_up = True
+        self._hears_presence = False
+        self._told_presence: deque[str] = deque(maxlen=WINDOW)  # ids: not twice
         self._is_closed = False
         self._said: dict[tuple[str, str], float] = {}
         self._swept = time.monotonic()
@@ -427,8 +436,9 @@ class Hub:
             throttle: Seconds between two deliveries, at least.
             tags: What `publish` may select it by.
             who: What `presence` shows of it; a user's name, say.
-            announce: Publish "join" and "leave" events to its channels, with ``who``
-                as it is now; not to those of a pattern.
+            announce: Tell those who are there, by "join" and "leave" events in its
+                channels, with ``who`` as it is now; not in those of a pattern. They
+                are not kept, and have the id of the event before them.
             authorize: Called when it is first read, and every ``reauthorize``
                 seconds; when it returns false, or has not answered within 5 seconds
                 (`ANSWER`), the stream ends ("denied"), and a late answer changes
@@ -494,6 +504,7 @@ class Hub:
         self._control.begin_anew()
         self._dropped.clear()
         self._published = self._delivered = 0
+        self._hears_presence = False
 
     def head(self, *channels: str) -> str:
         """Return the id of a channel's newest event; of several, one for all.
@@ -666,6 +677,9 @@ class Hub:
                 if channel == CONTROL:  # by its name, or by a pattern of all
                     self._control.look()
                     return
+                if channel == PRESENCE:
+                    self._tell_presence(entry)
+                    return
                 if not self._listening(channel):
                     return
                 self._forget_idle(time.monotonic(), is_watched=False)
@@ -677,14 +691,12 @@ class Hub:
                     return  # told twice
                 window.restart(entry.prev)
                 record.is_doubtful = True  # it may have come late
+            if record.held:
+                self._begin_window(record, entry.prev)
             window.append(entry)
             if entry.payload[:1] == b"\0":
                 record.tagged = window.end - 1
-            window.trim(WINDOW, entry.time - self._max_age, WINDOW_SIZE)
-            self._count(record)
-            self._filled.move_to_end(record)
-            while self._size > BUDGET:
-                self._empty(next(iter(self._filled)))
+            self._trim(record, entry.time)
             waiters, record.waiters = record.waiters, {}
             if self._listeners:
                 if not record.is_watched:
@@ -698,6 +710,50 @@ class Hub:
         """Say that what the broker has told, or read, is none of ours."""
         text = "something in %r is no event, and dropped: %s"
         self._say_once(channel, logging.ERROR, text, channel, problem)
+
+    def _trim(self, record: _Channel, now: float) -> None:
+        """Keep a window within its bounds, and all of them, under the lock."""
+        record.log.trim(WINDOW, now - self._max_age, WINDOW_SIZE)
+        self._count(record)
+        self._filled.move_to_end(record)
+        while self._size > BUDGET:
+            self._empty(next(iter(self._filled)))
+
+    def _tell_presence(self, entry: Entry) -> None:
+        """Give who came or went to those who are there, under the lock."""
+        if entry.id in self._told_presence:
+            return
+        self._told_presence.append(entry.id)
+        try:
+            channel, fields = decoded_presence(entry)
+        except ValueError as error:
+            self.drop_malformed(PRESENCE, str(error))
+            return
+        waiters: dict[Wakeable, None] = {}
+        record = self._channels.get(channel)
+        if record is not None and record.subscriptions:
+            if record.log.head:
+                self._set_aside(record, fields, entry.time)
+                self._trim(record, entry.time)
+            else:
+                record.held = (*record.held, fields)[-WINDOW:]
+            waiters, record.waiters = record.waiters, {}
+        for subscription in dict.fromkeys(self._listening(channel)):
+            waiters |= subscription.overhear(channel, fields)
+        wake_all(waiters)
+
+    def _begin_window(self, record: _Channel, head: str) -> None:
+        """Let a window begin anew after an id, under the lock."""
+        record.log.restart(head)
+        if head:
+            held, record.held = record.held, ()
+            for fields in held:
+                self._set_aside(record, fields, time.monotonic())
+        self._count(record)
+
+    def _set_aside(self, record: _Channel, fields: bytes, now: float) -> None:
+        record.aside = record.log.end
+        record.log.set_aside(fields, now)
 
     def _listening(self, channel: str) -> list[Subscription]:
         """Return those that have patterns of a channel; maybe one several times."""
@@ -725,8 +781,7 @@ class Hub:
 
     def restart(self, record: _Channel, head: str) -> dict[Wakeable, None]:
         """Let a window begin anew after an id, under the lock; return whom to wake."""
-        record.log.restart(head)
-        self._count(record)
+        self._begin_window(record, head)
         waiters, record.waiters = record.waiters, {}
         return waiters
 
@@ -738,7 +793,7 @@ class Hub:
             names = [
                 name
                 for name in (self._channels if named is None else named)
-                if name != CONTROL
+                if name not in (CONTROL, PRESENCE)
             ]
             waiters: dict[Wakeable, None] = {}
             for name in names:
@@ -764,6 +819,10 @@ class Hub:
     def deny(self, name: str, reason: str) -> None:
         if name == CONTROL:  # they are heard again as soon as it is allowed
             text = "kicks of other processes are not heard: %s"
+            self._say_once(name, logging.ERROR, text, reason)
+            return
+        if name == PRESENCE:
+            text = "who comes and goes in other processes is not heard: %s"
             self._say_once(name, logging.ERROR, text, reason)
             return
         waiters: dict[Wakeable, None] = {}
@@ -890,13 +949,29 @@ class Hub:
         """Listen for kicks for one subscription less."""
         self._control.leave()
 
+    def hear_presence(self) -> None:
+        """Have the broker tell who comes and goes, from the first subscription on.
+
+        Raises:
+            Unavailable: The broker does not answer.
+        """
+        if self._hears_presence:
+            return
+        try:
+            self.broker.watch(PRESENCE)
+        except Denied as error:
+            self.deny(PRESENCE, str(error))
+        self._hears_presence = True
+
     def announce(self, channels: Iterable[str], data: str | None, name: str) -> None:
         """Tell channels who has come or gone."""
         for channel in channels:
             if self._is_closed:
                 return
             try:
-                self.publish(channel, data, event=name)
+                fields = Event(data, event=name).encode()
+                self.broker.publish([(PRESENCE, encoded_presence(channel, fields))])
+                self._published += 1
             except BrokerError as error:
                 text = "%r could not be announced in %r: %s"
                 say(log, logging.WARNING, text, name, channel, error)
@@ -944,6 +1019,8 @@ class Hub:
                 record = self._channels[name]
                 record.subscriptions -= 1
                 record.idle_since = now
+                if not record.subscriptions:
+                    record.held = ()  # nobody is there any more
             idle += self._forget_idle(now)
         for name in idle:
             try:
@@ -1049,6 +1126,8 @@ class _Cursor:
         seen: The window's end before the broker was asked, and had nothing more; -1
             if it may have. While the window's end is that, there is nothing new.
         is_begun: It was found once, so that a gap is one of a lag.
+        since: The window's end when it began: what was set aside before that is not
+            for it. A pattern's gets none of it there, see `Subscription.overhear`.
         start: The head when it began, if it began before that, with entries that it
             was not promised; ``""`` otherwise, and later.
     """
@@ -1061,6 +1140,7 @@ class _Cursor:
     is_begun: bool = False
     sent: str = ""
     start: str = ""
+    since: int = 0
 
     def __post_init__(self) -> None:
         self.sent = self.last
@@ -1070,6 +1150,23 @@ class _Cursor:
         # Outside of the window it is read from the broker, to its end.
         is_outside = self.position < 0 or self.record.is_doubtful
         return self.record.log.end == (self.seen if is_outside else self.position)
+
+    def is_late(self) -> bool:
+        """Tell whether there may be what is not for it; under the hub's lock."""
+        return self.position < self.since and self.record.aside >= self.position
+
+    def read(self, limit: int) -> tuple[list[Entry], int]:
+        """Return what there is for it in the window, and the position after that."""
+        position, window = self.position, self.record.log
+        entries = window.read(position, limit)
+        end = position + len(entries)
+        if self.is_late():
+            entries = [
+                entry
+                for place, entry in enumerate(entries, position)
+                if place >= self.since or not entry.is_aside
+            ]
+        return entries, end
 
     def place(self) -> tuple[Any, ...]:
         """Return what reading changes, for `go_back`."""
@@ -1089,15 +1186,17 @@ class _Brought:
         cursors: Of each channel, as long as it has a window.
         news: Channels with something new, and the id before that.
         behind: Cursors that may not be at their ends, whose turn is next first.
+        overheard: Channels, and fields of who came or went there.
         room: So many cursors are kept before those without windows are looked for.
     """
 
-    __slots__ = ("behind", "cursors", "news", "room")
+    __slots__ = ("behind", "cursors", "news", "overheard", "room")
 
     def __init__(self) -> None:
         self.cursors: dict[str, _Cursor] = {}
         self.news: dict[str, str] = {}
         self.behind: dict[str, _Cursor] = {}
+        self.overheard: deque[tuple[str, bytes]] = deque(maxlen=WINDOW)
         self.room = 64
 
 
@@ -1451,7 +1550,11 @@ class Subscription:
     def is_where(self, other: Subscription) -> bool:
         """Tell whether both are at one place for certain; of plain ones."""
         (mine,), (theirs,) = self._named, other._named
-        return mine.record is theirs.record and -1 != mine.position == theirs.position
+        return (
+            mine.record is theirs.record
+            and -1 != mine.position == theirs.position
+            and not (mine.is_late() or theirs.is_late())
+        )
 
     def poll(self) -> tuple[bytes, int] | None:
         """Return what is new, without waiting, of a plain one.
@@ -1474,9 +1577,8 @@ class Subscription:
                 return None
             while cursor.position < window.end:
                 position = cursor.position
-                if record.tagged >= position:
-                    entries = window.read(position, READ)
-                    end = position + len(entries)
+                if record.tagged >= position or cursor.is_late():
+                    entries, end = cursor.read(READ)
                     ours = [e.wire for e in entries if self._is_for_us(e)]
                     chunk, count = b"".join(ours), len(ours)
                 else:
@@ -1548,6 +1650,17 @@ class Subscription:
         brought.news.setdefault(channel, prev)
         return {self._waiter: None} if is_first and self._waiter is not None else {}
 
+    def overhear(self, channel: str, fields: bytes) -> dict[Wakeable, None]:
+        """Take note of who came to a pattern's channel, or went; return whom to wake.
+
+        By the hub, under its lock.
+        """
+        brought = self._brought
+        if brought is None or channel in self.channels:
+            return {}
+        brought.overheard.append((channel, fields))
+        return {} if self._waiter is None else {self._waiter: None}
+
     def lose(self, channel: str | None) -> dict[Wakeable, None]:
         """Take note that a channel may have had events; return whom to wake.
 
@@ -1613,6 +1726,7 @@ class Subscription:
             if self.is_nameable:
                 self._is_listed = True
                 self.hub.enlist()
+            self.hub.hear_presence()
             self._begin_channels(self._given)
         except BaseException as error:
             self._leave(has_joined=False)
@@ -1641,7 +1755,10 @@ class Subscription:
             self._watched += 1
             record = self.hub.watch(name)
             if record is not None:
-                named.append(self._cursor(name, record, places))
+                since = record.log.end
+                cursor = self._cursor(name, record, places)
+                cursor.since = since
+                named.append(cursor)
             elif given is not None:
                 # No broker can tell which channels there have been since.
                 self._lost = [*(self._lost or ()), (name, "unknown")]
@@ -1764,7 +1881,7 @@ class Subscription:
             if self._lost or self._reason is not None:
                 return False
             if self._brought is not None and (
-                self._brought.news or self._brought.behind
+                self._brought.news or self._brought.behind or self._brought.overheard
             ):
                 return False
             if not all(cursor.is_at_end() for cursor in self._named):
@@ -1783,11 +1900,15 @@ class Subscription:
         """
         items: list[Item] = []
         lost: list[tuple[str, str]] = []
+        overheard: list[tuple[str, bytes]] = []
         places: list[tuple[_Cursor, tuple[Any, ...]]] = []
         try:
             while self._lost:
                 lost.append(self._lost.pop(0))
                 items += self._lost_items(*lost[-1])
+            while self._brought is not None and self._brought.overheard:
+                overheard.append(self._brought.overheard.popleft())
+                items.append(_overheard_item(*overheard[-1]))
             size = 0
             for cursor in self._turns():
                 places.append((cursor, cursor.place()))
@@ -1815,6 +1936,8 @@ class Subscription:
             # the next read begins where this one did, with the one after this.
             with self.hub._lock:
                 self._lost = [*lost, *(self._lost or ())] or None
+                if self._brought is not None:
+                    self._brought.overheard.extendleft(reversed(overheard))
                 for cursor, place in places:
                     cursor.go_back(place)
             self._end_if_denied(error)
@@ -1839,6 +1962,7 @@ class Subscription:
                 record = hub.record(channel)
                 if cursor is None:
                     cursor = _Cursor(channel, record, prev, is_begun=True)
+                    cursor.since = sys.maxsize
                     brought.cursors[channel] = cursor
                 elif cursor.record is not record:
                     cursor.record, cursor.position, cursor.seen = record, -1, -1
@@ -1877,10 +2001,9 @@ class Subscription:
                 place = window.after(cursor.last) if cursor.last else None
                 cursor.position = -1 if place is None else place
             if cursor.position >= 0:
-                entries = window.read(cursor.position, READ)
-                cursor.position += len(entries)
-                if entries:
-                    cursor.last = entries[-1].id
+                entries, end = cursor.read(READ)
+                if end > cursor.position:
+                    cursor.position, cursor.last = end, window.entry(end - 1).id
                 cursor.is_begun, cursor.start = True, ""
                 if entries or not cursor.record.is_doubtful:
                     return [(cursor, entry) for entry in entries]
@@ -2154,6 +2277,12 @@ class Subscription:
         return [name for name in names if not is_pattern(name)]
 
 
+def _overheard_item(channel: str, fields: bytes) -> Item:
+    """Return who came to a pattern's channel, or went; it has no place there."""
+    cursor = _Cursor(channel, _Channel(), _NOWHERE)
+    return cursor, Entry(_NOWHERE, _NOWHERE, fields)
+
+
 def _unanswered(
     reference: weakref.ref[Subscription], scope: Any, watcher: Watch
 ) -> None:
@@ -2249,6 +2378,7 @@ class Frames:
                     if (
                         position < window.first
                         or record.tagged >= position
+                        or cursor.is_late()
                         or subscription._reason is not None
                     ):
                         return None

@@ -33,7 +33,8 @@ class Entry:
     """One event of one channel, as it is stored; not to be changed.
 
     Attributes:
-        id: Its id, `[0-9a-f]+-[0-9a-f]+`.
+        id: Its id, `[0-9a-f]+-[0-9a-f]+`; what is set aside has that of the event
+            before it, see `Log.set_aside`.
         prev: The id before it in its channel, `START` for the first.
         payload: Its encoded fields without the id line; see `hub.Payload`.
         time: When it came, seconds of `time.monotonic`.
@@ -69,6 +70,11 @@ class Entry:
         if wire is None:
             wire = self._wire = b"id: %b\n%b" % (self.id.encode(), self.fields)
         return wire
+
+    @property
+    def is_aside(self) -> bool:
+        """It is told where it stands, and is no part of the channel's history."""
+        return self.id == self.prev
 
     @property
     def size(self) -> int:
@@ -130,6 +136,14 @@ class Log:
         self.head = entry.id
         self.size += entry.size
 
+    def set_aside(self, payload: bytes, time: float) -> None:
+        """Add what is told to those who are here, and to nobody who comes later.
+
+        It carries the newest event's id: whoever comes back with that has missed
+        nothing of the channel's history.
+        """
+        self.append(Entry(self.head, self.head, payload, time))
+
     def restart(self, head: str) -> None:
         """Forget all entries: what follows this id is not what followed them.
 
@@ -175,15 +189,16 @@ class Log:
         self._skip = drop
 
     def after(self, id: str) -> int | None:
-        """Return the position after an id, ``None`` if it is not in this window."""
-        if id == self.head:
-            return self.end
+        """Return the position after an id, ``None`` if it is not in this window.
+
+        Of an event: what was set aside after it follows.
+        """
         if id == self.base:
             return self.first
         entries = self._entries
         # From the end: who resumes has not been away for long.
         for place in range(len(entries) - 1, self._skip - 1, -1):
-            if entries[place].id == id:
+            if entries[place].id == id and not entries[place].is_aside:
                 return self.first + place - self._skip + 1
         return None
 

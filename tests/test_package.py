@@ -27,7 +27,7 @@ LAYERS = (
     ("log",),
     ("brokers",),
     ("capacity", "links", "watch"),
-    ("control", "process"),
+    ("control", "presence", "process"),
     ("hub",),
     ("fanout",),
     ("stream",),
