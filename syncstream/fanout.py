@@ -49,7 +49,7 @@ from typing import Any, Protocol
 
 from .capacity import Place
 from .clock import time
-from .errors import BrokerError, Closed
+from .errors import Closed, Unavailable
 from .hub import ANSWER, Apart, Subscription
 from .journal import MOST, is_enabled, journal, report
 from .process import EXIT_WAIT, Process, Served, process
@@ -75,6 +75,7 @@ log = logging.getLogger(__name__)
 SEND_BUFFER = 128 * 1024  # bytes; the kernel's own grows to megabytes, and hides a lag
 GRAIN = 0.05  # seconds: timers are as exact as that
 LAG_EVERY = 0.25  # seconds between two looks at those who lag
+STUCK = 60.0  # seconds for one thing in a lane; then those who wait for it are ended
 RETRY_EVERY = 1.0  # seconds between two questions to a broker that is down
 MOST_ASKING = 128  # threads, or greenlets of a hub, in `authorize` at once
 _LONGEST = 60.0  # seconds between two rounds; epoll takes 24 days at most
@@ -396,7 +397,7 @@ class Group:
 
     __slots__ = (
         *("_loop", "bucket", "bytes", "clients", "events", "is_asking", "is_shared"),
-        *("is_woken", "key", "leader", "moved", "retry_at", "terms"),
+        *("asked", "is_woken", "key", "lane", "leader", "moved", "retry_at", "terms"),
     )
 
     hub: None = None
@@ -414,6 +415,8 @@ class Group:
         self.is_asking = False  # a lane reads for it
         self.is_woken = False  # meanwhile
         self.retry_at = 0.0  # not before; 0: at any time
+        self.lane: Lane | None = None  # the one that reads for it, or was the last to
+        self.asked = 0.0  # when it was asked to
         self.moved = time.monotonic()
         self.bucket = 0
         loop.wheel.add(self, self.next_time())
@@ -459,6 +462,8 @@ class Group:
             self._loop.do(lane, self._ask, self)
             # What it is told, and who wakes it, is told to the loop, later than this.
             self.is_asking, self.is_woken = True, False
+            self.lane, self.asked = lane, time.monotonic()
+            self._loop.wheel.add(self, self.next_time())
             return
         chunk, count = found
         if chunk:
@@ -492,7 +497,7 @@ class Group:
         if not self.clients:
             self.let_go()
             return
-        if isinstance(told, BrokerError):
+        if isinstance(told, Unavailable):
             self._retry(time.monotonic() + RETRY_EVERY)
             self.terms.lanes.say(logging.DEBUG, "a channel cannot be read: %s", told)
             return
@@ -551,13 +556,29 @@ class Group:
 
     # Its times: see `_Wheel`.
 
+    def _let_clients_go(self) -> None:
+        """End all, who would get keepalives and nothing else; they may come back."""
+        text = "what %d subscribers wait for has not come in %g seconds: they are ended"
+        self.terms.lanes.say(logging.ERROR, text, len(self.clients), STUCK)
+        for client in tuple(self.clients.values()):
+            self._loop.guard(client, partial(self._loop.end, client, "error"))
+
     def next_time(self) -> float:
         keepalive = self.terms.keepalive
         due = math.inf if keepalive is None else self.moved + keepalive
-        return min(due, self.retry_at or math.inf)
+        return min(due, self._stuck_at(), self.retry_at or math.inf)
+
+    def _stuck_at(self) -> float:
+        """Return when its lane has been at one thing for too long; maybe never."""
+        if self.lane is None or not self.is_asking:
+            return math.inf
+        return max(self.asked, self.lane.began) + STUCK
 
     def due(self, now: float) -> None:
         if not self.clients:
+            return
+        if now >= self._stuck_at():
+            self._let_clients_go()
             return
         if self.retry_at and now >= self.retry_at:
             self.retry_at = 0.0
@@ -644,9 +665,13 @@ class Lane:
 
     Args:
         other: Has it to do where no thread can be started.
+
+    Attributes:
+        began: When it began with what it does, `time.monotonic`.
     """
 
     def __init__(self, other: Lane | None = None) -> None:
+        self.began = 0.0  # with what it does, or has done last
         self._jobs: Any = _queue.SimpleQueue()
         self._other = other
         self._lock = native_lock()
@@ -686,6 +711,7 @@ class Lane:
                 job = None  # or it would live on while nothing is to be done
                 try:
                     job = self._jobs.get()
+                    self.began = time.monotonic()
                     job()
                 except BaseException as error:  # there is one for all
                     _failed(job, error)
@@ -709,10 +735,15 @@ class _HubLane(Lane):
         self._watch = watch
         self._rest = other
         self._most = most
-        self._worker = Worker(_run)
+        self.began = 0.0
+        self._worker = Worker(self._run)
 
     def start(self) -> None:
         pass
+
+    def _run(self, job: Callable[[], object]) -> None:
+        self.began = time.monotonic()
+        _run(job)
 
     def do(self, job: Callable[[], object]) -> None:
         jobs = self._worker.jobs

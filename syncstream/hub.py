@@ -682,6 +682,9 @@ class Hub:
                     return
                 if not self._listening(channel):
                     return
+                if not _is_name(channel):
+                    self.drop_malformed(channel, "it is in no channel of ours")
+                    return
                 self._forget_idle(time.monotonic(), is_watched=False)
                 record = self._channels[channel] = _Channel()
                 record.is_doubtful = False  # to who listens from now on
@@ -825,6 +828,12 @@ class Hub:
             text = "who comes and goes in other processes is not heard: %s"
             self._say_once(name, logging.ERROR, text, reason)
             return
+        text = "the engine refuses %r, whose subscribers are denied: %s"
+        self._say_once(name, logging.ERROR, text, name, reason)
+        self._end_named(name, "denied")
+
+    def _end_named(self, name: str, reason: str) -> None:
+        """End those who subscribe to a name, without waiting for anybody."""
         waiters: dict[Wakeable, None] = {}
         with self._lock:
             record = self._channels.get(name)
@@ -832,9 +841,7 @@ class Hub:
                 record.is_watched, record.is_doubtful = False, True
             for subscription in self._subscriptions():
                 if name in subscription.channels:
-                    waiters |= subscription.deny()
-        text = "the engine refuses %r, whose subscribers are denied: %s"
-        self._say_once(name, logging.ERROR, text, name, reason)
+                    waiters |= subscription.end(reason)
         wake_all(waiters)
 
     def _say_once(self, name: str, level: int, text: str, *args: object) -> None:
@@ -1034,8 +1041,16 @@ class Hub:
                     found is not None and found.subscriptions > 0
                 )
             if is_back:
-                self.broker.watch(name)
-                self.resync([name])
+                self._watch_again(name)
+
+    def _watch_again(self, name: str) -> None:
+        try:
+            self.broker.watch(name)
+        except Exception as error:  # they have it watched, as they believe
+            text = "%r cannot be watched, and its subscribers are ended"
+            say(log, logging.ERROR, text, name, error=error)
+            self._end_named(name, "closed")
+        self.resync([name])
 
     def _forget_idle(self, now: float, is_watched: bool = True) -> list[str]:
         """Drop windows that nobody wants, under the lock; return the watched ones'.
@@ -1082,11 +1097,15 @@ def _alive(
 def _check_name(name: Any) -> None:
     if not isinstance(name, str):
         raise TypeError(f"channel must be str, got {name!r}")
-    if not _NAME.fullmatch(name) or len(name) > _MAX_NAME:
+    if not _is_name(name):
         raise ValueError(
             f"channel must be 1 to {_MAX_NAME} characters, without white space, * and"
             f" #, got {name!r}"
         )
+
+
+def _is_name(name: str) -> bool:
+    return len(name) <= _MAX_NAME and _NAME.fullmatch(name) is not None
 
 
 def _is_id(id: str) -> bool:
@@ -1418,13 +1437,13 @@ class Subscription:
         if was_begun:
             self._leave()
 
-    def deny(self) -> dict[Wakeable, None]:
+    def end(self, reason: str) -> dict[Wakeable, None]:
         """End it; return whom to wake. By the hub, under its lock: it waits for nobody.
 
         Whoever reads it finds that, and closes it.
         """
         if self._reason is None:
-            self._reason = "denied"
+            self._reason = reason
         return {} if self._waiter is None else {self._waiter: None}
 
     def _end_if_denied(self, error: BaseException) -> None:
@@ -1435,7 +1454,7 @@ class Subscription:
 
     def _check_open(self) -> None:
         if self._reason is not None:
-            self.close()  # who has ended it may not have waited for that: see `deny`
+            self.close()  # who has ended it may not have waited for that: see `end`
             raise Closed(self._reason)
 
     def forget(self) -> None:

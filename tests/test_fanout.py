@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 
 from pairs import EVENTS, TIMEOUT, Threads, check_script, tcp_pair
 from pairs import await_true as await_true_in
-from syncstream import Denied, Hub, Unavailable
+from syncstream import BrokerError, Denied, Hub, Subscription, Unavailable
 from syncstream import fanout as fanout_module
 from syncstream import hub as hub_module
 from syncstream import log as log_module
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.fanout import Client, fanout
+from syncstream.log import Entry
 from syncstream.process import Process, Served
 from syncstream.protocol import sse
 from syncstream.sockets import native
@@ -1185,12 +1186,15 @@ class Failing(MemoryBroker):
 
     is_down = False
     refused = ""
+    failure = None
 
     def read(self, channel, after, limit=1000):
         if self.is_down:
             raise Unavailable("down")
         if channel == self.refused:
             raise Denied("no permission")
+        if self.failure is not None:
+            raise self.failure
         return super().read(channel, after, limit)
 
 
@@ -1214,6 +1218,119 @@ def test_a_broker_that_is_down_for_a_while(peers, channels, monkeypatch):
         broker.is_down = False
         for peer in here:
             assert texts_until(peer, "2") == ["0", "1", "2"]
+    finally:
+        hub.close()
+
+
+@pytest.mark.parametrize("channels", ["a", "ab"])
+def test_what_is_malformed_silences_nobody(hub, peers, channels):
+    """Told, it is dropped; stored, it is a reset; what follows it comes."""
+    here = [peers(hub, *channels) for _ in range(2)]
+    hub.publish("a", "0")
+    for peer in here:
+        texts_until(peer, "0")
+    for payload in (b"\0nope", b"", b"event: reset\ndata: {}\n\n"):
+        hub.deliver("a", Entry("7-7", hub.head("a"), payload))
+        settle(here[0].client._loop)
+    hub.publish("a", "1")
+    for peer in here:
+        assert texts_until(peer, "1") == ["0", "1"]
+    hub.broker.publish([("a", b"\0nope")])
+    hub.publish("a", "2")
+    for peer in here:
+        events = peer.read_until(lambda events: events[-1].data == "2")
+        assert [event.event for event in events] == [None, None, "reset", None]
+    late = peers(hub, *channels, after=events[1].id)
+    late.read_until(lambda events: [e.event for e in events] == ["reset", None])
+
+
+@pytest.mark.parametrize("what", ["poll", "step"])
+@pytest.mark.parametrize("channels", ["a", "ab"])
+def test_a_turn_that_raises_ends_its_clients(hub, peers, channels, what, monkeypatch):
+    """They come back; others go on, and so does whoever comes then."""
+    here = [peers(hub, *channels) for _ in range(3)]
+    other = peers(hub, "c")
+    hub.publish("a", "0")
+    hub.publish("c", "0")
+    for peer in (*here, other):
+        texts_until(peer, "0")
+    found = getattr(Subscription, what)
+
+    def fail(subscription):
+        if "a" in subscription.channels and (what == "step" or subscription.is_plain):
+            raise ZeroDivisionError
+        return found(subscription)
+
+    is_asked = what == "step" or channels == "a"
+    monkeypatch.setattr(Subscription, what, fail)
+    if what == "step":
+        hub.resync(["a"])
+    hub.publish("a", "1")
+    for peer in here if is_asked else ():
+        await_true(lambda peer=peer: peer.ends)
+        assert peer.ends == ["error"]
+        _, is_whole, _ = peer.read_all()
+        assert not is_whole
+    hub.publish("c", "1")
+    assert texts_until(other, "1") == ["0", "1"]
+    monkeypatch.undo()
+    again = peers(hub, *channels, after="start")
+    texts_until(again, "1")
+
+
+class Hanging(MemoryBroker):
+    """One that does not answer of one channel, until it is let."""
+
+    def __init__(self):
+        super().__init__()
+        self.hung = ""
+        self.is_asked, self.go_on = threading.Event(), threading.Event()
+
+    def read(self, channel, after, limit=1000):
+        if channel == self.hung:
+            self.is_asked.set()
+            assert self.go_on.wait(TIMEOUT)
+        return super().read(channel, after, limit)
+
+
+def test_a_lane_that_hangs_keeps_nobody_for_ever(peers, monkeypatch):
+    """Who waits for it, or behind it, is ended, and may come back; it is said."""
+    monkeypatch.setattr(fanout_module, "STUCK", 0.2)
+    broker = Hanging()
+    hub = Hub(broker=broker)
+    try:
+        hung, behind = [peers(hub) for _ in range(2)], peers(hub, "b")
+        other = peers(hub, "c")
+        for name in "abc":
+            hub.publish(name, "0")
+        for peer in (*hung, behind, other):
+            texts_until(peer, "0")
+        broker.hung = "a"
+        hub.resync(["a"])
+        assert broker.is_asked.wait(TIMEOUT)
+        hub.resync(["b"])
+        for peer in (*hung, behind):
+            await_true(lambda peer=peer: peer.client.reason == "error")
+        hub.publish("c", "1")
+        assert texts_until(other, "1") == ["0", "1"]
+        assert other.client.reason is None
+    finally:
+        broker.go_on.set()
+        hub.close()
+
+
+def test_a_broker_that_fails_is_not_one_that_is_away(peers, monkeypatch):
+    """An error that does not pass by waiting ends those who would wait for it."""
+    broker = Failing()
+    hub = Hub(broker=broker)
+    try:
+        peer = peers(hub)
+        hub.publish("a", "0")
+        texts_until(peer, "0")
+        monkeypatch.setattr(broker, "failure", BrokerError("another version's"))
+        hub.resync(None)
+        await_true(lambda: peer.ends)
+        assert peer.ends == ["error"]
     finally:
         hub.close()
 
