@@ -27,7 +27,7 @@ from redis_server import RedisServer, Sentinel
 from syncstream.brokers import open_broker
 from syncstream.brokers import redis as module
 from syncstream.brokers.redis import RedisBroker
-from syncstream.errors import Closed, Unavailable, Uncertain
+from syncstream.errors import Closed, Denied, Unavailable, Uncertain
 from syncstream.hub import Gap, Hub
 from syncstream.journal import journal
 from syncstream.testing import check_broker
@@ -482,34 +482,280 @@ def test_a_server_that_became_a_replica(server):
         assert other.command("XLEN", "ss:{a}") == 1
 
 
+DOCS = (Path(__file__).parents[1] / "docs" / "brokers.md").read_text()
+RIGHTS = dict(re.findall(r"<!-- redis rights: (\w+) -->\n```\n(.*)\n```", DOCS))
+
+
+def allow(server, role, *more, user=None, without=()):
+    """Give a user the rights that the docs list; return the URL by which he comes."""
+    words = RIGHTS[role].replace(">PASSWORD", ">pw").replace(" (", "\n(").split("\n")
+    words = [w for word in words for w in ([word] if "(" in word else word.split())]
+    words = [word for word in words[3:] if word not in without]
+    server.command("ACL", "SETUSER", user or role, *words, *more)
+    return f"redis://{user or role}:pw@127.0.0.1:{server.port}"
+
+
 def test_rights(server, clock):
-    """What a user needs is little; who may not publish has maybe stored."""
-    commands = (
-        "+ping +evalsha +eval +xadd +xrange +hmget +hset +hlen +unlink"
-        " +xrevrange +xtrim +xinfo|stream +exists +time +pttl +pexpire +persist"
-        " +publish +subscribe +unsubscribe +psubscribe +punsubscribe"
-    )
-    with server.client() as client:
-        # A pattern has to be named as it is.
-        rights = [*["on", ">pw", "~ss:*", "&ss:*", "&ss:{b:*}"], *commands.split()]
-        client.execute_command("ACL", "SETUSER", "app", *rights)
-        client.execute_command("ACL", "SETUSER", "mute", *rights, "-publish")
-    own_url = f"redis://%s:pw@127.0.0.1:{server.port}"
-    with opened(own_url % "app", max_age=60) as broker:
+    """The docs' lists suffice to publish, subscribe, resume and kick, no more."""
+    patterns = "&ss:{b:*}", "&ss:{c[:}]*"
+    both = allow(server, "both", *patterns)
+    heard = allow(server, "subscribe", *patterns)
+    with (
+        hub_of(both, max_age=60) as hub,
+        hub_of(allow(server, "publish"), max_age=None) as publisher,
+        hub_of(heard) as listener,
+        Reader(hub, "a", "b:*", who=1) as reader,
+        Reader(listener, "a", "c:#", who=2) as other,
+    ):
+        head = listener.head("a")
+        hub.publish("a", "1")
+        publisher.publish("a", "2")
+        hub.publish("b:1", "3")
+        publisher.publish("c:1:2", "4")
+        await_true(lambda: len(reader.got) == len(other.got) == 3)
+        assert sorted(reader.got) == ["1", "2", "3"]
+        assert sorted(other.got) == ["1", "2", "4"]
+        with contextlib.closing(listener.subscribe("a", after=head)) as late:
+            assert [event.data for event in late.read(TIMEOUT)] == ["1", "2"]
+        with pytest.raises(Denied, match="rights that a user needs"):
+            listener.publish("a", "5")
+        publisher.kick(who=2)
+        await_true(lambda: not other.is_alive())
+        assert reader.is_alive()
+        assert hub.stats()["up"]
+        assert listener.stats()["up"]
+    with opened(allow(server, "both", "-publish", user="mute")) as broker:
+        refused(broker, clock, Uncertain, "can't run|no permissions")
+
+
+def test_a_command_that_is_missing_is_said(server, quick):
+    """Without any that the docs list, somebody is told at once: nobody waits."""
+    words = [word for word in RIGHTS["both"].split() if word.startswith("+")]
+    # An answer that refuses a PING is one; what is not unsubscribed is not told.
+    # One is for a hundred thousand empty channels.
+    unseen = "+ping", "+unsubscribe", "+punsubscribe", "+unlink"
+    words = [word for word in words if word not in unseen]
+    for number, word in enumerate(words):
+        rest = f"&ss:{{{number}:*}}"
+        url = allow(server, "both", rest, user=f"u{number}", without=(word,))
+        max_age = None if word == "+persist" else 60
+        told = Told()
+        with opened(url, max_age=max_age) as broker:
+            broker.attach(told)
+            problems = []
+            calls = (
+                lambda n=number, b=broker: b.watch(f"a{n}"),
+                lambda n=number, b=broker: b.watch(f"{n}:*"),
+                lambda n=number, b=broker: b.read(f"{n}", "0"),
+                lambda n=number, b=broker: b.newest(f"{n}", 3),
+                lambda n=number, b=broker: b.publish(
+                    [(f"a{n}", b"x"), (f"a{n}", b"x")]
+                ),
+                lambda n=number, b=broker: b.read(f"a{n}", "0"),
+                lambda n=number, b=broker: b.newest(f"a{n}", 3),
+            )
+            for call in calls:
+                try:
+                    call()
+                except (Unavailable, Uncertain) as error:
+                    problems.append(str(error))
+            await_true(
+                lambda problems=problems, told=told: (
+                    problems or told.states or told.denied
+                ),
+                lambda word=word: word,
+            )
+        reasons = [*problems, *(reason for _, reason in told.states + told.denied)]
+        assert any("docs/brokers.md" in reason for reason in reasons), (word, reasons)
+
+
+def test_a_name_that_is_refused_ends_its_subscribers_alone(server, quick):
+    """Whether the server says so at first or later, and in one command with others."""
+    rights = "&ss:{d:*}"
+    url = allow(server, "both", rights)
+    few = ("resetchannels", "&ss:ctl:*", "&ss:{a}", "&ss:{c}")
+    with opened(url) as broker, opened(server.url) as direct, hub_of(url) as hub:
         told = Told()
         broker.attach(told)
-        for name in ("a", "b:*"):
+        for name in ("a", "b", "c", "d:*"):
             broker.watch(name)
-        broker.publish([("a", b"1"), ("b:1", b"2")])
-        await_true(lambda: told.payloads() == [b"1", b"2"])
-        assert broker.read("c", None).head
-        broker.unwatch("a")
-        broker.unwatch("b:*")
+        with (
+            Reader(hub, "a") as reader,
+            contextlib.closing(hub.subscribe("b")) as heard,
+        ):
+            assert heard.read(0) == []
+            server.command("ACL", "SETUSER", "both", *few)
+            await_true(lambda: len(told.denied) == 2)
+            assert sorted(name for name, _ in told.denied) == ["b", "d:*"]
+            assert all("docs/brokers.md" in reason for _, reason in told.denied)
+            with pytest.raises(Closed, match="denied"):
+                heard.read(TIMEOUT)
+            await_true(lambda: told.states[-1][0] and hub.stats()["up"])
+            for name in ("b", "d:*"):
+                with pytest.raises(Denied, match="does not allow it"):
+                    broker.watch(name)
+            direct.publish([(name, b"data: 1\n\n") for name in ("b", "a", "c")])
+            await_true(lambda: len(told.entries) == 2)
+            assert [channel for channel, _ in told.entries] == ["a", "c"]
+            await_true(lambda: reader.got == ["1"])
+            server.command("ACL", "SETUSER", "both", "&ss:*", rights)
+            broker.watch("b")
+            broker.watch("d:*")
+            direct.publish([(name, b"data: 2\n\n") for name in ("b", "d:1")])
+            await_true(lambda: len(told.entries) == 4)
+
+
+def test_a_key_that_is_refused_hides_no_loss(server, quick):
+    """Its subscribers are told, and others' heads are compared as before."""
+    url = allow(server, "both")
+    with opened(url) as broker, opened(server.url) as direct:
+        told = Told()
+        broker.attach(told)
+        for name in ("a", "b", "c"):
+            broker.watch(name)
+        direct.publish([(name, b"1") for name in ("a", "b", "c")])
+        await_true(lambda: len(told.entries) == 3)
+        keys = ("resetkeys", "~ss:empty", "~ss:{a}", "~ss:{c}")
+        server.command("ACL", "SETUSER", "both", *keys)
+        for call in (
+            lambda: broker.read("b", "0"),
+            lambda: broker.newest("b", 1),
+            lambda: broker.publish([("b", b"2")]),
+        ):
+            with pytest.raises(Denied, match=r"docs/brokers\.md"):
+                call()
+        await_true(lambda: [name for name, _ in told.denied] == ["b"])
+        for name in ("a", "c"):
+            head = direct.read(name, None).head
+            fields = ["p", head, "d", "x"]
+            server.command("XADD", f"ss:{{{name}}}", f"{int(head[:13]) + 1}-1", *fields)
+        await_true(lambda: sorted(set(told.lost)) == ["a", "c"])
         assert told.states == []
-    with opened(own_url % "app", max_age=None) as broker:
+
+
+@pytest.mark.parametrize("command", ["-eval", "-xrange", "-subscribe"])
+def test_what_is_refused_to_all_is_down(server, quick, command):
+    """It is said once, by who asks first, and that it is over."""
+    url = allow(server, "both")
+    with opened(url) as broker:
+        told = Told()
+        broker.attach(told)
+        broker.watch("a")
         broker.publish([("a", b"1")])
-    with opened(own_url % "mute") as broker:
-        refused(broker, clock, Uncertain, "can't run|no permissions")
+        await_true(lambda: told.entries)
+        server.command("ACL", "SETUSER", "both", command)
+        if command == "-subscribe":
+            server.command("CLIENT", "KILL", "TYPE", "pubsub")
+        for _ in range(2):
+            if command == "-xrange":
+                with pytest.raises(Unavailable, match=r"docs/brokers\.md"):
+                    broker.read("a", "0")
+        await_true(lambda: told.states)
+        ((is_up, reason),) = told.states
+        assert not is_up
+        assert "docs/brokers.md" in reason or command == "-subscribe"
+        server.command("ACL", "SETUSER", "both", command.replace("-", "+"))
+        if command == "-xrange":
+            broker.read("a", "0")
+        await_true(lambda: [is_up for is_up, _ in told.states][1:] == [True])
+
+
+MALFORMED = [
+    b"",
+    b" ",
+    b"\0nope",
+    b"reset",
+    b"1-1",
+    b"1-1 0-1",  # no payload's place
+    b"one 0-1 x",
+    b"\xff-1 0-1 x",
+    b"1-1 \xff x",
+    b"1-1  x",
+    b"1-1-1 0-1 x",
+    b"1" * 400 + b"-1 0-1 x",
+    b"x" * 3_000_000,
+]
+
+
+def test_what_is_no_event_silences_nobody(server, quick, caplog):
+    """It is dropped and said once, and its channel is read anew; the line stays."""
+    with opened(server.url) as broker, server.client() as client:
+        told = Told()
+        broker.attach(told)
+        for name in ("a", "b:*", "c:#"):
+            broker.watch(name)
+        (listener,) = server.listeners()
+        (own,) = [c for c in client.pubsub_channels() if b"ctl:" in c]
+        for data in MALFORMED:
+            for topic in (b"ss:{a}", b"ss:{b:1}", b"ss:{b:\xff}", b"ss:{c:x", own):
+                client.publish(topic, data)
+        broker.publish([("a", b"1"), ("b:1", b"2"), ("c", b"3")])
+        await_true(lambda: len(told.entries) == 3)
+        assert told.payloads() == [b"1", b"2", b"3"]
+        await_true(lambda: {"a", "b:1"} <= {*told.lost})
+        assert [found["id"] for found in server.listeners()] == [listener["id"]]
+        assert told.states == []
+        journal().flush()
+        assert caplog.text.count("is dropped") == 1
+
+
+def test_a_sink_that_fails_ends_no_listener(server, quick):
+    """What it has not taken is read anew."""
+
+    class Failing(Told):
+        def deliver(self, channel, entry):
+            if entry.payload == b"bad":
+                raise ValueError("bad")
+            super().deliver(channel, entry)
+
+    with opened(server.url) as broker:
+        told = Failing()
+        broker.attach(told)
+        broker.watch("a")
+        broker.publish([("a", b"bad"), ("a", b"good")])
+        await_true(lambda: told.payloads() == [b"good"] and told.lost == ["a"])
+        assert told.states == []
+
+
+DROPPED = """
+import gc, sys, threading, time, weakref
+if sys.argv[2] == "gevent":
+    from gevent import monkey
+    monkey.patch_all()
+import redis
+from syncstream.brokers.redis import RedisBroker
+
+class Sink:
+    def deliver(self, *words): pass
+    resync = state = deny = deliver
+
+gc.disable()  # it is freed at once
+url = sys.argv[1]
+threads = threading.active_count()
+found = []
+for number in range(5):
+    broker = RedisBroker(url)
+    broker.attach(Sink())
+    if number:
+        broker.watch("a")
+    broker.publish([("a", b"x")])
+    found.append(weakref.ref(broker))
+    del broker
+assert [reference() for reference in found] == [None] * 5
+with redis.Redis.from_url(url) as client:
+    deadline = time.monotonic() + 15
+    while len(client.client_list()) > 1 or threading.active_count() > threads:
+        assert time.monotonic() < deadline, client.client_list()
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("kind", ["threads", "gevent"])
+def test_who_drops_a_broker_leaves_nothing(server, kind):
+    """Its connections and its thread end with it, close() or not."""
+    if kind == "gevent":
+        pytest.importorskip("gevent")
+    check_script(DROPPED, server.url, kind)
 
 
 def test_scripts_that_are_forgotten(server):
@@ -775,6 +1021,9 @@ class Reader:
         self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
         assert self.errors == []
+
+    def is_alive(self):
+        return self._thread.is_alive()
 
     def __enter__(self):
         return self
@@ -1314,7 +1563,7 @@ def test_a_child_has_its_own(server, kind):
 LATE = """
 from gevent import monkey
 monkey.patch_all()
-import os, signal, sys, time, gevent
+import logging, os, signal, sys, time, gevent
 from clock import Clock
 from syncstream import Hub, Unavailable, Uncertain
 from syncstream.brokers import redis
@@ -1344,6 +1593,7 @@ latest = max(b - a for a, b in zip(turns, turns[1:]))
 assert latest < 0.1, latest
 
 # A server that does not answer. By what a thread does meanwhile, for the same reason.
+logging.disable()  # it says that the broker is down
 os.kill(int(sys.argv[2]), signal.SIGSTOP)
 for _ in range(2):
     before = len(moments) - 1

@@ -33,14 +33,14 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from inspect import signature
 from typing import Any, Literal, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from ..clock import time
-from ..errors import BrokerError, Unavailable, Uncertain
+from ..errors import BrokerError, Denied, Unavailable, Uncertain
 from ..journal import report
 from ..log import START, Entry, Page
 from ..waiting import hub, say, sleep
@@ -57,6 +57,7 @@ from redis.connection import parse_url
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
+    NoPermissionError,
     NoScriptError,
     ReadOnlyError,
     RedisError,
@@ -95,7 +96,14 @@ _ALIVE = {
 }
 # What Redis takes, with room to count on. Ids come from outside.
 _ID = re.compile(r"[0-9]{1,15}-[0-9]{1,16}")
+_ID_BYTES = re.compile(_ID.pattern.encode())
 _GLOB = re.compile(rb"([\\?*\[\]])")
+# What ACLs of 6.2 to 8 say of one key or channel, and of all that they refuse.
+_OF_NAME = re.compile(r"access (a|(at least )?one of the) (key|channel)|to the channel")
+_OF_RIGHTS = re.compile(
+    r"(?i)no permission|NOPERM|The user executing the script can't|ACL failure"
+)
+_RIGHTS = "docs/brokers.md has the rights that a user needs"
 
 
 class _Script:
@@ -313,10 +321,10 @@ class RedisBroker:
         # when gevent has patched what it is going to.
         self._processes: dict[int, _Process] = {}
         self._inherited: list[str] = []  # what the parent watched
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(
-                after_in_child=functools.partial(_forked, weakref.ref(self))
-            )
+        self.is_up = True  # as the sink was told, here or in the parent of a fork
+        _brokers.add(self)
+        # Dropped without a close: what it has ends, too.
+        weakref.finalize(self, _let_go, self._processes).atexit = False
 
     def _servers(self) -> list[_Server]:
         return [_Server(url, self._timeout, self._prefix) for url in self._urls]
@@ -339,7 +347,7 @@ class RedisBroker:
         """Let go of all that the parent has; in a child that was forked."""
         for process in self._processes.values():
             self._inherited = process.abandon()
-        self._processes = {}
+        self._processes.clear()
 
     # To publish and to read.
 
@@ -386,7 +394,11 @@ class RedisBroker:
         )
         now = time.monotonic()
         triples = zip(fields[::3], fields[1::3], fields[2::3], strict=True)
-        entries = [Entry(id.decode(), p.decode(), data, now) for id, p, data in triples]
+        # An entry that is not ours follows nothing: the chain shows it.
+        entries = [
+            Entry(id.decode(), prev.decode(errors="replace"), data, now)
+            for id, prev, data in triples
+        ]
         return Page(entries, bool(complete), head.decode())
 
     def newest(self, channel: str, count: int) -> tuple[str, str]:
@@ -425,8 +437,12 @@ class RedisBroker:
         return self._ttl
 
     def watch(self, channel: str) -> None:
-        with suppress(Unavailable):  # closed; the read that follows says so
+        try:
             self._listening().watch(channel, self._timeout)
+        except Denied:
+            raise
+        except Unavailable:  # closed; the read that follows says so
+            pass
 
     def unwatch(self, channel: str) -> None:
         with suppress(ValueError):
@@ -448,10 +464,22 @@ class RedisBroker:
             here.close(timeout)
 
 
-def _forked(reference: weakref.ref[RedisBroker]) -> None:
-    broker = reference()
-    if broker is not None:
+_brokers: weakref.WeakSet[RedisBroker] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for broker in tuple(_brokers):
         broker.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def _let_go(processes: dict[int, _Process]) -> None:
+    here = processes.get(os.getpid())
+    if here is not None:
+        here.let_go()
 
 
 def _nonce() -> bytes:
@@ -539,15 +567,19 @@ def _split(parts: SplitResult, query: dict[str, str]) -> list[str]:
 
 
 class _Process:
-    """What one process has of a broker."""
+    """What one process has of a broker, which it does not keep."""
 
     def __init__(self, broker: RedisBroker, servers: list[_Server]) -> None:
-        self._broker = broker
+        self._broker = weakref.ref(broker)
+        self.ttl = broker.ttl
         self.servers = servers
         self._listeners: dict[_Server, _Listener] = {}
         self._lock = threading.Lock()
-        self._down: set[_Listener] = set()
+        self._failing: set[tuple[_Server, str]] = set()
+        self._judging = threading.RLock()
         self._is_closed = False
+        for server in servers:
+            server.judge = functools.partial(self.judge, server)
 
     def server(self, channel: str) -> _Server:
         """Return the one that has a channel: for all processes the same."""
@@ -598,28 +630,43 @@ class _Process:
         for server in self.servers:
             server.close()
 
+    def let_go(self) -> None:
+        """Have it end, without waiting: nobody asks for anything any more.
+
+        From any thread, in the middle of anything: no lock is taken.
+        """
+        self._is_closed = True
+        listeners = [*self._listeners.values()]
+        for listener in listeners:
+            listener.stop()
+        for server in self.servers:
+            server.close()
+
     # What listeners tell.
 
     @property
-    def ttl(self) -> bytes:
-        return self._broker.ttl
+    def sink(self) -> Sink | None:
+        broker = self._broker()
+        return None if broker is None else broker.sink
 
-    def deliver(self, channel: str, entry: Entry) -> None:
-        if self._broker.sink is not None:
-            self._broker.sink.deliver(channel, entry)
+    def judge(self, server: _Server, way: str, reason: str = "") -> None:
+        """Take note that something works, or by a reason does not; tell of a change.
 
-    def resync(self, channels: Iterable[str]) -> None:
-        if self._broker.sink is not None:
-            self._broker.sink.resync(channels)
-
-    def state(self, listener: _Listener, is_up: bool, reason: str) -> None:
-        """Tell of the first server that is down, and of the last that is back."""
-        with self._lock:
-            was_up = not self._down
-            (self._down.discard if is_up else self._down.add)(listener)
-            is_up = not self._down
-        if is_up != was_up and self._broker.sink is not None:
-            self._broker.sink.state(is_up, reason)
+        Args:
+            way: "listen", "connect" for requests, "publish", "read" and "heads" for
+                what a server refuses whatever the channel.
+        """
+        broker = self._broker()
+        if broker is None or not (reason or self._failing or not broker.is_up):
+            return
+        with self._judging:
+            change = self._failing.add if reason else self._failing.discard
+            change((server, way))
+            is_up = not self._failing
+            if is_up == broker.is_up or broker.sink is None:
+                return
+            broker.is_up = is_up
+            broker.sink.state(is_up, reason or f"connected to {server.name}")
 
 
 class _Server:
@@ -657,7 +704,10 @@ class _Server:
         self.marks = f"{prefix}empty".encode()  # the key of those of empty channels
         # Keys are a database's, but Pub/Sub is the whole server's.
         self._topic = f"{prefix}{database}:{{" if database else self._key
+        self._topic_bytes = self._topic.encode()
         self._name = self.name.encode()
+        # Told of what works, and what does not: see `_Process.judge`.
+        self.judge: Callable[..., None] = lambda way, reason="": None
         self._idle: deque[_Idle] = deque()  # the one last that was used last
         self._is_closed = False
         self._free = threading.BoundedSemaphore(most)
@@ -684,7 +734,10 @@ class _Server:
         return text + (b"[:}]*" if prefix else b"?*}")
 
     def channel(self, topic: bytes) -> str:
-        return topic[len(self._topic) : -1].decode()
+        """Return the channel of a topic; an empty one: it is none of ours."""
+        if not topic.startswith(self._topic_bytes) or not topic.endswith(b"}"):
+            return ""
+        return topic[len(self._topic_bytes) : -1].decode(errors="replace")
 
     def own(self) -> bytes:
         """Return the name of a Pub/Sub channel that nobody else has."""
@@ -694,28 +747,47 @@ class _Server:
 
     def publish(self, calls: Sequence[tuple[bytes, ...]], deadline: float) -> list[str]:
         """Run the script for each; return the ids."""
-        replies = self._run(_PUBLISH, calls, deadline)
+        try:
+            replies = self._run(_PUBLISH, calls, deadline)
+        except Uncertain as error:
+            self.judge("connect", str(error))
+            raise
         refused = [reply for reply in replies if isinstance(reply, Exception)]
         if not refused:
+            self.judge("publish")
             return [id.decode() for id in replies]
-        reason = f"{self.name} has refused it: {refused[0]}"
+        refusal = self._refusal("publish", refused[0])
         if len(refused) < len(replies) or str(refused[0]).startswith("STORED"):
-            raise Uncertain(reason)
-        raise Unavailable(reason)
+            raise Uncertain(str(refusal))
+        raise refusal
+
+    def _refusal(self, way: str, reply: Exception) -> Unavailable:
+        """Return what to raise; what concerns more than one name is a failure."""
+        reason = f"{self.name} has refused it: {reply}"
+        if _OF_RIGHTS.search(str(reply)):
+            reason = f"{reason}; {_RIGHTS}"
+            # Who may not publish at all may well subscribe, and is not cut off.
+            if way == "publish" or _OF_NAME.search(str(reply)):
+                return Denied(reason)
+        if "WRONGTYPE" not in str(reply):
+            self.judge(way, reason)
+        return Unavailable(reason)
 
     def read(
         self, call: tuple[bytes, ...], deadline: float, script: _Script = _READ
     ) -> Any:
-        """Run the script that reads; once more if a connection is lost meanwhile."""
+        """Run a script that reads; once more if a connection is lost meanwhile."""
         for is_last in (False, True):
             try:
                 (reply,) = self._run(script, [call], deadline)
             except Uncertain as error:
                 if is_last or time.monotonic() >= deadline:
+                    self.judge("connect", str(error))
                     raise Unavailable(str(error)) from error
                 continue
             if isinstance(reply, Exception):
-                raise Unavailable(f"{self.name} has refused it: {reply}")
+                raise self._refusal("read", reply)
+            self.judge("read")
             return reply
         raise AssertionError
 
@@ -744,13 +816,18 @@ class _Server:
         if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise Unavailable(f"all connections to {self.name} are in use")
         try:
-            connection = self.take(deadline)
+            try:
+                connection = self.take(deadline)
+            except Unavailable as error:
+                self.judge("connect", str(error))
+                raise
             try:
                 self._send(connection, commands)
                 replies = [self._reply(connection, deadline) for _ in commands]
             except BaseException:
                 connection.disconnect()
                 raise
+            self.judge("connect")
             if any("read only" in str(r) for r in replies if isinstance(r, Exception)):
                 # Its name may lead to another server by now, that is the master.
                 connection.disconnect()
@@ -823,10 +900,11 @@ class _Server:
             # Not to be closed for LOADING: there may be more replies.
             return connection.read_response(disconnect_on_error=False)
         except (ResponseError, BusyLoadingError, AuthenticationError) as error:
-            return error
+            # Not the traceback: it keeps all that calls this.
+            return error.with_traceback(None)
         except (RedisError, OSError) as error:
             if isinstance(error.__context__, ReadOnlyError):  # redis.sentinel's
-                return error
+                return error.with_traceback(None)
             raise Uncertain(f"no answer from {self.name}: {error}") from error
 
     def forget_idle(self, seconds: float = 0) -> None:
@@ -946,13 +1024,15 @@ class _Watch:
         is_asked: The server was asked to tell of it, later than not to.
         is_settled: It has said that it does.
         is_doubtful: Something may have been lost.
+        is_apart: Its head is asked for by itself: the server has refused some.
         last: The id of what was told last, or was the head once; ``None``: neither.
-        waiters: Are set when it is settled.
+        refusal: Why the server does not tell of it, if so.
+        waiters: Are set when it is settled, or refused.
     """
 
     __slots__ = (
-        *("is_asked", "is_doubtful", "is_pattern", "is_settled", "is_wanted"),
-        *("last", "name", "pending", "topic", "waiters"),
+        *("is_apart", "is_asked", "is_doubtful", "is_pattern", "is_settled"),
+        *("is_wanted", "last", "name", "pending", "refusal", "topic", "waiters"),
     )
 
     def __init__(self, name: str, is_pattern: bool, topic: bytes) -> None:
@@ -961,9 +1041,34 @@ class _Watch:
         self.topic = topic
         self.pending = 0
         self.is_wanted = True
-        self.is_asked = self.is_settled = self.is_doubtful = False
+        self.is_asked = self.is_settled = self.is_doubtful = self.is_apart = False
+        self.refusal = ""
         self.last: str | None = None
         self.waiters: list[threading.Event] = []
+
+
+class _Asked:
+    """A command that tells what is wanted, until it is acknowledged.
+
+    Attributes:
+        watches: Whose topics it names; none: it is our own.
+        left: So many acknowledgements are to come.
+    """
+
+    __slots__ = ("left", "verb", "watches")
+
+    def __init__(self, verb: bytes, watches: Sequence[_Watch]) -> None:
+        self.verb = verb
+        self.watches = watches
+        self.left = max(1, len(watches))
+
+
+class _Check(NamedTuple):
+    """A name that is looked at with a beat, as it was when that was sent."""
+
+    watch: _Watch
+    last: str | None
+    is_doubtful: bool
 
 
 class _Listener:
@@ -983,7 +1088,10 @@ class _Listener:
         self._watches: dict[str, _Watch] = {}
         self._by_topic: dict[tuple[bool, bytes], _Watch] = {}
         self._changes: deque[_Watch] = deque()
+        self._sent: deque[_Asked] = deque()  # they are answered in their order
         self._doubtful: list[_Watch] = []
+        self._spoilt: dict[str, None] = {}  # channels that had what is no event
+        self._has_warned = False
         self._round: deque[_Watch] = deque()  # whose heads are to be compared
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
@@ -994,12 +1102,14 @@ class _Listener:
         self._own = server.own()
         self._sub: Any = None
         self._beats: Any = None  # by which the beat that is out was sent
-        self._pending = 0  # acknowledgements
         self._sent_at: float | None = None  # when the beat that is out was
         self._next_beat = 0.0
         self._has_beaten = False
         self._token = b""
-        self._checked: list[tuple[_Watch, str | None, bool]] = []
+        self._answers: list[Any] = []
+        self._checked: list[list[_Check]] = []  # a request for heads each
+        self._replies: list[Any] | None = None  # to the beat; `None`: it has not come
+        self._is_echoed = False  # the message of the beat has come
         self._told: tuple[bytes, bytes] | None = None
         self._has_more = False
         self._thread: Any = None
@@ -1025,13 +1135,10 @@ class _Listener:
     def join(self, timeout: float) -> None:
         thread = self._thread
         thread.join(timeout)
-        if not thread.dead if hasattr(thread, "dead") else thread.is_alive():
-            if timeout:
-                text = "the listener of %s did not end"
-                report(log, logging.WARNING, text, self._server.name)
-            return
-        self._waker.close()
-        self._woken.close()
+        is_alive = not thread.dead if hasattr(thread, "dead") else thread.is_alive()
+        if is_alive and timeout:
+            text = "the listener of %s did not end"
+            report(log, logging.WARNING, text, self._server.name)
 
     def watched(self) -> list[str]:
         return [watch.name for watch in self._watches.values() if watch.is_wanted]
@@ -1040,6 +1147,9 @@ class _Listener:
         """Have it told of; wait until it is, at most so many seconds.
 
         What was not in time is looked at later, as after a loss.
+
+        Raises:
+            Denied: The server refuses it.
         """
         waiter = None
         with self._lock:
@@ -1056,7 +1166,11 @@ class _Listener:
                 watch.is_doubtful = True
             self._changes.append(watch)
         self._wake()
-        if waiter is None or waiter.wait(timeout):
+        if waiter is None:
+            return
+        if waiter.wait(timeout):
+            if watch.refusal:
+                raise Denied(watch.refusal)
             return
         with self._lock:
             if waiter in watch.waiters:
@@ -1108,10 +1222,13 @@ class _Listener:
                 delay = first if self._has_beaten else min(2 * delay, longest)
                 self._wait(random.uniform(delay / 2, delay), [self._woken])
         self._lose("closed", is_told=False)
+        self._server.close()
+        self._waker.close()
+        self._woken.close()
 
     def _connect(self) -> None:
         self._sub = self._server.connect()
-        self._sub.send_command("SUBSCRIBE", self._own)
+        self._send(b"SUBSCRIBE", ())
         self._ask()
         self._sent_at = None
         self._next_beat = time.monotonic() + BEAT
@@ -1135,7 +1252,7 @@ class _Listener:
         """Take note that nothing is told any more."""
         with self._lock:
             self._is_down = True
-            self._pending = 0
+            self._sent.clear()
             self._by_topic.clear()
             self._changes.clear()
             self._doubtful.clear()
@@ -1153,23 +1270,27 @@ class _Listener:
                 watch.waiters = []
         self._server.forget_idle()
         if is_told:
-            self._process.state(self, False, reason)
+            self._server.judge("listen", reason)
 
     def _listen(self) -> None:
         while True:
             now = time.monotonic()
             if self._sent_at is None and (
                 now >= self._next_beat
-                or (not self._pending and (self._doubtful or not self._has_beaten))
+                or (not self._sent and (self._doubtful or not self._has_beaten))
             ):
                 self._beat(now)
             ends = self._next_beat if self._sent_at is None else self._deaf_at()
             left = 0.0 if self._has_more else max(0.0, ends - now)
-            self._wait(left, [self._woken, self._sub._sock])
+            beats = [] if self._beats is None else [self._beats._sock]
+            self._wait(left, [self._woken, self._sub._sock, *beats])
             if self.is_closed:
                 return
             self._ask()
             self._take_some()
+            self._take_replies()
+            if self._is_echoed and self._replies is not None:
+                self._heard(self._replies)
             if self._sent_at is not None and time.monotonic() > self._deaf_at():
                 raise BrokerError(f"{self._server.name} is silent")
 
@@ -1193,7 +1314,7 @@ class _Listener:
 
     def _ask(self) -> None:
         """Tell the server what is wanted now."""
-        commands: list[tuple[bytes, list[bytes]]] = []
+        commands: list[tuple[bytes, list[_Watch]]] = []
         with self._lock:
             while self._changes:
                 watch = self._changes.popleft()
@@ -1205,16 +1326,20 @@ class _Listener:
                 watch.is_asked = watch.is_wanted
                 watch.is_settled = False
                 watch.pending += 1
-                self._pending += 1
                 self._by_topic[watch.is_pattern, watch.topic] = watch
                 verb = b"SUBSCRIBE" if watch.is_wanted else b"UNSUBSCRIBE"
                 verb = b"P" + verb if watch.is_pattern else verb
                 if not commands or commands[-1][0] != verb:
                     commands.append((verb, []))
-                commands[-1][1].append(watch.topic)
-        for verb, topics in commands:
-            for start in range(0, len(topics), _TOPICS):
-                self._sub.send_command(verb, *topics[start : start + _TOPICS])
+                commands[-1][1].append(watch)
+        for verb, watches in commands:
+            for start in range(0, len(watches), _TOPICS):
+                self._send(verb, watches[start : start + _TOPICS])
+
+    def _send(self, verb: bytes, watches: Sequence[_Watch]) -> None:
+        self._sent.append(_Asked(verb, watches))
+        topics = [watch.topic for watch in watches] or [self._own]
+        self._sub.send_command(verb, *topics)
 
     def _settle(self, watch: _Watch) -> None:
         """Take note that what is stored from now on is told; under the lock."""
@@ -1230,7 +1355,9 @@ class _Listener:
 
     def _forget(self, watch: _Watch) -> None:
         if not (watch.is_wanted or watch.is_asked or watch.pending):
-            self._by_topic.pop((watch.is_pattern, watch.topic), None)
+            topic = watch.is_pattern, watch.topic
+            if self._by_topic.get(topic) is watch:
+                del self._by_topic[topic]
             if self._watches.get(watch.name) is watch:
                 del self._watches[watch.name]
 
@@ -1240,40 +1367,94 @@ class _Listener:
             if not sub.can_read(timeout=0):
                 self._has_more = False
                 return
-            self._take(sub.read_response())
+            try:
+                reply = sub.read_response(disconnect_on_error=False)
+            except NoPermissionError as error:
+                self._refused(str(error))
+            else:
+                self._take(reply)
         self._has_more = True
         sleep(0)
 
-    def _take(self, reply: list[Any]) -> None:
-        kind = reply[0]
-        if kind == b"message":
-            _, topic, data = reply
-            if topic == self._own:
-                if data == self._token:
-                    self._heard()
-                return
-            watch = self._by_topic.get((False, topic))
-            if watch is not None:
-                self._deliver(watch, watch.name, topic, data)
-        elif kind == b"pmessage":
-            _, glob, topic, data = reply
-            watch = self._by_topic.get((True, glob))
-            channel = self._server.channel(topic)
-            if watch is not None and matches(watch.name, channel):
-                self._deliver(None, channel, topic, data)
-        elif kind in (b"subscribe", b"unsubscribe", b"psubscribe", b"punsubscribe"):
-            self._acknowledged(kind.startswith(b"p"), reply[1])
+    def _take(self, reply: Any) -> None:
+        match reply:
+            case [b"message", self._own, data]:
+                self._is_echoed = self._is_echoed or data == self._token
+            case [b"message", bytes(topic), bytes(data)]:
+                watch = self._by_topic.get((False, topic))
+                if watch is not None:
+                    self._deliver(watch, watch.name, topic, data)
+            case [b"pmessage", bytes(glob), bytes(topic), bytes(data)]:
+                watch = self._by_topic.get((True, glob))
+                channel = self._server.channel(topic)
+                if watch is not None and channel and matches(watch.name, channel):
+                    self._deliver(None, channel, topic, data)
+            case [
+                b"subscribe" | b"unsubscribe" | b"psubscribe" | b"punsubscribe",
+                *_,
+            ] if self._sent:
+                self._acknowledged()
 
-    def _acknowledged(self, is_pattern: bool, topic: bytes) -> None:
+    def _acknowledged(self) -> None:
+        asked = self._sent[0]
+        asked.left -= 1
+        if not asked.left:
+            self._sent.popleft()
+        if asked.watches:
+            with self._lock:
+                self._done(asked.watches[-1 - asked.left])
+
+    def _done(self, watch: _Watch) -> None:
+        """Take note that the server does what it was asked; under the lock."""
+        watch.pending -= 1
+        if watch.is_asked and not watch.pending:
+            self._settle(watch)
+        self._forget(watch)
+
+    def _refused(self, reason: str) -> None:
+        """Take note that a command is not allowed: all of it, for one of its names."""
+        if not self._sent or not self._sent[0].watches:
+            raise BrokerError(
+                f"{self._server.name} has refused it: {reason}; {_RIGHTS}"
+            )
+        asked = self._sent.popleft()
+        denied: list[_Watch] = []
+        again: list[_Watch] = []
         with self._lock:
-            watch = self._by_topic.get((is_pattern, topic))
-            if watch is None:  # our own
-                return
-            self._pending -= 1
-            watch.pending -= 1
-            if watch.is_asked and not watch.pending:
-                self._settle(watch)
-            self._forget(watch)
+            for watch in asked.watches:
+                if watch.pending > 1 or asked.verb.endswith(b"UNSUBSCRIBE"):
+                    # Another command has the last word; or it may tell for ever.
+                    self._done(watch)
+                elif len(asked.watches) > 1:
+                    again.append(watch)
+                else:
+                    denied.append(watch)
+        half = len(again) // 2
+        for some in (again[:half], again[half:]):
+            if some:
+                self._send(asked.verb, some)
+        for watch in denied:
+            self._deny(watch, reason)
+
+    def _deny(self, watch: _Watch, reason: str) -> None:
+        """Give a name up, and say so to those who wait for it, and to the sink."""
+        reason = f"{self._server.name} does not allow it: {reason}; {_RIGHTS}"
+        with self._lock:
+            was_wanted, watch.is_wanted = watch.is_wanted, False
+            watch.refusal = reason
+            if self._watches.get(watch.name) is watch:
+                del self._watches[watch.name]  # who asks again has the server asked
+            if watch.is_settled:
+                self._changes.append(watch)
+            else:
+                watch.pending, watch.is_asked = 0, False
+                self._forget(watch)
+            for waiter in watch.waiters:
+                waiter.set()
+            watch.waiters = []
+        sink = self._process.sink
+        if was_wanted and sink is not None:
+            sink.deny(watch.name, reason)
 
     def _deliver(
         self, watch: _Watch | None, channel: str, topic: bytes, data: bytes
@@ -1281,93 +1462,155 @@ class _Listener:
         id, _, rest = data.partition(b" ")
         prev, space, payload = rest.partition(b" ")
         # One message comes once for the channel, and once for each of its patterns.
-        if not space or self._told == (topic, id):
+        if space and self._told == (topic, id):
+            return
+        if not (space and _ID_BYTES.fullmatch(id) and _ID_BYTES.fullmatch(prev)):
+            self._spoil(channel, "it is no event")
             return
         self._told = topic, id
         entry = Entry(id.decode(), prev.decode(), payload, time.monotonic())
         if watch is not None:
             watch.last = entry.id
-        self._process.deliver(channel, entry)
+        sink = self._process.sink
+        if sink is None:
+            return
+        try:
+            sink.deliver(channel, entry)
+        except Exception as error:
+            self._spoil(channel, repr(error))
+        else:
+            self._server.judge("publish")  # somebody can
+
+    def _spoil(self, channel: str, problem: str) -> None:
+        """Drop a message, and have its channel read anew, with the next beat.
+
+        Anybody whom the server allows to may send such, as often as he likes.
+        """
+        if len(self._spoilt) < _KEYS:
+            self._spoilt[channel] = None
+        if not self._has_warned:
+            self._has_warned = True
+            text = "a message of %s to %r is dropped, and more such may be: %s"
+            say(log, logging.WARNING, text, self._server.name, channel, problem)
 
     # Beats.
 
     def _beat(self, now: float) -> None:
         """Ask for heads, then send a message to ourselves."""
         with self._lock:
-            self._checked = self._to_check()
-        keys = [
-            self._server.key(w.name) for w, _, _ in self._checked if not w.is_pattern
+            checks = self._to_check()
+        named = [check for check in checks if not check.watch.is_pattern]
+        apart = [[check] for check in named if check.watch.is_apart]
+        named = [check for check in named if not check.watch.is_apart]
+        self._checked = [
+            [check for check in checks if check.watch.is_pattern],
+            *(named[start : start + _KEYS] for start in range(0, len(named), _KEYS)),
+            *apart,
         ]
         commands: list[tuple[bytes, ...]] = []
-        for start in range(0, len(keys), _KEYS):
-            some = [*keys[start : start + _KEYS], self._server.marks]
-            number = b"%d" % len(some)
-            commands.append((b"EVAL", _HEADS.text, number, *some, self._process.ttl))
+        for some in self._checked[1:]:
+            keys = [self._server.key(check.watch.name) for check in some]
+            keys.append(self._server.marks)
+            number = b"%d" % len(keys)
+            commands.append((b"EVAL", _HEADS.text, number, *keys, self._process.ttl))
         self._token = b"%x" % secrets.randbits(64)
         commands.append((b"PUBLISH", self._own, self._token))
         self._beats = self._server.take(now + DEAF)
+        self._replies = None
+        self._answers = []
+        self._is_echoed = False
         packed = self._beats.pack_commands(commands)
         self._beats.send_packed_command(packed, check_health=False)
         self._sent_at = now
         self._next_beat = now + BEAT * random.uniform(0.9, 1.1)
 
-    def _to_check(self) -> list[tuple[_Watch, str | None, bool]]:
-        """Return those whose heads are asked for now, under the lock.
-
-        Each with what was told last, and whether something may be lost.
-        """
+    def _to_check(self) -> list[_Check]:
+        """Return those whose heads are asked for now, under the lock."""
         due, self._doubtful = self._doubtful, []
         if not self._round:
             self._round.extend(self._watches.values())
         share = math.ceil(len(self._watches) * BEAT / ROUND)
         due += [self._round.popleft() for _ in range(min(share, len(self._round)))]
         settled = [watch for watch in dict.fromkeys(due) if watch.is_settled]
-        checked = [(watch, watch.last, watch.is_doubtful) for watch in settled]
+        checked = [_Check(watch, watch.last, watch.is_doubtful) for watch in settled]
         for watch in settled:
             watch.is_doubtful = False
         return checked
 
-    def _heard(self) -> None:
+    def _take_replies(self) -> None:
+        """Take the replies to a beat, as far as they have come."""
+        beats = self._beats
+        while beats is not None and self._replies is None and beats.can_read(timeout=0):
+            try:
+                reply = beats.read_response(disconnect_on_error=False)
+            except ResponseError as error:
+                reply = error
+            self._answers.append(reply)
+            # The message's own is the last; the patterns have none.
+            if len(self._answers) < len(self._checked):
+                continue
+            if isinstance(reply, Exception):
+                raise BrokerError(
+                    f"{self._server.name} does not let us hear ourselves:"
+                    f" {reply}; {_RIGHTS}"
+                )
+            self._replies = self._answers[:-1]
+
+    def _heard(self, replies: list[Any]) -> None:
         """Compare the heads: all that was told of before has come."""
-        heads = self._heads()
         self._server.give_back(self._beats)
         self._beats = None
-        lost = []
-        for watch, last, is_doubtful in self._checked:
-            if watch.is_pattern:
-                # Nobody can say which channels it would have brought.
-                if is_doubtful:
-                    lost.append(watch.name)
-                continue
-            head = None if heads is None else next(heads)
-            # What has come meanwhile names what it follows.
-            if watch.last != last:
-                continue
-            if is_doubtful if last is None or head is None else head != last:
-                lost.append(watch.name)
-            watch.last = head
+        patterns, *named = self._checked
+        # Nobody can say which channels it would have brought.
+        lost = [check.watch.name for check in patterns if check.is_doubtful]
+        refusals = []
+        for checks, reply in zip(named, replies, strict=True):
+            if isinstance(reply, list) and len(reply) == len(checks):
+                for check, head in zip(checks, reply, strict=True):
+                    check.watch.is_apart = False
+                    lost += self._compared(check, head)
+            elif not _OF_NAME.search(str(reply)):
+                refusals.append(reply)
+                for check in checks:
+                    lost += self._compared(check, None)
+            elif len(checks) > 1:
+                self._look_again(checks)
+            else:
+                self._deny(checks[0].watch, str(reply))
         self._checked = []
+        self._replies = None
         self._sent_at = None
         self._has_beaten = True
-        if self._is_down:
-            self._is_down = False
-            self._process.state(self, True, f"connected to {self._server.name}")
-        if lost:
-            self._process.resync(lost)
+        self._is_down = False
+        self._server.judge("connect")
+        self._server.judge("listen")
+        for reply in refusals[:1]:
+            reason = f"{self._server.name} tells no heads: {reply}; {_RIGHTS}"
+            self._server.judge("heads", reason)
+        if named and not refusals:
+            self._server.judge("heads")
+        spoilt, self._spoilt = self._spoilt, {}
+        lost = [*dict.fromkeys([*lost, *spoilt])]
+        sink = self._process.sink
+        if lost and sink is not None:
+            sink.resync(lost)
 
-    def _heads(self) -> Iterator[str] | None:
-        """Return the heads that were asked for; ``None``: they are not to be had."""
-        count = sum(not watch.is_pattern for watch, _, _ in self._checked)
-        heads: list[bytes] | None = []
-        for _ in range(math.ceil(count / _KEYS)):
-            try:
-                found = self._beats.read_response()
-            except ResponseError as error:
-                # No permission to extend the keys' lives, say.
-                heads = None
-                text = "%s tells no heads: %s"
-                say(log, logging.WARNING, text, self._server.name, error)
-            else:
-                heads = None if heads is None else heads + found
-        self._beats.read_response()
-        return None if heads is None else map(bytes.decode, heads)
+    def _compared(self, check: _Check, reply: Any) -> list[str]:
+        """Compare a head; return the name if something may be lost."""
+        watch, last, is_doubtful = check
+        head = reply.decode(errors="replace") if isinstance(reply, bytes) else None
+        # What has come meanwhile names what it follows.
+        if watch.last != last:
+            return []
+        watch.last = head
+        if is_doubtful if last is None or head is None else head != last:
+            return [watch.name]
+        return []
+
+    def _look_again(self, checks: list[_Check]) -> None:
+        """Have each of them asked for by itself: the server has refused one."""
+        with self._lock:
+            for watch, _, is_doubtful in checks:
+                watch.is_apart = True
+                watch.is_doubtful = watch.is_doubtful or is_doubtful
+                self._doubtful.append(watch)
