@@ -222,7 +222,8 @@ class Hub:
         if not isinstance(url, str):
             raise TypeError(f"url must be str, got {type(url).__name__}")
         if broker is not None and not callable(getattr(broker, "attach", None)):
-            raise TypeError(f"broker must be a Broker, got {broker!r}")
+            # Not itself: it may be a URL, which is the other argument.
+            raise TypeError(f"broker must be a Broker, got {type(broker).__name__}")
         self._url = url if broker is None else None
         if broker is None:
             broker = open_broker(url, capacity=capacity, max_age=max_age)

@@ -8,6 +8,7 @@ import pytest
 from syncstream import Hub, doctor
 from syncstream.__main__ import main
 from syncstream.brokers import postgresql
+from syncstream.publish import publish_app
 
 SECRET = "s3cr3t"
 
@@ -32,6 +33,13 @@ URLS = {
     "driver": "postgresql+psycopg://app:s3cr3t@127.0.0.1:1/x",
     "pg percent": "postgresql://app:s3cr3t%zz@127.0.0.1:1/x",
     "pg slash": "postgresql://app:s3cr3t/x@127.0.0.1:1/x",
+    "pg at": "postgresql://app:x@s3cr3t@127.0.0.1:1/x",
+    "pg two at": "postgresql://app:x@s3cr3t@h/x?hostaddr=127.0.0.1&port=1",
+    "pg hosts": "postgresql://app:x@s3cr3t@127.0.0.1:1,127.0.0.1:1/x",
+    "pg question": "postgresql://app:x?s3cr3t@127.0.0.1:1/x",
+    "pg bracket": "postgresql://app:[s3cr3t@127.0.0.1:1/x",
+    "at": "redis://app:x@s3cr3t@127.0.0.1:1/x",
+    "question": "redis://app:x?s3cr3t@127.0.0.1:1/x",
     "pg option": "postgresql://127.0.0.1:1/x?passwd=s3cr3t",
     "pg refused": "postgresql://app:s3cr3t@127.0.0.1:1/x",
     "pg words": "postgresql:host=127.0.0.1 port=1 password=s3cr3t'",
@@ -77,6 +85,22 @@ def test_hubs_show_no_secret(url, caplog):
             told = "".join(traceback.format_exception(failure))
         assert SECRET not in told, number
     assert SECRET not in caplog.text
+
+
+@each_url
+def test_misplaced_urls_show_no_secret(url):
+    """One given as another argument is an error like any other."""
+    for make in (
+        lambda: Hub(broker=url),
+        lambda: publish_app(url, token="x"),
+        lambda: postgresql.PostgreSQLBroker("postgresql:", listen_dsn=url),
+        lambda: postgresql.install(url),
+    ):
+        try:
+            made = repr(make())
+        except Exception as error:
+            made = "".join(traceback.format_exception(error))
+        assert SECRET not in made
 
 
 @each_url
