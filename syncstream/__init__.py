@@ -15,6 +15,7 @@ The map of the package, from top to bottom the way the data takes:
 ``log``               one channel's events: a bounded window, and positions in it
 ``brokers``           what stores events, and tells of them: ``memory:``
 ``control``           whom to kick, as a hub's processes tell each other
+``presence``          the events that say who comes and goes
 ``hub``               channels: publish, subscribe, resume
 ``links``             what gets a thread out of a read
 ``answers``           frameworks' responses and errors, where an item was due
