@@ -87,7 +87,7 @@ class Spread:
     """
 
     def __init__(self, url: str, nodes: list[Node], **options: Any) -> None:
-        self._url, self._nodes, self._options = url, nodes, options
+        self.url, self._nodes, self._options = url, nodes, options
         self.broker: Broker = open_broker(url, **options)
         self.scope = self.broker.scope
         self.attach = self.broker.attach
@@ -99,13 +99,13 @@ class Spread:
     def publish(self, items: Any, *, connection: Any = None) -> list[str | None]:
         place = next(self._places)
         if items and place < len(self._nodes):
-            return self._nodes[place].ask(self._url, self._options, items)
+            return self._nodes[place].ask(self.url, self._options, items)
         return self.broker.publish(items, connection=connection)
 
     def close(self, timeout: float = 5.0) -> None:
         self.broker.close(timeout)
         for node in self._nodes:
-            node.ask(self._url, self._options, None)
+            node.ask(self.url, self._options, None)
 
 
 def main() -> None:

@@ -152,14 +152,23 @@ if sys.argv[1] == "gevent":
     from gevent import monkey
     monkey.patch_all()
 import itertools
+import psycopg
 from syncstream.brokers.postgresql import PostgreSQLBroker
 from syncstream.testing import check_broker
 _, mode, url, prefix, capacity = sys.argv
 numbers = itertools.count()
 def make(**options):
     return PostgreSQLBroker(url, schema=f"{prefix}_{next(numbers)}", **options)
+def remove(broker, channel, id):
+    number = int(id.partition("-")[0], 16)
+    with psycopg.connect(url) as connection:
+        connection.execute(
+            f"DELETE FROM {broker._schema}.event WHERE channel = %s AND off = %s",
+            (channel, number),
+        )
 capacity = int(capacity)
-check_broker(lambda: make(capacity=capacity), capacity=capacity, rounds=60)
+new = lambda: make(capacity=capacity)
+check_broker(new, capacity=capacity, rounds=60, remove=remove)
 if capacity == 100:
     check_broker(lambda: make(max_age=0.3), max_age=0.3)
 """

@@ -163,7 +163,12 @@ else:
 
 def test_the_contract_by_threads(shared):
     """The whole suite."""
-    check_broker(lambda: RedisBroker(own(shared.url)), rounds=100)
+
+    def remove(broker, channel, id):
+        key = broker._servers()[0].key(channel)
+        assert shared.command("XDEL", key, id) == 1
+
+    check_broker(lambda: RedisBroker(own(shared.url)), rounds=100, remove=remove)
 
 
 def test_the_contract_with_little_room(shared):
