@@ -1473,7 +1473,7 @@ def _dsn(url: str) -> str:
     is_sound = True
     try:
         words = conninfo_to_dict(url)
-    except DriverError:
+    except (DriverError, UnicodeError):  # the latter's repr has all of it
         is_sound = False
     # A password with "@" or "/" in it is taken for a part of the host or the port, and
     # libpq quotes those, and what it cannot read: it is not shown, nor what it says.

@@ -508,6 +508,7 @@ def _parse(url: str) -> tuple[SplitResult, dict[str, str]]:
         ValueError: It is not one of ours.
     """
     try:
+        url.encode()  # else the login fails, by an error whose repr has all of it
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         hosts = parts.netloc.rpartition("@")[2].split(",")
