@@ -1819,20 +1819,30 @@ class Subscription:
             count: Of so many of its newest; ``None`` for all that are kept.
         """
         read = self.hub.read
-        if count is not None and callable(getattr(self.hub.broker, "newest", None)):
-            return self.hub.newest(name, count)
-        page = read(name, START, 1 if count is None else READ)
-        head = page.head
         if count is None:
-            return page.entries[0].prev if page.entries else head, head
-        newest: deque[Entry] = deque(maxlen=count)
+            page = read(name, START, 1)
+            return page.entries[0].prev if page.entries else page.head, page.head
+        count = min(count, _MOST_KEPT)
+        if callable(getattr(self.hub.broker, "newest", None)):
+            return self.hub.newest(name, count)
+        page = read(name, START, READ)
+        head = page.head
+        oldest = page.entries[0].prev if page.entries else head
+        before: deque[str] = deque(maxlen=count)  # each of the newest
+        # More may come faster than they are read: only up to the head of now.
         while page.entries:
             for entry in page.entries:
-                newest.append(entry)
-                if entry.id == head:  # more may come faster than they are read
-                    return newest[0].prev, head
-            page = read(name, newest[-1].id, READ)
-        return newest[0].prev if newest else page.head, head
+                before.append(entry.prev)
+                if entry.id == head:
+                    return before[0], head
+            page = read(name, page.entries[-1].id, READ)
+            if not page.complete:  # those were dropped meanwhile, and maybe all
+                before.clear()
+                is_anew = page.entries and page.entries[0].prev == oldest
+                if is_anew or not read(name, head, 1).complete:
+                    break
+                oldest = page.entries[0].prev if page.entries else head
+        return before[0] if before else head, head
 
     # To take what is there.
 

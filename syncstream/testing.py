@@ -7,6 +7,7 @@ engine, and an engine that fails, are the broker's own tests.
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,16 @@ HOSTILE = (
     *("", "-", "x", "0-0", "1-", "-1", "1-2-3", "ffffffff-ffffffff"),
     *("1-deadbeef", "9" * 40 + "-0", "f" * 10_000, "1\x00", "\x00", "é", "1-2\n"),
     *("'; DROP TABLE events; --", "*", "$", "+", "18446744073709551616-0"),
+)
+
+
+LIKE: tuple[Callable[[str], str], ...] = (
+    *("{}0".format, "{} ".format, " {}".format, "+{}".format),
+    *("0x{}".format, "{}\n".format, "{}-0".format, "0_{}".format, str.upper),
+    lambda id: id.replace("-", "- "),
+    lambda id: id.replace("-", "-+"),
+    lambda id: id.replace("-", "-0x"),
+    lambda id: id.partition("-")[0],
 )
 
 
@@ -68,6 +79,8 @@ def check_broker(
     suite.has_one_order()
     suite.resumes_everywhere()
     suite.trims_by_capacity()
+    suite.finds_the_newest()
+    suite.reads_without_storing()
     if remove is not None:
         suite.shows_what_was_removed(remove)
     suite.takes_any_id()
@@ -93,6 +106,7 @@ class _Told:
     def __init__(self) -> None:
         self.entries: list[tuple[str, Entry]] = []
         self.ids: set[str | None] = set()
+        self.is_up = True
 
     def deliver(self, channel: str, entry: Entry) -> None:
         self.entries.append((channel, entry))
@@ -102,7 +116,7 @@ class _Told:
         """Nothing was read."""
 
     def state(self, is_up: bool, reason: str) -> None:
-        """Nobody asks."""
+        self.is_up = is_up
 
     def deny(self, name: str, reason: str) -> None:
         raise AssertionError(f"{name!r} must not be refused: {reason}")
@@ -382,6 +396,58 @@ class _Suite:
                 "where events were removed there must be a reset, and the rest",
             )
 
+    def finds_the_newest(self) -> None:
+        with self._broker() as broker:
+            newest: Any = getattr(broker, "newest", None)
+            if newest is None:  # it has not promised to
+                return
+            head = broker.read("a", None).head
+            _require(
+                tuple(newest("a", 3)) == (head, head),
+                "newest of a channel without events must return its head twice",
+            )
+            ids: list[str | None] = [head]
+            ids += broker.publish([("a", b"%d" % n) for n in range(5)])
+            broker.publish([("b", b"another's")])
+            for count, place in ((1, 4), (2, 3), (5, 0), (6, 0), (10**9, 0)):
+                _require(
+                    tuple(newest("a", count)) == (ids[place], ids[-1]),
+                    "newest must return the id before so many events, or before all"
+                    " that are kept, and the head",
+                )
+            ids += broker.publish([("a", b"x")] * self._capacity)
+            for count in (self._capacity, self._capacity + 3):
+                before, head = newest("a", count)
+                page = broker.read("a", before, self._capacity + 1)
+                _require(
+                    page.complete
+                    and [e.id for e in page.entries] == ids[-self._capacity :]
+                    and head == ids[-1],
+                    "newest must return the id before those that are kept",
+                )
+
+    def reads_without_storing(self) -> None:
+        with self._broker() as broker:
+            told = _Told()
+            broker.attach(told)
+            broker.watch("#")
+            names = [f"unused:{number}" for number in range(20)]
+            heads = [broker.read(name, None).head for name in names]
+            for name, head in zip(names, heads, strict=True):
+                for after in (START, head, "1-deadbeef"):
+                    page = broker.read(name, after)
+                    _require(
+                        not page.entries and page.head == head,
+                        "to read a channel must not write to it",
+                    )
+            broker.publish([("used", b"x")])
+            _wait_for(lambda: told.entries, "what is published must be told")
+            _require(
+                [name for name, _ in told.entries] == ["used"],
+                "to read a channel must not write to it, nor tell of it",
+            )
+            _require(told.is_up, "a broker that tells must be up, by state()")
+
     def forgets_by_age(self, max_age: float) -> None:
         with self._broker() as broker:
             first, second = broker.publish([("a", b"1"), ("a", b"2")])
@@ -411,7 +477,9 @@ class _Suite:
     def takes_any_id(self) -> None:
         with self._broker() as broker:
             ids = broker.publish([("a", b"1"), ("a", b"2")])
-            for after in (*HOSTILE, f"{ids[0]}0", f"{ids[0]} ", f" {ids[1]}"):
+            # What numbers are read from, and ids are not.
+            like = [f(str(id)) for id in ids for f in LIKE if f(str(id)) != id]
+            for after in (*HOSTILE, *like):
                 page = broker.read("a", after)
                 _require(
                     not page.complete and [e.id for e in page.entries] == ids,
@@ -598,7 +666,7 @@ class _Suite:
             hub.close()
 
     def closes(self) -> None:
-        before = set(threading.enumerate())
+        before, descriptors = set(threading.enumerate()), _descriptors()
         hub = Hub(broker=self._make())
         subscriptions = [hub.subscribe("a") for _ in range(4)]
         ended: list[None] = []
@@ -620,6 +688,9 @@ class _Suite:
         _require(len(ended) == 4, "close() must wake all")
         left = set(threading.enumerate()) - before
         _require(not left, f"close() must leave no thread, got {left!r}")
+        _wait_for(
+            lambda: _descriptors() <= descriptors, "close() must leave no descriptor"
+        )
 
     def accounts_for_all(self) -> None:
         """Random publishes, drops, resumes: all is delivered, or a reset tells."""
@@ -691,6 +762,14 @@ class _Client:
             )
             expected, may_skip = number + 1, False
         _require(expected == len(published), "the newest events must be got")
+
+
+def _descriptors() -> int:
+    """Return how many are open, where the system tells."""
+    try:
+        return len(os.listdir("/dev/fd"))
+    except OSError:
+        return 0
 
 
 def _read_all(subscription: Subscription) -> list[Any]:

@@ -1,5 +1,6 @@
 """Brokers: each keeps the contract, by threads and by greenlets; the suite sees."""
 
+import os
 import random
 import threading
 
@@ -90,9 +91,64 @@ class Greedy(MemoryBroker):
         super().__init__(capacity=1001)
 
 
+class Generous(MemoryBroker):
+    """Finds one more than was asked for."""
+
+    def newest(self, channel, count):
+        return super().newest(channel, count + 1)
+
+
+class Hoarding(MemoryBroker):
+    """Finds what it does not keep."""
+
+    def newest(self, channel, count):
+        before, head = super().newest(channel, count)
+        return (before if count < 1000 else self._empty), head
+
+
+class Scribbling(MemoryBroker):
+    """Stores something of each channel that is read."""
+
+    def read(self, channel, after, limit=1000):
+        if ":" in channel and channel not in self._logs:
+            self.publish([(channel, b"data: made\n\n")])
+        return super().read(channel, after, limit)
+
+
+class Down(MemoryBroker):
+    """Says that it is down, and is not."""
+
+    def attach(self, sink):
+        super().attach(sink)
+        sink.state(False, "for no reason")
+
+
+class Lenient(MemoryBroker):
+    """Takes what is like an id for one."""
+
+    def read(self, channel, after, limit=1000):
+        return super().read(channel, after and after.lstrip("+"), limit)
+
+
+class Leaking(MemoryBroker):
+    """Leaves a descriptor behind."""
+
+    opened = ()
+
+    def close(self, timeout=5.0):
+        super().close(timeout)
+        Leaking.opened += (os.open(os.devnull, os.O_RDONLY),)
+
+
 @pytest.mark.parametrize(
     ("broker", "sentence"),
     [
+        (Generous, "id before so many events"),
+        (Hoarding, "id before those that are kept"),
+        (Scribbling, "must not write"),
+        (Down, "must be up"),
+        (Lenient, "never gave"),
+        (Leaking, "no descriptor"),
         (Forgetful, "complete|payloads"),
         (Chainless, "prev"),
         (Smooth, "whose next was removed"),
@@ -104,8 +160,37 @@ def test_the_suite_sees_what_is_broken(broker, sentence, monkeypatch):
     """It is no suite if all pass."""
     if broker is Silent:  # the others are found out without a wait
         monkeypatch.setattr("syncstream.testing.LIMIT", 0.3)
+    if broker is Leaking:  # at the end
+        monkeypatch.setattr("syncstream.testing.LIMIT", 3.0)
     with pytest.raises(AssertionError, match=sentence):
         check_broker(broker, rounds=10, remove=remove)
+    for descriptor in Leaking.opened:
+        os.close(descriptor)
+    Leaking.opened = ()
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"capacity": 0}, {"max_size": 0}, {"max_age": 0}, {"max_age": -1.0}]
+)
+def test_memory_refuses_bounds_that_keep_nothing(bounds):
+    """At its construction, in a sentence."""
+    with pytest.raises(ValueError, match=f"{next(iter(bounds))} must be"):
+        MemoryBroker(**bounds)
+
+
+def test_memory_keeps_nothing_of_what_is_read():
+    """However many names are read, watched and left."""
+    broker = MemoryBroker()
+    for number in range(1000):
+        name = f"unused:{number}"
+        broker.watch(name)
+        head = broker.read(name, None).head
+        assert broker.read(name, head).complete
+        assert broker.newest(name, 5) == (head, head)
+        broker.unwatch(name)
+    assert not broker._logs
+    assert not broker._watched
+    broker.close()
 
 
 def test_memory_is_bounded():

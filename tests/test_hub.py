@@ -28,6 +28,7 @@ from pairs import (
 from pairs import Line as PairsLine
 from syncstream import (
     Closed,
+    Denied,
     Event,
     Gap,
     Hub,
@@ -215,6 +216,8 @@ def test_after_an_id(hub):
 class Busy(MemoryBroker):
     """A broker whose channel is written to between any two reads, and is full."""
 
+    newest = None  # it is searched for them
+
     def __init__(self, more, **options):
         super().__init__(**options)
         self.more = more
@@ -279,6 +282,50 @@ def test_a_busy_channel_ends_no_search(hub):
     subscription.begin()
     assert len(hub.broker.more) > 95
     subscription.close()
+
+
+def test_the_newest_are_asked_for(hub):
+    """Of a broker that can tell, nothing is read; what it raises is told."""
+    ids = hub.publish_many("a", map(str, range(900)))
+    reads = []
+    read = hub.broker.read
+    hub.broker.read = lambda *args: reads.append(args) or read(*args)
+    subscription = hub.subscribe("a", after=2)
+    subscription.begin()
+    assert not reads
+    assert data(subscription.read(0)) == ["898", "899"]
+    assert data(hub.subscribe("a", after=10**30).read(0)) == [*map(str, range(500))]
+    assert hub.broker.newest("a", 2) == (ids[-3], ids[-1])
+
+    def refuse(channel, count):
+        raise Denied("not allowed")
+
+    hub.broker.newest = refuse
+    with pytest.raises(Closed, match="denied"):
+        hub.subscribe("a", after=2).read(0)
+
+
+@pytest.mark.parametrize("is_known", [False, True], ids=["broken ids", "whole"])
+def test_a_search_for_the_newest_ends(is_known):
+    """Of a broker that knows its own ids, or not."""
+
+    class Searched(MemoryBroker):
+        newest = None
+
+        def read(self, channel, after, limit=1000):
+            assert len(reads) < 10
+            reads.append(after)
+            return super().read(channel, after if is_known else "0", limit)
+
+    reads = []
+    hub = Hub(broker=Searched())
+    hub.publish_many("a", map(str, range(900)))
+    subscription = hub.subscribe("a", after=2)
+    subscription.begin()
+    assert len(reads) <= 3
+    if is_known:
+        assert data(subscription.read(0)) == ["898", "899"]
+    hub.close()
 
 
 def test_last_event_id_counts_more_than_after(hub):

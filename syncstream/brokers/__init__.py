@@ -52,8 +52,10 @@ class Sink(Protocol):
 class Broker(Protocol):
     """Six methods. They may be called from any thread, and block.
 
-    One may have ``newest(channel, count)``, too: the id before so many of a channel's
-    newest events, and its head's. Without it all that is kept is read for that.
+    One may have a seventh, ``newest(channel, count)``, which returns two ids: the one
+    before so many of a channel's newest events, or before all that are kept, if they
+    are fewer (without any the head's), and the head's. It raises as `read` does.
+    Without it all that is kept is read for ``after=20``.
 
     Attributes:
         scope: Who shares it: this "process", this "machine", or a "cluster".

@@ -32,6 +32,9 @@ class MemoryBroker:
         max_size: So many bytes of memory are kept of all channels together (an event
             takes twice its bytes, and 250), and an eighth of that of each: beyond
             that the channels that were not written to for longest are emptied.
+
+    Raises:
+        ValueError: One of them is not above 0.
     """
 
     scope: Literal["process"] = "process"
@@ -42,6 +45,11 @@ class MemoryBroker:
         max_age: float | None = 3600.0,
         max_size: int = 256 << 20,
     ) -> None:
+        for name, bound in (("capacity", capacity), ("max_size", max_size)):
+            if not bound >= 1:
+                raise ValueError(f"{name} must be 1 or more, got {bound!r}")
+        if max_age is not None and not max_age > 0:  # a NaN is not, either
+            raise ValueError(f"max_age must be above 0 or None, got {max_age!r}")
         self._capacity = capacity
         self._max_age = max_age
         self._max_size = max_size
@@ -163,6 +171,23 @@ class MemoryBroker:
             entries = log.read(start, limit)
             follows = entries[0].prev if entries else log.head
             return Page(entries, position is not None and follows == after, log.head)
+
+    def newest(self, channel: str, count: int) -> tuple[str, str]:
+        """Return the id before the newest events of a channel, and its head's.
+
+        Args:
+            channel: Its name.
+            count: Of so many of them, or all that are kept.
+        """
+        with self._lock:
+            self._live_here()
+            log = self._logs.get(channel)
+            if log is None:
+                return self._empty, self._empty
+            self._trim(log, time.monotonic(), float("inf"))
+            if not len(log):
+                return log.head, log.head
+            return log.entry(max(log.first, log.end - count)).prev, log.head
 
     def attach(self, sink: Sink) -> None:
         self._sink = sink
