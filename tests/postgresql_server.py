@@ -44,9 +44,14 @@ def _program(name: str) -> str:
 
 
 class PostgreSQL:
-    """A running server; all may log in as "postgres", without a password."""
+    """A running server; all may log in as "postgres", without a password.
 
-    def __init__(self) -> None:
+    Args:
+        env: More environment variables.
+    """
+
+    def __init__(self, env: dict[str, str] | None = None) -> None:
+        self._env = {**os.environ, **(env or {})}
         initdb, self._program = _program("initdb"), _program("postgres")
         self._user: dict[str, Any] = {}
         if os.geteuid() == 0:
@@ -96,6 +101,7 @@ class PostgreSQL:
                 stdout=log,
                 stderr=log,
                 cwd=self._folder,
+                env=self._env,
                 **self._user,
             )
         deadline = time.monotonic() + 3 * TIMEOUT

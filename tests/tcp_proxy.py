@@ -38,18 +38,26 @@ class Proxy:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def cut(self) -> None:
-        """Reset all connections."""
+    def cut(self) -> int:
+        """Reset all connections; return how many there were."""
         with self._lock:
+            count = len(self._servers)
             for sock in list(self._peers):
                 self._drop(sock)
         self._wake()
+        return count
 
-    def forget(self) -> None:
-        """Pass nothing on any more over the connections that there are, silently."""
+    def forget(self) -> int:
+        """Pass nothing on any more over the connections that there are, silently.
+
+        Returns:
+            How many there are.
+        """
         with self._lock:
+            count = len(self._servers - self._forgotten)
             self._forgotten |= set(self._peers)
         self._wake()
+        return count
 
     def _drop(self, sock: socket.socket) -> None:
         for one in (sock, self._peers.pop(sock, None)):

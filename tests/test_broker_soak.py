@@ -17,10 +17,12 @@ def published():
     return [*events, Published("c", "no", 6, 6.5, None, "Unavailable")]
 
 
-def verdict(*data, faults=()):
+def verdict(*data, faults=(), at=10):
+    """Judge a client that saw "reset", "connected", a status, or events' data."""
+    kinds = {"reset": "reset", "connected": "connected", "403": "403"}
     record = [
-        Seen(10 + at, f"{text}-0", text, text == "reset")
-        for at, text in enumerate(data)
+        Seen(at + place, f"{text}-0" * text.isdecimal(), text, kinds.get(text, "event"))
+        for place, text in enumerate(data)
     ]
     return judge(published(), {"client": ("c", record)}, faults)
 
@@ -42,20 +44,77 @@ def test_a_broken_promise_is_seen(data, kind):
     assert any(line.startswith(f"{kind}: client client") for line in found.broken)
 
 
+def test_what_a_new_client_missed_is_seen():
+    """What was sent after its stream had begun."""
+    assert verdict("connected", "4", at=2.8).counts["hole"] == 1
+    assert verdict("connected", "1", "3", at=2.8).broken == []
+
+
+@pytest.mark.parametrize("refuses", [(), ("c",)])
+def test_a_refusal_needs_a_cause(refuses):
+    """A name is denied while the engine refuses it."""
+    faults = [Fault("it", refuses=refuses, start=9, end=12)]
+    found = verdict("1", "403", faults=faults)
+    assert found.counts["denied for no reason"] == (not refuses)
+    assert found.counts["status 403"] == 1
+
+
+def test_the_deaf_are_seen():
+    """Who gets nothing while another channel is refused."""
+    faults = [Fault("it", refuses=["other"], start=1, end=5)]
+    assert "deaf: client client" in verdict("connected", faults=faults, at=0).broken[-1]
+    assert verdict("connected", "1", "2", faults=faults, at=0).broken == []
+
+
 @pytest.mark.parametrize("data", ["1 2 3 4 5", "3 4", "1 reset 3 4 5", "1 2 reset 1 2"])
 def test_a_promise_that_was_kept(data):
     """Nothing is said of what came in order, or after a reset."""
     assert verdict(*data.split()).broken == []
 
 
-@pytest.mark.parametrize(("loses", "count"), [(False, 1), (True, 0)])
-def test_a_reset_that_was_not_needed(loses, count):
-    """One is needed if a fault has lost something."""
-    faults = [Fault("it", loses, 9, 11)]
-    assert verdict("1", "reset", faults=faults).counts["false resets"] == count
+@pytest.mark.parametrize(
+    ("fault", "count"),
+    [
+        (Fault("takes nothing", start=9, end=11), 1),
+        (Fault("takes all", loses=["c"], start=9, end=11), 0),
+        (Fault("takes another's", loses=["d"], start=9, end=11), 1),
+        (Fault("took it long ago", loses=["c"], start=-99, end=-90), 1),
+        (Fault("takes older", loses=["c"], start=9, newest={"c": "0-9"}), 1),
+        (Fault("takes newer", loses=["c"], start=9, newest={"c": "2-0"}), 0),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_reset_that_was_not_needed(fault, count):
+    """One is needed if a fault took something after the client's place."""
+    assert verdict("1", "reset", faults=[fault]).counts["false resets"] == count
 
 
-def test_a_few_seconds():
-    """A real run over `local:`, of two workers: all is delivered."""
-    options = {"clients": 6, "rate": 30, "workers": broker_soak.WORKERS[1:3]}
-    assert broker_soak.soak("local", 2, random.Random(1), **options)
+def test_a_fault_that_fails_to_happen(monkeypatch, capsys):
+    """It fails the run; and the run is a real one over `local:`, of two workers."""
+    nothing = Fault("it", lambda fault: iter([broker_soak.seen(fault, 0)]))
+    faults = [Fault("worker frozen", None), nothing]
+
+    def all_faults(self):
+        faults[0].begin = self._freeze
+        yield from faults
+
+    monkeypatch.setattr(broker_soak.Soak, "all_faults", all_faults)
+    monkeypatch.setattr(broker_soak, "PAUSE", 0.5)
+    workers = broker_soak.WORKERS[1:3]
+    options = {"clients": 6, "rate": 30, "workers": workers, "hold": 0.3}
+    assert not broker_soak.soak("local", 1.5, random.Random(1), **options)
+    assert "it NOT DONE" in capsys.readouterr().out
+    assert faults[0].did.endswith("is stopped")
+
+
+@pytest.mark.parametrize(
+    ("last", "count"), [("event", 1), ("reset", 0)], ids=["missed", "announced"]
+)
+def test_what_nothing_later_shows_is_seen(last, count):
+    """A stream that did not get the last of what was stored, for long."""
+    record = [Seen(0, "", "", "connected")]
+    record += [Seen(n + 0.6, f"{n}-0", str(n)) for n in range(1, 5)]
+    record += [Seen(7, "5-0", "", "reset")] * (last == "reset")
+    record += [Seen(broker_soak.LATE + 6, "", "", "left")]
+    found = judge(published(), {"client": ("c", record)}, [])
+    assert found.counts["missed"] == count

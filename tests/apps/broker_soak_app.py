@@ -39,4 +39,9 @@ if "HUB_URL" in os.environ:
     from apps import broker_app
 
     broker_app.hub_app.hub = open_hub(os.environ["HUB_URL"])
-    wrapped = broker_app.wrapped
+
+    def wrapped(environ, start_response):
+        """As `broker_app`; /clock tells what time it is here."""
+        if environ["PATH_INFO"] == "/clock":
+            return broker_app.hub_app.plain(str(time.time()), start_response)
+        return broker_app.wrapped(environ, start_response)
