@@ -28,6 +28,7 @@ import argparse
 import collections
 import contextlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -38,8 +39,10 @@ import sys
 import tempfile
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 import psutil
@@ -63,6 +66,8 @@ QUIET = "quiet"  # has an event now and then: nothing later shows what is missin
 ALL = [*CHANNELS, QUIET]
 WORKERS = (("gthread", 0), ("gevent", 0), ("gthread", 1), ("gevent", 1))
 WITHIN = 30.0  # seconds
+KEEPALIVE = 15.0  # seconds between two comments of a stream
+SLOW = 10.0  # seconds that no `publish` takes
 AFTER = 15.0  # seconds after a fault, or a client's return, in which a reset must come
 LATE = 1.3 * MAX_AGE + AFTER  # seconds: also of a worker that is frozen meanwhile
 HOLD = 3.0  # seconds that a fault lasts
@@ -190,6 +195,12 @@ def judge(published, clients, faults):
     for events in by_channel.values():
         events.sort(key=lambda event: event.end)
 
+    def stored(channel, start, end):
+        """Return what may have been stored between: no publisher takes so long."""
+        events, by_end = by_channel[channel], attrgetter("end")
+        first = bisect_left(events, start, key=by_end)
+        return events[first : bisect_left(events, end + SLOW, key=by_end)]
+
     def of(moment):
         return ", ".join(
             fault.name for fault in faults if fault.start <= moment <= fault.end + AFTER
@@ -234,7 +245,7 @@ def judge(published, clients, faults):
                     got, place = set(), since
                 continue
             if seen.kind == "left":
-                for other in by_channel[channel]:
+                for other in stored(channel, since, seen.at):
                     is_due = (
                         max(since, reset_at) < other.start
                         and other.end + LATE < seen.at
@@ -290,7 +301,8 @@ def judge(published, clients, faults):
                 if before.data != "reset" and precedes(event, before):
                     break_("disorder", name, channel, event, seen, f"after {before}")
                 if not is_replay:
-                    for other in by_channel[channel]:
+                    until = min(event.until, seen.at)
+                    for other in stored(channel, before.start, until):
                         if other.data == event.data or other.data in got:
                             continue
                         if precedes(before, other) and precedes(other, event):
@@ -373,7 +385,7 @@ class Client(threading.Thread):
                 see(str(client.status))
                 raise EOFError(client.status)
             # A worker that is frozen for good is left as by an impatient reader.
-            client.socket.settimeout(1.5 * MAX_AGE)
+            client.socket.settimeout(1.3 * MAX_AGE + KEEPALIVE + 5)
             is_connected = False
             try:
                 while self.may_come.is_set() and time.monotonic() < stays:
@@ -454,6 +466,7 @@ def note(hub, channel, data):
 
 def publish(name, url, rate):
     """Publish until nobody holds our input any more."""
+    logging.disable()  # that a broker is down is in what is noted
     hub = broker_soak_app.open_hub(url)
     is_over = threading.Event()
     threading.Thread(
@@ -1011,7 +1024,8 @@ class Soak:
                     raise NotDone(f"{name} runs")
                 time.sleep(0.01)
             seen(fault, f"{name} is stopped")
-            self._tell(QUIET)
+            if fault.hold > MAX_AGE:  # it is gone when the worker goes on
+                self._tell(QUIET)
             yield
         finally:
             worker.resume()
@@ -1078,6 +1092,7 @@ class Soak:
     def disturb(self, until):
         """Do one fault after the other."""
         faults = []
+        self._tell(QUIET)  # its clients have an id
 
         def pause(seconds):
             time.sleep(min(seconds, max(0, until - time.monotonic())))
@@ -1090,7 +1105,6 @@ class Soak:
                 client.leave()
             if absent:
                 pause(1.5)
-            self._tell(QUIET)
             fault.start = time.monotonic()
             self.faults.append(fault)
             try:
