@@ -1484,7 +1484,8 @@ def _dsn(url: str) -> str:
     ):
         raise ValueError(
             "url must be as libpq takes it, postgresql://USER:PASSWORD@HOST/DATABASE or"
-            " key=value words, with %40 for @ and %2F for / in a password, got"
+            " key=value words, with %40 for @ and %2F for / in a password, and libpq's"
+            " options alone (PostgreSQLBroker has arguments for its own), got"
             f" {shown(url)}"
         )
     ours = {

@@ -814,7 +814,10 @@ class _Server:
             Unavailable: They were not sent.
             Uncertain: They were sent, and a reply did not come.
         """
-        if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        # Nor do hubs wait for each other well: others have no more than threads.
+        is_home = _is_home()
+        left = max(0.0, deadline - time.monotonic())
+        if is_home and not self._free.acquire(timeout=left):
             raise Unavailable(f"all connections to {self.name} are in use")
         try:
             try:
@@ -832,28 +835,30 @@ class _Server:
             if any("read only" in str(r) for r in replies if isinstance(r, Exception)):
                 # Its name may lead to another server by now, that is the master.
                 connection.disconnect()
-                self.forget_idle()
+                if _is_home():
+                    self.forget_idle()
             else:
                 self.give_back(connection)
             return replies
         finally:
-            self._free.release()
+            if is_home:
+                self._free.release()
 
     def give_back(self, connection: Any) -> None:
-        self._idle.append(_Idle(connection, time.monotonic(), hub()))
+        if not _is_home():
+            connection.disconnect()
+            return
+        self._idle.append(_Idle(connection, time.monotonic()))
         self.forget_idle(0 if self._is_closed else IDLE)
 
     def take(self, deadline: float) -> Any:
         """Return a connection that is known to live."""
-        self.forget_idle(IDLE)
-        here = hub()
-        for idle in [*reversed(self._idle)]:
-            if idle.hub is not here:  # a socket of gevent's waits in one hub alone
-                continue
+        while self._idle and _is_home():
+            self.forget_idle(IDLE)
             try:
-                self._idle.remove(idle)
-            except ValueError:  # another thread was faster
-                continue
+                idle = self._idle.pop()
+            except IndexError:  # another thread was faster, or they were too old
+                break
             if _is_living(idle, deadline):
                 return idle.connection
             idle.connection.disconnect()
@@ -934,12 +939,19 @@ class _Idle(NamedTuple):
 
     Attributes:
         since: When it was used last, seconds of `time.monotonic`.
-        hub: gevent's, in which its socket waits.
     """
 
     connection: Any
     since: float
-    hub: Any
+
+
+def _is_home() -> bool:
+    """Tell whether connections that are kept may be used, and closed, here.
+
+    A socket of gevent's waits in one hub alone: the main thread's, for what is kept.
+    """
+    here = hub()
+    return here is None or bool(here.main_hub)
 
 
 def _is_living(idle: _Idle, deadline: float) -> bool:
