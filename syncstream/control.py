@@ -136,9 +136,15 @@ class Control:
             say(log, logging.WARNING, "kicks could not be unwatched: %s", error)
         with self._lock:
             is_back = self._count > 0
-        if is_back:  # somebody has come in between, and had it watched before this
+        if not is_back:
+            return
+        try:  # somebody has come in between, and had it watched before this
             broker.watch(CONTROL)
-            self.look()
+        except BrokerError as error:  # they believe that they are listened for
+            count = hub.end_nameable()
+            text = "kicks cannot be watched, and who could be kicked is, %d: %s"
+            say(log, logging.ERROR, text, count, error)
+        self.look()
 
     def look(self) -> None:
         """Read what there is, soon; from any thread, without waiting."""
@@ -195,9 +201,8 @@ class Control:
             is_whole = is_whole and entry.prev == before.id
         kicks = [*map(_decoded, entries)]
         if is_whole and None not in kicks:
-            for found in kicks:
-                if found is not None and found[1] != self._origin:
-                    hub.end(found[0])
+            others = [kick for kick in kicks if kick and kick[1] != self._origin]
+            attempt(partial(hub.end, kick) for kick, _ in others)
             return
         count = hub.end_nameable()
         text = "kicks are missing: all whom they may have named are kicked, %d"
@@ -216,7 +221,7 @@ def _decoded(entry: Entry) -> tuple[Kick, str] | None:
         (event,) = Decoder().feed(entry.wire)
         fields: Any = json.loads(str(event.data))
         who, tags, origin = fields["who"], fields["tags"], str(fields["origin"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
     if not (who is None or isinstance(who, str)):
         return None

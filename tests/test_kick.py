@@ -173,6 +173,51 @@ def test_a_malformed_kick_ends_all_whom_it_may_have_named(hub, broker):
     await_end(named)
 
 
+def test_a_kick_that_fails_for_one_reaches_the_others(hub, broker):
+    """Not those alone who are asked first; nor is what came with it forgotten."""
+    hub._dumps = lambda value: 1 / 0  # of whatever is neither text nor a number
+    others = [begun(hub, who=who) for who in (object(), "ann", "bob")]
+    broker.is_mute = True
+    broker.kick('"ann"')
+    broker.kick('"bob"')
+    broker.is_mute = False
+    hub.resync([CONTROL])
+    await_end(others[1])
+    await_end(others[2])
+
+
+def test_a_kick_nested_too_deeply_hides_no_other(hub, broker):
+    """It ends all whom what came with it may have named."""
+    ann = begun(hub, who="ann")
+    broker.is_mute = True
+    broker.kick('"ann"')
+    deep = b"[" * 200_000 + b"]" * 200_000
+    broker.publish([(CONTROL, b'data: {"who": %b}\n\n' % deep)])
+    broker.is_mute = False
+    hub.resync([CONTROL])
+    await_end(ann)
+
+
+def test_who_came_as_the_last_left_is_kicked_if_not_heard(hub, broker, monkeypatch):
+    """They were told that they are listened for."""
+    first, heard = begun(hub, who="ann"), []
+    watch, unwatch = Shared.watch, Shared.unwatch
+
+    def come_first(self, channel):
+        if channel == CONTROL and not heard:
+            monkeypatch.setattr(Shared, "watch", watch)
+            heard.append(begun(hub, who="bob"))
+            monkeypatch.setattr(Shared, "watch", refuse)
+        unwatch(self, channel)
+
+    def refuse(self, channel):
+        raise Unavailable("gone")
+
+    monkeypatch.setattr(Shared, "unwatch", come_first)
+    first.close()
+    await_end(heard[0])
+
+
 def test_nobody_sees_the_channel(hub, broker):
     """Not by a pattern, nor in the counts; nor can it be named."""
     watcher = begun(hub, "*", "#", who="ann")
