@@ -704,6 +704,22 @@ def test_what_is_no_event_silences_nobody(server, quick, caplog):
         assert caplog.text.count("is dropped") == 1
 
 
+def test_a_stream_entry_that_is_no_event_silences_nobody(shared):
+    """Nor is it given out: whoever reads it drops it, and resets."""
+    with hub_of(own(shared.url)) as hub, shared.client() as client:
+        hub.publish("a", "1")
+        key = hub.broker._servers()[0].key("a")
+        client.xadd(key, {b"x": b"\xff"})
+        client.xadd(key, {b"p": b"\xff", b"d": b"data: x\n\n"})
+        assert hub.broker.newest("a", 1)
+        hub.publish("a", "2")
+        with contextlib.closing(hub.subscribe("a", after="start")) as subscription:
+            found = [(event.event, event.data) for event in subscription.read(5)]
+        assert found[0] == (None, "1")
+        assert found[-1] == (None, "2")
+        assert (None, "x") not in found
+
+
 def test_a_sink_that_fails_ends_no_listener(server, quick):
     """What it has not taken is read anew."""
 

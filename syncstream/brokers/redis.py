@@ -211,9 +211,10 @@ local function read(start, prev)
     for place, entry in ipairs(piece) do
       local fields = entry[2]
       found[#found + 1] = entry[1]
+      local payload = fields[4] or ''  -- there may be what is none of ours
       found[#found + 1] = fields[2]
-      found[#found + 1] = fields[4]
-      size = size + #fields[4]
+      found[#found + 1] = payload
+      size = size + #payload
     end
     left = left - #piece
     if #piece < 100 then break end
@@ -399,7 +400,7 @@ class RedisBroker:
             Entry(id.decode(), prev.decode(errors="replace"), data, now)
             for id, prev, data in triples
         ]
-        return Page(entries, bool(complete), head.decode())
+        return Page(entries, bool(complete), head.decode(errors="replace"))
 
     def newest(self, channel: str, count: int) -> tuple[str, str]:
         """Return the id before the newest events of a channel, and its head's.
@@ -420,7 +421,7 @@ class RedisBroker:
             time.monotonic() + self._timeout,
             _NEWEST,
         )
-        return before.decode(), head.decode()
+        return before.decode(errors="replace"), head.decode(errors="replace")
 
     # To tell.
 
