@@ -1361,6 +1361,24 @@ def test_users_of_a_group_share_a_folder(make, folder, first, umask):
             assert process.wait(TIMEOUT) == 0
 
 
+def test_no_file_is_removed_but_a_socket(make, folder):
+    """Whoever shares the folder may have put a link in place of the sockets'."""
+    broker = make()
+    broker.publish([("a", b"1")])
+    os.mkdir(f"{folder}/others")
+    files = [f"{folder}/others/{name}" for name in ("precious", "1-00000000")]
+    for name in files:
+        with open(name, "w"):
+            pass
+    os.rename(f"{folder}/log/wake", f"{folder}/log/was")
+    os.symlink(f"{folder}/others", f"{folder}/log/wake")
+    broker.publish([("a", b"2")])
+    os.unlink(f"{folder}/log/wake")
+    os.rename(f"{folder}/others", f"{folder}/log/wake")
+    broker.publish([("a", b"3")])
+    assert {*os.listdir(f"{folder}/log/wake")} == {"precious", "1-00000000"}
+
+
 REFUSED = """
 import logging, os, sys
 from syncstream import Hub

@@ -1746,13 +1746,29 @@ class _Others:
             except ConnectionRefusedError:
                 # Nobody has it open any more: it was killed.
                 with suppress(OSError):
-                    os.unlink(name)
+                    self._remove(os.path.basename(name))
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ENOBUFS):
                     say(log, logging.DEBUG, "%s: not woken: %s", name, error)
 
+    def _remove(self, name: str) -> None:
+        """Remove a socket, and nothing else, wherever the folder's name leads.
+
+        Whoever shares the folder may have put a link in its place, or a file into it.
+        """
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        folder = os.open(self._folder, flags)
+        try:
+            found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if stat.S_ISSOCK(found.st_mode):
+                os.unlink(name, dir_fd=folder)
+        finally:
+            os.close(folder)
+
     def _look(self) -> None:
-        found = os.stat(self._folder)
+        found = os.lstat(self._folder)  # not of what a link leads to
+        if not stat.S_ISDIR(found.st_mode):
+            raise NotADirectoryError(f"{self._folder} must be a directory")
         changed, folder = found.st_mtime_ns, (found.st_dev, found.st_ino)
         if (changed, folder) == (self._changed, self._identity):
             return
