@@ -62,8 +62,10 @@ MAX_AGE = broker_soak_app.MAX_AGE
 OLD = "99a5dc6"  # the commit whose package runs beside ours
 CHANNELS = [f"c{number}" for number in range(6)]
 HURT = "c1"  # the channel that loses single events
-QUIET = "quiet"  # has an event now and then: nothing later shows what is missing
-ALL = [*CHANNELS, QUIET]
+# They have an event now and then: nothing later shows what is missing.
+QUIET = "quiet"
+DELETED = "deleted"  # and its last one is deleted
+ALL = [*CHANNELS, QUIET, DELETED]
 WORKERS = (("gthread", 0), ("gevent", 0), ("gthread", 1), ("gevent", 1))
 WITHIN = 30.0  # seconds
 KEEPALIVE = 15.0  # seconds between two comments of a stream
@@ -566,6 +568,11 @@ class Local:
 
         return begin
 
+    def delete(self, channel):
+        """Delete a channel's events; return how many."""
+        sql = "DELETE FROM event WHERE channel IN (SELECT id FROM channel WHERE name=?)"
+        return self._sql(sql, channel)
+
     def _delete_one(self, fault):
         ((seq, number, nonce),) = self._sql(
             "SELECT e.seq, e.number, e.nonce FROM event e JOIN channel c"
@@ -709,6 +716,10 @@ class Redis(OverTCP):
     def _unlink(self, fault):
         seen(fault, self.server.command("UNLINK", f"ss:{{{HURT}}}"))
         yield
+
+    def delete(self, channel):
+        """Delete a channel's events; return how many."""
+        return self.server.command("XTRIM", f"ss:{{{channel}}}", "MAXLEN", "0")
 
     def _delete_one(self, fault):
         with self.server.client() as client:
@@ -866,6 +877,11 @@ class PostgreSql(OverTCP):
 
         return begin
 
+    def delete(self, channel):
+        """Delete a channel's events; return how many."""
+        sql = "DELETE FROM syncstream.event WHERE channel = %s RETURNING seq"
+        return len(self.server.execute(sql, channel))
+
     def _delete_one(self, fault):
         ((number, nonce),) = self.server.execute(
             "DELETE FROM syncstream.event WHERE seq = (SELECT seq FROM syncstream.event"
@@ -998,7 +1014,8 @@ class Soak:
             for n in range(clients)
         ]
         self.clients += [
-            Client(self, f"{QUIET}{n}", QUIET, choose.random(), home)
+            Client(self, f"{channel}{n}", channel, choose.random(), home)
+            for channel in (QUIET, DELETED)
             for n, home in enumerate(self._ours)
         ]
         for client in self.clients:
@@ -1029,6 +1046,15 @@ class Soak:
             yield
         finally:
             worker.resume()
+
+    def _freeze_and_delete(self, fault):
+        with contextlib.contextmanager(self._freeze)(fault):
+            name = fault.did
+            self._tell(DELETED)
+            time.sleep(0.5)  # the others get it
+            seen(fault, self.engine.delete(DELETED))
+            fault.did = f"{name}, {fault.did} events deleted"
+            yield
 
     def _tell(self, channel):
         hub = broker_soak_app.open_hub(self.engine.direct)
@@ -1081,6 +1107,7 @@ class Soak:
 
     def all_faults(self):
         yield Fault("worker frozen beyond max_age", self._freeze, hold=1.3 * MAX_AGE)
+        yield Fault("its news deleted", self._freeze_and_delete, [DELETED])
         yield Fault("worker killed", self._kill)
         yield Fault("worker frozen", self._freeze)
         for shift in (-SHIFT, SHIFT):
@@ -1092,7 +1119,8 @@ class Soak:
     def disturb(self, until):
         """Do one fault after the other."""
         faults = []
-        self._tell(QUIET)  # its clients have an id
+        for channel in (QUIET, DELETED):  # their clients have an id
+            self._tell(channel)
 
         def pause(seconds):
             time.sleep(min(seconds, max(0, until - time.monotonic())))
