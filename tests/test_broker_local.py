@@ -1430,3 +1430,67 @@ def test_each_operation_judges(make, folder):
     broker.read("a", None)
     broker.watch("a")
     wait_until(lambda: told.states == [False, True])
+
+
+DROPPED = """
+import gc, os, sys, threading, time
+if sys.argv[2] == "gevent":
+    from gevent import monkey
+    monkey.patch_all()
+from syncstream import Hub
+from syncstream.brokers.local import LocalBroker
+folder, count = sys.argv[1], 100
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, (descriptors(), threads())
+        gc.collect()
+        time.sleep(0.01)
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+def threads():
+    return len(os.listdir("/proc/self/task"))
+def publish():
+    while not is_over.is_set():
+        first.publish([("a", b"x")])
+is_over = threading.Event()
+time.sleep(0.001)  # the descriptors of gevent's hub are not ours
+before = descriptors(), threads()
+first = LocalBroker(f"local:{folder}/log")
+first.publish([("a", b"x")])
+first.watch("a")
+publisher = threading.Thread(target=publish)
+publisher.start()
+for number in range(count):
+    hub = Hub(f"local:{folder}/log")
+    hub.publish("b", number)
+    if not number % 10:
+        hub.subscribe("b").read(0)
+    hub.itself = hub  # so that a garbage collection finds it
+    del hub
+    if not number % 50:
+        gc.collect()
+is_over.set()
+publisher.join()
+wait_for(lambda: threads() <= before[1] + 3)
+assert len(os.listdir(f"{folder}/log/wake")) == 1
+events = first.read("b", "0").entries
+assert len(events) == count, len(events)
+assert first.publish([("a", b"y")])
+first.close()
+# Not before: SQLite keeps a file's descriptors while the process has locks of it.
+wait_for(lambda: descriptors() <= before[0] and threads() <= before[1])
+assert sorted(os.listdir(f"{folder}/log")) == ["lock", "log.db", "wake"]
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc shows what is left")
+@pytest.mark.parametrize("kind", ["threads", "gevent"])
+def test_brokers_that_are_dropped_leave_nothing(folder, kind):
+    """Hubs that nobody closes: no descriptor, thread or file; others publish."""
+    if kind == "gevent":
+        pytest.importorskip("gevent")
+    with running(DROPPED, folder, kind, stderr=subprocess.PIPE) as process:
+        _, errors = process.communicate(timeout=4 * TIMEOUT)
+        errors = [line for line in errors.splitlines() if "hubs" not in line]
+        assert (process.returncode, errors) == (0, [])

@@ -45,6 +45,7 @@ import select
 import socket
 import sqlite3
 import stat
+import sys
 import tempfile
 import weakref
 from collections import deque
@@ -285,6 +286,12 @@ class LocalBroker:
         if process is not None:
             process.close(timeout)
 
+    def __del__(self) -> None:
+        # Of one that nobody has closed. (Or its construction has failed.)
+        process = getattr(self, "_process", None)
+        if process is not None and process.pid == os.getpid():
+            process.drop()
+
     # For the listener.
 
     @property
@@ -338,6 +345,7 @@ class LocalBroker:
 
 
 _brokers: weakref.WeakSet[LocalBroker] = weakref.WeakSet()
+_processes: weakref.WeakSet[_Process] = weakref.WeakSet()
 _spoilt: list[_Process] = []
 _paused: list[_Process] = []
 _forking = native(_thread, "RLock")()  # one at a time
@@ -345,9 +353,8 @@ _forking = native(_thread, "RLock")()  # one at a time
 
 def _forks() -> None:
     _forking.acquire()
-    for broker in list(_brokers):
-        process = broker.process
-        if process is not None and process.pid == os.getpid():
+    for process in list(_processes):  # of brokers that were dropped, too
+        if process.pid == os.getpid():
             _paused.append(process)
             process.pause()
 
@@ -364,6 +371,11 @@ def _forked() -> None:
     _paused.clear()
     for broker in list(_brokers):
         broker._forked()
+    for process in list(_processes):  # of brokers that were just being dropped
+        if process.pid != os.getpid():
+            process.let_go()
+            if process.has_files:
+                _spoilt.append(process)
 
 
 # In the child at once, not at the next use: who has a lock's or a socket's descriptor,
@@ -1289,15 +1301,19 @@ class _Thread:
     def close(self, deadline: float) -> bool:
         """Let it do what is there, and end; ``False``: not within this time."""
         turn = _Turn()
+        return not self.end(turn) or turn.wait(deadline)
+
+    def end(self, *turns: _Turn) -> bool:
+        """Have it end, and end these turns then; ``False``: there is nothing to end."""
         with self.lock:
             self._is_closed = True
             if not self._is_running:
                 if self._leave is None:
-                    return True
+                    return False
                 self._start()  # to leave as it should
-            self._ended.append(turn)
+            self._ended.extend(turns)
         self.ring()
-        return turn.wait(deadline)
+        return True
 
 
 class _Process:
@@ -1305,8 +1321,9 @@ class _Process:
 
     def __init__(self, broker: LocalBroker) -> None:
         self.pid = os.getpid()
-        self._broker = broker
+        self._broker = weakref.ref(broker)  # it ends with that: see `drop`
         self._path = broker.path
+        self._is_private = broker.is_private
         self._timeout = broker.timeout
         self._bounds = broker.bounds
         self._locks = [_Lock(broker.path, broker.is_private) for _ in range(3)]
@@ -1325,6 +1342,7 @@ class _Process:
         self._judging = native(_thread, "RLock")()
         self._failing: set[str] = set()  # see `judge`
         self._freshened = -inf
+        _processes.add(self)
 
     # To write.
 
@@ -1375,7 +1393,7 @@ class _Process:
         self._freshened = now
         files = [f"log.db{suffix}" for suffix in _SUFFIXES]
         paths = [f"{self._path}/{name}" for name in (*files, "lock", "wake")]
-        if self._broker.is_private:
+        if self._is_private:
             paths.append(os.path.dirname(self._path))
         for path in (self._path, *paths, *others):
             with suppress(OSError):  # another user's; or it is missed when it is used
@@ -1574,7 +1592,9 @@ class _Process:
                 self._failing.update(ways)
             else:
                 self._failing.difference_update(ways)
-            self._broker.state(not self._failing, reason or "it can be used")
+            broker = self._broker()
+            if broker is not None:
+                broker.state(not self._failing, reason or "it can be used")
 
     @contextmanager
     def _opened(self, database: _Database, lock: _Lock) -> Iterator[bool]:
@@ -1615,8 +1635,11 @@ class _Process:
                 raise Unavailable("local: is closed")
             if self._listener is not None:
                 return
+            broker = self._broker()
+            if broker is None:
+                return
             with self._judged("listen"), self.news() as (news, _):
-                listener = _Listener(self, self._broker, news)
+                listener = _Listener(self, broker, news)
             listener.start()
             self._listener = listener
 
@@ -1645,6 +1668,28 @@ class _Process:
         if not (self._writer.close(deadline) and is_done):
             text = "%s: not closed within %s s"
             report(log, logging.WARNING, text, self._path, timeout)
+
+    def drop(self) -> None:
+        """Have all end and be closed, some time soon; waits for nothing."""
+        self._is_closed = True
+        if sys.is_finalizing():
+            return
+        # Not here, where a garbage collection may be in the midst of anything. If no
+        # thread can be had the process is at its end, as far as we know.
+        with suppress(RuntimeError):
+            native(_thread, "start_new_thread")(self._drop, ())
+
+    def _drop(self) -> None:
+        with self._begins:
+            listener = self._listener
+            if listener is None:
+                self._news.finish(self._locks[2], _CLOSE)
+        with self._reading:
+            self._history.finish(self._locks[1], _CLOSE)
+        if listener is not None:
+            listener.end()
+        self._reader.end()
+        self._writer.end()
 
     def _stop(self, timeout: float) -> _Listener | None:
         """Close what is read; return the listener: there will be no other."""
@@ -1677,7 +1722,7 @@ class _Process:
         """Close the files, once nobody is using them; nobody opens them any more."""
         databases = self._log, self._history, self._news
         # Another one than those that our own threads may be waiting for just now.
-        lock = _Lock(self._path, self._broker.is_private)
+        lock = _Lock(self._path, self._is_private)
         is_held = False
         if self.has_files:
             with suppress(OSError, Unavailable):  # without it, as in `finish`
@@ -1793,7 +1838,8 @@ class _Listener:
         self, process: _Process, broker: LocalBroker, database: _Database
     ) -> None:
         self._process = process
-        self._broker = broker
+        self._broker = weakref.ref(broker)
+        self._path = broker.path
         self._folder = f"{broker.path}/wake"
         self._name = ""
         self._socket: Any = None
@@ -1808,7 +1854,7 @@ class _Listener:
     def _bind(self) -> None:
         if self._socket is not None:
             self._socket.close()
-        path = self._broker.path
+        path = self._path
         _make_wake(path)
         self._name = f"{self._folder}/{os.getpid():x}-{os.urandom(4).hex()}"
         self._socket = _datagrams()
@@ -1825,11 +1871,11 @@ class _Listener:
             try:
                 self._tell()
             except Exception as error:
-                self._process.judge("listen", reason=_said(self._broker.path, error))
+                self._process.judge("listen", reason=_said(self._path, error))
                 if not isinstance(error, (BrokerError, sqlite3.Error, OSError)):
                     self._is_doubtful = True
                     text = "%s: the sink has failed"
-                    say(log, logging.ERROR, text, self._broker.path, error=error)
+                    say(log, logging.ERROR, text, self._path, error=error)
                 native(time, "sleep")(LOOK_EVERY / 5)
             else:
                 self._process.judge("listen", "read")
@@ -1857,11 +1903,12 @@ class _Listener:
 
     def _tell(self) -> None:
         """Tell what has come since the last time."""
-        while not self._is_closed:
-            rows, newest = self._look()
+        broker = self._broker()
+        while broker is not None and not self._is_closed:
+            rows, newest = self._look(broker)
             if not os.path.exists(self._name):
                 self._bind()
-            sink = self._broker.sink
+            sink = broker.sink
             if sink is None:
                 return
             if self._is_doubtful:
@@ -1879,10 +1926,10 @@ class _Listener:
                 sink.resync(None)
             self._position = last
             for _, channel, entry in rows:
-                if self._broker.is_watched(channel):
+                if broker.is_watched(channel):
                     sink.deliver(channel, entry)
 
-    def _look(self) -> tuple[list[tuple[int, str, Entry]], int]:
+    def _look(self, broker: LocalBroker) -> tuple[list[tuple[int, str, Entry]], int]:
         """Return what follows our position, and the newest's place.
 
         Notices that files were replaced.
@@ -1891,13 +1938,13 @@ class _Listener:
             if is_new:
                 self._position = database.newest()
                 self._is_doubtful = True
-            if not self._broker.is_watching():
+            if not broker.is_watching():
                 newest = database.newest()
 
                 def skip() -> None:
                     self._position = newest
 
-                self._broker.unless_watching(skip)
+                broker.unless_watching(skip)
             # First: what comes between the two is there for the next look.
             newest = database.newest()
             self._process.try_to_store(database)
@@ -1905,18 +1952,22 @@ class _Listener:
 
     def close(self, deadline: float) -> bool:
         turn = _Turn()
+        return not self.end(turn) or turn.wait(deadline)
+
+    def end(self, *turns: _Turn) -> bool:
+        """Have it end, and end these turns then; ``False``: it has ended."""
         with self._lock:
             self._is_closed = True
             if self._socket is None:
-                return True
-            self._ended.append(turn)
+                return False
+            self._ended.extend(turns)
         with suppress(OSError):  # it ends within half a second anyhow
             sender = _datagrams()
             try:
                 sender.sendto(b"\0", self._name)
             finally:
                 sender.close()
-        return turn.wait(deadline)
+        return True
 
     def let_go(self) -> None:
         if self._socket is not None:
