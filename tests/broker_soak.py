@@ -1125,7 +1125,7 @@ class Soak:
         def pause(seconds):
             time.sleep(min(seconds, max(0, until - time.monotonic())))
 
-        while time.monotonic() < until:
+        while not self.faults or time.monotonic() < until:
             faults = faults or [*self.all_faults()]
             fault = faults.pop(0)
             absent = [one for one in self.clients if one.channel == fault.away][::2]

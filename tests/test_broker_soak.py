@@ -91,20 +91,22 @@ def test_a_reset_that_was_not_needed(fault, count):
 
 def test_a_fault_that_fails_to_happen(monkeypatch, capsys):
     """It fails the run; and the run is a real one over `local:`, of two workers."""
-    nothing = Fault("it", lambda fault: iter([broker_soak.seen(fault, 0)]))
-    faults = [Fault("worker frozen", None), nothing]
 
     def all_faults(self):
-        faults[0].begin = self._freeze
-        yield from faults
+        def begin(fault):
+            yield from self._freeze(fault)
+            raise broker_soak.NotDone
+
+        yield Fault("it", begin)
 
     monkeypatch.setattr(broker_soak.Soak, "all_faults", all_faults)
-    monkeypatch.setattr(broker_soak, "PAUSE", 0.5)
     workers = broker_soak.WORKERS[1:3]
     options = {"clients": 6, "rate": 30, "workers": workers, "hold": 0.3}
-    assert not broker_soak.soak("local", 1.5, random.Random(1), **options)
-    assert "it NOT DONE" in capsys.readouterr().out
-    assert faults[0].did.endswith("is stopped")
+    assert not broker_soak.soak("local", 1, random.Random(1), **options)
+    told = capsys.readouterr().out
+    assert "it NOT DONE: NotDone()" in told
+    assert "BROKEN" not in told
+    assert "HUNG" not in told
 
 
 @pytest.mark.parametrize(
