@@ -953,6 +953,57 @@ def test_a_transaction_that_commits_is_seen_once(server, make):
     assert [entry.payload for entry in page.entries] == [b"between", b"late"]
 
 
+def test_a_deletion_that_is_open_holds_nobody_up(server, schema, make):
+    """Room is made later; and whoever deletes can publish in the same transaction."""
+    broker = make(max_age=60, capacity=10)
+    broker.publish([("idle", b"1"), ("old", b"1"), ("erased", b"1")])
+    server.execute(
+        f"UPDATE {schema}.event SET ts = ts - interval '1 hour'"
+        " WHERE channel IN ('idle', 'old')"
+    )
+    with psycopg.connect(server.url) as connection:
+        connection.execute(
+            f"DELETE FROM {schema}.event WHERE channel IN ('old', 'erased')"
+        )
+        broker.publish([("erased", b"2")], connection=connection)
+        for _ in range(2):  # more than after which room is made
+            broker.publish([("a", b"x")] * 32)
+    kept = f"SELECT channel FROM {schema}.event WHERE channel <> 'a' ORDER BY seq"
+    assert server.execute(kept) == [("idle",), ("erased",)]
+    broker.publish([("a", b"x")] * 32)
+    assert server.execute(kept) == [("erased",)]
+
+
+def test_a_publication_of_all_tables(server, schema, make):
+    """Logical replication forbids to update tables without a key: all have one."""
+    renewed = f"{schema}_1"
+    server.execute(REVISION_1.replace("syncstream", renewed))
+    for name in (schema, renewed):
+        install(server.url, schema=name)
+    keyless = (
+        "SELECT c.relname FROM pg_class c WHERE c.relkind = 'r'"
+        " AND c.relnamespace IN (%s::regnamespace, %s::regnamespace) AND NOT EXISTS"
+        " (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary)"
+    )
+    assert server.execute(keyless, schema, renewed) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"max_age": bad} for bad in (0, -1.0, float("inf"), float("nan"), 1e12)),
+        *({"capacity": bad} for bad in (0, -1, 2.5, 10**30)),
+        *({"connections": bad} for bad in (0, 2.5)),
+    ],
+    ids=str,
+)
+def test_bounds_are_checked_at_construction(options):
+    """Each would fail at every call, or at the commit of a transaction."""
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        PostgreSQLBroker(**options)
+
+
 def test_a_transaction_that_rolls_back_never_was(server, schema, make):
     """Nor was what a savepoint takes back; no number is burnt."""
     broker = make()
@@ -1370,6 +1421,19 @@ def test_old_and_new_workers_share_a_schema(server, schema, make):
         assert prevs[1:] == ids[:-1]
 
 
+def test_who_may_not_renew_holds_up_nobody(server, schema, make):
+    """Its turn at the schema ends before it waits for a lock that publishers need."""
+    server.execute(REVISION_1.replace("syncstream", schema))
+    server.execute(
+        f"CREATE ROLE r{schema} LOGIN; GRANT USAGE ON SCHEMA {schema} TO r{schema};"
+        f"GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO r{schema}"
+    )
+    with server.connect() as other, other.transaction():
+        other.execute(f"DELETE FROM {schema}.event")
+        with pytest.raises(Unavailable, match="must be owner"):
+            make(server.url.replace("postgres@", f"r{schema}@")).read("a", None)
+
+
 # Rights, as docs/brokers.md lists them.
 
 
@@ -1479,13 +1543,15 @@ def test_what_the_server_refuses_is_down(server, schema, make):
 # Lines that were forgotten, and brokers.
 
 
-def test_a_firewall_forgets_idle_connections(server, make, clock):
+def test_a_firewall_forgets_idle_connections(server, make, clock, monkeypatch):
     """The next publish is stored, within its time; what listens goes on, too."""
     make().publish([("a", b"1")])
     with Proxy(server.port) as proxy:
         broker = make(server.url_at(proxy.port), connections=2)
         told = listening(broker, "a")
         broker.publish([("a", b"2")])
+        # Until the listener takes no answer for an end.
+        monkeypatch.setattr(postgresql, "READ_TIMEOUT", 1.0)
         for connection in broker._own().idle:
             connection.used -= 10
         proxy.forget()

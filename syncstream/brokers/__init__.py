@@ -153,6 +153,25 @@ def patterns_of(channel: str) -> Iterator[str]:
     yield f"{parent}:*" if parent else "*"
 
 
+def check_bounds(capacity: int, max_age: float | None) -> None:
+    """Check what a broker is to keep of each channel.
+
+    Raises:
+        ValueError: Engines cannot count so, or would keep nothing.
+    """
+    if not isinstance(capacity, int) or not 1 <= capacity <= MOST_KEPT:
+        raise ValueError(f"capacity must be 1 to {MOST_KEPT}, got {capacity!r}")
+    if max_age is not None and not 0 < max_age <= LONGEST_KEPT:  # NaN is not, either
+        raise ValueError(
+            f"max_age must be above 0, and {LONGEST_KEPT:.0f} seconds at most, or None"
+            f" for no limit, got {max_age!r}"
+        )
+
+
+MOST_KEPT = 1_000_000_000  # events of a channel: what any engine can count
+LONGEST_KEPT = 1e9  # seconds, thirty years
+
+
 def shown(url: str) -> str:
     """Return a URL as errors, logs and terminals may show it: its scheme alone.
 

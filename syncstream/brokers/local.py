@@ -62,7 +62,7 @@ from ..journal import report
 from ..log import Entry, Page
 from ..sockets import native
 from ..waiting import LONGEST, Waiter, hub, say, wake_all
-from . import Sink, is_pattern, matches, shown
+from . import Sink, check_bounds, is_pattern, matches, shown
 
 __all__ = ["LocalBroker"]
 
@@ -155,6 +155,7 @@ class LocalBroker:
             raise ValueError(
                 f"publish_timeout must be above 0, or None, got {publish_timeout!r}"
             )
+        check_bounds(capacity, max_age)
         self.path, self._is_private = _path(url)
         self._bounds: Bounds = capacity, max_age, max_size
         self._timeout = (

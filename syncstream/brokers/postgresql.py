@@ -50,7 +50,7 @@ from ..errors import BrokerError, Denied, PayloadTooLarge, Unavailable, Uncertai
 from ..log import Entry, Page
 from ..sockets import native
 from ..waiting import LONGEST, say
-from . import Sink, is_pattern, matches, shown
+from . import Sink, check_bounds, is_pattern, matches, shown
 
 try:
     from psycopg import Error as DriverError
@@ -117,7 +117,7 @@ IF to_regclass('$S.state') IS NULL THEN
         -- epoch: the nonce before the first event of channels that have none. Who
         -- appends holds the row until his commit is visible: it takes UPDATE.
         CREATE TABLE $S.state (
-            version integer NOT NULL, epoch bigint NOT NULL,
+            version integer PRIMARY KEY, epoch bigint NOT NULL,
             swept timestamptz NOT NULL);
         c_is_new := true;
     EXCEPTION WHEN duplicate_table OR unique_violation THEN NULL;
@@ -150,6 +150,12 @@ IF c_is_new THEN
         capacity bigint NOT NULL DEFAULT 1000, max_age double precision DEFAULT 3600
     ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 ELSE
+    -- Who may not go on after the lock must not hold up publishers by it.
+    IF NOT pg_has_role((SELECT c.relowner FROM pg_catalog.pg_class c
+        WHERE c.oid = to_regclass('$S.event')), 'USAGE')
+    THEN
+        RAISE insufficient_privilege USING MESSAGE = 'must be owner of $S.event';
+    END IF;
     -- Whoever has appended is waited for, until his commit: he may hold another lock.
     LOCK TABLE $S.channel, $S.event IN SHARE ROW EXCLUSIVE MODE;
     -- Somebody else may have been here by then.
@@ -157,6 +163,14 @@ ELSE
         PERFORM set_config('lock_timeout', c_lock_timeout, true);
         RETURN;
     END IF;
+    -- A publication of all tables forbids to update one that has no key. Readers that
+    -- take long, as a dump does, are not waited for: others would wait behind this.
+    BEGIN
+        PERFORM set_config('lock_timeout', '200ms', true);
+        ALTER TABLE $S.state ADD PRIMARY KEY (version);
+    EXCEPTION WHEN lock_not_available THEN NULL;
+    END;
+    PERFORM set_config('lock_timeout', '3s', true);
     -- Nothing is forgotten while some may still append as revision 1 did.
     UPDATE $S.state SET swept = clock_timestamp();
 END IF;
@@ -165,7 +179,7 @@ END IF;
 -- identity: of this schema. deleted: the highest seq that was its channel's newest
 -- event when it was deleted; no later one shows that to who has not seen it.
 CREATE TABLE $S.upkeep (
-    revision integer NOT NULL, identity uuid NOT NULL, deleted bigint NOT NULL
+    revision integer PRIMARY KEY, identity uuid NOT NULL, deleted bigint NOT NULL
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 INSERT INTO $S.upkeep VALUES ($REVISION, gen_random_uuid(), 0);
 -- Rights that roles were given before suffice: they need USAGE of the schema.
@@ -221,6 +235,7 @@ DECLARE
     c_epoch bigint;
     c_ts timestamptz;
     c_names text[];
+    c_lock_timeout text;
 BEGIN
     -- Held until the commit is visible, so all that follows is in its order. No lock
     -- of a name that any role of the database may take.
@@ -240,35 +255,45 @@ BEGIN
     INSERT INTO $S.event (seq, channel, off, nonce, prev, ts, data)
         VALUES (c_seq, a_channel, c_last, c_nonce, c_prev, c_ts, a_data);
     -- Readers leave out what is too much or too old; here it makes room, in batches.
-    IF c_last % 32 = 0 THEN
-        DELETE FROM $S.event WHERE channel = a_channel AND off IN (
-            SELECT e.off FROM $S.event e
-            WHERE e.channel = a_channel AND e.off <= c_last - a_capacity
-            ORDER BY e.off LIMIT 1000);
-    END IF;
-    IF c_seq % 32 = 0 AND a_max_age IS NOT NULL THEN
-        DELETE FROM $S.event WHERE seq IN (
-            SELECT e.seq FROM $S.event e ORDER BY e.seq LIMIT 64)
-            AND ts < clock_timestamp() - a_max_age * interval '1 second';
-    END IF;
-    -- Channels that are idle for long are forgotten. Then the epoch is another one:
-    -- who has the old one may have missed what they had.
-    IF c_seq % 1024 = 0 AND a_max_age IS NOT NULL THEN
-        UPDATE $S.state SET swept = clock_timestamp()
-            WHERE swept NOT BETWEEN clock_timestamp() - interval '1 hour'
-                AND clock_timestamp();
-        IF FOUND THEN
-            SELECT array_agg(name) INTO c_names FROM (
-                SELECT c.name FROM $S.channel c WHERE c.ts < clock_timestamp()
-                    - greatest(2 * a_max_age, 86400) * interval '1 second'
-                LIMIT 10000) idle;
-            IF c_names IS NOT NULL THEN
-                DELETE FROM $S.event WHERE channel = ANY (c_names);
-                DELETE FROM $S.channel WHERE name = ANY (c_names);
-                UPDATE $S.state SET epoch =
-                    ('x' || left(gen_random_uuid()::text, 8))::bit(32)::bigint;
+    -- Who has deleted rows and not committed is not waited for, with all publishers,
+    -- and might himself wait for the lock that is held here: the next one makes room.
+    IF c_last % 32 = 0 OR c_seq % 32 = 0 THEN
+        c_lock_timeout := current_setting('lock_timeout');
+        BEGIN
+            PERFORM set_config('lock_timeout', '10ms', true);
+            IF c_last % 32 = 0 THEN
+                DELETE FROM $S.event WHERE channel = a_channel AND off IN (
+                    SELECT e.off FROM $S.event e
+                    WHERE e.channel = a_channel AND e.off <= c_last - a_capacity
+                    ORDER BY e.off LIMIT 1000);
             END IF;
-        END IF;
+            IF c_seq % 32 = 0 AND a_max_age IS NOT NULL THEN
+                DELETE FROM $S.event WHERE seq IN (
+                    SELECT e.seq FROM $S.event e ORDER BY e.seq LIMIT 64)
+                    AND ts < clock_timestamp() - a_max_age * interval '1 second';
+            END IF;
+            -- Channels that are idle for long are forgotten. Then the epoch is another
+            -- one: who has the old one may have missed what they had.
+            IF c_seq % 1024 = 0 AND a_max_age IS NOT NULL THEN
+                UPDATE $S.state SET swept = clock_timestamp()
+                    WHERE swept NOT BETWEEN clock_timestamp() - interval '1 hour'
+                        AND clock_timestamp();
+                IF FOUND THEN
+                    SELECT array_agg(name) INTO c_names FROM (
+                        SELECT c.name FROM $S.channel c WHERE c.ts < clock_timestamp()
+                            - greatest(2 * a_max_age, 86400) * interval '1 second'
+                        LIMIT 10000) idle;
+                    IF c_names IS NOT NULL THEN
+                        DELETE FROM $S.event WHERE channel = ANY (c_names);
+                        DELETE FROM $S.channel WHERE name = ANY (c_names);
+                        UPDATE $S.state SET epoch =
+                            ('x' || left(gen_random_uuid()::text, 8))::bit(32)::bigint;
+                    END IF;
+                END IF;
+            END IF;
+            PERFORM set_config('lock_timeout', c_lock_timeout, true);
+        EXCEPTION WHEN lock_not_available THEN NULL;
+        END;
     END IF;
     -- Empty: those of a transaction become one, and 8000 bytes are the limit.
     PERFORM pg_notify('$S', '');
@@ -472,9 +497,10 @@ class PostgreSQLBroker:
         connections: int = 4,
     ) -> None:
         install_sql(schema)  # checks its name
+        check_bounds(capacity, max_age)
         if not publish_timeout > 0:
             raise ValueError(f"publish_timeout must be above 0, got {publish_timeout}")
-        if connections < 1:
+        if not isinstance(connections, int) or connections < 1:
             raise ValueError(f"connections must be 1 or more, got {connections!r}")
         self._dsn = _dsn(dsn)
         self._listen_dsn = self._dsn if listen_dsn is None else _dsn(listen_dsn)

@@ -44,7 +44,7 @@ from ..errors import BrokerError, Denied, Unavailable, Uncertain
 from ..journal import report
 from ..log import START, Entry, Page
 from ..waiting import hub, say, sleep
-from . import Sink, is_pattern, matches, shown
+from . import Sink, check_bounds, is_pattern, matches, shown
 
 try:
     import redis
@@ -296,6 +296,7 @@ class RedisBroker:
     def __init__(
         self, url: str, capacity: int = 1000, max_age: float | None = 3600.0
     ) -> None:
+        check_bounds(capacity, max_age)
         parts, query = _parse(url)
         self._prefix = query.pop("prefix", "ss:")
         self._timeout = _seconds("publish_timeout", query)
