@@ -246,14 +246,13 @@ def judge(published, clients, faults):
                     before = Published(channel, "reset", since, since, None, "")
                     got, place = set(), since
                 continue
-            if seen.kind == "left":
-                for other in stored(channel, since, seen.at):
-                    is_due = (
-                        max(since, reset_at) < other.start
-                        and other.end + LATE < seen.at
-                    )
+            if seen.kind in ("left", "reset"):  # a reset that comes late is none
+                begun = max(since, reset_at)
+                for other in stored(channel, begun, seen.at):
+                    is_due = begun < other.start and other.end + LATE < seen.at
                     if is_due and other.data not in ever:
                         break_("missed", name, channel, other, seen)
+            if seen.kind == "left":
                 continue
             if seen.kind not in ("event", "reset"):
                 verdict.counts[f"status {seen.kind}"] += 1
