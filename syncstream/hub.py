@@ -1729,7 +1729,6 @@ class Subscription:
         Args:
             is_owned: Whoever has begun it closes it, too.
         """
-        self.check_allowed()
         self._check_open()
         scope: Any = current_scope()
         # It is what the first one in a stream has sent: of others it says nothing.
@@ -1746,6 +1745,9 @@ class Subscription:
             if self.is_nameable:
                 self._is_listed = True
                 self.hub.enlist()
+            # From here on a kick finds it: what changes after a yes does not escape.
+            self.check_allowed()
+            self._check_open()
             self.hub.hear_presence()
             self._begin_channels(self._given)
         except BaseException as error:
@@ -1856,7 +1858,8 @@ class Subscription:
         deadline = None if timeout is None else time.monotonic() + timeout
         waiter = self._own_waiter()
         while True:
-            self.check_allowed()
+            if self._is_begun:
+                self.check_allowed()
             self._check_open()
             pause = self._pause()
             if not pause:

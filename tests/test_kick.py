@@ -1,6 +1,6 @@
 """Kicks by name: all processes of a hub, and what becomes of those that are missed."""
 
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 
@@ -171,6 +171,20 @@ def test_a_malformed_kick_ends_all_whom_it_may_have_named(hub, broker):
     named = begun(hub, who="ann")
     broker.publish([(CONTROL, b"data: nope\n\n")])
     await_end(named)
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_who_is_kicked_after_a_yes_is_ended(hub, broker, is_here):
+    """`authorize` has just been asked, and nothing was read yet."""
+
+    def authorize(subscription):
+        hub.kick(who="ann") if is_here else broker.kick('"ann"')
+        return True
+
+    ann = hub.subscribe("a", who="ann", authorize=authorize)
+    with suppress(Closed):
+        PLACE.start(lambda: ann.read(0))()
+    await_end(ann)
 
 
 def test_a_kick_that_fails_for_one_reaches_the_others(hub, broker):
