@@ -1379,6 +1379,27 @@ def test_no_file_is_removed_but_a_socket(make, folder):
     assert {*os.listdir(f"{folder}/log/wake")} == {"precious", "1-00000000"}
 
 
+@pytest.mark.parametrize("name", ["lock", "log.db"])
+def test_no_link_is_followed(make, folder, name):
+    """Whoever shares the folder may have put one in place of a file."""
+    os.mkdir(f"{folder}/log", 0o700)
+    os.symlink(f"{folder}/elsewhere", f"{folder}/log/{name}")
+    with pytest.raises(Unavailable, match="plain file"):
+        make().publish([("a", b"1")])
+    assert not os.path.lexists(f"{folder}/elsewhere")
+
+
+def test_a_link_has_no_mode_changed(folder, monkeypatch):
+    """Not either if it takes a file's place after that was looked at."""
+    open(f"{folder}/precious", "w").close()
+    os.chmod(f"{folder}/precious", 0o640)
+    found = os.stat(f"{folder}/precious")
+    os.symlink(f"{folder}/precious", f"{folder}/link")
+    monkeypatch.setattr(os, "lstat", lambda path: found)
+    local._settle(f"{folder}/link", 0o600, found.st_gid)
+    assert modes(folder)["precious"] == 0o640
+
+
 REFUSED = """
 import logging, os, sys
 from syncstream import Hub

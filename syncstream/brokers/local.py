@@ -486,9 +486,23 @@ def _settle(path: str, mode: int, group: int) -> None:
     if os.geteuid() not in (0, found.st_uid) or stat.S_ISLNK(found.st_mode):
         return
     if mode & stat.S_IRWXG and found.st_gid != group:
-        os.chown(path, -1, group)
+        os.chown(path, -1, group, follow_symlinks=False)
     if found.st_mode & 0o7777 != mode:
-        os.chmod(path, mode)
+        _change_mode(path, mode)
+
+
+def _change_mode(path: str, mode: int) -> None:
+    """Change a file's mode, and not that of what a link in its place leads to."""
+    if not hasattr(os, "O_PATH"):  # macOS, which has lchmod
+        os.chmod(path, mode, follow_symlinks=False)
+        return
+    # Without opening it: to close a file of SQLite's drops its locks.
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISLNK(os.fstat(fd).st_mode):
+            os.chmod(f"/proc/self/fd/{fd}", mode)
+    finally:
+        os.close(fd)
 
 
 def _make_file(folder: str, name: str) -> None:
@@ -505,6 +519,8 @@ def _make_file(folder: str, name: str) -> None:
         finally:
             os.unlink(new)
     with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):  # a link leads anywhere
+            raise Unavailable(f"{path} must be a plain file, and is not one")
         _settle(path, mode, group)
 
 
@@ -743,7 +759,7 @@ class _Database:
             before = os.stat(self._file)
             if self._has_stray_index():
                 return False
-            self._connect("rw")
+            self._connect()
         except (FileNotFoundError, sqlite3.OperationalError):
             return False  # or it is just being made, or removed
         assert self.identity is not None
@@ -774,11 +790,11 @@ class _Database:
                 os.unlink(f"{self._file}-shm")
         _make_file(self._path, "log.db")
         with self.guard:
-            self._connect("rwc")
+            self._connect(may_make=True)
             if self._is_split():
                 self.close()
                 self._leave_files(None)
-                self._connect("rwc")
+                self._connect(may_make=True)
 
     def _leave_files(self, known: _Identity | None) -> None:
         """Close what this process has of files that are not where they were."""
@@ -811,16 +827,16 @@ class _Database:
         finally:
             os.rename(f"{self._file}{_ASIDE}", self._file)
 
-    def _connect(self, mode: str) -> None:
-        connection = sqlite3.connect(
-            f"file:{quote(os.fsencode(self._file))}?mode={mode}",
+    def _connect(self, may_make: bool = False) -> None:
+        connection = sqlite3.connect(  # never makes the file: wherever a link leads
+            f"file:{quote(os.fsencode(self._file))}?mode=rw",
             uri=True,
             timeout=0.25,
             isolation_level=None,
             check_same_thread=False,
         )
         try:
-            self._check(connection, may_make=mode == "rwc")
+            self._check(connection, may_make=may_make)
             for setting in _SETTINGS:
                 connection.execute(f"PRAGMA {setting}")
             identity = self._find()
