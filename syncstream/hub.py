@@ -733,6 +733,9 @@ class Hub:
         except ValueError as error:
             self.drop_malformed(PRESENCE, str(error))
             return
+        if not _is_name(channel):
+            self.drop_malformed(PRESENCE, "it tells of no channel of ours")
+            return
         waiters: dict[Wakeable, None] = {}
         record = self._channels.get(channel)
         if record is not None and record.subscriptions:

@@ -157,8 +157,9 @@ def test_as_lines(hub):
         b'\0{"in": ["room"]}\n' + JOIN * 2,
         b'\0{"in": ["room"]}\n',
         b"\0" + b"[" * 100_000,
+        b'\0{"in": ["\\ud800"]}\n' + JOIN,  # no UTF-8: a line of JSON would fail
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_is_malformed_is_dropped(hub, payload, caplog):
     """And said; what follows is told."""
