@@ -957,6 +957,14 @@ def test_two_formats_share_a_server(shared):
         head = broker.read("c", None).head
         ids = broker.publish([("c", b"new")])
         assert old_read("c", head) == (ids[0], 1, ids)
+        # Its key is gone with an event of ours: the head of before does not come back.
+        head = broker.read("d", None).head
+        old_publish("d")
+        broker.publish([("d", b"new")])
+        shared.command("DEL", server.key("d"))
+        page = broker.read("d", head)
+        assert page.head != head
+        assert not page.complete
 
 
 def test_pages_are_bounded_in_bytes(shared):

@@ -165,15 +165,18 @@ local key, marks = KEYS[1], KEYS[2]
 local topic, payload, nonce, capacity, age, ttl = unpack(ARGV)
 local prev = newest(key)
 local id, ms = next_id(prev, nonce)
-if not prev then
-  local found = mark(key, marks)
-  prev = '0-' .. (found or nonce)
+local found = redis.call('HMGET', marks, field_of(key), 'epoch')
+-- A key that has no mark was made by an earlier version, or the marks were evicted:
+-- what was the head before it must not be the head after it, either.
+if not (prev and found[1]) then
+  prev = prev or '0-' .. (found[1] or found[2] or nonce)
+  local has_epoch = found[2]
   -- All is forgotten now and then: the empty channels' readers are reset.
   if redis.call('HLEN', marks) > 100000 then
     redis.call('UNLINK', marks)
-    found = false
+    has_epoch = false
   end
-  if not found then redis.call('HSET', marks, 'epoch', nonce) end
+  if not has_epoch then redis.call('HSET', marks, 'epoch', nonce) end
   local other = string.format('%.0f', tonumber(nonce) + 1)
   redis.call('HSET', marks, field_of(key), other)
 end
