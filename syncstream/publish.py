@@ -103,8 +103,9 @@ def _answer(hub: Hub, keys: list[bytes], request: Request) -> Response:
     try:
         channel = _decoded("channel", request.environ.get("PATH_INFO", ""))
         arguments = _arguments(request.environ.get("QUERY_STRING", ""))
-        # `?only=`, an empty one, is a tag that nobody has.
         only, exclude = arguments.pop("only", None), arguments.pop("exclude", [])
+        if only is not None:  # `?only=`, a computed list that is empty, is nobody
+            only = [tag for tag in only if tag]
         events = list(_events(hub, _body(request), request.mimetype, arguments))
         ids = hub.publish_many(
             channel.removeprefix("/"), events, only=only, exclude=exclude
@@ -185,7 +186,7 @@ def _body(request: Request) -> bytes:
         raise BadRequest("Content-Length must be a whole number")
     if is_chunked and not environ.get("wsgi.input_terminated", False):
         raise LengthRequired("Content-Length must be given: the server reads no chunks")
-    if len(length.lstrip("0")) > len(str(MAX_BODY)):
+    if len(length) > len(str(MAX_BODY)):  # leading zeros, too
         raise RequestEntityTooLarge
     request.max_content_length = MAX_BODY
     return request.get_data(cache=False)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -74,6 +75,15 @@ def test_several_events_are_published_in_one_go(hub, client):
     assert [e.data for e in subscription.read(0)] == ['{"a": 1}', "[2]", '"x"']
 
 
+def test_an_empty_list_is_nobody_even_without_a_name(hub, client):
+    """A view may have given somebody an empty tag."""
+    with closing(hub.subscribe("news", tags=[""])) as nameless:
+        nameless.begin()
+        post(client, "/news?only=", b"1")
+        post(client, "/news", b"2")
+        assert [event.data for event in nameless.read(0)] == ["2"]
+
+
 def test_tags_choose_who_gets_it(hub, client):
     """``only`` and ``exclude``, several of each."""
     a, b = (hub.subscribe("news", tags=[tag]) for tag in "ab")
@@ -138,13 +148,14 @@ def test_json_that_python_cannot_read(data, text):
 @pytest.mark.parametrize(
     ("environ", "status"),
     [
+        ({"CONTENT_LENGTH": "0" * 5000 + "1"}, 413),
         ({"CONTENT_LENGTH": "x"}, 400),
         ({"CONTENT_LENGTH": "-1"}, 400),
         ({"CONTENT_LENGTH": "9" * 5000}, 413),
         ({"CONTENT_LENGTH": "9"}, 400),
         ({"CONTENT_LENGTH": "", "HTTP_TRANSFER_ENCODING": "chunked"}, 411),
     ],
-    ids=["word", "negative", "huge", "short", "chunked"],
+    ids=["zeros", "word", "negative", "huge", "short", "chunked"],
 )
 def test_bodies_of_a_wrong_length(hub, client, environ, status):
     """Are no empty events."""
