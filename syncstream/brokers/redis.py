@@ -1502,9 +1502,10 @@ class _Listener:
     def _spoil(self, channel: str, problem: str) -> None:
         """Drop a message, and have its channel read anew, with the next beat.
 
-        Anybody whom the server allows to may send such, as often as he likes.
+        Anybody whom the server allows to may send such, as often as he likes, and
+        under names without end that a pattern matches.
         """
-        if len(self._spoilt) < _KEYS:
+        if channel in self._watches or len(self._spoilt) < _KEYS:
             self._spoilt[channel] = None
         if not self._has_warned:
             self._has_warned = True
