@@ -167,8 +167,9 @@ local prev = newest(key)
 local id, ms = next_id(prev, nonce)
 local found = redis.call('HMGET', marks, field_of(key), 'epoch')
 -- A key that has no mark was made by an earlier version, or the marks were evicted:
--- what was the head before it must not be the head after it, either.
-if not (prev and found[1]) then
+-- what was the head before it must not be the head after it, either. Those have half
+-- of the room: many channels that live have not all marks forgotten again and again.
+if not prev or (not found[1] and redis.call('HLEN', marks) < 50000) then
   prev = prev or '0-' .. (found[1] or found[2] or nonce)
   local has_epoch = found[2]
   -- All is forgotten now and then: the empty channels' readers are reset.
