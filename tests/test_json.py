@@ -310,9 +310,10 @@ def test_refuses(value: Any, error: type[Exception], message: str, dumps: Any) -
 
 @BOTH
 def test_too_deep(dumps: Any) -> None:
-    """A value nested too deep is an exception, not a crash."""
-    with pytest.raises(RecursionError):
-        dumps(nested(100_000, lambda value: [value]))
+    """A value nested too deep is a `ValueError`, not a crash; with a NaN in it, too."""
+    for value in ([], [math.nan]):
+        with pytest.raises(ValueError, match="nested so deeply"):
+            dumps([value, nested(100_000, lambda value: [value])])
 
 
 @BOTH

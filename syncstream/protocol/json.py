@@ -135,12 +135,14 @@ _encode_nan = json.JSONEncoder(ensure_ascii=False, default=_plain).encode
 
 def _dumps_standard(value: Any) -> str:
     try:
-        return _encode(value)
+        try:
+            return _encode(value)
+        except ValueError:
+            # NaN or an infinity. (A circular structure fails again, for itself.)
+            text = _encode_nan(value)
+            return _encode(json.loads(text, parse_constant=lambda _: None))
     except RecursionError:
         raise ValueError("cannot encode as JSON what is nested so deeply") from None
-    except ValueError:
-        # NaN or an infinity. (A circular structure fails again, for itself.)
-        return _encode(json.loads(_encode_nan(value), parse_constant=lambda _: None))
 
 
 # Where orjson's own way would write something else: it leaves out a dataclass's
