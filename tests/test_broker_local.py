@@ -1,6 +1,7 @@
 """``local:``: the contract, between processes too; and whatever may fail, fails."""
 
 import contextlib
+import fcntl
 import itertools
 import os
 import random
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,8 @@ from syncstream.brokers import local, open_broker
 from syncstream.brokers.local import LocalBroker
 from syncstream.errors import PayloadTooLarge, Unavailable
 from syncstream.testing import check_broker
+
+FORMATS = Path(__file__).parent / "formats"
 
 CONTRACT = """
 import itertools, sys
@@ -1131,6 +1135,83 @@ def test_a_hole_is_announced_once(make, folder):
     assert not page.complete
     assert [entry.id for entry in page.entries] == ids[3:]
     assert broker.read("a", ids[3]).complete
+
+
+class OldWorker:
+    """What a worker of the first format does to a log: its lock, its statements."""
+
+    def __init__(self, path):
+        self._lock = os.open(f"{path}/lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self._log = sqlite3.connect(f"{path}/log.db", isolation_level=None)
+
+    def make(self):
+        self._log.executescript((FORMATS / "local_1.sql").read_text())
+
+    def publish(self, name, payload):
+        execute = self._log.execute
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        execute("BEGIN IMMEDIATE")
+        (empty,) = execute("SELECT empty FROM life").fetchone()
+        found = "SELECT id, last, nonce FROM channel WHERE name = ?"
+        if (row := execute(found, (name,)).fetchone()) is None:
+            execute("INSERT INTO channel(name, last, nonce) VALUES (?, 0, 0)", (name,))
+            channel, number, prev = execute(found, (name,)).fetchone()[0], 0, empty
+        else:
+            channel, number, prev = row
+        nonce = random.getrandbits(32)
+        execute(
+            "INSERT INTO event(channel, number, nonce, prev, time, payload)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (channel, number + 1, nonce, prev, int(time.time() * 1000), payload),
+        )
+        execute(
+            "UPDATE channel SET last = ?, nonce = ? WHERE id = ?",
+            (number + 1, nonce, channel),
+        )
+        execute("COMMIT")
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
+        return f"{number + 1:x}-{nonce:08x}"
+
+    def read(self, name):
+        rows = self._log.execute(
+            "SELECT number, event.nonce, payload, prev FROM event"
+            " JOIN channel ON channel.id = channel WHERE name = ? ORDER BY number",
+            (name,),
+        )
+        return [(f"{row[0]:x}-{row[1]:08x}", *row[2:]) for row in rows]
+
+    def close(self):
+        self._log.close()
+        os.close(self._lock)
+
+
+def test_old_and_new_workers_share_a_log(folder, make):
+    """A log that an old one has made, and both write: one chain, each told of all."""
+    path = f"{folder}/log"
+    os.mkdir(path, 0o700)
+    with contextlib.closing(OldWorker(path)) as old:
+        old.make()
+        ids = [old.publish("a", b"0")]
+        broker, told = make(), Told()
+        broker.attach(told)
+        broker.watch("a")
+        for number in range(1, 20, 2):
+            ids += broker.publish([("a", b"%d" % number)])
+            ids.append(old.publish("a", b"%d" % (number + 1)))
+        payloads = [b"%d" % number for number in range(21)]
+        await_true(lambda: told.payloads == payloads[1:], lambda: told.payloads)
+        assert told.resyncs == 0
+        page = broker.read("a", ids[3])
+        assert page.complete
+        assert [entry.id for entry in page.entries] == ids[4:]
+        rows = old.read("a")
+        assert [row[:2] for row in rows] == [*zip(ids, payloads, strict=True)]
+        assert [row[2] for row in rows][1:] == [int(id[-8:], 16) for id in ids[:-1]]
+        # What only old ones have written is found by who comes back to nothing.
+        head = broker.read("b", None).head
+        first = old.publish("b", b"x")
+        assert [entry.id for entry in broker.read("b", head).entries] == [first]
+        assert broker.read("b", head).complete
 
 
 def test_the_newest_are_found_without_the_rest(make):
