@@ -1,6 +1,6 @@
-"""Programs that tests need and Python does not bring: where they are, or a skip.
+"""What tests need and Python does not bring, programs and rights: or a skip.
 
-Under ``CI=true`` a test whose program is missing fails.
+Under ``CI=true`` a test that lacks something fails.
 """
 
 from __future__ import annotations
@@ -9,10 +9,23 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-__all__ = ["certificate", "program"]
+__all__ = ["certificate", "need_root", "program"]
+
+
+def need_root(what: str) -> None:
+    """Skip the test, or in CI fail it, where we are not root."""
+    if os.geteuid():
+        _lack(f"{what}: run as root")
+
+
+def _lack(message: str) -> NoReturn:
+    if os.environ.get("CI") == "true":
+        pytest.fail(message)
+    pytest.skip(message)
 
 
 def program(name: str, package: str) -> str:
@@ -20,10 +33,7 @@ def program(name: str, package: str) -> str:
     # Debian's users have no sbin in their PATH.
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
     if path is None:
-        message = f"no {name}: apt-get install {package}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
+        _lack(f"no {name}: apt-get install {package}")
     return path
 
 

@@ -20,6 +20,7 @@ import pytest
 from broker_processes import Node, Spread
 from live import TIMEOUT, await_true, unique_key
 from pairs import check_script
+from programs import need_root
 from syncstream import Gap, Hub
 from syncstream.brokers import local, open_broker
 from syncstream.brokers.local import LocalBroker
@@ -1374,8 +1375,7 @@ def test_folders_of_others_are_refused(make, folder):
     with pytest.raises(Unavailable, match=r"by every user: chmod o-w"):
         make().publish([("a", b"x")])
     os.chmod(path, 0o755)
-    if os.geteuid():
-        return  # CI runs this as root, too
+    need_root("a folder is another user's")
     os.chown(path, 12345, 12345)
     with pytest.raises(Unavailable, match=r"belongs to user 12345.*chmod 2770"):
         make().publish([("a", b"x")])
@@ -1415,8 +1415,7 @@ hub.close()
 @pytest.mark.parametrize("first", [0, 12345], ids=["root-first", "user-first"])
 def test_users_of_a_group_share_a_folder(make, folder, first, umask):
     """One of setgid 2770, whoever comes first, and wake each other."""
-    if os.geteuid():
-        pytest.skip("needs two users: run as root")
+    need_root("two users share it")
     os.chmod(folder, 0o755)
     path = f"{folder}/log"
     os.mkdir(path)
@@ -1504,8 +1503,7 @@ hub.close()
 
 def test_another_user_is_told_what_to_do(make, folder):
     """As whom to run, and how to share; stats say that it does not work."""
-    if os.geteuid():
-        pytest.skip("needs two users: run as root")
+    need_root("two users share it")
     os.chmod(folder, 0o755)
     make().publish([("a", b"x")])
     lines = check_script(REFUSED, f"local:{folder}/log", "12345").splitlines()
