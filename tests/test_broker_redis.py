@@ -919,6 +919,26 @@ def test_ids_do_not_come_of_a_seed(shared):
     assert len(marks) == 4
 
 
+def test_no_private_channel_comes_of_a_seed(shared, quick):
+    """Workers that seed `random` alike hear none of each other's beats."""
+    url = own(shared.url)
+    channels, tokens = set(), set()
+    with shared.client() as client, client.pubsub() as beats:
+        beats.psubscribe(f"{url.partition('prefix=')[2]}ctl:*")
+        assert beats.get_message(timeout=TIMEOUT)["type"] == "psubscribe"
+        for _ in range(2):
+            random.seed(0)
+            with opened(url) as broker:
+                broker.attach(Told())
+                broker.watch("a")
+                while not (beat := beats.get_message(timeout=TIMEOUT))["data"]:
+                    pass  # it wakes itself, too
+            channels.add(beat["channel"])
+            tokens.add(beat["data"])
+    random.seed()
+    assert len(channels) == len(tokens) == 2
+
+
 def test_two_formats_share_a_server(shared):
     """Workers of the first format and ours lose nothing of each other's."""
     text = (Path(__file__).parent / "formats" / "redis_1.lua").read_text()
