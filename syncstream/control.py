@@ -218,7 +218,7 @@ def _look(reference: weakref.ref[Control]) -> None:
 def _decoded(entry: Entry) -> tuple[Kick, str] | None:
     """Return a kick and its origin; ``None`` for what is none."""
     try:
-        (event,) = Decoder().feed(entry.wire)
+        (event,) = Decoder(max_line=None, max_event=None).feed(entry.wire)
         fields: Any = json.loads(str(event.data))
         who, tags, origin = fields["who"], fields["tags"], str(fields["origin"])
     except (ValueError, LookupError, TypeError, RecursionError):

@@ -855,7 +855,8 @@ class Hub:
             if len(self._said) >= MOST_SAID:
                 self._said = {k: at for k, at in self._said.items() if now - at < SAID}
             at = self._said.get((name, text), -math.inf)
-            if now - at < SAID or len(self._said) >= MOST_SAID:
+            is_full = len(self._said) >= MOST_SAID and name not in (CONTROL, PRESENCE)
+            if now - at < SAID or is_full:
                 return
             self._said[name, text] = now
         say(log, level, text, *args)
@@ -892,6 +893,9 @@ class Hub:
             raise Closed("closed") from None
         if isinstance(error, Denied):
             self.deny(name, str(error))
+        elif self._is_up:  # others can be read: only this one's readers would know
+            text = "%r cannot be read: %s"
+            self._say_once(name, logging.ERROR, text, name, error)
 
     def newest(self, channel: str, count: int) -> tuple[str, str]:
         """Ask a broker that has `newest`; raise as `read` does."""
@@ -2196,7 +2200,7 @@ class Subscription:
                 if not self._is_for_us(entry):
                     continue
                 # Not `_decoded`: it is not given out yet.
-                (event,) = sse.Decoder().feed(entry.wire)
+                (event,) = _decoder().feed(entry.wire)
                 key = self._key(event)
                 kept.pop(key, None)
                 kept[key] = item
@@ -2238,7 +2242,7 @@ class Subscription:
             kind = Gap if isinstance(entry, Gap) else Event
             id = self._id(cursor, str(entry.id))
             return kind(entry.data, event=entry.event, retry=entry.retry, id=id)
-        decoder = sse.Decoder()
+        decoder = _decoder()
         (event,) = decoder.feed(self._frame(item))
         if decoder.retry is None:
             return event
@@ -2311,6 +2315,11 @@ class Subscription:
         """Return the channels that are told who comes and goes."""
         names = () if self.announcement is None else self.channels
         return [name for name in names if not is_pattern(name)]
+
+
+def _decoder() -> sse.Decoder:
+    """Return one for an event of the broker's, which may be as large as it takes."""
+    return sse.Decoder(max_line=None, max_event=None)
 
 
 def _overheard_item(channel: str, fields: bytes) -> Item:

@@ -287,6 +287,8 @@ def flaw(entry: Entry) -> str | None:
         return "it has a second id"
     if b"event" in fields and _RESET.search(fields):
         return "it says that events are missing"
+    if b"\0" in fields and _NUL_NAME.search(fields):
+        return "its name is none"
     if not fields.isascii():
         try:
             fields.decode()
@@ -310,4 +312,5 @@ def _are_tags(tags: bytes) -> bool:
 _LONGEST_ID = 40
 _ID = re.compile(r"[0-9a-f]+-[0-9a-f]+")
 _RESET = re.compile(rb"^event: ?reset$", re.MULTILINE)
+_NUL_NAME = re.compile(rb"^event:.*\0", re.MULTILINE)
 _TRIMMED = Entry("", "", b"")

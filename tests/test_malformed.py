@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import closing
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,10 @@ from hypothesis import strategies as st
 from pairs import Threads, await_true
 from syncstream import Event, Gap, Hub
 from syncstream.brokers.memory import MemoryBroker
+from syncstream.control import CONTROL, Kick
+from syncstream.control import _decoded as kicked
+from syncstream.errors import Unavailable
+from syncstream.hub import MOST_SAID
 from syncstream.log import Entry, flaw
 
 PLACE = Threads()
@@ -34,6 +39,7 @@ PAYLOADS = {
     "a reset behind": b"data: 1\nevent:reset\n\n",
     "a reset with tags": b'\0{"only": ["x"]}\nevent: reset\ndata: {}\n\n',
     "no UTF-8": b"data: \xff\n\n",
+    "no name": b"event: a\0b\nretry: 7\ndata: 1\n\n",
 }
 IDS = {
     "none": "",
@@ -190,3 +196,42 @@ def test_nothing_but_what_is_none(hub, broker):
     hub.publish("a", {"n": 1})
     (event,) = subscription.read(5)
     assert json.loads(event.data) == {"n": 1}
+
+
+@pytest.mark.parametrize("data", ["x" * (5 << 20), "x\n" * (3 << 19)], ids=len)
+def test_an_event_is_as_large_as_its_hub_allows(data):
+    """Who publishes it was told that it is stored: it is decoded, too."""
+    with closing(Hub(max_payload=32 << 20)) as hub:
+        one = hub.subscribe("a", after="start")
+        newest = hub.subscribe("a", after="start", on_lag="latest", key=type)
+        hub.publish("a", data)
+        assert [e.data == data for s in (one, newest) for e in s.read(5)] == [True] * 2
+
+
+def test_a_large_kick_hides_no_other(hub):
+    """It is one of the hub's own, whatever its size."""
+    kick = Kick(None, ["x" * (5 << 20)])
+    assert kicked(Entry("7-7", "0", kick.encoded("other")))[0].tags == kick.tags
+
+
+def test_who_cannot_be_read_is_named(hub, broker, monkeypatch, caplog):
+    """Once: the broker is up, and their readers would get keepalives for ever."""
+
+    def read(channel, after, limit=1000):
+        raise Unavailable("no stream")
+
+    monkeypatch.setattr(broker, "read", read)
+    for _ in range(2):
+        assert hub.subscribe("a", after="start").read(0) == []
+    await_true(PLACE, lambda: "'a' cannot be read: no stream" in caplog.text)
+    assert caplog.text.count("cannot be read") == 1
+
+
+def test_names_without_end_hide_no_line_of_the_hub_s_own(hub, caplog):
+    """Clients choose names, and so how much is said of them."""
+    for number in range(MOST_SAID + 1):
+        hub.deny(f"n{number}", "no")
+    hub.deny(CONTROL, "no")
+    await_true(PLACE, lambda: "kicks of other processes are not heard" in caplog.text)
+    assert "'n99'" in caplog.text
+    assert "'n100'" not in caplog.text
