@@ -89,9 +89,9 @@ class Gap(Event):
     """Events are missing: what a client has, it should fetch anew.
 
     An event as others: ``event`` is "reset", ``data`` is JSON with the ``channel``
-    and the ``reason`` ("unknown": the id is not one that is kept, or "lagged": the
-    reader was too slow), and ``id`` the one before what follows, so that nothing is
-    lost if the connection ends in between.
+    and the ``reason`` ("lagged": the reader was too slow; "unknown": the id is not one
+    that is kept, or what followed was removed), and ``id`` the one before what follows,
+    so that nothing is lost if the connection ends in between.
     """
 
     __slots__ = ()
@@ -882,10 +882,13 @@ class Hub:
             BrokerError: The broker does not answer.
         """
         try:
-            return self.broker.read(channel, after, limit)
+            page = self.broker.read(channel, after, limit)
         except BrokerError as error:
             self._ask_why(channel, error)
             raise
+        if after == page.head:  # nothing follows the newest, though it was removed
+            return Page((), True, page.head)
+        return page
 
     def _ask_why(self, name: str, error: BrokerError) -> None:
         """Take note of what a broker has raised of a name."""
@@ -1347,7 +1350,7 @@ class Subscription:
         self._is_begun = False
         self._is_listed = False  # kicks are listened for, for its sake
         self._watched = 0  # so many of its channels, the first ones
-        self._lost: list[tuple[str, str]] | None = None  # patterns, and why
+        self._lost: list[str] | None = None  # patterns: what of them, nobody knows
         self._reason: str | None = None
         self._given: str | None = None  # the request's Last-Event-ID
         self.has_patterns = any(is_pattern(name) for name in self.channels)
@@ -1708,13 +1711,13 @@ class Subscription:
             if channel in brought.news:
                 return {}
         lost = [
-            (name, "lagged")
+            name
             for name in self.channels
             if is_pattern(name)
             and (channel in (None, name) or (is_named and matches(name, str(channel))))
         ]
         known = self._lost = self._lost or []
-        known += [pair for pair in lost if pair not in known]
+        known += [name for name in lost if name not in known]
         return {} if self._waiter is None else {self._waiter: None}
 
     # Its position.
@@ -1790,7 +1793,7 @@ class Subscription:
                 named.append(cursor)
             elif given is not None:
                 # No broker can tell which channels there have been since.
-                self._lost = [*(self._lost or ()), (name, "unknown")]
+                self._lost = [*(self._lost or ()), name]
         self._named = tuple(named)
 
     def _places(self, given: str | None) -> dict[str, str] | None:
@@ -1939,13 +1942,13 @@ class Subscription:
             Closed: The engine refuses one of its channels.
         """
         items: list[Item] = []
-        lost: list[tuple[str, str]] = []
+        lost: list[str] = []
         overheard: list[tuple[str, bytes]] = []
         places: list[tuple[_Cursor, tuple[Any, ...]]] = []
         try:
             while self._lost:
                 lost.append(self._lost.pop(0))
-                items += self._lost_items(*lost[-1])
+                items += self._lost_items(lost[-1])
             while self._brought is not None and self._brought.overheard:
                 overheard.append(self._brought.overheard.popleft())
                 items.append(_overheard_item(*overheard[-1]))
@@ -2058,7 +2061,7 @@ class Subscription:
         cursor.seen = end if last == page.head else -1
         if cursor.record.is_doubtful:
             self._settle(cursor, page.head, end)
-        if entries:
+        if entries or not page.complete:  # it goes elsewhere
             cursor.position = -1
         items = self._chained(cursor, page, entries)
         cursor.is_begun, cursor.start = True, ""
@@ -2083,7 +2086,8 @@ class Subscription:
                 last = cursor.sent = entries[0].prev if entries else page.head
             else:
                 last = None
-                reason = "lagged" if cursor.is_begun or cursor.start else reason
+                is_begun = cursor.is_begun or cursor.start
+                reason = "lagged" if is_begun and not self._is_kept(cursor) else reason
         items: list[Item] = []
         for entry in entries:
             problem = flaw(entry)
@@ -2115,6 +2119,23 @@ class Subscription:
         places = (n for n, entry in enumerate(entries) if entry.prev == cursor.last)
         return next(places, None)
 
+    def _is_kept(self, cursor: _Cursor) -> bool:
+        """Tell whether the event that it had last is kept, though its next is not.
+
+        Then that was removed, and nobody was too slow: only the oldest are trimmed.
+        What follows an id that is not kept begins with the oldest.
+        """
+        for _ in range(3):  # what is trimmed meanwhile proves nothing
+            oldest, after, still = (
+                [entry.id for entry in self.hub.read(cursor.name, id, 1).entries]
+                for id in (START, cursor.last or _NOWHERE, START)
+            )
+            if not oldest or after == oldest:
+                return False
+            if oldest == still:
+                return True
+        return False
+
     def _is_only_older(self, cursor: _Cursor) -> bool:
         """Tell whether what was trimmed had come before the cursor began.
 
@@ -2134,10 +2155,10 @@ class Subscription:
                 if record.log.head != head:
                     wake_all(self.hub.restart(record, head))
 
-    def _lost_items(self, name: str, reason: str) -> list[Item]:
+    def _lost_items(self, name: str) -> list[Item]:
         """Return the reset of a pattern; its cursor stands for all its channels."""
         cursor = _Cursor(name, _Channel(), _NOWHERE, is_begun=True)
-        return self._reset(cursor, reason, _NOWHERE)
+        return self._reset(cursor, "unknown", _NOWHERE)
 
     def _reset(self, cursor: _Cursor, reason: str, before: str) -> list[Item]:
         """Return a reset and a snapshot, after which what follows an id follows."""
@@ -2433,7 +2454,7 @@ class Frames:
                         cursor.is_begun = True
                         if end == window.end:
                             cursor.last = window.head
-                            if waiter.hub is not None:
+                            if waiter.hub is not None and not record.is_doubtful:
                                 # Now: it takes the lock once for each event. (Threads
                                 # may run before all of a batch has come.)
                                 record.waiters[waiter] = None

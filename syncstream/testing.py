@@ -352,7 +352,7 @@ class _Suite:
     def shows_what_was_removed(
         self, remove: Callable[[Broker, str, str], object]
     ) -> None:
-        with self._hub() as hub:
+        with self._tapped() as (hub, tap):
             broker = hub.broker
             start = hub.head("a")
             ids = hub.publish_many("a", "123456")
@@ -394,6 +394,21 @@ class _Suite:
             _require(
                 found == expected,
                 "where events were removed there must be a reset, and the rest",
+            )
+            hub.publish("a", "7")
+            subscription.read(LIMIT)
+            ids = hub.publish_many("a", "8")
+            tap.wait_for(ids)
+            remove(broker, "a", str(ids[0]))
+            hub.resync(["a"])
+            _require(
+                [
+                    isinstance(event, Gap) and event.json()["reason"]
+                    for event in subscription.read(LIMIT)
+                ]
+                == ["unknown"],
+                "where the newest was removed, whoever is not behind must not be told"
+                " of a lag",
             )
 
     def finds_the_newest(self) -> None:

@@ -154,6 +154,81 @@ def test_who_is_behind_is_told(hub, broker, monkeypatch):
     assert shape(read_all(hub.subscribe("a", after=ids[4]))) == ["6"]
 
 
+@pytest.mark.parametrize("limit", [1, 2, 500])
+@pytest.mark.parametrize(
+    ("removed", "expected"),
+    [
+        ([1], ["reset", "2", "3"]),
+        ([1, 2], ["reset", "3"]),
+        ([2], ["1", "reset", "3"]),
+        ([3], ["1", "2", "reset"]),
+        ([2, 3], ["1", "reset"]),
+        ([1, 2, 3], ["reset"]),
+    ],
+)
+def test_who_is_not_behind_has_not_lagged(
+    hub, broker, monkeypatch, removed, expected, limit
+):
+    """Wherever the hole is, nobody was too slow: no reader is dropped for it."""
+    monkeypatch.setattr(hub_module, "READ", limit)
+    hub.publish("a", "0")
+    subscription = hub.subscribe("a", on_lag="drop")
+    assert subscription.read(0) == []
+    ids = hub.publish_many("a", "123")
+    broker.remove("a", *[ids[place - 1] for place in removed])
+    hub.resync(["a"])
+    found = read_all(subscription)
+    assert shape(found) == expected
+    assert [e.json()["reason"] for e in found if isinstance(e, Gap)] == ["unknown"]
+    hub.publish("a", "4")
+    assert shape(subscription.read(0)) == ["4"]
+
+
+def test_what_is_told_late_and_removed_is_not_given_out_after_its_reset(hub, broker):
+    """The reset's id says that it is past."""
+    hub.publish("a", "0")
+    subscription = hub.subscribe("a")
+    assert subscription.read(0) == []
+    hub.resync(["a"])
+    hub.publish("a", "1")
+    assert shape(subscription.read(0)) == ["1"]
+    sink, broker._sink = broker._sink, None
+    (id,) = hub.publish_many("a", "2")
+    broker._sink = sink
+    (late,) = broker.read("a", START).entries[2:]
+    broker.remove("a", id)
+    hub._channels["a"].is_doubtful = True
+
+    def read(channel, after, limit=1000):
+        page = Holed.read(broker, channel, after, limit)
+        if after != START:  # told while the broker was asked
+            sink.deliver("a", late)
+        return page
+
+    broker.read = read
+    found = read_all(subscription)
+    assert [(e.event, e.id) for e in found] == [("reset", id)]
+    del broker.read
+    hub.publish("a", "3")
+    assert shape(read_all(subscription)) == ["3"]
+
+
+def test_nothing_follows_the_newest_though_it_was_removed(hub, broker):
+    """Whoever has its id has missed nothing, whether here or coming back."""
+    subscription = hub.subscribe("a")
+    assert subscription.read(0) == []
+    ids = hub.publish_many("a", "123")
+    assert shape(subscription.read(0)) == ["1", "2", "3"]
+    broker.remove("a", ids[2])
+    hub.resync(["a"])
+    assert read_all(subscription) == []
+    fresh = Hub(broker=broker)  # nobody there knows the channel yet
+    assert read_all(fresh.subscribe("a", after=ids[2])) == []
+    # Nor does a reset to it come twice.
+    (reset,) = read_all(fresh.subscribe("a", after=ids[1]))
+    assert (reset.event, reset.id) == ("reset", ids[2])
+
+
 @pytest.mark.parametrize("after", ["start", 3])
 def test_the_beginning(hub, broker, after):
     """What is counted from the newest, or is all that there is, has holes as well."""
