@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -245,6 +246,7 @@ def test_names_keep_applications_apart(monkeypatch, folder):
     [
         *("local://host/path", "local:../x", "local:.x", "local:a/b", "local:a b"),
         *("local:" + "a" * 41, "local:/" + "a" * 80, "memory:"),
+        *("local:/", "local:/a/..", "local:/a\0b"),
     ],
 )
 def test_other_urls_are_refused(url):
@@ -257,6 +259,23 @@ def test_other_urls_are_refused(url):
 def test_publish_timeout_is_checked(value):
     with pytest.raises(ValueError, match="publish_timeout must be above 0"):
         LocalBroker("local:", publish_timeout=value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 3, None, 4096.0, float("inf"), "1 MB"])
+def test_max_size_is_checked(value):
+    with pytest.raises(ValueError, match="max_size must be 4 bytes or more"):
+        LocalBroker("local:", max_size=value)
+
+
+@pytest.mark.parametrize("name", ["a b", "50%20off", "a?b#c", "\udcff\n", "\u2028"])
+def test_a_path_is_taken_as_it_is(make, folder, name):
+    """Nothing in it is decoded, and no character of a folder is refused."""
+    broker, told = make(name), Told()
+    broker.attach(told)
+    broker.watch("a")
+    broker.publish([("a", b"x")])
+    wait_until(lambda: told.payloads == [b"x"])
+    assert os.listdir(folder) == [name]
 
 
 def test_a_private_folder_must_be_private(monkeypatch, folder):
@@ -284,15 +303,17 @@ def test_a_private_folder_must_be_private(monkeypatch, folder):
     assert os.listdir(f"{folder}/elsewhere") == []
 
 
-MOUNTS = r"""/dev/vda / ext4 rw 0 0
+MOUNTS = """/dev/vda / ext4 rw 0 0
 tmpfs /run tmpfs rw 0 0
 server:/export /srv/shared nfs4 rw 0 0
 /dev/vdb /srv/shared/disk xfs rw 0 0
-//server/share /mnt/with\040space cifs rw 0 0
+//server/share /mnt/with\\040space cifs rw 0 0
 host /mnt/host 9p rw 0 0
 ssh /mnt/ssh fuse.sshfs rw 0 0
 /dev/sdc /mnt/ntfs fuseblk rw 0 0
 fuse-overlayfs /box fuse.fuse-overlayfs rw 0 0
+share /mnt/host/vm virtiofs rw 0 0
+tmpfs /mnt/a\u2028b\x0b\x85\r tmpfs rw 0 0
 """
 
 
@@ -307,6 +328,7 @@ fuse-overlayfs /box fuse.fuse-overlayfs rw 0 0
         ("/srv/shared/disk/x", None),
         ("/mnt/with space/x", "cifs"),
         ("/mnt/host/x", "9p"),
+        ("/mnt/host/vm/x", "virtiofs"),
         ("/mnt/ssh/x", "fuse.sshfs"),
         ("/mnt/ntfs/x", None),
         ("/box/x", None),
@@ -314,8 +336,8 @@ fuse-overlayfs /box fuse.fuse-overlayfs rw 0 0
 )
 def test_network_file_systems_are_known(path, kind, monkeypatch, folder):
     """By the mount that a path is on."""
-    with open(f"{folder}/mounts", "w") as file:
-        file.write(MOUNTS)
+    with open(f"{folder}/mounts", "wb") as file:
+        file.write(MOUNTS.encode())
     monkeypatch.setattr(local, "_MOUNTS", f"{folder}/mounts")
     assert local._network_kind(path) == kind
 
@@ -803,6 +825,108 @@ def test_who_is_not_woken_looks(make, folder):
     wait_until(lambda: os.listdir(wake))
 
 
+def test_a_socket_that_cannot_be_made_is_tried_again(make, folder):
+    """Its listener goes on looking, and says what is the matter, until then."""
+    broker, told = make(), Told()
+    broker.attach(told)
+    broker.watch("a")
+    os.rename(f"{folder}/log/wake", f"{folder}/away")
+    os.symlink(f"{folder}/nowhere", f"{folder}/log/wake")
+    wait_until(lambda: told.states == [False])
+    os.unlink(f"{folder}/log/wake")
+    wait_until(lambda: told.states == [False, True])
+    make().publish([("a", b"x")])
+    wait_until(lambda: told.payloads == [b"x"])
+    assert len(os.listdir(f"{folder}/log/wake")) == 1
+
+
+NO_DESCRIPTORS = """
+import contextlib, os, resource, sys, time
+from syncstream.brokers.local import LocalBroker
+from syncstream.errors import Unavailable
+class Told(list):
+    states = []
+    def deliver(self, channel, entry):
+        self.append(entry.payload)
+    def resync(self, channels):
+        pass
+    def state(self, is_up, reason):
+        self.states.append(is_up)
+def wait_until(condition):
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline, (told, told.states)
+        time.sleep(0.01)
+@contextlib.contextmanager
+def none_left():
+    taken = []
+    try:
+        while True:
+            taken.append(os.dup(0))
+    except OSError:
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+broker, told = LocalBroker(sys.argv[1]), Told()
+broker.attach(told)
+with none_left():
+    for call in (
+        lambda: broker.publish([("a", b"x")]),
+        lambda: broker.read("a", None),
+        lambda: broker.watch("a"),
+    ):
+        try:
+            call()
+        except Unavailable as error:
+            assert "Too many open files" in str(error), error
+        else:
+            raise AssertionError("it needs none")
+broker.watch("a")
+broker.read("a", None)
+broker.publish([("a", b"1")])
+wait_until(lambda: told == [b"1"])
+(name,) = os.listdir(f"{broker.path}/wake")
+with none_left():
+    os.unlink(f"{broker.path}/wake/{name}")
+    broker.publish([("a", b"2")])
+    wait_until(lambda: not told.states[-1])
+wait_until(lambda: told == [b"1", b"2"])
+assert told.states == [False, True] * 2, told.states
+broker.publish([("a", b"3")])
+wait_until(lambda: told == [b"1", b"2", b"3"])
+broker.close()
+"""
+
+
+def test_no_descriptor_is_left(folder):
+    """It is `Unavailable`; whoever listens does so again when there are some."""
+    check_script(NO_DESCRIPTORS, f"local:{folder}/log")
+
+
+def test_no_thread_is_left(make, folder):
+    """It is `Unavailable`, nothing is stored later, and it works when there is one."""
+    broker, told = make(), Told()
+    broker.attach(told)
+    before = threading.stack_size(1 << 46)  # bytes, which no machine has
+    try:
+        with pytest.raises(Unavailable, match="needs a thread"):
+            broker.publish([("a", b"never")])
+        with pytest.raises(Unavailable, match="needs a thread"):
+            broker.watch("a")
+        make().close()
+    finally:
+        threading.stack_size(before)
+    assert os.listdir(f"{folder}/log/wake") == []
+    broker.watch("a")
+    broker.publish([("a", b"x")])
+    assert payloads(broker) == [b"x"]
+    wait_until(lambda: told.payloads == [b"x"])
+    broker.publish([("a", b"y")])
+    assert told.states == [False, True]
+
+
 def test_what_was_trimmed_before_it_was_told(make, monkeypatch):
     """The sink is told that some are missing: others may have been the last."""
     monkeypatch.setattr(local, "_SEEN", 0)
@@ -1247,6 +1371,27 @@ def test_what_is_deleted_before_it_is_told_is_announced(make, folder):
     assert told.payloads == []
 
 
+def test_an_older_copy_is_put_back_in_place(make, folder):
+    """By SQLite's own tools, into the same file: who listens is told, and hears on."""
+    broker, told = make(), Told()
+    broker.attach(told)
+    broker.watch("a")
+    broker.publish([("a", b"1")])
+    with (
+        contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as log,
+        contextlib.closing(sqlite3.connect(f"{folder}/copy.db")) as copy,
+    ):
+        log.backup(copy)
+        broker.publish([("a", b"lost")] * 10)
+        wait_until(lambda: len(told.payloads) == 11)
+        assert told.resyncs == 0
+        copy.backup(log)
+    wait_until(lambda: told.resyncs)
+    broker.publish([("a", b"2")])
+    wait_until(lambda: told.payloads[11:] == [b"2"])
+    assert payloads(broker) == [b"1", b"2"]
+
+
 def test_what_a_fast_clock_has_stored_does_not_stay(make, monkeypatch):
     """It ages from when the clock was put back."""
     broker = make(max_age=60.0)
@@ -1329,9 +1474,9 @@ def test_the_times_of_files_are_fresh(make, folder, monkeypatch):
     broker.attach(Told())
     broker.watch("a")
     broker.publish([("a", b"x")])
-    (socket,) = os.listdir(f"{folder}/log/wake")
+    (name,) = os.listdir(f"{folder}/log/wake")
     names = "", "/log.db", "/log.db-wal", "/log.db-shm", "/lock", "/wake"
-    paths = [f"{folder}/log{name}" for name in (*names, f"/wake/{socket}")]
+    paths = [f"{folder}/log{name}" for name in (*names, f"/wake/{name}")]
     for path in paths:
         os.utime(path, (1, 1))
     wait_until(lambda: all(os.stat(path).st_mtime > 1e9 for path in paths))
@@ -1468,6 +1613,26 @@ def test_no_link_is_followed(make, folder, name):
     with pytest.raises(Unavailable, match="plain file"):
         make().publish([("a", b"1")])
     assert not os.path.lexists(f"{folder}/elsewhere")
+
+
+def test_links_lead_nowhere(make, folder, monkeypatch):
+    """Those in a folder that a group shares: no times are changed, nobody is woken."""
+    monkeypatch.setattr(local, "_FRESHEN", 0.0)
+    broker = make()
+    broker.publish([("a", b"1")])
+    elsewhere = f"{folder}/elsewhere"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(elsewhere)
+        other.setblocking(False)
+        os.symlink(elsewhere, f"{folder}/log/wake/1-00000000")
+        broker.publish([("a", b"2")])
+        with pytest.raises(BlockingIOError):
+            other.recv(1)
+    os.rename(f"{folder}/log/wake", f"{folder}/was")
+    os.symlink(elsewhere, f"{folder}/log/wake")
+    os.utime(elsewhere, (1, 1))
+    broker.publish([("a", b"3")])
+    assert os.stat(elsewhere).st_mtime == 1
 
 
 def test_a_link_has_no_mode_changed(folder, monkeypatch):

@@ -88,7 +88,8 @@ _MOUNTS = "/proc/self/mounts"
 # flock or shared memory do not reach what others of these have, or not reliably.
 _NETWORK = (
     *("9p", "afs", "beegfs", "ceph", "cifs", "coda", "fuse", "glusterfs", "gpfs"),
-    *("lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "orangefs", "smb3", "smbfs"),
+    *("gfs2", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "orangefs", "prl_fs"),
+    *("smb3", "smbfs", "vboxsf", "virtiofs"),
 )
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,39}")
 _ID = re.compile(r"([0-9a-f]{1,15})-[0-9a-f]{8}")
@@ -138,7 +139,8 @@ class LocalBroker:
             no limit.
 
     Raises:
-        ValueError: The URL is not one of these, or the path is too long.
+        ValueError: The URL is not one of these, or the path is too long, or a bound
+            is none.
     """
 
     scope: Literal["machine"] = "machine"
@@ -156,6 +158,8 @@ class LocalBroker:
                 f"publish_timeout must be above 0, or None, got {publish_timeout!r}"
             )
         check_bounds(capacity, max_age)
+        if not isinstance(max_size, int) or max_size < 4:  # bytes: a quarter is one
+            raise ValueError(f"max_size must be 4 bytes or more, got {max_size!r}")
         self.path, self._is_private = _path(url)
         self._bounds: Bounds = capacity, max_age, max_size
         self._timeout = (
@@ -396,6 +400,11 @@ def _path(url: str) -> tuple[str, bool]:
         )
     if rest.startswith("/"):
         path = os.path.normpath(rest)
+        if path == "/" or "\0" in path:
+            raise ValueError(
+                f"url's path must name a folder of its own, got {path!r}: use"
+                " local:/PATH"
+            )
     elif not rest or _NAME.fullmatch(rest):
         # Not XDG_RUNTIME_DIR: what logins have, services and cron have not, and
         # they would not meet.
@@ -539,11 +548,11 @@ def _said(path: str, error: Exception) -> str:
 def _network_kind(path: str) -> str | None:
     """Return the type of a path's file system if that is one of a network."""
     try:
-        with open(_MOUNTS, encoding="utf-8", errors="surrogateescape") as file:
+        with open(_MOUNTS, "rb") as file:
             mounts = file.read()
     except FileNotFoundError:  # not Linux
         return None
-    kind = _kind(os.path.realpath(path), mounts)
+    kind = _kind(os.path.realpath(path), os.fsdecode(mounts))
     # fuse-overlayfs is the root of rootless containers; its locks are this kernel's.
     is_network = kind.partition(".")[0] in _NETWORK and "overlay" not in kind
     return kind if is_network else None
@@ -552,7 +561,8 @@ def _network_kind(path: str) -> str | None:
 def _kind(path: str, mounts: str) -> str:
     """Return the type of the file system that a path is on, of those in mounts."""
     found = best = ""
-    for line in mounts.splitlines():
+    # Whoever may mount chooses names: other ends of lines than this are not escaped.
+    for line in mounts.removesuffix("\n").split("\n"):
         _, mount, kind, *_ = line.split(" ")
         mount = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), mount)
         is_in = path == mount or path.startswith(mount.rstrip("/") + "/")
@@ -1239,6 +1249,18 @@ class _Job:
             say(log, logging.DEBUG, "nobody waits for what was done", error=problem)
 
 
+def _start_thread(run: Callable[[], None]) -> None:
+    """Start a native thread.
+
+    Raises:
+        Unavailable: The system has none left.
+    """
+    try:
+        native(_thread, "start_new_thread")(run, ())
+    except (RuntimeError, MemoryError) as error:
+        raise Unavailable(f"local: needs a thread: {error}") from error
+
+
 class _Thread:
     """A native thread that is woken to do jobs.
 
@@ -1265,15 +1287,15 @@ class _Thread:
         with self.lock:
             if self._is_closed:
                 raise Unavailable("local: is closed")
-            self.jobs.append(job)
             self._start()
+            self.jobs.append(job)
         self.ring()
         return turn
 
     def _start(self) -> None:
         if not self._is_running:
+            _start_thread(self._run)
             self._is_running = True
-            native(_thread, "start_new_thread")(self._run, ())
 
     def ring(self) -> None:
         with suppress(RuntimeError):  # it is awake
@@ -1324,13 +1346,17 @@ class _Thread:
         """Have it end, and end these turns then; ``False``: there is nothing to end."""
         with self.lock:
             self._is_closed = True
-            if not self._is_running:
-                if self._leave is None:
-                    return False
-                self._start()  # to leave as it should
-            self._ended.extend(turns)
-        self.ring()
-        return True
+            if self._leave is not None:
+                with suppress(Unavailable):
+                    self._start()  # to leave as it should
+            is_running = self._is_running
+            if is_running:
+                self._ended.extend(turns)
+        if is_running:
+            self.ring()
+        elif self._leave is not None:  # no thread is left for it
+            self._leave()
+        return is_running
 
 
 class _Process:
@@ -1412,9 +1438,10 @@ class _Process:
         paths = [f"{self._path}/{name}" for name in (*files, "lock", "wake")]
         if self._is_private:
             paths.append(os.path.dirname(self._path))
-        for path in (self._path, *paths, *others):
+        # "/.": the folder's own name may be a link; in it a member may have put one.
+        for path in (f"{self._path}/.", *paths, *others):
             with suppress(OSError):  # another user's; or it is missed when it is used
-                os.utime(path)
+                os.utime(path, follow_symlinks=False)
 
     def _write_here(self, job: _Job) -> bool:
         """Store it in this thread, if it is one and nobody else writes."""
@@ -1656,8 +1683,8 @@ class _Process:
             if broker is None:
                 return
             with self._judged("listen"), self.news() as (news, _):
-                listener = _Listener(self, broker, news)
-            listener.start()
+                listener = _Listener(self, broker)
+                listener.start(news)
             self._listener = listener
 
     @contextmanager
@@ -1788,8 +1815,7 @@ class _Others:
 
     def __init__(self, path: str) -> None:
         self._folder = f"{path}/wake"
-        self._socket = _datagrams()
-        self._socket.setblocking(False)
+        self._socket: Any = None  # from its first use on
         self._names: list[str] = []
         self._changed: int | None = None
         self._identity: tuple[int, int] | None = None  # of the folder
@@ -1798,7 +1824,10 @@ class _Others:
         """Wake them all; blocks for nothing."""
         try:
             self._look()
-        except OSError:  # the folder was removed
+            if self._socket is None:
+                self._socket = _datagrams()
+                self._socket.setblocking(False)
+        except OSError:  # the folder was removed, or no descriptor is left
             return
         for name in self._names:
             try:
@@ -1835,13 +1864,22 @@ class _Others:
         if (changed, folder) == (self._changed, self._identity):
             return
         self._identity = folder
-        self._names = [f"{self._folder}/{name}" for name in os.listdir(self._folder)]
+        with os.scandir(self._folder) as entries:
+            self._names = [entry.path for entry in entries if _is_socket(entry)]
         # One that comes in the same tick of the clock will not change it.
         is_settled = abs(time.time_ns() - changed) > 100_000_000
         self._changed = changed if is_settled else None
 
     def close(self) -> None:
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
+
+
+def _is_socket(entry: os.DirEntry[str]) -> bool:
+    try:
+        return stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _datagrams() -> Any:
@@ -1851,37 +1889,61 @@ def _datagrams() -> Any:
 class _Listener:
     """The thread that tells the sink what is new, and the socket that wakes it."""
 
-    def __init__(
-        self, process: _Process, broker: LocalBroker, database: _Database
-    ) -> None:
+    def __init__(self, process: _Process, broker: LocalBroker) -> None:
         self._process = process
         self._broker = weakref.ref(broker)
         self._path = broker.path
         self._folder = f"{broker.path}/wake"
         self._name = ""
         self._socket: Any = None
-        self._bind()
-        # After it: what is stored from now on is looked for.
-        self._position = database.newest()
+        self._position = 0  # up to this place all was told
         self._is_doubtful = broker.is_heir  # some may not have been told
         self._is_closed = False
         self._ended: list[_Turn] = []
         self._lock = native(_thread, "RLock")()
 
+    def start(self, database: _Database) -> None:
+        """Tell what is stored from now on; with the guard.
+
+        Raises:
+            Unavailable: No thread is left.
+            OSError, sqlite3.Error: It cannot be woken, or cannot read.
+        """
+        self._bind()
+        try:
+            # After it: what is stored from now on is looked for.
+            self._position = database.newest()
+            _start_thread(self._run)
+        except BaseException:
+            self._unbind()
+            raise
+
     def _bind(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
+        """Make a socket in place of the one before; with the guard.
+
+        Without a new one there is still the old one to wait by.
+        """
         path = self._path
         _make_wake(path)
-        self._name = f"{self._folder}/{os.getpid():x}-{os.urandom(4).hex()}"
+        before = self._socket, self._name
         self._socket = _datagrams()
-        self._socket.bind(self._name)
-        # Who may wake it must be able to write to it.
-        _settle(self._name, _file_mode(path), os.stat(path).st_gid)
-        self._socket.setblocking(False)
+        try:
+            self._name = f"{self._folder}/{os.getpid():x}-{os.urandom(4).hex()}"
+            self._socket.bind(self._name)
+            # Who may wake it must be able to write to it.
+            _settle(self._name, _file_mode(path), os.stat(path).st_gid)
+            self._socket.setblocking(False)
+        except BaseException:
+            self._unbind()
+            self._socket, self._name = before
+            raise
+        if before[0] is not None:
+            before[0].close()
 
-    def start(self) -> None:
-        native(_thread, "start_new_thread")(self._run, ())
+    def _unbind(self) -> None:
+        with suppress(OSError):
+            os.unlink(self._name)
+        self._socket.close()
 
     def _run(self) -> None:
         while not self._is_closed:
@@ -1898,15 +1960,15 @@ class _Listener:
                 self._process.judge("listen", "read")
                 self._process.freshen(self._name)
             self._wait()
-        with suppress(OSError):
-            os.unlink(self._name)
-        self._socket.close()
-        self._process.finish_news()
-        with self._lock:
-            ended, self._ended = self._ended, []
-            self._socket = None
-        for turn in ended:
-            turn.end()
+        self._unbind()
+        try:
+            self._process.finish_news()
+        finally:
+            with self._lock:
+                ended, self._ended = self._ended, []
+                self._socket = None
+            for turn in ended:
+                turn.end()
 
     def _wait(self) -> None:
         """Wait to be woken, or for the time to look anyhow."""
@@ -1923,8 +1985,6 @@ class _Listener:
         broker = self._broker()
         while broker is not None and not self._is_closed:
             rows, newest = self._look(broker)
-            if not os.path.exists(self._name):
-                self._bind()
             sink = broker.sink
             if sink is None:
                 return
@@ -1932,7 +1992,9 @@ class _Listener:
                 self._is_doubtful = False
                 sink.resync(None)
             if not rows:
-                if newest > self._position:  # they were deleted before they were read
+                # They were deleted before they were read; or an operator has put
+                # an older copy in this one's place, and numbers begin anew.
+                if newest != self._position:
                     self._position = newest
                     sink.resync(None)
                 return
@@ -1952,6 +2014,8 @@ class _Listener:
         Notices that files were replaced.
         """
         with self._process.news() as (database, is_new):
+            if not os.path.exists(self._name):
+                self._bind()
             if is_new:
                 self._position = database.newest()
                 self._is_doubtful = True
