@@ -228,3 +228,24 @@ def check_script(script: str, *words: str) -> str:
     done = run_script(script, *words)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     return done.stdout
+
+
+def read_for_the_newest(hub: Any) -> int:
+    """Return how many events a hub reads of its broker to give the newest of five."""
+    hub.publish_many("newest", "12345")
+    read, count = hub.broker.read, 0
+
+    def counted(*words: Any) -> Any:
+        nonlocal count
+        page = read(*words)
+        count += len(page.entries)
+        return page
+
+    hub.broker.read = counted
+    subscription = hub.subscribe("newest", after=1)
+    try:
+        assert [event.data for event in subscription.read(TIMEOUT)] == ["5"]
+    finally:
+        subscription.close()
+        hub.broker.read = read
+    return count

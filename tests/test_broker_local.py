@@ -20,7 +20,7 @@ import pytest
 
 from broker_processes import Node, Spread
 from live import TIMEOUT, await_true, unique_key
-from pairs import check_script
+from pairs import check_script, read_for_the_newest
 from programs import need_root
 from syncstream import Gap, Hub
 from syncstream.brokers import local, open_broker
@@ -1339,8 +1339,10 @@ def test_old_and_new_workers_share_a_log(folder, make):
         assert broker.read("b", head).complete
 
 
-def test_the_newest_are_found_without_the_rest(make):
+def test_the_newest_are_found_without_the_rest(make, folder):
     """Their id before and the head's, within what is kept; no row is made by it."""
+    with contextlib.closing(Hub(f"local:{folder}/own")) as hub:
+        assert read_for_the_newest(hub) == 1
     broker = make(capacity=4)
     for count in (1, 10):
         (empty,) = {*broker.newest("a", count)}

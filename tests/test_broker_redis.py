@@ -22,7 +22,7 @@ import pytest
 import redis
 
 from clock import Clock
-from pairs import check_script
+from pairs import check_script, read_for_the_newest
 from programs import certificate
 from redis_nodes import Nodes
 from redis_server import RedisServer, Sentinel
@@ -905,6 +905,8 @@ def test_a_removed_event_breaks_the_chain(removed, shared):
 
 def test_the_newest_are_found_without_the_rest(shared):
     """An id and the head alone, of as many as there are."""
+    with hub_of(own(shared.url)) as hub:
+        assert read_for_the_newest(hub) == 1
     with opened(own(shared.url)) as broker:
         head = broker.read("a", None).head
         assert broker.newest("a", 3) == (head, head)
