@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pairs import check_script
+from syncstream import Hub
 from syncstream.brokers import matches, open_broker, patterns_of
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.log import START, Entry, Page
@@ -203,13 +204,46 @@ def test_memory_is_bounded():
     broker.close()
 
 
+@pytest.mark.parametrize(
+    ("heads", "names"),
+    [(0, ["never", "was:1"]), (10_000, ["never", "was:1", "was:*", "#"])],
+)
+def test_what_is_forgotten_is_no_reset(monkeypatch, heads, names):
+    """Whoever has the newest of what is too old has missed nothing."""
+    monkeypatch.setattr("syncstream.brokers.memory._SWEEP", 1)
+    monkeypatch.setattr("syncstream.brokers.memory._HEADS", heads)
+    hub = Hub(max_age=60)
+    head = hub.head("never")
+    subscriptions = [hub.subscribe(name, on_lag="drop") for name in names]
+    for subscription in subscriptions:
+        subscription.read(0)
+    ids = hub.publish_many("was:1", ["1", "2"])
+    for subscription in subscriptions[1:]:
+        assert len(subscription.read(0)) == 2
+    for log in hub.broker._logs.values():
+        for position in range(log.first, log.end):
+            log.entry(position).time -= 61
+    hub.publish("other", "x")
+    assert hub.broker._logs.keys() == {"other"}
+    resumed = [hub.subscribe("was:1", after=id).read(0) for id in ids]
+    assert [[event.event for event in found] for found in resumed] == [["reset"], []]
+    hub.publish("never", "3")
+    hub.publish("was:1", "3")
+    for subscription in subscriptions:
+        found = [event.event or event.data for event in subscription.read(0)]
+        assert "reset" not in found
+        assert found[-1] == "3"
+    assert [e.data for e in hub.subscribe("never", after=head).read(0)] == ["3"]
+    assert [e.data for e in hub.subscribe("was:1", after=ids[1]).read(0)] == ["3"]
+    hub.close()
+
+
 def test_memory_gives_no_channel_all_of_it():
     """A noisy channel leaves the others theirs; what is quiet for longest goes."""
     broker = MemoryBroker(capacity=10_000, max_size=1_000_000)
     broker.watch("heard")
-    heads = {
-        name: broker.publish([(name, b"x" * 100)] * 10)[-1]
-        for name in ("quiet", "heard")
+    ids = {
+        name: broker.publish([(name, b"x" * 100)] * 10) for name in ("quiet", "heard")
     }
     broker.publish([("noisy", b"x" * 1000)] * 1000)
     assert broker._size <= 1_000_000 / 8 + 10_000
@@ -218,10 +252,11 @@ def test_memory_gives_no_channel_all_of_it():
         broker.publish([(f"c{number}", b"x" * 1000)] * 1000)
     assert 800_000 < broker._size <= 1_000_000
     assert broker._size == sum(log.size for log in broker._logs.values())
-    assert not broker.read("quiet", "0").entries
-    assert not broker.read("quiet", heads["quiet"]).complete
-    # Who listens goes on where it was.
-    assert broker.read("heard", heads["heard"]).complete
+    for name in ids:
+        assert not broker.read(name, "0").entries
+        assert not broker.read(name, ids[name][-2]).complete
+        # Who has the newest has missed nothing, and goes on from there.
+        assert broker.read(name, ids[name][-1]).complete
     broker.close()
 
 
@@ -236,14 +271,16 @@ def test_memory_counts_what_reads_trim():
     assert broker._size == 0
 
 
-def test_memory_forgets_idle_channels():
-    """A channel without events is nothing, unless somebody listens."""
+def test_memory_forgets_idle_channels(monkeypatch):
+    """Of channels without events some heads are kept, and those of who listens."""
+    monkeypatch.setattr("syncstream.brokers.memory._HEADS", 1)
     broker = MemoryBroker(max_age=0.01)
     broker.watch("heard")
     broker.publish([("heard", b"x"), ("idle", b"x")])
     head = broker.read("heard", None).head
     threading.Event().wait(0.05)
     broker.publish([("busy", b"x")] * 1000)
+    assert not broker._logs.keys() & {"idle", "heard"}
     assert broker.read("idle", None).head.startswith("0-")
     assert broker.read("heard", None).head == head
 

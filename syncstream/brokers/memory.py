@@ -20,6 +20,7 @@ from . import Sink, is_pattern, patterns_of
 __all__ = ["MemoryBroker"]
 
 _SWEEP = 1000  # publishes between two looks for what is idle
+_HEADS = 10_000  # heads of forgotten channels that are kept, and those of watched ones
 
 
 class MemoryBroker:
@@ -62,8 +63,11 @@ class MemoryBroker:
         self._pid = os.getpid()
         # Of all channels: one that was forgotten has no id a second time.
         self._next = 1
-        # The head of channels without events. Another one after each that was
-        # forgotten, and in each life: who has it has missed nothing.
+        # The heads of channels that were forgotten, and that of all that never had an
+        # event: who has it has missed nothing. Another one in each life, and when
+        # heads are dropped.
+        self._heads: dict[str, str] = {}
+        self._room = _HEADS
         self._empty = _empty()
         self._sink: Sink | None = None
         self._watched: set[str] = set()
@@ -82,7 +86,8 @@ class MemoryBroker:
             for channel, payload in items:
                 log = self._logs.get(channel)
                 if log is None:
-                    log = self._logs[channel] = Log(self._empty)
+                    head = self._heads.pop(channel, self._empty)
+                    log = self._logs[channel] = Log(head)
                 entry = Entry(self._id(), log.head, payload, now)
                 before = log.size
                 log.append(entry)
@@ -115,7 +120,7 @@ class MemoryBroker:
         if self._pid == os.getpid():
             return
         self._pid = os.getpid()
-        self._empty = _empty()
+        self._heads, self._empty = {}, _empty()
         for channel, old in self._logs.items():
             log = self._logs[channel] = Log(self._empty)
             for position in range(old.first, old.end):
@@ -141,12 +146,17 @@ class MemoryBroker:
         """Drop the events of the channel that was not written to for longest."""
         channel, log = self._logs.popitem(last=False)
         self._size -= log.size
-        # Who listens knows its head: it must go on from there.
-        if channel in self._watched:
-            log.trim(0, float("-inf"), float("inf"))
-            self._logs[channel] = log
-        else:
+        self._heads[channel] = log.head
+        if len(self._heads) > self._room:
+            # Who listens knows the head: it must go on from there.
+            watched = self._watched.difference(self._logs)
+            self._heads = {name: self._head(name) for name in watched}
+            self._room = _HEADS + 2 * len(self._heads)
             self._empty = _empty()
+
+    def _head(self, channel: str) -> str:
+        """Return the head of a channel without events."""
+        return self._heads.get(channel, self._empty)
 
     def _sweep(self, now: float) -> None:
         """Forget channels of which all is too old: those that come first."""
@@ -162,7 +172,8 @@ class MemoryBroker:
             self._live_here()
             log = self._logs.get(channel)
             if log is None:
-                return Page((), after in (None, self._empty), self._empty)
+                head = self._head(channel)
+                return Page((), after in (None, head), head)
             self._trim(log, time.monotonic(), float("inf"))
             if after is None:
                 return Page((), True, log.head)
@@ -183,7 +194,8 @@ class MemoryBroker:
             self._live_here()
             log = self._logs.get(channel)
             if log is None:
-                return self._empty, self._empty
+                head = self._head(channel)
+                return head, head
             self._trim(log, time.monotonic(), float("inf"))
             if not len(log):
                 return log.head, log.head
@@ -205,6 +217,7 @@ class MemoryBroker:
         with self._lock:
             self._sink = None
             self._logs.clear()
+            self._heads.clear()
             self._size = 0
 
 
