@@ -440,8 +440,13 @@ class Group:
         client.group = None
         client.events += self.events
         client.bytes += self.bytes
-        if not self.clients:
+        if self.clients:
+            return
+        try:
             self._loop.drop(self)
+        except BaseException:  # twice, if need be: nobody else forgets it
+            self._loop.drop(self)
+            raise
 
     def let_go(self) -> None:
         """Be woken no more."""

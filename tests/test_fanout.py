@@ -24,7 +24,7 @@ from syncstream import fanout as fanout_module
 from syncstream import hub as hub_module
 from syncstream import log as log_module
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.fanout import Client, fanout
+from syncstream.fanout import Client, Group, fanout
 from syncstream.log import Entry
 from syncstream.process import Process, Served
 from syncstream.protocol import sse
@@ -1109,6 +1109,33 @@ def test_what_comes_while_a_lane_reads(hub, peers):
     two = peers(hub, "a", "b", before_wait=[publish], on_gap=list)
     found = texts_until(two, "49")
     assert found == [str(n) for n in range(int(found[0]), 50)]
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_group_whose_timer_is_not_removed_at_once(
+    hub, peers, loop, is_shared, monkeypatch
+):
+    """Its client, that goes to another, is cut; it is forgotten all the same."""
+    remove, left = loop.wheel.remove, []
+
+    def fail_once(item):
+        is_left = isinstance(item, Group) and not item.clients and item.bucket
+        if is_left and item.is_shared == is_shared and not left:
+            left.append(item)
+            raise MemoryError
+        remove(item)
+
+    monkeypatch.setattr(loop.wheel, "remove", fail_once)
+    peer = peers(hub, keepalive=TIMEOUT)
+    if is_shared:
+        seen(peer)
+        for _ in range(12):  # more than the kernel takes
+            hub.publish("a", "x" * 100_000)
+    await_true(lambda: peer.ends)
+    assert peer.ends == ["error"]
+    (group,) = left
+    assert not group.bucket
+    await_true(lambda: group.leader._waiter is None)
 
 
 def test_an_end_that_comes_first(hub, peers, loop):

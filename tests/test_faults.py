@@ -38,8 +38,6 @@ def quiet(monkeypatch):
     monkeypatch.setattr(log, "handlers", [logging.NullHandler()])
     level = log.level
     log.setLevel(logging.DEBUG)
-    # A group that could not be taken from the timers goes when its own falls due.
-    monkeypatch.setattr(syncstream.fanout, "STUCK", 10.0)
     yield
     journal().flush()
     log.setLevel(level)
