@@ -5,6 +5,10 @@ application can use. A process watches it while somebody is there whom a kick co
 name. What is told live is only a sign to read on, from the place of before: so nothing
 is missed while the listener was down. If some of it cannot be read any more, all whom
 it could have named are kicked, and come back through their view, which decides anew.
+
+An engine may refuse the channel to a process (an ACL of Redis). Its subscribers stay:
+most applications kick nobody. But it is said, `Hub.kick` raises there, and the engine
+is asked again; once it allows the channel, those who were there unheard are kicked.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
@@ -35,6 +40,7 @@ log = logging.getLogger(__name__)
 CONTROL = "syncstream control"  # a space: no application's, no pattern's
 READ = 500  # entries that are read at once
 RETRY = 1.0  # seconds until a broker that did not answer is asked again
+ASK_AGAIN = 5.0  # seconds until an engine that refuses the channel is asked again
 
 # Workers of a version without this deliver it to nobody, though they have "#".
 _FOR_NOBODY = b'\0{"only": []}\n'
@@ -66,7 +72,7 @@ class Kicker(Protocol):
 
     def end(self, kick: Kick) -> int: ...
 
-    def end_nameable(self) -> int: ...
+    def end_nameable(self, but: object = None) -> int: ...
 
     def deny(self, name: str, reason: str) -> None: ...
 
@@ -90,18 +96,26 @@ class Control:
         self._last: str | None = None  # read up to here; `None`: nobody listens
         self._is_news = self._is_reading = False
         self._watch: Watch | None = None
+        self._refusal: str | None = None  # the engine's; `None`: it allows the channel
 
     def tell(self, kick: Kick) -> None:
         """Tell the other processes.
 
         Raises:
+            Denied: They were told, but the engine does not let this one hear kicks,
+                nor others that have the same rights.
             BrokerError: They are not told, or may not be.
         """
         hub = self._hub()
-        if hub is not None and hub.broker.scope != "process":
-            hub.broker.publish([(CONTROL, kick.encoded(self._origin))])
+        if hub is None or hub.broker.scope == "process":
+            return
+        hub.broker.publish([(CONTROL, kick.encoded(self._origin))])
+        if self._refusal is not None and self._count:
+            self._listen(hub)  # it may be allowed by now
+            if self._refusal is not None:
+                raise Denied(f"kicks are not heard: {self._refusal}")
 
-    def enter(self) -> None:
+    def enter(self, newcomer: object) -> None:
         """Listen for one more; the first fixes the place from which it is read.
 
         Raises:
@@ -110,16 +124,65 @@ class Control:
         hub = self._hub()
         with self._lock:
             self._count += 1
-            if hub is None or hub.broker.scope == "process" or self._last is not None:
-                return
-        broker = hub.broker
-        broker.watch(CONTROL)
-        head = broker.read(CONTROL, None).head
+            is_heard = self._last is not None and self._refusal is None
+        if hub is not None and hub.broker.scope != "process" and not is_heard:
+            self._listen(hub, newcomer)
+
+    def _listen(self, hub: Kicker, newcomer: object = None) -> None:
+        """Have the broker tell of kicks, or take note that the engine refuses that.
+
+        Args:
+            newcomer: Comes just now, and has missed no kick.
+
+        Raises:
+            BrokerError: The broker does not answer.
+        """
+        try:
+            hub.broker.watch(CONTROL)
+            head = hub.broker.read(CONTROL, None).head
+        except Denied as error:
+            hub.deny(CONTROL, str(error))
+            return
         watcher = watch()
         with self._lock:
+            # From the old place on all is read: then nobody has missed anything.
+            was_deaf = self._refusal is not None and self._last is None
+            self._refusal = None
             if self._last is None and self._count:
                 self._last, self._watch = head, watcher
+        if was_deaf and (count := hub.end_nameable(but=newcomer)):
+            text = "kicks are heard again: all whom they may have named are kicked, %d"
+            say(log, logging.WARNING, text, count)
         self.look()
+
+    def refuse(self, reason: str) -> None:
+        """Take note that the engine refuses the channel; ask again, until it does not.
+
+        From any thread, without waiting.
+        """
+        with self._lock:
+            was_refused, self._refusal = self._refusal is not None, reason
+            watcher = self._watch
+        if not was_refused:
+            watcher = watcher or watch()
+            again = partial(_listen_again, weakref.ref(self), watcher)
+            watcher.call_at(time.monotonic() + ASK_AGAIN, again)
+
+    def listen_again(self, watcher: Watch) -> float | None:
+        """Ask an engine that has refused; return when to do so again. In a watch."""
+        with self._lock:
+            if not self._count:
+                self._refusal = None
+            if self._refusal is None:
+                return None
+        elsewhere(watcher, self._ask_again)
+        return time.monotonic() + ASK_AGAIN
+
+    def _ask_again(self) -> None:
+        hub = self._hub()
+        if hub is not None:
+            with suppress(Unavailable):  # it is asked again
+                self._listen(hub)
 
     def leave(self) -> None:
         """Listen for one less."""
@@ -139,12 +202,12 @@ class Control:
         if not is_back:
             return
         try:  # somebody has come in between, and had it watched before this
-            broker.watch(CONTROL)
-        except BrokerError as error:  # they believe that they are listened for
+            self._listen(hub)
+        except Exception as error:  # they believe that they are listened for
             count = hub.end_nameable()
             text = "kicks cannot be watched, and who could be kicked is, %d: %s"
             say(log, logging.ERROR, text, count, error)
-        self.look()
+            self.look()
 
     def look(self) -> None:
         """Read what there is, soon; from any thread, without waiting."""
@@ -174,7 +237,7 @@ class Control:
             except BaseException as error:
                 with self._lock:
                     self._is_reading = False
-                if isinstance(error, Denied):  # it is read when the next one is told
+                if isinstance(error, Denied):
                     hub.deny(CONTROL, str(error))
                     return
                 if not isinstance(error, Unavailable):
@@ -207,6 +270,11 @@ class Control:
         count = hub.end_nameable()
         text = "kicks are missing: all whom they may have named are kicked, %d"
         say(log, logging.WARNING, text, count)
+
+
+def _listen_again(reference: weakref.ref[Control], watcher: Watch) -> float | None:
+    control = reference()
+    return None if control is None else control.listen_again(watcher)
 
 
 def _look(reference: weakref.ref[Control]) -> None:

@@ -560,6 +560,8 @@ class Hub:
         Raises:
             Unavailable, Uncertain: Those of this process were ended, and the others
                 could not be told, or may not have been. Do it again.
+            Denied: Those of this process were ended; the engine does not allow it to
+                tell the others, or to hear their kicks: then others may be as deaf.
             PayloadTooLarge, TypeError, ValueError: An argument is not what it should
                 be; nobody was ended.
         """
@@ -590,8 +592,8 @@ class Hub:
         if told is not None:
             kind = type(told) if isinstance(told, Unavailable) else Uncertain
             raise kind(
-                f"{count} were ended in this process, and the others could not be"
-                f" told: {told}"
+                f"{count} were ended in this process, and those of others may go on:"
+                f" {told}"
             ) from told
         return count
 
@@ -599,9 +601,13 @@ class Hub:
         """End the subscriptions of this process that a kick names."""
         return self._end(lambda subscription: self._is_named(subscription, kick))
 
-    def end_nameable(self) -> int:
-        """End the subscriptions of this process that some kick may have named."""
-        return self._end(lambda subscription: subscription.is_nameable)
+    def end_nameable(self, but: object = None) -> int:
+        """End the subscriptions of this process that some kick may have named.
+
+        Args:
+            but: One that it cannot have named.
+        """
+        return self._end(lambda s: s.is_nameable and s is not but)
 
     def _is_named(self, subscription: Subscription, kick: Kick) -> bool:
         if kick.tags is not None and subscription.tags.isdisjoint(kick.tags):
@@ -824,7 +830,8 @@ class Hub:
             say(log, logging.WARNING, "the broker is %s: %s", state, reason)
 
     def deny(self, name: str, reason: str) -> None:
-        if name == CONTROL:  # they are heard again as soon as it is allowed
+        if name == CONTROL:
+            self._control.refuse(reason)
             text = "kicks of other processes are not heard: %s"
             self._say_once(name, logging.ERROR, text, reason)
             return
@@ -952,16 +959,13 @@ class Hub:
                 self.unlist()
             self.announce(announced, data, "leave")
 
-    def enlist(self) -> None:
+    def enlist(self, subscription: Subscription) -> None:
         """Listen for kicks for one more subscription.
 
         Raises:
             Unavailable: The broker does not answer.
         """
-        try:
-            self._control.enter()
-        except Denied as error:
-            self.deny(CONTROL, str(error))
+        self._control.enter(subscription)
 
     def unlist(self) -> None:
         """Listen for kicks for one subscription less."""
@@ -1754,7 +1758,7 @@ class Subscription:
         try:
             if self.is_nameable:
                 self._is_listed = True
-                self.hub.enlist()
+                self.hub.enlist(self)
             # From here on a kick finds it: what changes after a yes does not escape.
             self.check_allowed()
             self._check_open()

@@ -425,6 +425,11 @@ class _HubWatch(Watch):
     def is_over(self) -> bool:
         return getattr(self._hub(), "loop", None) is None
 
+    @property
+    def is_home(self) -> bool:
+        """It is the main thread's, which lives and runs as long as the program."""
+        return not self.is_over and bool(getattr(self._hub(), "main_hub", False))
+
     def run(self, callback: Callback) -> None:
         self._calls.append(callback)
         self._async.send()
@@ -470,9 +475,10 @@ def _shared(when: float) -> float:
 def elsewhere(watch: Watch, job: Callback) -> None:
     """Do this apart from whoever waits for a watch: it may wait, for a broker say.
 
-    In a greenlet of the watch's hub, or in a thread of its own.
+    In a greenlet of the watch's hub, or in a thread of its own. The hub of a thread of
+    gevent's pool may be gone, or run only while something there waits for it.
     """
-    if isinstance(watch, _HubWatch):
+    if isinstance(watch, _HubWatch) and watch.is_home:
         watch.run(partial(watch.start, job))
         return
     try:

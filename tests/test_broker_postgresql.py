@@ -1513,6 +1513,29 @@ def test_a_policy_denies_one_name(server, schema, make):
     await_true(lambda: told.payloads() == [b"2"])
 
 
+def test_kicks_that_a_role_may_not_tell(server, schema, make):
+    """It is told so; whoever listens goes on."""
+    reader = make()
+    reader.publish([("a", b"data: 1\n\n")])
+    url = _role(server, schema, "publish")
+    server.execute(
+        f"ALTER TABLE {schema}.event ENABLE ROW LEVEL SECURITY;"
+        f"CREATE POLICY p ON {schema}.event USING (true)"
+        " WITH CHECK (channel NOT LIKE 'syncstream %')"
+    )
+    with (
+        contextlib.closing(Hub(broker=make(url))) as hub,
+        contextlib.closing(Hub(broker=reader)) as other,
+    ):
+        ann = other.subscribe("a", who="ann")
+        assert ann.read(0) == []
+        with pytest.raises(Denied, match=r"0 were ended in this .*row-level security"):
+            hub.kick(who="ann")
+        hub.publish("a", "2")
+        assert [event.data for event in ann.read(5)] == ["2"]
+        assert other.kick(who="ann") == 1
+
+
 def test_what_the_server_refuses_is_down(server, schema, make):
     """Reading goes on, and it is said once: a full disk, for one."""
     broker = make()

@@ -26,6 +26,7 @@ from pairs import check_script, read_for_the_newest
 from programs import certificate
 from redis_nodes import Nodes
 from redis_server import RedisServer, Sentinel
+from syncstream import control as control_module
 from syncstream.brokers import open_broker
 from syncstream.brokers import redis as module
 from syncstream.brokers.redis import RedisBroker
@@ -537,6 +538,37 @@ def test_rights(server, clock):
         assert listener.stats()["up"]
     with opened(allow(server, "both", "-publish", user="mute")) as broker:
         refused(broker, clock, Uncertain, "can't run|no permissions")
+
+
+@pytest.mark.parametrize("is_later", [False, True], ids=["from the start", "later"])
+def test_kicks_that_a_user_may_not_hear(server, quick, monkeypatch, is_later):
+    """Streams stay; who kicks is told; kicks in between are heard when they may be."""
+    monkeypatch.setattr(control_module, "ASK_AGAIN", 0.2)
+    names = [f"ss:{{{name}}}" for name in ("a", "syncstream?presence")]
+    few = ["resetchannels", *(f"&{name}" for name in (*names, "ss:ctl:*"))]
+    keys = "reset", "on", ">pw", "+@all", "~ss:*"
+    right = "&ss:{syncstream?control}"
+    server.command("ACL", "SETUSER", "unheard", *keys, *few, *([right] * is_later))
+    url = f"redis://unheard:pw@127.0.0.1:{server.port}"
+    with (
+        hub_of(url) as hub,
+        hub_of(url) as other,
+        hub_of(server.url) as free,
+        Reader(hub, "a", who="ann") as ann,
+        Reader(other, "a", who="ann") as far,
+    ):
+        if is_later:
+            server.command("ACL", "SETUSER", "unheard", *few)
+            await_true(lambda: hub._control._refusal and other._control._refusal)
+        with pytest.raises((Denied, Uncertain), match="1 were ended in this process"):
+            hub.kick(who="ann")
+        await_true(lambda: not ann.is_alive())
+        hub.publish("a", "1")
+        await_true(lambda: far.got == ["1"])
+        assert free.kick(who="ann") == 0
+        assert far.is_alive()
+        server.command("ACL", "SETUSER", "unheard", right)
+        await_true(lambda: not far.is_alive())
 
 
 def test_a_command_that_is_missing_is_said(server, quick):

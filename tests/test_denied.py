@@ -6,9 +6,9 @@ import threading
 import pytest
 
 from pairs import Threads, await_true
-from syncstream import Closed, Denied, Hub
+from syncstream import Closed, Denied, Hub, control
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.control import CONTROL
+from syncstream.control import CONTROL, Kick
 
 PLACE = Threads()
 
@@ -170,21 +170,72 @@ def test_what_is_only_asked_is_raised(hub, broker):
         hub.head("a")
 
 
-@pytest.mark.parametrize("what", ["watches", "reads", "told"])
-def test_kicks_that_are_refused(broker, what, caplog):
-    """Nobody ends, and it is said, once."""
+@pytest.fixture
+def shared(broker):
+    """Return a hub that has, as far as it can tell, other processes."""
     broker.scope = "machine"
     hub = Hub(broker=broker)
-    if what != "told":
-        getattr(broker, what).add(CONTROL)
-    subscriptions = [begun(hub, who="ann") for _ in range(2)]
-    if what == "told":
-        for _ in range(2):
-            hub.deny(CONTROL, "NOPERM")
-    hub.publish("a", "1")
-    for subscription in subscriptions:
+    yield hub
+    hub.close()
+
+
+def await_kicked(subscription):
+    await_true(PLACE, lambda: subscription.is_closed)
+    assert subscription.reason == "kicked"
+
+
+@pytest.mark.parametrize("what", ["watches", "reads"])
+def test_kicks_that_are_refused(shared, broker, what, caplog):
+    """Nobody ends; it is said once, and to whoever kicks, whose own are ended."""
+    getattr(broker, what).add(CONTROL)
+    ann, bob = begun(shared, who="ann"), begun(shared, tags=["x"])
+    shared.publish("a", "1")
+    for subscription in (ann, bob):
         assert [event.data for event in subscription.read(5)] == ["1"]
+    with pytest.raises(Denied, match=r"1 were ended in this process.*not heard"):
+        shared.kick(who="ann")
+    assert ann.is_closed
+    assert not bob.is_closed
     text = "kicks of other processes are not heard"
     await_true(PLACE, lambda: text in caplog.text)
-    hub.close()
+    shared.close()
     assert caplog.text.count(text) == 1
+
+
+@pytest.mark.parametrize("by", ["time", "newcomer", "kick"])
+@pytest.mark.parametrize("what", ["watches", "reads"])
+def test_kicks_that_are_allowed_again(shared, broker, what, by, monkeypatch, caplog):
+    """Who was there unheard may have been kicked, and is: once."""
+    monkeypatch.setattr(control, "ASK_AGAIN", 0.05 if by == "time" else 60)
+    getattr(broker, what).add(CONTROL)
+    ann, nobody = begun(shared, who="ann"), begun(shared)
+    getattr(broker, what).clear()
+    if by == "newcomer":
+        begun(shared, who="bob")
+    elif by == "kick":
+        assert shared.kick(who="bob") == 0
+    await_kicked(ann)
+    await_true(PLACE, lambda: "kicks are heard again" in caplog.text)
+    newcomers = begun(shared, who="ann"), begun(shared, who="bob")
+    assert shared.kick(who="bob") == 1
+    assert not newcomers[0].is_closed
+    assert not nobody.is_closed
+    broker.publish([(CONTROL, Kick('"ann"', None).encoded("another"))])
+    await_kicked(newcomers[0])
+
+
+@pytest.mark.parametrize("by", ["time", "newcomer"])
+def test_kicks_that_were_refused_for_a_while(shared, broker, by, monkeypatch):
+    """They are read on from the place of before: it ends whom it names."""
+    monkeypatch.setattr(control, "ASK_AGAIN", 0.05 if by == "time" else 60)
+    ann, bob = begun(shared, who="ann"), begun(shared, who="bob")
+    await_true(PLACE, lambda: not shared._control._is_reading)
+    broker.watches.add(CONTROL)
+    broker.unwatch(CONTROL)
+    shared.deny(CONTROL, "NOPERM")
+    broker.publish([(CONTROL, Kick('"ann"', None).encoded("another"))])
+    broker.watches.clear()
+    if by == "newcomer":
+        begun(shared, who="carl")
+    await_kicked(ann)
+    assert not bob.is_closed

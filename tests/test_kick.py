@@ -4,7 +4,7 @@ from contextlib import closing, suppress
 
 import pytest
 
-from pairs import Threads, await_true
+from pairs import Threads, await_true, check_script
 from postgresql_server import PostgreSQL
 from redis_server import RedisServer
 from syncstream import Closed, Hub, Unavailable, Uncertain
@@ -289,3 +289,32 @@ def test_an_end_of_a_kick_reads_nothing_more(hub):
     hub.kick(who="ann")
     with pytest.raises(Closed, match="kicked"):
         ann.read(0)
+
+
+POOL_OF_GEVENT = """
+from gevent import monkey
+monkey.patch_all()
+import os, sys, gevent
+from gevent.threadpool import ThreadPool
+from syncstream import Hub
+
+here, there = Hub(sys.argv[1]), Hub(sys.argv[1])
+pool = ThreadPool(1)
+ann, bob = here.subscribe("a", who="ann"), here.subscribe("a", who="bob")
+with gevent.Timeout(15):
+    pool.apply(ann.read, (0,))
+    bob.read(0)
+    there.kick(who="bob")
+    while not bob.is_closed:
+        gevent.sleep(0.01)
+    assert not ann.is_closed
+here.close()
+there.close()
+os._exit(0)  # on Python 3.10 gevent's threads crash when they end, sometimes
+"""
+
+
+def test_who_was_read_first_in_a_thread_of_gevents_pool_hides_no_kick(tmp_path):
+    """That thread's hub runs no more: kicks are read elsewhere."""
+    pytest.importorskip("gevent")
+    check_script(POOL_OF_GEVENT, f"local:{tmp_path}")
