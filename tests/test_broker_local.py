@@ -759,7 +759,7 @@ def test_what_is_removed_while_it_is_used(make, folder, what):
 
 
 def test_an_older_copy_is_another_log(make, folder):
-    """As after a power cut: ids that are lost are unknown, the others are known."""
+    """Of events that are lost all are told: who had them, and who had not yet."""
     broker = make()
     told = Told()
     ids = broker.publish([("a", b"%d" % n) for n in range(5)])
@@ -779,7 +779,7 @@ def test_an_older_copy_is_another_log(make, folder):
         assert not page.complete
         assert [entry.id for entry in page.entries] == [*ids, *new]
     page = broker.read("a", ids[-1])
-    assert page.complete
+    assert page.entries[0].prev != ids[-1]
     assert [entry.id for entry in page.entries] == new
     wait_until(lambda: told.resyncs)
 
@@ -830,8 +830,11 @@ def test_a_socket_that_cannot_be_made_is_tried_again(make, folder):
     broker, told = make(), Told()
     broker.attach(told)
     broker.watch("a")
-    os.rename(f"{folder}/log/wake", f"{folder}/away")
-    os.symlink(f"{folder}/nowhere", f"{folder}/log/wake")
+    for attempt in itertools.count():
+        os.rename(f"{folder}/log/wake", f"{folder}/away-{attempt}")
+        with contextlib.suppress(FileExistsError):  # the listener was faster
+            os.symlink(f"{folder}/nowhere", f"{folder}/log/wake")
+            break
     wait_until(lambda: told.states == [False])
     os.unlink(f"{folder}/log/wake")
     wait_until(lambda: told.states == [False, True])
@@ -1453,6 +1456,44 @@ def test_a_log_never_forks(make, folder, names, caplog):
         assert process.wait(TIMEOUT) == 0
     assert [entry.id for entry in kept(make())] == ids
     assert "were removed or replaced" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["used", "killed", "closed"])
+def test_what_a_removed_wal_undid_is_announced(make, folder, how):
+    """Also to those who had not got it, and would go on with what is stored then."""
+    broker, wal = make(), f"{folder}/log/log.db-wal"
+    (first,) = broker.publish([("a", b"1")])
+    broker.close()  # it is in log.db
+    other = make()
+    with running(STORES, f"local:{folder}/log") as process:
+        print("2", file=process.stdin, flush=True)
+        second = process.stdout.readline().strip()
+        if how == "used":
+            assert other.read("a", first).head == second
+            nothing = other.read("b", None).head
+            other.publish([("b", b"1")])
+            os.unlink(wal)
+            os.unlink(f"{folder}/log/lock")
+            page = other.read("a", first)
+            assert (page.entries, page.complete) == ((), False)
+            assert not other.read("b", nothing).complete
+            print("3", file=process.stdin, flush=True)  # it finds it, too
+            assert process.stdout.readline()
+        elif how == "killed":
+            process.kill()
+            process.wait(TIMEOUT)
+            os.unlink(wal)
+        else:
+            process.stdin.close()
+            process.wait(TIMEOUT)
+    other.publish([("a", b"4")])
+    page = other.read("a", first)
+    if how == "closed":
+        assert [entry.prev for entry in page.entries] == [first, second]
+        return
+    assert page.entries[0].prev not in (first, second)
+    numbers = [int(entry.id.partition("-")[0], 16) for entry in page.entries]
+    assert numbers == ([3, 4] if how == "used" else [3])  # broken once
 
 
 def test_closing_a_stale_log_undoes_nothing(make, folder):

@@ -22,8 +22,10 @@ The rules:
 - A file that is removed, or replaced, is noticed before it is used: the log's state is
   in three, and a process has one set of them. Who finds another set closes all that it
   has without a checkpoint, which would undo what others have stored since, and says
-  so; what it stored in the meantime is `Uncertain`. The files' times are kept fresh, so
-  that what cleans temporary directories leaves them alone.
+  so; what it stored in the meantime is `Uncertain`. With a WAL, what was stored last is
+  gone: whoever opens the log after that breaks the chains of all channels, once, so
+  that nobody goes on over the gap. The files' times are kept fresh, so that what cleans
+  temporary directories leaves them alone.
 - Files have the folder's group if that has its setgid bit and is the group's (2770),
   and are then of all its members; else they are the owner's only.
 
@@ -81,6 +83,7 @@ _SWEEP = 64  # events between two looks for what is too old, or too much
 _CHANNELS = 5000  # that are looked at in one go, whether they can be forgotten
 _LOCK_TRY = 0.002  # seconds between two tries
 _FRESHEN = 60.0  # seconds between two updates of the files' times
+_SAFE = os.O_CLOEXEC | os.O_NOFOLLOW  # the folder may be a group's
 _SHARED = stat.S_ISGID | stat.S_IRWXG  # a folder that a group shares
 _CLOSE = 1.0  # seconds, to have the lock when files are closed
 _MAX_PATH = 80  # bytes: sun_path takes 104 (macOS), with /wake/<pid>-<random>
@@ -622,8 +625,7 @@ class _Lock:
             with suppress(BlockingIOError):  # it is just being looked at
                 fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
             _make_file(self._path, "lock")
-            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._fd = os.open(f"{self._path}/lock", flags)
+            self._fd = os.open(f"{self._path}/lock", os.O_RDWR | _SAFE)
         except BaseException:
             self.close()
             raise
@@ -758,7 +760,7 @@ class _Database:
             return False
 
     def open_to_read(self) -> bool:
-        """Open the files if they are there and whole; without the lock.
+        """Open the files if all are there; without the lock.
 
         Raises:
             Unavailable: It is not a log of this version.
@@ -767,8 +769,7 @@ class _Database:
             return False
         try:
             before = os.stat(self._file)
-            if self._has_stray_index():
-                return False
+            os.stat(f"{self._file}-wal")
             self._connect()
         except (FileNotFoundError, sqlite3.OperationalError):
             return False  # or it is just being made, or removed
@@ -799,12 +800,56 @@ class _Database:
             with suppress(FileNotFoundError):
                 os.unlink(f"{self._file}-shm")
         _make_file(self._path, "log.db")
+        is_made = not os.path.exists(f"{self._file}-wal")
         with self.guard:
             self._connect(may_make=True)
             if self._is_split():
                 self.close()
                 self._leave_files(None)
                 self._connect(may_make=True)
+            self._compare(known, is_made)
+
+    def _compare(self, known: _Identity | None, is_made: bool) -> None:
+        """Break all chains if a WAL was removed: what was stored last is not there.
+
+        Else those who had not got it yet would go on with what is stored now. Which
+        WAL is in use (its inode) stands in the lock's file, so that this is done
+        once, by any process; nothing stands there when the last one has closed it.
+
+        Args:
+            known: What this process had until now.
+            is_made: This WAL is new; the number may have been another's.
+        """
+        assert self.identity is not None
+        mine = str(self.identity[1][1]).encode()
+        noted = self._noted()
+        if noted == mine and not is_made:
+            return
+        if noted or (known is not None and (is_made or known[1] != self.identity[1])):
+            execute = self.connection.execute
+            execute("BEGIN IMMEDIATE")
+            # As if each channel's newest event had been stored, and deleted.
+            execute(
+                "UPDATE channel SET last = last + 1, nonce = abs(random() % 4294967296)"
+            )
+            execute("UPDATE life SET empty = ?", (_nonce(),))
+            execute("COMMIT")
+        self._note(mine)
+
+    def _noted(self) -> bytes:
+        fd = os.open(f"{self._path}/lock", os.O_RDONLY | _SAFE)
+        try:
+            return os.read(fd, 64)
+        finally:
+            os.close(fd)
+
+    def _note(self, text: bytes) -> None:
+        fd = os.open(f"{self._path}/lock", os.O_WRONLY | _SAFE)
+        try:
+            os.ftruncate(fd, 0)
+            os.write(fd, text)
+        finally:
+            os.close(fd)
 
     def _leave_files(self, known: _Identity | None) -> None:
         """Close what this process has of files that are not where they were."""
@@ -909,9 +954,12 @@ class _Database:
     def close(self) -> None:
         """Close it; by who has the lock: the last one's close is a checkpoint."""
         connection, self._connection = self._connection, None
-        self.identity = None
+        is_current, self.identity = self.is_current(), None
         if connection is not None:
             connection.close()
+            if is_current and not os.path.exists(f"{self._file}-wal"):
+                with suppress(OSError):  # then chains are broken that were whole
+                    self._note(b"")
 
     # To write.
 
