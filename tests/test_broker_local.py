@@ -1227,6 +1227,103 @@ def test_a_listener_that_fails_says_so_and_goes_on(make, folder):
     wait_until(lambda: told.payloads == [b"x"])
 
 
+DATA = "x'646174613a20780a0a'"  # "data: x", as a hub stores it
+
+# What SQLite takes in our tables, and no hub has stored: after the event 1 of "a".
+ROWS = {
+    "a text": "INSERT INTO event VALUES (9, 1, 2, 7, 7, :now, 'data: x')",
+    "a number": "INSERT INTO event VALUES (9, 1, 2, 7, 7, :now, 5)",
+    "no nonce": f"INSERT INTO event VALUES (9, 1, 2, 'x', 7, :now, {DATA})",
+    "no number": f"INSERT INTO event VALUES (9, 1, x'ff', 7, 7, :now, {DATA})",
+    "no predecessor": f"INSERT INTO event VALUES (9, 1, 2, 7, 'x', :now, {DATA})",
+    "beyond the head": f"INSERT INTO event VALUES (9, 1, 4, 7, 7, :now, {DATA})",
+    "no UTF-8": f"""INSERT INTO channel VALUES (9, CAST(x'ff' AS TEXT), 1, 7);
+        INSERT INTO event VALUES (9, 9, 1, 7, 0, :now, {DATA})""",
+    "no name": f"""INSERT INTO channel VALUES (9, x'ff', 1, 7);
+        INSERT INTO event VALUES (9, 9, 1, 7, 0, :now, {DATA})""",
+}
+
+
+def read_to(subscription, last):
+    """Return the data of events, up to these; resets are left out."""
+    found = []
+    while last not in found:
+        events = subscription.read(TIMEOUT)
+        assert events
+        assert len(found) < 100
+        found += [e.data for e in events if not isinstance(e, Gap)]
+    return found
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_a_row_that_is_no_event_silences_nobody(folder, rows, caplog):
+    """It is left out; the listener goes on, and so does whoever reads it."""
+    url = f"local:{folder}/log"
+    with contextlib.closing(Hub(url)) as hub:
+        listening = hub.subscribe("a"), hub.subscribe("#")
+        assert [s.read(0) for s in listening] == [[], []]
+        hub.publish("a", "1")
+        assert [e.data for s in listening for e in s.read(TIMEOUT)] == ["1"] * 2
+        with contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as log:
+            for row in rows.split(";"):
+                log.execute(row, {"now": time.time() * 1000})
+            log.execute("UPDATE channel SET last = 2, nonce = 7 WHERE name = 'a'")
+            log.commit()
+        hub.publish("a", "3")
+        for subscription in listening:
+            assert read_to(subscription, "3").count("3") == 1
+        assert hub.stats()["up"]
+    assert "the sink has failed" not in caplog.text
+    with contextlib.closing(Hub(url)) as hub:
+        fresh = hub.subscribe("a", after="start")
+        assert read_to(fresh, "3") == ["1", "3"]
+        assert fresh.read(0) == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["UPDATE channel SET last = 'x'", "UPDATE channel SET nonce = 'x'"],
+)
+def test_a_channel_that_is_damaged_is_named(folder, damage, caplog):
+    """Its subscribers wait, the others hear on, and the log says which it is."""
+    with contextlib.closing(Hub(f"local:{folder}/log")) as hub:
+        for name in "ab":
+            hub.publish(name, "1")
+        with contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as log:
+            log.execute(f"{damage} WHERE name = 'a'")
+            log.commit()
+        assert hub.subscribe("a", after="start").read(0) == []
+        assert read_to(hub.subscribe("b", after="start"), "1") == ["1"]
+        assert hub.stats()["up"]
+        wait_until(lambda: "'a' cannot be read" in caplog.text)
+
+
+def test_wakes_without_end_hold_up_nobody(make):
+    """Whoever may write to the folder may send them faster than they are taken."""
+
+    class Flooded:
+        taken = 0
+
+        def fileno(self):
+            return sending.fileno()
+
+        def recv(self, size):
+            self.taken += 1
+            assert self.taken < 100_000
+            return b"\0"
+
+    sending, receiving = socket.socketpair()
+    with sending, receiving:
+        broker = make()
+        broker.attach(Told())
+        broker.watch("a")
+        listener = broker.process._listener
+        broker.close()  # its own thread has ended
+        receiving.send(b"\0")
+        listener._socket = Flooded()
+        listener._wait()
+
+
 def test_the_engine_may_come_later(make, folder):
     """A log that cannot be had when one begins is had when it can."""
     os.rmdir(folder)

@@ -33,6 +33,7 @@ from syncstream.brokers.redis import RedisBroker
 from syncstream.errors import Closed, Denied, Unavailable, Uncertain
 from syncstream.hub import Gap, Hub
 from syncstream.journal import journal
+from syncstream.log import JOIN
 from syncstream.testing import check_broker
 from tcp_proxy import Proxy
 
@@ -758,6 +759,30 @@ def test_a_stream_entry_that_is_no_event_silences_nobody(shared):
         assert (None, "x") not in found
 
 
+@pytest.mark.parametrize(
+    "id",
+    ["9999999999999999-0", f"{2**64 - 1}-{2**64 - 1}", f"2000000000000-{2**64 - 1}"],
+    ids=["digits", "last", "last number"],
+)
+def test_an_id_that_leaves_no_room_silences_nobody(shared, id):
+    """Its channel begins anew with the next event, by one reset for its readers."""
+    with hub_of(own(shared.url)) as hub, shared.client() as client:
+        heard = hub.subscribe("a", after="start")
+        hub.publish("a", "1")
+        assert [event.data for event in heard.read(TIMEOUT)] == ["1"]
+        key = hub.broker._servers()[0].key("a")
+        client.xadd(key, {b"p": b"7-7", b"d": b"data: x\n\n"}, id=id)
+        for text in ("2", "3"):
+            after = hub.publish("a", text)
+            events = heard.read(TIMEOUT)
+            while events[-1].data != text:
+                events += heard.read(TIMEOUT)
+            # A look at the heads may have found the entry by itself.
+            assert [e.event for e in events][-2:] == ["reset", None][text == "3" :]
+        assert hub.subscribe("a", after=after).read(0) == []
+        assert hub.stats()["up"]
+
+
 def test_a_sink_that_fails_ends_no_listener(server, quick):
     """What it has not taken is read anew."""
 
@@ -1031,20 +1056,16 @@ def test_two_formats_share_a_server(shared):
 
 
 def test_pages_are_bounded_in_bytes(shared):
-    """Who asks for hundreds of large events gets some, and goes on."""
+    """Nobody takes more of one than `JOIN`: a reader's request holds up no server."""
     with opened(own(shared.url)) as broker:
-        for _ in range(6):
-            broker.publish([("a", b"x" * 100_000)] * 50)
-        page = broker.read("a", "0")
-        found, after = list(page.entries), page.entries[-1].id
-        assert len(found) == 100
-        while after != page.head:
-            page = broker.read("a", after)
+        broker.publish([("a", b"x")] * 40 + [("a", b"x" * 100_000)] * 60)
+        found = [*broker.read("a", "0").entries]
+        assert 40 < len(found) <= 56
+        while found[-1].id != (page := broker.read("a", found[-1].id)).head:
             assert page.complete
-            assert len(page.entries) <= 100
+            assert sum(len(e.payload) for e in page.entries) < JOIN + 100_000
             found += page.entries
-            after = found[-1].id
-        assert len(found) == 300
+        assert len(found) == 100
         assert [e.prev for e in found[1:]] == [e.id for e in found[:-1]]
 
 

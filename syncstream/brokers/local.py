@@ -81,6 +81,7 @@ _WAL, _WAL_MAX = 4 << 20, 16 << 20  # bytes, from which on it is checkpointed
 _SEEN = 2000  # milliseconds, within which listeners have seen an event
 _SWEEP = 64  # events between two looks for what is too old, or too much
 _CHANNELS = 5000  # that are looked at in one go, whether they can be forgotten
+_WAKES = 1000  # that are taken before it looks, be there more or not
 _LOCK_TRY = 0.002  # seconds between two tries
 _FRESHEN = 60.0  # seconds between two updates of the files' times
 _SAFE = os.O_CLOEXEC | os.O_NOFOLLOW  # the folder may be a group's
@@ -890,6 +891,7 @@ class _Database:
             isolation_level=None,
             check_same_thread=False,
         )
+        connection.text_factory = _text
         try:
             self._check(connection, may_make=may_make)
             for setting in _SETTINGS:
@@ -1141,7 +1143,7 @@ class _Database:
         match = _ID.fullmatch(after)
         number = int(match[1], 16) if match else -1
         if oldest <= number < last:
-            entries = self._entries(channel, number, limit, since)
+            entries = self._entries(channel, number, last, limit, since)
             if entries and entries[0].prev == after:
                 return Page(entries, True, head)
             # The event itself is kept, the one after it is not: what follows that.
@@ -1161,7 +1163,8 @@ class _Database:
         ).fetchone()
         if first is None:
             return Page((), False, head)
-        return Page(self._entries(channel, first - 1, limit, since), False, head)
+        entries = self._entries(channel, first - 1, last, limit, since)
+        return Page(entries, False, head)
 
     def edge(
         self, name: str, count: int, capacity: int, max_age: float | None
@@ -1186,13 +1189,14 @@ class _Database:
         return (head if before is None else _id(before, prev)), head
 
     def _entries(
-        self, channel: int, number: int, limit: int, since: int
+        self, channel: int, number: int, last: int, limit: int, since: int
     ) -> list[Entry]:
-        """Return what follows a number, unless that is too old."""
+        """Return what follows a number up to the head's, unless that is too old."""
         rows = self.connection.execute(
             "SELECT number, nonce, prev, time, payload FROM event"
-            " WHERE channel = ? AND number > ? ORDER BY number LIMIT ?",
-            (channel, number, limit),
+            " WHERE channel = ? AND number > ? AND number <= ?"
+            " ORDER BY number LIMIT ?",
+            (channel, number, last, limit),
         )
         now = time.monotonic()
         entries: list[Entry] = []
@@ -1200,9 +1204,8 @@ class _Database:
         for number, nonce, prev, at, payload in rows:
             if not entries and at < since:
                 break
-            id = _id(number, nonce)
-            entries.append(Entry(id, _id(number - 1, prev), payload, now))
-            size += len(payload)
+            entries.append(_entry(number, nonce, prev, payload, now))
+            size += len(entries[-1].payload)
             if size > _PAGE:
                 break
         rows.close()
@@ -1227,9 +1230,9 @@ class _Database:
         found = []
         size = 0
         for seq, name, number, nonce, prev, payload in rows:
-            entry = Entry(_id(number, nonce), _id(number - 1, prev), payload, now)
-            found.append((seq, name, entry))
-            size += len(payload)
+            entry = _entry(number, nonce, prev, payload, now)
+            found.append((seq, name if isinstance(name, str) else "", entry))
+            size += len(entry.payload)
             if size > _PAGE:
                 break
         rows.close()
@@ -1238,6 +1241,22 @@ class _Database:
 
 def _id(number: int, nonce: int) -> str:
     return f"{number:x}-{nonce:08x}"
+
+
+def _entry(number: Any, nonce: Any, prev: Any, payload: Any, now: float) -> Entry:
+    """Return a row's event; for a row that is none of ours, one that `flaw` refuses.
+
+    SQLite takes any type in any column.
+    """
+    try:
+        ids = _id(number, nonce), _id(number - 1, prev)
+    except (TypeError, ValueError):
+        return Entry("", "", b"", now)
+    return Entry(*ids, payload if isinstance(payload, bytes) else b"", now)
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="replace")  # SQLite takes any bytes, too
 
 
 def _nonce() -> int:
@@ -1653,7 +1672,13 @@ class _Process:
             if self._is_closed:
                 raise Unavailable("local: is closed")
             with self._judged("read"), self._opened(self._history, self._locks[1]):
-                return read(self._history)
+                try:
+                    return read(self._history)
+                except (TypeError, ValueError) as error:
+                    failure = error  # one channel's: others can be read
+            raise Unavailable(
+                f"{self._path}: a row has other types than ours: {failure}"
+            ) from failure
         finally:
             self._reading.release()
 
@@ -2023,9 +2048,10 @@ class _Listener:
         poll = native(select, "poll")()
         poll.register(self._socket, select.POLLIN)
         poll.poll(LOOK_EVERY * 1000)
-        # All that have come by now: what they tell of will be seen.
+        # All that have come by now: what they tell of will be seen. Not for ever: some
+        # may send them as fast.
         with suppress(OSError):
-            while True:
+            for _ in range(_WAKES):
                 self._socket.recv(16)
 
     def _tell(self) -> None:

@@ -143,6 +143,10 @@ local function now()
   local time = redis.call('TIME')
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
+local function is_ours(id)
+  local ms, number = string.match(id, '(%d+)-(%d+)')
+  return #ms <= 15 and tonumber(number) < 4503599627370496  -- 2^52
+end
 local function next_id(last, nonce)
   local ms, number = now(), tonumber(nonce)
   if last then
@@ -164,6 +168,11 @@ _PUBLISH = _Script(
 local key, marks = KEYS[1], KEYS[2]
 local topic, payload, nonce, capacity, age, ttl = unpack(ARGV)
 local prev = newest(key)
+-- After an id that is none of ours, and that has no room for another, it begins anew.
+if prev and not is_ours(prev) then
+  redis.call('UNLINK', key)
+  prev = false
+end
 local id, ms = next_id(prev, nonce)
 local found = redis.call('HMGET', marks, field_of(key), 'epoch')
 -- A key that has no mark was made by an earlier version, or the marks were evicted:
@@ -198,7 +207,8 @@ return redis.error_reply('STORED, but: ' .. problem)
 )
 
 # Returns the head, whether nothing is missing, then id, prev and payload of each. In
-# pieces, because payloads may be large: 4 MiB, or one piece.
+# pieces, because payloads may be large and nobody takes more than `log.JOIN` of them:
+# hundreds of MiB would hold up the server for all.
 _READ = _Script(
     _COMMON
     + """
@@ -209,9 +219,10 @@ if after == '' then return {head, 1} end
 local oldest = 0
 if age ~= '' then oldest = math.max(0, now() - age) end
 local function read(start, prev)
-  local found, size, left = {head, 0}, 0, tonumber(limit)
-  while left > 0 and size < 4194304 do
-    local piece = redis.call('XRANGE', key, start, '+', 'COUNT', math.min(left, 100))
+  local found, size, left, step = {head, 0}, 0, tonumber(limit), 1
+  while left > 0 and size < 131072 do
+    step = math.min(2 * step, 16, left)
+    local piece = redis.call('XRANGE', key, start, '+', 'COUNT', step)
     for place, entry in ipairs(piece) do
       local fields = entry[2]
       found[#found + 1] = entry[1]
@@ -221,7 +232,7 @@ local function read(start, prev)
       size = size + #payload
     end
     left = left - #piece
-    if #piece < 100 then break end
+    if #piece < step then break end
     start = '(' .. piece[#piece][1]
   end
   if (found[4] or head) == prev then found[2] = 1 end
