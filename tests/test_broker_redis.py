@@ -1747,7 +1747,7 @@ def publish():
 ids = []
 pool = ThreadPool(1)
 with gevent.Timeout(15):
-    for _ in range(5):
+    for _ in range(40):
         ids += [publish(), pool.apply(publish)]
     assert sorted(ids) == sorted(e.id for e in broker.read("a", "0").entries)
 broker.close()
