@@ -154,14 +154,35 @@ def test_json_that_python_cannot_read(data, text):
         ({"CONTENT_LENGTH": "9" * 5000}, 413),
         ({"CONTENT_LENGTH": "9"}, 400),
         ({"CONTENT_LENGTH": "", "HTTP_TRANSFER_ENCODING": "chunked"}, 411),
+        ({"CONTENT_LENGTH": "9", "wsgi.input_terminated": True}, 400),
+        ({"CONTENT_LENGTH": "3", "wsgi.input_terminated": True}, 400),
     ],
-    ids=["zeros", "word", "negative", "huge", "short", "chunked"],
+    ids=["zeros", "word", "negative", "huge", "short", "chunked", "left", "both"],
 )
 def test_bodies_of_a_wrong_length(hub, client, environ, status):
     """Are no empty events."""
     answer = post(client, environ_overrides=environ)
     assert answer.status_code == status
     assert hub.stats()["published"] == 0
+
+
+@pytest.mark.parametrize(("more", "status"), [(b"", 200), (b"\n", 413)])
+def test_a_chunked_body_is_not_cut_short(more, status):
+    """What is beyond the limit refuses all of it."""
+    line = b'"' + b"x" * (MAX_BODY // 32 - 3) + b'"\n'
+    environ = {
+        "CONTENT_LENGTH": "",
+        "HTTP_TRANSFER_ENCODING": "chunked",
+        "wsgi.input_terminated": True,
+    }
+    with closing(Hub()) as hub:
+        client = Client(publish_app(hub, token="secret"), Response)
+        body = line * 32 + more
+        answer = post(
+            client, "/a", body, content_type=NDJSON, environ_overrides=environ
+        )
+        assert answer.status_code == status
+        assert hub.stats()["published"] == (32 if status == 200 else 0)
 
 
 @pytest.mark.parametrize(
