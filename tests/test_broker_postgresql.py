@@ -29,7 +29,13 @@ from postgresql_server import Line, PostgreSQL
 from syncstream import Gap, Hub
 from syncstream.brokers import open_broker, postgresql
 from syncstream.brokers.postgresql import PostgreSQLBroker, install, install_sql
-from syncstream.errors import Denied, PayloadTooLarge, Unavailable, Uncertain
+from syncstream.errors import (
+    Closed,
+    Denied,
+    PayloadTooLarge,
+    Unavailable,
+    Uncertain,
+)
 from syncstream.journal import journal
 from syncstream.protocol import sse
 from tcp_proxy import Proxy
@@ -743,6 +749,60 @@ def test_any_name(make, name):
     await_true(lambda: len(told.entries) == 2)
     assert [channel for channel, _ in told.entries] == [name, "it's:x"]
     assert [entry.payload for entry in broker.read(name, "0").entries] == [b"1"]
+
+
+@pytest.fixture
+def database(server, schema, encoding):
+    """The URL of a database of another encoding."""
+    server.execute(f"CREATE DATABASE {schema} TEMPLATE template0 ENCODING '{encoding}'")
+    return server.url_at(server.port, schema)
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1"])
+def test_a_name_that_the_encoding_has_not_is_denied(database):
+    """It deafens nobody else: clients may choose names."""
+    with contextlib.closing(Hub(database)) as hub:
+        heard = hub.subscribe("\xe9")
+        assert heard.read(0) == []
+        for name in ("\u65e5", "\u65e5:*"):
+            hub.broker.watch(name)
+        with pytest.raises(Closed, match="denied"):
+            hub.subscribe("\u65e5").read(LIMIT)
+        with pytest.raises(Denied, match="not published"):
+            hub.publish("\u65e5", "x")
+        hub.publish("\xe9", "1")
+        assert [event.data for event in heard.read(LIMIT)] == ["1"]
+        assert hub.stats()["up"]
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII"])
+def test_a_name_that_is_not_utf8_silences_nobody(database):
+    """A server without an encoding has names of any bytes."""
+    with contextlib.closing(Hub(database)) as hub:
+        heard = hub.subscribe("\xe9"), hub.subscribe("#")
+        assert [s.read(0) for s in heard] == [[], []]
+        with psycopg.connect(database, autocommit=True) as connection:
+            for text in ("data: x\n\n", "no event"):
+                connection.execute(
+                    "SELECT syncstream.append(E'\\377', %s::text::bytea, 9, 9)", [text]
+                )
+        hub.publish("\xe9", "1")
+        for subscription in heard:
+            assert read_until(subscription, "1")
+        assert hub.stats()["up"]
+
+
+def test_a_sequence_that_was_set_back_silences_nobody(server, schema, make):
+    """As it is on a logical replica: an event comes after all that are there."""
+    broker = make()
+    told = listening(broker, "a")
+    for payload in (b"1", b"2", b"3"):
+        broker.publish([("a", payload)])
+    await_true(lambda: len(told.entries) == 3)
+    server.execute(f"DELETE FROM {schema}.event WHERE off < 3")
+    server.execute(f"SELECT setval('{schema}.event_seq', 1)")
+    broker.publish([("a", b"4")])
+    await_true(lambda: told.payloads()[3:] == [b"4"])
 
 
 def test_many_names(make, monkeypatch):

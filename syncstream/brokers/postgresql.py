@@ -251,7 +251,9 @@ BEGIN
         INSERT INTO $S.channel (name, last, prev, nonce, ts)
             VALUES (a_channel, c_last, c_prev, c_nonce, c_ts);
     END IF;
-    c_seq := nextval('$S.event_seq');
+    -- Above all that is there, also where the sequence was set back, as it is on a
+    -- logical replica: listeners go by it.
+    c_seq := greatest(nextval('$S.event_seq'), (SELECT max(e.seq) + 1 FROM $S.event e));
     INSERT INTO $S.event (seq, channel, off, nonce, prev, ts, data)
         VALUES (c_seq, a_channel, c_last, c_nonce, c_prev, c_ts, a_data);
     -- Readers leave out what is too much or too old; here it makes room, in batches.
@@ -641,7 +643,7 @@ class PostgreSQLBroker:
             try:
                 results = connection.run(sql, deadline=deadline)
             except _Refused as error:
-                if error.sqlstate == _DENIED:
+                if error.sqlstate in (_DENIED, *_UNNAMEABLE):
                     raise Denied(f"not published: {error}") from error
                 way = "connect" if error.is_fatal else "publish"
                 self._judge(own, way, reason=f"not published: {error}")
@@ -793,6 +795,8 @@ class PostgreSQLBroker:
                     (result,) = connection.run(sql, words, deadline=deadline)
                 break
             except (_Refused, _Lost) as error:
+                if isinstance(error, _Refused) and error.sqlstate in _UNNAMEABLE:
+                    raise Denied(f"not read: {error}") from error
                 # A connection that broke: nothing is lost by another try.
                 if attempt == 2 or time.monotonic() >= deadline:
                     is_refused = isinstance(error, _Refused) and not error.is_fatal
@@ -929,6 +933,7 @@ class PostgreSQLBroker:
 
 _MISSING = ("42P01", "3F000", "42883")  # no such table, schema, function
 _DENIED = "42501"  # a right is missing, or a policy forbids it
+_UNNAMEABLE = "22P05", "22021"  # the database's encoding has no such characters
 _HOW_TO = (
     'Let a role that may install it: "python -m syncstream.brokers.postgresql URL", or'
     ' in Django "syncstream" in INSTALLED_APPS and "manage.py migrate"'
@@ -1225,7 +1230,7 @@ class _Listener:
         found = is_behind = False
         while True:
             assert self._place is not None
-            words = (self._place[0], TAIL, *self._names())
+            words = (self._place[0], TAIL, *self._names(connection.is_utf8))
             deadline = time.monotonic() + READ_TIMEOUT
             (result,) = connection.run(sql, words, deadline=deadline)
             now = time.monotonic()
@@ -1241,7 +1246,7 @@ class _Listener:
             deleted = _number(result, 0, 2)
             is_behind = is_behind or deleted > self._seen
             for row in range(1, result.ntuples):
-                channel = result.get_value(row, 1).decode()
+                channel = result.get_value(row, 1).decode(errors="replace")
                 number, nonce, prev = (
                     _number(result, row, column) for column in (2, 3, 4)
                 )
@@ -1279,14 +1284,16 @@ class _Listener:
             matches(pattern, channel) for pattern in broker._patterns
         )
 
-    def _names(self) -> tuple[str, str]:
+    def _names(self, is_utf8: bool) -> tuple[str, str]:
         """Return, as SQL arrays, the names and the prefixes of what is wanted."""
         broker = self._broker
         with broker._own().lock:
             patterns = broker._patterns
-            if len(broker._watched) > _MAX_NAMES:
-                return "{}", '{""}'
             names = list(broker._watched)
+        # One name that another encoding has not, and the server would tell nothing.
+        is_sendable = is_utf8 or all(name.isascii() for name in (*names, *patterns))
+        if len(names) > _MAX_NAMES or not is_sendable:
+            return "{}", '{""}'
         prefixes = [pattern[:-2] if len(pattern) > 1 else "" for pattern in patterns]
         return _array(names), _array(prefixes)
 
@@ -1373,10 +1380,22 @@ class _Connection:
                     raise _Lost(_message(pgconn))
                 connection.wait(events[status], deadline)
             pgconn.nonblocking = 1
+            if connection._encoding == b"SQL_ASCII":  # it has names of any bytes
+                connection.run("SET client_encoding = SQL_ASCII", deadline=deadline)
         except BaseException:
             connection.close()
             raise
         return connection
+
+    @property
+    def _encoding(self) -> bytes:
+        found: bytes = self._pgconn.parameter_status(b"server_encoding") or b""
+        return found
+
+    @property
+    def is_utf8(self) -> bool:
+        """Its database has any name."""
+        return self._encoding in (b"UTF8", b"SQL_ASCII")
 
     def run(
         self, sql: str, words: Sequence[object] | None = None, *, deadline: float
