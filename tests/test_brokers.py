@@ -1,5 +1,6 @@
 """Brokers: each keeps the contract, by threads and by greenlets; the suite sees."""
 
+import math
 import os
 import random
 import threading
@@ -177,6 +178,16 @@ def test_memory_refuses_bounds_that_keep_nothing(bounds):
     """At its construction, in a sentence."""
     with pytest.raises(ValueError, match=f"{next(iter(bounds))} must be"):
         MemoryBroker(**bounds)
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"max_age": math.inf}, {"capacity": 10**10}], ids=str
+)
+@pytest.mark.parametrize("url", ["memory:", "local:", "redis://h", "postgresql://h/d"])
+def test_bounds_that_no_engine_can_count_are_refused(url, bounds):
+    """Before anything is stored, or anybody is asked."""
+    with pytest.raises(ValueError, match=f"{next(iter(bounds))} must be"):
+        open_broker(url, **bounds)
 
 
 def test_memory_keeps_nothing_of_what_is_read():

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ..clock import time
 from ..log import START, Entry, Log, Page
 from ..sockets import native
-from . import Sink, is_pattern, patterns_of
+from . import Sink, check_bounds, is_pattern, patterns_of
 
 __all__ = ["MemoryBroker"]
 
@@ -35,7 +35,7 @@ class MemoryBroker:
             that the channels that were not written to for longest are emptied.
 
     Raises:
-        ValueError: One of them is not above 0.
+        ValueError: One of them is not above 0, or more than engines can count.
     """
 
     scope: Literal["process"] = "process"
@@ -46,11 +46,9 @@ class MemoryBroker:
         max_age: float | None = 3600.0,
         max_size: int = 256 << 20,
     ) -> None:
-        for name, bound in (("capacity", capacity), ("max_size", max_size)):
-            if not bound >= 1:
-                raise ValueError(f"{name} must be 1 or more, got {bound!r}")
-        if max_age is not None and not max_age > 0:  # a NaN is not, either
-            raise ValueError(f"max_age must be above 0 or None, got {max_age!r}")
+        check_bounds(capacity, max_age)
+        if not max_size >= 1:
+            raise ValueError(f"max_size must be 1 or more, got {max_size!r}")
         self._capacity = capacity
         self._max_age = max_age
         self._max_size = max_size
