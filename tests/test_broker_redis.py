@@ -321,7 +321,7 @@ def test_tls_is_checked_for_the_host_name(tmp_path, monkeypatch):
 
         lax = "ssl_check_hostname=no", "ssl_cert_reqs=none"
         # It knows no Sentinel's commands: so one is told by whom it trusts.
-        with pytest.raises(Unavailable, match="No master"):
+        with pytest.raises(Unavailable, match="no Sentinel has its master"):
             publish(master)
         for word in lax:
             with pytest.raises(Unavailable, match="unknown command"):

@@ -64,7 +64,7 @@ from redis.exceptions import (
     ResponseError,
 )
 from redis.retry import Retry
-from redis.sentinel import Sentinel, SentinelConnectionPool
+from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 
 __all__ = ["RedisBroker"]
 
@@ -892,6 +892,10 @@ class _Server:
         connection = self._class(**self._options)
         try:
             connection.connect()
+            return connection
+        except MasterNotFoundError:
+            # It quotes the Sentinels' connections, in redis-py 6 and 7 their passwords.
+            connection.disconnect()
         except (RedisError, OSError) as error:
             connection.disconnect()
             raise Unavailable(f"cannot connect to {self.name}: {error}") from error
@@ -903,7 +907,7 @@ class _Server:
                 # Asked seldom: a firewall has forgotten them by the next time.
                 for client in self._source.sentinel_manager.sentinels:
                     client.connection_pool.disconnect(inuse_connections=False)
-        return connection
+        raise Unavailable(f"cannot connect to {self.name}: no Sentinel has its master")
 
     def _send(self, connection: Any, commands: list[Any]) -> None:
         packed = connection.pack_commands(commands)
