@@ -249,3 +249,31 @@ def read_for_the_newest(hub: Any) -> int:
         subscription.close()
         hub.broker.read = read
     return count
+
+
+def come_and_go(here: Any, there: Any) -> None:
+    """Check that two hubs, which keep 3 events, tell of who comes and keep all events.
+
+    Its watchers are at both, one of them by a pattern.
+    """
+    ids = here.publish_many("room", "123")
+    watchers = [
+        hub.subscribe(*names)
+        for hub, names in ((here, ["room"]), (there, ["room"]), (there, ["#"]))
+    ]
+    for watcher in watchers:
+        watcher.begin()
+    for _ in range(3):
+        guest = here.subscribe("room", who="ann", announce=True)
+        guest.begin()
+        guest.close()
+    for watcher in watchers:
+        told: list[Any] = []
+        while len(told) < 6:
+            events = watcher.read(TIMEOUT)
+            assert events, f"waited {TIMEOUT} s in vain, after {told}"
+            told += [event.event or event.data for event in events]
+        assert told == ["join", "leave"] * 3
+        watcher.close()
+    assert [entry.id for entry in there.broker.read("room", "0").entries] == ids
+    assert here.head("room") == ids[-1]

@@ -20,7 +20,7 @@ import pytest
 
 from broker_processes import Node, Spread
 from live import TIMEOUT, await_true, unique_key
-from pairs import check_script, read_for_the_newest
+from pairs import check_script, come_and_go, read_for_the_newest
 from programs import need_root
 from syncstream import Gap, Hub
 from syncstream.brokers import local, open_broker
@@ -1458,6 +1458,13 @@ def test_the_newest_are_found_without_the_rest(make, folder):
         broker.newest(f"unused {number}", 5)
     with contextlib.closing(sqlite3.connect(f"{broker.path}/log.db")) as connection:
         assert connection.execute("SELECT count(*) FROM channel").fetchone() == (1,)
+
+
+def test_who_comes_and_goes_evicts_nothing(make):
+    """Each process tells of those of the others; events are kept."""
+    here, there = (Hub(broker=make(capacity=3)) for _ in range(2))
+    with contextlib.closing(here), contextlib.closing(there):
+        come_and_go(here, there)
 
 
 def test_what_is_deleted_before_it_is_told_is_announced(make, folder):

@@ -24,7 +24,7 @@ import pytest
 
 from clock import Clock
 from live import await_true
-from pairs import check_script, read_for_the_newest
+from pairs import check_script, come_and_go, read_for_the_newest
 from postgresql_server import Line, PostgreSQL
 from syncstream import Gap, Hub
 from syncstream.brokers import open_broker, postgresql
@@ -959,6 +959,13 @@ def test_the_newest_are_found_without_the_rest(server, schema, make):
     assert broker.newest("a", 100) == (ids[2], ids[7])  # not more than is kept
     server.execute(f"DELETE FROM {schema}.event WHERE off = 7")
     assert broker.newest("a", 2) == (ids[4], ids[7])
+
+
+def test_who_comes_and_goes_evicts_nothing(make):
+    """Each process tells of those of the others; events are kept."""
+    here, there = (Hub(broker=make(capacity=3)) for _ in range(2))
+    with contextlib.closing(here), contextlib.closing(there):
+        come_and_go(here, there)
 
 
 def test_a_hole_in_the_middle(server, schema, make):

@@ -22,7 +22,7 @@ import pytest
 import redis
 
 from clock import Clock
-from pairs import check_script, read_for_the_newest
+from pairs import check_script, come_and_go, read_for_the_newest
 from programs import certificate
 from redis_nodes import Nodes
 from redis_server import RedisServer, Sentinel
@@ -970,6 +970,13 @@ def test_the_newest_are_found_without_the_rest(shared):
         ids = broker.publish([("a", b"x")] * 250)
         for count, before in ((1, ids[-2]), (120, ids[129]), (250, head), (999, head)):
             assert broker.newest("a", count) == (before, ids[-1])
+
+
+def test_who_comes_and_goes_evicts_nothing(shared):
+    """Each process tells of those of the others; events are kept."""
+    url = own(shared.url)
+    with hub_of(url, capacity=3) as here, hub_of(url, capacity=3) as there:
+        come_and_go(here, there)
 
 
 def test_ids_do_not_come_of_a_seed(shared):

@@ -171,20 +171,6 @@ def test_what_is_malformed_is_dropped(hub, payload, caplog):
     assert f"something in {PRESENCE!r} is no event" in caplog.text
 
 
-def test_others_are_told(tmp_path):
-    """In the hub's other processes, which have the broker alone in common."""
-    here, there = (Hub(f"local:{tmp_path}") for _ in range(2))
-    watchers = [here.subscribe("room"), there.subscribe("room"), there.subscribe("#")]
-    for watcher in watchers:
-        watcher.begin()
-    come_and_go(here, "room")
-    for watcher in watchers:
-        assert told(watcher.read(10) + watcher.read(0.5)) == ["join", "leave"]
-    assert not here.broker.read("room", START).entries
-    for hub in (here, there):
-        hub.close()
-
-
 def test_workers_without_this_deliver_it_to_nobody():
     """They have it under its own name, by "#", for those who have no tags."""
     payload = encoded("room", JOIN)
