@@ -13,16 +13,17 @@ from typing import NoReturn
 
 import pytest
 
-__all__ = ["certificate", "need_root", "program"]
+__all__ = ["certificate", "lack", "need_root", "program"]
 
 
 def need_root(what: str) -> None:
     """Skip the test, or in CI fail it, where we are not root."""
     if os.geteuid():
-        _lack(f"{what}: run as root")
+        lack(f"{what}: run as root")
 
 
-def _lack(message: str) -> NoReturn:
+def lack(message: str) -> NoReturn:
+    """Skip the test, or in CI fail it, for what this message says."""
     if os.environ.get("CI") == "true":
         pytest.fail(message)
     pytest.skip(message)
@@ -33,7 +34,7 @@ def program(name: str, package: str) -> str:
     # Debian's users have no sbin in their PATH.
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
     if path is None:
-        _lack(f"no {name}: apt-get install {package}")
+        lack(f"no {name}: apt-get install {package}")
     return path
 
 

@@ -21,7 +21,7 @@ import pytest
 from broker_processes import Node, Spread
 from live import TIMEOUT, await_true, unique_key
 from pairs import check_script, come_and_go, read_for_the_newest
-from programs import need_root
+from programs import lack, need_root
 from syncstream import Gap, Hub
 from syncstream.brokers import local, open_broker
 from syncstream.brokers.local import LocalBroker
@@ -650,7 +650,7 @@ def test_a_full_disk(folder):
     os.mkdir(disk)
     words = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk]
     if os.geteuid() or subprocess.run(words, capture_output=True).returncode:
-        pytest.skip("no tmpfs can be mounted: run as root")
+        lack("no tmpfs can be mounted: run as root")
     try:
         with open(f"{disk}/ballast", "wb") as file:
             file.write(bytes(500_000))

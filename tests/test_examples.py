@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from live import TIMEOUT, LiveServer, await_true, free_port
+from programs import program
 from syncstream.protocol import sse
 
 ROOT = Path(__file__).parents[1]
@@ -92,12 +92,9 @@ def test_every_example_is_tested():
     assert served == {path.stem for path in FILES}
 
 
-@pytest.mark.skipif(
-    shutil.which("curl") is None and os.environ.get("CI") != "true",
-    reason="install curl",
-)
 def test_the_two_commands_work_as_they_are_written():
     """In a clone, with nothing else on the path, by a shell."""
+    program("curl", "curl")
     server, client = commands("number_stream")
     port = free_port()
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

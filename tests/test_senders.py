@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairs import TIMEOUT, check_script, leave, tcp_pair
+from programs import lack
 from syncstream import senders
 from syncstream.journal import journal
 from syncstream.senders import AdaptiveSender, PydllSender, open_sender
@@ -79,7 +80,7 @@ def room():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * MANY + 200
     if 0 <= hard < wanted:
-        pytest.skip(f"ulimit -Hn is {hard}, this needs {wanted}")
+        lack(f"ulimit -Hn is {hard}, this needs {wanted}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pairs import run_script
+from programs import lack
 
 TESTS = Path(__file__).parent
 
@@ -29,7 +30,7 @@ def test_streams_on_other_systems(kind, system):
 def test_eventlet_is_refused():
     """In one sentence, at the first stream."""
     if find_spec("eventlet") is None:  # imported it would be here, too
-        pytest.skip("needs eventlet")
+        lack("no eventlet: pip install eventlet")
     done = run_script(
         "import os, warnings; warnings.simplefilter('ignore')\n"
         "os.environ['EVENTLET_NO_GREENDNS'] = 'yes'  # which imports trio, and fails\n"
