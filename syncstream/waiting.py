@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from opcode import opmap
 from types import FrameType
 from typing import Any, NoReturn, Protocol
@@ -32,6 +32,7 @@ __all__ = [
     "LONGEST",
     "Parked",
     "Scope",
+    "Turn",
     "Waiter",
     "Wakeable",
     "current",
@@ -633,6 +634,32 @@ class Waiter:
         with suppress(RuntimeError):  # it is awake
             self._lock.release()
         return True
+
+
+class Turn:
+    """One thread's or greenlet's wait for what a native thread does for it.
+
+    No stream's end interrupts it: what was stored was stored.
+    """
+
+    __slots__ = ("_waiter", "is_done")
+
+    def __init__(self) -> None:
+        self._waiter: Waiter = Context().run(Waiter)
+        self.is_done = False
+
+    def wait(self, deadline: float | None) -> bool:
+        """Wait until it is done; ``False``: the time is over."""
+        while not self.is_done:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            self._waiter.wait(left)
+        return True
+
+    def end(self) -> None:
+        self.is_done = True
+        wake_all([self._waiter])
 
 
 def wake_all(waiters: Iterable[Wakeable]) -> None:

@@ -1369,7 +1369,8 @@ def test_a_connection_that_answers_is_used_again(server, monkeypatch):
             options = socket.SOL_SOCKET, socket.SO_KEEPALIVE
             (here,) = broker._processes.values()
             (pool,) = here.servers
-            assert all(i.connection._sock.getsockopt(*options) for i in pool._idle)
+            kept = [idle.connection for idle in pool._idle]
+            assert all(connection._sock.getsockopt(*options) for connection in kept)
             made = client.info("stats")["total_connections_received"]
             broker.publish([("a", b"x")])
             assert client.info("stats")["total_connections_received"] == made
@@ -1471,6 +1472,22 @@ def test_a_publish_that_is_not_answered(server, proxy, clock):
             proxy.is_deaf = True
         payloads = [entry.payload for entry in direct.read("a", "0").entries]
         assert payloads == [b"1", b"2", b"3", b"4"]
+
+
+def test_all_that_a_publish_waits_for_has_one_deadline(proxy, clock):
+    """For its turn, and for a connection that is not answered either."""
+    query = "publish_timeout=1", "max_connections=1"
+    with opened(at(proxy.port, *query)) as broker:
+        (server,) = broker._process().servers
+        proxy.is_silent = True
+        server._free.acquire()
+        turn = threading.Timer(0.8, server._free.release)
+        turn.start()
+        began = clock()
+        with pytest.raises(Unavailable, match="cannot connect"):
+            broker.publish([("a", b"x")])
+        assert clock() - began < 1.15
+        turn.join()
 
 
 @pytest.mark.parametrize("how", ["silent", "stopped"])
@@ -1766,6 +1783,35 @@ def test_threads_of_gevent_publish(server):
     """Whichever hub a kept connection waits in: another thread takes another one."""
     pytest.importorskip("gevent")
     check_script(THREADS_OF_GEVENT, server.url)
+
+
+SUBSCRIBED_IN_A_THREAD = """
+from gevent import monkey
+monkey.patch_all()
+import os, sys, gevent
+from gevent.threadpool import ThreadPool
+from syncstream import Hub
+
+hub = Hub(sys.argv[1])
+subscriptions = [hub.subscribe("a") for _ in range(2)]
+pool = ThreadPool(1)
+with gevent.Timeout(15):
+    pool.apply(subscriptions[0].read, (0,))
+    subscriptions[1].read(0)
+    hub.publish("a", "x")
+    gevent.sleep(0)  # the pool's thread does nothing meanwhile
+    assert [e.data for e in subscriptions[1].read(10)] == ["x"]
+    got = pool.apply(subscriptions[0].read, (10,))
+    assert [e.data for e in got] == ["x"]
+    hub.close()
+os._exit(0)  # on Python 3.10 gevent's threads crash when they end, sometimes
+"""
+
+
+def test_a_thread_of_gevent_subscribes_first(server):
+    """Whichever hub asks first, all of them are told, and may close it."""
+    pytest.importorskip("gevent")
+    check_script(SUBSCRIBED_IN_A_THREAD, server.url)
 
 
 # Sentinel.

@@ -37,7 +37,6 @@ events, the nonce is the event's own. A channel without events has the head
 from __future__ import annotations
 
 import _thread
-import contextvars
 import errno
 import fcntl
 import logging
@@ -63,7 +62,7 @@ from ..errors import BrokerError, PayloadTooLarge, Unavailable, Uncertain
 from ..journal import report
 from ..log import Entry, Page
 from ..sockets import native
-from ..waiting import LONGEST, Waiter, hub, say, wake_all
+from ..waiting import LONGEST, Turn, hub, say
 from . import Sink, check_bounds, is_pattern, matches, shown
 
 __all__ = ["LocalBroker"]
@@ -1267,32 +1266,6 @@ def _nonce() -> int:
 # Who does it.
 
 
-class _Turn:
-    """One thread's or greenlet's wait for what a native thread does for it.
-
-    No stream's end interrupts it: what was stored was stored.
-    """
-
-    __slots__ = ("_waiter", "is_done")
-
-    def __init__(self) -> None:
-        self._waiter: Waiter = contextvars.Context().run(Waiter)
-        self.is_done = False
-
-    def wait(self, deadline: float | None) -> bool:
-        """Wait until it is done; ``False``: the time is over."""
-        while not self.is_done:
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                return False
-            self._waiter.wait(left)
-        return True
-
-    def end(self) -> None:
-        self.is_done = True
-        wake_all([self._waiter])
-
-
 class _Job:
     """A call that waits to be made, or a publish; and what has come of it."""
 
@@ -1301,7 +1274,7 @@ class _Job:
     def __init__(self, items: Items = (), call: Callable[[], Any] | None = None):
         self.items = items
         self.call = call
-        self.turn: _Turn | None = None  # of who waits, if somebody does
+        self.turn: Turn | None = None  # of who waits, if somebody does
         self.is_taken = False
         self.result: Any = None
         self.error: Exception | None = None
@@ -1347,10 +1320,10 @@ class _Thread:
         self._bell.acquire()
         self._is_running = False
         self._is_closed = False
-        self._ended: list[_Turn] = []
+        self._ended: list[Turn] = []
 
-    def add(self, job: _Job) -> _Turn:
-        turn = job.turn = _Turn()
+    def add(self, job: _Job) -> Turn:
+        turn = job.turn = Turn()
         with self.lock:
             if self._is_closed:
                 raise Unavailable("local: is closed")
@@ -1406,10 +1379,10 @@ class _Thread:
 
     def close(self, deadline: float) -> bool:
         """Let it do what is there, and end; ``False``: not within this time."""
-        turn = _Turn()
+        turn = Turn()
         return not self.end(turn) or turn.wait(deadline)
 
-    def end(self, *turns: _Turn) -> bool:
+    def end(self, *turns: Turn) -> bool:
         """Have it end, and end these turns then; ``False``: there is nothing to end."""
         with self.lock:
             self._is_closed = True
@@ -1972,7 +1945,7 @@ class _Listener:
         self._position = 0  # up to this place all was told
         self._is_doubtful = broker.is_heir  # some may not have been told
         self._is_closed = False
-        self._ended: list[_Turn] = []
+        self._ended: list[Turn] = []
         self._lock = native(_thread, "RLock")()
 
     def start(self, database: _Database) -> None:
@@ -2106,10 +2079,10 @@ class _Listener:
             return database.tail(self._position), newest
 
     def close(self, deadline: float) -> bool:
-        turn = _Turn()
+        turn = Turn()
         return not self.end(turn) or turn.wait(deadline)
 
-    def end(self, *turns: _Turn) -> bool:
+    def end(self, *turns: Turn) -> bool:
         """Have it end, and end these turns then; ``False``: it has ended."""
         with self._lock:
             self._is_closed = True

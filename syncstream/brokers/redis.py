@@ -19,7 +19,10 @@ that are evicted or flushed show as a reset. Redis 6.2, or any Valkey.
 
 from __future__ import annotations
 
+import _socket
+import _thread
 import functools
+import gc
 import hashlib
 import logging
 import math
@@ -43,7 +46,8 @@ from ..clock import time
 from ..errors import BrokerError, Denied, Unavailable, Uncertain
 from ..journal import report
 from ..log import START, Entry, Page
-from ..waiting import hub, say, sleep
+from ..sockets import native
+from ..waiting import Turn, say, sleep
 from . import Sink, check_bounds, is_pattern, matches, shown
 
 try:
@@ -59,12 +63,11 @@ from redis.exceptions import (
     BusyLoadingError,
     NoPermissionError,
     NoScriptError,
-    ReadOnlyError,
     RedisError,
     ResponseError,
 )
 from redis.retry import Retry
-from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
+from redis.sentinel import MasterNotFoundError, Sentinel
 
 __all__ = ["RedisBroker"]
 
@@ -453,6 +456,11 @@ class RedisBroker:
         """How long a key lives from its last use on, milliseconds."""
         return self._ttl
 
+    @property
+    def timeout(self) -> float:
+        """How long a request may take, seconds."""
+        return self._timeout
+
     def watch(self, channel: str) -> None:
         try:
             self._listening().watch(channel, self._timeout)
@@ -590,11 +598,13 @@ class _Process:
     def __init__(self, broker: RedisBroker, servers: list[_Server]) -> None:
         self._broker = weakref.ref(broker)
         self.ttl = broker.ttl
+        self.timeout = broker.timeout
         self.servers = servers
         self._listeners: dict[_Server, _Listener] = {}
-        self._lock = threading.Lock()
+        # Native, here and in the listener: threads of several hubs meet in them.
+        self._lock = native(_thread, "allocate_lock")()
         self._failing: set[tuple[_Server, str]] = set()
-        self._judging = threading.RLock()
+        self._judging = native(_thread, "RLock")()
         self._is_closed = False
         for server in servers:
             server.judge = functools.partial(self.judge, server)
@@ -632,7 +642,7 @@ class _Process:
         """Leave it to the parent; return what is watched."""
         names: dict[str, None] = {}
         for listener in self._listeners.values():
-            listener.is_closed = True
+            listener.abandon()
             names.update(dict.fromkeys(listener.watched()))
         return list(names)
 
@@ -696,16 +706,12 @@ class _Server:
 
     def __init__(self, url: str, timeout: float, prefix: str) -> None:
         self._timeout = timeout
-        options: dict[str, Any] = {
-            # Connecting is two waits, and is to be over within the time-out.
-            "socket_timeout": timeout / 2,
-            "socket_connect_timeout": timeout / 2,
-        }
+        options: dict[str, Any] = {}
         if not url.startswith("unix:"):
             options |= {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
-        self._source: SentinelConnectionPool | None = None
+        self._service: _Service | None = None
         if "+sentinel:" in url:
-            given, self.name, self._source = _of_sentinel(url, options)
+            given, self.name, self._service = _of_sentinel(url, options)
         else:
             given = _given(url, options)
             self.name = str(given.get("path") or _address(given))
@@ -727,6 +733,7 @@ class _Server:
         # Told of what works, and what does not: see `_Process.judge`.
         self.judge: Callable[..., None] = lambda way, reason="": None
         self._idle: deque[_Idle] = deque()  # the one last that was used last
+        self._home: Any = None  # the hub in which those wait
         self._is_closed = False
         self._free = threading.BoundedSemaphore(most)
         self._class(**self._options)
@@ -862,9 +869,11 @@ class _Server:
                 self._free.release()
 
     def give_back(self, connection: Any) -> None:
-        if not _is_home():
+        # One that was made in a hurry has not much patience.
+        if not _is_home() or connection.socket_timeout < self._timeout / 4:
             connection.disconnect()
             return
+        self._home = sys.modules["gevent"].get_hub() if _is_patched() else None
         self._idle.append(_Idle(connection, time.monotonic()))
         self.forget_idle(0 if self._is_closed else IDLE)
 
@@ -881,33 +890,32 @@ class _Server:
             idle.connection.disconnect()
             # Others are as old, and there is no time to ask each.
             self.forget_idle(FRESH)
-        connection = self.connect()
-        if time.monotonic() >= deadline:
-            connection.disconnect()
-            raise Unavailable(f"{self.name} took too long to connect to")
-        return connection
+        return self.connect(deadline)
 
-    def connect(self) -> Any:
+    def connect(self, deadline: float) -> Any:
         """Return a new connection."""
-        connection = self._class(**self._options)
+        connection = None
         try:
+            options = self._options
+            if self._service is not None:
+                host, port = self._service.master(deadline)
+                options = {**options, "host": host, "port": port}
+            # It is two waits: to connect, and for the answer to what is sent first.
+            left = max(0.001, deadline - time.monotonic()) / 2
+            waits = {"socket_timeout": left, "socket_connect_timeout": left}
+            connection = self._class(**options, **waits)
             connection.connect()
-            return connection
-        except MasterNotFoundError:
-            # It quotes the Sentinels' connections, in redis-py 6 and 7 their passwords.
-            connection.disconnect()
+            if time.monotonic() >= deadline:
+                raise Unavailable(f"{self.name} took too long to connect to")
         except (RedisError, OSError) as error:
-            connection.disconnect()
+            if connection is not None:
+                connection.disconnect()
             raise Unavailable(f"cannot connect to {self.name}: {error}") from error
         except BaseException:
-            connection.disconnect()
+            if connection is not None:
+                connection.disconnect()
             raise
-        finally:
-            if self._source is not None:
-                # Asked seldom: a firewall has forgotten them by the next time.
-                for client in self._source.sentinel_manager.sentinels:
-                    client.connection_pool.disconnect(inuse_connections=False)
-        raise Unavailable(f"cannot connect to {self.name}: no Sentinel has its master")
+        return connection
 
     def _send(self, connection: Any, commands: list[Any]) -> None:
         packed = connection.pack_commands(commands)
@@ -930,8 +938,6 @@ class _Server:
             # Not the traceback: it keeps all that calls this.
             return error.with_traceback(None)
         except (RedisError, OSError) as error:
-            if isinstance(error.__context__, ReadOnlyError):  # redis.sentinel's
-                return error.with_traceback(None)
             raise Uncertain(f"no answer from {self.name}: {error}") from error
 
     def forget_idle(self, seconds: float = 0) -> None:
@@ -951,8 +957,12 @@ class _Server:
             idle.connection.disconnect()
 
     def close(self) -> None:
+        """Close what is not in use; from any thread."""
         self._is_closed = True
-        self.forget_idle()
+        if _is_home():
+            self.forget_idle()
+        elif self._home is not None and self._home.loop is not None:
+            self._home.loop.run_callback_threadsafe(self.forget_idle)
 
 
 class _Idle(NamedTuple):
@@ -966,13 +976,32 @@ class _Idle(NamedTuple):
     since: float
 
 
+def _is_patched() -> bool:
+    """Tell whether sockets are gevent's, each of which waits in one hub alone."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("socket"))
+
+
 def _is_home() -> bool:
     """Tell whether connections that are kept may be used, and closed, here.
 
-    A socket of gevent's waits in one hub alone: the main thread's, for what is kept.
+    Under gevent they are the main thread's. Not asked of a hub: a thread that has none
+    would be given one.
     """
-    here = hub()
-    return here is None or bool(here.main_hub)
+    here = native(_thread, "get_ident")()
+    return not _is_patched() or here == sys.modules["gevent.hub"].MAIN_THREAD_IDENT
+
+
+def _main_hub() -> Any:
+    """Return the main thread's hub, in another thread; gevent gives it no name.
+
+    Raises:
+        RuntimeError: It has none.
+    """
+    for one in gc.get_objects():  # as `gevent.util.GreenletTree` looks for greenlets
+        if issubclass(type(one), sys.modules["gevent"].hub.Hub) and one.main_hub:
+            return one
+    raise RuntimeError("the main thread has no gevent hub yet, which is to listen")
 
 
 def _is_living(idle: _Idle, deadline: float) -> bool:
@@ -1015,10 +1044,61 @@ def _given(url: str, options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+class _Service:
+    """A service whose master Sentinels name.
+
+    Args:
+        name: As the Sentinels know it.
+        addresses: Theirs, host and port of each.
+        options: For connections to them.
+    """
+
+    def __init__(
+        self, name: str, addresses: list[tuple[str, int]], options: dict[str, Any]
+    ) -> None:
+        self._name = name
+        self._addresses = addresses
+        self._options = options
+
+    def master(self, deadline: float) -> tuple[str, int]:
+        """Return the master's host and port, as the first Sentinel that answers says.
+
+        Each call has its own connections: a firewall has forgotten them by the next
+        one, and that may come from another hub.
+
+        Raises:
+            RedisError: None has named it.
+        """
+        known = self._addresses
+        for place, address in enumerate(known):
+            # Two waits each, and two for the master itself.
+            left = max(0.001, deadline - time.monotonic())
+            wait = left / 2 / (len(known) - place + 1)
+            waits = {"socket_timeout": wait, "socket_connect_timeout": wait}
+            sentinel = Sentinel([address], sentinel_kwargs={**self._options, **waits})
+            try:
+                found: tuple[str, int] = sentinel.discover_master(self._name)
+            except MasterNotFoundError:
+                # It quotes the connection, in redis-py 6 and 7 with its password.
+                continue
+            except (RedisError, OSError):
+                if place == len(known) - 1:
+                    raise
+            else:
+                # Who has answered is asked first from now on.
+                rest = [other for other in known if other != address]
+                self._addresses = [address, *rest]
+                return found
+            finally:
+                for client in sentinel.sentinels:
+                    client.close()
+        raise RedisError("no Sentinel has its master")
+
+
 def _of_sentinel(
     url: str, options: dict[str, Any]
-) -> tuple[dict[str, Any], str, SentinelConnectionPool]:
-    """Return a connection's options, a name, and what keeps the connections' source.
+) -> tuple[dict[str, Any], str, _Service]:
+    """Return a connection's options, a name, and the service it leads to the master of.
 
     redis-py has no URL for it.
     """
@@ -1033,7 +1113,6 @@ def _of_sentinel(
     )
     given = _given(one.geturl(), options)
     del given["host"]
-    given.pop("connection_class", None)
     theirs: dict[str, Any] = {**options, "retry": Retry(NoBackoff(), 0), "ssl": is_tls}
     for name in [*given]:
         if name.startswith("ssl_"):
@@ -1042,11 +1121,8 @@ def _of_sentinel(
             theirs[name.removeprefix("sentinel_")] = given.pop(name)
     nodes = [urlsplit(f"//{host}") for host in hosts.split(",")]
     addresses = [(node.hostname or "localhost", node.port or 26379) for node in nodes]
-    sentinel = Sentinel(addresses, sentinel_kwargs=theirs)
-    pool = SentinelConnectionPool(unquote(service), sentinel, ssl=is_tls)
-    given["connection_class"] = pool.connection_class
-    given["connection_pool"] = pool.connection_kwargs["connection_pool"]
-    return given, f"{unquote(service)} ({hosts})", pool
+    name = unquote(service)
+    return given, f"{name} ({hosts})", _Service(name, addresses, theirs)
 
 
 class _Watch:
@@ -1061,7 +1137,7 @@ class _Watch:
         is_apart: Its head is asked for by itself: the server has refused some.
         last: The id of what was told last, or was the head once; ``None``: neither.
         refusal: Why the server does not tell of it, if so.
-        waiters: Are set when it is settled, or refused.
+        waiters: Are ended when it is settled, or refused.
     """
 
     __slots__ = (
@@ -1078,7 +1154,7 @@ class _Watch:
         self.is_asked = self.is_settled = self.is_doubtful = self.is_apart = False
         self.refusal = ""
         self.last: str | None = None
-        self.waiters: list[threading.Event] = []
+        self.waiters: list[Turn] = []
 
 
 class _Asked:
@@ -1118,7 +1194,7 @@ class _Listener:
     def __init__(self, server: _Server, process: _Process) -> None:
         self._server = server
         self._process = process
-        self._lock = threading.Lock()
+        self._lock = native(_thread, "allocate_lock")()
         self._watches: dict[str, _Watch] = {}
         self._by_topic: dict[tuple[bool, bytes], _Watch] = {}
         self._changes: deque[_Watch] = deque()
@@ -1127,7 +1203,8 @@ class _Listener:
         self._spoilt: dict[str, None] = {}  # channels that had what is no event
         self._has_warned = False
         self._round: deque[_Watch] = deque()  # whose heads are to be compared
-        self._waker, self._woken = socket.socketpair()
+        # gevent's sockets would wait in the hub of whoever makes this.
+        self._waker, self._woken = _socket.socketpair()
         self._waker.setblocking(False)
         self._woken.setblocking(False)
         self._is_woken = False
@@ -1146,33 +1223,40 @@ class _Listener:
         self._is_echoed = False  # the message of the beat has come
         self._told: tuple[bytes, bytes] | None = None
         self._has_more = False
-        self._thread: Any = None
+        self._has_ended = False
+        self._joining: list[Turn] = []  # who waits for that
 
     # From any thread.
 
     def start(self) -> None:
-        monkey = sys.modules.get("gevent.monkey")
-        if monkey is not None and monkey.is_module_patched("socket"):
-            # No patched thread: a forked child has this greenlet, too, and does not
-            # know the thread that would end there.
-            self._thread = sys.modules["gevent"].spawn(self._run)
-        else:
-            self._thread = threading.Thread(
+        if not _is_patched():
+            threading.Thread(
                 target=self._run, name="syncstream-redis", daemon=True
-            )
-            self._thread.start()
+            ).start()
+            return
+        # No patched thread: a forked child has this greenlet, too, and does not know
+        # the thread that would end there. In the main hub, whoever asks: others run
+        # only while somebody waits in them.
+        home = sys.modules["gevent"].get_hub() if _is_home() else _main_hub()
+        home.loop.run_callback_threadsafe(sys.modules["gevent"].spawn, self._run)
+
+    def abandon(self) -> None:
+        """Leave it to the parent of a fork, all of whose threads are not here."""
+        self.is_closed = True
+        self._lock = native(_thread, "allocate_lock")()
 
     def stop(self) -> None:
         self.is_closed = True
         self._wake()
 
     def join(self, timeout: float) -> None:
-        thread = self._thread
-        thread.join(timeout)
-        is_alive = not thread.dead if hasattr(thread, "dead") else thread.is_alive()
-        if is_alive and timeout:
-            text = "the listener of %s did not end"
-            report(log, logging.WARNING, text, self._server.name)
+        turn = Turn()
+        self._joining.append(turn)
+        # Looked at after that: it ends those who wait after it has said so.
+        if self._has_ended or turn.wait(time.monotonic() + timeout) or not timeout:
+            return
+        text = "the listener of %s did not end"
+        report(log, logging.WARNING, text, self._server.name)
 
     def watched(self) -> list[str]:
         return [watch.name for watch in self._watches.values() if watch.is_wanted]
@@ -1194,7 +1278,7 @@ class _Listener:
             if watch.is_settled:
                 return
             if timeout and not self._is_down:
-                waiter = threading.Event()
+                waiter = Turn()
                 watch.waiters.append(waiter)
             else:
                 watch.is_doubtful = True
@@ -1202,7 +1286,7 @@ class _Listener:
         self._wake()
         if waiter is None:
             return
-        if waiter.wait(timeout):
+        if waiter.wait(time.monotonic() + timeout):
             if watch.refusal:
                 raise Denied(watch.refusal)
             return
@@ -1235,6 +1319,17 @@ class _Listener:
     # Its thread.
 
     def _run(self) -> None:
+        try:
+            self._follow()
+        finally:
+            self._server.close()
+            self._waker.close()
+            self._woken.close()
+            self._has_ended = True
+            for turn in self._joining:
+                turn.end()
+
+    def _follow(self) -> None:
         first, longest = BACKOFF
         delay = first
         while not self.is_closed:
@@ -1256,12 +1351,9 @@ class _Listener:
                 delay = first if self._has_beaten else min(2 * delay, longest)
                 self._wait(random.uniform(delay / 2, delay), [self._woken])
         self._lose("closed", is_told=False)
-        self._server.close()
-        self._waker.close()
-        self._woken.close()
 
     def _connect(self) -> None:
-        self._sub = self._server.connect()
+        self._sub = self._server.connect(time.monotonic() + self._process.timeout)
         self._send(b"SUBSCRIBE", ())
         self._ask()
         self._sent_at = None
@@ -1300,7 +1392,7 @@ class _Listener:
                 watch.is_doubtful = True
                 self._changes.append(watch)
                 for waiter in watch.waiters:
-                    waiter.set()
+                    waiter.end()
                 watch.waiters = []
         self._server.forget_idle()
         if is_told:
@@ -1384,7 +1476,7 @@ class _Listener:
             else:
                 watch.last = None
         for waiter in watch.waiters:
-            waiter.set()
+            waiter.end()
         watch.waiters = []
 
     def _forget(self, watch: _Watch) -> None:
@@ -1484,7 +1576,7 @@ class _Listener:
                 watch.pending, watch.is_asked = 0, False
                 self._forget(watch)
             for waiter in watch.waiters:
-                waiter.set()
+                waiter.end()
             watch.waiters = []
         sink = self._process.sink
         if was_wanted and sink is not None:
