@@ -1734,6 +1734,21 @@ def test_users_of_a_group_share_a_folder(make, folder, first, umask):
             assert process.wait(TIMEOUT) == 0
 
 
+def test_who_makes_a_file_has_the_lock(make, folder):
+    """Nobody else sees one that has not its rights yet: a reader makes none alone."""
+    first = make()
+    first.publish([("a", b"x")])
+    first.close()
+    names = sorted(os.listdir(f"{folder}/log"))
+    reader = make()
+    with open(f"{folder}/log/lock") as lock, in_haste(reader, 0.1):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(Unavailable, match="lock is held"):
+            reader.read("a", None)
+        assert sorted(os.listdir(f"{folder}/log")) == names
+    assert payloads(reader) == [b"x"]
+
+
 def test_no_file_is_removed_but_a_socket(make, folder):
     """Whoever shares the folder may have put a link in place of the sockets'."""
     broker = make()

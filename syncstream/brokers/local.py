@@ -767,14 +767,16 @@ class _Database:
         """
         if self.is_open:  # to close it takes the lock
             return False
+        # Who makes some of them has the lock: others cannot use them until they have
+        # their rights.
+        before = self._find()
+        if before is None:
+            return False
         try:
-            before = os.stat(self._file)
-            os.stat(f"{self._file}-wal")
             self._connect()
         except (FileNotFoundError, sqlite3.OperationalError):
             return False  # or it is just being made, or removed
-        assert self.identity is not None
-        if (before.st_dev, before.st_ino) == self.identity[0] and not self._is_split():
+        if before == self.identity and not self._is_split():
             return True
         self.close()
         return False
