@@ -76,6 +76,8 @@ class Kicker(Protocol):
 
     def deny(self, name: str, reason: str) -> None: ...
 
+    def say_unreadable(self, name: str, error: BrokerError) -> None: ...
+
 
 class Control:
     """One process's end of a hub's control channel.
@@ -143,6 +145,9 @@ class Control:
         except Denied as error:
             hub.deny(CONTROL, str(error))
             return
+        except Unavailable as error:
+            hub.say_unreadable(CONTROL, error)
+            raise
         watcher = watch()
         with self._lock:
             # From the old place on all is read: then nobody has missed anything.
@@ -234,13 +239,17 @@ class Control:
                 self._is_news = False
             try:
                 page = hub.broker.read(CONTROL, last, READ)
+                if last == page.head:  # nothing follows it, known to the engine or not
+                    page = Page((), True, last)
             except BaseException as error:
                 with self._lock:
                     self._is_reading = False
                 if isinstance(error, Denied):
                     hub.deny(CONTROL, str(error))
                     return
-                if not isinstance(error, Unavailable):
+                if isinstance(error, Unavailable):
+                    hub.say_unreadable(CONTROL, error)
+                else:
                     say(log, logging.ERROR, "kicks cannot be read", error=error)
                 if watcher is not None:
                     again = partial(_look, weakref.ref(self))

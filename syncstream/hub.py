@@ -903,7 +903,12 @@ class Hub:
             raise Closed("closed") from None
         if isinstance(error, Denied):
             self.deny(name, str(error))
-        elif self._is_up:  # others can be read: only this one's readers would know
+        else:
+            self.say_unreadable(name, error)
+
+    def say_unreadable(self, name: str, error: BrokerError) -> None:
+        """Say that a name cannot be read where others can: nobody else would."""
+        if self._is_up:
             text = "%r cannot be read: %s"
             self._say_once(name, logging.ERROR, text, name, error)
 

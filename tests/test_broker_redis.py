@@ -30,6 +30,7 @@ from syncstream import control as control_module
 from syncstream.brokers import open_broker
 from syncstream.brokers import redis as module
 from syncstream.brokers.redis import RedisBroker
+from syncstream.control import CONTROL
 from syncstream.errors import Closed, Denied, Unavailable, Uncertain
 from syncstream.hub import Gap, Hub
 from syncstream.journal import journal
@@ -781,6 +782,22 @@ def test_an_id_that_leaves_no_room_silences_nobody(shared, id):
             assert [e.event for e in events][-2:] == ["reset", None][text == "3" :]
         assert hub.subscribe("a", after=after).read(0) == []
         assert hub.stats()["up"]
+
+
+def test_a_kick_that_leaves_no_room_kicks_once(shared):
+    """Whom it may have named; those who come later stay."""
+    with hub_of(own(shared.url)) as hub, shared.client() as client:
+        first = hub.subscribe("a", who="ann")
+        assert first.read(0) == []
+        key = hub.broker._servers()[0].key(CONTROL)
+        client.xadd(key, {b"p": b"0-0", b"d": b"x"}, id="9999999999999999-0")
+        hub.resync([CONTROL])
+        await_true(lambda: first.is_closed)
+        later = hub.subscribe("a", who="ann")
+        assert later.read(0) == []
+        hub.resync([CONTROL])
+        await_true(lambda: not hub._control._is_reading)
+        assert not later.is_closed
 
 
 def test_a_sink_that_fails_ends_no_listener(server, quick):

@@ -58,6 +58,27 @@ def hub(broker):
     hub.close()
 
 
+def test_kicks_that_cannot_be_read_are_named(hub, broker, monkeypatch, caplog):
+    """Once; who could be kicked is served when they can be."""
+
+    def read(channel, after, limit=1000):
+        if channel == CONTROL:
+            raise Unavailable("no stream")
+        return MemoryBroker.read(broker, channel, after, limit)
+
+    def lines():
+        return caplog.text.count(f"{CONTROL!r} cannot be read: no stream")
+
+    monkeypatch.setattr(broker, "read", read)
+    hub.publish("a", "1")
+    for _ in range(2):
+        assert hub.subscribe("a", who="ann", after="start").read(0) == []
+    await_true(PLACE, lines)
+    assert lines() == 1
+    monkeypatch.undo()
+    assert hub.subscribe("a", who="ann", after="start").read(0)
+
+
 def begun(hub, *channels, **options):
     subscription = hub.subscribe(*(channels or ("a",)), **options)
     # In a thread: ours may have a gevent hub, of other tests, which does not run.
