@@ -1856,10 +1856,14 @@ class Subscription:
                 before.append(entry.prev)
                 if entry.id == head:
                     return before[0], head
-            page = read(name, page.entries[-1].id, READ)
-            if not page.complete:  # those were dropped meanwhile, and maybe all
+            last = page.entries[-1].id
+            page = read(name, last, READ)
+            if page.complete:
+                continue
+            is_anew = page.entries and page.entries[0].prev == oldest
+            # Those were dropped meanwhile, and maybe all; or one of them was removed.
+            if is_anew or not self._is_kept(name, last):
                 before.clear()
-                is_anew = page.entries and page.entries[0].prev == oldest
                 if is_anew or not read(name, head, 1).complete:
                     break
                 oldest = page.entries[0].prev if page.entries else head
@@ -2088,15 +2092,17 @@ class Subscription:
         # What the next entry must name; `None` where something is missing for certain.
         last: str | None = cursor.last
         if not page.complete:
-            place = self._place(cursor, entries)
-            if place is not None:
-                entries = entries[place:]
+            following = self._following(cursor, page, entries)
+            if following is not None:
+                entries = following
             elif self._is_only_older(cursor):
                 last = cursor.sent = entries[0].prev if entries else page.head
             else:
                 last = None
-                is_begun = cursor.is_begun or cursor.start
-                reason = "lagged" if is_begun and not self._is_kept(cursor) else reason
+                if (cursor.is_begun or cursor.start) and not self._is_kept(
+                    cursor.name, cursor.last
+                ):
+                    reason = "lagged"
         items: list[Item] = []
         for entry in entries:
             problem = flaw(entry)
@@ -2121,23 +2127,39 @@ class Subscription:
         cursor.last = last
         return items
 
-    def _place(self, cursor: _Cursor, entries: Sequence[Entry]) -> int | None:
-        """Return where a page goes on after an id that was removed, if it does."""
+    def _following(
+        self, cursor: _Cursor, page: Page, entries: Sequence[Entry]
+    ) -> Sequence[Entry] | None:
+        """Return what follows an id that was removed, if something names it."""
         if cursor.last in ("", START):
             return None
-        places = (n for n, entry in enumerate(entries) if entry.prev == cursor.last)
-        return next(places, None)
+        while entries:
+            for place, entry in enumerate(entries):
+                if entry.prev == cursor.last:
+                    return entries[place:]
+            # Of so many of the newest the first may come after the first page.
+            if not (cursor.start and isinstance(self._after, int)):
+                break
+            last = entries[-1].id
+            if last == page.head:
+                break
+            page = self.hub.read(cursor.name, last, READ)
+            if not page.complete and not self._is_kept(cursor.name, last):
+                break  # it has been trimmed meanwhile, and is read from the oldest on
+            entries = first_part(page.entries)
+            cursor.seen = -1  # more may have come
+        return None
 
-    def _is_kept(self, cursor: _Cursor) -> bool:
-        """Tell whether the event that it had last is kept, though its next is not.
+    def _is_kept(self, name: str, last: str) -> bool:
+        """Tell whether an event is kept, though its next is not.
 
         Then that was removed, and nobody was too slow: only the oldest are trimmed.
         What follows an id that is not kept begins with the oldest.
         """
         for _ in range(3):  # what is trimmed meanwhile proves nothing
             oldest, after, still = (
-                [entry.id for entry in self.hub.read(cursor.name, id, 1).entries]
-                for id in (START, cursor.last or _NOWHERE, START)
+                [entry.id for entry in self.hub.read(name, id, 1).entries]
+                for id in (START, last or _NOWHERE, START)
             )
             if not oldest or after == oldest:
                 return False

@@ -239,6 +239,32 @@ def test_the_beginning(hub, broker, after):
     assert found[0] in ("1", "3")
 
 
+class Plain(Holed):
+    newest = None  # it need not have one
+
+
+@pytest.mark.parametrize("limit", [1, 2, 500])
+@pytest.mark.parametrize("make", [Holed, Plain])
+def test_the_newest_are_counted_across_holes(make, limit, monkeypatch):
+    """So many of those that are kept, wherever a page ends."""
+    monkeypatch.setattr(hub_module, "READ", limit)
+    places = range(1, COUNT + 1)
+    for kept in itertools.chain.from_iterable(
+        itertools.combinations(places, n) for n in range(1, COUNT + 1)
+    ):
+        broker = make()
+        hub = Hub(broker=broker)
+        ids = [hub.head("a"), *hub.publish_many("a", map(str, places))]
+        removed = {ids[place] for place in places if place not in kept}
+        broker.remove("a", *removed)
+        for count in (1, 2, COUNT):
+            events = read_all(hub.subscribe("a", after=count))
+            found = list(zip(shape(events), [e.id for e in events], strict=True))
+            first = kept[-count:][0]
+            assert found == walk(ids, removed, ids[first - 1]), (kept, count)
+        hub.close()
+
+
 def test_of_several_channels(hub, broker, holed):
     """Each has its own; the ids of a reset have the others' places."""
     hub.publish_many("b", "xy")
