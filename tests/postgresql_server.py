@@ -60,6 +60,7 @@ class PostgreSQL:
         self._folder = Path(tempfile.mkdtemp(prefix="pg-"))
         self.data = self._folder / "data"
         self._process: subprocess.Popen[bytes] | None = None
+        self._connection: psycopg.Connection[Any] | None = None
         self._log = self._folder / "log"
         self._log.touch()
         try:
@@ -120,13 +121,24 @@ class PostgreSQL:
         return psycopg.connect(self.url, autocommit=True, **options)
 
     def execute(self, sql: str, *words: Any) -> list[Any]:
-        """Run a statement as the superuser, over a connection of its own."""
-        with self.connect() as connection:
-            cursor = connection.execute(sql, words or None)
-            return cursor.fetchall() if cursor.description else []
+        """Run a statement as the superuser, over a connection that is kept for that.
+
+        A new one for each would keep a machine busy where something is waited for.
+        """
+        if self._connection is None:
+            # What is prepared would outlive the tables that it names.
+            self._connection = self.connect(prepare_threshold=None)
+        cursor = self._connection.execute(sql, words or None)
+        return cursor.fetchall() if cursor.description else []
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def stop(self) -> None:
         """Stop it as an operator does who does not wait for clients."""
+        self._hang_up()
         if self._process is None:
             return
         self._process.send_signal(signal.SIGINT)
@@ -138,6 +150,7 @@ class PostgreSQL:
 
     def kill(self) -> None:
         """Kill it, and all its processes, at once."""
+        self._hang_up()
         if self._process is None:
             return
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -183,7 +196,12 @@ class PostgreSQL:
 
 
 class Line:
-    """A TCP proxy to a port of this machine, that can be cut, or go silent."""
+    """A TCP proxy to a port of this machine, that can be cut, or go silent.
+
+    Attributes:
+        refused: How many connections have come while it was cut, or led nowhere.
+        waiting: How many have come while it was silent.
+    """
 
     def __init__(self, port: int) -> None:
         self._to = port
@@ -192,6 +210,7 @@ class Line:
         self._sockets: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
+        self.refused = self.waiting = 0
         self._passes = {"in": threading.Event(), "out": threading.Event()}
         for event in self._passes.values():
             event.set()
@@ -211,6 +230,8 @@ class Line:
                 return
             with self._lock:
                 is_refused = self._is_cut or self._is_closed
+                self.refused += is_refused
+                self.waiting += not self._passes["in"].is_set()
                 if not is_refused:
                     self._sockets.add(client)
             if is_refused:
@@ -225,6 +246,8 @@ class Line:
             server = socket.create_connection(("127.0.0.1", self._to), TIMEOUT)
         except OSError:
             self._end(client)
+            with self._lock:
+                self.refused += 1
             return
         server.settimeout(None)
         with self._lock:

@@ -175,13 +175,11 @@ def remove(broker, channel, id):
 capacity = int(capacity)
 new = lambda: make(capacity=capacity)
 check_broker(new, capacity=capacity, rounds=60, remove=remove)
-if capacity == 100:
-    check_broker(lambda: make(max_age=0.3), max_age=0.3)
+check_broker(lambda: make(max_age=0.3), max_age=0.3)
 """
 
 
-@pytest.mark.parametrize("mode", ["threads", "gevent"])
-@pytest.mark.parametrize("capacity", ["1000", "100"])
+@pytest.mark.parametrize(("mode", "capacity"), [("threads", "1000"), ("gevent", "100")])
 def test_it_keeps_the_contract(server, schema, mode, capacity):
     """The whole suite, with much and little room, and by age."""
     check_script(CONTRACT, mode, server.url, schema, capacity)
@@ -297,7 +295,7 @@ def test_processes_see_one_order(server, schema, mode, processes):
 
 def kill_server(server, line):
     server.kill()
-    time.sleep(0.5)
+    await_true(lambda: line.refused > 20)
     server.start()
 
 
@@ -317,13 +315,14 @@ def terminate_backends(server, line):
 
 def cut(server, line):
     line.cut()
-    time.sleep(2)
+    await_true(lambda: line.refused > 100)
     line.mend()
 
 
 def silence(server, line):
     line.silence()
-    time.sleep(6)
+    # Whatever was open has been given up, and tried anew, by all who had some.
+    await_true(lambda: line.waiting > 8)
     line.mend()
 
 
@@ -565,7 +564,7 @@ def test_what_is_wiped_is_one_reset(server, schema, make, how):
 
 
 def test_one_connection_listens(server, schema, make):
-    """However many subscribe; 50 hubs have 50."""
+    """However many subscribe to a hub; each hub has its own."""
     hub = Hub(broker=make())
     subscriptions = [hub.subscribe(f"c:{number}") for number in range(50)]
     for subscription in subscriptions:
@@ -573,12 +572,12 @@ def test_one_connection_listens(server, schema, make):
     # They listen; a moment later they have looked for the first time.
     tails = f"%{schema}.tail%"
     await_true(lambda: backends(server, query=tails) == 1)
-    hubs = [Hub(broker=make(connections=1)) for _ in range(49)]
+    hubs = [Hub(broker=make(connections=1)) for _ in range(2)]
     for each in hubs:
         subscription = each.subscribe("a")
         subscription.read(0)
         subscriptions.append(subscription)
-    await_true(lambda: backends(server, query=tails) == 50)
+    await_true(lambda: backends(server, query=tails) == 3)
     hub.publish("a", "x")
     for subscription in subscriptions[50:]:
         assert [event.data for event in subscription.read(LIMIT)] == ["x"]
