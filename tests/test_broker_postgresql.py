@@ -1378,6 +1378,12 @@ def test_urls(server, monkeypatch):
             assert broker.read("a", None).head.startswith("0-")
     with pytest.raises(ValueError, match="url must be as libpq takes it"):
         open_broker("postgresql://h/d?no_such_option=1")
+    for host in ("a..b", "c" * 64):
+        with (
+            contextlib.closing(open_broker(f"postgresql://{host}/d")) as broker,
+            pytest.raises(Unavailable, match="cannot be found"),
+        ):
+            broker.publish([("a", b"x")])
     for options in (
         {"schema": "a; DROP"},
         {"publish_timeout": 0},

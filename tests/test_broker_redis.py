@@ -238,6 +238,8 @@ def test_urls_name_servers(shared):
         ("redis://h?max_connections=0", "max_connections must be"),
         ("redis://h?db=one", "db must be"),
         ("redis://h/one", "url must be redis:"),
+        ("redis://a..b", "url must be redis:"),
+        (f"redis+sentinel://a,{'b' * 64}/one", "url must be redis:"),
         ("rediss://h?ssl_cert_reqs=maybe", "ssl_cert_reqs"),
         ("redis+sentinel://h", "name the service"),
         ("rediss+sentinel://h/one?sentinel_colour=red", "sentinel_colour"),

@@ -1559,14 +1559,14 @@ def _addresses(dsn: str) -> list[dict[str, str]]:
     ports = str(words.get("port") or os.environ.get("PGPORT") or "5432").split(",")
     ports = ports * len(names) if len(ports) == 1 else ports
     found: list[dict[str, str]] = []
-    reason: OSError | None = None
+    reason: Exception | None = None
     for host, port in zip(names, ports, strict=False):
         if not host or host.startswith(("/", "@")):
             found.append({"host": host, "port": port})
             continue
         try:
             infos = native(socket, "getaddrinfo")(host, None, 0, socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter: it can be no host's
             reason = error
             continue
         for address in dict.fromkeys(info[4][0] for info in infos):

@@ -538,6 +538,8 @@ def _parse(url: str) -> tuple[SplitResult, dict[str, str]]:
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         hosts = parts.netloc.rpartition("@")[2].split(",")
         names = [urlsplit(f"//{host}") for host in hosts if host]
+        for name in names:
+            (name.hostname or "").encode("idna")  # as whoever looks it up does
         # The ports are parsed when they are asked for.
         is_sound = all(name.port != 0 for name in names) and not parts.fragment
     except ValueError:
