@@ -691,6 +691,51 @@ def test_a_disk_that_fails(folder):
     assert lines == ["Uncertain", "b'2'"]
 
 
+STAYS_DOWN = """
+import os, resource, sys, time
+from syncstream.brokers.local import LocalBroker
+from syncstream.errors import Uncertain
+class Told:
+    states = []
+    def deliver(self, channel, entry):
+        pass
+    def resync(self, channels):
+        pass
+    def state(self, is_up, reason):
+        self.states.append(is_up)
+tries = []
+def statvfs(path, real=os.statvfs):
+    tries.append(path)
+    return real(path)
+def wait_until(condition):
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline, (tries, Told.states)
+        time.sleep(0.01)
+os.statvfs = statvfs
+broker = LocalBroker(sys.argv[1])
+broker.attach(Told())
+broker.publish([("a", b"1")])
+broker.watch("a")
+size = os.stat(f"{broker.path}/log.db-wal").st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+try:
+    broker.publish([("a", b"2")])
+except Uncertain:
+    pass
+wait_until(lambda: len(tries) >= 3)
+assert Told.states == [False], Told.states
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+wait_until(lambda: Told.states == [False, True])
+broker.close()
+"""
+
+
+def test_a_disk_that_fails_is_down_until_it_works(folder):
+    """Nothing else says so: a quota, a file system that went read-only."""
+    check_script(STAYS_DOWN, f"local:{folder}/log")
+
+
 NO_RIGHTS = """
 import os, sys
 from syncstream.brokers.local import LocalBroker
@@ -928,6 +973,24 @@ def test_no_thread_is_left(make, folder):
     wait_until(lambda: told.payloads == [b"x"])
     broker.publish([("a", b"y")])
     assert told.states == [False, True]
+
+
+def test_times_of_whole_seconds_hide_no_listener(make, folder, monkeypatch):
+    """One that comes in the second of the last look is woken all the same."""
+    monkeypatch.setattr(local, "LOOK_EVERY", 3600.0)
+    publisher, listener, told = make(), make(), Told()
+    publisher.publish([("a", b"1")])
+    second = int(time.time()) * 1_000_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: second + 900_000_000)
+    os.utime(f"{folder}/log/wake", ns=(second, second))
+    publisher.publish([("a", b"2")])
+    listener.attach(told)
+    listener.watch("a")
+    os.utime(f"{folder}/log/wake", ns=(second, second))
+    listener.publish([("a", b"3")])
+    wait_until(lambda: told.payloads == [b"3"])
+    publisher.publish([("a", b"4")])
+    wait_until(lambda: told.payloads == [b"3", b"4"])
 
 
 def test_what_was_trimmed_before_it_was_told(make, monkeypatch):
@@ -1512,6 +1575,21 @@ def test_what_a_fast_clock_has_stored_does_not_stay(make, monkeypatch):
     assert len(kept(broker)) == 110
     monkeypatch.setattr(time, "time", lambda: now + 61)
     assert kept(broker) == []
+
+
+def test_a_fast_clock_lets_no_log_grow(make, folder, monkeypatch):
+    """What is beyond the capacity goes as well when nothing ages."""
+    monkeypatch.setattr(local, "_SEEN", 0)
+    broker = make(max_age=None, capacity=50)
+    now = time.time()
+    for number in range(30):
+        at = now + (1e6 if number < 10 else number)
+        monkeypatch.setattr(time, "time", lambda at=at: at)
+        broker.publish([("a", b"x")] * 100)
+    with contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as connection:
+        (count,) = connection.execute("SELECT count(*) FROM event").fetchone()
+    assert 50 <= count <= 250
+    assert len(kept(broker)) == 50
 
 
 STORES = """

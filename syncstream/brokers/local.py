@@ -1039,12 +1039,12 @@ class _Database:
                 " (SELECT seq, time FROM event ORDER BY seq LIMIT ?) WHERE time < ?)",
                 (count, now - int(max_age * 1000)),
             )
-            # What was stored by a clock that has since been put back ages from now on.
-            execute(
-                "UPDATE event SET time = ?1 WHERE time > ?1 AND seq <= (SELECT max(seq)"
-                " FROM (SELECT seq FROM event ORDER BY seq LIMIT ?2))",
-                (now, count),
-            )
+        # What was stored by a clock that has since been put back ages from now on.
+        execute(
+            "UPDATE event SET time = ?1 WHERE time > ?1 AND seq <= (SELECT max(seq)"
+            " FROM (SELECT seq FROM event ORDER BY seq LIMIT ?2))",
+            (now, count),
+        )
         (page_size,) = execute("PRAGMA page_size").fetchone()
         (pages,) = execute("PRAGMA page_count").fetchone()
         (free,) = execute("PRAGMA freelist_count").fetchone()
@@ -1460,7 +1460,8 @@ class _Process:
             execute = database.connection.execute
             execute("BEGIN IMMEDIATE")
             try:
-                execute("UPDATE life SET empty = empty")
+                # Not an UPDATE to what is there: SQLite would write nothing.
+                execute(f"PRAGMA application_id={_APPLICATION}")
                 execute("COMMIT")
             finally:
                 database.connection.rollback()
@@ -1914,8 +1915,9 @@ class _Others:
         self._identity = folder
         with os.scandir(self._folder) as entries:
             self._names = [entry.path for entry in entries if _is_socket(entry)]
-        # One that comes in the same tick of the clock will not change it.
-        is_settled = abs(time.time_ns() - changed) > 100_000_000
+        # One that comes in the same tick of the clock will not change it. Some file
+        # systems have whole seconds (ext4 with inodes of 128 bytes).
+        is_settled = abs(time.time_ns() - changed) > 1_500_000_000
         self._changed = changed if is_settled else None
 
     def close(self) -> None:
