@@ -1094,6 +1094,53 @@ def test_an_open_transaction_holds_nobody_up(server, make):
         assert len(broker.read("a", "0").entries) == 20
 
 
+def test_a_commit_that_waits_holds_nobody_up(server, schema, make):
+    """A foreign key that is checked at the commit, and somebody who has its row."""
+    broker = make()
+    told = listening(broker, "a")
+    broker.publish([("a", b"1")])
+    server.execute(
+        f"CREATE TABLE {schema}.parent (id integer PRIMARY KEY);"
+        f"INSERT INTO {schema}.parent VALUES (1);"
+        f"CREATE TABLE {schema}.child (parent integer"
+        f" REFERENCES {schema}.parent DEFERRABLE INITIALLY DEFERRED)"
+    )
+    blocked = "SELECT count(*) FROM pg_locks l JOIN pg_class c ON c.oid = l.relation"
+    blocked += " JOIN pg_locks w ON w.pid = l.pid AND NOT w.granted"
+    blocked += f" WHERE c.oid = '{schema}.parent'::regclass"
+    with server.connect() as waiting, server.connect() as owner:
+        owner.execute("BEGIN")
+        owner.execute(f"SELECT FROM {schema}.parent FOR UPDATE")
+        waiting.execute("BEGIN")
+        broker.publish([("a", b"3")], connection=waiting)
+        waiting.execute("SET CONSTRAINTS ALL IMMEDIATE; SET CONSTRAINTS ALL DEFERRED")
+        broker.publish([("a", b"4")], connection=waiting)
+        waiting.execute(f"INSERT INTO {schema}.child VALUES (1)")
+        committing = threading.Thread(target=waiting.execute, args=("COMMIT",))
+        committing.start()
+        await_true(lambda: server.execute(blocked)[0][0] > 0)
+        broker.publish([("a", b"2")])
+        owner.execute("COMMIT")
+        committing.join(LIMIT)
+    await_true(lambda: told.payloads() == [b"1", b"2", b"3", b"4"])
+    assert server.execute(f"SELECT count(*) FROM {schema}.outbox") == [(0,)]
+
+
+def test_a_batch_is_one_without_a_transaction(server, schema, make):
+    """All of it is stored, or nothing, however long it is."""
+    broker = make(capacity=5000)
+    broker.publish([("a", b"1")])
+    server.execute(f"ALTER TABLE {schema}.outbox ADD CHECK (data <> 'bad')")
+    items = [("a", b"%d" % number) for number in range(2, 3002)]
+    with server.connect() as connection:
+        with pytest.raises(psycopg.errors.CheckViolation):
+            broker.publish([*items, ("a", b"bad")], connection=connection)
+        assert len(broker.read("a", "0").entries) == 1
+        broker.publish(items, connection=connection)
+    page = broker.read("a", "0", 5000)
+    assert [int(entry.payload) for entry in page.entries] == list(range(1, 3002))
+
+
 def test_a_transaction_that_is_not_read_committed(server, make):
     """It fails at its commit where others came first; nothing is stored then."""
     broker = make()

@@ -316,36 +316,45 @@ BEGIN
     END LOOP;
 END $body$;
 
+-- Appends what a transaction has published, at its very end: after the other deferred
+-- triggers of its commit, since a foreign key's may wait long for somebody's row, and
+-- all publishers would wait behind it. So the first row that fires inserts another one,
+-- whose own trigger comes after all that are due by then.
+--
 -- SET CONSTRAINTS ALL IMMEDIATE, which Django's TestCase says, too, fires this before
--- the commit, and the lock would be held from then on: the rows are put back. One that
--- is inserted here tells: its own trigger fires at once then, and else it waits.
+-- the commit. What is inserted fires at once then, which tells; one that is deferred
+-- again waits for the commit.
+--
+-- The setting is the transaction's: the id of the last row, in a commit; "wait" for the
+-- commit; "ask" and its answer "early" meanwhile.
 CREATE OR REPLACE FUNCTION $S.commit_outbox() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
+    c_state text := coalesce(current_setting('$S.outbox', true), '');
     c_id bigint;
+    c record;
 BEGIN
-    IF NEW.capacity < 0 THEN
+    IF c_state = NEW.id::text THEN
+        FOR c IN WITH own AS (DELETE FROM $S.outbox RETURNING *)
+            SELECT * FROM own WHERE capacity >= 0 ORDER BY id
+        LOOP
+            PERFORM $S.append(c.channel, c.data, c.capacity, c.max_age);
+        END LOOP;
+        PERFORM set_config('$S.outbox', '', true);
+    ELSIF c_state = 'ask' THEN
         PERFORM set_config('$S.outbox', 'early', true);
-        RETURN NULL;
-    END IF;
-    IF NOT EXISTS (SELECT FROM $S.outbox WHERE id = NEW.id) THEN
-        RETURN NULL;  -- it was put back
-    END IF;
-    IF current_setting('$S.outbox', true) IS DISTINCT FROM 'commit' THEN
-        PERFORM set_config('$S.outbox', 'commit', true);
+    ELSIF c_state = '' OR c_state = 'wait' AND NEW.capacity < 0 THEN
+        PERFORM set_config('$S.outbox', 'ask', true);
         INSERT INTO $S.outbox (channel, data, capacity) VALUES ('', '', -1)
             RETURNING id INTO c_id;
-        DELETE FROM $S.outbox WHERE id = c_id;
         IF current_setting('$S.outbox') = 'early' THEN
             SET CONSTRAINTS $S.commit_outbox DEFERRED;
-            WITH own AS (DELETE FROM $S.outbox RETURNING *)
-                INSERT INTO $S.outbox (channel, data, capacity, max_age)
-                SELECT channel, data, capacity, max_age FROM own ORDER BY id;
-            RETURN NULL;
+            INSERT INTO $S.outbox (channel, data, capacity) VALUES ('', '', -1);
+            PERFORM set_config('$S.outbox', 'wait', true);
+        ELSE
+            PERFORM set_config('$S.outbox', c_id::text, true);
         END IF;
     END IF;
-    PERFORM $S.append(NEW.channel, NEW.data, NEW.capacity, NEW.max_age);
-    DELETE FROM $S.outbox WHERE id = NEW.id;
     RETURN NULL;
 END $body$;
 
