@@ -1155,6 +1155,21 @@ def test_a_transaction_that_is_not_read_committed(server, make):
     assert payloads == [b"1", b"2"]
 
 
+def test_room_that_others_have_made_fails_no_commit(server, schema, make):
+    """Nor a snapshot of before that: its channel is its own."""
+    broker = make(max_age=60)
+    broker.publish([("old", b"x")] * 30)
+    server.execute(f"UPDATE {schema}.event SET ts = ts - interval '1 hour'")
+    with server.connect() as connection:
+        connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        broker.publish([("a", b"x")] * 32, connection=connection)
+        broker.publish([("b", b"x")])
+        # As the next one that publishes would, a little later.
+        server.execute(f"DELETE FROM {schema}.event WHERE channel = 'old'")
+        connection.execute("COMMIT")
+    assert len(broker.read("a", "0").entries) == 32
+
+
 def test_constraints_that_are_immediate(server, schema, make):
     """As Django's TestCase has them: the commit is awaited, and no lock is held."""
     broker = make()

@@ -259,6 +259,7 @@ BEGIN
     -- Readers leave out what is too much or too old; here it makes room, in batches.
     -- Who has deleted rows and not committed is not waited for, with all publishers,
     -- and might himself wait for the lock that is held here: the next one makes room.
+    -- So does it after a transaction whose snapshot is older than a deletion.
     IF c_last % 32 = 0 OR c_seq % 32 = 0 THEN
         c_lock_timeout := current_setting('lock_timeout');
         BEGIN
@@ -294,7 +295,7 @@ BEGIN
                 END IF;
             END IF;
             PERFORM set_config('lock_timeout', c_lock_timeout, true);
-        EXCEPTION WHEN lock_not_available THEN NULL;
+        EXCEPTION WHEN lock_not_available OR serialization_failure THEN NULL;
         END;
     END IF;
     -- Empty: those of a transaction become one, and 8000 bytes are the limit.
