@@ -1233,6 +1233,11 @@ def test_a_connection_to_elsewhere(server, schema, make):
             # Its transaction goes on.
             sql = f"SELECT count(*) FROM {schema}.outbox"
             assert connection.execute(sql).fetchall() == [(0,)]
+    url = server.url_at(server.port, schema)
+    with psycopg.connect(url) as connection:
+        connection.execute("SET session_replication_role = replica")
+        with pytest.raises(ValueError, match="session_replication_role"):
+            broker.publish([("a", b"x")], connection=connection)
     with pytest.raises(TypeError, match="connection must be Django's"):
         broker.publish([("a", b"x")], connection="postgresql://")
     nowhere = psycopg.AsyncConnection(psycopg.pq.PGconn.connect(server.url.encode()))
@@ -1240,6 +1245,32 @@ def test_a_connection_to_elsewhere(server, schema, make):
         broker.publish([("a", b"x")], connection=nowhere)
     nowhere.pgconn.finish()
     assert len(broker.read("a", "0").entries) == 1
+
+
+def test_a_server_that_was_restarted_is_the_same(server, schema, make):
+    """To itself; a copy of it, which looks like that, is another one."""
+    broker = make()
+    broker.publish([("a", b"1")])
+    sql = f"SELECT {schema}.identity()"
+    before = server.execute(sql)
+    server.stop()
+    server.start()
+    assert server.execute(sql) != before
+    with server.connect() as connection:
+        broker.publish([("a", b"2")], connection=connection)
+    assert len(broker.read("a", "0").entries) == 2
+
+
+def test_a_sequence_that_is_behind(server, schema, make):
+    """Logical replication copies none, and some restore rows alone: all is told."""
+    broker = make()
+    told = listening(broker, "a")
+    broker.publish([("a", b"0")] * 50)
+    restart = f"ALTER SEQUENCE {schema}.event_seq RESTART"
+    for count, sql in ((51, ""), (52, f"DELETE FROM {schema}.event")):
+        server.execute(f"{restart};{sql}")
+        broker.publish([("a", b"1")])
+        await_true(lambda count=count: len(told.entries) == count)
 
 
 def test_the_lock_is_the_schemas_own(server, schema, make):
@@ -1585,7 +1616,10 @@ def test_rights_of_the_docs(server, schema, make):
     """They are enough for what they say, and for no more."""
     install(server.url, schema=schema)
     # Functions that nobody else may call, as careful operators have it.
-    server.execute(f"REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} FROM PUBLIC")
+    server.execute(
+        f"REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} FROM PUBLIC;"
+        "REVOKE EXECUTE ON FUNCTION pg_control_system FROM PUBLIC"
+    )
     both, publisher, reader = (
         make(_role(server, schema, kind), create=False, capacity=10)
         for kind in ("both", "publish", "subscribe")

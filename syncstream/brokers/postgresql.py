@@ -185,13 +185,14 @@ INSERT INTO $S.upkeep VALUES ($REVISION, gen_random_uuid(), 0);
 -- Rights that roles were given before suffice: they need USAGE of the schema.
 GRANT SELECT ON $S.upkeep TO PUBLIC;
 
--- Which database this is: a copy of it is another one.
+-- Which database of which server this is: a copy of it is another one, of the whole
+-- server too. It asks for nothing that needs a right.
 CREATE FUNCTION $S.identity() RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $body$
 BEGIN
-    RETURN (SELECT concat_ws('/', u.identity, d.oid, c.system_identifier)
-        FROM $S.upkeep u, pg_database d, pg_control_system() c
-        WHERE d.datname = current_database());
+    RETURN (SELECT concat_ws('/', u.identity, d.oid,
+            (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint)
+        FROM $S.upkeep u, pg_database d WHERE d.datname = current_database());
 END $body$;
 GRANT EXECUTE ON FUNCTION $S.identity() TO PUBLIC;
 
@@ -612,7 +613,8 @@ class PostgreSQLBroker:
                 what others have published to the channel since it began.
 
         Raises:
-            ValueError: The connection is to another database than the broker's.
+            ValueError: The connection is to another database than the broker's, or no
+                triggers fire in it.
             Denied: The role may not publish, or not to this channel.
         """
         size = sum(len(payload) for _, payload in items)
@@ -634,8 +636,8 @@ class PostgreSQLBroker:
                 is_same = was == own.identity
                 if is_same or not self._enlist(items, connection, own.identity):
                     raise ValueError(
-                        "connection must be one to the hub's database, and it is to"
-                        " another one: nothing was stored"
+                        "connection must be one to the hub's database, and not with"
+                        " session_replication_role = replica: nothing was stored"
                     )
             return [None] * len(items)
         return self._call(own, partial(self._publish, own, items, deadline), deadline)
@@ -704,23 +706,26 @@ class PostgreSQLBroker:
         if iscoroutinefunction(cursor.execute):  # it would do nothing, unawaited
             raise TypeError(f"connection must not be async, got {type(connection)!r}")
         try:
-            for start in range(0, len(items), 1000):
-                some = items[start : start + 1000]
-                row = "(%s::text, %s::bytea, %s::bigint, %s::double precision)"
-                rows = ", ".join([row] * len(some))
-                words: list[Any] = []
-                for channel, payload in some:
-                    words += [channel, payload, self._capacity, self._max_age]
-                # One round trip: what is for another database is not stored there.
-                cursor.execute(
-                    f"INSERT INTO {self._schema}.outbox"
-                    f" (channel, data, capacity, max_age) SELECT * FROM (VALUES {rows})"
-                    f" AS new WHERE {self._schema}.identity() = %s RETURNING 1",
-                    [*words, identity],
-                )
-                if not cursor.fetchall():  # a pipeline of psycopg knows no count yet
-                    return False
-            return True
+            # One statement: all or nothing of it, outside of a transaction too, and
+            # nothing in another database. Hexadecimal digits suit any driver.
+            cursor.execute(
+                f"INSERT INTO {self._schema}.outbox (channel, data, capacity, max_age)"
+                " SELECT new.channel, decode(new.data, 'hex'), %s::bigint,"
+                " %s::double precision FROM unnest(%s::text[], %s::text[])"
+                " WITH ORDINALITY AS new (channel, data, place)"
+                f" WHERE {self._schema}.identity() = %s"
+                # Or nothing would take it out of there.
+                " AND current_setting('session_replication_role') <> 'replica'"
+                " ORDER BY place RETURNING 1",
+                [
+                    *(self._capacity, self._max_age),
+                    _array([channel for channel, _ in items]),
+                    _array([payload.hex() for _, payload in items]),
+                    identity,
+                ],
+            )
+            # A pipeline of psycopg knows no count yet.
+            return bool(cursor.fetchall())
         except Exception as error:
             if _sqlstate(error) in _MISSING:
                 raise Unavailable(
