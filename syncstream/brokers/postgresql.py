@@ -805,11 +805,11 @@ class PostgreSQLBroker:
         self, own: _Own, channel: str, count: int, deadline: float
     ) -> tuple[str, str]:
         sql = (
-            "SELECT coalesce(c.last, 0), coalesce(c.nonce, s.epoch), e.off - 1, e.prev"
-            f" FROM {self._schema}.state s"
-            f" LEFT JOIN {self._schema}.channel c ON c.name = $1"
+            # The function gives the head alone; it refuses where rows may be hidden.
+            "SELECT h.r_off, h.r_nonce, e.off - 1, e.prev"
+            f" FROM {self._schema}.read($1, -1, 0, 0, $3::bigint, $4) h"
             f" LEFT JOIN LATERAL (SELECT v.off, v.prev FROM {self._schema}.event v"
-            " WHERE v.channel = $1 AND v.off > c.last - $3::bigint"
+            " WHERE v.channel = $1 AND v.off > h.r_off - $3::bigint"
             " AND v.ts > coalesce(clock_timestamp()"
             " - $4::double precision * interval '1 second', '-infinity')"
             " ORDER BY v.off DESC LIMIT $2::bigint) e ON true ORDER BY e.off LIMIT 1"
