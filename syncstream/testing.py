@@ -494,7 +494,8 @@ class _Suite:
             ids = broker.publish([("a", b"1"), ("a", b"2")])
             # What numbers are read from, and ids are not.
             like = [f(str(id)) for id in ids for f in LIKE if f(str(id)) != id]
-            for after in (*HOSTILE, *like):
+            others = map(str, broker.publish([("b", b"1"), ("b", b"2")]))
+            for after in (*HOSTILE, *like, *others):
                 page = broker.read("a", after)
                 _require(
                     not page.complete and [e.id for e in page.entries] == ids,

@@ -79,6 +79,16 @@ class Smooth(MemoryBroker):
         return Page(page.entries, page.complete or is_known, page.head)
 
 
+class Mixing(MemoryBroker):
+    """Knows the ids of its other channels."""
+
+    def read(self, channel, after, limit=1000):
+        page = super().read(channel, after, limit)
+        logs = [log for name, log in self._logs.items() if name != channel]
+        is_known = any(log.after(str(after)) is not None for log in logs)
+        return Page(page.entries, page.complete or is_known, page.head)
+
+
 class Silent(MemoryBroker):
     """Tells nothing."""
 
@@ -154,6 +164,7 @@ class Leaking(MemoryBroker):
         (Forgetful, "complete|payloads"),
         (Chainless, "prev"),
         (Smooth, "whose next was removed"),
+        (Mixing, "never gave"),
         (Silent, "told"),
         (Greedy, "trimmed|no more"),
     ],
