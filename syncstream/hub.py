@@ -444,7 +444,8 @@ class Hub:
                 seconds; when it returns false, or has not answered within 5 seconds
                 (`ANSWER`), the stream ends ("denied"), and a late answer changes
                 nothing. What it raises `read` raises, and nothing is read. A plain
-                function: what is to be awaited is an error.
+                function: an answer that is to be awaited, iterated or called is an
+                error.
             reauthorize: Seconds.
 
         Raises:
@@ -1333,6 +1334,8 @@ class Subscription:
                     f"{label} must be above 0 seconds, and {_LONGEST:.0f} at most, got"
                     f" {value!r}"
                 )
+        if authorize is not None and not callable(authorize):
+            raise TypeError(f"authorize must be callable, got {authorize!r}")
         if reauthorize is not None and authorize is None:
             raise ValueError("reauthorize needs authorize")
         self.hub = hub
@@ -2340,12 +2343,15 @@ class Subscription:
         assert self._authorize is not None
         now = time.monotonic()
         is_allowed: Any = self._authorize(self)
-        if isinstance(is_allowed, Awaitable):  # it is true, whatever would come of it
+        # Those are true, whatever would come of them: what is to be awaited, a
+        # generator, a method that was not called.
+        if isinstance(is_allowed, (Awaitable, Iterator)) or callable(is_allowed):
             if isinstance(is_allowed, Coroutine):
                 is_allowed.close()
             raise TypeError(
-                f"authorize must be a plain function, got {self._authorize!r}, whose"
-                " answer is to be awaited"
+                f"authorize must be a plain function that returns bool, got"
+                f" {self._authorize!r}, which has returned"
+                f" {type(is_allowed).__name__}"
             )
         self._asked = now
         if not is_allowed:

@@ -1240,15 +1240,31 @@ def test_an_authorize_that_hangs_ends_a_reader(
     assert "has not answered" in caplog.text
 
 
-def test_an_answer_that_is_to_be_awaited_is_no_yes(hub):
-    """An `async def` is true, whatever it would have said."""
+async def no_later(subscription):
+    return False
 
-    async def authorize(subscription):
-        return False
 
+def no_by_and_by(subscription):
+    yield False
+
+
+@pytest.mark.parametrize(
+    "authorize",
+    [
+        no_later,
+        no_by_and_by,
+        lambda s: filter(None, ()),
+        lambda s: no_later,
+        lambda s: s.is_closed.__bool__,
+    ],
+    ids=["awaitable", "generator", "iterator", "function", "method"],
+)
+def test_an_answer_that_is_true_whatever_it_says_is_no_yes(hub, authorize):
+    """An `async def`, a `yield`, a call that was forgotten."""
     reader = hub.subscribe("a", authorize=authorize)
-    with pytest.raises(TypeError, match="plain function"):
-        reader.read(0)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="plain function"):
+            reader.read(0)
 
 
 def test_a_snapshot_that_comes_after_the_end_is_not_given_out(hub):
@@ -1844,6 +1860,7 @@ def test_what_a_broker_has_is_not_given_beside_it(options):
         ({"throttle": True}, TypeError, "throttle"),
         ({"throttle": "1"}, TypeError, "throttle"),
         ({"reauthorize": 5}, ValueError, "authorize"),
+        ({"authorize": False}, TypeError, "authorize"),
         ({"reauthorize": -1, "authorize": bool}, ValueError, "reauthorize"),
         ({"tags": "x"}, TypeError, "tags"),
         ({"tags": [1]}, TypeError, "tags"),
