@@ -2397,8 +2397,8 @@ def _unanswered(
     say(log, logging.WARNING, text, subscription.channels, ANSWER)
     # Elsewhere: who waits for the watch is not to wait for a broker.
     elsewhere(watcher, partial(subscription.close, "denied"))
-    if hasattr(scope, "stop"):
-        scope.stop("denied")  # its thread or greenlet, as far as that can be told
+    if hasattr(scope, "abandon"):
+        scope.abandon("denied")
 
 
 def _close(reference: weakref.ref[Subscription]) -> None:

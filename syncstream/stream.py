@@ -653,6 +653,25 @@ class Stream:
             return
         self._over(reason)
 
+    def abandon(self, reason: str) -> None:
+        """End the stream, whose generator is busy with what may never come back.
+
+        A greenlet is told. A thread cannot be, so its client is let go without it: the
+        connection is cut, and the server finds that out when the thread goes on.
+
+        Args:
+            reason: As for `stop`.
+        """
+        self.stop(reason)
+        connection = self._connection
+        if (
+            connection is not None
+            and self.is_running
+            and not self._in_hub
+            and self._has_socket(self._fd)
+        ):
+            connection.drop()
+
     def shut_down(self, since: float, until: float) -> None:
         """End the stream, or let it finish: its server has been told to stop.
 

@@ -325,6 +325,25 @@ def test_authorize(server, channel):
     await_true(lambda: subscribers(server) == 0)
 
 
+@live
+def test_an_authorize_that_hangs(server, channel):
+    """Its client is let go in time, whoever holds it; others go on."""
+    path = f"/{{}}/{channel}?authorize=1&reauthorize=0.1&who={{}}"
+    with (
+        follow(server, path.format("sse", channel)) as given,
+        follow(server, path.format("yield", channel)) as held,
+        follow(server, path.format("sse", "well")) as well,
+    ):
+        await_true(lambda: len(ask(server, f"/presence/{channel}")) == 3)
+        ask(server, f"/hang/{channel}")
+        for client in (given, held):
+            assert b"data" not in client.rest()
+        await_true(lambda: ask(server, f"/presence/{channel}") == ["well"])
+        publish(server, channel, "1")
+        assert data(next_events(well, 1)) == ["1"]
+        ask(server, f"/deny/{channel}")  # whose thread may go on
+
+
 @pytest.mark.parametrize("kind", ["gunicorn-gthread", "gunicorn-gevent"])
 def test_several_workers_are_warned_of(kind):
     """Once in each: what one publishes the others do not see, and what to do."""

@@ -3,7 +3,8 @@
 - ``/sse/CHANNEL?OPTION=VALUE``: a stream, with the options of `Hub.subscribe`; several
   channels with commas between them. ``/ndjson/…`` for lines, ``/yield/…`` for a
   generator that yields from a subscription. ``tags`` has commas, too; ``authorize``
-  asks whether its ``who`` may read: ``/deny/WHO`` says no from then on.
+  asks whether its ``who`` may read: ``/deny/WHO`` says no from then on, and
+  ``/hang/WHO`` nothing until that.
 - ``POST /publish/CHANNEL?only=…&exclude=…``: a JSON list of events.
 - ``/flood/CHANNEL?count=…&size=…``: so many events, ``{"n": 0, …}`` and on.
 - ``/head/CHANNEL``, ``/presence/CHANNEL``, ``/kick/WHO``, ``/stats``, ``/close``.
@@ -14,10 +15,12 @@ import os
 import time
 from urllib.parse import parse_qs
 
-from syncstream import Hub, NDJSONResponse, SSEResponse, StreamMiddleware
+from syncstream import Hub, NDJSONResponse, SSEResponse, StreamMiddleware, fanout
+from syncstream import hub as hub_module
 
+hub_module.ANSWER = fanout.ANSWER = 2.0  # not 5 seconds for each test
 hub = Hub()
-denied = set()
+denied, hung = set(), set()
 NUMBERS = {"after": int, "throttle": float, "reauthorize": float}
 
 
@@ -53,8 +56,15 @@ def options_of(query):
     if "announce" in query:
         options["announce"] = True
     if "authorize" in query:
-        options["authorize"] = lambda subscription: subscription.who not in denied
+        options["authorize"] = authorize
     return options
+
+
+def authorize(subscription):
+    who = subscription.who
+    while who in hung and who not in denied:
+        time.sleep(0.01)
+    return who not in denied
 
 
 def publish(channel, query, environ):
@@ -89,6 +99,7 @@ ANSWERS = {
     "presence": lambda what, query, environ: hub.presence(what),
     "kick": lambda what, query, environ: hub.kick(who=what),
     "deny": lambda what, query, environ: denied.add(what),
+    "hang": lambda what, query, environ: hung.add(what),
     "publish": publish,
     "flood": flood,
 }
