@@ -1495,24 +1495,25 @@ def test_a_publish_that_is_not_answered(server, proxy, clock):
 
 def test_all_that_a_publish_waits_for_has_one_deadline(proxy, clock):
     """For its turn, and for a connection that is not answered either."""
-    query = "publish_timeout=1", "max_connections=1"
+    query = "publish_timeout=2", "max_connections=1"
     with opened(at(proxy.port, *query)) as broker:
         (server,) = broker._process().servers
         proxy.is_silent = True
         server._free.acquire()
-        turn = threading.Timer(0.8, server._free.release)
+        turn = threading.Timer(1.4, server._free.release)
         turn.start()
         began = clock()
-        with pytest.raises(Unavailable, match="cannot connect"):
+        with pytest.raises(Unavailable):
             broker.publish([("a", b"x")])
-        assert clock() - began < 1.15
+        assert clock() - began < 2.2
         turn.join()
 
 
-@pytest.mark.parametrize("how", ["silent", "stopped"])
+@pytest.mark.parametrize("how", ["silent", "stopped", "unix"])
 def test_a_publish_to_nowhere(server, proxy, how, clock):
     """In time it is known not to be stored, or not to be known."""
-    with opened(at(proxy.port, "publish_timeout=1")) as broker:
+    url = at(proxy.port) if how != "unix" else f"unix://{server.socket}?"
+    with opened(f"{url}&publish_timeout=1") as broker:
         broker.publish([("a", b"1")])
         if how == "silent":
             proxy.is_silent = True

@@ -904,8 +904,9 @@ class _Server:
                 options = {**options, "host": host, "port": port}
             # It is two waits: to connect, and for the answer to what is sent first.
             left = max(0.001, deadline - time.monotonic()) / 2
-            waits = {"socket_timeout": left, "socket_connect_timeout": left}
-            connection = self._class(**options, **waits)
+            connection = self._class(**options)
+            # No options: redis-py 5.0 forgets one, for Unix sockets.
+            connection.socket_connect_timeout = connection.socket_timeout = left
             connection.connect()
             if time.monotonic() >= deadline:
                 raise Unavailable(f"{self.name} took too long to connect to")
@@ -1038,11 +1039,11 @@ def _address(options: dict[str, Any]) -> str:
 def _given(url: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return a connection's options, ours and those of a URL that redis-py takes."""
     given = {**options, **parse_url(url)}
-    # By default releases before 6 take any host's certificate; and later ones refuse
-    # it where no certificate is asked for.
-    is_checked = given.get("ssl_cert_reqs") != "none"
-    if url.startswith("rediss:") and is_checked:
-        given.setdefault("ssl_check_hostname", True)
+    # By default releases before 6 take any host's certificate; and 6 fails to connect
+    # where no certificate is asked for.
+    if url.startswith("rediss:"):
+        is_checked = given.get("ssl_cert_reqs") != "none"
+        given.setdefault("ssl_check_hostname", is_checked)
     return given
 
 
