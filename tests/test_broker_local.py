@@ -1855,6 +1855,35 @@ def test_no_link_is_followed(make, folder, name):
     assert not os.path.lexists(f"{folder}/elsewhere")
 
 
+def test_a_hard_link_is_refused(make, folder):
+    """SQLite has one WAL for each name: a copied release would fork the log."""
+    first = make()
+    first.publish([("a", b"1")])
+    os.mkdir(f"{folder}/copy", 0o700)
+    os.link(f"{folder}/log/log.db", f"{folder}/copy/log.db")
+    copy = make("copy")
+    with pytest.raises(Unavailable, match="another name"):
+        copy.publish([("a", b"2")])
+    with pytest.raises(Unavailable, match="another name"):
+        copy.read("a", None)
+    first.publish([("a", b"3")])
+    os.unlink(f"{folder}/copy/log.db")
+    copy.publish([("a", b"4")])
+    assert payloads(copy) == [b"4"]
+    assert payloads(first) == [b"1", b"3"]
+
+
+@pytest.mark.parametrize("name", ["lock", "log.db"])
+def test_who_makes_a_file_may_be_killed(make, folder, name):
+    """Between the two names that it has for a moment: the first one goes."""
+    make().publish([("a", b"1")])
+    os.link(f"{folder}/log/{name}", f"{folder}/log/{name}-0123abcd")
+    broker = make()
+    broker.publish([("a", b"2")])
+    assert payloads(broker) == [b"1", b"2"]
+    assert f"{name}-0123abcd" not in os.listdir(f"{folder}/log")
+
+
 def test_links_lead_nowhere(make, folder, monkeypatch):
     """Those in a folder that a group shares: no times are changed, nobody is woken."""
     monkeypatch.setattr(local, "_FRESHEN", 0.0)

@@ -95,6 +95,7 @@ _NETWORK = (
     *("smb3", "smbfs", "vboxsf", "virtiofs"),
 )
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,39}")
+_RANDOM = re.compile(r"[0-9a-f]{8}")
 _ID = re.compile(r"([0-9a-f]{1,15})-[0-9a-f]{8}")
 
 _TABLES = """
@@ -529,11 +530,26 @@ def _make_file(folder: str, name: str) -> None:
             with suppress(FileExistsError):
                 os.link(new, path)
         finally:
-            os.unlink(new)
+            with suppress(FileNotFoundError):  # see `_remove_first_names`
+                os.unlink(new)
     with suppress(FileNotFoundError):
-        if not stat.S_ISREG(os.lstat(path).st_mode):  # a link leads anywhere
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode):  # a link leads anywhere
             raise Unavailable(f"{path} must be a plain file, and is not one")
+        if found.st_nlink > 1:
+            _remove_first_names(path, found)
         _settle(path, mode, group)
+
+
+def _remove_first_names(path: str, found: os.stat_result) -> None:
+    """Remove the name by which a file was made, if who made it was killed."""
+    prefix = f"{os.path.basename(path)}-"
+    for name in os.listdir(os.path.dirname(path)):
+        first = f"{os.path.dirname(path)}/{name}"
+        if _RANDOM.fullmatch(name.removeprefix(prefix)):
+            with suppress(FileNotFoundError):
+                if os.path.samestat(found, os.lstat(first)):
+                    os.unlink(first)
 
 
 def _said(path: str, error: Exception) -> str:
@@ -885,6 +901,12 @@ class _Database:
             os.rename(f"{self._file}{_ASIDE}", self._file)
 
     def _connect(self, may_make: bool = False) -> None:
+        if os.stat(self._file).st_nlink > 1:
+            raise Unavailable(
+                f"{self._file} has another name (a hard link), where SQLite would keep"
+                " another log: remove that name, or stop all processes and copy the"
+                " file (cp, and mv it back)"
+            )
         connection = sqlite3.connect(  # never makes the file: wherever a link leads
             f"file:{quote(os.fsencode(self._file))}?mode=rw",
             uri=True,
