@@ -1692,6 +1692,28 @@ def test_closing_a_stale_log_undoes_nothing(make, folder):
     assert payloads(other) == [b"1", b"2\n"]
 
 
+def test_closing_a_stale_log_waits_for_the_lock_of_now(make, folder, monkeypatch):
+    """Not for the removed one, beside which others write."""
+    idle = make()
+    idle.publish([("a", b"1")])
+    for name in ("lock", "log.db-shm"):
+        os.unlink(f"{folder}/log/{name}")
+    with running(STORES, f"local:{folder}/log") as process:
+        print("2", file=process.stdin, flush=True)
+        assert process.stdout.readline()
+        moved = []
+        with open(f"{folder}/log/lock") as lock, monkeypatch.context() as patch:
+            patch.setattr(os, "rename", lambda *names: moved.append(names))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            idle.close()
+        assert moved == []
+        process.stdin.write("3\n")
+        process.stdin.close()
+        assert process.stdout.readlines()[-1] == "closed\n"
+        assert process.wait(TIMEOUT) == 0
+    assert payloads(make()) == [b"1", b"2\n", b"3\n"]
+
+
 def test_the_times_of_files_are_fresh(make, folder, monkeypatch):
     """Cleaners go by them: of the log, its lock, its sockets and their folders."""
     monkeypatch.setattr(local, "_FRESHEN", 0.0)

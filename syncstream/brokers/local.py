@@ -669,12 +669,15 @@ class _Lock:
         return os.path.samestat(found, os.fstat(self._fd))
 
     def hold(self, timeout: float) -> bool:
-        """Wait for it wherever its file is now, to close what was opened by it."""
+        """Wait for it, or if its file is gone for that, to close what it opened."""
         if self._fd < 0:
             return False
         try:
             self._wait(time.monotonic() + timeout)
-        except (Unavailable, OSError):
+            if not self._is_current() and os.path.exists(f"{self._path}/lock"):
+                self.close()  # others have the one that took its place
+                self.acquire(timeout)
+        except (BrokerError, OSError):
             return False
         return True
 
