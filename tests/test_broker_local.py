@@ -26,6 +26,7 @@ from syncstream import Gap, Hub
 from syncstream.brokers import local, open_broker
 from syncstream.brokers.local import LocalBroker
 from syncstream.errors import PayloadTooLarge, Unavailable
+from syncstream.journal import journal
 from syncstream.testing import check_broker
 
 FORMATS = Path(__file__).parent / "formats"
@@ -1337,6 +1338,7 @@ def test_a_row_that_is_no_event_silences_nobody(folder, rows, caplog):
         for subscription in listening:
             assert read_to(subscription, "3").count("3") == 1
         assert hub.stats()["up"]
+    journal().flush()
     assert "the sink has failed" not in caplog.text
     with contextlib.closing(Hub(url)) as hub:
         fresh = hub.subscribe("a", after="start")

@@ -1389,6 +1389,7 @@ def test_a_connection_that_answers_is_used_again(server, monkeypatch):
             (here,) = broker._processes.values()
             (pool,) = here.servers
             kept = [idle.connection for idle in pool._idle]
+            assert kept
             assert all(connection._sock.getsockopt(*options) for connection in kept)
             made = client.info("stats")["total_connections_received"]
             broker.publish([("a", b"x")])

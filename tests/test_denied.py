@@ -9,6 +9,7 @@ from pairs import Threads, await_true
 from syncstream import Closed, Denied, Hub, control
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.control import CONTROL, Kick
+from syncstream.journal import journal
 
 PLACE = Threads()
 
@@ -74,6 +75,7 @@ def said(caplog, name="'a'"):
         return [r for r, text in texts if f"refuses {name}," in text]
 
     await_true(PLACE, lines)
+    journal().flush()
     return lines()
 
 
@@ -199,6 +201,7 @@ def test_kicks_that_are_refused(shared, broker, what, caplog):
     text = "kicks of other processes are not heard"
     await_true(PLACE, lambda: text in caplog.text)
     shared.close()
+    journal().flush()
     assert caplog.text.count(text) == 1
 
 

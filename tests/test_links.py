@@ -46,6 +46,7 @@ from pairs import (
 from postgresql_server import PostgreSQL
 from redis_server import RedisServer
 from syncstream import current_stream, links, sleep
+from syncstream.journal import journal
 from test_waiting import Waiting
 
 PLACE = Threads()
@@ -212,6 +213,7 @@ def test_a_read_of_a_response_ends(read, upstream, caplog):
         yield from read(upstream, current_stream().link)
 
     ends_at_once(source(), upstream.asked.is_set)
+    journal().flush()
     assert caplog.records == []
 
 
@@ -240,6 +242,7 @@ def test_a_wait_for_postgresql_ends(what, waits_for, postgresql, caplog):
         source(), lambda: backend and any(blocked in row[0] for row in state())
     )
     await_true(PLACE, lambda: not state())  # nor does the server go on
+    journal().flush()
     assert caplog.records == []
 
 
@@ -292,6 +295,7 @@ def test_a_redis_pubsub_ends(redis_server, caplog):
         connection = client.connection_pool.get_connection()
         assert [connection.retry.get_retries()] == before
         client.connection_pool.release(connection)
+    journal().flush()
     assert caplog.records == []
 
 
@@ -325,6 +329,7 @@ def test_a_process_ends(code, end, caplog):
     assert process.returncode == -expected
     assert process.stdin.closed
     assert process.stdout.closed
+    journal().flush()
     assert caplog.records == []
 
 
@@ -626,6 +631,7 @@ def test_a_linked_read_ends(read, end, upstream, caplog):
         join()
     assert stream.reason == ("disconnected" if end == "hang-up" else "kicked")
     assert links[0].closed_by == seen
+    journal().flush()
     assert caplog.records == []
 
 
@@ -662,6 +668,7 @@ def test_a_linked_query_is_interrupted(what, caplog):
         assert join() == [b": ok\n\n"]
     assert seen == ["interrupted"]
     assert stream.reason == "disconnected"
+    journal().flush()
     assert caplog.records == []
 
 
@@ -732,6 +739,7 @@ def test_what_stands_for_a_connection_is_interrupted(make, caplog):
     databases[0].close()
     [text] = seen
     assert "interrupted" in text
+    journal().flush()
     assert caplog.records == []
 
 
@@ -795,6 +803,7 @@ def test_a_link_that_fails_spares_the_others(caplog):
     waiting.join()
     assert waiting.seen == [GeneratorExit]
     assert odd.closed == 1
+    journal().flush()
     assert caplog.records == []
 
 

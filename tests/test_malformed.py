@@ -15,6 +15,7 @@ from syncstream.control import CONTROL, Kick
 from syncstream.control import _decoded as kicked
 from syncstream.errors import Unavailable
 from syncstream.hub import MOST_SAID
+from syncstream.journal import journal
 from syncstream.log import Entry, flaw
 
 PLACE = Threads()
@@ -224,6 +225,7 @@ def test_who_cannot_be_read_is_named(hub, broker, monkeypatch, caplog):
     for _ in range(2):
         assert hub.subscribe("a", after="start").read(0) == []
     await_true(PLACE, lambda: "'a' cannot be read: no stream" in caplog.text)
+    journal().flush()
     assert caplog.text.count("cannot be read") == 1
 
 

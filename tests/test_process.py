@@ -316,6 +316,7 @@ def test_an_end_that_the_source_finds_out_first(caplog):
         stream = stream_of(source(), line)
         assert serve(stream) == [b": ok\n\n"]
     assert stream.reason == "disconnected"
+    journal().flush()
     assert caplog.records == []
 
 

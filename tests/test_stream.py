@@ -26,6 +26,7 @@ from syncstream import (
     current_stream,
     sleep,
 )
+from syncstream.journal import journal
 from syncstream.protocol import raw, sse
 from syncstream.sockets import is_hung_up
 from syncstream.stream import Format, Life
@@ -385,6 +386,7 @@ def test_sleep_raises_once_and_then_never_again(line, caplog):
     next(chunks)
     assert list(chunks) == []
     assert seen == [ClientDisconnected, "finally"]
+    journal().flush()
     assert caplog.records == []
 
 

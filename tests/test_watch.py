@@ -30,6 +30,7 @@ from pairs import (
     tcp_pair,
 )
 from syncstream import ClientDisconnected, current_stream, sleep
+from syncstream.journal import journal
 from syncstream.process import stats
 from syncstream.stream import Life
 from syncstream.watch import Watch
@@ -1066,6 +1067,7 @@ def test_a_life_of_years(own_watches, seconds, caplog):
         leave(client)
         assert join() == [b": ok\n\n"]
     assert stream.reason == "disconnected"
+    journal().flush()
     assert caplog.records == []
 
 
@@ -1074,4 +1076,5 @@ def test_no_logger_is_used_before_it_is_needed(own_watches, caplog):
     caplog.set_level(logging.INFO, "syncstream")
     for _ in range(10):
         serve(stream_of(["a"], Line()))
+    journal().flush()
     assert caplog.records == []
