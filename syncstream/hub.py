@@ -579,6 +579,8 @@ class Hub:
             None if who is _ANYBODY else self._named(who),
             None if tags is None else _check_tags("tags", tags),
         )
+        if kick.who == "null":  # as JSON it would be all who have no name
+            raise ValueError(f"who must not be null as JSON, got {who!r}")
         if kick.tags == []:
             return 0
         self.check_size(kick.encoded(""))

@@ -575,6 +575,27 @@ def test_kicks_that_a_user_may_not_hear(server, quick, monkeypatch, is_later):
         await_true(lambda: not far.is_alive())
 
 
+@pytest.mark.parametrize("is_used", [True, False])
+def test_kicks_that_were_evicted(server, quick, caplog, is_used):
+    """While nobody listened: all who can be named are kicked, once, and it is said."""
+    with hub_of(server.url) as hub, Reader(hub, "a") as nobody:
+        if is_used:
+            hub.kick(who="somebody")
+        with Reader(hub, "a", who="ann") as ann:
+            await_true(lambda: not hub._control._is_reading)
+            server.command("DEL", "ss:{syncstream control}", "ss:empty")
+            server.command("CLIENT", "KILL", "TYPE", "pubsub")
+            await_true(lambda: not ann.is_alive())
+        with Reader(hub, "a", who="ann") as again:
+            server.command("CLIENT", "KILL", "TYPE", "pubsub")
+            await_true(lambda: len(server.listeners()) == 1 and hub.stats()["up"])
+            hub.publish("a", "1")
+            await_true(lambda: again.got == nobody.got == ["1"])
+            assert again.is_alive()
+        journal().flush()
+        assert caplog.text.count("kicks are missing") == 1
+
+
 def test_a_command_that_is_missing_is_said(server, quick):
     """Without any that the docs list, somebody is told at once: nobody waits."""
     words = [word for word in RIGHTS["both"].split() if word.startswith("+")]

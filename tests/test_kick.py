@@ -1,5 +1,6 @@
 """Kicks by name: all processes of a hub, and what becomes of those that are missed."""
 
+import json
 from contextlib import closing, suppress
 
 import pytest
@@ -128,6 +129,10 @@ def test_by_name_in_all_processes(url):
         assert not nobody.is_closed
 
 
+class Nameless:
+    """What becomes `null`, as a lazy user that is nobody does."""
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
@@ -135,6 +140,7 @@ def test_by_name_in_all_processes(url):
         ({"who": None}, ValueError),
         ({"who": None, "tags": ["x"]}, ValueError),
         ({"tags": "staff"}, TypeError),
+        ({"who": Nameless()}, ValueError),
         ({"who": object()}, TypeError),
         ({"who": "x" * (2 << 20)}, ValueError),
         ({"predicate": bool, "who": "ann"}, ValueError),
@@ -143,10 +149,13 @@ def test_by_name_in_all_processes(url):
 )
 def test_names_that_are_none(hub, options, error):
     """Refused, and nobody is ended: `None` is the name of all who have none."""
-    subscription = begun(hub, who=object(), tags=["s"])
+    hub._dumps = lambda value: json.dumps(
+        None if isinstance(value, Nameless) else value
+    )
+    subscriptions = begun(hub, who=object(), tags=["s"]), begun(hub)
     with pytest.raises(error):
         hub.kick(**options)
-    assert not subscription.is_closed
+    assert not any(subscription.is_closed for subscription in subscriptions)
 
 
 @pytest.mark.parametrize("kind", [Unavailable, Uncertain])
