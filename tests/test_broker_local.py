@@ -1145,11 +1145,14 @@ def test_forks_in_the_midst_of_everything(folder):
 
 
 FORK_UNSAID = """
-import ctypes, os, sys
+import ctypes, os, sys, time
 from syncstream.brokers.local import LocalBroker
 from syncstream.errors import Unavailable
 used, idle = LocalBroker(sys.argv[1]), LocalBroker(sys.argv[1])
 used.publish([("a", b"parent")])
+# The writer's thread has to be idle: of one that is about to take the GIL the child
+# would have its mutex, locked. Nothing tells that it is.
+time.sleep(0.2)
 child = ctypes.PyDLL(None).fork()
 if not child:
     for each in (
