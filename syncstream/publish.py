@@ -35,6 +35,7 @@ MAX_BODY = 16 << 20  # bytes, of all lines together
 # A batch is one piece: other publishers wait until it is stored. It is counted before
 # anything is made of it: 16 MiB of "1\n" would be 2 GB of events.
 MAX_LINES = 1000
+MAX_QUERY = 8192  # characters, encoded: tags are stored with each event of a batch
 _MAX_DIGITS = 4300  # of an integer: more, and Python does not read it
 _NDJSON = frozenset(("application/x-ndjson", "application/jsonl"))
 _ARGUMENTS = frozenset(("event", "retry", "only", "exclude"))
@@ -52,9 +53,9 @@ def publish_app(hub: Hub, *, token: str | Iterable[str]) -> WSGIApplication:
     ``?only=`` and ``?exclude=``, which may come several times, are those of
     `Hub.publish`. No others are taken.
 
-    A body has `MAX_BODY` bytes and `MAX_LINES` lines at most, empty ones included; an
-    event, `Hub`'s ``max_payload``. Larger ones are refused as a whole, before they are
-    read where their length is given.
+    A body has `MAX_BODY` bytes and `MAX_LINES` lines at most, empty ones included; a
+    query, `MAX_QUERY` characters; an event, `Hub`'s ``max_payload``. Larger ones are
+    refused as a whole, before they are read where their length is given.
 
     The answer is JSON: ``{"ids": ["5-8f1c22aa"]}``, in the order of the events. Errors
     have ``{"error": "…"}``: 400 what was sent is wrong, 401 the token, 403 the engine
@@ -145,8 +146,10 @@ def _arguments(query: str) -> dict[str, Any]:
     """Return the arguments of a query: lists of those that may come several times.
 
     Raises:
-        ValueError: One is unknown, is there twice, or is wrong.
+        ValueError: One is unknown, is there twice, or is wrong; or all are too long.
     """
+    if len(query) > MAX_QUERY:
+        raise ValueError(f"the query must have {MAX_QUERY} characters at most")
     found: dict[str, Any] = {}
     try:
         pairs = parse_qsl(

@@ -820,6 +820,26 @@ def test_a_name_that_is_not_utf8_silences_nobody(database):
         assert hub.stats()["up"]
 
 
+@pytest.mark.parametrize("name", ["a", "b"], ids=["beyond the head", "no channel"])
+def test_a_row_that_was_inserted_by_hand_is_passed(server, schema, make, name):
+    """Without its channel's: the next event comes after it, as a hole."""
+    broker = make()
+    told = listening(broker, "a", "b")
+    broker.publish([("a", b"1")])
+    head = broker.read(name, None).head
+    server.execute(
+        f"INSERT INTO {schema}.event SELECT nextval('{schema}.event_seq'), %s,"
+        " g, 7, 7, now(), 'x' FROM generate_series(2, 3) g",
+        name,
+    )
+    (id,) = broker.publish([(name, b"2")])
+    await_true(lambda: told.payloads() == [b"1", b"x", b"x", b"2"])
+    page = broker.read(name, head)
+    assert (page.entries[-1].id, page.head) == (id, id)
+    assert not page.complete
+    assert broker.read(name, id).complete
+
+
 def test_many_names(make, monkeypatch):
     """Beyond some hundreds the listener reads all; each gets its own all the same."""
     monkeypatch.setattr(postgresql, "_MAX_NAMES", 3)

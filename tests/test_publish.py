@@ -111,6 +111,7 @@ def test_tags_choose_who_gets_it(hub, client):
         ("/a?x=1", b"x", {}, 400, "the query may have"),
         ("/a?retry=1&retry=2", b"x", {}, 400, "once"),
         ("/a?event=%FF", b"x", {}, 400, "UTF-8"),
+        (f"/a?{'only=a&' * 1200}", b"x", {}, 400, "the query must have 8192"),
         ("/", b"x", {"environ_overrides": {"PATH_INFO": "/\xff"}}, 400, "UTF-8"),
         ("/a", b"\xef\xbb\xbf1", {"content_type": NDJSON}, 400, "line 1"),
         ("/a", b"1\n" * (MAX_LINES + 1), {"content_type": NDJSON}, 413, "lines"),

@@ -1037,8 +1037,12 @@ class _Database:
 
     def _head(self, name: str) -> list[int]:
         execute = self.connection.execute
+        # There may be a row that is none of ours beyond the head: it is passed.
         row = execute(
-            "SELECT id, last, nonce FROM channel WHERE name = ?", (name,)
+            "SELECT id, max(last, ifnull((SELECT max(number) FROM event"
+            " WHERE channel = channel.id AND number < 1 << 60), 0)), nonce"
+            " FROM channel WHERE name = ?",
+            (name,),
         ).fetchone()
         if row is not None:
             return [*row, row[1]]

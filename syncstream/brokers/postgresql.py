@@ -260,8 +260,10 @@ BEGIN
     -- of a name that any role of the database may take.
     SELECT s.epoch INTO STRICT c_epoch FROM $S.state s FOR UPDATE;
     c_ts := clock_timestamp();
-    UPDATE $S.channel SET last = last + 1, prev = nonce, nonce = c_nonce,
-        ts = greatest(ts, c_ts)
+    -- There may be a row that was inserted by hand beyond the head: it is passed.
+    UPDATE $S.channel SET last = greatest(last,
+            (SELECT max(e.off) FROM $S.event e WHERE e.channel = a_channel)) + 1,
+        prev = nonce, nonce = c_nonce, ts = greatest(ts, c_ts)
         WHERE name = a_channel RETURNING last, prev, ts INTO c_last, c_prev, c_ts;
     IF NOT FOUND THEN
         -- Its events may still be there, if somebody has deleted the channel alone.
