@@ -1515,18 +1515,21 @@ def test_a_publish_that_is_not_answered(server, proxy, clock):
         assert payloads == [b"1", b"2", b"3", b"4"]
 
 
-def test_all_that_a_publish_waits_for_has_one_deadline(proxy, clock):
-    """For its turn, and for a connection that is not answered either."""
+@pytest.mark.parametrize("then", ["connect", "send"])
+def test_all_that_a_publish_waits_for_has_one_deadline(then, proxy, clock):
+    """For its turn, and to connect, or to send what no buffer holds."""
     query = "publish_timeout=2", "max_connections=1"
     with opened(at(proxy.port, *query)) as broker:
         (server,) = broker._process().servers
+        if then == "send":
+            broker.publish([("a", b"x")])  # by a connection that is kept
         proxy.is_silent = True
         server._free.acquire()
         turn = threading.Timer(1.4, server._free.release)
         turn.start()
         began = clock()
         with pytest.raises(Unavailable):
-            broker.publish([("a", b"x")])
+            broker.publish([("a", b"x" * (1 << 24))])
         assert clock() - began < 2.1
         turn.join()
 

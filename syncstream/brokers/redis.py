@@ -852,7 +852,7 @@ class _Server:
                 self.judge("connect", str(error))
                 raise
             try:
-                self._send(connection, commands)
+                self._send(connection, commands, deadline)
                 replies = [self._reply(connection, deadline) for _ in commands]
             except BaseException:
                 connection.disconnect()
@@ -920,9 +920,11 @@ class _Server:
             raise
         return connection
 
-    def _send(self, connection: Any, commands: list[Any]) -> None:
+    def _send(self, connection: Any, commands: list[Any], deadline: float) -> None:
         packed = connection.pack_commands(commands)
         try:
+            # For sending alone: redis-py sets it again with each wait for an answer.
+            connection._sock.settimeout(max(0.001, deadline - time.monotonic()))
             connection.send_packed_command(packed, check_health=False)
         except (RedisError, OSError) as error:
             reason = f"the connection to {self.name} was lost: {error}"
