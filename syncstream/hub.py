@@ -911,7 +911,7 @@ class Hub:
 
     def say_unreadable(self, name: str, error: BrokerError) -> None:
         """Say that a name cannot be read where others can: nobody else would."""
-        if self._is_up:
+        if self._is_up and not self._is_closed:
             text = "%r cannot be read: %s"
             self._say_once(name, logging.ERROR, text, name, error)
 

@@ -164,6 +164,7 @@ from syncstream.testing import check_broker
 _, mode, url, prefix, capacity = sys.argv
 numbers = itertools.count()
 def make(**options):
+    options["publish_timeout"] = 20.0  # the machine may be busy
     return PostgreSQLBroker(url, schema=f"{prefix}_{next(numbers)}", **options)
 def remove(broker, channel, id):
     number = int(id.partition("-")[0], 16)

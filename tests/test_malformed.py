@@ -229,6 +229,14 @@ def test_who_cannot_be_read_is_named(hub, broker, monkeypatch, caplog):
     assert caplog.text.count("cannot be read") == 1
 
 
+def test_a_hub_that_closes_names_nobody(hub, caplog):
+    """A read under way finds a broker that is closed, which is no news."""
+    hub.close()
+    hub.say_unreadable(CONTROL, Unavailable("memory: is closed"))
+    journal().flush()
+    assert "cannot be read" not in caplog.text
+
+
 def test_names_without_end_hide_no_line_of_the_hub_s_own(hub, caplog):
     """Clients choose names, and so how much is said of them."""
     for number in range(MOST_SAID + 1):
