@@ -17,14 +17,14 @@ def published():
     return [*events, Published("c", "no", 6, 6.5, None, "Unavailable")]
 
 
-def verdict(*data, faults=(), at=10):
+def verdict(*data, faults=(), at=10, **options):
     """Judge a client that saw "reset", "connected", a status, or events' data."""
     kinds = {"reset": "reset", "connected": "connected", "403": "403"}
     record = [
         Seen(at + place, f"{text}-0" * text.isdecimal(), text, kinds.get(text, "event"))
         for place, text in enumerate(data)
     ]
-    return judge(published(), {"client": ("c", record)}, faults)
+    return judge(published(), {"client": ("c", record)}, faults, **options)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,15 @@ def test_what_a_new_client_missed_is_seen():
     """What was sent after its stream had begun."""
     assert verdict("connected", "4", at=2.8).counts["hole"] == 1
     assert verdict("connected", "1", "3", at=2.8).broken == []
+
+
+@pytest.mark.parametrize(
+    ("at", "reads_write", "count"), [(0, True, 0), (0, False, 1), (1.6, True, 1)]
+)
+def test_an_older_release_marks_empty_channels(at, reads_write, count):
+    """Who came when nothing had been published yet may be reset by that."""
+    found = verdict("connected", "reset", at=at, reads_write=reads_write)
+    assert found.counts["false resets"] == count
 
 
 @pytest.mark.parametrize("refuses", [(), ("c",)])
