@@ -480,7 +480,8 @@ def keepalive(site):
                     assert chunk, (kind, text)
                     text += chunk
         finally:
-            site.control.open(key)
+            # As often as it asks until its client's departure is noticed.
+            site.control.open(key, 1_000_000)
 
 
 def left(site):
