@@ -469,8 +469,8 @@ def leave_one(site, kind):
 
 def keepalive(site):
     """A comment breaks the silence of a generator that blocks, and of a channel."""
-    key = unique_key()
     for kind in ("sse", "post", "events"):
+        key = unique_key()
         query = {"key": key, "gated": 1, "channel": key, "keepalive": 0.25}
         text = b""
         try:
