@@ -45,8 +45,8 @@ from typing import Any
 
 from syncstream import Hub
 from syncstream.brokers import open_broker
+from syncstream.brokers.log import Entry
 from syncstream.errors import BrokerError
-from syncstream.log import Entry
 
 from .machine import describe, verdict
 

@@ -56,8 +56,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
 from syncstream import Hub, SSEResponse
-from syncstream.process import process
-from syncstream.senders import VARIABLE, AdaptiveSender, PydllSender, open_sender
+from syncstream.fanout.sender import VARIABLE, AdaptiveSender, PydllSender, open_sender
+from syncstream.runtime.process import process
 
 from .chart import MINE, THEIRS, THEIRS_TOO, Bar, bars
 from .clients import Came, Clients, compiled, ended, pauses, payload
@@ -182,7 +182,7 @@ def app(handover: Any = "auto") -> Flask:
 
 def _have_no_ring() -> None:
     """Let the loop choose as it does where there is no io_uring."""
-    from syncstream import fanout
+    from syncstream.fanout import loop as fanout
 
     vars(fanout)["open_sender"] = _without_ring
 

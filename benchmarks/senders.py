@@ -5,7 +5,7 @@
 In the repository's folder, with what ``pip install .`` installs. About 3 minutes;
 --quick half a one.
 
-Each sender of `syncstream.senders` sends the same 100 bytes to 1,000 and to 8 TCP
+Each sender of `syncstream.fanout.sender` sends the same 100 bytes to 1,000 and to 8 TCP
 connections on loopback, 20 times a second: *write* is os.write, *pydll* send(2) with
 the GIL held, *uring* io_uring; *auto* goes between write and pydll by itself, and
 *chosen* is what `open_sender` picks here. Once alone, and once beside a thread that
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 
-from syncstream.senders import AdaptiveSender, PydllSender, Sender, open_sender
+from syncstream.fanout.sender import AdaptiveSender, PydllSender, Sender, open_sender
 
 from .machine import describe, verdict
 

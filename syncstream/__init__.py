@@ -1,39 +1,37 @@
 """Live streams from synchronous Python web applications.
 
-The map of the package, from top to bottom the way the data takes:
+The map of the package, from the bottom to the top; each line may import those above it:
 
 ====================  ==========================================================
 ``errors``            every exception, as a tree
-``clock``             the clock that waits go by
 ``arguments``         commands' arguments, whose errors show no URL
-``protocol``          bytes <-> values: event streams, NDJSON, JSON
-``sockets``           what is asked of a socket, by its descriptor
-``journal``           log lines that harm nobody
-``waiting``           the one place that knows threads from gevent; the scope
-``watch``             hang-ups and a clock, one per process
-``process``           the process's streams, and its stop
-``log``               one channel's events: a bounded window, and positions in it
-``brokers``           what stores events, and tells of them: ``memory:``
-``control``           whom to kick, as a hub's processes tell each other
-``presence``          the events that say who comes and goes
-``hub``               channels: publish, subscribe, resume
-``links``             what gets a thread out of a read
-``answers``           frameworks' responses and errors, where an item was due
-``stream``            one response's life: iterate, encode, close, one reason
-``servers``           the WSGI servers: where each keeps the socket, how it ends
-``capacity``          how many streams there may be
-``wsgi``              the response classes and the middleware
+``protocol/``         bytes <-> values, pure: event streams, NDJSON, JSON
+``runtime/``          this process: waits (the one place that knows threads from
+                      gevent), the watch for hang-ups, sockets, streams, log lines
+``brokers/``          what stores events, and tells of them: ``memory:``, ``local:``,
+                      ``redis:``, ``postgresql:``; names, and the log
+``channels/``         the hub: publish, subscribe, resume, kick, presence
+``streams/``          one response's life: iterate, encode, close, one reason
+``fanout/``           the loop for connections that no thread and no greenlet serves
+``servers/``          the WSGI servers: where each keeps the socket, how it ends
+``wsgi/``             the response classes, the middleware, ``@sse``
+``publish process``   doors: publishing over HTTP, the counters of a process
 ``flask django``      what each framework needs on top: its responses, ``@sse``
 ``bottle pyramid``
 ``falcon gunicorn``
-``doctor``            ``python -m syncstream doctor``
-``demo``              the demo of ``python -m syncstream demo``
+``doctor/ demo/``     ``python -m syncstream doctor`` and ``demo``
+``testing/``          what tests of brokers need
 ====================  ==========================================================
 
-Imports only point up that list. Importing the package starts no thread, sets no
-signal handler, patches nothing and imports no optional package.
+One module looks up: ``streams/stream``, which hands its connection over to the loop.
+
+Importing the package starts no thread, sets no signal handler, patches nothing and
+imports no optional package.
 """
 
+from .channels.gap import Gap
+from .channels.hub import Hub
+from .channels.subscription import Subscription
 from .errors import (
     BrokerError,
     ClientDisconnected,
@@ -47,17 +45,12 @@ from .errors import (
     Uncertain,
 )
 from .flask import sse
-from .hub import Gap, Hub, Subscription
 from .protocol.sse import Event
-from .stream import Stream, current_stream
-from .waiting import sleep
-from .wsgi import (
-    NDJSONResponse,
-    SSEResponse,
-    StreamMiddleware,
-    StreamResponse,
-    last_event_id,
-)
+from .runtime.waiting import sleep
+from .servers.connection import last_event_id
+from .streams.stream import Stream, current_stream
+from .wsgi.middleware import StreamMiddleware
+from .wsgi.responses import NDJSONResponse, SSEResponse, StreamResponse
 
 __all__ = [
     "BrokerError",

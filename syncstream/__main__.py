@@ -12,8 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import Hub, __version__, doctor
+from . import Hub, __version__
 from .arguments import Parser
+from .doctor import checks, report, wire
+from .doctor import listen as doctor
 from .errors import BrokerError, Uncertain
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ def _add_doctor(commands: _Commands) -> None:
     )
     command.add_argument(
         "--header",
-        type=_checked(doctor.parse_header),
+        type=_checked(wire.parse_header),
         action="append",
         default=[],
         metavar="'NAME: VALUE'",
@@ -175,12 +177,12 @@ def _doctor(options: argparse.Namespace) -> int:
         )
     except ValueError as error:
         return _fail(str(error), 2)
-    findings = doctor.judge(seen)
+    findings = checks.judge(seen)
     try:
-        print(doctor.report(seen, findings), end="", flush=True)
+        print(report.report(seen, findings), end="", flush=True)
     except BrokenPipeError:  # `| head` has seen enough; the exit would flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return doctor.exit_status(seen, findings)
+    return checks.exit_status(seen, findings)
 
 
 def _publish(options: argparse.Namespace) -> int:

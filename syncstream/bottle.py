@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from bottle import HTTPResponse, request
 
-from .views import decorator
-from .wsgi import Connection, NDJSONResponse, SSEResponse, StreamResponse
+from .servers.connection import Connection
+from .wsgi.decorator import decorator
+from .wsgi.responses import NDJSONResponse, SSEResponse, StreamResponse
 
 __all__ = ["respond", "sse"]
 

@@ -21,12 +21,14 @@ from django.db import connections
 from django.db.backends.signals import connection_created
 from django.http import HttpRequest, StreamingHttpResponse
 
-from . import wsgi
-from .process import process
 from .protocol.json import Dumps
+from .runtime.process import process
+from .servers import connection as connection_module
 from .servers.contract import running
-from .stream import ANSWERED, Stream
-from .views import decorator
+from .streams.stream import ANSWERED, Stream
+from .wsgi import headers as headers_module
+from .wsgi import responses as wsgi
+from .wsgi.decorator import decorator
 
 __all__ = ["NDJSONResponse", "SSEResponse", "StreamResponse", "sse"]
 
@@ -58,9 +60,9 @@ def _prepare(environ: dict[str, Any], *, is_new: bool) -> None:
         environ: The request's.
         is_new: It has just begun, so that no cursor of its own is open.
     """
-    if wsgi.BEFORE_WAIT in environ and not is_new:
+    if connection_module.BEFORE_WAIT in environ and not is_new:
         return
-    environ[wsgi.BEFORE_WAIT] = [_give_connections_back]
+    environ[connection_module.BEFORE_WAIT] = [_give_connections_back]
     for connection in connections.all(initialized_only=True):
         _OpenCursors.of(connection, is_late=not is_new)
 
@@ -184,7 +186,7 @@ _ASGI = (
 
 class _Streaming(StreamingHttpResponse):
     _response: Any = None
-    _connection: wsgi.Connection | None = None
+    _connection: connection_module.Connection | None = None
     _looked_at = -1  # so many closers
     _status = 200
 
@@ -237,11 +239,11 @@ class _Streaming(StreamingHttpResponse):
             request.close()
             raise RuntimeError(ANSWERED)
         _prepare(environ, is_new=False)
-        self._connection = connection = wsgi.Connection.of(environ)
+        self._connection = connection = connection_module.Connection.of(environ)
         if stream.is_over_for(connection):
             self._status, self._reason_phrase = 204, None
             del self.headers["Content-Type"]
-        if wsgi.has_body(connection, self._status):
+        if headers_module.has_body(connection, self._status):
             if self._iterator is not self._own and "Content-Encoding" in self.headers:
                 _say_compressed()  # by a decorator, say
             connection.take(stream, self.headers.items())
@@ -264,11 +266,11 @@ class _Streaming(StreamingHttpResponse):
     def items(self) -> Any:
         """Return the headers that WSGI leaves to the application."""
         self._find_request()
-        return wsgi.without_hop_by_hop(super().items())
+        return headers_module.without_hop_by_hop(super().items())
 
     def __iter__(self) -> Iterator[bytes]:
         # A middleware may have changed the status since.
-        if self.status_code in wsgi.BODILESS:
+        if self.status_code in headers_module.BODILESS:
             self._response.close()
             return iter(())
         iterator: Iterator[bytes] = super().__iter__()
@@ -316,7 +318,7 @@ def _body(stream: Stream) -> Iterator[bytes]:
     """
     environ, _ = _environ.get()
     if environ is not None and not stream.has_connection and not stream.reason:
-        connection = wsgi.Connection.of(environ)
+        connection = connection_module.Connection.of(environ)
         if connection.is_head or stream.is_over_for(connection):
             stream.close()
         elif connection.stream is None:
@@ -345,7 +347,7 @@ class SSEResponse(_Streaming):
         self,
         source: Iterable[Any],
         status: int = 200,
-        headers: wsgi.HeaderSource | None = None,
+        headers: headers_module.HeaderSource | None = None,
         *,
         keepalive: float | None = 15.0,
         retry: int | None = None,
@@ -381,7 +383,7 @@ class NDJSONResponse(_Streaming):
         self,
         source: Iterable[Any],
         status: int = 200,
-        headers: wsgi.HeaderSource | None = None,
+        headers: headers_module.HeaderSource | None = None,
         *,
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
@@ -409,7 +411,7 @@ class StreamResponse(_Streaming):
         self,
         source: Iterable[str | bytes | None],
         status: int = 200,
-        headers: wsgi.HeaderSource | None = None,
+        headers: headers_module.HeaderSource | None = None,
         *,
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,

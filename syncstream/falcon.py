@@ -9,7 +9,7 @@ from typing import Any
 
 from falcon import Request, Response
 
-from .wsgi import NDJSONResponse, SSEResponse, StreamResponse
+from .wsgi.responses import NDJSONResponse, SSEResponse, StreamResponse
 
 __all__ = ["respond"]
 

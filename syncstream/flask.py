@@ -6,9 +6,9 @@ import sys
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
-from .answers import checked_return
-from .views import decorator
-from .wsgi import SSEResponse
+from .streams.answers import checked_return
+from .wsgi.decorator import decorator
+from .wsgi.responses import SSEResponse
 
 __all__ = ["sse"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .process import process
+from .runtime.process import process
 from .servers.gunicorn import stopping
 
 __all__ = ["post_worker_init"]

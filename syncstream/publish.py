@@ -22,8 +22,8 @@ from werkzeug.exceptions import (
 )
 from werkzeug.wrappers import Request, Response
 
+from .channels.hub import Hub
 from .errors import BrokerError, Denied, PayloadTooLarge, Unavailable
-from .hub import Hub
 from .protocol.sse import Event
 
 if TYPE_CHECKING:

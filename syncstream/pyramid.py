@@ -9,7 +9,7 @@ from pyramid.config import Configurator
 from pyramid.response import Response
 from pyramid.threadlocal import get_current_request
 
-from .wsgi import NDJSONResponse, SSEResponse, StreamResponse
+from .wsgi.responses import NDJSONResponse, SSEResponse, StreamResponse
 
 __all__ = ["includeme"]
 

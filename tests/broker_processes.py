@@ -15,7 +15,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from syncstream.brokers import Broker, open_broker
+from syncstream.brokers import open_broker
+from syncstream.brokers.contract import Broker
 from syncstream.errors import PayloadTooLarge, Unavailable, Uncertain
 
 TESTS = Path(__file__).parent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import _thread
 import time
 
-from syncstream.sockets import native
+from syncstream.runtime.sockets import native
 
 __all__ = ["Clock"]
 

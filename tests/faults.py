@@ -1,4 +1,4 @@
-"""Modules whose calls can be made to raise, one at a time."""
+"""Rooms of the package whose calls can be made to raise, one at a time."""
 
 from __future__ import annotations
 
@@ -10,39 +10,51 @@ from typing import Any
 
 
 class Faults:
-    """The calls of a module's functions, in a copy of it.
+    """The calls of some modules' functions, in copies of these.
+
+    Args:
+        modules: Each before those that import it.
 
     Attributes:
-        module: The copy; nobody else has it.
-        sites: What is called where, by number: "line: source".
+        modules: The copies, by their names without the package's; nobody else has them.
+        sites: What is called where, by number: "module:line: source".
         is_hit: The call that was to raise has done so.
         seen: The places of calls that were made.
     """
 
-    def __init__(self, module: types.ModuleType) -> None:
-        path = Path(str(module.__file__))
-        source = path.read_text()
-        tree = ast.parse(source)
+    def __init__(self, *modules: types.ModuleType) -> None:
         self.sites: list[str] = []
         self.is_hit = False
         self.seen: set[int] = set()
         self._armed: int | None = None
         self._error: type[BaseException] = MemoryError
-        wrapper = _Wrapper(source, self.sites)
+        self.modules: dict[str, Any] = {}
+        try:
+            for module in modules:
+                name = module.__name__.rpartition(".")[2]
+                self.modules[name] = self._copy(module, name)
+        finally:
+            for module in modules:
+                sys.modules[module.__name__] = module
+
+    def _copy(self, module: types.ModuleType, name: str) -> types.ModuleType:
+        """Return a copy; it is what others import by its name from now on."""
+        path = Path(str(module.__file__))
+        source = path.read_text()
+        tree = ast.parse(source)
+        wrapper = _Wrapper(source, name, self.sites)
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 node.body = [wrapper.visit(statement) for statement in node.body]
         ast.fix_missing_locations(tree)
-        self.module: Any = types.ModuleType(module.__name__)
-        self.module.__package__ = module.__package__
-        self.module.__file__ = module.__file__
-        self.module._call = self._call
-        # dataclasses look their module up while it is made.
-        sys.modules[module.__name__] = self.module
-        try:
-            exec(compile(tree, str(path), "exec"), self.module.__dict__)
-        finally:
-            sys.modules[module.__name__] = module
+        copy: Any = types.ModuleType(module.__name__)
+        copy.__package__ = module.__package__
+        copy.__file__ = module.__file__
+        copy._call = self._call
+        # Also for dataclasses, which look their module up while it is made.
+        sys.modules[module.__name__] = copy
+        exec(compile(tree, str(path), "exec"), copy.__dict__)
+        return copy
 
     def arm(self, site: int, error: type[BaseException]) -> None:
         """Let the next call at this place raise."""
@@ -60,8 +72,9 @@ class Faults:
 
 
 class _Wrapper(ast.NodeTransformer):
-    def __init__(self, source: str, sites: list[str]) -> None:
+    def __init__(self, source: str, name: str, sites: list[str]) -> None:
         self._source = source
+        self._name = name
         self._sites = sites
         self._done: set[int] = set()
 
@@ -69,7 +82,8 @@ class _Wrapper(ast.NodeTransformer):
         if id(node) in self._done:  # of a function in a function
             return node
         text = ast.get_source_segment(self._source, node) or ""
-        self._sites.append(f"{node.lineno}: {' '.join(text.split())[:60]}")
+        place = f"{self._name}:{node.lineno}"
+        self._sites.append(f"{place}: {' '.join(text.split())[:60]}")
         number = ast.Constant(len(self._sites) - 1)
         self.generic_visit(node)
         wrapped = ast.Call(

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from syncstream.protocol import sse
-from syncstream.sockets import is_hung_up
-from syncstream.stream import Format, Stream
-from syncstream.watch import watch
+from syncstream.runtime.sockets import is_hung_up
+from syncstream.runtime.watch import watch
+from syncstream.streams.contract import Format
+from syncstream.streams.stream import Stream
 
 TESTS = Path(__file__).parent
 TIMEOUT = 15.0  # seconds to wait for what must happen; not what it may take

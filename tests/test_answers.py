@@ -16,8 +16,8 @@ from werkzeug.middleware.lint import LintMiddleware
 from werkzeug.test import Client, create_environ
 
 from syncstream import NDJSONResponse, SSEResponse, StreamMiddleware, sse
-from syncstream.answers import checked_return, is_answer, status_of
-from syncstream.process import process
+from syncstream.runtime.process import process
+from syncstream.streams.answers import checked_return, is_answer, status_of
 
 ASK = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
 ERRORS = [

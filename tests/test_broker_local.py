@@ -23,10 +23,13 @@ from live import TIMEOUT, await_true, unique_key
 from pairs import check_script, come_and_go, read_for_the_newest
 from programs import lack, need_root
 from syncstream import Gap, Hub
-from syncstream.brokers import local, open_broker
-from syncstream.brokers.local import LocalBroker
+from syncstream.brokers import open_broker
+from syncstream.brokers.local import LocalBroker, database
+from syncstream.brokers.local import files as files_module
+from syncstream.brokers.local import listener as listener_module
+from syncstream.brokers.local import process as process_module
 from syncstream.errors import PayloadTooLarge, Unavailable
-from syncstream.journal import journal
+from syncstream.runtime.journal import journal
 from syncstream.testing import check_broker
 
 FORMATS = Path(__file__).parent / "formats"
@@ -340,15 +343,15 @@ def test_network_file_systems_are_known(path, kind, monkeypatch, folder):
     """By the mount that a path is on."""
     with open(f"{folder}/mounts", "wb") as file:
         file.write(MOUNTS.encode())
-    monkeypatch.setattr(local, "_MOUNTS", f"{folder}/mounts")
-    assert local._network_kind(path) == kind
+    monkeypatch.setattr(files_module, "_MOUNTS", f"{folder}/mounts")
+    assert files_module._network_kind(path) == kind
 
 
 def test_network_file_systems_are_refused(make, monkeypatch, folder):
     """With a message that says what to use."""
     with open(f"{folder}/mounts", "w") as file:
         file.write(f"/dev/vda / ext4 rw 0 0\nserver:/x {folder} nfs rw 0 0\n")
-    monkeypatch.setattr(local, "_MOUNTS", f"{folder}/mounts")
+    monkeypatch.setattr(files_module, "_MOUNTS", f"{folder}/mounts")
     with pytest.raises(Unavailable, match=r"network file system \(nfs\).*redis:"):
         make().publish([("a", b"x")])
 
@@ -405,7 +408,7 @@ def size_of(folder, suffix=""):
 
 def test_the_log_is_bounded(make, folder, monkeypatch):
     """By capacity: 100,000 events leave what is kept, and a small WAL."""
-    monkeypatch.setattr(local, "_SEEN", 0)
+    monkeypatch.setattr(database, "_SEEN", 0)
     broker = make(capacity=100)
     for number in range(1000):
         broker.publish([(f"c{number % 10}", b"x" * 200)] * 100)
@@ -444,7 +447,7 @@ def test_what_is_too_old_goes(make, folder):
 
 def test_idle_channels_are_forgotten(make, monkeypatch):
     """When they are very many; heads of before are then unknown, not wrong."""
-    monkeypatch.setattr(local, "MAX_CHANNELS", 1000)
+    monkeypatch.setattr(database, "MAX_CHANNELS", 1000)
     broker = make(max_age=0.1)
     empty = broker.read("never", None).head
     (old,) = broker.publish([("c0", b"x")])
@@ -524,7 +527,8 @@ def test_a_publisher_that_is_killed(make, folder):
 
 STOPS_WITHIN = """
 import sys
-from syncstream.brokers.local import LocalBroker, _Database
+from syncstream.brokers.local import LocalBroker
+from syncstream.brokers.local.database import Database
 class Stops(_Database):
     def store(self, items, bounds):
         ids = super().store(items, bounds)
@@ -979,7 +983,7 @@ def test_no_thread_is_left(make, folder):
 
 def test_times_of_whole_seconds_hide_no_listener(make, folder, monkeypatch):
     """One that comes in the second of the last look is woken all the same."""
-    monkeypatch.setattr(local, "LOOK_EVERY", 3600.0)
+    monkeypatch.setattr(listener_module, "LOOK_EVERY", 3600.0)
     publisher, listener, told = make(), make(), Told()
     publisher.publish([("a", b"1")])
     second = int(time.time()) * 1_000_000_000
@@ -997,7 +1001,7 @@ def test_times_of_whole_seconds_hide_no_listener(make, folder, monkeypatch):
 
 def test_what_was_trimmed_before_it_was_told(make, monkeypatch):
     """The sink is told that some are missing: others may have been the last."""
-    monkeypatch.setattr(local, "_SEEN", 0)
+    monkeypatch.setattr(database, "_SEEN", 0)
     broker, told = make(capacity=10), Told()
     broker.attach(told)
     broker.watch("#")
@@ -1585,7 +1589,7 @@ def test_what_a_fast_clock_has_stored_does_not_stay(make, monkeypatch):
 
 def test_a_fast_clock_lets_no_log_grow(make, folder, monkeypatch):
     """What is beyond the capacity goes as well when nothing ages."""
-    monkeypatch.setattr(local, "_SEEN", 0)
+    monkeypatch.setattr(database, "_SEEN", 0)
     broker = make(max_age=None, capacity=50)
     now = time.time()
     for number in range(30):
@@ -1722,7 +1726,7 @@ def test_closing_a_stale_log_waits_for_the_lock_of_now(make, folder, monkeypatch
 
 def test_the_times_of_files_are_fresh(make, folder, monkeypatch):
     """Cleaners go by them: of the log, its lock, its sockets and their folders."""
-    monkeypatch.setattr(local, "_FRESHEN", 0.0)
+    monkeypatch.setattr(process_module, "_FRESHEN", 0.0)
     broker = make()
     broker.attach(Told())
     broker.watch("a")
@@ -1914,7 +1918,7 @@ def test_who_makes_a_file_may_be_killed(make, folder, name):
 
 def test_links_lead_nowhere(make, folder, monkeypatch):
     """Those in a folder that a group shares: no times are changed, nobody is woken."""
-    monkeypatch.setattr(local, "_FRESHEN", 0.0)
+    monkeypatch.setattr(process_module, "_FRESHEN", 0.0)
     broker = make()
     broker.publish([("a", b"1")])
     elsewhere = f"{folder}/elsewhere"
@@ -1939,7 +1943,7 @@ def test_a_link_has_no_mode_changed(folder, monkeypatch):
     found = os.stat(f"{folder}/precious")
     os.symlink(f"{folder}/precious", f"{folder}/link")
     monkeypatch.setattr(os, "lstat", lambda path: found)
-    local._settle(f"{folder}/link", 0o600, found.st_gid)
+    files_module.settle(f"{folder}/link", 0o600, found.st_gid)
     assert modes(folder)["precious"] == 0o640
 
 

@@ -27,8 +27,10 @@ from live import await_true
 from pairs import check_script, come_and_go, read_for_the_newest
 from postgresql_server import Line, PostgreSQL
 from syncstream import Gap, Hub
-from syncstream.brokers import open_broker, postgresql
-from syncstream.brokers.postgresql import PostgreSQLBroker, install, install_sql
+from syncstream.brokers import open_broker
+from syncstream.brokers.postgresql import PostgreSQLBroker, __main__, listener, process
+from syncstream.brokers.postgresql import connection as connection_module
+from syncstream.brokers.postgresql.schema import install, install_sql
 from syncstream.errors import (
     Closed,
     Denied,
@@ -36,8 +38,8 @@ from syncstream.errors import (
     Unavailable,
     Uncertain,
 )
-from syncstream.journal import journal
 from syncstream.protocol import sse
+from syncstream.runtime.journal import journal
 from tcp_proxy import Proxy
 
 TESTS = Path(__file__).parent
@@ -725,7 +727,7 @@ def test_listen_dsn(server, make, line, caplog):
 
 def test_deaf_listeners_say_so(server, schema, make, monkeypatch, caplog):
     """LISTEN does nothing behind some poolers: slow, and said, but nothing is lost."""
-    monkeypatch.setattr(postgresql, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(listener, "HEARTBEAT", 0.05)
     broker = make()
     told = listening(broker, "a")
     server.execute(
@@ -843,7 +845,7 @@ def test_a_row_that_was_inserted_by_hand_is_passed(server, schema, make, name):
 
 def test_many_names(make, monkeypatch):
     """Beyond some hundreds the listener reads all; each gets its own all the same."""
-    monkeypatch.setattr(postgresql, "_MAX_NAMES", 3)
+    monkeypatch.setattr(listener, "_MAX_NAMES", 3)
     broker = make()
     told = listening(broker, "a", "b")
     broker.publish([("a", b"1"), ("x", b"-")])
@@ -1773,7 +1775,7 @@ def test_a_firewall_forgets_idle_connections(server, make, clock, monkeypatch):
         told = listening(broker, "a")
         broker.publish([("a", b"2")])
         # Until the listener takes no answer for an end.
-        monkeypatch.setattr(postgresql, "READ_TIMEOUT", 1.0)
+        monkeypatch.setattr(listener, "READ_TIMEOUT", 1.0)
         for connection in broker._own().idle:
             connection.used -= 10
         proxy.forget()
@@ -1787,16 +1789,18 @@ def test_a_firewall_forgets_idle_connections(server, make, clock, monkeypatch):
 
 def test_connections_that_are_not_used_are_closed(server, make, monkeypatch):
     """Some time after a burst, by whoever listens or publishes."""
-    monkeypatch.setattr(postgresql, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(listener, "HEARTBEAT", 0.05)
     broker = make(connections=4)
     listening(broker, "a")
     broker.publish([("a", b"1")])
     own = broker._own()
     for _ in range(3):
-        own.keep(postgresql._Connection.open(broker._dsn, time.monotonic() + LIMIT))
+        own.keep(
+            connection_module.Connection.open(broker._dsn, time.monotonic() + LIMIT)
+        )
     assert len(own.idle) == 4
     for connection in own.idle:
-        connection.used -= postgresql.IDLE
+        connection.used -= process.IDLE
     await_true(lambda: backends(server) == 1)  # who listens
     assert own.idle == []
 
@@ -1863,7 +1867,7 @@ def test_no_password_is_shown(url, capsys, monkeypatch):
     for words in ([url], [url, url]):
         monkeypatch.setattr(sys, "argv", ["postgresql", *words])
         with pytest.raises(SystemExit) as ended:
-            postgresql.main()
+            __main__.main()
         assert ended.value.code
         output = capsys.readouterr()
         assert "s3cr3t" not in output.out + output.err

@@ -26,15 +26,18 @@ from pairs import check_script, come_and_go, read_for_the_newest
 from programs import certificate
 from redis_nodes import Nodes
 from redis_server import RedisServer, Sentinel
-from syncstream import control as control_module
 from syncstream.brokers import open_broker
-from syncstream.brokers import redis as module
+from syncstream.brokers.log import JOIN
 from syncstream.brokers.redis import RedisBroker
-from syncstream.control import CONTROL
+from syncstream.brokers.redis import broker as module
+from syncstream.brokers.redis import listener as listener_module
+from syncstream.brokers.redis import server as server_module
+from syncstream.channels import control as control_module
+from syncstream.channels.control import CONTROL
+from syncstream.channels.gap import Gap
+from syncstream.channels.hub import Hub
 from syncstream.errors import Closed, Denied, Unavailable, Uncertain
-from syncstream.hub import Gap, Hub
-from syncstream.journal import journal
-from syncstream.log import JOIN
+from syncstream.runtime.journal import journal
 from syncstream.testing import check_broker
 from tcp_proxy import Proxy
 
@@ -73,14 +76,14 @@ def clock():
 @pytest.fixture
 def quick(monkeypatch):
     """Beats, and what is found out by them, in a tenth of the time."""
-    monkeypatch.setattr(module, "BEAT", 0.2)
-    monkeypatch.setattr(module, "ROUND", 1.0)
+    monkeypatch.setattr(listener_module, "BEAT", 0.2)
+    monkeypatch.setattr(listener_module, "ROUND", 1.0)
 
 
 @pytest.fixture
 def hasty(quick, monkeypatch):
     """Likewise, and a line is given up that soon; maybe one that is only slow."""
-    monkeypatch.setattr(module, "DEAF", 0.7)
+    monkeypatch.setattr(listener_module, "DEAF", 0.7)
 
 
 def own(url):
@@ -1364,7 +1367,7 @@ def test_what_nobody_told_of_is_found(server, quick):
 
 def test_a_forgotten_connection_takes_no_event(server, proxy, clock, monkeypatch):
     """What a firewall has dropped without a word is found before it is trusted."""
-    monkeypatch.setattr(module, "FRESH", 0.05)
+    monkeypatch.setattr(server_module, "FRESH", 0.05)
     with opened(at(proxy.port)) as broker, opened(server.url) as direct:
         together = threading.Barrier(4)
 
@@ -1389,7 +1392,7 @@ def test_a_forgotten_connection_takes_no_event(server, proxy, clock, monkeypatch
 
 def test_a_connection_that_answers_is_used_again(server, monkeypatch):
     """One that is proven by an answer; what nobody uses is let go; keepalive is on."""
-    monkeypatch.setattr(module, "FRESH", 0.0)
+    monkeypatch.setattr(server_module, "FRESH", 0.0)
     with opened(server.url) as broker:
         connections = server.command("INFO", "stats")["total_connections_received"]
         together = threading.Barrier(8)
@@ -1416,7 +1419,7 @@ def test_a_connection_that_answers_is_used_again(server, monkeypatch):
             broker.publish([("a", b"x")])
             assert client.info("stats")["total_connections_received"] == made
             assert connections < made
-            monkeypatch.setattr(module, "IDLE", 0.05)
+            monkeypatch.setattr(server_module, "IDLE", 0.05)
             time.sleep(0.1)  # longer than it is kept
             broker.publish([("a", b"x")])
             await_true(lambda: client.info("clients")["connected_clients"] == 2)
@@ -1750,7 +1753,7 @@ monkey.patch_all()
 import logging, os, signal, sys, time, gevent
 from clock import Clock
 from syncstream import Hub, Unavailable, Uncertain
-from syncstream.brokers import redis
+from syncstream.brokers.redis import broker as redis
 redis.DEAF = 60.0  # it would say that the server is silent
 hub = Hub(sys.argv[1] + "?publish_timeout=2")
 clock = Clock()

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from pairs import check_script
 from syncstream import Hub
-from syncstream.brokers import matches, open_broker, patterns_of
+from syncstream.brokers import open_broker
+from syncstream.brokers.log import START, Entry, Page
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.log import START, Entry, Page
+from syncstream.brokers.names import matches, patterns_of
 from syncstream.testing import check_broker
 from test_holes import remove
 
@@ -172,9 +173,9 @@ class Leaking(MemoryBroker):
 def test_the_suite_sees_what_is_broken(broker, sentence, monkeypatch):
     """It is no suite if all pass."""
     if broker is Silent:  # the others are found out without a wait
-        monkeypatch.setattr("syncstream.testing.LIMIT", 0.3)
+        monkeypatch.setattr("syncstream.testing.brokers.LIMIT", 0.3)
     if broker is Leaking:  # at the end
-        monkeypatch.setattr("syncstream.testing.LIMIT", 3.0)
+        monkeypatch.setattr("syncstream.testing.brokers.LIMIT", 3.0)
     with pytest.raises(AssertionError, match=sentence):
         check_broker(broker, rounds=10, remove=remove)
     for descriptor in Leaking.opened:

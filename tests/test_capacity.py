@@ -10,11 +10,11 @@ import time
 import pytest
 from werkzeug.test import Client, EnvironBuilder
 
-import syncstream.process
+import syncstream.runtime.process
 from pairs import TIMEOUT, Threads, await_true, check_script
 from syncstream import NDJSONResponse, SSEResponse, StreamMiddleware
-from syncstream.capacity import Capacity
-from syncstream.process import Process, stats
+from syncstream.runtime.process import Process, stats
+from syncstream.streams.capacity import Capacity
 
 PLACE = Threads()
 EVENTS = [("Content-Type", "text/event-stream")]
@@ -25,7 +25,7 @@ def own_record(monkeypatch):
     """Each test begins with a process that has warned of nothing."""
 
     own = {os.getpid(): Process()}
-    monkeypatch.setattr(syncstream.process, "_processes", own)
+    monkeypatch.setattr(syncstream.runtime.process, "_processes", own)
 
 
 def capacity(**options):
@@ -121,7 +121,9 @@ def test_threads_are_reserved(threads, admitted):
 def test_who_leaves_waits_for_who_leaves(monkeypatch):
     """Of 50 subscribers on 3 threads none is refused, and none waits for one that
     stays; nor does a generator wait."""
-    monkeypatch.setattr("syncstream.capacity.MOMENT", 60)  # on a busy machine, too
+    monkeypatch.setattr(
+        "syncstream.streams.capacity.MOMENT", 60
+    )  # on a busy machine, too
     places = capacity(reserve_threads=1)
     held, most = [], []
 
@@ -154,7 +156,9 @@ def test_who_leaves_waits_for_who_leaves(monkeypatch):
 @pytest.mark.parametrize("how", ["leaves", "stays", "neither"])
 def test_how_long_a_subscriber_waits(how, monkeypatch):
     """Until another one has left its thread, or is known to stay, or for a moment."""
-    monkeypatch.setattr("syncstream.capacity.MOMENT", 0.02 if how == "neither" else 60)
+    monkeypatch.setattr(
+        "syncstream.streams.capacity.MOMENT", 0.02 if how == "neither" else 60
+    )
     places = capacity(reserve_threads=1)
     first = places.admit({}, lambda: 2, leaves=True)
     join = PLACE.start(lambda: places.admit({}, lambda: 2, leaves=True))
@@ -174,7 +178,7 @@ def test_a_subscriber_in_a_greenlet_waits_in_its_hub():
 
 IN_A_HUB = """
 import gevent
-from syncstream.capacity import Capacity
+from syncstream.streams.capacity import Capacity
 
 places = Capacity(None, 1, None, None)
 

@@ -12,9 +12,9 @@ import pytest
 
 from pairs import Line, Threads, await_true, serve, stream_of
 from syncstream import Hub, current_stream
-from syncstream.clock import time
-from syncstream.stream import Life
-from syncstream.waiting import wait
+from syncstream.runtime.clock import time
+from syncstream.runtime.waiting import wait
+from syncstream.streams.contract import Life
 
 PLACE = Threads()
 
@@ -72,7 +72,7 @@ def test_a_clock_that_is_frozen_before_the_import():
 import freezegun, time
 with freezegun.freeze_time("2026-01-01"):
     frozen = time.monotonic()
-    from syncstream.clock import time as ours
+    from syncstream.runtime.clock import time as ours
     first = ours.monotonic()
     assert first != frozen
     ours.sleep(0.001)

@@ -10,11 +10,11 @@ import sys
 import pytest
 
 from live import await_true
-from syncstream.process import process
+from syncstream.runtime.process import process
+from syncstream.runtime.sockets import acknowledged, give_up_after, is_hung_up, queued
 from syncstream.servers import server_of
-from syncstream.servers.handover import _check_descriptor
-from syncstream.sockets import acknowledged, give_up_after, is_hung_up, queued
-from syncstream.wsgi import Connection
+from syncstream.servers.connection import Connection
+from syncstream.servers.swap import _check_descriptor
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ import threading
 import pytest
 
 from pairs import Threads, await_true
-from syncstream import Closed, Denied, Hub, control
+from syncstream import Closed, Denied, Hub
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.control import CONTROL, Kick
-from syncstream.journal import journal
+from syncstream.channels import control
+from syncstream.channels.control import CONTROL, Kick
+from syncstream.runtime.journal import journal
 
 PLACE = Threads()
 

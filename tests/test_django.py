@@ -16,7 +16,7 @@ from django.views.decorators.gzip import gzip_page
 from apps import django_app
 from syncstream import StreamMiddleware, current_stream
 from syncstream.django import SSEResponse, sse
-from syncstream.process import process
+from syncstream.runtime.process import process
 
 
 @pytest.fixture(scope="module", autouse=True)

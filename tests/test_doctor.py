@@ -16,9 +16,13 @@ import pytest
 
 from live import LiveServer, await_true, free_port
 from programs import certificate, program
-from syncstream import doctor
 from syncstream.__main__ import main
-from syncstream.doctor import Arrival, Finding, Head, Observation, judge, report
+from syncstream.doctor import checks
+from syncstream.doctor import listen as doctor
+from syncstream.doctor import wire as wire_module
+from syncstream.doctor.checks import judge
+from syncstream.doctor.observation import Arrival, Finding, Head, Observation
+from syncstream.doctor.report import report
 from syncstream.protocol.sse import END_ID
 
 # Seconds of listening: what ends by itself may take its time on a busy machine; to
@@ -248,7 +252,7 @@ def test_judgement(observation, expected):
     assert text.isascii()
     assert all(len(line) <= 100 for line in text.splitlines())
     assert text.count("cure: ") == len(findings)
-    status = doctor.exit_status(observation, findings)
+    status = checks.exit_status(observation, findings)
     assert status == (2 if observation.connected is None else "fault" in expected)
 
 
@@ -355,8 +359,8 @@ def serve():
 @pytest.fixture
 def _unhurried(monkeypatch):
     """A busy machine holds something back, too: that is no finding here."""
-    monkeypatch.setattr(doctor, "SLOW", PATIENCE)
-    monkeypatch.setattr(doctor, "SILENCE", PATIENCE)
+    monkeypatch.setattr(checks, "SLOW", PATIENCE)
+    monkeypatch.setattr(checks, "SILENCE", PATIENCE)
 
 
 def is_left(conn, pause=0.02):
@@ -513,7 +517,7 @@ def test_odd_answers(serve, answer, expected):
     assert " ".join(f.name for f in findings) == expected
     text = report(observation, findings)
     assert re.fullmatch(r"[\n -~]*", text)
-    assert doctor.exit_status(observation, findings) == any(
+    assert checks.exit_status(observation, findings) == any(
         f.level == "fault" for f in findings
     )
 
@@ -541,7 +545,7 @@ def test_cuts_do_not_matter(seed):
     wire += b"".join(b"%x;a\r\n%b\r\n" % (len(c), c) for c in chunks)
     wire += b"0\r\nA: b\r\n\r\n"
     rng = random.Random(seed)
-    reader, body = doctor._Response(), b""
+    reader, body = wire_module.Response(), b""
     while wire:
         size = 1 if seed is None else rng.randrange(1, 60)
         piece, wire = wire[:size], wire[size:]
@@ -674,7 +678,7 @@ def test_a_redirect_to_nobody(serve):
     observation = doctor.examine(serve(say(answer)).url, seconds=1)
     findings = judge(observation)
     assert [f.name for f in findings] == ["connection", "redirect"]
-    assert doctor.exit_status(observation, findings) == 2
+    assert checks.exit_status(observation, findings) == 2
 
 
 @pytest.fixture(scope="module")
@@ -696,7 +700,7 @@ def test_tls(serve, certified):
         "self signed", "self-signed"
     )
     assert "--insecure" in finding.cure
-    assert doctor.exit_status(refused, [finding]) == 2
+    assert checks.exit_status(refused, [finding]) == 2
     taken = doctor.examine(url, seconds=WHILE, insecure=True)
     assert judge(taken) == []
     assert taken.events == 1
@@ -756,7 +760,7 @@ def test_nobody_answers(monkeypatch):
             observation = doctor.examine(f"http://127.0.0.1:{address[1]}", seconds=9)
     (finding,) = judge(observation)
     assert "did not answer in time" in finding.text
-    assert doctor.exit_status(observation, [finding]) == 2
+    assert checks.exit_status(observation, [finding]) == 2
 
 
 # --- The command, on a real server --------------------------------------------------

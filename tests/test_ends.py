@@ -10,7 +10,7 @@ from contextlib import nullcontext, suppress
 
 import pytest
 
-import syncstream.stream
+import syncstream.streams.stream
 from pairs import TIMEOUT, Greenlets, Line, Threads, await_true, serve, stream_of
 from syncstream import current_stream, sleep
 
@@ -224,8 +224,8 @@ def test_the_exit_of_a_signals_handler_goes_on(line, wrapped):
 
 def test_a_ghost_is_named_once(line, caplog, monkeypatch):
     """A source that has not noticed for long that its client has left."""
-    monkeypatch.setattr(syncstream.stream, "_GHOST", 0.05)
-    monkeypatch.setattr(syncstream.stream, "_STUCK", 0.02)
+    monkeypatch.setattr(syncstream.streams.stream, "_GHOST", 0.05)
+    monkeypatch.setattr(syncstream.streams.stream, "_STUCK", 0.02)
     go, left = threading.Event(), threading.Event()
 
     def source():
@@ -251,7 +251,7 @@ def test_a_ghost_is_named_once(line, caplog, monkeypatch):
 @pytest.mark.parametrize("tells", [True, False], ids=["linked", "deaf"])
 def test_a_stop_interrupts_no_cleaning_up(line, monkeypatch, tells):
     """Of a source whose linked read has ended: that is how it was told."""
-    monkeypatch.setattr(syncstream.stream, "_STUCK", 0.02)
+    monkeypatch.setattr(syncstream.streams.stream, "_STUCK", 0.02)
     mine, upstream = socket.socketpair()
     waits, cleans, seen = threading.Event(), threading.Event(), []
 

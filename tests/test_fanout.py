@@ -20,17 +20,22 @@ from hypothesis import strategies as st
 from pairs import EVENTS, TIMEOUT, Threads, check_script, tcp_pair
 from pairs import await_true as await_true_in
 from syncstream import BrokerError, Denied, Hub, Subscription, Unavailable
-from syncstream import fanout as fanout_module
-from syncstream import hub as hub_module
-from syncstream import log as log_module
+from syncstream.brokers import log as log_module
+from syncstream.brokers.log import Entry
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.fanout import Client, Group, fanout
-from syncstream.log import Entry
-from syncstream.process import Process, Served
+from syncstream.channels import limits
+from syncstream.fanout import group as group_module
+from syncstream.fanout import lanes as lanes_module
+from syncstream.fanout import loop as fanout_module
+from syncstream.fanout.client import Client
+from syncstream.fanout.group import Group
+from syncstream.fanout.loop import fanout
 from syncstream.protocol import sse
-from syncstream.sockets import native
-from syncstream.stream import REASONS, Stream
-from syncstream.watch import watch
+from syncstream.runtime.process import Process, Served
+from syncstream.runtime.sockets import native
+from syncstream.runtime.watch import watch
+from syncstream.streams.ends import REASONS
+from syncstream.streams.stream import Stream
 
 PLACE = Threads()
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -703,7 +708,7 @@ def test_its_end_is_logged_though_the_process_ends():
 import logging, sys, threading, time
 from test_fanout import Peer, settle
 from syncstream import Hub
-from syncstream.fanout import fanout
+from syncstream.fanout.loop import fanout
 
 class Slow(logging.Handler):
     def emit(self, record):
@@ -800,7 +805,7 @@ def test_an_application_that_blocks_holds_up_nobody_else(hub, peers):
 @pytest.mark.parametrize("hung", [3, 100])
 def test_an_authorize_that_hangs_lets_nobody_go_on(hub, peers, loop, monkeypatch, hung):
     """Who gets no answer in time is denied; the others are asked all the same."""
-    monkeypatch.setattr(fanout_module, "ANSWER", 1.0)
+    monkeypatch.setattr(limits, "ANSWER", 1.0)
     go_on, answers = threading.Event(), {"revoked": True, "well": True}
     given_back = []
 
@@ -835,8 +840,8 @@ def test_an_authorize_that_hangs_lets_nobody_go_on(hub, peers, loop, monkeypatch
 
 def test_who_cannot_be_asked_is_denied(hub, peers, monkeypatch):
     """When so many hang that there is nobody left to ask."""
-    monkeypatch.setattr(fanout_module, "ANSWER", 0.4)
-    monkeypatch.setattr(fanout_module, "MOST_ASKING", 1)
+    monkeypatch.setattr(limits, "ANSWER", 0.4)
+    monkeypatch.setattr(lanes_module, "MOST_ASKING", 1)
     go_on, is_hung, asked = threading.Event(), threading.Event(), []
 
     def authorize(subscription):
@@ -964,9 +969,9 @@ def test_a_lane_that_cannot_be_started(loop, monkeypatch):
             raise RuntimeError("can't start new thread")
         return start(function, *args)
 
-    real = fanout_module.native
+    real = lanes_module.native
     monkeypatch.setattr(
-        fanout_module,
+        lanes_module,
         "native",
         lambda module, name: maybe if module is _thread else real(module, name),
     )
@@ -1047,7 +1052,7 @@ def test_a_hub_that_closes_while_a_client_comes(hub, peers):
 def test_nothing_stays_until_a_collection(hub, peers, loop, channels):
     """What has ended is freed at once, with what it had not sent."""
     alive = weakref.WeakSet()
-    kinds = (Client, fanout_module.Group, type(hub.subscribe("a")))
+    kinds = (Client, group_module.Group, type(hub.subscribe("a")))
     gc.collect()
     others = {id(o): o for o in gc.get_objects() if type(o) in kinds}
     gc.disable()
@@ -1228,7 +1233,7 @@ class Failing(MemoryBroker):
 @pytest.mark.parametrize("channels", ["a", "ab"])
 def test_a_broker_that_is_down_for_a_while(peers, channels, monkeypatch):
     """Its clients wait; then they get what they have missed."""
-    monkeypatch.setattr(fanout_module, "RETRY_EVERY", 0.1)
+    monkeypatch.setattr(group_module, "RETRY_EVERY", 0.1)
     broker = Failing()
     hub = Hub(broker=broker)
     try:
@@ -1322,7 +1327,7 @@ class Hanging(MemoryBroker):
 
 def test_a_lane_that_hangs_keeps_nobody_for_ever(peers, monkeypatch):
     """Who waits for it, or behind it, is ended, and may come back; it is said."""
-    monkeypatch.setattr(fanout_module, "STUCK", 0.2)
+    monkeypatch.setattr(group_module, "STUCK", 0.2)
     broker = Hanging()
     hub = Hub(broker=broker)
     try:
@@ -1451,7 +1456,7 @@ def test_a_child_lets_go():
 import os, socket, time
 from test_fanout import HEAD, Peer, settle
 from syncstream import Hub
-from syncstream.fanout import fanout
+from syncstream.fanout.loop import fanout
 
 hub, loop = Hub(), fanout()
 peer = Peer(loop, hub)
@@ -1508,8 +1513,8 @@ def test_a_child_lets_go_of_who_is_not_there_yet(where):
 import os, sys, threading
 from test_fanout import Peer, settle
 from syncstream import Hub
-from syncstream.fanout import fanout
-from syncstream.sockets import hold
+from syncstream.fanout.loop import fanout
+from syncstream.runtime.sockets import hold
 
 hub, loop = Hub(), fanout()
 settle(loop)
@@ -1548,8 +1553,8 @@ import gevent
 from gevent import monkey
 monkey.patch_all()
 import threading
-from syncstream.fanout import fanout
-from syncstream.sockets import native
+from syncstream.fanout.loop import fanout
+from syncstream.runtime.sockets import native
 """
 
 
@@ -1610,8 +1615,8 @@ def test_lanes_of_a_hub_that_was_destroyed():
         """
 import threading
 import gevent
-from syncstream.fanout import fanout
-from syncstream.waiting import hub
+from syncstream.fanout.loop import fanout
+from syncstream.runtime.waiting import hub
 
 found, ready, is_over = [], threading.Event(), threading.Event()
 
@@ -1746,8 +1751,8 @@ def test_whatever_happens(seed, ops):
     loop = fanout()
     before = {
         (fanout_module, "SEND_BUFFER"): 4096,
-        (hub_module, "WINDOW"): 8,
-        (hub_module, "READ"): 5,
+        (limits, "WINDOW"): 8,
+        (limits, "READ"): 5,
         (log_module, "JOIN"): 6000,
     }
     kept = {key: getattr(*key) for key in before}

@@ -10,17 +10,17 @@ from contextlib import suppress
 import pytest
 from werkzeug.test import create_environ, run_wsgi_app
 
-import syncstream.fanout
-import syncstream.stream
-import syncstream.watch
+import syncstream.runtime.watch
+import syncstream.streams.stream
 from faults import Faults
 from pairs import TIMEOUT, Line, Threads, await_true, check_script, serve, stream_of
 from syncstream import Hub, SSEResponse, Unavailable, sleep
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.fanout import fanout
-from syncstream.journal import MOST, Journal, journal
-from syncstream.process import Process
-from syncstream.waiting import wake_all
+from syncstream.fanout import client, group, lanes, loop, wheel
+from syncstream.fanout.loop import fanout
+from syncstream.runtime.journal import MOST, Journal, journal
+from syncstream.runtime.process import Process
+from syncstream.runtime.waiter import wake_all
 from test_fanout import Peer, settle
 
 PLACE = Threads()
@@ -68,8 +68,8 @@ class Scene:
 
     def __init__(self, faults):
         self.faults = faults
-        self.module = faults.module
-        self.loop = self.module.fanout()
+        self.modules = faults.modules
+        self.loop = self.modules["loop"].fanout()
         self.hub = Hub(broker=Flaky())
         self.peers = {}  # by name, which begins with the group's
         self.asked = 0
@@ -108,7 +108,7 @@ class Scene:
     allowed_once = False
 
     def join(self, name, *channels, **options):
-        client = self.module.Client
+        client = self.modules["client"].Client
         with suppress(*ERRORS):  # whoever asked is told
             peer = Peer(self.loop, self.hub, *channels, client=client, **options)
             self.peers[name] = peer
@@ -221,7 +221,7 @@ PARTS = 6  # of the walk: they run beside each other
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_call_of_the_loop_raises(quiet, part):
     """In turn: those whom it concerns are cut, everybody else gets every event."""
-    faults = Faults(syncstream.fanout)
+    faults = Faults(wheel, lanes, group, client, loop)
     scene = Scene(faults)
     faults.seen.clear()
     scene.act()
@@ -312,8 +312,8 @@ def test_a_log_that_takes_its_time_holds_up_nobody(channel, monkeypatch):
         loop.call(broken)
         assert is_logging.wait(TIMEOUT)
         watched = threading.Event()
-        syncstream.watch.watch().call_at(0, broken)
-        syncstream.watch.watch().call_at(0, watched.set)
+        syncstream.runtime.watch.watch().call_at(0, broken)
+        syncstream.runtime.watch.watch().call_at(0, watched.set)
         assert watched.wait(TIMEOUT)
         hub.publish("a", "meanwhile")
         here.read_until(lambda events: events)
@@ -332,8 +332,8 @@ def test_a_log_that_takes_its_time_holds_up_nobody(channel, monkeypatch):
 
 def test_a_log_that_takes_its_time_holds_up_no_keepalive(monkeypatch):
     """A source that is named, of one stream, by the watch of all."""
-    monkeypatch.setattr(syncstream.stream, "_GHOST", 0.02)
-    monkeypatch.setattr(syncstream.stream, "_STUCK", 0.02)
+    monkeypatch.setattr(syncstream.streams.stream, "_GHOST", 0.02)
+    monkeypatch.setattr(syncstream.streams.stream, "_STUCK", 0.02)
     is_logging, go_on, left = (threading.Event() for _ in range(3))
 
     class Slow(logging.Handler):
@@ -356,7 +356,7 @@ def test_a_log_that_takes_its_time_holds_up_no_keepalive(monkeypatch):
         stream._over("disconnected")
         assert is_logging.wait(TIMEOUT)
         watched = threading.Event()
-        syncstream.watch.watch().call_at(0, watched.set)
+        syncstream.runtime.watch.watch().call_at(0, watched.set)
         assert watched.wait(5)
     finally:
         go_on.set()
@@ -468,8 +468,8 @@ def test_durations_that_overflow_nothing(channel, seconds):
     peer.read_until(lambda events: events)
     peer.leave()
     settle(loop)
-    timer = syncstream.watch.watch().call_at(deadline, int)
-    syncstream.watch.watch().cancel(timer)
+    timer = syncstream.runtime.watch.watch().call_at(deadline, int)
+    syncstream.runtime.watch.watch().cancel(timer)
 
 
 def test_a_stream_that_cannot_be_stopped_keeps_no_other():
@@ -501,7 +501,7 @@ def test_a_stream_that_cannot_be_stopped_keeps_no_other():
 
 def test_a_timer_that_raises_comes_again(monkeypatch):
     """A fault of a moment does not end a stream's keepalives, or its time-out."""
-    monkeypatch.setattr(syncstream.watch, "AGAIN", 0.01)
+    monkeypatch.setattr(syncstream.runtime.watch, "AGAIN", 0.01)
     calls = []
 
     def call():
@@ -509,7 +509,7 @@ def test_a_timer_that_raises_comes_again(monkeypatch):
         if len(calls) < 3:
             broken()
 
-    syncstream.watch.watch().call_at(0, call)
+    syncstream.runtime.watch.watch().call_at(0, call)
     await_true(PLACE, lambda: len(calls) == 3)
 
 
@@ -539,7 +539,7 @@ def test_a_greenlet_that_fails_keeps_no_other_waiting():
 import gevent, logging, sys
 logging.raiseExceptions = False
 logging.lastResort = None
-from syncstream.waiting import Waiter, wake_all
+from syncstream.runtime.waiter import Waiter, wake_all
 order = []
 
 class Failing:

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from syncstream import Gap, Hub
-from syncstream import hub as hub_module
+from syncstream.brokers.log import START
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.log import START
+from syncstream.channels import cursor, limits
 
 COUNT = 5
 
@@ -84,7 +84,7 @@ def test_every_hole_from_everywhere(limit, monkeypatch):
     Up to the hole, a reset with the id before what follows, and the rest; also where
     the page ends there. Cut off anywhere, a client comes to the same end.
     """
-    monkeypatch.setattr(hub_module, "READ", limit)
+    monkeypatch.setattr(limits, "READ", limit)
     places = range(1, COUNT + 1)
     sets = [c for n in range(COUNT + 1) for c in itertools.combinations(places, n)]
     for holes in sets:
@@ -144,7 +144,7 @@ def test_each_way_to_go_on(hub, holed, options, expected):
 
 def test_who_is_behind_is_told(hub, broker, monkeypatch):
     """Live, and slower than its window: a hole is one there, too."""
-    monkeypatch.setattr(hub_module, "WINDOW", 2)
+    monkeypatch.setattr(limits, "WINDOW", 2)
     subscription = hub.subscribe("a")
     assert subscription.read(0) == []
     ids = hub.publish_many("a", "123456")
@@ -170,7 +170,7 @@ def test_who_is_not_behind_has_not_lagged(
     hub, broker, monkeypatch, removed, expected, limit
 ):
     """Wherever the hole is, nobody was too slow: no reader is dropped for it."""
-    monkeypatch.setattr(hub_module, "READ", limit)
+    monkeypatch.setattr(limits, "READ", limit)
     hub.publish("a", "0")
     subscription = hub.subscribe("a", on_lag="drop")
     assert subscription.read(0) == []
@@ -247,7 +247,7 @@ class Plain(Holed):
 @pytest.mark.parametrize("make", [Holed, Plain])
 def test_the_newest_are_counted_across_holes(make, limit, monkeypatch):
     """So many of those that are kept, wherever a page ends."""
-    monkeypatch.setattr(hub_module, "READ", limit)
+    monkeypatch.setattr(limits, "READ", limit)
     places = range(1, COUNT + 1)
     for kept in itertools.chain.from_iterable(
         itertools.combinations(places, n) for n in range(1, COUNT + 1)
@@ -269,7 +269,7 @@ def test_of_several_channels(hub, broker, holed):
     """Each has its own; the ids of a reset have the others' places."""
     hub.publish_many("b", "xy")
     oldest = broker.read("b", START).entries[0].prev
-    after = hub_module._composite("ab", [holed[0], oldest])
+    after = cursor.composite("ab", [holed[0], oldest])
     found = read_all(hub.subscribe("a", "b", after=after))
     assert shape(found) == ["2", "reset", "4", "reset", "6", "x", "y"]
     for place, event in enumerate(found):

@@ -36,14 +36,14 @@ from syncstream import (
     SSEResponse,
     Unavailable,
 )
-from syncstream import hub as hub_module
+from syncstream.brokers.log import JOIN, START, Page
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.journal import journal
-from syncstream.log import JOIN, START, Page
-from syncstream.presence import PRESENCE
+from syncstream.channels import cursor, limits
+from syncstream.channels.presence import PRESENCE
 from syncstream.protocol import sse
-from syncstream.testing import HOSTILE
-from syncstream.waiting import Waiter, wake_all
+from syncstream.runtime.journal import journal
+from syncstream.runtime.waiter import Waiter, wake_all
+from syncstream.testing.brokers import HOSTILE
 from test_holes import remove
 
 TIMEOUT = 15.0
@@ -264,7 +264,7 @@ def test_a_busy_channel_begins_without_a_reset(channels, after, more, first):
 @pytest.mark.parametrize("after", ["start", 3])
 def test_a_busy_channel_that_drops_what_is_newer_says_so(after, monkeypatch):
     """It came after the first connection began, and is lost to it: a reset."""
-    monkeypatch.setattr(hub_module, "WINDOW", 4)
+    monkeypatch.setattr(limits, "WINDOW", 4)
     hub = Hub(broker=Busy([], capacity=10))
     hub.publish_many("a", map(str, range(10)))
     hub.broker.more = [15]
@@ -536,7 +536,7 @@ def lagging(hub, count=20, **options):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(hub_module, "WINDOW", 4)
+    monkeypatch.setattr(limits, "WINDOW", 4)
     hub = Hub(capacity=5)
     yield hub
     hub.close()
@@ -740,7 +740,7 @@ def test_a_slow_reader_takes_no_memory(hub):
     for _ in range(100):
         hub.publish_many("a", ["x" * 100] * 100)
     stats = hub.stats()
-    assert stats["entries"] <= hub_module.WINDOW
+    assert stats["entries"] <= limits.WINDOW
     assert not subscription._items
     assert len(hub.broker._logs["a"]) == 1000
 
@@ -1003,7 +1003,7 @@ def test_a_pattern_costs_what_is_new(hub):
 
 def test_a_pattern_forgets_idle_channels(hub, monkeypatch):
     """Of what is over it keeps nothing; what comes later is got, once."""
-    monkeypatch.setattr(hub_module, "IDLE", 0.0)
+    monkeypatch.setattr(limits, "IDLE", 0.0)
     subscription = hub.subscribe("job:*")
     subscription.read(0)
     for number in range(1000):
@@ -1047,7 +1047,7 @@ def test_a_channel_that_may_have_lost_word_is_read(hub):
 
 def test_a_pattern_outlives_a_window(hub, monkeypatch):
     """A window that nobody wants by its name is forgotten; its next event is got."""
-    monkeypatch.setattr(hub_module, "IDLE", 0.0)
+    monkeypatch.setattr(limits, "IDLE", 0.0)
     subscription = hub.subscribe("chat:*")
     subscription.read(0)
     for number in range(5):
@@ -1092,9 +1092,9 @@ def test_a_long_id_is_not_read_to_its_end():
     """What a client may make up costs nothing, however long it is."""
     hub = Hub()
     subscription = hub.subscribe("a", "b")
-    id = hub_module._composite(["a"], ["1-0"])
-    assert subscription._places(f"{id},{'x' * hub_module._MAX_ID}") == {"a": "1-0"}
-    assert subscription._places(f"{'x' * hub_module._MAX_ID},{id}") == {}
+    id = cursor.composite(["a"], ["1-0"])
+    assert subscription._places(f"{id},{'x' * cursor.MAX_ID}") == {"a": "1-0"}
+    assert subscription._places(f"{'x' * cursor.MAX_ID},{id}") == {}
     hub.close()
 
 
@@ -1215,7 +1215,7 @@ def test_an_authorize_that_hangs_ends_a_reader(
     hub, place, monkeypatch, caplog, is_first
 ):
     """In time, whoever waits there; the answer that comes late changes nothing."""
-    monkeypatch.setattr(hub_module, "ANSWER", 0.2)
+    monkeypatch.setattr(limits, "ANSWER", 0.2)
     asked = []
 
     def authorize(subscription):
@@ -1733,7 +1733,7 @@ def test_a_broker_that_is_down(what):
 
 def test_a_broker_that_goes_down_later(monkeypatch):
     """Who is there stays, waits without haste, and loses nothing of what it has."""
-    monkeypatch.setattr(hub_module, "RETRY", 0.1)
+    monkeypatch.setattr(limits, "RETRY", 0.1)
     broker = Told()
     hub = Hub(broker=broker)
     subscription = hub.subscribe("a", "b")
@@ -1758,7 +1758,7 @@ def test_a_broker_that_goes_down_later(monkeypatch):
 
 def test_idle_channels_are_forgotten(hub, monkeypatch):
     """A window without subscribers goes, and is no more told of."""
-    monkeypatch.setattr(hub_module, "IDLE", 0.0)
+    monkeypatch.setattr(limits, "IDLE", 0.0)
     for number in range(10):
         subscription = hub.subscribe(f"c{number}")
         subscription.read(0)
@@ -1770,7 +1770,7 @@ def test_idle_channels_are_forgotten(hub, monkeypatch):
 
 def test_forgotten_and_wanted_at_once(monkeypatch):
     """A broker's unwatch that comes after another's watch costs nothing."""
-    monkeypatch.setattr(hub_module, "IDLE", -1.0)
+    monkeypatch.setattr(limits, "IDLE", -1.0)
 
     class Late(MemoryBroker):
         def unwatch(self, channel):
@@ -2349,10 +2349,10 @@ NAMES = [("a",), ("a", "b", "c"), ("#",), ("*", "f")]
 def tight_windows():
     """Let windows have little room, and be forgotten at once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub_module, "IDLE", -1.0)
-        patch.setattr(hub_module, "WINDOW", 5)
-        patch.setattr(hub_module, "WINDOW_SIZE", 50_000)
-        patch.setattr(hub_module, "BUDGET", 100_000)
+        patch.setattr(limits, "IDLE", -1.0)
+        patch.setattr(limits, "WINDOW", 5)
+        patch.setattr(limits, "WINDOW_SIZE", 50_000)
+        patch.setattr(limits, "BUDGET", 100_000)
         yield
 
 
@@ -2417,7 +2417,7 @@ def check_budget(steps):
 
 def test_the_window_that_is_quiet_for_longest_makes_room(hub, monkeypatch):
     """Who is behind in it reads the broker; who is at its end does not notice."""
-    monkeypatch.setattr(hub_module, "BUDGET", 9_000)
+    monkeypatch.setattr(limits, "BUDGET", 9_000)
     quiet, behind, busy = (hub.subscribe(name) for name in ("quiet", "quiet", "busy"))
     for subscription in (quiet, behind, busy):
         subscription.read(0)
@@ -2484,7 +2484,7 @@ def test_a_hub_that_is_dropped_is_freed():
 
 def test_hubs_by_the_dozen_are_warned_of(caplog, tmp_path):
     url = f"local:{tmp_path}"
-    few = [Hub(url) for _ in range(hub_module.MANY)]
+    few = [Hub(url) for _ in range(limits.MANY)]
     assert not caplog.records
     many = [Hub(url) for _ in range(3)]
     (record,) = caplog.records

@@ -9,9 +9,9 @@ from pairs import Threads, await_true, check_script
 from postgresql_server import PostgreSQL
 from redis_server import RedisServer
 from syncstream import Closed, Hub, Unavailable, Uncertain
-from syncstream.brokers import matches
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.control import CONTROL, Kick
+from syncstream.brokers.names import matches
+from syncstream.channels.control import CONTROL, Kick
 
 PLACE = Threads()
 

@@ -45,8 +45,9 @@ from pairs import (
 )
 from postgresql_server import PostgreSQL
 from redis_server import RedisServer
-from syncstream import current_stream, links, sleep
-from syncstream.journal import journal
+from syncstream import current_stream, sleep
+from syncstream.runtime.journal import journal
+from syncstream.streams import links
 from test_waiting import Waiting
 
 PLACE = Threads()
@@ -523,7 +524,7 @@ def test_what_cannot_block_is_closed(name):
 
 def test_a_close_without_effect_is_said(monkeypatch, caplog):
     """An object whose close() ends nothing: the log names it, once."""
-    monkeypatch.setattr("syncstream.stream.USELESS", 0.0)
+    monkeypatch.setattr("syncstream.streams.stream.USELESS", 0.0)
 
     class Useless:
         def close(self):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncstream.log import JOIN, START, Entry, Log, first_part
+from syncstream.brokers.log import JOIN, START, Entry, Log, first_part
 
 ACTIONS = st.lists(
     st.one_of(

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from pairs import Threads, await_true
 from syncstream import Event, Gap, Hub
+from syncstream.brokers.log import Entry, flaw
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.control import CONTROL, Kick
-from syncstream.control import _decoded as kicked
+from syncstream.channels.control import CONTROL, Kick
+from syncstream.channels.control import _decoded as kicked
+from syncstream.channels.limits import MOST_SAID
 from syncstream.errors import Unavailable
-from syncstream.hub import MOST_SAID
-from syncstream.journal import journal
-from syncstream.log import Entry, flaw
+from syncstream.runtime.journal import journal
 
 PLACE = Threads()
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from syncstream import Gap, Hub
-from syncstream.journal import journal
-from syncstream.log import START, Entry, Log
-from syncstream.presence import PRESENCE, decoded, encoded
+from syncstream.brokers.log import START, Entry, Log
+from syncstream.channels.presence import PRESENCE, decoded, encoded
+from syncstream.runtime.journal import journal
 
 PLACE = "tests/test_presence.py"
 JOIN = b'event: join\ndata: {"who":"eve"}\n\n'

@@ -16,7 +16,7 @@ import urllib.request
 import pytest
 from werkzeug.serving import make_server
 
-import syncstream.process
+import syncstream.runtime.process
 from pairs import (
     TESTS,
     TIMEOUT,
@@ -31,9 +31,16 @@ from pairs import (
     tcp_pair,
 )
 from syncstream import ClientDisconnected, NDJSONResponse, SSEResponse, sleep
-from syncstream.journal import journal
-from syncstream.process import AT_ONCE, Process, drain_of_environment, process, stats
-from syncstream.stream import REASONS, Life
+from syncstream.runtime.journal import journal
+from syncstream.runtime.process import (
+    AT_ONCE,
+    Process,
+    drain_of_environment,
+    process,
+    stats,
+)
+from syncstream.streams.contract import Life
+from syncstream.streams.ends import REASONS
 
 PLACE = Threads()
 RETRY = re.compile(rb"retry: (\d+)\n\n")
@@ -43,7 +50,7 @@ RETRY = re.compile(rb"retry: (\d+)\n\n")
 def own_record(monkeypatch):
     """Each test begins with a process that has had no streams."""
     own = {os.getpid(): Process()}
-    monkeypatch.setattr(syncstream.process, "_processes", own)
+    monkeypatch.setattr(syncstream.runtime.process, "_processes", own)
     return own[os.getpid()]
 
 
@@ -462,7 +469,7 @@ def test_a_warning_comes_once(caplog):
 def test_all_threads_have_one_record(monkeypatch):
     """Whichever asks first in a forked child."""
     for _ in range(50):
-        monkeypatch.setattr(syncstream.process, "_processes", {})
+        monkeypatch.setattr(syncstream.runtime.process, "_processes", {})
         together = threading.Barrier(8)
 
         def ask(together=together):
@@ -609,8 +616,8 @@ FORK = """
 import os, warnings
 warnings.simplefilter("ignore")
 from pairs import Line, Threads, serve, stream_of
-from syncstream.journal import journal
-from syncstream.process import process, stats
+from syncstream.runtime.journal import journal
+from syncstream.runtime.process import process, stats
 
 serve(stream_of(["a"], Line()))
 record = process()

@@ -5,11 +5,14 @@ import traceback
 
 import pytest
 
-from syncstream import Hub, doctor
+from syncstream import Hub
 from syncstream.__main__ import main
-from syncstream.brokers import postgresql
-from syncstream.journal import journal
+from syncstream.brokers.postgresql import __main__, schema
+from syncstream.brokers.postgresql import broker as postgresql
+from syncstream.doctor import checks, observation
+from syncstream.doctor.report import report
 from syncstream.publish import publish_app
+from syncstream.runtime.journal import journal
 
 SECRET = "s3cr3t"
 
@@ -105,7 +108,7 @@ def test_misplaced_urls_show_no_secret(url):
         lambda: Hub(broker=url),
         lambda: publish_app(url, token="x"),
         lambda: postgresql.PostgreSQLBroker("postgresql:", listen_dsn=url),
-        lambda: postgresql.install(url),
+        lambda: schema.install(url),
     ):
         try:
             made = repr(make())
@@ -159,18 +162,18 @@ def test_the_schema_command_shows_no_secret(url, words, capsys, monkeypatch):
     words = [word.format(url) for word in words]
     monkeypatch.setattr(sys, "argv", ["postgresql", *words])
     with pytest.raises(SystemExit) as caught:
-        postgresql.main()
+        __main__.main()
     assert caught.value.code in (1, 2)
     assert SECRET not in "".join(capsys.readouterr())
 
 
 def test_reports_show_no_query():
     """Its values are often tokens; names say what was asked."""
-    seen = doctor.Observation(
+    seen = observation.Observation(
         "http://a/b?token=s3cr3t&c=",
         redirects=((301, "http://c/?ticket=s3cr3t"),),
     )
-    told = doctor.report(seen, doctor.judge(seen))
+    told = report(seen, checks.judge(seen))
     assert SECRET not in told
     assert "http://a/b?token=...&c=..." in told
     assert "http://c/?ticket=..." in told

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from pairs import TIMEOUT, check_script, leave, tcp_pair
 from programs import lack
-from syncstream import senders
-from syncstream.journal import journal
-from syncstream.senders import AdaptiveSender, PydllSender, open_sender
+from syncstream.fanout import sender as senders
+from syncstream.fanout.sender import AdaptiveSender, PydllSender, open_sender
+from syncstream.runtime.journal import journal
 
 MANY = 1500
 NO_FD = 1_000_000  # beyond every limit: never open
@@ -415,7 +415,7 @@ def test_a_ring_is_for_one_thread():
 
 FORK = """
 import os, socket, sys, threading, warnings
-from syncstream.senders import AdaptiveSender, PydllSender, open_sender
+from syncstream.fanout.sender import AdaptiveSender, PydllSender, open_sender
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: threads and fork
 name, how = sys.argv[1:]
@@ -524,7 +524,7 @@ name = sys.argv[1]
 if sys.argv[2] == "before":
     from gevent import monkey
     monkey.patch_all()
-from syncstream.senders import AdaptiveSender, PydllSender, open_sender
+from syncstream.fanout.sender import AdaptiveSender, PydllSender, open_sender
 from gevent import monkey
 monkey.patch_all()
 import gevent, os, socket, _socket
@@ -641,7 +641,7 @@ def forbid(call, error, submit=None):
 
 FORBIDDING = """
 import logging, os, socket, sys
-from syncstream.senders import open_sender
+from syncstream.fanout.sender import open_sender
 
 call, error = int(sys.argv[1]), int(sys.argv[2])
 forbid(call, error)
@@ -658,7 +658,7 @@ near, far = socket.socketpair()
 with near, far:
     assert sender.send([near.fileno()] * 20, b"a") == []
     assert far.recv(99) == b"a" * 20
-from syncstream.journal import journal
+from syncstream.runtime.journal import journal
 
 journal().flush()
 print(sender.name)
@@ -679,7 +679,7 @@ def test_a_kernel_that_forbids_it(number, error):
 KILLING = """
 import logging, signal, socket, sys
 from subprocess import Popen
-from syncstream.fanout import fanout
+from syncstream.fanout.loop import fanout
 
 forbid(425, 0)
 logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format="%(message)s")
@@ -687,13 +687,13 @@ loop = fanout()
 started = socket.socketpair()
 loop.call(started[0].close)
 assert started[1].recv(1) == b""
-from syncstream.journal import journal
+from syncstream.runtime.journal import journal
 
 journal().flush()
 print(loop.sender.name)
 started[1].close()
-child = Popen([sys.executable, "-c", "from syncstream.senders import UringSender as u;"
-    "u()"])
+child = Popen([sys.executable, "-c", "from syncstream.fanout import sender;"
+    "sender.UringSender()"])
 assert child.wait() == -signal.SIGSYS
 """
 
@@ -708,7 +708,7 @@ def test_a_filter_that_kills():
 
 SHORT = """
 import errno, socket
-from syncstream.senders import open_sender
+from syncstream.fanout.sender import open_sender
 
 sender = open_sender("uring")
 forbid(426, errno.EAGAIN, submit=13)
@@ -819,7 +819,7 @@ def test_a_ring_that_fails(name, caplog):
 
 SIGNALS = """
 import os, signal, socket, sys
-from syncstream.senders import open_sender
+from syncstream.fanout.sender import open_sender
 
 sender = open_sender("uring")
 pairs = [socket.socketpair() for _ in range(200)]

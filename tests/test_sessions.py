@@ -9,11 +9,11 @@ from django.test import Client as DjangoClient
 from django.test import override_settings
 from django.urls import path
 
-import syncstream.process
+import syncstream.runtime.process
 from apps import django_app
 from syncstream import SSEResponse, StreamMiddleware, sse
 from syncstream import django as in_django
-from syncstream.process import Process
+from syncstream.runtime.process import Process
 
 assert callable(django_app.app)  # it configures Django
 
@@ -22,7 +22,7 @@ assert callable(django_app.app)  # it configures Django
 def _own_record(monkeypatch):
     """Each test begins with a process that has warned of nothing."""
     own = {os.getpid(): Process()}
-    monkeypatch.setattr(syncstream.process, "_processes", own)
+    monkeypatch.setattr(syncstream.runtime.process, "_processes", own)
 
 
 def write(session, how):

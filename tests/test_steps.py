@@ -15,15 +15,16 @@ import pytest
 from live import LiveServer, unique_key
 from pairs import tcp_pair
 from syncstream import Hub, SSEResponse, StreamMiddleware, StreamResponse
-from syncstream import fanout as fanout_module
-from syncstream import watch as watch_module
-from syncstream.capacity import Place
-from syncstream.fanout import Fanout, fanout
-from syncstream.process import Process, process
-from syncstream.servers import handover, server_of
-from syncstream.servers.handover import Swap
-from syncstream.stream import Stream
-from syncstream.watch import Watch, watch
+from syncstream.fanout import loop as fanout_module
+from syncstream.fanout.loop import Fanout, fanout
+from syncstream.runtime import watch as watch_module
+from syncstream.runtime.process import Process, process
+from syncstream.runtime.watch import Watch, watch
+from syncstream.servers import server_of
+from syncstream.servers import swap as handover
+from syncstream.servers.swap import Swap
+from syncstream.streams.capacity import Place
+from syncstream.streams.stream import Stream
 from test_fanout import settle
 from test_swap import environ_of
 

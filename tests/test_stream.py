@@ -26,11 +26,11 @@ from syncstream import (
     current_stream,
     sleep,
 )
-from syncstream.journal import journal
 from syncstream.protocol import raw, sse
-from syncstream.sockets import is_hung_up
-from syncstream.stream import Format, Life
-from syncstream.watch import Watch
+from syncstream.runtime.journal import journal
+from syncstream.runtime.sockets import is_hung_up
+from syncstream.runtime.watch import Watch
+from syncstream.streams.contract import Format, Life
 
 EVENTS = Format(sse.encoder(), sse.ends_blank, is_events=True)
 RAW = Format(raw.encode, lambda tail: False)
@@ -1003,7 +1003,7 @@ def test_a_loop_that_cannot_start_is_said_once(line, monkeypatch, caplog):
     def full():
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr("syncstream.stream.fanout", full)
+    monkeypatch.setattr("syncstream.streams.stream.fanout", full)
     swap = Unswapped()
     hub = Hub()
     line.swap = lambda: swap

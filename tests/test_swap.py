@@ -19,9 +19,9 @@ from apps.swap_app import JUNK, OPENING
 from live import SERVERS, TIMEOUT, LiveServer, await_true, unique_key
 from pairs import check_script, leave, tcp_pair
 from programs import certificate
+from syncstream.runtime.sockets import is_hung_up
 from syncstream.servers import server_of
-from syncstream.servers.handover import Refused, Swap, read_back
-from syncstream.sockets import is_hung_up
+from syncstream.servers.swap import Refused, Swap, read_back
 
 KINDS = (*SERVERS, "gunicorn-gevent_pywsgi")
 KEEP_ALIVE = (
@@ -430,7 +430,7 @@ def test_waitress_that_closes_gets_nothing_back():
     check_script(
         f"""{WAITRESS}
 from syncstream.servers import server_of
-from syncstream.servers.handover import Refused, Swap
+from syncstream.servers.swap import Refused, Swap
 
 def app(environ, start_response):
     start_response("200 OK", [])
@@ -670,7 +670,7 @@ def test_undo_waits_for_a_slow_client(pair):
 
 def test_a_client_that_takes_nothing_is_hung_up(pair, monkeypatch):
     """Put back, but not for ever."""
-    monkeypatch.setattr("syncstream.servers.handover._SEND_TIMEOUT", 0.05)
+    monkeypatch.setattr("syncstream.servers.swap._SEND_TIMEOUT", 0.05)
     server, client = pair
     server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -683,7 +683,7 @@ def test_a_client_that_takes_nothing_is_hung_up(pair, monkeypatch):
 
 def test_a_server_cannot_fill_the_memory(pair, monkeypatch):
     """What it writes into a swap has an end: its next write fails."""
-    monkeypatch.setattr("syncstream.servers.handover._MOST_WRITTEN", 1_000_000)
+    monkeypatch.setattr("syncstream.servers.swap._MOST_WRITTEN", 1_000_000)
     server, _ = pair
     swap = swap_of(server)
     with pytest.raises(BrokenPipeError):
@@ -882,7 +882,7 @@ def test_the_limit_of_descriptors_is_for_connections_alone():
 import os, resource, subprocess, sys, threading
 from pairs import tcp_pair
 from syncstream.servers import server_of
-from syncstream.servers.handover import Swap, _limit, descriptor_limit
+from syncstream.servers.swap import Swap, _limit, descriptor_limit
 from types import SimpleNamespace
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 limits = lambda: resource.getrlimit(resource.RLIMIT_NOFILE)

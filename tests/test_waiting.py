@@ -24,7 +24,8 @@ from pairs import (
     tcp_pair,
 )
 from syncstream import ClientDisconnected, current_stream, sleep
-from syncstream.waiting import Parked, Waiter, wait, wake_all
+from syncstream.runtime.waiter import Waiter, wake_all
+from syncstream.runtime.waiting import Parked, wait
 
 PLACE = Threads()
 
@@ -309,7 +310,7 @@ def test_a_notification_at_the_last_moment_counts():
             condition.notify()
 
     def source():
-        from syncstream import waiting
+        from syncstream.runtime import waiting
 
         parked = waiting.Parked(condition)
         parked._lock = Late(notify)

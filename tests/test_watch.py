@@ -15,8 +15,8 @@ import warnings
 
 import pytest
 
-import syncstream.sockets
-import syncstream.watch
+import syncstream.runtime.sockets
+import syncstream.runtime.watch
 from pairs import (
     TIMEOUT,
     Greenlets,
@@ -30,10 +30,10 @@ from pairs import (
     tcp_pair,
 )
 from syncstream import ClientDisconnected, current_stream, sleep
-from syncstream.journal import journal
 from syncstream.process import stats
-from syncstream.stream import Life
-from syncstream.watch import Watch
+from syncstream.runtime.journal import journal
+from syncstream.runtime.watch import Watch
+from syncstream.streams.contract import Life
 
 LEAVES = ("FIN", "RST", "bytes, FIN")
 PLACES = ("threads", "gevent")
@@ -41,9 +41,9 @@ PLACES = ("threads", "gevent")
 
 def place_of(kind, monkeypatch):
     if "without" in kind:
-        monkeypatch.setattr(syncstream.watch, "native_epoll", lambda: None)
+        monkeypatch.setattr(syncstream.runtime.watch, "native_epoll", lambda: None)
     if "POLLRDHUP" in kind:
-        monkeypatch.setattr(syncstream.sockets, "POLLRDHUP", 0)
+        monkeypatch.setattr(syncstream.runtime.sockets, "POLLRDHUP", 0)
     if "gevent" in kind:
         pytest.importorskip("gevent")
         return Greenlets()
@@ -53,8 +53,8 @@ def place_of(kind, monkeypatch):
 @pytest.fixture
 def own_watches(monkeypatch):
     """A test with watches of its own, which end with it."""
-    own = syncstream.watch._Watches()
-    monkeypatch.setattr(syncstream.watch, "_watches", own)
+    own = syncstream.runtime.watch._Watches()
+    monkeypatch.setattr(syncstream.runtime.watch, "_watches", own)
     yield
     for hub_watch in own.of_hubs.values():
         for watcher in (hub_watch._io, hub_watch._timer):
@@ -115,7 +115,7 @@ def test_a_hang_up_is_told_once(any_place, how):
         assert calls == []
         leave(client, how)
         await_true(any_place, lambda: calls)
-        any_place.pause(3 * syncstream.watch.LOOK_EVERY)
+        any_place.pause(3 * syncstream.runtime.watch.LOOK_EVERY)
         fd = server.fileno()
         watch.remove(fd, watch._hung_up[fd])
         assert len(calls) == 1
@@ -218,11 +218,13 @@ def test_a_stranger_with_the_number_is_left_alone(any_place):
             watch.add(fd, lambda: calls.append("old"))
             os.dup2(stranger.fileno(), fd)
             leave(client)
-            await_true(any_place, lambda: syncstream.sockets.is_hung_up(kept.fileno()))
+            await_true(
+                any_place, lambda: syncstream.runtime.sockets.is_hung_up(kept.fileno())
+            )
             any_place.pause(0.12)
             assert calls == []
             assert watch._hung_up.pop(fd)
-        assert not syncstream.sockets.is_hung_up(stranger.fileno())
+        assert not syncstream.runtime.sockets.is_hung_up(stranger.fileno())
         other.close()
 
 
@@ -568,7 +570,7 @@ import gevent
 from pairs import Greenlets, Line, await_true, leave, serve, stream_of, tcp_pair
 from syncstream import sleep
 from syncstream.process import stats
-from syncstream.stream import Life
+from syncstream.streams.contract import Life
 
 place, seen, wrote = Greenlets(), [], []
 
@@ -671,8 +673,8 @@ with tcp_pair() as (server, client), tcp_pair() as (server2, client2):
     stream = stream_of(source(), Line(server))
     second = stream_of(source(), Line(server2))
     serve(stream_of(["imports"], Line()))
-    import syncstream.watch
-    syncstream.watch._watches = syncstream.watch._Watches()
+    import syncstream.runtime.watch as module
+    module._watches = module._Watches()
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
     full = []
     try:
@@ -716,7 +718,7 @@ def test_an_unwatched_stream_is_stopped(monkeypatch, caplog):
     def full():
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr("syncstream.stream.watch", full)
+    monkeypatch.setattr("syncstream.streams.stream.watch", full)
     place, seen = Threads(), []
 
     def source():

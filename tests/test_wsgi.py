@@ -27,7 +27,7 @@ from syncstream import (
     last_event_id,
     sse,
 )
-from syncstream.process import process
+from syncstream.runtime.process import process
 
 ASK = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
 

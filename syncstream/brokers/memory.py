@@ -12,10 +12,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from ..clock import time
-from ..log import START, Entry, Log, Page
-from ..sockets import native
-from . import Sink, check_bounds, is_pattern, patterns_of
+from ..runtime.clock import time
+from ..runtime.sockets import native
+from .contract import Sink, check_bounds
+from .log import START, Entry, Log, Page
+from .names import is_pattern, patterns_of
 
 __all__ = ["MemoryBroker"]
 

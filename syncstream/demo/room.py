@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..clock import time
+from ..runtime.clock import time
 
 __all__ = ["TICK", "Room", "Viewer"]
 

@@ -11,7 +11,7 @@ from django.db import migrations
 def install(apps: Any, editor: Any) -> None:
     if editor.connection.vendor == "postgresql":
         # Only here: psycopg may be missing elsewhere.
-        from ..brokers.postgresql import install_sql
+        from ..brokers.postgresql.schema import install_sql
 
         editor.execute(install_sql(), params=None)
 

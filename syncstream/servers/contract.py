@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
 
-from ..process import AT_ONCE, Stopping
+from ..runtime.process import AT_ONCE, Stopping
 
 __all__ = [
     "Counter",

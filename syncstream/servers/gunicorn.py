@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from ..clock import time
-from ..process import AT_ONCE, Stopping, drain_of_environment, process
+from ..runtime.clock import time
+from ..runtime.process import AT_ONCE, Stopping, drain_of_environment, process
 from .contract import (
     Environ,
     Headers,

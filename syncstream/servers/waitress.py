@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-from ..process import Stopping
+from ..runtime.process import Stopping
 from .contract import Environ, Headers, Server, SocketLike, Write, at_once, running
 
 __all__ = ["SERVER"]

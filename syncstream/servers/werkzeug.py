@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..process import Stopping
+from ..runtime.process import Stopping
 from .contract import (
     Environ,
     Headers,

@@ -10,7 +10,7 @@ import socketserver
 from collections.abc import Iterator
 from typing import Any
 
-from ..process import Stopping
+from ..runtime.process import Stopping
 from .contract import (
     Environ,
     Headers,

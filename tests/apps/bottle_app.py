@@ -13,7 +13,7 @@ from syncstream import (
     current_stream,
 )
 from syncstream.bottle import respond, sse
-from syncstream.process import process
+from syncstream.runtime.process import process
 
 app = bottle.Bottle()
 hub = Hub()

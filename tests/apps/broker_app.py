@@ -10,7 +10,7 @@ import os
 
 from apps import hub_app
 from syncstream import Hub, StreamMiddleware
-from syncstream.process import process
+from syncstream.runtime.process import process
 
 hub_app.hub = Hub(os.environ["HUB_URL"], capacity=100_000)
 

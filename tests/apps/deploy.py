@@ -13,7 +13,7 @@ import psutil
 
 from apps.control import gate, note
 from syncstream import Hub, sleep
-from syncstream.process import process
+from syncstream.runtime.process import process
 
 hub = Hub(os.environ["HUB_URL"])
 

@@ -10,13 +10,11 @@ import sys
 from urllib.parse import parse_qs
 
 from syncstream import Hub, SSEResponse, StreamMiddleware, current_stream
-from syncstream import hub as hub_module
-from syncstream.process import process
+from syncstream.channels import limits
+from syncstream.runtime.process import process
 
 # What is kept of idle channels is bounded: by less, here.
-for name, number in (("MOST_IDLE", 20), ("CROWD", 20)):
-    if hasattr(hub_module, name):
-        setattr(hub_module, name, number)
+limits.MOST_IDLE = limits.CROWD = 20
 hub = Hub()
 
 

@@ -7,7 +7,7 @@ from django.urls import path
 from apps.control import note
 from syncstream import Hub, current_stream, sleep
 from syncstream.django import SSEResponse
-from syncstream.process import process, stats
+from syncstream.runtime.process import process, stats
 
 hub = Hub()
 

@@ -26,9 +26,9 @@ from apps.control import gate, note
 from syncstream import Hub, NDJSONResponse, SSEResponse, StreamMiddleware
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.errors import Unavailable
-from syncstream.process import process, stats
-from syncstream.sockets import native
-from syncstream.wsgi import HANDOVER
+from syncstream.runtime.process import process, stats
+from syncstream.runtime.sockets import native
+from syncstream.servers.connection import HANDOVER
 
 JUNK = b": " + b"x" * 100_000 + b"\n\n"
 CAPACITY = int(os.environ.get("CAPACITY", "1000"))

@@ -15,10 +15,10 @@ import os
 import time
 from urllib.parse import parse_qs
 
-from syncstream import Hub, NDJSONResponse, SSEResponse, StreamMiddleware, fanout
-from syncstream import hub as hub_module
+from syncstream import Hub, NDJSONResponse, SSEResponse, StreamMiddleware
+from syncstream.channels import limits
 
-hub_module.ANSWER = fanout.ANSWER = 2.0  # not 5 seconds for each test
+limits.ANSWER = 2.0  # not 5 seconds for each test
 hub = Hub()
 denied, hung = set(), set()
 NUMBERS = {"after": int, "throttle": float, "reauthorize": float}

@@ -15,8 +15,8 @@ from urllib.parse import parse_qs
 
 from apps.life import plain, state
 from syncstream import SSEResponse, StreamMiddleware, current_stream, sleep
-from syncstream.stream import Stream
-from syncstream.watch import watch
+from syncstream.runtime.watch import watch
+from syncstream.streams.stream import Stream
 
 PAYLOAD = "x" * 16000
 

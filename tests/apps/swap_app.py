@@ -18,9 +18,9 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import parse_qs
 
+from syncstream.runtime.sockets import POLLRDHUP, native
 from syncstream.servers import server_of
-from syncstream.servers.handover import Refused, Swap
-from syncstream.sockets import POLLRDHUP, native
+from syncstream.servers.swap import Refused, Swap
 
 OPENING = b": ok\n\n"
 JUNK = b": " + b"x" * 1_000_000 + b"\n\n"

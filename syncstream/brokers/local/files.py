@@ -1,0 +1,339 @@
+"""Where the files of a log are, whose they are, and the lock."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+import tempfile
+from contextlib import suppress
+
+from ...errors import BrokerError, Unavailable
+from ...runtime.clock import time
+from ...runtime.sockets import native
+from .. import shown
+
+__all__ = [
+    "LOCK_TRY",
+    "Lock",
+    "SAFE",
+    "file_mode",
+    "make_file",
+    "make_wake",
+    "path_of",
+    "said",
+    "settle",
+]
+LOCK_TRY = 0.002  # seconds between two tries
+SAFE = os.O_CLOEXEC | os.O_NOFOLLOW  # the folder may be a group's
+_SHARED = stat.S_ISGID | stat.S_IRWXG  # a folder that a group shares
+_MAX_PATH = 80  # bytes: sun_path takes 104 (macOS), with /wake/<pid>-<random>
+_MOUNTS = "/proc/self/mounts"
+# flock or shared memory do not reach what others of these have, or not reliably.
+_NETWORK = (
+    *("9p", "afs", "beegfs", "ceph", "cifs", "coda", "fuse", "glusterfs", "gpfs"),
+    *("gfs2", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "orangefs", "prl_fs"),
+    *("smb3", "smbfs", "vboxsf", "virtiofs"),
+)
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,39}")
+_RANDOM = re.compile(r"[0-9a-f]{8}")
+
+
+# Where the files are.
+
+
+def path_of(url: str) -> tuple[str, bool]:
+    """Return the folder that a URL names, and whether it is in a private one."""
+    scheme, _, rest = url.partition(":")
+    if scheme != "local" or rest.startswith("//"):
+        raise ValueError(
+            f"url must be local:, local:NAME or local:/PATH, got {shown(url)}"
+        )
+    if rest.startswith("/"):
+        path = os.path.normpath(rest)
+        if path == "/" or "\0" in path:
+            raise ValueError(
+                f"url's path must name a folder of its own, got {path!r}: use"
+                " local:/PATH"
+            )
+    elif not rest or _NAME.fullmatch(rest):
+        # Not XDG_RUNTIME_DIR: what logins have, services and cron have not, and
+        # they would not meet.
+        name = f"syncstream-{os.geteuid()}"
+        path = os.path.join(tempfile.gettempdir(), name, rest or "default")
+    else:
+        raise ValueError(
+            "url must be local:NAME, of 40 letters, digits and . _ - at most, or"
+            f" local:/PATH, got {shown(url)} with something else"
+        )
+    if len(os.fsencode(path)) > _MAX_PATH:
+        raise ValueError(
+            f"url's path must have {_MAX_PATH} bytes at most, so that sockets can be"
+            f" in it, got {path!r}"
+        )
+    return path, not rest.startswith("/")
+
+
+def _make(path: str, is_private: bool) -> None:
+    """Make a folder if it is not there; refuse what is not safe."""
+    if is_private:
+        parent = os.path.dirname(path)
+        with suppress(FileExistsError):
+            os.mkdir(parent, 0o700)
+        found = os.lstat(parent)  # not of what a link leads to
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise Unavailable(
+                f"{parent} must be a directory of user {os.geteuid()}: use"
+                " local:/PATH, another one"
+            )
+        if found.st_mode & 0o077:
+            raise Unavailable(
+                f"{parent} must be its owner's only: chmod 700 {parent}, or use"
+                " local:/PATH, another one"
+            )
+    with suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    _refuse_others(path)
+    kind = _network_kind(path)
+    if kind is not None:
+        raise Unavailable(
+            f"{path} is on a network file system ({kind}), whose locks do not hold"
+            " between machines: use local:/PATH on a disk of this machine, or redis:"
+            " for several"
+        )
+    make_wake(path)
+
+
+def _refuse_others(path: str) -> None:
+    """Refuse a folder in which users that nobody has named could read and forge."""
+    user = os.geteuid()
+    link, found = os.lstat(path), os.stat(path)
+    if not stat.S_ISDIR(found.st_mode):
+        raise Unavailable(f"{path} must be a directory, and is not one")
+    if found.st_mode & stat.S_IWOTH:
+        raise Unavailable(
+            f"{path} can be written to by every user: chmod o-w {path}, or use"
+            " local:/PATH, another one"
+        )
+    is_ours = not user or found.st_gid in {os.getegid(), *os.getgroups()}
+    is_shared = found.st_mode & _SHARED == _SHARED and is_ours
+    for owner in {link.st_uid, found.st_uid} - {0, user}:
+        if not is_shared:
+            raise Unavailable(
+                f"{path} belongs to user {owner}, this is user {user}: run as that"
+                f" user, or share it by a group that both are in (chgrp GROUP {path};"
+                f" chmod 2770 {path})"
+            )
+
+
+def file_mode(path: str) -> int:
+    """Return the mode of the files in a folder."""
+    return 0o660 if os.stat(path).st_mode & _SHARED == _SHARED else 0o600
+
+
+def make_wake(path: str) -> None:
+    """Make the folder of the sockets, with the rights of the one it is in."""
+    wake = f"{path}/wake"
+    with suppress(FileExistsError):
+        os.mkdir(wake, 0o700)
+    is_shared = file_mode(path) == 0o660
+    settle(wake, 0o2770 if is_shared else 0o700, os.stat(path).st_gid)
+
+
+def settle(path: str, mode: int, group: int) -> None:
+    """Give a file of ours its mode, and the folder's group where that shares it."""
+    found = os.lstat(path)
+    if os.geteuid() not in (0, found.st_uid) or stat.S_ISLNK(found.st_mode):
+        return
+    if mode & stat.S_IRWXG and found.st_gid != group:
+        os.chown(path, -1, group, follow_symlinks=False)
+    if found.st_mode & 0o7777 != mode:
+        _change_mode(path, mode)
+
+
+def _change_mode(path: str, mode: int) -> None:
+    """Change a file's mode, and not that of what a link in its place leads to."""
+    if not hasattr(os, "O_PATH"):  # macOS, which has lchmod
+        os.chmod(path, mode, follow_symlinks=False)
+        return
+    # Without opening it: to close a file of SQLite's drops its locks.
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISLNK(os.fstat(fd).st_mode):
+            os.chmod(f"/proc/self/fd/{fd}", mode)
+    finally:
+        os.close(fd)
+
+
+def make_file(folder: str, name: str) -> None:
+    """Make an empty file if it is not there; whoever sees it sees its final mode."""
+    path = f"{folder}/{name}"
+    mode, group = file_mode(folder), os.stat(folder).st_gid
+    if not os.path.lexists(path):
+        new = f"{path}-{os.urandom(4).hex()}"
+        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
+        try:
+            settle(new, mode, group)
+            with suppress(FileExistsError):
+                os.link(new, path)
+        finally:
+            with suppress(FileNotFoundError):  # see `_remove_first_names`
+                os.unlink(new)
+    with suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode):  # a link leads anywhere
+            raise Unavailable(f"{path} must be a plain file, and is not one")
+        if found.st_nlink > 1:
+            _remove_first_names(path, found)
+        settle(path, mode, group)
+
+
+def _remove_first_names(path: str, found: os.stat_result) -> None:
+    """Remove the name by which a file was made, if who made it was killed."""
+    prefix = f"{os.path.basename(path)}-"
+    for name in os.listdir(os.path.dirname(path)):
+        first = f"{os.path.dirname(path)}/{name}"
+        if _RANDOM.fullmatch(name.removeprefix(prefix)):
+            with suppress(FileNotFoundError):
+                if os.path.samestat(found, os.lstat(first)):
+                    os.unlink(first)
+
+
+def said(path: str, error: Exception) -> str:
+    """Return what has failed, and what to do if it is a matter of rights."""
+    text = f"{path}: {error}"
+    rights = "unable to open database file", "readonly database", "read-only"
+    if isinstance(error, PermissionError) or any(word in str(error) for word in rights):
+        text += (
+            " (several users share a folder by a group that all are in: chgrp -R GROUP"
+            f" {path}; chmod 2770 {path}; its files are made again if you remove them)"
+        )
+    return text
+
+
+def _network_kind(path: str) -> str | None:
+    """Return the type of a path's file system if that is one of a network."""
+    try:
+        with open(_MOUNTS, "rb") as file:
+            mounts = file.read()
+    except FileNotFoundError:  # not Linux
+        return None
+    kind = _kind(os.path.realpath(path), os.fsdecode(mounts))
+    # fuse-overlayfs is the root of rootless containers; its locks are this kernel's.
+    is_network = kind.partition(".")[0] in _NETWORK and "overlay" not in kind
+    return kind if is_network else None
+
+
+def _kind(path: str, mounts: str) -> str:
+    """Return the type of the file system that a path is on, of those in mounts."""
+    found = best = ""
+    # Whoever may mount chooses names: other ends of lines than this are not escaped.
+    for line in mounts.removesuffix("\n").split("\n"):
+        _, mount, kind, *_ = line.split(" ")
+        mount = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), mount)
+        is_in = path == mount or path.startswith(mount.rstrip("/") + "/")
+        # Of two on one mount point the later one is seen.
+        if is_in and len(mount) >= len(best):
+            best, found = mount, kind
+    return found
+
+
+class Lock:
+    """The right to write; one thread of one process has it.
+
+    Its file is its own: to close any descriptor of SQLite's files drops SQLite's
+    locks. Nobody writes beside a lock whose file was removed: that is looked at.
+    """
+
+    def __init__(self, path: str, is_private: bool) -> None:
+        self._path = path
+        self._is_private = is_private
+        self._fd = self._folder = -1
+
+    def acquire(self, timeout: float | None = None) -> None:
+        """Wait for it; blocks the thread.
+
+        Raises:
+            Unavailable: The time is over.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self.open()
+            self._wait(deadline)
+            if self._is_current():
+                return
+            self.close()
+
+    def try_acquire(self) -> bool:
+        """Have it at once or not at all; not either if it is not open yet."""
+        if self._fd < 0:
+            return False
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if self._is_current():
+            return True
+        self.close()
+        return False
+
+    def open(self) -> None:
+        """Make the folder if it is not there, and the lock's file in it."""
+        if self._fd >= 0:
+            return
+        _make(self._path, self._is_private)
+        # systemd-tmpfiles leaves a directory alone whose lock is held.
+        self._folder = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with suppress(BlockingIOError):  # it is just being looked at
+                fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            make_file(self._path, "lock")
+            self._fd = os.open(f"{self._path}/lock", os.O_RDWR | SAFE)
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait(self, deadline: float | None) -> None:
+        if deadline is None:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            return
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    message = f"{self._path}/lock is held by another process"
+                    raise Unavailable(message) from None
+                native(time, "sleep")(LOCK_TRY)
+            else:
+                return
+
+    def _is_current(self) -> bool:
+        try:
+            found = os.stat(f"{self._path}/lock")
+        except OSError:  # to open it again will say what it is
+            return False
+        return os.path.samestat(found, os.fstat(self._fd))
+
+    def hold(self, timeout: float) -> bool:
+        """Wait for it, or if its file is gone for that, to close what it opened."""
+        if self._fd < 0:
+            return False
+        try:
+            self._wait(time.monotonic() + timeout)
+            if not self._is_current() and os.path.exists(f"{self._path}/lock"):
+                self.close()  # others have the one that took its place
+                self.acquire(timeout)
+        except (BrokerError, OSError):
+            return False
+        return True
+
+    def release(self) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        for fd in (self._fd, self._folder):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._folder = -1

@@ -1,0 +1,497 @@
+"""What one process has of a broker: threads, connections, sockets."""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import os
+import sqlite3
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from math import inf
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ...errors import BrokerError, Unavailable, Uncertain
+from ...runtime.clock import time
+from ...runtime.journal import report
+from ...runtime.sockets import native
+from ...runtime.waiting import hub, say
+from ..log import Page
+from .database import APPLICATION, SUFFIXES, Database, Items
+from .files import LOCK_TRY, Lock, said
+from .listener import Listener, Others
+from .threads import Job, Thread
+
+if TYPE_CHECKING:
+    from .broker import LocalBroker
+
+__all__ = ["Process", "paused", "processes", "spoilt"]
+
+T = TypeVar("T")
+
+log = logging.getLogger("syncstream.brokers.local")
+_GROUP = 1 << 20  # bytes of several publishers that one transaction takes
+_FRESHEN = 60.0  # seconds between two updates of the files' times
+_CLOSE = 1.0  # seconds, to have the lock when files are closed
+processes: weakref.WeakSet[Process] = weakref.WeakSet()
+spoilt: list[Process] = []
+paused: list[Process] = []
+
+
+class Process:
+    """What one process has of a broker: threads, connections, sockets."""
+
+    def __init__(self, broker: LocalBroker) -> None:
+        self.pid = os.getpid()
+        self._broker = weakref.ref(broker)  # it ends with that: see `drop`
+        self._path = broker.path
+        self._is_private = broker.is_private
+        self._timeout = broker.timeout
+        self._bounds = broker.bounds
+        self._locks = [Lock(broker.path, broker.is_private) for _ in range(3)]
+        self._log, self._history, self._news = (Database(broker.path) for _ in range(3))
+        self._others = Others(broker.path)
+        self._writing = native(_thread, "allocate_lock")()
+        self._writer = Thread(self._write, self._leave)
+        self._reader = Thread(self._answer)
+        self._reading = native(_thread, "allocate_lock")()
+        self._listener: Listener | None = None
+        self._begins = native(_thread, "allocate_lock")()
+        self._is_closed = False
+        # Reentrant: a garbage collection may enter it.
+        self._judging = native(_thread, "RLock")()
+        self._failing: set[str] = set()  # see `judge`
+        self._freshened = -inf
+        processes.add(self)
+
+    # To write.
+
+    def publish(self, items: Items) -> list[str]:
+        with self._judged("publish"):
+            return self._publish(items)
+
+    def _publish(self, items: Items) -> list[str]:
+        job = Job(items)
+        if not self._write_here(job):
+            self._await(job, self._writer)
+        if job.error is not None:
+            # Several may have got this one: each raises its own.
+            raise type(job.error)(*job.error.args) from job.error.__cause__
+        ids: list[str] = job.result
+        return ids
+
+    def try_to_store(self, database: Database) -> None:
+        """If publishing has failed, see whether it would again; with the guard."""
+        if "publish" not in self._failing:
+            return
+        lock = self._locks[2]
+        lock.open()
+        if not lock.try_acquire():
+            return
+        try:
+            disk = os.statvfs(self._path)
+            if disk.f_bavail * disk.f_frsize < _GROUP or not database.is_current():
+                return
+            execute = database.connection.execute
+            execute("BEGIN IMMEDIATE")
+            try:
+                # Not an UPDATE to what is there: SQLite would write nothing.
+                execute(f"PRAGMA application_id={APPLICATION}")
+                execute("COMMIT")
+            finally:
+                database.connection.rollback()
+        except (sqlite3.Error, OSError):
+            return  # as before
+        finally:
+            lock.release()
+        self.judge("publish")
+
+    def freshen(self, *others: str) -> None:
+        """Keep the files' times from ageing: by those, cleaners judge what is used."""
+        now = time.monotonic()
+        if now - self._freshened < _FRESHEN:
+            return
+        self._freshened = now
+        files = [f"log.db{suffix}" for suffix in SUFFIXES]
+        paths = [f"{self._path}/{name}" for name in (*files, "lock", "wake")]
+        if self._is_private:
+            paths.append(os.path.dirname(self._path))
+        # "/.": the folder's own name may be a link; in it a member may have put one.
+        for path in (f"{self._path}/.", *paths, *others):
+            with suppress(OSError):  # another user's; or it is missed when it is used
+                os.utime(path, follow_symlinks=False)
+
+    def _write_here(self, job: Job) -> bool:
+        """Store it in this thread, if it is one and nobody else writes."""
+        # Who waits goes first.
+        if self._writer.jobs or hub() is not None or self._is_closed:
+            return False
+        if not self._writing.acquire(False):
+            return False
+        lock, database = self._locks[0], self._log
+        try:
+            if not lock.try_acquire():
+                return False
+            try:
+                with database.guard:
+                    if not database.is_current():
+                        return False
+                    database.connection.execute("BEGIN IMMEDIATE")
+                    self._store([job])
+            finally:
+                lock.release()
+        except (sqlite3.Error, OSError):
+            return False  # nothing is stored: the writer will see what it is
+        finally:
+            self._writing.release()
+        return True
+
+    def _await(self, job: Job, thread: Thread) -> None:
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        turn = thread.add(job)
+        try:
+            is_done = turn.wait(deadline)
+        except BaseException:  # a gevent.Timeout, say
+            thread.give_up(job)
+            raise
+        if is_done:
+            return
+        message = f"{self._path} was not to be had within {self._timeout} s"
+        if thread.give_up(job) or job.call is not None:
+            raise Unavailable(message)
+        raise Uncertain(f"{message}: the events may be stored")
+
+    def _write(self) -> None:
+        """Store what is there to be stored; in the writer's thread."""
+        while self._writer.jobs:
+            try:
+                self._write_some()
+            except Exception as error:
+                if _is_busy(error):
+                    # Those who do not want to wait any longer go.
+                    native(time, "sleep")(LOCK_TRY)
+                    continue
+                failed = Unavailable(said(self._path, error))
+                failed.__cause__ = error
+                while (job := self._writer.take()) is not None:
+                    job.end(error=error if isinstance(error, BrokerError) else failed)
+
+    def _write_some(self) -> None:
+        """Store some, in one transaction.
+
+        Raises:
+            Exception: None was taken.
+        """
+        lock, database = self._locks[0], self._log
+        with self._writing:
+            lock.acquire()
+            try:
+                if not database.is_current():
+                    database.open()
+                with database.guard:
+                    database.connection.execute("BEGIN IMMEDIATE")
+                    jobs: list[Job] = []
+                    size = 0
+                    while size < _GROUP and (job := self._writer.take()) is not None:
+                        jobs.append(job)
+                        size += sum(1000 + len(payload) for _, payload in job.items)
+                    self._store(jobs)
+            finally:
+                lock.release()
+
+    def _store(self, jobs: list[Job]) -> None:
+        """Store and commit, and tell of it; if that fails, tell these."""
+        database = self._log
+        has_ended = False
+        try:
+            ids = database.store([i for job in jobs for i in job.items], self._bounds)
+            has_ended = True
+            database.connection.execute("COMMIT")
+            if not database.is_current():
+                raise OSError("its files were removed or replaced meanwhile")
+        except Exception as error:
+            # Of a disk that is full the last frame, which is the commit, is not
+            # whole. Of other errors it may be.
+            is_stored = has_ended and "is full" not in str(error)
+            kind = Uncertain if is_stored else Unavailable
+            failed = kind(said(self._path, error))
+            failed.__cause__ = error
+            for job in jobs:
+                job.end(error=failed)
+            return
+        finally:
+            # An interrupt's, too.
+            self._roll_back()
+        self._others.wake()
+        self.freshen()
+        for job in jobs:
+            job.end(ids[: len(job.items)])
+            ids = ids[len(job.items) :]
+        try:
+            database.checkpoint()
+        except (sqlite3.Error, OSError) as error:
+            # Of what is stored nothing is lost; the next one tries again.
+            say(log, logging.WARNING, "%s: no checkpoint: %s", self._path, error)
+
+    def _roll_back(self) -> None:
+        database = self._log
+        if not database.connection.in_transaction:
+            return
+        try:
+            database.connection.rollback()
+        except sqlite3.Error:
+            database.close()
+
+    # To read.
+
+    def _call(self, call: Callable[[], T]) -> T:
+        """Do what may block; in a thread that a hub does not wait for."""
+        if hub() is None:
+            return call()
+        job = Job(call=call)
+        self._await(job, self._reader)
+        if job.error is not None:
+            raise job.error
+        result: T = job.result
+        return result
+
+    def _answer(self) -> None:
+        while (job := self._reader.take()) is not None:
+            assert job.call is not None
+            try:
+                result = job.call()
+            except Exception as error:
+                job.end(error=error)
+            else:
+                job.end(result)
+
+    def read(self, channel: str, after: str | None, limit: int) -> Page:
+        def page(database: Database) -> Page:
+            return database.page(channel, after, limit, self._bounds)
+
+        return self._call(lambda: self._ask(page))
+
+    def edge(self, channel: str, count: int) -> tuple[str, str]:
+        capacity, max_age, _ = self._bounds
+        read = partial(Database.edge, name=channel, count=count)
+        read = partial(read, capacity=capacity, max_age=max_age)
+        return self._call(lambda: self._ask(read))
+
+    def _ask(self, read: Callable[[Database], T]) -> T:
+        self._acquire(self._reading, self._timeout)
+        try:
+            if self._is_closed:
+                raise Unavailable("local: is closed")
+            with self._judged("read"), self._opened(self._history, self._locks[1]):
+                try:
+                    return read(self._history)
+                except (TypeError, ValueError) as error:
+                    failure = error  # one channel's: others can be read
+            raise Unavailable(
+                f"{self._path}: a row has other types than ours: {failure}"
+            ) from failure
+        finally:
+            self._reading.release()
+
+    @contextmanager
+    def _judged(self, way: str) -> Iterator[None]:
+        """Take note whether what is done here works; raise what fails as ours."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            failed = Unavailable(said(self._path, error))
+            self.judge(way, reason=str(failed))
+            raise failed from error
+        except BrokerError as error:
+            self.judge(way, reason=str(error))
+            raise
+        self.judge(way)
+
+    def judge(self, *ways: str, reason: str = "") -> None:
+        """Take note of what works, or by a reason does not; tell of a change.
+
+        Args:
+            ways: "publish", "read", "listen".
+        """
+        if not reason and self._failing.isdisjoint(ways):
+            return
+        with self._judging:
+            if reason:
+                self._failing.update(ways)
+            else:
+                self._failing.difference_update(ways)
+            broker = self._broker()
+            if broker is not None:
+                broker.state(not self._failing, reason or "it can be used")
+
+    @contextmanager
+    def _opened(self, database: Database, lock: Lock) -> Iterator[bool]:
+        """Open what is not open, or not there any more; yield whether it was so."""
+        is_new = False
+        while True:
+            with database.guard:
+                is_there = database.is_current()
+                if not is_there:
+                    is_new = True
+                    lock.open()
+                    is_there = database.open_to_read()
+                if is_there:
+                    yield is_new
+                    return
+            lock.acquire(self._timeout)
+            try:
+                # It may have been moved for a moment.
+                if not database.is_current():
+                    database.open()
+            finally:
+                lock.release()
+
+    # To listen.
+
+    @property
+    def is_listening(self) -> bool:
+        return self._listener is not None
+
+    def listen(self) -> None:
+        """Begin to tell what is stored from now on, unless that is done already."""
+        if self._listener is None:
+            self._call(self._listen)
+
+    def _listen(self) -> None:
+        with self._begins:
+            if self._is_closed:
+                raise Unavailable("local: is closed")
+            if self._listener is not None:
+                return
+            broker = self._broker()
+            if broker is None:
+                return
+            with self._judged("listen"), self.news() as (news, _):
+                listener = Listener(self, broker)
+                listener.start(news)
+            self._listener = listener
+
+    @contextmanager
+    def news(self) -> Iterator[tuple[Database, bool]]:
+        """Open what the listener reads; yield it, and whether that was necessary."""
+        with self._opened(self._news, self._locks[2]) as is_new:
+            yield self._news, is_new
+
+    def finish_news(self) -> None:
+        """Close it; in the listener's thread, its end."""
+        self._news.finish(self._locks[2], _CLOSE)
+
+    # Its end.
+
+    def close(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        self._is_closed = True
+        try:
+            listener = self._call(lambda: self._stop(timeout))
+        except Unavailable:
+            listener, is_done = None, False
+        else:
+            is_done = listener is None or listener.close(deadline)
+        is_done = self._reader.close(deadline) and is_done
+        if not (self._writer.close(deadline) and is_done):
+            text = "%s: not closed within %s s"
+            report(log, logging.WARNING, text, self._path, timeout)
+
+    def drop(self) -> None:
+        """Have all end and be closed, some time soon; waits for nothing."""
+        self._is_closed = True
+        if sys.is_finalizing():
+            return
+        # Not here, where a garbage collection may be in the midst of anything. If no
+        # thread can be had the process is at its end, as far as we know.
+        with suppress(RuntimeError):
+            native(_thread, "start_new_thread")(self._drop, ())
+
+    def _drop(self) -> None:
+        with self._begins:
+            listener = self._listener
+            if listener is None:
+                self._news.finish(self._locks[2], _CLOSE)
+        with self._reading:
+            self._history.finish(self._locks[1], _CLOSE)
+        if listener is not None:
+            listener.end()
+        self._reader.end()
+        self._writer.end()
+
+    def _stop(self, timeout: float) -> Listener | None:
+        """Close what is read; return the listener: there will be no other."""
+        self._acquire(self._begins, timeout)
+        try:
+            listener = self._listener
+            if listener is None:
+                self._news.finish(self._locks[2], _CLOSE)
+        finally:
+            self._begins.release()
+        self._acquire(self._reading, timeout)
+        try:
+            self._history.finish(self._locks[1], _CLOSE)
+        finally:
+            self._reading.release()
+        return listener
+
+    def _acquire(self, lock: Any, timeout: float | None) -> None:
+        if not lock.acquire(True, -1.0 if timeout is None else timeout):
+            raise Unavailable(f"{self._path} was not to be had within {timeout} s")
+
+    def _leave(self) -> None:
+        with self._writing:
+            self._log.finish(self._locks[0], _CLOSE)
+            self._others.close()
+
+    # Forks.
+
+    def pause(self) -> None:
+        """Close the files, once nobody is using them; nobody opens them any more."""
+        databases = self._log, self._history, self._news
+        # Another one than those that our own threads may be waiting for just now.
+        lock = Lock(self._path, self._is_private)
+        is_held = False
+        if self.has_files:
+            with suppress(OSError, Unavailable):  # without it, as in `finish`
+                lock.open()
+                is_held = lock.hold(_CLOSE)
+        try:
+            for database in databases:
+                database.guard.acquire()
+                try:
+                    database.close()
+                except sqlite3.Error as error:
+                    text = "%s: not closed before a fork"
+                    report(log, logging.ERROR, text, self._path, error=error)
+        finally:
+            if is_held:
+                lock.release()
+            lock.close()
+
+    def resume(self) -> None:
+        """Let them be opened again, by the thread that has paused it."""
+        for database in (self._log, self._history, self._news):
+            with suppress(RuntimeError):  # it was interrupted before it had this one
+                database.guard.release()
+
+    @property
+    def has_files(self) -> bool:
+        """SQLite has some of them open."""
+        return any(d.is_open for d in (self._log, self._history, self._news))
+
+    def let_go(self) -> None:
+        """Close all descriptors but SQLite's."""
+        for lock in self._locks:
+            lock.close()
+        self._others.close()
+        if self._listener is not None:
+            self._listener.let_go()
+
+
+def _is_busy(error: Exception) -> bool:
+    # `sqlite_errorcode` came with Python 3.11.
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)

@@ -1,0 +1,59 @@
+"""Names of channels, and patterns of names: one set of rules for all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import (
+    Iterator,
+)
+from typing import Any
+
+__all__ = ["NAME", "check_name", "is_name", "is_pattern", "matches", "patterns_of"]
+
+
+def is_pattern(name: str) -> bool:
+    """Tell a pattern from a channel: its last level is ``*`` or ``#``."""
+    return name.rpartition(":")[2] in ("*", "#")
+
+
+def matches(pattern: str, channel: str) -> bool:
+    """Tell whether a pattern matches a channel.
+
+    ``chat:*`` matches one level more (``chat:7``), ``logs:#`` any number of levels,
+    none included (``logs``, ``logs:a``, ``logs:a:b``); ``*`` and ``#`` alone likewise.
+    """
+    prefix, _, last = pattern.rpartition(":")
+    if last == "#":
+        return not prefix or channel == prefix or channel.startswith(f"{prefix}:")
+    parent, _, _ = channel.rpartition(":")
+    return parent == prefix
+
+
+def patterns_of(channel: str) -> Iterator[str]:
+    """Return the patterns that match a channel, as many as it has levels and two."""
+    yield "#"
+    place = channel.find(":")
+    while place >= 0:
+        yield f"{channel[:place]}:#"
+        place = channel.find(":", place + 1)
+    yield f"{channel}:#"
+    parent, _, _ = channel.rpartition(":")
+    yield f"{parent}:*" if parent else "*"
+
+
+_MAX_NAME = 200  # characters of a channel's name
+NAME = re.compile(r"[^\s\x00-\x1f\x7f*#\ud800-\udfff]+")  # surrogates: no UTF-8
+
+
+def check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"channel must be str, got {name!r}")
+    if not is_name(name):
+        raise ValueError(
+            f"channel must be 1 to {_MAX_NAME} characters, without white space, * and"
+            f" #, got {name!r}"
+        )
+
+
+def is_name(name: str) -> bool:
+    return len(name) <= _MAX_NAME and NAME.fullmatch(name) is not None

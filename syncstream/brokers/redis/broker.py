@@ -1,0 +1,307 @@
+"""The broker: what a hub calls, and its URL."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Literal
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
+
+from redis.exceptions import (
+    RedisError,
+)
+
+from ...errors import Denied, Unavailable, Uncertain
+from ...runtime.clock import time
+from .. import shown
+from ..contract import Sink, check_bounds
+from ..log import START, Entry, Page
+from .process import Process
+from .scripts import ID, NEWEST
+from .server import Server, options_of, seconds_of
+
+__all__ = ["RedisBroker"]
+
+log = logging.getLogger("syncstream.brokers.redis")
+_MIN_TTL = 300.0  # seconds that a key lives at least: several rounds
+# Seconds that an empty channel's key does, without `max_age`; earlier versions made it.
+_EMPTY_TTL = 86400.0
+
+
+class RedisBroker:
+    """Events on a Redis or Valkey server, or each channel's on one of several.
+
+    Args:
+        url: ``redis://[[user]:password@]host[:port][/database]``, several hosts with
+            commas between them; ``rediss:`` for TLS; ``unix:///path?db=0``;
+            ``redis+sentinel://host[:port],…/service[/database]``, and
+            ``rediss+sentinel:``. ``valkey:`` and ``valkeys:`` are other names. Its
+            query takes redis-py's options (``ssl_ca_certs=…``), and ``prefix``
+            ("ss:") and ``publish_timeout`` (2 seconds).
+        capacity: So many events of each channel are kept.
+        max_age: Events are kept for so many seconds; ``None`` for no limit.
+
+    Raises:
+        ValueError: The URL is not such.
+    """
+
+    scope: Literal["cluster"] = "cluster"
+
+    def __init__(
+        self, url: str, capacity: int = 1000, max_age: float | None = 3600.0
+    ) -> None:
+        check_bounds(capacity, max_age)
+        parts, query = _parse(url)
+        self._prefix = query.pop("prefix", "ss:")
+        self._timeout = seconds_of("publish_timeout", query)
+        if not re.fullmatch("[1-9][0-9]{0,5}", query.get("max_connections", "1")):
+            raise ValueError("max_connections must be a number above 0")
+        if not re.fullmatch("[0-9]{0,5}", query.get("db", "")):
+            raise ValueError("db must be the number of a database")
+        self._urls = _split(parts, query)
+        try:
+            self._servers()  # what is wrong with a URL is said in the caller's frame
+        except (ValueError, TypeError, RedisError):
+            # They quote it; a traceback would show them.
+            names = ", ".join(sorted(query)) or "none"
+            raise ValueError(
+                f"url has an option whose value cannot be used, one of {names}"
+            ) from None
+        self._capacity = b"%d" % capacity
+        self._age = b"" if max_age is None else b"%d" % round(max_age * 1000)
+        ttl = _EMPTY_TTL if max_age is None else max(max_age, _MIN_TTL)
+        self._ttl = b"%d" % round(ttl * 1000)
+        self._sink: Sink | None = None
+        self._is_closed = False
+        # Connections, locks and threads are one process's; made at their first use,
+        # when gevent has patched what it is going to.
+        self._processes: dict[int, Process] = {}
+        self._inherited: list[str] = []  # what the parent watched
+        self.is_up = True  # as the sink was told, here or in the parent of a fork
+        _brokers.add(self)
+        # Dropped without a close: what it has ends, too.
+        weakref.finalize(self, _let_go, self._processes).atexit = False
+
+    def _servers(self) -> list[Server]:
+        return [Server(url, self._timeout, self._prefix) for url in self._urls]
+
+    def _process(self) -> Process:
+        """Return what this process has; once closed that is ``Unavailable``."""
+        pid = os.getpid()
+        here = self._processes.get(pid)
+        if here is None:
+            if self._processes:  # a fork that Python was not told of
+                self.leave_to_parent()
+            # One for all threads, whichever asks first.
+            here = self._processes.setdefault(pid, Process(self, self._servers()))
+        if self._is_closed:
+            here.close(0)
+            raise Unavailable("the broker is closed")
+        return here
+
+    def leave_to_parent(self) -> None:
+        """Let go of all that the parent has; in a child that was forked."""
+        for process in self._processes.values():
+            self._inherited = process.abandon()
+        self._processes.clear()
+
+    # To publish and to read.
+
+    def publish(
+        self, items: Sequence[tuple[str, bytes]], *, connection: Any = None
+    ) -> list[str | None]:
+        if connection is not None:
+            raise ValueError("connection must be None: redis: has no such transactions")
+        deadline = time.monotonic() + self._timeout
+        here = self._process()
+        groups: dict[Server, list[int]] = {}
+        for place, (channel, _) in enumerate(items):
+            groups.setdefault(here.server(channel), []).append(place)
+        ids: list[str | None] = [None] * len(items)
+        for number, (server, places) in enumerate(groups.items()):
+            calls = [self._call(server, *items[place]) for place in places]
+            try:
+                stored = server.publish(calls, deadline)
+            except Unavailable as error:
+                if not number:
+                    raise
+                raise Uncertain(f"some of the events were stored: {error}") from error
+            for place, id in zip(places, stored, strict=True):
+                ids[place] = id
+        return ids
+
+    def _call(self, server: Server, channel: str, payload: bytes) -> tuple[bytes, ...]:
+        return (
+            *(server.key(channel), server.marks, server.topic(channel), payload),
+            _nonce(),
+            *(self._capacity, self._age, self._ttl),
+        )
+
+    def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
+        here = self._listening()
+        server = here.server(channel)
+        asked = "" if after is None else after if ID.fullmatch(after) else START
+        head, complete, *fields = server.read(
+            (
+                *(server.key(channel), server.marks, asked.encode()),
+                *(b"%d" % limit, _nonce(), self._age),
+            ),
+            time.monotonic() + self._timeout,
+        )
+        now = time.monotonic()
+        triples = zip(fields[::3], fields[1::3], fields[2::3], strict=True)
+        # An entry that is not ours follows nothing: the chain shows it.
+        entries = [
+            Entry(id.decode(), prev.decode(errors="replace"), data, now)
+            for id, prev, data in triples
+        ]
+        return Page(entries, bool(complete), head.decode(errors="replace"))
+
+    def newest(self, channel: str, count: int) -> tuple[str, str]:
+        """Return the id before the newest events of a channel, and its head's.
+
+        Args:
+            channel: Its name.
+            count: Of so many of them, or all that are kept. None of them is sent.
+
+        Raises:
+            Unavailable: As from `read`.
+        """
+        server = self._listening().server(channel)
+        before, head = server.read(
+            (
+                *(server.key(channel), server.marks, b"%d" % count),
+                *(_nonce(), self._age),
+            ),
+            time.monotonic() + self._timeout,
+            NEWEST,
+        )
+        return before.decode(errors="replace"), head.decode(errors="replace")
+
+    # To tell.
+
+    def attach(self, sink: Sink) -> None:
+        self._sink = sink
+
+    @property
+    def sink(self) -> Sink | None:
+        return self._sink
+
+    @property
+    def ttl(self) -> bytes:
+        """How long a key lives from its last use on, milliseconds."""
+        return self._ttl
+
+    @property
+    def timeout(self) -> float:
+        """How long a request may take, seconds."""
+        return self._timeout
+
+    def watch(self, channel: str) -> None:
+        try:
+            self._listening().watch(channel, self._timeout)
+        except Denied:
+            raise
+        except Unavailable:  # closed; the read that follows says so
+            pass
+
+    def unwatch(self, channel: str) -> None:
+        with suppress(ValueError):
+            self._inherited.remove(channel)
+        with suppress(Unavailable):
+            self._process().unwatch(channel)
+
+    def _listening(self) -> Process:
+        here = self._process()
+        # Who asks for them in this process, a hub, believes them to be watched.
+        while self._inherited:
+            here.watch(self._inherited.pop(), 0)
+        return here
+
+    def close(self, timeout: float = 5.0) -> None:
+        self._is_closed = True
+        here = self._processes.get(os.getpid())
+        if here is not None:
+            here.close(timeout)
+
+
+_brokers: weakref.WeakSet[RedisBroker] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for broker in tuple(_brokers):
+        broker.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def _let_go(processes: dict[int, Process]) -> None:
+    here = processes.get(os.getpid())
+    if here is not None:
+        here.let_go()
+
+
+def _nonce() -> bytes:
+    # Not of `random`: an application that seeds it would have the same ids again.
+    return b"%d" % secrets.randbits(48)
+
+
+def _parse(url: str) -> tuple[SplitResult, dict[str, str]]:
+    """Return the parts of a URL, and its options.
+
+    What is wrong with it is not quoted: a "/", "?" or "#" in a password that is not
+    escaped moves it into any part.
+
+    Raises:
+        ValueError: It is not one of ours.
+    """
+    try:
+        url.encode()  # else the login fails, by an error whose repr has all of it
+        parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        hosts = parts.netloc.rpartition("@")[2].split(",")
+        names = [urlsplit(f"//{host}") for host in hosts if host]
+        for name in names:
+            (name.hostname or "").encode("idna")  # as whoever looks it up does
+        # The ports are parsed when they are asked for.
+        is_sound = all(name.port != 0 for name in names) and not parts.fragment
+    except ValueError:
+        is_sound = False
+    if is_sound and parts.scheme == "unix":
+        is_sound = bool(parts.path) and hosts == [""]
+    elif is_sound and parts.scheme.endswith("+sentinel"):
+        if not parts.path.strip("/"):
+            raise ValueError("url must name the service: redis+sentinel://host/service")
+        is_sound = bool(re.fullmatch("/[^/@]+(/[0-9]*)?", parts.path))
+    elif is_sound:
+        is_sound = bool(re.fullmatch("(/[0-9]*)?", parts.path))
+    if not is_sound:
+        raise ValueError(
+            "url must be redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], a unix: or"
+            " a redis+sentinel: one, with %40 for @, %2F for /, %3F for ? and %23 for #"
+            f" in a password, got {shown(url)}"
+        )
+    known = options_of(parts.scheme)
+    if not known.issuperset(query):
+        # A "?" in a password would be quoted; "@" then follows it.
+        others = sorted(query.keys() - known) if "@" not in parts.query else []
+        text = f", got {', '.join(map(repr, others))}" if others else ""
+        raise ValueError(f"url's options must be of {', '.join(sorted(known))}{text}")
+    return parts, query
+
+
+def _split(parts: SplitResult, query: dict[str, str]) -> list[str]:
+    """Return the URL of each server, as redis-py takes them."""
+    scheme = parts.scheme.replace("valkey", "redis")
+    rest = f"{parts.path}?{urlencode(query)}"
+    if scheme == "unix" or scheme.endswith("+sentinel"):
+        return [f"{scheme}://{parts.netloc}{rest}"]
+    user, at, hosts = parts.netloc.rpartition("@")
+    return [f"{scheme}://{user}{at}{host}{rest}" for host in hosts.split(",")]

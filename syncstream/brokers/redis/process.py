@@ -1,0 +1,125 @@
+"""What one process has of a broker: servers and listeners."""
+
+from __future__ import annotations
+
+import _thread
+import functools
+import weakref
+from typing import TYPE_CHECKING
+
+from ...runtime.clock import time
+from ...runtime.sockets import native
+from ..contract import Sink
+from ..names import is_pattern
+from .listener import Listener
+from .server import Server
+
+if TYPE_CHECKING:
+    from .broker import RedisBroker
+
+__all__ = ["Process"]
+
+
+class Process:
+    """What one process has of a broker, which it does not keep."""
+
+    def __init__(self, broker: RedisBroker, servers: list[Server]) -> None:
+        self._broker = weakref.ref(broker)
+        self.ttl = broker.ttl
+        self.timeout = broker.timeout
+        self.servers = servers
+        self._listeners: dict[Server, Listener] = {}
+        # Native, here and in the listener: threads of several hubs meet in them.
+        self._lock = native(_thread, "allocate_lock")()
+        self._failing: set[tuple[Server, str]] = set()
+        self._judging = native(_thread, "RLock")()
+        self._is_closed = False
+        for server in servers:
+            server.judge = functools.partial(self.judge, server)
+
+    def server(self, channel: str) -> Server:
+        """Return the one that has a channel: for all processes the same."""
+        if len(self.servers) == 1:
+            return self.servers[0]
+        return max(self.servers, key=lambda server: server.weight(channel))
+
+    def watch(self, name: str, timeout: float) -> None:
+        for server in self.servers if is_pattern(name) else [self.server(name)]:
+            listener = self._listener(server)
+            if listener is not None:
+                listener.watch(name, timeout)
+
+    def unwatch(self, name: str) -> None:
+        for server in self.servers if is_pattern(name) else [self.server(name)]:
+            listener = self._listeners.get(server)
+            if listener is not None:
+                listener.unwatch(name)
+
+    def _listener(self, server: Server) -> Listener | None:
+        """Return who listens to a server; ``None``: the broker is closed."""
+        with self._lock:
+            if self._is_closed:
+                return None
+            listener = self._listeners.get(server)
+            if listener is None:
+                listener = self._listeners[server] = Listener(server, self)
+                listener.start()
+            return listener
+
+    def abandon(self) -> list[str]:
+        """Leave it to the parent; return what is watched."""
+        names: dict[str, None] = {}
+        for listener in self._listeners.values():
+            listener.abandon()
+            names.update(dict.fromkeys(listener.watched()))
+        return list(names)
+
+    def close(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            self._is_closed = True
+            listeners = list(self._listeners.values())
+        for listener in listeners:
+            listener.stop()
+        for listener in listeners:
+            listener.join(max(0.0, deadline - time.monotonic()))
+        for server in self.servers:
+            server.close()
+
+    def let_go(self) -> None:
+        """Have it end, without waiting: nobody asks for anything any more.
+
+        From any thread, in the middle of anything: no lock is taken.
+        """
+        self._is_closed = True
+        listeners = [*self._listeners.values()]
+        for listener in listeners:
+            listener.stop()
+        for server in self.servers:
+            server.close()
+
+    # What listeners tell.
+
+    @property
+    def sink(self) -> Sink | None:
+        broker = self._broker()
+        return None if broker is None else broker.sink
+
+    def judge(self, server: Server, way: str, reason: str = "") -> None:
+        """Take note that something works, or by a reason does not; tell of a change.
+
+        Args:
+            way: "listen", "connect" for requests, "publish", "read" and "heads" for
+                what a server refuses whatever the channel.
+        """
+        broker = self._broker()
+        if broker is None or not (reason or self._failing or not broker.is_up):
+            return
+        with self._judging:
+            change = self._failing.add if reason else self._failing.discard
+            change((server, way))
+            is_up = not self._failing
+            if is_up == broker.is_up or broker.sink is None:
+                return
+            broker.is_up = is_up
+            broker.sink.state(is_up, reason or f"connected to {server.name}")

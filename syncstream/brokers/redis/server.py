@@ -1,0 +1,527 @@
+"""One server: its connections, its rights, its Sentinels."""
+
+from __future__ import annotations
+
+import _thread
+import gc
+import hashlib
+import re
+import secrets
+import socket
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import parse_url
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoScriptError,
+    RedisError,
+    ResponseError,
+)
+from redis.retry import Retry
+from redis.sentinel import MasterNotFoundError, Sentinel
+
+from ...errors import Denied, Unavailable, Uncertain
+from ...runtime.clock import time
+from ...runtime.sockets import native
+from .scripts import PUBLISH, READ, Script
+
+__all__ = [
+    "OF_NAME",
+    "RIGHTS",
+    "Server",
+    "is_at_home",
+    "is_patched",
+    "main_hub",
+    "options_of",
+    "seconds_of",
+]
+
+TIMEOUT = 2.0  # seconds for a request, if the URL does not say
+CONNECTIONS = 32  # for requests, of one process to one server; likewise
+FRESH = 3.0  # seconds for which a connection that was used is not asked if it lives
+IDLE = 30.0  # seconds after which a connection that nobody has used is closed
+# A peer that is gone without a word: tried after 30 s, given up 30 s later.
+_ALIVE = {
+    getattr(socket, name): seconds
+    for name, seconds in (
+        ("TCP_KEEPIDLE", 30),
+        ("TCP_KEEPINTVL", 10),
+        ("TCP_KEEPCNT", 3),
+    )
+    if hasattr(socket, name)
+}
+_GLOB = re.compile(rb"([\\?*\[\]])")
+# What ACLs of 6.2 to 8 say of one key or channel, and of all that they refuse.
+OF_NAME = re.compile(r"access (a|(at least )?one of the) (key|channel)|to the channel")
+_OF_RIGHTS = re.compile(
+    r"(?i)no permission|NOPERM|The user executing the script can't|ACL failure"
+)
+RIGHTS = "docs/brokers.md has the rights that a user needs"
+
+
+def seconds_of(name: str, query: dict[str, str]) -> float:
+    text = query.pop(name, str(TIMEOUT))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise ValueError(f"{name} must be seconds above 0")
+    return seconds
+
+
+def options_of(scheme: str) -> set[str]:
+    """Return the options that a URL may have, ours and redis-py's."""
+    known = {"prefix", "publish_timeout", "max_connections"}
+    known |= {"db", "username", "password", "client_name"}
+    if scheme != "unix":
+        known.add("socket_keepalive")
+    if scheme.startswith(("rediss", "valkeys")):
+        known |= {
+            name
+            for name in signature(redis.SSLConnection.__init__).parameters
+            if name.startswith("ssl_")
+        }
+    if scheme.endswith("+sentinel"):
+        known |= {"sentinel_username", "sentinel_password"}
+    return known
+
+
+class Server:
+    """One server, as one process uses it: names, and connections for requests.
+
+    redis-py's connections, not its clients: these send again what was not answered,
+    ten times by default, and an event would be stored twice (measured, 8.1).
+    """
+
+    def __init__(self, url: str, timeout: float, prefix: str) -> None:
+        self._timeout = timeout
+        options: dict[str, Any] = {}
+        if not url.startswith("unix:"):
+            options |= {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
+        self._service: _Service | None = None
+        if "+sentinel:" in url:
+            given, self.name, self._service = _of_sentinel(url, options)
+        else:
+            given = _given(url, options)
+            self.name = str(given.get("path") or _address(given))
+        most = given.pop("max_connections", CONNECTIONS)
+        self._class: Any = given.pop("connection_class", redis.Connection)
+        self._options = {
+            **given,
+            "protocol": 2,
+            "decode_responses": False,
+            "retry": Retry(NoBackoff(), 0),
+        }
+        database = int(given.get("db", 0))
+        self._key = f"{prefix}{{"
+        self.marks = f"{prefix}empty".encode()  # the key of those of empty channels
+        # Keys are a database's, but Pub/Sub is the whole server's.
+        self._topic = f"{prefix}{database}:{{" if database else self._key
+        self._topic_bytes = self._topic.encode()
+        self._name = self.name.encode()
+        # Told of what works, and what does not: see `Process.judge`.
+        self.judge: Callable[..., None] = lambda way, reason="": None
+        self._idle: deque[_Idle] = deque()  # the one last that was used last
+        self._home: Any = None  # the hub in which those wait
+        self._is_closed = False
+        self._free = threading.BoundedSemaphore(most)
+        self._class(**self._options)
+
+    def weight(self, channel: str) -> bytes:
+        """Return by what a channel chooses among servers (rendezvous hashing)."""
+        text = self._name + b"\0" + channel.encode()
+        return hashlib.blake2b(text, digest_size=8).digest()
+
+    def key(self, channel: str) -> bytes:
+        return f"{self._key}{channel}}}".encode()
+
+    def topic(self, channel: str) -> bytes:
+        """Return the Pub/Sub channel of one of ours."""
+        return f"{self._topic}{channel}}}".encode()
+
+    def glob(self, pattern: str) -> bytes:
+        """Return the glob for a pattern, another for each; it may match more."""
+        prefix, _, last = pattern.rpartition(":")
+        text = _GLOB.sub(rb"\\\1", f"{self._topic}{prefix}".encode())
+        if last == "*":
+            return text + (b":*}" if prefix else b"*}")
+        return text + (b"[:}]*" if prefix else b"?*}")
+
+    def channel(self, topic: bytes) -> str:
+        """Return the channel of a topic; an empty one: it is none of ours."""
+        if not topic.startswith(self._topic_bytes) or not topic.endswith(b"}"):
+            return ""
+        return topic[len(self._topic_bytes) : -1].decode(errors="replace")
+
+    def own(self) -> bytes:
+        """Return the name of a Pub/Sub channel that nobody else has."""
+        return f"{self._topic[:-1]}ctl:{secrets.randbits(64):x}".encode()
+
+    # Requests.
+
+    def publish(self, calls: Sequence[tuple[bytes, ...]], deadline: float) -> list[str]:
+        """Run the script for each; return the ids."""
+        try:
+            replies = self._run(PUBLISH, calls, deadline)
+        except Uncertain as error:
+            self.judge("connect", str(error))
+            raise
+        refused = [reply for reply in replies if isinstance(reply, Exception)]
+        if not refused:
+            self.judge("publish")
+            return [id.decode() for id in replies]
+        refusal = self._refusal("publish", refused[0])
+        if len(refused) < len(replies) or str(refused[0]).startswith("STORED"):
+            raise Uncertain(str(refusal))
+        raise refusal
+
+    def _refusal(self, way: str, reply: Exception) -> Unavailable:
+        """Return what to raise; what concerns more than one name is a failure."""
+        reason = f"{self.name} has refused it: {reply}"
+        if _OF_RIGHTS.search(str(reply)):
+            reason = f"{reason}; {RIGHTS}"
+            # Who may not publish at all may well subscribe, and is not cut off.
+            if way == "publish" or OF_NAME.search(str(reply)):
+                return Denied(reason)
+        if "WRONGTYPE" not in str(reply):
+            self.judge(way, reason)
+        return Unavailable(reason)
+
+    def read(
+        self, call: tuple[bytes, ...], deadline: float, script: Script = READ
+    ) -> Any:
+        """Run a script that reads; once more if a connection is lost meanwhile."""
+        for is_last in (False, True):
+            try:
+                (reply,) = self._run(script, [call], deadline)
+            except Uncertain as error:
+                if is_last or time.monotonic() >= deadline:
+                    self.judge("connect", str(error))
+                    raise Unavailable(str(error)) from error
+                continue
+            if isinstance(reply, Exception):
+                raise self._refusal("read", reply)
+            self.judge("read")
+            return reply
+        raise AssertionError
+
+    def _run(
+        self, script: Script, calls: Sequence[tuple[bytes, ...]], deadline: float
+    ) -> list[Any]:
+        """Run a script for each call, in this order; return replies, and refusals."""
+        named = [(b"EVALSHA", script.sha, b"2", *call) for call in calls]
+        in_full = (b"EVAL", script.text, b"2", *calls[0])
+        if len(calls) > 1:
+            # The first teaches the script: else some may be refused, and later ones
+            # stored when somebody else has done so.
+            return self._ask([in_full, *named[1:]], deadline)
+        replies = self._ask(named, deadline)
+        if isinstance(replies[0], NoScriptError):
+            return self._ask([in_full], deadline)
+        return replies
+
+    def _ask(self, commands: list[Any], deadline: float) -> list[Any]:
+        """Send commands, and return their replies, refusals among them.
+
+        Raises:
+            Unavailable: They were not sent.
+            Uncertain: They were sent, and a reply did not come.
+        """
+        # Nor do hubs wait for each other well: others have no more than threads.
+        is_home = is_at_home()
+        left = max(0.0, deadline - time.monotonic())
+        if is_home and not self._free.acquire(timeout=left):
+            raise Unavailable(f"all connections to {self.name} are in use")
+        try:
+            try:
+                connection = self.take(deadline)
+            except Unavailable as error:
+                self.judge("connect", str(error))
+                raise
+            try:
+                self._send(connection, commands, deadline)
+                replies = [self._reply(connection, deadline) for _ in commands]
+            except BaseException:
+                connection.disconnect()
+                raise
+            self.judge("connect")
+            if any("read only" in str(r) for r in replies if isinstance(r, Exception)):
+                # Its name may lead to another server by now, that is the master.
+                connection.disconnect()
+                if is_at_home():
+                    self.forget_idle()
+            else:
+                self.give_back(connection)
+            return replies
+        finally:
+            if is_home:
+                self._free.release()
+
+    def give_back(self, connection: Any) -> None:
+        # One that was made in a hurry has not much patience.
+        if not is_at_home() or connection.socket_timeout < self._timeout / 4:
+            connection.disconnect()
+            return
+        self._home = sys.modules["gevent"].get_hub() if is_patched() else None
+        self._idle.append(_Idle(connection, time.monotonic()))
+        self.forget_idle(0 if self._is_closed else IDLE)
+
+    def take(self, deadline: float) -> Any:
+        """Return a connection that is known to live."""
+        while self._idle and is_at_home():
+            self.forget_idle(IDLE)
+            try:
+                idle = self._idle.pop()
+            except IndexError:  # another thread was faster, or they were too old
+                break
+            if _is_living(idle, deadline):
+                return idle.connection
+            idle.connection.disconnect()
+            # Others are as old, and there is no time to ask each.
+            self.forget_idle(FRESH)
+        return self.connect(deadline)
+
+    def connect(self, deadline: float) -> Any:
+        """Return a new connection."""
+        connection = None
+        try:
+            options = self._options
+            if self._service is not None:
+                host, port = self._service.master(deadline)
+                options = {**options, "host": host, "port": port}
+            # It is two waits: to connect, and for the answer to what is sent first.
+            left = max(0.001, deadline - time.monotonic()) / 2
+            connection = self._class(**options)
+            # No options: redis-py 5.0 forgets one, for Unix sockets.
+            connection.socket_connect_timeout = connection.socket_timeout = left
+            connection.connect()
+            if time.monotonic() >= deadline:
+                raise Unavailable(f"{self.name} took too long to connect to")
+        except (RedisError, OSError) as error:
+            if connection is not None:
+                connection.disconnect()
+            raise Unavailable(f"cannot connect to {self.name}: {error}") from error
+        except BaseException:
+            if connection is not None:
+                connection.disconnect()
+            raise
+        return connection
+
+    def _send(self, connection: Any, commands: list[Any], deadline: float) -> None:
+        packed = connection.pack_commands(commands)
+        try:
+            # For sending alone: redis-py sets it again with each wait for an answer.
+            connection._sock.settimeout(max(0.001, deadline - time.monotonic()))
+            connection.send_packed_command(packed, check_health=False)
+        except (RedisError, OSError) as error:
+            reason = f"the connection to {self.name} was lost: {error}"
+            # A command that was not sent to its end is none.
+            kind = Unavailable if len(commands) == 1 else Uncertain
+            raise kind(reason) from error
+
+    def _reply(self, connection: Any, deadline: float) -> Any:
+        try:
+            left = max(0.0, deadline - time.monotonic())
+            if not connection.can_read(timeout=left):
+                raise Uncertain(f"no answer from {self.name}")
+            # Not to be closed for LOADING: there may be more replies.
+            return connection.read_response(disconnect_on_error=False)
+        except (ResponseError, BusyLoadingError, AuthenticationError) as error:
+            # Not the traceback: it keeps all that calls this.
+            return error.with_traceback(None)
+        except (RedisError, OSError) as error:
+            raise Uncertain(f"no answer from {self.name}: {error}") from error
+
+    def forget_idle(self, seconds: float = 0) -> None:
+        """Close what nobody has used for so long.
+
+        What has just been used, too, may lead to a server that is no more.
+        """
+        since = time.monotonic() - seconds
+        while self._idle:
+            try:
+                idle = self._idle.popleft()
+            except IndexError:  # another thread was faster
+                return
+            if idle.since > since:
+                self._idle.appendleft(idle)
+                return
+            idle.connection.disconnect()
+
+    def close(self) -> None:
+        """Close what is not in use; from any thread."""
+        self._is_closed = True
+        if is_at_home():
+            self.forget_idle()
+        elif self._home is not None and self._home.loop is not None:
+            self._home.loop.run_callback_threadsafe(self.forget_idle)
+
+
+class _Idle(NamedTuple):
+    """A connection that is not in use.
+
+    Attributes:
+        since: When it was used last, seconds of `time.monotonic`.
+    """
+
+    connection: Any
+    since: float
+
+
+def is_patched() -> bool:
+    """Tell whether sockets are gevent's, each of which waits in one hub alone."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("socket"))
+
+
+def is_at_home() -> bool:
+    """Tell whether connections that are kept may be used, and closed, here.
+
+    Under gevent they are the main thread's. Not asked of a hub: a thread that has none
+    would be given one.
+    """
+    here = native(_thread, "get_ident")()
+    return not is_patched() or here == sys.modules["gevent.hub"].MAIN_THREAD_IDENT
+
+
+def main_hub() -> Any:
+    """Return the main thread's hub, in another thread; gevent gives it no name.
+
+    Raises:
+        RuntimeError: It has none.
+    """
+    for one in gc.get_objects():  # as `gevent.util.GreenletTree` looks for greenlets
+        if issubclass(type(one), sys.modules["gevent"].hub.Hub) and one.main_hub:
+            return one
+    raise RuntimeError("the main thread has no gevent hub yet, which is to listen")
+
+
+def _is_living(idle: _Idle, deadline: float) -> bool:
+    """Tell whether a connection can be trusted with an event."""
+    connection = idle.connection
+    try:
+        # What the server has closed is readable, too.
+        if connection.can_read(timeout=0):
+            return False
+        now = time.monotonic()
+        if now - idle.since < FRESH:
+            return True
+        # A firewall may have forgotten it without a word; a PING that is lost is no
+        # harm. Half of the time is for the connection that replaces it.
+        packed = connection.pack_commands([(b"PING",)])
+        connection.send_packed_command(packed, check_health=False)
+        if not connection.can_read(timeout=max(0.0, deadline - now) / 2):
+            return False
+        connection.read_response()
+    except (ResponseError, BusyLoadingError):  # it has answered
+        return True
+    except (RedisError, OSError):
+        return False
+    return True
+
+
+def _address(options: dict[str, Any]) -> str:
+    host = options.get("host", "localhost")
+    return f"{f'[{host}]' if ':' in host else host}:{options.get('port', 6379)}"
+
+
+def _given(url: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return a connection's options, ours and those of a URL that redis-py takes."""
+    given = {**options, **parse_url(url)}
+    # By default releases before 6 take any host's certificate; and 6 fails to connect
+    # where no certificate is asked for.
+    if url.startswith("rediss:"):
+        is_checked = given.get("ssl_cert_reqs") != "none"
+        given.setdefault("ssl_check_hostname", is_checked)
+    return given
+
+
+class _Service:
+    """A service whose master Sentinels name.
+
+    Args:
+        name: As the Sentinels know it.
+        addresses: Theirs, host and port of each.
+        options: For connections to them.
+    """
+
+    def __init__(
+        self, name: str, addresses: list[tuple[str, int]], options: dict[str, Any]
+    ) -> None:
+        self._name = name
+        self._addresses = addresses
+        self._options = options
+
+    def master(self, deadline: float) -> tuple[str, int]:
+        """Return the master's host and port, as the first Sentinel that answers says.
+
+        Each call has its own connections: a firewall has forgotten them by the next
+        one, and that may come from another hub.
+
+        Raises:
+            RedisError: None has named it.
+        """
+        known = self._addresses
+        for place, address in enumerate(known):
+            # Two waits each, and two for the master itself.
+            left = max(0.001, deadline - time.monotonic())
+            wait = left / 2 / (len(known) - place + 1)
+            waits = {"socket_timeout": wait, "socket_connect_timeout": wait}
+            sentinel = Sentinel([address], sentinel_kwargs={**self._options, **waits})
+            try:
+                found: tuple[str, int] = sentinel.discover_master(self._name)
+            except MasterNotFoundError:
+                # It quotes the connection, in redis-py 6 and 7 with its password.
+                continue
+            except (RedisError, OSError):
+                if place == len(known) - 1:
+                    raise
+            else:
+                # Who has answered is asked first from now on.
+                rest = [other for other in known if other != address]
+                self._addresses = [address, *rest]
+                return found
+            finally:
+                for client in sentinel.sentinels:
+                    client.close()
+        raise RedisError("no Sentinel has its master")
+
+
+def _of_sentinel(
+    url: str, options: dict[str, Any]
+) -> tuple[dict[str, Any], str, _Service]:
+    """Return a connection's options, a name, and the service it leads to the master of.
+
+    redis-py has no URL for it.
+    """
+    parts = urlsplit(url)
+    is_tls = parts.scheme == "rediss+sentinel"
+    user, at, hosts = parts.netloc.rpartition("@")
+    service, _, database = parts.path.strip("/").partition("/")
+    one = parts._replace(
+        scheme="rediss" if is_tls else "redis",
+        netloc=f"{user}{at}localhost",
+        path=f"/{database}",
+    )
+    given = _given(one.geturl(), options)
+    del given["host"]
+    theirs: dict[str, Any] = {**options, "retry": Retry(NoBackoff(), 0), "ssl": is_tls}
+    for name in [*given]:
+        if name.startswith("ssl_"):
+            theirs[name] = given[name]
+        elif name.startswith("sentinel_"):
+            theirs[name.removeprefix("sentinel_")] = given.pop(name)
+    nodes = [urlsplit(f"//{host}") for host in hosts.split(",")]
+    addresses = [(node.hostname or "localhost", node.port or 26379) for node in nodes]
+    name = unquote(service)
+    return given, f"{name} ({hosts})", _Service(name, addresses, theirs)

@@ -1,0 +1,1 @@
+"""Channels: publish, subscribe, resume."""

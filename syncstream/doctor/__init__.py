@@ -1,0 +1,1 @@
+"""``python -m syncstream doctor``: why does a stream not arrive as one?"""

@@ -1,0 +1,192 @@
+"""What was seen of a response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+__all__ = [
+    "Arrival",
+    "Finding",
+    "Head",
+    "INFLATABLE",
+    "Observation",
+    "coding_of",
+    "kind_of",
+    "place",
+    "span",
+]
+MAX_REDIRECTS = 5
+BURST = 3  # events at once
+
+Level = Literal["fault", "note"]
+End = Literal["open", "whole", "closed", "cut", "reset", "broken", "enough"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing to know about a stream, and what to do.
+
+    Attributes:
+        name: A short name that stays the same, such as ``content-type``.
+        text: What was seen.
+        cure: What to do.
+        level: A ``fault`` breaks the stream for somebody, a ``note`` does not.
+    """
+
+    name: str
+    text: str
+    cure: str
+    level: Level = "fault"
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A response's head.
+
+    Attributes:
+        version: ``1.0`` or ``1.1``.
+        headers: Names and values as they came, bytes shown as Latin-1.
+        malformed: Lines that are no header.
+    """
+
+    version: str
+    status: int
+    reason: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+    malformed: int = 0
+
+    def all(self, name: str) -> list[str]:
+        """Return a header's values, one for each time it was sent."""
+        return [value for n, value in self.headers if n.lower() == name.lower()]
+
+    def get(self, name: str) -> str:
+        """Return a header's values as one, ``""`` if it was not sent."""
+        return ", ".join(self.all(name))
+
+    def words(self, name: str) -> set[str]:
+        """Return a header's comma-separated words, lower case, without arguments."""
+        parts = self.get(name).lower().split(",")
+        return {word for part in parts if (word := part.partition("=")[0].strip())}
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What one read from the connection brought of the body.
+
+    Attributes:
+        at: Seconds after the request was sent.
+        size: Bytes, as they were on the wire but for the chunks' framing.
+        events: Events (or lines of NDJSON) that it completed.
+        comments: Comment lines that it completed.
+        is_torn: It ended within an event or a line.
+    """
+
+    at: float
+    size: int
+    events: int = 0
+    comments: int = 0
+    is_torn: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What was seen of one stream.
+
+    Attributes:
+        url: The address that answered, after redirects.
+        redirects: Status and target of each redirect that was followed.
+        has_dropped_headers: A redirect led to another origin, which was not given
+            the user's headers.
+        connected: Seconds until a connection stood, TLS included; ``None``: none.
+        failure: Why there is no response to speak of.
+        head_at: Seconds from the request to the end of the head.
+        listened: Seconds from the request to the end of listening.
+        end: How it ended: ``open`` when the time was up, ``whole`` with its end
+            mark, ``closed`` where HTTP has no mark, ``cut`` without the mark,
+            ``reset`` by an error of the connection, ``broken`` by bytes that break
+            the format, ``enough`` at one of the limits.
+        problem: What broke it, for ``broken`` and ``reset``.
+        stray: Lines that are neither fields nor comments; ``sample`` is the first.
+        dataless: Blocks that name an event and have no data.
+        is_posted: It was asked for by POST, as no EventSource does.
+        probe: What a second connection saw that offered gzip.
+    """
+
+    url: str
+    redirects: tuple[tuple[int, str], ...] = ()
+    has_dropped_headers: bool = False
+    connected: float | None = None
+    failure: Finding | None = None
+    head: Head | None = None
+    head_at: float = 0.0
+    arrivals: tuple[Arrival, ...] = ()
+    listened: float = 0.0
+    end: End = "open"
+    problem: str = ""
+    retry: int | None = None
+    last_id: str | None = None
+    stray: int = 0
+    sample: str = ""
+    dataless: int = 0
+    is_posted: bool = False
+    is_utf8: bool = True
+    is_ascii: bool = True
+    probe: Observation | None = None
+
+    @property
+    def kind(self) -> Literal["sse", "ndjson", "other"]:
+        return "other" if self.head is None else kind_of(self.head)
+
+    @property
+    def events(self) -> int:
+        return sum(arrival.events for arrival in self.arrivals)
+
+    @property
+    def first_event(self) -> float | None:
+        return next((a.at for a in self.arrivals if a.events), None)
+
+
+_NDJSON_TYPES = frozenset(
+    f"application/{name}" for name in ("x-ndjson", "ndjson", "jsonl", "x-jsonlines")
+)
+
+
+def kind_of(head: Head) -> Literal["sse", "ndjson", "other"]:
+    media_type = head.get("Content-Type").partition(";")[0].strip().lower()
+    if media_type == "text/event-stream":
+        return "sse"
+    return "ndjson" if media_type in _NDJSON_TYPES else "other"
+
+
+def show(text: str, length: int = 100) -> str:
+    """Return text from outside as printable ASCII of a bounded length.
+
+    An escape sequence would move the cursor, and hide a finding.
+    """
+    short = text[:length]
+    escaped = "".join(
+        c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in short
+    )
+    return f"{escaped}..." if len(text) > length else escaped
+
+
+def place(url: str, length: int = 100) -> str:
+    """Return an address as reports show it: values of a query are often tokens."""
+    parts = urlsplit(url)
+    pairs = [part.partition("=") for part in parts.query.split("&")]
+    query = "&".join(f"{name}=..." if equals else "..." for name, equals, _ in pairs)
+    return show(parts._replace(query=query if parts.query else "").geturl(), length)
+
+
+def span(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 0.9995 else f"{seconds:.2f} s"
+
+
+def coding_of(head: Head) -> str:
+    value = head.get("Content-Encoding").strip().lower()
+    return "" if value == "identity" else value
+
+
+INFLATABLE = ("gzip", "x-gzip", "deflate")

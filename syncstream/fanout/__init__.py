@@ -1,0 +1,1 @@
+"""Connections that no thread and no greenlet serves: the loop."""

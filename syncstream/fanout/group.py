@@ -1,0 +1,239 @@
+"""Clients at one place of a channel, who are read for together."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+from collections.abc import Hashable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..channels.subscription import Apart, Subscription
+from ..errors import Unavailable
+from ..runtime.clock import time
+from .lanes import Lane
+
+if TYPE_CHECKING:
+    from .client import Client
+    from .loop import Fanout
+
+__all__ = ["chunked"]
+STUCK = 60.0  # seconds for one thing in a lane; then those who wait for it are ended
+RETRY_EVERY = 1.0  # seconds between two questions to a broker that is down
+
+
+def chunked(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Group:
+    """The clients who are at one place, its leader's; or one that is by itself.
+
+    Attributes:
+        clients: By descriptor.
+        terms: Those of the first; in what matters here they are all the same.
+        events, bytes: What each of them would have got that was there from the
+            beginning.
+    """
+
+    __slots__ = (
+        *("_loop", "bucket", "bytes", "clients", "events", "is_asking", "is_shared"),
+        *("asked", "is_woken", "key", "lane", "leader", "moved", "retry_at", "terms"),
+    )
+
+    hub: None = None
+
+    def __init__(
+        self, loop: Fanout, leader: Subscription, client: Client, key: Hashable = None
+    ) -> None:
+        self._loop = loop
+        self.leader = leader
+        self.key = key
+        self.is_shared = key is not None
+        self.terms = client.terms
+        self.clients: dict[int, Client] = {}
+        self.events = self.bytes = 0
+        self.is_asking = False  # a lane reads for it
+        self.is_woken = False  # meanwhile
+        self.retry_at = 0.0  # not before; 0: at any time
+        self.lane: Lane | None = None  # the one that reads for it, or was the last to
+        self.asked = 0.0  # when it was asked to
+        self.moved = time.monotonic()
+        self.bucket = 0
+        loop.wheel.add(self, self.next_time())
+
+    def wake(self) -> bool:
+        self._loop.call(self.turn, self)
+        return True
+
+    def add(self, client: Client) -> None:
+        self.clients[client.fd] = client
+        client.group = self
+        client.events -= self.events
+        client.bytes -= self.bytes
+
+    def remove(self, client: Client) -> None:
+        del self.clients[client.fd]
+        self.left(client)
+
+    def left(self, client: Client) -> None:
+        """Take note that a client has been removed."""
+        client.group = None
+        client.events += self.events
+        client.bytes += self.bytes
+        if self.clients:
+            return
+        try:
+            self._loop.drop(self)
+        except BaseException:  # twice, if need be: nobody else forgets it
+            self._loop.drop(self)
+            raise
+
+    def let_go(self) -> None:
+        """Be woken no more."""
+        if self.is_shared:
+            self.leader.detach(None)
+        else:
+            self.leader.withdraw()
+
+    def turn(self) -> None:
+        """Send what is new; or have it read in a lane; or wait."""
+        self.is_woken = True
+        if not self._may_send() or time.monotonic() < self.retry_at:
+            return
+        found = self.leader.poll() if self.leader.is_plain else None
+        if found is None:
+            lanes = self.terms.lanes
+            lane = lanes.users if self.leader.has_user_code else lanes.reads
+            self._loop.do(lane, self._ask, self)
+            # What it is told, and who wakes it, is told to the loop, later than this.
+            self.is_asking, self.is_woken = True, False
+            self.lane, self.asked = lane, time.monotonic()
+            self._loop.wheel.add(self, self.next_time())
+            return
+        chunk, count = found
+        if chunk:
+            self.send(chunk, count)
+            self._loop.again(self.turn, self)
+        elif not self.is_shared:
+            self._loop.merge(self)
+
+    def _may_send(self) -> bool:
+        # While a lane reads, the leader's place is not yet its clients'.
+        if self.is_asking:
+            return False
+        if self.is_shared:
+            return bool(self.clients)
+        # Its only one may have to take the rest of something first.
+        return any(client.rest is None for client in self.clients.values())
+
+    def _ask(self) -> None:
+        """Read, with all that this may call; in a lane."""
+        told: Any
+        try:
+            told = self.leader.step()
+        except BaseException as error:
+            told = error
+        if self.leader.has_user_code:
+            self.terms.give_back()
+        self._loop.call(partial(self._told, told), self)
+
+    def _told(self, told: Any) -> None:
+        self.is_asking = False
+        if not self.clients:
+            self.let_go()
+            return
+        if isinstance(told, Unavailable):
+            self._retry(time.monotonic() + RETRY_EVERY)
+            self.terms.lanes.say(logging.DEBUG, "a channel cannot be read: %s", told)
+            return
+        if isinstance(told, Apart):
+            for client in tuple(self.clients.values()):
+                self._loop.guard(client, partial(self._go_apart, client))
+            return
+        if isinstance(told, BaseException):
+            for client in tuple(self.clients.values()):
+                self._loop.guard(client, partial(self._loop.fail, client, told))
+            return
+        chunk, count, when = told
+        if chunk:
+            self.send(chunk, count)
+            self._loop.again(self.turn, self)
+        elif when is not None:
+            self._retry(when)
+        elif self.is_woken:  # after the lane had looked
+            self.turn()
+        elif not self.is_shared:
+            self._loop.merge(self)
+
+    def _go_apart(self, client: Client) -> None:
+        alone = self._loop.part(client)
+        self._loop.again(alone.turn, alone)
+
+    def _retry(self, when: float) -> None:
+        self.retry_at = when
+        self._loop.wheel.add(self, self.next_time())
+
+    def send(self, data: bytes, count: int = 0) -> None:
+        """Send it to all; who cannot take all of it goes on by itself."""
+        framed = chunked(data) if self.terms.is_chunked else data
+        self.moved = time.monotonic()
+        self.events += count
+        self.bytes += len(data)
+        self.leader.count(count * len(self.clients))
+        loop = self._loop
+        try:
+            rest = loop.sender.send(self.clients, framed)
+        except BaseException as error:
+            loop.cut(self, error)
+            loop.replace_sender()
+            return
+        for fd, taken in rest:
+            client = self.clients[fd]
+            try:
+                if taken >= 0:
+                    loop.lag(client, memoryview(framed)[taken:])
+                elif -taken in (errno.EAGAIN, errno.ENOBUFS):
+                    loop.lag(client, memoryview(framed))
+                else:
+                    loop.hung_up(client)
+            except BaseException as error:
+                loop.cut(client, error)
+
+    # Its times: see `Wheel`.
+
+    def _let_clients_go(self) -> None:
+        """End all, who would get keepalives and nothing else; they may come back."""
+        text = "what %d subscribers wait for has not come in %g seconds: they are ended"
+        self.terms.lanes.say(logging.ERROR, text, len(self.clients), STUCK)
+        for client in tuple(self.clients.values()):
+            self._loop.guard(client, partial(self._loop.end, client, "error"))
+
+    def next_time(self) -> float:
+        keepalive = self.terms.keepalive
+        due = math.inf if keepalive is None else self.moved + keepalive
+        return min(due, self._stuck_at(), self.retry_at or math.inf)
+
+    def _stuck_at(self) -> float:
+        """Return when its lane has been at one thing for too long; maybe never."""
+        if self.lane is None or not self.is_asking:
+            return math.inf
+        return max(self.asked, self.lane.began) + STUCK
+
+    def due(self, now: float) -> None:
+        if not self.clients:
+            return
+        if now >= self._stuck_at():
+            self._let_clients_go()
+            return
+        if self.retry_at and now >= self.retry_at:
+            self.retry_at = 0.0
+            self.turn()
+        keepalive = self.terms.keepalive
+        if keepalive is not None and now - self.moved >= keepalive:
+            if self._may_send():
+                self.send(self.terms.comment)
+            self.moved = now
+        if self.clients:
+            self._loop.wheel.add(self, self.next_time())

@@ -1,0 +1,691 @@
+"""Subscribers without a thread: the connections that their servers have let go.
+
+One native thread per process, also under gevent, owns them: it waits for all of them
+at once, and sends each event's bytes, which were made once, to all who are at one
+place of a channel. A client costs an entry in a table, not a stack.
+
+**Who owns what.** A descriptor that came here is this loop's alone, and only the loop's
+thread writes to it or closes it. It is taken out of epoll before it is closed, and out
+of the table of clients before that, so no number is ever another's. What came by epoll
+for a client that ended in the same round finds no client.
+
+**What fails, fails alone.** Each call, timer and descriptor of a round has its owner, a
+client or a group. If it raises, nobody knows what those clients have got: they are cut,
+and come back. All others go on. Nothing is logged here but by a `Journal`, after what
+it is about; and a loop that cannot go on says so, cuts all of its clients, and leaves
+its place to another one.
+
+**No user code runs in the loop**, nor does it ask a broker: what needs either is done
+in one of the `Lanes`, threads, or under gevent greenlets of the hub that the request
+had. `authorize` has a `Crew`: who is not answered in time is denied, and the others are
+asked by another thread. So what an application does, or does not come back from, holds
+up those alone who have code of it: not what others get, nor the places that they leave.
+
+Clients that are at the same place of the same channel, in the same framing, make a
+`Group`: it has a leader, a subscription that nobody counts, whose place is theirs.
+Whoever cannot take all of a chunk at once leaves it, goes on by itself from its own
+place, and joins again where it has caught up. Subscriptions to several channels, with
+a key or a throttle, remain by themselves.
+"""
+
+from __future__ import annotations
+
+import _thread
+import errno
+import logging
+import os
+import select
+import socket
+from collections import deque
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from ..errors import Closed
+from ..runtime.clock import time
+from ..runtime.journal import MOST, journal, report
+from ..runtime.process import EXIT_WAIT, Process, Served, process
+from ..runtime.sockets import (
+    acknowledged,
+    borrowed,
+    has_timed_out,
+    hold,
+    native,
+    queued,
+    release,
+    reset,
+)
+from ..runtime.waiting import hub
+from ..runtime.watch import native_epoll, native_lock, watch
+from ..streams.ends import come_back
+from .client import Client, Terms
+from .group import Group, chunked
+from .lanes import Crew, Doer, HubCrew, HubLane, Job, Lane, Lanes, say_failed
+from .sender import Sender, open_sender
+from .wheel import Wheel
+
+__all__ = ["Fanout", "fanout"]
+
+log = logging.getLogger("syncstream.fanout")
+
+SEND_BUFFER = 128 * 1024  # bytes; the kernel's own grows to megabytes, and hides a lag
+LAG_EVERY = 0.25  # seconds between two looks at those who lag
+_LONGEST = 60.0  # seconds between two rounds; epoll takes 24 days at most
+_MOST_FAILURES = 10  # rounds in a row, 0.1 s after each other: then it cannot go on
+_DRAINED = 16 * 65536  # bytes of a client that nobody reads are dropped at its end
+
+# 0 where there is no epoll. (gevent takes select.epoll away, and leaves these.)
+_OUT: int = getattr(select, "EPOLLOUT", 0)
+_GONE: int = sum(
+    getattr(select, name, 0) for name in ("EPOLLRDHUP", "EPOLLERR", "EPOLLHUP")
+)
+
+_END = b"0\r\n\r\n"
+
+
+_WHOLE = frozenset(("closed", "finished"))
+"""Ends that the application has asked for, and says are none of a failure's."""
+
+
+class Fanout:
+    """The loop. Get it from `fanout`.
+
+    `add`, `call` and a client's `stop` may be used from any thread; all else is the
+    loop's own.
+    """
+
+    def __init__(self) -> None:
+        epoll = native_epoll()
+        if epoll is None:
+            raise OSError(errno.ENOSYS, "no epoll on this system")
+        self.wheel = Wheel()
+        self.sender: Sender = open_sender("write")  # until the thread has its own
+        # What to call, and whose it is: see `cut`.
+        self._calls: deque[tuple[Owner, Callable[[], object]]] = deque()
+        self._again: deque[tuple[Owner, Callable[[], object]]] = deque()
+        self._is_woken = self._is_abandoned = False
+        self.is_dead = False  # it takes no one any more
+        self._burying = native(_thread, "RLock")()
+        self._clients: dict[int, Client] = {}
+        self._lagging: dict[int, Client] = {}
+        self._looked_at = 0.0
+        self._shared: dict[Hashable, Group] = {}
+        self._terms: dict[Terms, Terms] = {}
+        self._lanes: dict[Any, Lanes] = {}
+        self._lanes_lock = native_lock()
+        self._epoll = epoll()
+        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._event_fd, select.EPOLLIN)
+        self._is_over = False
+        self._ended = native_lock()  # the thread's, until then
+        self._ended.acquire()
+        try:
+            native(_thread, "start_new_thread")(self._run, ())
+        except BaseException:
+            self._epoll.close()
+            os.close(self._event_fd)
+            raise
+        process().at_exit(self.quit)
+
+    # From any thread.
+
+    def quit(self) -> None:
+        """Let the thread end before the interpreter does, and wait a little for that.
+
+        It would wake in the midst of that: greenlet then brings the process down
+        (segmentation fault, Python 3.10).
+        """
+        self._is_over = True
+        self.call(lambda: None)
+        self._ended.acquire(True, EXIT_WAIT)
+
+    def call(self, function: Callable[[], object], owner: Owner = None) -> None:
+        """Call this in the loop, soon; not in a child that has been forked.
+
+        Args:
+            owner: Who is cut if it fails.
+        """
+        if self._is_abandoned:
+            return
+        self._calls.append((owner, function))
+        if self.is_dead:
+            self._call_the_last()
+        # Set by those who call, cleared by the loop before it looks: none is missed.
+        elif not self._is_woken:
+            self._is_woken = True
+            try:
+                os.eventfd_write(self._event_fd, 1)
+            except OSError as error:
+                # Somebody has closed it: the loop finds that out, within a minute.
+                say_failed("the loop of the subscribers cannot be woken", error)
+
+    def do(self, lane: Doer, job: Callable[[], object], owner: Owner) -> None:
+        """Have this done in a lane."""
+        # If it fails, the loop would wait for it for ever.
+        lane.do(Job(job, lambda error: self.call(partial(self.cut, owner, error))))
+
+    def lanes(self) -> Lanes:
+        """Return the lanes of what runs here: of a thread, or of a gevent hub.
+
+        Raises:
+            RuntimeError: No thread is left.
+        """
+        own = None if hub() is None else watch()
+        with self._lanes_lock:
+            threads = self._lanes.get(None)
+            if threads is None:
+                ends = Lane()
+                reads, users = Lane(ends), Lane(ends)
+                crew = Crew()
+                threads = Lanes(ends, reads, users, crew, journal())
+                self._lanes[None] = threads
+            found = threads
+            if own is not None:  # it has the watch, so its id is no other's
+                found = self._lanes.get(id(own)) or self._lanes.setdefault(
+                    id(own),
+                    Lanes(
+                        HubLane(own, threads.ends),
+                        HubLane(own, threads.reads),
+                        HubLane(own, threads.users),
+                        HubCrew(own, threads.asks),
+                        HubLane(own, threads.logs, MOST),
+                    ),
+                )
+        found.ends.start()
+        return found
+
+    def prepare(
+        self,
+        process: Process,
+        served: Served,
+        *,
+        keepalive: float | None,
+        send_timeout: float | None,
+        retry: int,
+        comes_back: bool,
+        reasons: frozenset[str],
+        before_wait: tuple[Callable[[], object], ...] = (),
+        comment: bytes = b": keepalive\n\n",
+    ) -> tuple[Terms, Terms]:
+        """Make all that a client needs and that can fail, before it is taken.
+
+        Args:
+            process, served, keepalive, send_timeout, retry, comes_back, reasons,
+                before_wait, comment: As for `Terms`.
+
+        Returns:
+            Those of a response that is raw, and of one in chunks.
+
+        Raises:
+            RuntimeError: No thread is left.
+        """
+        lanes, life = self.lanes(), (keepalive, send_timeout, retry, comes_back)
+        rest = (*life, reasons, before_wait, comment)
+        return (
+            self._same(Terms(lanes, process, served, False, *rest)),
+            self._same(Terms(lanes, process, served, True, *rest)),
+        )
+
+    def _same(self, terms: Terms) -> Terms:
+        """Return the same object for equal ones."""
+        if len(self._terms) > 1000:  # an application makes a hook for each request
+            self._terms.clear()
+        try:
+            return self._terms.setdefault(terms, terms)
+        except Exception as error:  # its hooks need not be comparable
+            report(log, logging.DEBUG, "terms are not shared: %r", error)
+            return terms
+
+    def add(self, client: Client, head: bytes) -> None:
+        """Take a client on.
+
+        Args:
+            client: Its subscription has begun, and was detached to it; its descriptor
+                is the loop's from now.
+            head: What is to be sent before all else, framed.
+        """
+        hold(client.fd)
+        parked = client.terms.served.parked
+        parked.add(client)  # first: see `Client.is_given`
+        try:
+            self.call(partial(self._add, client, head), client)
+        except BaseException:
+            if client.claim():  # the loop has not heard of it, or will not take it
+                parked.discard(client)
+            raise
+
+    # The loop.
+
+    def _run(self) -> None:
+        failure: BaseException | None = None
+        try:
+            self._have_sender()
+            failures = 0
+            while not self._is_over and failures < _MOST_FAILURES:
+                try:
+                    self._round()
+                    failures = 0
+                except BaseException as error:
+                    failure, failures = error, failures + 1
+                    say_failed("the loop of the subscribers failed", error)
+                    native(time, "sleep")(0.1)  # whatever it is, not as fast as can be
+        finally:
+            if not self._is_over:
+                self._die(failure)
+            self._ended.release()
+
+    def _have_sender(self) -> None:
+        try:
+            self.sender = open_sender()
+        except Exception as error:
+            say_failed("events are sent by os.write: what was asked for failed", error)
+
+    def replace_sender(self) -> None:
+        """Send by os.write from now on: this one may be in the middle of a batch."""
+        sender, self.sender = self.sender, open_sender("write")
+        try:
+            sender.close()
+        except BaseException as error:
+            say_failed("a sender could not be closed", error)
+
+    def _round(self) -> None:
+        for fd, events in self._epoll.poll(self._pause(), 1024):
+            client = self._clients.get(fd)
+            try:
+                if client is not None:
+                    if events & _GONE:
+                        self.hung_up(client)
+                    else:
+                        self._flush(client)
+                elif fd == self._event_fd:
+                    os.eventfd_read(fd)
+                # Else it has ended in this round.
+            except BaseException as error:
+                self.cut(client, error)
+        # After it was read, before the calls are looked at: who calls from here on
+        # finds it cleared, and wakes us.
+        self._is_woken = False
+        for queue in (self._calls, self._again):
+            for _ in range(len(queue)):
+                owner, function = queue.popleft()
+                try:
+                    function()
+                except BaseException as error:
+                    self.cut(owner, error)
+        self.wheel.run(self.cut)
+        if self._lagging:
+            self._look_at_lagging()
+
+    def _pause(self) -> float:
+        if self._again or self._calls:
+            return 0.0
+        left = self.wheel.left()
+        longest = LAG_EVERY if self._lagging else _LONGEST
+        return longest if left < 0 else min(left, longest)
+
+    def again(self, function: Callable[[], object], owner: Owner) -> None:
+        """Call this in the next round."""
+        self._again.append((owner, function))
+
+    # What fails.
+
+    def guard(self, owner: Owner, function: Callable[[], object]) -> None:
+        """Call; whose it is are cut if it fails, and nobody else."""
+        try:
+            function()
+        except BaseException as error:
+            self.cut(owner, error)
+
+    def cut(self, owner: Owner, error: BaseException) -> None:
+        """Cut those whom a failure concerns: nobody knows what they have got."""
+        clients: tuple[Client, ...] = ()
+        if isinstance(owner, Client):
+            clients = (owner,)
+        elif owner is not None:
+            owner.is_asking = False  # nor is anything told to it any more
+            clients = (*owner.clients.values(),)
+        for client in clients:
+            self._cut(client)
+        text = "the loop of the subscribers failed: %d of them are cut"
+        say_failed(text, error, len(clients))
+
+    def _cut(self, client: Client) -> None:
+        if client.reason is not None:
+            return
+        if client.group is None and client not in client.terms.served.parked:
+            client.early = "error"  # its descriptor is not ours yet
+            return
+        client.rest = _UNKNOWN
+        self._end(client, "error")
+
+    def _die(self, error: BaseException | None) -> None:
+        """Let everybody go: this loop sends nothing any more.
+
+        Who is cut comes back, to another loop.
+        """
+        self.is_dead = True
+        count = len(self._clients)
+        for client in (*self._clients.values(),):
+            self._cut(client)
+        self._call_the_last()
+        self.replace_sender()
+        # The other descriptor stays open: somebody may be about to write to it.
+        self._epoll.close()
+        text = "the loop of the subscribers has ended, and %d of them with it"
+        journal().later(log, logging.CRITICAL, text, count, error=error)
+
+    def _call_the_last(self) -> None:
+        """Do in its place what a loop that has ended was to do: end who comes."""
+        with self._burying:
+            while self._calls:
+                owner, function = self._calls.popleft()
+                self.guard(owner, function)
+
+    def _add(self, client: Client, head: bytes) -> None:
+        if not client.claim():
+            return
+        if self.is_dead:
+            self._cut(client)
+        if client.reason is not None:  # by a failure
+            return
+        self._clients[client.fd] = client
+        group = Group(self, client.subscription, client)
+        group.add(client)
+        client.rest = memoryview(head)
+        try:
+            self._epoll.register(client.fd, _GONE)
+        except OSError as error:
+            self.end(client, "error")
+            text = "%s cannot be waited for: %s"
+            client.terms.lanes.say(logging.WARNING, text, client.label, error)
+            return
+        with suppress(OSError), borrowed(client.fd) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.wheel.add(client, client.next_time())
+        self._flush(client)
+        if client.early is not None:
+            self.end(client, client.early)
+
+    def merge(self, group: Group) -> None:
+        """Have the only client of a group join the others who are where it is."""
+        (client,) = group.clients.values()
+        mine = client.subscription
+        if not mine.is_plain or client.rest is not None:
+            return
+        terms = client.terms
+        form = (terms.is_chunked, terms.keepalive, terms.comment)
+        key = (*mine.kind, *form, id(terms.lanes))
+        shared = self._shared.get(key)
+        if shared is not None and not shared.clients and not shared.is_asking:
+            self.drop(shared)  # a failure has left it, at a place where nobody comes
+            shared = None
+        if shared is None:
+            leader = mine.twin()
+            shared = Group(self, leader, client, key)
+            leader.detach(shared)
+            self._shared[key] = shared
+        elif shared.is_asking or not mine.is_where(shared.leader):
+            # It has not had its turn since. We come again with the next event.
+            return
+        is_first = not shared.clients
+        try:
+            group.remove(client)
+            mine.lean_on(shared.leader)
+            shared.add(client)
+        except BaseException as error:  # it may be in neither
+            self.cut(client, error)
+            if not shared.clients:
+                self.drop(shared)
+            return
+        if is_first:
+            self.guard(shared, shared.turn)
+
+    def drop(self, group: Group) -> None:
+        """Forget a group that is empty."""
+        if group.is_shared and self._shared.get(group.key) is group:
+            del self._shared[group.key]
+        self.wheel.remove(group)
+        if not group.is_asking:
+            group.let_go()
+
+    def part(self, client: Client) -> Group:
+        """Have a client of a shared group be by itself, where that is."""
+        group = client.group
+        assert group is not None
+        client.subscription.go_where(group.leader)
+        group.remove(client)
+        alone = Group(self, client.subscription, client)
+        alone.add(client)
+        return alone
+
+    def lag(self, client: Client, rest: memoryview) -> None:
+        """Let a client go on by itself, as fast as it can."""
+        group = client.group
+        assert group is not None
+        if group.is_shared:
+            self.part(client)
+        if client.rest is None:
+            client.since = time.monotonic()
+            client.acknowledged = None
+            self._epoll.modify(client.fd, _GONE | _OUT)
+            self._lagging[client.fd] = client
+        client.rest = rest
+
+    def _flush(self, client: Client) -> None:
+        """Write what is left of a chunk; then go on."""
+        rest = client.rest
+        if rest is None or client.group is None:
+            return
+        try:
+            taken = os.write(client.fd, rest)
+        except BlockingIOError:
+            taken = 0
+        except OSError:
+            self.hung_up(client)
+            return
+        if taken:
+            client.since = time.monotonic()
+        if taken < len(rest):
+            if client.fd not in self._lagging:
+                client.rest = None  # as lag() wants it
+                self.lag(client, rest[taken:])
+            client.rest = rest[taken:]
+            return
+        client.rest = None
+        if self._lagging.pop(client.fd, None) is not None:
+            self._epoll.modify(client.fd, _GONE)
+        client.group.turn()
+
+    def _look_at_lagging(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_at < LAG_EVERY:
+            return
+        self._looked_at = now
+        for client in tuple(self._lagging.values()):
+            self.guard(client, partial(self._look_at, client, now))
+
+    def _look_at(self, client: Client, now: float) -> None:
+        limit = client.terms.send_timeout
+        if limit is None:
+            return
+        # A Unix socket acknowledges nothing: its queue, that we fill, is read.
+        taken = acknowledged(client.fd) or queued(client.fd)
+        if taken is not None and taken != client.acknowledged:
+            if client.acknowledged is not None:
+                client.since = now
+            else:  # if it was long ago, we were stopped ourselves
+                client.since = max(client.since, now - limit / 2)
+            client.acknowledged = taken
+        if now - client.since >= limit:
+            self.end(client, "send_timeout")
+
+    def abandon(self) -> None:
+        """Close the copies of a parent's own descriptors, in a child.
+
+        Those of its clients are closed by `sockets.hold`.
+        """
+        if self._is_abandoned:  # by our parent: these numbers are ours
+            return
+        self._is_abandoned = True
+        with suppress(OSError):
+            native(os, "close")(self._event_fd)
+        self._epoll.close()
+
+    # Ends.
+
+    def hung_up(self, client: Client) -> None:
+        timed_out = has_timed_out(client.fd)
+        self.end(client, "send_timeout" if timed_out else "disconnected")
+
+    def fail(self, client: Client, error: BaseException) -> None:
+        """End a client for an error of the application's, or with its subscription."""
+        if client.reason is not None:
+            return
+        if isinstance(error, Closed):
+            known = error.reason in client.terms.reasons
+            client.is_lagged = error.reason == "lagged"
+            self.end(client, error.reason if known else "closed")
+            return
+        self.end(client, "error")
+        text = "the source of %s failed"
+        client.terms.lanes.say(logging.ERROR, text, client.label, error=error)
+
+    def end(self, client: Client, reason: str) -> None:
+        """End a client, once; what is the application's of it in its lane."""
+        if client.reason is not None:
+            return
+        if client.group is None:
+            # It is on its way here, and its head has not been sent.
+            client.early = client.early or reason
+            return
+        self._end(client, reason)
+
+    def _end(self, client: Client, reason: str) -> None:
+        client.reason = reason
+        fd, group = client.fd, client.group
+        # By statements, which do not fail: from here on nothing is sent to its number,
+        # which may soon be another's.
+        if group is not None and fd in group.clients:
+            del group.clients[fd]
+        if fd in self._clients and self._clients[fd] is client:
+            del self._clients[fd]
+        if fd in self._lagging and self._lagging[fd] is client:
+            del self._lagging[fd]
+        for step in _ENDS:
+            try:
+                step(self, client)
+            except BaseException as error:
+                say_failed("the end of %s failed", error, client.label)
+
+    def _forget(self, client: Client) -> None:
+        with suppress(OSError):
+            self._epoll.unregister(client.fd)
+        self.wheel.remove(client)
+
+    def _leave_group(self, client: Client) -> None:
+        group = client.group
+        if group is None:
+            return
+        try:
+            group.left(client)
+        except BaseException:
+            if not group.clients:  # twice, if need be: nobody else forgets it
+                self.drop(group)
+            raise
+
+    def _close(self, client: Client) -> None:
+        client.rest = None
+        _close(client.fd)
+
+    def _depart(self, client: Client) -> None:
+        # Twice, if need be: its place is not to be lost.
+        try:
+            leave = Job(client.leave, lambda error: client.leave())
+            client.terms.lanes.ends.do(leave)
+        except BaseException:
+            journal().do(client.leave)
+            raise
+
+    def _say_goodbye(self, client: Client) -> None:
+        """Write the last words, as far as the kernel takes them at once."""
+        reason, terms = client.reason, client.terms
+        if reason in ("disconnected", "send_timeout"):
+            if reason == "send_timeout" and not terms.is_chunked:
+                reset(client.fd)  # or it reads on one day, and finds an end
+            return
+        # A subscription is never done: others would take it for a whole answer.
+        is_partial = reason not in _WHOLE or client.is_lagged
+        is_cut = reason == "error" or (is_partial and not terms.comes_back)
+        is_whole = client.rest is None  # not in the middle of a chunk
+        if is_whole:
+            words = come_back(str(reason), terms.retry) if terms.comes_back else b""
+            if terms.is_chunked and words:
+                words = chunked(words)
+            if terms.is_chunked and not is_cut:
+                words += _END
+            with suppress(OSError):
+                is_whole = os.write(client.fd, words) == len(words)
+        if (not is_whole or is_cut) and not terms.is_chunked:
+            reset(client.fd)  # only that tells it that something is missing
+
+
+def _close(fd: int) -> None:
+    """Close a connection so that what was sent arrives.
+
+    Shut down first: a forked child may have it, too. And read: what the client has
+    sent, and nobody has read, makes the kernel reset the connection at its close.
+    """
+    try:
+        with suppress(OSError), borrowed(fd) as sock:
+            sock.shutdown(socket.SHUT_WR)
+            for _ in range(_DRAINED // 65536):
+                if len(sock.recv(65536, socket.MSG_DONTWAIT)) < 65536:
+                    break
+    finally:
+        release(fd)
+
+
+Owner = Client | Group | None
+_UNKNOWN = memoryview(b"?")  # the rest of nobody knows what
+_ENDS: tuple[Callable[[Fanout, Client], None], ...] = (
+    Fanout._forget,
+    Fanout._leave_group,
+    Fanout._say_goodbye,
+    Fanout._close,
+    Fanout._depart,
+)
+
+_fanouts: dict[int, Fanout] = {}  # this process's, and its parents' if it was forked
+_lock = native_lock()
+
+
+def fanout() -> Fanout:
+    """Return the loop of this process; start it first.
+
+    Raises:
+        OSError: This system has no epoll, or no descriptor is left.
+        RuntimeError: No thread is left.
+    """
+    pid = os.getpid()
+    found = _fanouts.get(pid)
+    if found is not None and not found.is_dead:
+        return found
+    with _lock:
+        found = _fanouts.get(pid)
+        if found is None or found.is_dead:
+            found = _fanouts[pid] = Fanout()
+        return found
+
+
+def _forked() -> None:
+    """Let go, in a child, of what its parent owns: the loop's thread is not here."""
+    global _lock
+    _lock = native_lock()  # a thread that is not here may have held it
+    for parents in _fanouts.values():
+        parents.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,1 @@
+"""This process: waits, watches, sockets, streams to be ended, log lines."""

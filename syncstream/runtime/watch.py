@@ -1,0 +1,534 @@
+"""Hang-ups and a clock: who watches the connections while their generators wait.
+
+One `Watch` per process, and per gevent hub. It knows descriptors and callables, not
+streams. In a process of threads it is a thread of its own; under gevent it is one
+epoll descriptor inside the hub's own loop, and one timer.
+
+Hang-ups come from epoll, with EPOLLRDHUP and without EPOLLIN: bytes that nobody
+reads never wake it, and an end behind such bytes is seen (measured). Where there is
+no epoll (macOS), each socket is looked at 20 times a second.
+
+What it calls must not block: a call holds up all the others, and under gevent it
+runs in the hub, where nothing may wait; `Watch.spawn` is for the rest.
+"""
+
+from __future__ import annotations
+
+import _thread
+import heapq
+import itertools
+import logging
+import math
+import os
+import select
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from .clock import time
+from .sockets import is_hung_up, native
+from .waiting import hub, say
+
+__all__ = ["GRID", "Timer", "Watch", "Worker", "on_grid", "watch"]
+
+log = logging.getLogger("syncstream.watch")
+
+Callback = Callable[[], object]
+
+LOOK_EVERY = 0.05  # seconds, without epoll
+AGAIN = 1.0  # seconds until a timer whose callback has failed is tried again
+_LONGEST = 3600.0  # seconds at a stretch: epoll takes 24 days at most
+GRID = 0.08  # seconds between two times at which timers that are not urgent run
+_COMPACT = 1000  # cancelled timers that are kept, at least
+
+
+class Timer:
+    """A call at a time to come.
+
+    Attributes:
+        callback: Returns when it wants to be called again (`time.monotonic`), or
+            ``None``.
+        has_failed: It has raised before, and that was said.
+    """
+
+    __slots__ = ("callback", "has_failed")
+
+    def __init__(self, callback: Callable[[], float | None]) -> None:
+        self.callback: Callable[[], float | None] | None = callback
+        self.has_failed = False
+
+
+class Watch:
+    """Calls back when a connection hangs up, and when a time has come.
+
+    All methods may be called from any thread of a process of threads, and under
+    gevent from the greenlets of its hub; `run` from any thread.
+    """
+
+    def __init__(self) -> None:
+        self.ran_at = 0.0  # when it made a call last, if it is a hub's
+        self._hung_up: dict[int, Callback] = {}  # by descriptor
+        self._told: dict[int, Callback] = {}  # of these; without epoll
+        self._timers: list[tuple[float, int, Timer]] = []  # a heap
+        self._order = itertools.count()
+        self._cancelled = 0
+        self._pid = os.getpid()
+        # Reentrant: a garbage collection in here may close a stream.
+        self._lock = native(_thread, "RLock")()
+        epoll = native_epoll()
+        self._epoll = epoll() if epoll is not None else None
+        if self._epoll is None:
+            self.call_at(time.monotonic(), self._look)
+
+    # Hang-ups.
+
+    def add(self, fd: int, hung_up: Callback) -> None:
+        """Call back, once, when the peer of a socket has closed or reset it.
+
+        Remove it before its server closes it: the number may then be another's.
+        """
+        with self._lock:
+            known = fd in self._hung_up
+            self._hung_up[fd] = hung_up
+            if self._epoll is None:
+                self._told.pop(fd, None)
+                return
+            mask = select.EPOLLRDHUP | select.EPOLLONESHOT
+            try:
+                self._epoll.register(fd, mask)
+            except FileExistsError:  # nobody has removed the one before
+                self._epoll.modify(fd, mask)
+            except BaseException:
+                if not known:
+                    del self._hung_up[fd]
+                raise
+
+    def remove(self, fd: int, hung_up: Callback) -> None:
+        """Watch a socket no more; unless it has become another's meanwhile."""
+        # A forked child shares the epoll with its parent, who goes on; and the lock
+        # may have been another thread's, which the child does not have.
+        if self._is_foreign:
+            return
+        with self._lock:
+            if self._hung_up.get(fd) is not hung_up:
+                return
+            del self._hung_up[fd]
+            if self._epoll is None:
+                self._told.pop(fd, None)
+                return
+            with suppress(OSError):  # the server was faster, and closed it
+                self._epoll.unregister(fd)
+
+    @property
+    def _is_foreign(self) -> bool:
+        """This is a forked child, and the watch its parent's."""
+        return self._pid != os.getpid()
+
+    def _look(self) -> float:
+        for fd in tuple(self._hung_up):
+            hung_up = self._hung_up.get(fd)
+            if hung_up is None or self._told.get(fd) is hung_up or not is_hung_up(fd):
+                continue
+            with self._lock:
+                if self._hung_up.get(fd) is not hung_up:  # removed meanwhile
+                    continue
+                self._told[fd] = hung_up
+            self._guarded(hung_up)
+        return time.monotonic() + LOOK_EVERY
+
+    def _look_at(self, fd: int) -> None:
+        # A look at the socket: the number may have become another's since.
+        hung_up = self._hung_up.get(fd)
+        if hung_up is not None and is_hung_up(fd):
+            self._guarded(hung_up)
+
+    def _read(self, timeout: float) -> None:
+        """Wait for epoll, at most so many seconds, and tell of hang-ups."""
+        assert self._epoll is not None
+        for fd, _ in self._epoll.poll(timeout):
+            try:
+                if fd in self._hung_up:
+                    self._look_at(fd)
+                else:
+                    self._woken(fd)
+            except Exception as error:
+                # It is told of once (EPOLLONESHOT): nobody would look again.
+                self.call_at(time.monotonic() + AGAIN, partial(self._look_at, fd))
+                say(log, logging.ERROR, "a hang-up could not be looked at", error=error)
+
+    def _do_without_epoll(self, error: BaseException) -> None:
+        """Look at each socket from now on: somebody has closed our descriptors."""
+        with self._lock:
+            if self._epoll is None:
+                return
+            self._epoll = None  # not closed: its number may be another's by now
+            self._told.clear()
+        self.call_at(time.monotonic(), self._look)
+        text = "hang-ups are looked for: the epoll of the watch cannot be used"
+        say(log, logging.ERROR, text, error=error)
+
+    def _woken(self, fd: int) -> None:
+        """Take note that a descriptor which is not a connection is ready."""
+
+    # The clock.
+
+    def call_at(self, when: float, callback: Callable[[], float | None]) -> Timer:
+        """Call at a time (`time.monotonic`), and again whenever it says.
+
+        Args:
+            when: The first time.
+            callback: Returns the next time, ``None`` for never again.
+        """
+        timer = Timer(callback)
+        if self._is_foreign:  # nobody runs it there, and its lock may be held for ever
+            return timer
+        when = _shared(when)
+        with self._lock:
+            is_first = not self._timers or when < self._timers[0][0]
+            heapq.heappush(self._timers, (when, next(self._order), timer))
+        if is_first:
+            self._wake()
+        return timer
+
+    def cancel(self, timer: Timer) -> None:
+        """Call it no more."""
+        if timer.callback is None:
+            return
+        timer.callback = None
+        if self._is_foreign:
+            return
+        with self._lock:
+            self._cancelled += 1
+            if self._cancelled > max(_COMPACT, len(self._timers) // 2):
+                self._cancelled = 0
+                timers, self._timers = self._timers, []
+                live = [t for t in timers if t[2].callback is not None]
+                self._timers += live  # a garbage collection may have added some
+                heapq.heapify(self._timers)
+
+    def _run_timers(self) -> float | None:
+        """Make the calls that are due; return when the next one is."""
+        now = time.monotonic()  # what falls due from now on waits for its turn
+        while True:
+            with self._lock:
+                if not self._timers:
+                    return None
+                when, _, timer = self._timers[0]
+                if when > now:
+                    return when
+                heapq.heappop(self._timers)
+                callback = timer.callback
+                if callback is None:
+                    self._cancelled -= 1
+                    continue
+            again: float | None = now + AGAIN  # whatever ends this here
+            try:
+                again = self._guarded(callback, timer)
+            finally:
+                if again is not None and timer.callback is not None:
+                    # Not before its turn: a time that is over would keep us here.
+                    again = max(again, time.monotonic())
+                    with self._lock:
+                        entry = _shared(again), next(self._order), timer
+                        heapq.heappush(self._timers, entry)
+
+    def _wake(self) -> None:
+        """Let the watch look at its timers again: the first one has changed."""
+        raise NotImplementedError
+
+    def _guarded(self, callback: Callable[[], Any], timer: Timer | None = None) -> Any:
+        """Call; a callback that fails ends neither the watch nor its own timer."""
+        try:
+            return callback()
+        except Exception as error:
+            if timer is None or not timer.has_failed:
+                say(log, logging.ERROR, "a callback of the watch failed", error=error)
+            if timer is None:
+                return None
+            timer.has_failed = True
+            return time.monotonic() + AGAIN
+
+    # Elsewhere.
+
+    @property
+    def is_over(self) -> bool:
+        """Its hub has been destroyed: nothing that it is given will run."""
+        return False
+
+    def run(self, callback: Callback) -> None:
+        """Run something where greenlets may be interrupted; from any thread."""
+        raise NotImplementedError
+
+    def spawn(self, callback: Callback) -> None:
+        """Run something that may wait a little, soon, one after the other."""
+        raise NotImplementedError
+
+
+class _ThreadWatch(Watch):
+    """The watch of a process of threads: a thread."""
+
+    def __init__(self) -> None:
+        self._ready = native_lock()  # without epoll: released to wake the thread
+        self._event_fd = -1
+        self._is_over = False
+        super().__init__()
+        if self._epoll is not None:
+            self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            if self._epoll is not None:
+                self._epoll.register(self._event_fd, select.EPOLLIN)
+            thread = threading.Thread(target=self._loop, name="syncstream-watch")
+            thread.daemon = True
+            thread.start()
+        except BaseException:  # no thread is left, and the next one will try again
+            if self._epoll is not None:
+                self._epoll.close()
+                os.close(self._event_fd)
+            raise
+
+    def _loop(self) -> None:
+        while not self._is_over:
+            # No signal comes to this thread, so that nothing here is anybody's exit.
+            try:
+                self._round()
+            except BaseException as error:
+                say(log, logging.ERROR, "the watch failed, and goes on", error=error)
+                native(time, "sleep")(0.1)  # whatever it is, not as fast as can be
+
+    def _round(self) -> None:
+        when = self._run_timers()
+        left = -1.0 if when is None else _left(when)
+        if self._epoll is None:
+            self._ready.acquire(True, left)
+            return
+        try:
+            self._read(left)
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            self._event_fd = -1
+            self._do_without_epoll(error)
+
+    def _wake(self) -> None:
+        event_fd = self._event_fd
+        if event_fd >= 0:
+            os.eventfd_write(event_fd, 1)
+        elif self._epoll is None:
+            with suppress(RuntimeError):  # it is awake
+                self._ready.release()
+
+    def _woken(self, fd: int) -> None:
+        if fd == self._event_fd:
+            os.eventfd_read(fd)
+
+    def run(self, callback: Callback) -> None:
+        self._guarded(callback)
+
+    def spawn(self, callback: Callback) -> None:
+        self._guarded(callback)
+
+
+class Worker:
+    """Does one thing after the other in a greenlet of a hub; all of it in that.
+
+    Args:
+        do: Does one; what it raises ends the greenlet, and another goes on.
+    """
+
+    def __init__(self, do: Callable[[Callback], object]) -> None:
+        self.jobs: deque[Callback] = deque()
+        self._do = do
+        self._is_working = False
+
+    def begin(self) -> None:
+        """Do what there is, soon."""
+        if self._is_working or not self.jobs:
+            return
+        import gevent
+
+        gevent.spawn(self._work)
+        self._is_working = True
+
+    def _work(self) -> None:
+        try:
+            while self.jobs:
+                self._do(self.jobs.popleft())
+        finally:
+            self._is_working = False
+            self.begin()  # it was killed, and what it had to do was not
+
+
+class _HubWatch(Watch):
+    """The watch of a gevent hub: in its loop, without a thread."""
+
+    def __init__(self, hub: Any) -> None:
+        self._hub = weakref.ref(hub)
+        self._timer: Any = None
+        self._timer_at = float("inf")
+        self._io: Any = None
+        self._worker = Worker(self._guarded)
+        self._calls: deque[Callback] = deque()
+        # gevent's run_callback_threadsafe counts references without a lock while the
+        # loop runs (libev's ev_ref), and now and then the loop ended, with LoopExit
+        # (gevent 26.9). To send is what libev allows from other threads.
+        self._async = hub.loop.async_(ref=False)
+        self._async.start(self._run_calls)
+        super().__init__()
+        if self._epoll is not None:
+            # An epoll descriptor is readable when one of its own is ready. Without
+            # a reference: a hub with nothing else to wait for may end.
+            self._io = hub.loop.io(self._epoll.fileno(), 1, ref=False)
+            self._io.start(self._read_now)
+
+    def _read_now(self) -> None:
+        if self._is_foreign:  # its parent is told of this, or nobody
+            self._io.stop()
+            return
+        try:
+            self._read(0)
+        except (OSError, ValueError) as error:
+            self._io.stop()
+            self._do_without_epoll(error)
+
+    def _wake(self) -> None:
+        hub = self._hub()
+        if hub is None or not self._timers:
+            return
+        when = self._timers[0][0]
+        if when >= self._timer_at:
+            return
+        self._set_timer(hub, when)
+
+    def _set_timer(self, hub: Any, when: float) -> None:
+        if self._timer is not None:
+            self._timer.stop()
+            self._timer.close()
+        self._timer_at = when
+        # Not before its time: the loop's clock is a little behind ours.
+        left = _left(when) + 0.0005
+        self._timer = hub.loop.timer(left, ref=False)
+        self._timer.start(self._tick, update=True)
+
+    def _tick(self) -> None:
+        self.ran_at = time.monotonic()
+        self._timer_at = float("inf")
+        if self._is_foreign:
+            return
+        try:
+            self._run_timers()
+        finally:  # also of what ends a program that may go on all the same
+            self._wake()
+
+    @property
+    def is_over(self) -> bool:
+        return getattr(self._hub(), "loop", None) is None
+
+    @property
+    def is_home(self) -> bool:
+        """It is the main thread's, which lives and runs as long as the program."""
+        return not self.is_over and bool(getattr(self._hub(), "main_hub", False))
+
+    def run(self, callback: Callback) -> None:
+        self._calls.append(callback)
+        self._async.send()
+
+    def _run_calls(self) -> None:
+        try:
+            while self._calls:
+                self._guarded(self._calls.popleft())
+        finally:
+            if self._calls:
+                self._async.send()
+
+    def spawn(self, callback: Callback) -> None:
+        self._worker.jobs.append(callback)
+        self._worker.begin()
+
+    def start(self, callback: Callback) -> None:
+        """Do this in a greenlet of its own; in the hub."""
+        import gevent
+
+        gevent.spawn(self._guarded, callback)
+
+
+def _left(when: float) -> float:
+    """Return for how long to wait at most: a timer is looked at before its time."""
+    return min(max(0.0, when - time.monotonic()), _LONGEST)
+
+
+def on_grid(when: float) -> float:
+    """Return a time, a little later, that other timers have, too.
+
+    Each waking costs more than what is done then: 100 µs in a gevent hub.
+    """
+    place = when / GRID
+    # So far away a float has no such steps, nor may it be an int.
+    return math.ceil(place) * GRID if place < 1e15 else when
+
+
+def _shared(when: float) -> float:
+    return when if when - time.monotonic() < 1 else on_grid(when)
+
+
+def elsewhere(watch: Watch, job: Callback) -> None:
+    """Do this apart from whoever waits for a watch: it may wait, for a broker say.
+
+    In a greenlet of the watch's hub, or in a thread of its own. The hub of a thread of
+    gevent's pool may be gone, or run only while something there waits for it.
+    """
+    if isinstance(watch, _HubWatch) and watch.is_home:
+        watch.run(partial(watch.start, job))
+        return
+    try:
+        native(_thread, "start_new_thread")(watch._guarded, (job,))
+    except (RuntimeError, MemoryError):  # no thread is left: late is better than never
+        watch._guarded(job)
+
+
+def native_lock() -> Any:
+    """Return a real lock: held for moments, and never while a greenlet switches."""
+    return native(_thread, "allocate_lock")()
+
+
+def native_epoll() -> Any:
+    """Return the real epoll, which gevent takes away; ``None`` without one."""
+    if not hasattr(os, "eventfd"):
+        return None
+    try:
+        return native(select, "epoll")
+    except AttributeError:
+        return None
+
+
+class _Watches:
+    """The watches of one process."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.lock = native_lock()
+        self.of_threads: Watch | None = None
+        self.of_hubs: weakref.WeakKeyDictionary[Any, Watch] = (
+            weakref.WeakKeyDictionary()
+        )
+
+
+_watches = _Watches()
+
+
+def watch() -> Watch:
+    """Return the watch that suits what runs here, of this process; start it first."""
+    global _watches
+    if _watches.pid != os.getpid():  # forked: what there was is the parent's
+        _watches = _Watches()
+    here = hub()
+    with _watches.lock:
+        if here is None:
+            if _watches.of_threads is None:
+                _watches.of_threads = _ThreadWatch()
+            return _watches.of_threads
+        found = _watches.of_hubs.get(here)
+        if found is None:
+            found = _watches.of_hubs[here] = _HubWatch(here)
+        return found

@@ -1,0 +1,546 @@
+"""One request's connection: its environ, read once."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
+
+from werkzeug.http import HTTP_STATUS_CODES
+
+from ..errors import ClientDisconnected
+from ..runtime.journal import report
+from ..runtime.process import Stopping, process
+from ..runtime.sockets import hang_up, is_hung_up, is_unix, is_writable, release, reset
+from ..runtime.waiting import hub, say
+from ..streams.capacity import Full
+from ..streams.contract import Format
+from ..streams.stream import Stream
+from . import Counter, Server, SocketLike, connection_reset, server_of, takes_directly
+from .swap import Refused, Swap
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+__all__ = ["Connection", "EVENT_TYPE", "last_event_id", "warn_of_compression"]
+
+log = logging.getLogger("syncstream.wsgi")
+
+CONNECTION = "syncstream.connection"
+"""The environ key of the connection: a weak reference to it."""
+
+BEFORE_WAIT = "syncstream.before_wait"
+"""The environ key of callables that give back, before a stream begins and whenever
+it waits, what should not be held so long: a list of them."""
+
+HANDOVER = "syncstream.handover"
+"""The environ key that is ``False`` where a connection must stay with its server."""
+
+EVENT_TYPE = "text/event-stream"
+
+_REFUSED = re.compile(r"q\s*=\s*0(?:\.0*)?")
+_DESCRIBES_BODY = re.compile(
+    r"(content-.*|x-accel-.*|etag|last-modified|expires|cache-control|accept-ranges)$",
+    re.I,
+)
+
+
+def last_event_id(request: Any) -> str | None:
+    """Return the id of the last event that a client has, ``None`` if it says none.
+
+    The header Last-Event-ID comes first, then the query's ``last_event_id`` and
+    ``lastEventId``, for clients that cannot set headers. An empty one says none, as
+    a first connection does: the next is looked at. It comes from outside: expect any
+    text.
+
+    Args:
+        request: The request, of Flask, Django, Bottle, Pyramid or Falcon, or its WSGI
+            environ.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    environ = _environ_of(request)
+    header: str = environ.get("HTTP_LAST_EVENT_ID", "")
+    if header and not header.isspace():
+        # Browsers send UTF-8, and PEP 3333 shows its bytes as Latin-1.
+        return header.encode("latin-1", "replace").decode(errors="replace")
+    text: str = environ.get("QUERY_STRING", "")
+    if "last_event_id=" not in text and "lastEventId=" not in text:
+        return None
+    try:
+        query = parse_qs(text, errors="replace")  # of no empty values
+    except ValueError:  # too many fields
+        return None
+    for name in ("last_event_id", "lastEventId"):
+        for id in query.get(name, ()):
+            if not id.isspace():  # as in the header, whose blanks HTTP strips
+                return id
+    return None
+
+
+def _environ_of(request: Any) -> Mapping[str, Any]:
+    """Return a request's environ; Django has it in META, Falcon in env."""
+    if isinstance(request, Mapping):
+        return request
+    for name in ("environ", "META", "env"):
+        environ = getattr(request, name, None)
+        if isinstance(environ, Mapping):
+            return environ
+    raise TypeError(f"request must be a request or a WSGI environ, got {request!r}")
+
+
+class Connection:
+    """The request's connection, and what its server lets us do with it.
+
+    Attributes:
+        stream: The stream that is written to it, ``None`` before and after.
+    """
+
+    def __init__(self, environ: WSGIEnvironment) -> None:
+        self.environ = environ
+        # As the server has made it, if this is early enough: the socket is found by
+        # it, and Bottle's request.params puts another one into its place.
+        self._input = environ.get("wsgi.input")
+        # Weak references, here and in the environ: no cycle keeps either alive.
+        self._stream: weakref.ref[Stream] | None = None
+        self._write: Callable[[bytes], object] | None = None
+        self._is_encoded = False  # by the application, who has its reasons
+        self._sent_before: int | None = None  # of the body, before the stream
+        self._counter: Counter | None = None
+        self._begun: tuple[StartResponse, list[tuple[str, str]]] | None = None
+        self.is_answering = False  # start_response is called again, for an error
+        self.hides_errors = False  # a framework answers errors, and logs none
+        self._has_failed_hook = False
+        self._made: list[Callable[[], Any]] = []
+
+    @classmethod
+    def of(cls, environ: WSGIEnvironment) -> Connection:
+        """Return the connection of a request; the same again while it is held."""
+        reference = environ.get(CONNECTION)
+        connection = reference() if reference is not None else None
+        if not isinstance(connection, cls):
+            connection = cls(environ)
+            environ[CONNECTION] = weakref.ref(connection)
+        return connection
+
+    @property
+    def stream(self) -> Stream | None:
+        stream = self._stream() if self._stream is not None else None
+        return None if stream is None or stream.reason is not None else stream
+
+    def take(
+        self,
+        stream: Stream,
+        headers: Iterable[tuple[str, str]] = (),
+        written: bytes = b"",
+    ) -> None:
+        """Say which stream is written to it, under which response headers."""
+        self._stream = weakref.ref(stream)
+        encoded = any(name.lower() == "content-encoding" for name, _ in headers)
+        self._is_encoded = encoded
+        stream.connect(self, is_encoded=encoded, written=written)
+
+    def made(self, stream: Stream) -> None:
+        """Note a stream that has been made for a response to this request, perhaps."""
+        self._made.append(stream.reference)
+
+    def find_made(self, format: Format) -> Stream | None:
+        """Return the last such stream of a format, if it still waits to be sent.
+
+        Its response is not what the application answers by, so its chunks are on
+        their way in another one, as that of a middleware which changes bodies.
+        """
+        for reference in reversed(self._made):
+            stream: Stream | None = reference()
+            if stream is not None and stream.is_new(is_events=format.is_events):
+                return stream
+        return None
+
+    def warn(self) -> None:
+        """Say, once a process, what an operator should change: a stream stays here."""
+        record, server, environ = process(), self.server, self._given
+        write = self._write
+        if write is not None and not self._is_encoded:
+            head = server.headers(write) or ()
+            if any(name.lower() == "content-encoding" for name, _ in head):
+                warn_of_compression()
+        # Not by what the client has sent, nor is one of HTTP/2's that of HTTP/1's.
+        is_http_2 = str(environ.get("SERVER_PROTOCOL")).startswith("HTTP/2")
+        key = ("warning", server.name, is_http_2)
+        warnings = record.memo(key, lambda: tuple(server.warnings(environ)))
+        for warning in warnings:
+            record.warn_once(log, warning)
+        # Frameworks' test clients name no server.
+        software = environ.get("SERVER_SOFTWARE")
+        if self.fd is None and software and not warnings and not server.is_test:
+            record.warn_once(
+                log,
+                f"{_short(ascii(software)[1:-1], 60)} shows no socket: a stream is not"
+                " told when its client leaves, until it yields, and has no keepalive"
+                " while its generator waits. Prefer one of the servers in the README",
+                "no socket",
+            )
+        fd, is_old = self.fd, environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
+        if is_old and fd is not None and not server.marks_end(environ) and is_unix(fd):
+            record.warn_once(
+                log,
+                "a stream that is cut looks finished to a client of HTTP/1.0 over a"
+                " Unix socket, where nothing marks an end and no reset can be had: let"
+                " the proxy speak HTTP/1.1 (nginx: proxy_http_version 1.1)",
+                "unmarked",
+            )
+        threads, streams = self.threads, record.attached_streams
+        if threads is not None and threads > 1 and streams >= threads:
+            record.warn_once(
+                log,
+                f"streams hold all of the {threads} requests that this server process"
+                " serves at once, the others wait: give it more threads (or greenlets),"
+                " or set StreamMiddleware(app, reserve_threads=…)",
+            )
+
+    @functools.cached_property
+    def server(self) -> Server:
+        return server_of(self.environ)
+
+    @property
+    def _given(self) -> WSGIEnvironment:
+        """The environ, as far as the server is found by it, as it was at first."""
+        environ, given = self.environ, self._input
+        if environ.get("wsgi.input") is given:
+            return environ
+        return {**environ, "wsgi.input": given}
+
+    @property
+    def label(self) -> str:
+        # From outside: no escape sequence and no endless line gets into the log.
+        environ = self.environ
+        method = ascii(environ.get("REQUEST_METHOD", ""))[1:-1]
+        path = ascii(environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", ""))
+        return f"{_short(method, 20)} {_short(path, 200)}"
+
+    @functools.cached_property
+    def last_event_id(self) -> str | None:
+        return last_event_id(self.environ)
+
+    @functools.cached_property
+    def is_event_source(self) -> bool:
+        # What the standard's EventSource sends (Chromium 156 and npm's eventsource
+        # 5 do, exactly). httpx-sse would make an event of the end block: it sends
+        # no-store.
+        environ = self.environ
+        return (
+            environ.get("REQUEST_METHOD") == "GET"
+            and _names_event_stream(environ.get("HTTP_ACCEPT", ""))
+            and environ.get("HTTP_CACHE_CONTROL", "").strip().lower() == "no-cache"
+        )
+
+    @functools.cached_property
+    def parses_events(self) -> bool:
+        # The SDKs of OpenAI, Anthropic and others that are made by Stainless read by
+        # lines, with the decoder of httpx-sse, and ask for application/json.
+        environ = self.environ
+        return "HTTP_X_STAINLESS_LANG" in environ or _names_event_stream(
+            environ.get("HTTP_ACCEPT", "")
+        )
+
+    @property
+    def is_multiprocess(self) -> bool:
+        is_claimed = bool(self.environ.get("wsgi.multiprocess"))
+        return is_claimed and not self.server.is_test
+
+    @property
+    def is_head(self) -> bool:
+        return self.environ.get("REQUEST_METHOD") == "HEAD"
+
+    def is_hung_up(self) -> bool:
+        fd = self.fd
+        return fd is not None and is_hung_up(fd)
+
+    def is_full(self) -> bool:
+        fd = self.fd
+        if fd is not None and not is_writable(fd):
+            return True
+        return self.unsent() > 0
+
+    def unsent(self) -> int:
+        return self.server.unsent(self._given)
+
+    @property
+    def shows_errors(self) -> bool:
+        return not self.server.is_known
+
+    @property
+    def answers_errors(self) -> bool:
+        return self.server.answers_errors or self.hides_errors
+
+    @property
+    def logs_errors(self) -> bool:
+        return self.server.logs_errors and not self.hides_errors
+
+    def answer(self, error: BaseException, status: int, body: bytes) -> bytes | None:
+        server, environ = self.server, self.environ
+        start_response, headers = self._begun or (server.start_response(environ), [])
+        if start_response is None or not server.forget_head(environ, self._write):
+            return None
+        line = f"{status} {HTTP_STATUS_CODES.get(status, 'Error')}"
+        kinds = [value for name, value in headers if name.lower() == "content-type"]
+        if not (body and kinds):
+            body, kinds = f"{line}\n".encode(), ["text/plain; charset=utf-8"]
+        headers = [pair for pair in headers if not _DESCRIBES_BODY.match(pair[0])]
+        headers += [
+            ("Content-Type", kinds[0]),
+            ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"),
+        ]
+        self.is_answering = True
+        try:
+            exc_info: Any = (type(error), error, error.__traceback__)
+            start_response(line, headers, exc_info)
+        except SystemError:
+            # uWSGI 2.0.30 does as it is told, and leaves the error set in which it
+            # was told so.
+            return body if server.name == "uwsgi" else None
+        except BaseException as raised:
+            if raised is not error and not isinstance(raised, Exception):
+                raise
+            # It raises the error if a byte is out (PEP 3333), and a middleware's may
+            # take no third argument.
+            text = "%s is cut, not answered by %s: %r"
+            report(log, logging.DEBUG, text, self.label, line, raised)
+            return None
+        finally:
+            self.is_answering, exc_info = False, None  # no cycle by its traceback
+        return body
+
+    def begun(
+        self, start_response: StartResponse, headers: list[tuple[str, str]]
+    ) -> None:
+        """Note by what the response began, and may begin anew until a byte is out."""
+        self._begun = start_response, headers
+
+    def started(self, write: Callable[[bytes], object]) -> None:
+        """Take what the server's, or a middleware's, start_response has returned."""
+        module = getattr(write, "__module__", None)
+        if module and module == self.server.write_module:
+            self._write = write
+
+    def find_write(self) -> None:
+        """See what may be written by others than the request's thread, and whether.
+
+        What a framework (Django) or a middleware (New Relic's) does not pass on is
+        found in the server's own frames. In any case it is of use only while the
+        server has got all that we have yielded: a middleware above us may put bodies
+        into other blocks, and a comment would get into the middle of an event.
+        """
+        server = self.server
+        if self._write is None:
+            self._write = server.own_write(self._given)
+            vars(self).pop("write", None)
+        write = self.write
+        if write is None:
+            return
+        self._sent_before = server.sent(write)
+        if self._sent_before is None and hasattr(write, "__self__"):
+            self._counter, self._sent_before = Counter(write), 0
+            vars(self)["write"] = self._counter
+        elif self._sent_before is None and not takes_directly(server.write_module):
+            vars(self)["write"] = None
+            process().warn_once(
+                log,
+                "streams have no keepalive while their generators wait: a WSGI"
+                f" middleware stands between them and {server.name}, and may hold back"
+                " parts of events. Leave it out where streams are, use another server,"
+                " or have the generators yield None now and then",
+                "no write",
+            )
+
+    def leave_write(self) -> None:
+        """Leave the server's write as it was."""
+        counter, self._counter = self._counter, None
+        if counter is not None:
+            counter.close()
+
+    def has_got(self, size: int) -> bool:
+        """Tell whether the server has got all of so many bytes that were yielded."""
+        if self._write is None or self._sent_before is None:
+            return True
+        counter = self._counter
+        sent = self.server.sent(self._write) if counter is None else counter.sent
+        return sent is not None and sent - self._sent_before == size
+
+    @functools.cached_property
+    def write(self) -> Callable[[bytes], object] | None:
+        # Asked when there is a head: it stays what it is.
+        write = self._write
+        headers = self.server.headers(write) if write is not None else None
+        if headers is None:
+            return None
+        # A middleware above us may compress, and pass the server's write through.
+        encoded = any(name.lower() == "content-encoding" for name, _ in headers)
+        return None if encoded else write
+
+    @functools.cached_property
+    def server_key(self) -> Hashable:
+        # By the server's own object, not by SERVER_NAME: over a Unix socket, and
+        # behind ProxyFix, that is the client's Host. Weak: nobody is kept by a key,
+        # and no other object at the same address is taken for it.
+        key = self.server.key(self._given)
+        return (self.server.name, None if key is None else weakref.ref(key))
+
+    @property
+    def may_vanish(self) -> bool:
+        return self.server.closes_early
+
+    @property
+    def stopping(self) -> Stopping | None:
+        return self.server.stopping(self._given)
+
+    @property
+    def lets_exits_through(self) -> bool:
+        return self.server.lets_exits_through
+
+    @property
+    def threads(self) -> int | None:
+        """How many requests the server process serves at once."""
+        threads: int | None = process().memo(
+            ("threads", self.server_key), lambda: self.server.threads(self._given)
+        )
+        return threads
+
+    def before_wait(self) -> None:
+        for give_back in self.environ.get(BEFORE_WAIT, ()):
+            try:
+                give_back()
+            except Exception as error:  # no reason to end what waits
+                # Once: each of its waits calls it again.
+                level = logging.DEBUG if self._has_failed_hook else logging.ERROR
+                self._has_failed_hook = True
+                text = "what gives back before a wait of %s failed"
+                report(log, level, text, self.label, error=error)
+
+    @functools.cached_property
+    def _socket(self) -> SocketLike | None:
+        return self.server.socket(self._given)
+
+    @property
+    def fd(self) -> int | None:
+        return None if self._socket is None else self._socket.fileno()
+
+    @property
+    def hooks(self) -> tuple[Callable[[], object], ...]:
+        return tuple(self.environ.get(BEFORE_WAIT, ()))
+
+    @property
+    def _holds_thread(self) -> bool:
+        """A stream that stays with its server holds one of a few threads there."""
+        return hub() is None and self.threads is not None
+
+    def swap(self) -> Swap | None:
+        if self.environ.get(HANDOVER) is False:
+            return None
+        try:
+            return Swap(self._given, self.server)
+        except Refused as error:
+            text = "%s stays with its server: %s"
+            report(log, logging.DEBUG, text, self.label, error)
+            if error.is_gone:
+                raise ClientDisconnected(str(error)) from error
+            if error.is_full:
+                # What is left the server needs: without it gunicorn's accept fails.
+                process().warn_once(
+                    log,
+                    f"a stream was refused: {error}. Each client needs one: raise the"
+                    " hard limit (ulimit -Hn; LimitNOFILE= of systemd, --ulimit nofile="
+                    " of Docker), or limit the streams by StreamMiddleware",
+                    "descriptors",
+                )
+                raise Full(str(error)) from error
+            if error.is_choice and self._holds_thread:
+                # A few such clients would stop the server for everybody.
+                process().warn_once(
+                    log,
+                    "a stream was refused: it would have held one of the server's few"
+                    f" threads, for {error}",
+                    "choice",
+                )
+                raise Full(str(error)) from error
+            if self.threads == 1 and process().parked_streams:
+                # It would hold up the whole worker, which gunicorn's --timeout then
+                # kills, with all whose connections it has.
+                raise Full(f"the server has one thread, and {error}") from error
+            return None
+
+    def drop(self) -> None:
+        fd = self.fd
+        if fd is not None and fd >= 0:
+            # As soon as its write fails, the server may close its own descriptor.
+            try:
+                fd = os.dup(fd)
+            except OSError:  # closed already, or there are too many
+                hang_up(fd)
+            else:
+                self._cut(fd)
+                release(fd)
+            self.server.drop(self._given)
+
+    def cut(self) -> BaseException | None:
+        """Let the client see that the response is not whole.
+
+        Where the end would be marked, the mark must not come: the connection is
+        shut down, after what was sent. Elsewhere (HTTP/1.0, uWSGI) only a reset
+        can tell.
+        """
+        fd = self.fd
+        if fd is None:
+            return connection_reset()
+        if fd >= 0:
+            self._cut(fd)
+        return self.server.raises()
+
+    def _cut(self, fd: int) -> None:
+        server = self.server
+        is_hidden = (
+            not server.marks_end(self.environ)
+            and not server.is_tls(self._given)
+            and not reset(fd)
+        )
+        hang_up(fd)
+        if is_hidden:
+            text = "%s cannot be reset: the client sees an end"
+            say(log, logging.WARNING, text, self.label)  # the watch may be here
+
+
+def warn_of_compression() -> None:
+    process().warn_once(
+        log,
+        "streams are compressed on their way to the server, which holds back what they"
+        " send, maybe to their end: leave streams out of that (COMPRESS_STREAMS = False"
+        " of Flask-Compress), and let the proxy compress",
+        "compressed",
+    )
+
+
+def _names_event_stream(accept: str) -> bool:
+    """Tell whether an Accept header asks for event streams by name (RFC 9110 §12.5.1).
+
+    ``*/*`` and ``text/*`` are what curl, fetch and requests send, whatever they do with
+    what comes; ``q=0`` is a refusal.
+    """
+    accept = accept.lower()
+    if EVENT_TYPE not in accept:
+        return False
+    for item in accept.split(","):
+        name, *parameters = (part.strip() for part in item.split(";"))
+        if name == EVENT_TYPE:
+            return not any(_REFUSED.fullmatch(each) for each in parameters)
+    return False
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -1,0 +1,1 @@
+"""One response's life, from its first byte to its end."""

@@ -1,0 +1,230 @@
+"""What a stream needs of a format, a server and its connection."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..protocol.json import Dumps
+from ..runtime.process import Stopping
+
+__all__ = ["Connection", "Format", "Life", "Swap", "Taken"]
+
+log = logging.getLogger("syncstream.stream")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How items become chunks, and where one chunk may follow another.
+
+    Attributes:
+        encode: An item of the source to its chunk, ``None`` for a checkpoint.
+        dumps: Encodes the lines of a subscription, in a format without events.
+        is_whole: Tells from the last bytes written (4 or more, or all there were)
+            whether a new event or value may begin.
+        is_events: Comments, ``retry:`` and ids exist in this format.
+    """
+
+    encode: Callable[[Any], bytes | None]
+    is_whole: Callable[[bytes], bool]
+    is_events: bool = False
+    dumps: Dumps | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """How long a stream waits, and lives: seconds, ``None`` for no limit.
+
+    Attributes:
+        keepalive: After so much silence a comment is sent.
+        send_timeout: A client that takes nothing for so long is dropped.
+        max_duration: The stream ends after that, and the client comes back.
+        drain: For so long a generator goes on after its server was told to stop; 0 is
+            not at all. ``None``: as long as the server lets it, but for a client that
+            comes back not at all.
+
+    Raises:
+        TypeError, ValueError: A duration is no number, or not above 0.
+    """
+
+    keepalive: float | None = 15.0
+    send_timeout: float | None = 30.0
+    max_duration: float | None = None
+    drain: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("keepalive", "send_timeout", "max_duration", "drain"):
+            value = getattr(self, name)
+            if value is None or (name == "drain" and value == 0):
+                continue
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise TypeError(f"{name} must be seconds or None, got {value!r}")
+            try:
+                seconds = float(value)
+            except OverflowError:  # an int beyond all floats
+                seconds = math.inf
+            if not 0 < seconds < math.inf:
+                least = "0 seconds or more" if name == "drain" else "above 0 seconds"
+                raise ValueError(f"{name} must be {least}, or None, got {value!r}")
+
+
+class Taken(Protocol):
+    """A connection that its server has let go.
+
+    Attributes:
+        fd: Its descriptor, whose owner is who has this.
+        head: What the server has written to the client, and the client has not got.
+        is_chunked: The framing of what follows.
+    """
+
+    @property
+    def fd(self) -> int: ...
+
+    @property
+    def head(self) -> bytes: ...
+
+    @property
+    def is_chunked(self) -> bool: ...
+
+
+class Swap(Protocol):
+    """A connection that its server has not got any more, though it does not know."""
+
+    def take(self, opening: bytes) -> Taken | None:
+        """Take it for good, after the server has written its head and this."""
+
+    def undo(self) -> None:
+        """Give it back to the server, with all that it has written."""
+
+    def close(self) -> None:
+        """The server is done with it. Undone if it was not taken."""
+
+
+class Connection(Protocol):
+    """What a stream needs to know of the connection that it is written to."""
+
+    @property
+    def label(self) -> str:
+        """Method and path, for the log."""
+
+    @property
+    def last_event_id(self) -> str | None:
+        """The id after which the client wants to go on."""
+
+    @property
+    def is_event_source(self) -> bool:
+        """The client asks as a browser's EventSource does, and obeys an end id."""
+
+    @property
+    def parses_events(self) -> bool:
+        """The client reads an event stream line by line, as the standard does."""
+
+    @property
+    def fd(self) -> int | None:
+        """The socket's descriptor, ``None`` where the server hides it."""
+
+    @property
+    def write(self) -> Callable[[bytes], object] | None:
+        """The server's own ``write``, if others than its thread may write by it, and
+        what they write reaches the client as it is."""
+
+    def find_write(self) -> None:
+        """Find it; in the thread or greenlet of the request, in the iteration."""
+
+    def leave_write(self) -> None:
+        """The stream has ended: leave the server's as it was."""
+
+    def has_got(self, size: int) -> bool:
+        """Tell whether the server has got all of so many bytes that were yielded."""
+
+    @property
+    def server_key(self) -> Hashable:
+        """What tells its server from others of this process."""
+
+    @property
+    def may_vanish(self) -> bool:
+        """The server may close its socket while the source runs."""
+
+    @property
+    def stopping(self) -> Stopping | None:
+        """Tells whether the server has been told to stop; ``None`` if unknown."""
+
+    def before_wait(self) -> None:
+        """Give back what the application should not hold while the stream waits."""
+
+    @property
+    def lets_exits_through(self) -> bool:
+        """Whether an exit that the application raises in the main thread ends it."""
+
+    def warn(self) -> None:
+        """Say, once a process, if a stream should not hold its thread there."""
+
+    @property
+    def is_multiprocess(self) -> bool:
+        """The server has other processes that answer requests."""
+
+    def is_hung_up(self) -> bool:
+        """Tell at once whether the client has gone; ``False`` where unknown."""
+
+    def is_full(self) -> bool:
+        """Tell at once whether the server or the kernel has bytes it cannot send."""
+
+    def unsent(self) -> int:
+        """Return how many bytes the server itself keeps for the client."""
+
+    @property
+    def hooks(self) -> tuple[Callable[[], object], ...]:
+        """What `before_wait` calls."""
+
+    def swap(self) -> Swap | None:
+        """Take the connection from its server; ``None`` where that cannot be.
+
+        Raises:
+            Full: It cannot be, and must not stay there either.
+            ClientDisconnected: Nobody is there.
+        """
+
+    def answer(self, error: BaseException, status: int, body: bytes) -> bytes | None:
+        """Begin the response anew, by another head, while no byte of it is out.
+
+        Args:
+            error: Why.
+            status: What to answer instead, 400 to 599.
+            body: What to send, of the response's own type; ``b""`` for plain text.
+
+        Returns:
+            The body to send, all of it; ``None`` if the response has to stay.
+        """
+
+    @property
+    def shows_errors(self) -> bool:
+        """What the source raises is to leave ``next()``: it goes to a test, or to a
+        server of which we do not know better."""
+
+    @property
+    def answers_errors(self) -> bool:
+        """The server answers 500 for an `Exception` that leaves ``next()`` now,
+        before any byte."""
+
+    @property
+    def logs_errors(self) -> bool:
+        """And logs it, with its traceback."""
+
+    def drop(self) -> None:
+        """Hang up, so that a write which waits for the client fails; any thread's."""
+
+    def cut(self) -> BaseException | None:
+        """Make truncation visible; return what to raise, ``None`` to just end."""
+
+
+def check_handover(handover: str | bool) -> None:
+    """Refuse what does not say whether a client may be handed over.
+
+    Raises:
+        ValueError: It is neither "auto" nor ``False``.
+    """
+    if handover != "auto" and handover is not False:
+        raise ValueError(f"handover must be 'auto' or False, got {handover!r}")

@@ -1,0 +1,399 @@
+"""Links: what gets a thread out of a call that it is blocked in.
+
+Closing what a thread reads does not end its read: ``close(2)`` wakes nobody, and a
+buffered reader cannot be closed while one goes on. So each kind has its own way:
+
+- A socket is shut down, wherever it is found: in a response of requests, httpx,
+  urllib3 or ``http.client``, in a stream of the openai SDK, in a pubsub of redis-py.
+- A database connection, or its cursor, is cancelled (``cancel()``, ``interrupt()``).
+  One that runs no query, but waits (for a notification), is shut down besides.
+- A process is terminated: a read of its output ends with it.
+- Whatever else has a ``close()`` is closed from another thread. Where that is known
+  to be without effect the link is refused; where it proves to be, the log says so.
+
+A proxy that is something else in each thread (Django's ``connection``, Werkzeug's
+``LocalProxy``) stands for what it is in the thread that links it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import os
+import selectors
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from ..runtime.clock import time
+from ..runtime.journal import report
+from ..runtime.sockets import hang_up, is_socket
+from ..runtime.waiting import say, sleep
+
+__all__ = ["AGAIN", "USELESS", "Link", "place_of", "unblock"]
+
+log = logging.getLogger("syncstream.links")
+
+AGAIN = 0.25  # seconds; what was connecting at the end has its socket then
+KILL_AFTER = 2.0  # seconds in which a process may end by itself
+USELESS = 5.0  # seconds after which a link has had no effect
+
+# Where responses, streams and connections keep what they read from, down to a socket:
+# requests, urllib3 and http.client; redis-py and PyMySQL; the openai and anthropic
+# SDKs; httpx, its clients, and the pool of httpcore.
+_INSIDE = (
+    *("raw", "fp", "_fp", "sock", "_sock", "socket"),
+    *("response", "http_response", "_response", "_raw_stream", "_client"),
+    *("_transport", "_pool", "_connection", "_network_stream"),
+)
+_DEPTH = 7  # of a socket in a client of the openai SDK
+_MOST = 1000  # a mock has whatever it is asked for
+
+
+class Link:
+    """One thing that a generator may be blocked in.
+
+    Args:
+        closable: It has a ``close()``, or is a process.
+
+    Raises:
+        TypeError: Nothing could end a read of it, for the reason that is given.
+    """
+
+    def __init__(self, closable: Any) -> None:
+        problem, self._is_process = None, False
+        try:
+            closable = _of_this_thread(closable)
+            problem, self._is_process = _problem(closable), _is_process(closable)
+        except Exception as error:  # it does not like to be looked at
+            text = "a linked object could not be inspected: %r"
+            report(log, logging.DEBUG, text, error)
+        if problem is not None:
+            raise TypeError(f"closable must {problem}, got {closable!r}")
+        self.closable = closable
+        self.thread_id = threading.get_ident()
+        self._thread: threading.Thread | None = None
+        self._since = 0.0  # the first try to unblock it
+        self._retries: list[tuple[Any, int]] = []
+
+    def unblock(self, *, is_parked: bool = False) -> None:
+        """Get a thread out of a call that it makes on it; from another thread.
+
+        Args:
+            is_parked: The thread is in one of our waits, which is ended anyway.
+        """
+        is_first = not self._since
+        now = time.monotonic()
+        self._since = self._since or now
+        if self._is_process:
+            self._end_process(kill=now - self._since >= KILL_AFTER)
+        elif (cancelable := _cancelable(self.closable)) is not None:
+            target, method = cancelable
+            # It may connect to its server, which takes its time.
+            self._in_a_thread(method)
+            if not is_parked and not (is_first and _runs_query(target)):
+                self._hang_up(target)
+        elif not self._hang_up(self.closable) and is_first:
+            self._in_a_thread(self.closable.close)
+
+    def close(self) -> None:
+        """Close it, in the generator's thread or greenlet."""
+        for retry, number in self._retries:
+            retry.update_retries(number)  # its connection goes back to a pool
+        if self._is_process:
+            self._close_process()
+            return
+        close = getattr(self.closable, "close", None)
+        if close is not None:
+            close()
+
+    def _hang_up(self, target: Any) -> bool:
+        """Shut its sockets down; tell whether there was any."""
+        found = False
+        for fd, holder in _sockets(target):
+            retry: Any = getattr(holder, "retry", None)
+            if callable(getattr(retry, "update_retries", None)):
+                # redis-py would connect and wait again.
+                if not any(retry is other for other, _ in self._retries):
+                    self._retries.append((retry, retry.get_retries()))
+                retry.update_retries(0)
+            hang_up(fd)
+            found = True
+        return found
+
+    def _in_a_thread(self, function: Callable[[], object]) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            return
+
+        def run() -> None:
+            try:
+                function()
+            except Exception as error:
+                text = "a linked object could not be unblocked: %r"
+                report(log, logging.DEBUG, text, error)
+
+        self._thread = threading.Thread(target=run, name="syncstream-link", daemon=True)
+        self._thread.start()
+
+    def _end_process(self, *, kill: bool) -> None:
+        process = self.closable
+        with suppress(ProcessLookupError):  # it has ended
+            process.kill() if kill else process.terminate()
+
+    def _close_process(self) -> None:
+        """End it and wait for it, so that it leaves no zombie; close its pipes."""
+        process = self.closable
+        is_popen = hasattr(process, "poll")
+
+        def runs() -> bool:
+            return process.poll() is None if is_popen else process.is_alive()
+
+        if runs():
+            self._end_process(kill=False)
+            until = (self._since or time.monotonic()) + KILL_AFTER
+            while runs() and time.monotonic() < until:
+                sleep(0.01)  # in a hub, let others run
+            if runs():
+                self._end_process(kill=True)
+        if not is_popen:
+            process.join()
+            process.close()
+            return
+        process.wait()
+        for name in ("stdin", "stdout", "stderr"):
+            pipe = getattr(process, name, None)
+            if pipe is not None:
+                with suppress(BrokenPipeError):  # what it has not read
+                    pipe.close()
+
+
+def unblock(links: Sequence[Link], *, is_parked: bool) -> None:
+    """Get a thread out of what it reads, whichever of these that is.
+
+    Args:
+        links: Linked by its generator.
+        is_parked: As for `Link.unblock`.
+    """
+    for link in links:
+        try:
+            link.unblock(is_parked=is_parked)
+        except Exception as error:  # the others, and the wait, must end too
+            say(log, logging.DEBUG, "a linked object could not be unblocked: %r", error)
+
+
+def place_of(links: Sequence[Link]) -> tuple[object, ...]:
+    """Return where the thread that made links is, in its generators' code.
+
+    It stays the same while a statement of a generator goes on, and is another one in
+    a ``finally``: what that does with the links is not to be disturbed.
+    """
+    frames = sys._current_frames()
+    place = []
+    for thread_id in {link.thread_id for link in links}:
+        frame = frames.get(thread_id)
+        while frame is not None:
+            if frame.f_code.co_flags & inspect.CO_GENERATOR:
+                place.append((thread_id, id(frame), frame.f_lasti))
+            frame = frame.f_back
+    return tuple(place)
+
+
+def _of_this_thread(closable: Any) -> Any:
+    """Return what a proxy stands for here: in the watch's thread it is another one."""
+    kind = type(closable)
+    if hasattr(kind, "_get_current_object"):  # Werkzeug's
+        return closable._get_current_object()
+    django = sys.modules.get("django.utils.connection")
+    if django is not None and issubclass(kind, django.ConnectionProxy):
+        return closable._connections[closable._alias]
+    return closable
+
+
+def _problem(closable: Any) -> str | None:
+    """Return what is wrong with a link, after "closable must"."""
+    if _is_process(closable):
+        return None
+    close = getattr(closable, "close", None)
+    if not callable(close):
+        if hasattr(closable, "__enter__"):
+            return "have a close(): enter it by `with`, and link what that gives"
+        return "have a close(), or be a process"
+    if inspect.iscoroutinefunction(close):
+        return "be synchronous: its close() would not be awaited"
+    if inspect.isgenerator(closable):
+        return (
+            "not be a generator, which nobody can close while it runs: link what"
+            " it reads from"
+        )
+    return _shared(closable) or _closed_in_vain(closable)
+
+
+def _shared(closable: Any) -> str | None:
+    """Refuse what reads by connections that it does not show, or that others use."""
+    names = {
+        f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
+        for cls in type(closable).__mro__
+    }
+    if names & {"requests.Session", "urllib3.HTTPConnectionPool"}:
+        return "not be a pool, which closes idle connections only: link the response"
+    is_redis = hasattr(closable, "connection_pool") and hasattr(closable, "pubsub")
+    if is_redis and getattr(closable, "connection", closable) is None:
+        return (
+            "not be a client of many connections: link its pubsub(), or one made"
+            " with single_connection_client=True"
+        )
+    if inspect.ismethod(getattr(closable, "connection", None)):
+        # SQLAlchemy's Session and db.session, peewee's Database, a pool of psycopg's.
+        return (
+            "not take its connections as it needs them, as a session or a pool does:"
+            " link the connection itself (session.connection())"
+        )
+    response = closable
+    for name in ("response", "_response", "http_response"):
+        response = getattr(response, name, response)
+    version = getattr(response, "http_version", None)
+    if isinstance(version, str) and version.startswith("HTTP/2"):
+        return (
+            "not be a response over HTTP/2, whose connection others use: ask by a"
+            " client without http2=True"
+        )
+    return None
+
+
+def _closed_in_vain(closable: Any) -> str | None:
+    """Refuse what can be closed, but whose close() ends nobody's wait."""
+    pools = sys.modules.get("multiprocessing.pool")
+    if pools is not None and isinstance(closable, pools.Pool):
+        return "not be a pool, whose close() lets its work go on: link what that reads"
+    queues = sys.modules.get("multiprocessing.queues")
+    if queues is not None and isinstance(closable, queues.Queue):
+        return "not be a queue of processes, whose get() does not end: link the process"
+    pipes = sys.modules.get("multiprocessing.connection")
+    is_pipe = pipes is not None and isinstance(closable, pipes._ConnectionBase)
+    is_file = isinstance(closable, io.IOBase) or (
+        # gevent's, for one. (A terminal of pexpect's is a process.)
+        hasattr(closable, "read") and not hasattr(closable, "terminate")
+    )
+    is_selector = isinstance(closable, selectors.BaseSelector) or hasattr(
+        closable, "modify"
+    )
+    if not (is_pipe or is_file or is_selector):
+        return None
+    fd = _fd(closable)
+    if fd is None or is_socket(fd):
+        return None
+    kind = os.fstat(fd).st_mode
+    if stat.S_ISREG(kind) or stat.S_ISDIR(kind) or stat.S_ISBLK(kind):
+        return None  # no read of these waits for somebody
+    if stat.S_ISFIFO(kind):
+        return (
+            "not be a pipe, whose close() ends no read of it: link the process that"
+            " writes to it (a subprocess.Popen)"
+        )
+    return "be what another thread can close with effect: a read or wait of it goes on"
+
+
+def _is_process(closable: Any) -> bool:
+    # Of what nobody has imported there is none: nor is it imported here.
+    kinds = (("multiprocessing.process", "BaseProcess"), ("psutil", "Popen"))
+    classes = [getattr(sys.modules.get(module), name, None) for module, name in kinds]
+    known = [subprocess.Popen, *(cls for cls in classes if cls is not None)]
+    return isinstance(closable, tuple(known))
+
+
+def _cancelable(closable: Any) -> tuple[Any, Callable[[], object]] | None:
+    """Return what can be cancelled, and how: a connection, a cursor's, or a call."""
+    target = closable
+    for _ in range(3):  # a result of SQLAlchemy's, its connection, the driver's
+        for name in ("cancel", "interrupt"):
+            method = getattr(target, name, None)
+            if callable(method):
+                return target, method
+        target = _connection_of(target)
+    return None
+
+
+def _connection_of(target: Any) -> Any:
+    # What SQLAlchemy's pool gives out deprecates its `connection`.
+    is_pooled = hasattr(type(target), "driver_connection")
+    name = "driver_connection" if is_pooled else "connection"
+    return getattr(target, name, None)
+
+
+def _runs_query(connection: Any) -> bool:
+    """Tell whether a connection of psycopg has something that can be cancelled."""
+    connection = getattr(connection, "driver_connection", connection)  # SQLAlchemy's
+    status = getattr(getattr(connection, "info", None), "transaction_status", None)
+    return status is not None and status == 1  # PQTRANS_ACTIVE
+
+
+def _sockets(target: Any) -> list[tuple[int, Any]]:
+    """Return the sockets that something reads: descriptors, and who holds each.
+
+    The nearest ones: behind those there may be others', which are left alone.
+    """
+    level, seen, found = [(target, None)], {id(target)}, []
+    for _ in range(_DEPTH + 1):
+        inner = []
+        for thing, holder in level:
+            fd = _fd(thing)
+            if fd is not None and (is_socket(fd) or _is_unconnected(fd)):
+                found.append((fd, holder))
+                continue
+            for part in _inside(thing):
+                if part is not None and id(part) not in seen:
+                    seen.add(id(part))
+                    inner.append((part, thing))
+        if found or len(seen) > _MOST:
+            break
+        level = inner
+    return found
+
+
+def _inside(target: Any) -> Iterator[Any]:
+    extensions = getattr(target, "extensions", None)  # httpx, a response's
+    if isinstance(extensions, dict):
+        yield _socket_of(extensions.get("network_stream"))
+    yield _socket_of(target)  # a network stream itself
+    yield _connection_of(target)
+    for name in _INSIDE:
+        yield getattr(target, name, None)
+    mounts = getattr(target, "_mounts", None)  # httpx, a client's
+    if isinstance(mounts, dict):
+        yield from mounts.values()
+    connections = getattr(target, "connections", None)  # httpcore, a pool's
+    if isinstance(connections, (list, tuple)):
+        yield from connections
+
+
+def _is_unconnected(fd: int) -> bool:
+    """Tell a socket that has no peer: one that listens, or waits for datagrams.
+
+    Its shutdown fails, on Linux, and ends its wait all the same.
+    """
+    try:
+        return stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:  # closed, or a system where a socket is no descriptor
+        return False
+
+
+def _socket_of(stream: Any) -> Any:
+    """Return the socket of a network stream of httpcore's."""
+    extra = getattr(stream, "get_extra_info", None)
+    return extra("socket") if callable(extra) else None
+
+
+def _fd(target: Any) -> int | None:
+    fileno = getattr(target, "fileno", None)
+    if not callable(fileno):
+        return None
+    try:
+        fd = fileno()
+    except Exception:  # each library has its own for "it is closed"
+        return None
+    return fd if isinstance(fd, int) and fd >= 0 else None

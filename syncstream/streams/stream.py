@@ -1,0 +1,1887 @@
+"""One response's life: from a source of items to chunks of bytes, to one end.
+
+A `Stream` iterates its source in the thread or greenlet of the request, encodes
+what it yields, looks whether the client is still there, and closes the source
+exactly once, for every cause of an end, in the thread or greenlet that iterates. A
+client that has gone is an end like any other: what the server still writes fails, and
+servers take that quietly.
+
+Once a byte is out, nothing of the source's leaves ``next()``: an exception that leaks
+there kills a gthread worker (GeneratorExit), writes a 500 page into the running
+response (sync, gevent) or hangs the client (waitress). A source's error is logged
+here, once, and then the response is cut without its terminator, so that the client can
+tell a truncated stream from a finished one. What the cut takes differs from server to
+server: the `Connection` knows.
+
+While no byte is out (NDJSON and raw streams; an event stream's opening leaves before
+its source begins) a source that fails is answered with 500: by start_response, which
+may be called again with the error until then (PEP 3333), or where a framework has
+called it for us, by letting the error leave, an `Exception` and nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import logging
+import math
+import random
+import signal
+import sys
+import threading
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+from ..channels.subscription import Frames, Subscription
+from ..errors import ClientDisconnected, Closed, Unavailable
+from ..fanout.client import Client
+from ..fanout.loop import fanout
+from ..protocol import sse
+from ..protocol.json import dumps_or_default
+from ..protocol.sse import Event
+from ..runtime.clock import time
+from ..runtime.journal import report
+from ..runtime.process import Process, Served, process
+from ..runtime.sockets import (
+    acknowledged,
+    give_up_after,
+    has_timed_out,
+    queued,
+    release,
+)
+from ..runtime.waiter import Waiter
+from ..runtime.waiting import (
+    Parked,
+    current,
+    current_scope,
+    entered,
+    hub,
+    insist,
+    is_greenlet_exit,
+    make_lock,
+    refuse_eventlet,
+    runner_function,
+    say,
+    sleep,
+    sleep_in_hub,
+    wait,
+)
+from ..runtime.watch import Timer, Watch, native_epoll, watch
+from .answers import Returned, checked_return, is_answer, status_of
+from .capacity import Full, Place
+from .contract import Connection, Format, Life, Swap, check_handover
+from .ends import OPENING, REASONS, come_back
+from .links import AGAIN, USELESS, Link, place_of, unblock
+
+__all__ = ["ANSWERED", "Stream", "current_stream", "warn_framed", "warn_unframed"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+log = logging.getLogger("syncstream.stream")
+
+LOOK_EVERY = 0.1
+"""At most every so many seconds a busy stream looks for an end by itself."""
+WATCHED_LOOK_EVERY = 1.0  # the same for what costs more, where it is watched
+VANISH_EVERY = 0.1  # seconds between two looks whether the server has closed a socket
+STARVED = 0.2  # seconds in which a hub has not run its watch
+
+ANSWERED = "a stream answers one request: make a new response for each"
+_TOO_LATE = (
+    ": the response's head has left before the generator began, and the status with it."
+    " Decide in a plain view, which returns SSEResponse(...) or another response"
+)
+_KEEPALIVE = "keepalive"
+_CLOSE_TRIES = 10
+_PIECE = 64 * 1024  # bytes; what a server's socket accepts at once is about as much
+_GRACE = 1.5  # seconds that the kernel waits longer than we do, for a frozen client
+_STUCK = 1.0  # seconds that a write may block once the stream has ended
+# Seconds without progress, of a client whose server is to stop. TCP tells of one that
+# reads by steps of 64 kB and more: at 20 kB/s every 3 s.
+_FROZEN = 5.0
+_GHOST = 30.0  # seconds after which a source that has not noticed its end is named
+_THROW_EVERY = 2.5  # seconds: gunicorn leaves no more to a worker after its streams
+
+_CUT = frozenset(("shutdown", "max_duration", "kicked", "denied", "refused"))
+"""Ends that the source did not choose. Only a client that comes back reads them as a
+break; to every other client they would look like the end of a whole answer."""
+
+
+def current_stream() -> Stream | None:
+    """Return the stream whose generator is running here.
+
+    ``None`` outside of a stream's generator, and in threads and greenlets that the
+    generator has started: pass them the stream.
+    """
+    return cast("Stream | None", current_scope())
+
+
+def warn_unframed() -> None:
+    """Say, once a process, that the stream which runs here sends bytes in vain."""
+    _warn_of_framing(
+        "bytes that no client takes for an event: bytes are sent as they are, so frame"
+        " them (b'data: ...\\n\\n'), or yield the object itself instead of its JSON",
+        "unframed",
+    )
+
+
+def warn_framed() -> None:
+    """Say, once a process, that the stream which runs here frames its text twice."""
+    _warn_of_framing(
+        "text that is an event already ('data: ...\\n\\n'): a str is an event's data,"
+        " so that clients read the word 'data:', too. Yield the data alone, or"
+        " text.encode(): bytes are sent as they are",
+        "framed",
+    )
+
+
+def _warn_of_framing(what: str, key: str) -> None:
+    # Not `current_stream`: the generator has just yielded, and does not run.
+    reference = current.get()
+    stream = cast("Stream | None", reference() if reference is not None else None)
+    # In a Content-Encoding of the application's no bytes are an event as they are.
+    if stream is not None and stream._format.is_events:
+        process().warn_once(log, f"{stream._label} yields {what}", key)
+
+
+def check_source(source: Any) -> None:
+    """Refuse what cannot be the source of a stream, with the way to mend it.
+
+    Raises:
+        TypeError: Always for a reason that its message names.
+    """
+    problem = None
+    if hasattr(source, "__aiter__") and not hasattr(source, "__iter__"):
+        problem = "an asynchronous one cannot be iterated here: make it a `def`"
+    elif hasattr(source, "__await__"):
+        problem = "a coroutine is not awaited here: make it a generator"
+    elif isinstance(source, type) or inspect.isroutine(source):
+        problem = "it has not been called: add ()"
+    elif isinstance(source, (str, bytes, bytearray, memoryview, Mapping, Event)):
+        problem = "a single item is not a stream of them: put it in a list"
+    elif not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
+        problem = "it cannot be iterated"
+    if problem is not None:
+        if inspect.iscoroutine(source):
+            source.close()  # or Python warns that it was never awaited
+        raise TypeError(
+            f"source must be a generator or another iterable, got {source!r}: {problem}"
+        )
+
+
+class Stream:
+    """One response's life. In its generator, `current_stream` returns it.
+
+    Applications get streams from the response classes; they do not make them.
+
+    Attributes:
+        reason: ``None`` while the stream lives, then why it ended: "finished",
+            "disconnected", "send_timeout", "max_duration", "shutdown", "error",
+            "closed", "kicked", "denied" or "refused".
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        format: Format,
+        *,
+        life: Life | None = None,
+        retry: int | None = None,
+        end: str | None = "reconnect",
+        handover: str | bool = "auto",
+        on_error: Callable[[Exception], Any] | None = None,
+    ) -> None:
+        refuse_eventlet()
+        check_source(source)
+        if end is None:  # a subscription never ends by itself
+            end = "reconnect" if isinstance(source, Subscription) else "stop"
+        if end not in ("stop", "reconnect"):
+            raise ValueError(f"end must be 'stop' or 'reconnect', got {end!r}")
+        if on_error is not None and not callable(on_error):
+            raise TypeError(f"on_error must be callable, got {on_error!r}")
+        check_handover(handover)
+        self.runner: Any = None  # see waiting.py
+        self.reference: Callable[[], Any] = weakref.ref(self)
+        self.parked: Parked | Waiter | None = None
+        self._format = format
+        self._is_event_stream = format.is_events  # whatever may be added to it
+        self._life = life or Life()
+        self._end_mode = end
+        self._retry = retry
+        self._on_error = on_error
+        self._opening: bytes | None = None
+        self._keepalive = sse.comment(_KEEPALIVE, is_line=False)
+        if format.is_events:
+            self._retrying = Event(comment=OPENING, retry=retry).encode()
+            self._opening = sse.comment(OPENING, is_line=False)
+        self._connection: Connection | None = None
+        self._source: Iterable[Any] | None = source
+        self._to_close: list[Any] = [source]  # popped by whoever closes it
+        # What can happen but once, by the token of who was first.
+        self._once: dict[str, tuple[str]] = {}
+        self._callbacks: deque[Callable[[], object]] = deque()
+        self._links: deque[Link] = deque()
+        self.is_running = False  # inside the source; see waiting.py
+        self.has_waited = False  # since the last look
+        self.has_resumed = False  # a subscription has taken the Last-Event-ID
+        self._closing = False
+        self.was_told = False  # of its end, by an exception; see waiting.py
+        self._exits: list[BaseException] = []  # the process's own, to be raised last
+        self._is_dropped = False  # by who iterates, before its end
+        self._is_to_cut = False  # when the server closes it
+        self._is_lagged = False
+        self._is_closed = False
+        self._tail = b""
+        self._events = self._bytes = 0
+        self._frames: Frames | None = None  # their chunks may hold several events
+        self._is_asked = False  # see `is_over_for`
+        self._may_hand_over = bool(handover)
+        self._swap: Swap | None = None
+        self._client: Client | None = None  # its connection is the loop's
+        self._response_callbacks: deque[Callable[[], object]] = deque()
+        self._place: Place | None = None
+        # The watch's side.
+        self._process: Process | None = None
+        self._served: Served | None = None
+        self._watch: Watch | None = None
+        self._timer: Timer | None = None
+        self._hung_up: Callable[[], object] | None = None
+        self._fd = -1
+        self._kernel_timeout: float | None = None  # what held before ours
+        self._is_limited = False  # by ours
+        self._in_hub = False
+        self._thread = 0
+        self._ended_at = 0.0  # told from outside; `time.monotonic`
+        self._thrown_at = 0.0
+        self._unblocked: tuple[tuple[Link, ...], object] | None = None  # and from where
+        self._began = self._moved = 0.0  # `time.monotonic`; at the last chunk
+        self._deadline = math.inf
+        self._poll_at = 0.0
+        self._write_lock: Any = None
+        self._is_writing = False  # the watch is, under that lock
+        self._full_since = 0.0  # the client takes nothing; 0: it does
+        self._stuck_since = 0.0  # the same, while its server is to stop
+        self._stuck_at: tuple[int | None, int] | None = None  # its progress then
+        self._looked_at = 0.0  # for that, the last time
+        self._progress: tuple[int | None, int] | None = None  # at that time
+        self._all_sent = -1  # `_bytes` when all of them had gone
+        # Weak, for its frame refers to us: who drops both ends the stream.
+        self._body: weakref.ref[Iterator[bytes]] | None = None
+        self._pulled: Iterator[bytes] | None = None  # by __next__
+
+    # For whoever writes it to a client.
+
+    def connect(
+        self,
+        connection: Connection,
+        *,
+        is_encoded: bool = False,
+        written: bytes = b"",
+    ) -> None:
+        """Say which connection the chunks go to, before the first is taken.
+
+        Args:
+            connection: The connection.
+            is_encoded: The response has a Content-Encoding: the source's bytes are
+                not events as they stand, and nothing may be added to them.
+            written: What has been written already, or the last 4 bytes of it;
+                then the opening is left out.
+
+        Raises:
+            RuntimeError: It goes to another connection already, or has ended.
+        """
+        if self._connection not in (None, connection) or self.reason:
+            raise RuntimeError(ANSWERED)
+        self._connection = connection
+        is_line = connection.parses_events
+        self._keepalive = sse.comment(_KEEPALIVE, is_line=is_line)
+        if self._opening is not None:
+            self._opening = sse.comment(OPENING, is_line=is_line)
+            if self._retry is not None and connection.is_event_source:
+                self._opening = self._retrying
+        if written:
+            self._tail, self._opening = written, None
+        if is_encoded:
+            self._opening = None
+            self._format = Format(self._format.encode, lambda tail: False)
+
+    def leave(self) -> bool:
+        """Leave a connection to which nothing has been written; tell whether it has."""
+        if self._process is not None or self._once:
+            return False
+        self._connection = None
+        return True
+
+    @property
+    def has_connection(self) -> bool:
+        """Whether it is known to whom its chunks go."""
+        return self._connection is not None
+
+    def is_new(self, *, is_events: bool) -> bool:
+        """Tell whether it waits for a client, in a format of events or in another."""
+        return (
+            self._connection is None
+            and not self._once
+            and self._process is None
+            and self._is_event_stream == is_events
+        )
+
+    def is_over_for(self, connection: Connection) -> bool:
+        """Tell whether this client has been told to stop, and came back.
+
+        Whoever asks answers it with 204, so it may be told to stop.
+        """
+        self._is_asked = True
+        id = connection.last_event_id
+        return id == sse.REFUSED_ID or (self._end_mode == "stop" and id == sse.END_ID)
+
+    def __iter__(self) -> Iterator[bytes]:
+        if self._body is None and self._source is not None:
+            source = self._source
+            body = (
+                self._subscribed(source)
+                if isinstance(source, Subscription)
+                else self._chunks(source)
+            )
+            self._body = weakref.ref(body)
+            return body
+        running = self._body() if self._body is not None else None
+        return iter(()) if running is None else running
+
+    def __next__(self) -> bytes:
+        if self._pulled is None:
+            self._pulled = iter(self)
+        return next(self._pulled)
+
+    def close(self) -> None:
+        """End the stream and close its source, exactly once.
+
+        Called while the source is running, be it from another thread, this leaves
+        the closing to the thread that runs it. Calling it again does nothing.
+        """
+        swap, self._swap = self._swap, None
+        if swap is not None:
+            swap.close()
+        if self._client is not None:  # it goes on, without this response
+            self._settle_response()
+            self._let_go()
+            return
+        if isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit)):
+            # The exit came between two steps, or in the server, which sends no more.
+            # The server's frame may have dropped the iterator already.
+            is_partial = not self._once or self._is_dropped
+            self._is_to_cut |= is_partial and self._process is not None
+        if not self._once:
+            gone = self._connection is not None and self._connection.is_hung_up()
+            self._over(self._how_gone() if gone else "closed")
+        # The other side sets is_running before it looks for an end: one of the two
+        # sees the other, and whoever pops the source closes it.
+        if self.is_running:
+            return
+        if self._is_to_cut and self._connection is not None:
+            self._is_to_cut = False
+            self._connection.cut()
+        if self._is_closed:
+            self._let_go()
+            return
+        self._close_source()
+        self._settle()
+        self._let_go()
+        self._raise_exit()
+
+    def __del__(self) -> None:
+        # A server that does not close what it has read to the end.
+        if getattr(self, "_swap", None) is not None:
+            self.close()
+        if getattr(self, "_served", None) is not None:
+            self._let_go()
+        if getattr(self, "_place", None) is not None and self._client is None:
+            self._leave_place()
+
+    def stop(self, reason: str = "closed") -> None:
+        """End the stream, from any thread or greenlet.
+
+        A wait in its generator ends at once; a generator that is busy with something
+        else is closed at its next yield. After "finished" and "closed" the client sees
+        a whole response; a browser comes back, except after "finished" of a stream
+        with ``end="stop"``. After the others an EventSource sees the same, and comes
+        back later; for other clients, who would take it for a whole answer, the
+        response is cut.
+
+        Args:
+            reason: "closed", "finished", "kicked", "denied" or "shutdown".
+
+        Raises:
+            ValueError: It is none of these.
+        """
+        if reason not in REASONS:
+            raise ValueError(
+                f"reason must be one of {', '.join(sorted(REASONS))}, got {reason!r}"
+            )
+        if self._client is not None:
+            self._client.stop(reason)
+            return
+        self._over(reason)
+
+    def abandon(self, reason: str) -> None:
+        """End the stream, whose generator is busy with what may never come back.
+
+        A greenlet is told. A thread cannot be, so its client is let go without it: the
+        connection is cut, and the server finds that out when the thread goes on.
+
+        Args:
+            reason: As for `stop`.
+        """
+        self.stop(reason)
+        connection = self._connection
+        if (
+            connection is not None
+            and self.is_running
+            and not self._in_hub
+            and self._has_socket(self._fd)
+        ):
+            connection.drop()
+
+    def shut_down(self, since: float, until: float) -> None:
+        """End the stream, or let it finish: its server has been told to stop.
+
+        Called again and again until it has ended, from any thread; from then on too,
+        until its server is done with it.
+
+        Args:
+            since: When that was first seen, `time.monotonic`.
+            until: When a generator may run no longer.
+        """
+        now = time.monotonic()
+        if self._client is not None:
+            self._client.stop("shutdown")
+            return
+        if now >= self._drained_at(since, until):
+            self._over("shutdown")
+        self._hurry(now, until)
+
+    def refuse(self) -> None:
+        """End it before it has begun: there is no place for it."""
+        self._end("refused")
+        self.close()
+
+    # For the generator.
+
+    @property
+    def reason(self) -> str | None:
+        """Why the stream has ended, one word; ``None`` while it lives."""
+        if self._client is not None:
+            return self._client.reason
+        token = self._once.get("end")
+        return None if token is None else token[0]
+
+    @property
+    def connected(self) -> bool:
+        """Whether the client is there: one look at the socket, now.
+
+        ``True`` where the server hides its socket, ``False`` once the stream has
+        been closed.
+        """
+        if self._is_closed or self.reason in ("disconnected", "send_timeout"):
+            return False
+        if self._connection is None or not self._connection.is_hung_up():
+            return True
+        if current_scope() is self:
+            # Its generator knows now, and may clean up: it is not interrupted.
+            self._end(self._how_gone())
+            self._closing = True
+        return False
+
+    @property
+    def last_event_id(self) -> str | None:
+        """The id of the last event that the client has, ``None`` if it says none.
+
+        It comes from the client: expect any text.
+        """
+        if self._connection is None:
+            return None
+        id = self._connection.last_event_id
+        return None if id in sse.RESERVED_IDS else id
+
+    @property
+    def is_multiprocess(self) -> bool:
+        """Whether other processes of the server answer requests, too."""
+        return self._connection is not None and self._connection.is_multiprocess
+
+    def sleep(self, seconds: float) -> None:
+        """Do as `syncstream.sleep`."""
+        sleep(seconds)
+
+    def wait(self, waitable: Any, timeout: float | None = None) -> Any:
+        """Wait for a queue's next item, an event or a condition.
+
+        It does what the waitable's own ``get(timeout=timeout)`` or ``wait(timeout)``
+        does, and ends at once, as `sleep` does, when the stream ends. Nothing polls.
+
+        Args:
+            waitable: A ``queue.Queue`` or one of its kin, a ``threading.Event`` or
+                ``threading.Condition`` (held by the caller); under gevent also
+                gevent's own.
+            timeout: Seconds, ``None`` for no limit.
+
+        Returns:
+            A queue's item; else whether it came before the time was over.
+
+        Raises:
+            queue.Empty: The time is over, and the queue has nothing.
+            ClientDisconnected: The client has gone.
+            GeneratorExit: The stream ends for another reason.
+            TypeError: Nothing could wake such a wait (``queue.SimpleQueue`` in a
+                thread, for one).
+        """
+        return wait(waitable, timeout)
+
+    def link(self, closable: T) -> T:
+        """Close this when the stream ends, and at once when the client leaves.
+
+        For what a thread blocks on, and nothing else could wake. When the stream ends
+        while its generator runs:
+
+        - A socket is shut down, so that a read of it ends: also that of a response of
+          requests, httpx (HTTP/1.1), urllib3 or ``http.client``, of a stream of the
+          openai SDK, of a redis pubsub.
+        - A database connection or cursor (psycopg, sqlite3) is cancelled. A
+          connection that waits without a query, as in ``connection.notifies()``, is
+          shut down.
+        - A process (``subprocess.Popen``, ``multiprocessing.Process``) gets SIGTERM,
+          and SIGKILL 2 s later, so that a read of its output ends. Processes that it
+          has started are its own affair: ``exec`` in a shell's command.
+        - Anything else is closed from another thread. If the generator still waits
+          5 s later, the log says so.
+
+        What that raises in the generator is not logged as an error. Under gevent the
+        generator is interrupted anyway.
+
+        Args:
+            closable: It has a ``close()``, which the generator's own thread calls
+                at the end of the stream, or is a process, which is then ended and
+                waited for, and its pipes are closed.
+
+        Returns:
+            The same.
+
+        Raises:
+            TypeError: It has no ``close()``; or its ``close()`` would not end a read
+                (a pipe, a generator, a ``requests.Session``, a session of
+                SQLAlchemy's): the message names what to link instead.
+        """
+        self._links.append(Link(closable))
+        if self.is_over():
+            self._interrupt()
+        return closable
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Call this once, without arguments, when the stream has ended.
+
+        Callbacks run after the source was closed, in the order they were given; an
+        exception in one is logged. On a stream that has closed it runs at once.
+
+        Raises:
+            TypeError: It cannot be called.
+        """
+        if not callable(callback):
+            raise TypeError(f"callback must be callable, got {callback!r}")
+        if self._client is not None:
+            self._client.on_close(callback)
+            return
+        self._callbacks.append(callback)
+        if self._is_closed:
+            self._run_callbacks(self._callbacks)
+
+    def on_response_close(self, callback: Callable[[], object]) -> None:
+        """Call this once when the server is done with the response.
+
+        That is the stream's end, unless its client has been handed over.
+
+        Raises:
+            TypeError: It cannot be called.
+        """
+        if not callable(callback):
+            raise TypeError(f"callback must be callable, got {callback!r}")
+        self._response_callbacks.append(callback)
+        if self._is_closed:
+            self._settle_response()
+
+    def hold(self, place: Place) -> None:
+        """Take a place, to be released at the end, also if nobody closes it."""
+        self._place = place
+        if self._process is not None or not self.will_leave:
+            place.stay()
+
+    # For the waits.
+
+    def is_over(self) -> bool:
+        """Tell whether it has ended, and its source has not been told yet."""
+        return bool(self._once) and not self._closing
+
+    def check(self) -> None:
+        """Raise the end of the stream, once, if it is known by now.
+
+        Again where the source has swallowed that, and goes on: it would never end.
+        """
+        if self._closing:
+            if self.was_told and not _is_unwinding():
+                self._name_source("swallows the end of its waits, and is ended there")
+                insist(self._exit())
+            return
+        connection = self._connection
+        if not self._once and connection is not None and connection.is_hung_up():
+            self._end(self._how_gone())
+        if self._once:
+            self._closing = self.was_told = True
+            raise self._exit()
+
+    def before_wait(self) -> None:
+        """Give back what the application should not hold while the stream waits."""
+        self.has_waited = True
+        if self._connection is not None:
+            self._connection.before_wait()
+
+    # The life itself.
+
+    def _chunks(self, source: Iterable[Any]) -> Iterator[bytes]:
+        """Yield the response's chunks; the one place that runs the source."""
+        try:
+            self._begin()
+            failed: list[BaseException] = []  # lists: a name here would keep an error
+            refused: list[BaseException] = []  # alive by its own traceback
+            if self._opening is not None and not self._once:
+                yield self._opened()
+            if self._once:
+                yield from self._finish()
+                return
+            self._warn()
+            try:
+                with entered(self):
+                    self.before_wait()
+                    iterator = iter(source)
+                    if iterator is not source:
+                        self._to_close.append(iterator)
+                    advance: Callable[[], Any] = iterator.__next__
+                    throw = getattr(iterator, "throw", None)
+            except BaseException as error:
+                failed.append(error)
+            if failed:
+                yield from self._fail(failed)
+                return
+            encode, ended = self._format.encode, self._once
+            reference = self.reference
+            monotonic, running, runner = time.monotonic, current.get, runner_function()
+            look_at = 0.0
+            while True:
+                # What entered(self) does, for the path of every event: the scope
+                # stays ours after the step, unless another running stream's was.
+                outer = running()
+                if outer is not reference:
+                    current.set(reference)
+                self.runner = runner()  # a copied context may have moved us
+                self.is_running = True
+                try:
+                    if ended:
+                        break
+                    item = throw(refused.pop()) if refused and throw else advance()
+                except StopIteration as stop:
+                    if stop.value is not None and not ended:
+                        returned = checked_return(stop.value)
+                        if returned is not None:
+                            failed.append(returned)
+                            del returned
+                    if not failed:
+                        self._end("finished")
+                        break
+                except BaseException as error:
+                    if ended or self._is_end(error):
+                        self._after_end(error)
+                        break
+                    failed.append(error)
+                finally:
+                    self.is_running = False
+                    if self._is_writing:
+                        self._await_writer()
+                    if outer is not reference and _is_running(outer):
+                        current.set(outer)
+                if ended:
+                    break
+                chunk = None
+                if not failed:
+                    try:
+                        chunk = encode(item)
+                    except BaseException as error:
+                        # Thrown at the yield, the user's line is in its traceback.
+                        (failed if throw is None else refused).append(error)
+                if failed:
+                    yield from self._fail(failed)
+                    return
+                now = monotonic()
+                if now >= look_at:
+                    look_at = now + LOOK_EVERY
+                    self._look(now)
+                    if ended:
+                        break
+                if chunk is not None:
+                    # What begins with neither a colon nor a line end says by itself
+                    # how it ends; most begin with a letter.
+                    if chunk > b";" or (len(chunk) > 3 and chunk[0] != 58):
+                        self._tail = chunk
+                    else:
+                        chunk = self._noted(item, chunk)
+                    self._moved = now
+                    self._events += 1
+                    if len(chunk) > _PIECE:
+                        yield from self._pieces(chunk)
+                        continue
+                    self._bytes += len(chunk)
+                    yield chunk
+                elif self._is_silent(now) and self._format.is_whole(self._tail):
+                    self._moved = now
+                    self._bytes += len(self._keepalive)
+                    yield self._keepalive
+            yield from self._finish()
+        except GeneratorExit:
+            # Whoever wraps us by `yield from`, or just drops us, closes the stream.
+            self._is_dropped = not self._once
+            self.close()
+            if not self._thrown_at:
+                raise
+            # Ours, which has hit a moment too late: it would end the server's thread.
+            raised = self._cut()
+            if raised is not None:
+                raise raised from None
+
+    def _subscribed(self, source: Subscription) -> Iterator[bytes]:
+        """Do the same for a subscription; until it is handed over, if it can be.
+
+        No code of the application's runs in the steps, nor is there anything to
+        encode: less is to be done for each of them.
+        """
+        try:
+            self._begin()
+            failed: list[BaseException] = []
+            # Before the client hears that it is open: it may publish then.
+            first, events = b"", 0
+            try:
+                if not self._once:
+                    first, events = self._first_step(source)
+            except BaseException as error:
+                if not self._is_end(error):
+                    failed.append(error)
+            if self._opening is not None and not self._once:
+                if not failed:
+                    self._begin_hand_over()
+                yield self._opened()
+                if self._swap is not None and self._is_handed_over(first, events):
+                    return
+            if failed and not self._once:
+                yield from self._fail(failed)
+                return
+            ended, watched = self._once, self._hung_up is not None
+            if not ended:
+                self._warn()
+                if first:
+                    self._moved = time.monotonic()
+                    self._events += events
+                    yield from self._pieces(first)
+            # What it sends is whole events, or lines, as no bytes at all are.
+            self._tail = b"\n\n" if self._is_event_stream else b""
+            dumps = dumps_or_default(self._format.dumps)
+            self._frames = frames = source.frames(self._is_event_stream, dumps, self)
+            advance, reference = frames.__next__, self.reference
+            monotonic, running, runner = time.monotonic, current.get, runner_function()
+            look_at = 0.0
+            while not ended:
+                outer = running()
+                if outer is not reference:
+                    current.set(reference)
+                self.runner = runner()
+                self.is_running = True
+                try:
+                    if ended:
+                        break
+                    chunk = advance()
+                except BaseException as error:
+                    if ended or self._is_end(error):
+                        self._after_end(error)
+                        break
+                    failed.append(error)
+                finally:
+                    self.is_running = False
+                    if self._is_writing:
+                        self._await_writer()
+                    if outer is not reference and _is_running(outer):
+                        current.set(outer)
+                if ended:
+                    break
+                if failed:
+                    yield from self._fail(failed)
+                    return
+                self._moved = now = monotonic()
+                if now >= look_at:
+                    look_at = now + (WATCHED_LOOK_EVERY if watched else LOOK_EVERY)
+                    self._look(now)
+                    if ended:
+                        break
+                if len(chunk) > _PIECE:
+                    yield from self._pieces(chunk)
+                    continue
+                self._bytes += len(chunk)
+                yield chunk
+            yield from self._finish()
+        except GeneratorExit:
+            self._is_dropped = not self._once
+            self.close()
+            raise
+
+    def _pieces(self, chunk: bytes) -> Iterator[bytes]:
+        """Yield a chunk; in pieces where that alone shows that the client takes it.
+
+        Nothing is done between the pieces: they are one chunk.
+        """
+        is_seen = self._fd < 0 or acknowledged(self._fd) is not None
+        size = len(chunk) if is_seen else _PIECE
+        for start in range(0, len(chunk), size):
+            piece = chunk[start : start + size]
+            self._bytes += len(piece)
+            yield piece
+
+    def _opened(self) -> bytes:
+        assert self._opening is not None
+        self._tail = sse.tail_after(b"", self._opening)
+        self._bytes += len(self._opening)
+        return self._opening
+
+    def _noted(self, item: Any, chunk: bytes) -> bytes:
+        """Take note of a chunk that is short or a comment; return what to send.
+
+        The application's own comments go out as ours do; what it has framed, as it is.
+        """
+        if (
+            self._connection is not None
+            and self._connection.parses_events
+            and self._format.is_events
+            and not isinstance(item, (bytes, bytearray, memoryview))
+            and sse.ends_blank(self._tail)
+        ):
+            chunk = sse.without_blank(chunk)
+        self._tail = sse.tail_after(self._tail, chunk)
+        return chunk
+
+    def _warn(self) -> None:
+        if self._connection is not None:
+            self._connection.warn()
+            return
+        process().warn_once(
+            log,
+            "a stream has no connection: its request was not found, so that it is not"
+            " told when its client leaves or its server stops, and has no keepalive."
+            " Return the response itself from the view",
+            "no connection",
+        )
+
+    # Without the server.
+
+    def _is_to_hand_over(self) -> bool:
+        return (
+            self._may_hand_over
+            and native_epoll() is not None  # without it there is no loop
+            and self._is_event_stream
+            and self._opening is not None
+            and self._connection is not None
+        )
+
+    @property
+    def will_leave(self) -> bool:
+        """Whether its thread is to be given back as soon as its head is out."""
+        return isinstance(self._source, Subscription) and self._is_to_hand_over()
+
+    def _first_step(self, source: Subscription) -> tuple[bytes, int]:
+        """Begin; return what there is for a client that is to be handed over."""
+        with entered(self):
+            try:
+                source.begin()
+                if not self._is_to_hand_over():
+                    return b"", 0
+                self.before_wait()
+                chunk, events, _ = source.step()
+            except Unavailable:
+                return b"", 0  # it waits for the broker, as those who are there do
+            source.count(events)
+        return chunk, events
+
+    def _begin_hand_over(self) -> None:
+        """Take the connection from its server, if it can be, until it has written."""
+        if not self._is_to_hand_over():
+            return
+        assert self._connection is not None
+        # Its number will soon be another's.
+        self._observe_no_more()
+        try:
+            self._swap = self._connection.swap()
+        except Full as error:
+            self._log(logging.DEBUG, f"%s is refused: {error}")
+            self._end("refused")
+        except ClientDisconnected:
+            self._end("disconnected")
+        if self._swap is None:
+            self._stay()
+
+    def _stay(self) -> None:
+        """Stay in the thread or greenlet of the request, and be watched there."""
+        if self._place is not None:
+            self._place.stay()
+        self._observe()
+
+    def _is_handed_over(self, first: bytes, events: int) -> bool:
+        """Take the connection for good, and let the loop go on with it."""
+        connection, process, served = self._connection, self._process, self._served
+        source = self._source
+        assert isinstance(source, Subscription)
+        assert connection is not None
+        assert self._swap is not None
+        assert self._opening is not None
+        assert process is not None
+        assert served is not None
+        life, is_ready = self._life, False
+        try:
+            # All that may fail comes before the connection is taken.
+            loop = fanout()
+            terms = loop.prepare(
+                process,
+                served,
+                keepalive=life.keepalive,
+                send_timeout=life.send_timeout,
+                retry=self._retry or 0,
+                comes_back=self._comes_back(),
+                reasons=REASONS,
+                before_wait=connection.hooks,
+                comment=self._keepalive,
+            )
+            client = Client(
+                loop,
+                -1,
+                source,
+                terms[0],
+                label=process.shared_label(self._label),
+                began=self._began,
+                deadline=self._deadline,
+                events=events,
+                bytes=len(self._opening) + len(first),
+            )
+            source.detach(client)
+            is_ready = True
+        except (OSError, RuntimeError, MemoryError) as error:
+            text = f"clients stay with their server: {error!r}"
+            process.warn_once(log, text, "no loop")
+        taken = None
+        if is_ready and not self._once:
+            taken = self._swap.take(self._opening)
+        if taken is None:
+            self._swap.undo()
+            self._swap = None
+            if is_ready:
+                source.detach(None)
+            self._stay()
+            return False
+        callbacks = tuple(self._callbacks)
+        try:
+            client.fd, client.terms = taken.fd, terms[taken.is_chunked]
+            head = taken.head
+            if first:
+                chunk = b"%x\r\n%b\r\n" % (len(first), first)
+                head += chunk if taken.is_chunked else first
+            client.place, self._place = self._place, None
+            if client.place is not None:
+                client.place.leave_thread()
+            self._client = client
+            client.callbacks = callbacks
+            self._callbacks.clear()
+            self._to_close.clear()
+            self._source = None
+            loop.add(client, head)
+        except BaseException:  # of a signal's handler, say
+            if not client.is_given:  # it ends here, with all that it has
+                release(taken.fd)
+                self._client, self._to_close = None, [source]
+                self._place = self._place or client.place
+                if not self._callbacks:
+                    self._callbacks.extend(callbacks)
+                self._end("error")
+            raise
+        token = self._once.get("end")
+        if token is not None:  # it came while this was done
+            client.stop(token[0])
+        return True
+
+    def _is_end(self, error: BaseException) -> bool:
+        """Tell an end of which we did not know yet from a failure."""
+        if isinstance(error, ClientDisconnected) and not self.connected:
+            self._end("disconnected")
+        elif isinstance(error, Closed):
+            self._is_lagged = error.reason == "lagged"
+            self._end(error.reason if error.reason in REASONS else "closed")
+        # gunicorn's handlers of SIGQUIT and SIGABRT exit, wherever that hits.
+        elif self._is_exit(error) or (
+            isinstance(error, SystemExit) and self._until() is not None
+        ):
+            self._end("shutdown")
+        return bool(self._once)
+
+    def _is_exit(self, error: BaseException) -> bool:
+        """Tell the end of the whole process from a source that calls sys.exit().
+
+        Ctrl-C in the main thread, and what a signal's handler raises there, belong to
+        a server that serves in that thread. Anywhere else it must not get them: a
+        SystemExit ends gevent's hub, or a thread of a pool, for everybody.
+        """
+        return (
+            isinstance(error, (KeyboardInterrupt, SystemExit))
+            and not self._in_hub
+            and threading.current_thread() is threading.main_thread()
+            and (self._connection is None or self._connection.lets_exits_through)
+            and (
+                isinstance(error, KeyboardInterrupt)
+                or self._until() is not None
+                or _is_of_a_signal(error)
+            )
+        )
+
+    def _keep_exit(self, error: BaseException | None) -> bool:
+        """Keep what ends the whole process until the stream has ended; tell if so."""
+        if error is None or not self._is_exit(error):
+            return False
+        if not self._exits:
+            self._exits.append(error)
+        return True
+
+    def _raise_exit(self) -> None:
+        """Raise what ends the whole process, if anything does."""
+        if self._exits:
+            raise self._exits.pop()
+
+    def _look(self, now: float) -> None:
+        """See for ourselves what the watch would tell, if it came to run."""
+        watch, connection = self._watch, self._connection
+        # A generator that never waits never lets the hub run: nobody else is served,
+        # and gunicorn's SIGQUIT comes to nothing.
+        if self.has_waited:
+            self.has_waited = False
+        elif self._in_hub and watch is not None and now - watch.ran_at > STARVED:
+            sleep_in_hub(0)
+        if now >= self._deadline:
+            self._end("max_duration")
+        if self._hung_up is not None and now < self._poll_at:
+            return
+        self._poll_at = now + WATCHED_LOOK_EVERY
+        if connection is not None and connection.is_hung_up():
+            self._end(self._how_gone())
+            return
+        until = self._until()
+        if until is not None:
+            assert self._served is not None
+            since = self._served.since or now
+            if time.monotonic() >= self._drained_at(since, until):
+                self._end("shutdown")
+
+    def _until(self) -> float | None:
+        """Return until when work may go on, if the server has been told to stop."""
+        process, served = self._process, self._served
+        if process is None or served is None:
+            return None
+        return process.until(served)
+
+    def _drained_at(self, since: float, until: float) -> float:
+        """Return when this stream has to end, if its server stops."""
+        drain = self._life.drain
+        if isinstance(self._source, Subscription):
+            return since  # it never ends by itself
+        if drain is None:
+            drain = 0.0 if self._comes_back() else math.inf
+        return min(until, since + drain)
+
+    def _comes_back(self) -> bool:
+        """Tell whether the client takes an end in good order for a break."""
+        return (
+            self._format.is_events
+            and self._connection is not None
+            and self._connection.is_event_source
+        )
+
+    def _is_silent(self, now: float) -> bool:
+        keepalive = self._life.keepalive
+        return (
+            keepalive is not None
+            and self._format.is_events
+            and now - self._moved >= keepalive
+        )
+
+    def _after_end(self, error: BaseException) -> None:
+        """Take what left the source after the stream had ended."""
+        # A ``finally`` that waits is told of the end instead.
+        if self._keep_exit(error) or self._keep_exit(error.__context__):
+            return
+        if isinstance(error, (GeneratorExit, Closed)) or is_greenlet_exit(error):
+            return
+        # What a link that was cut makes the source raise is not its fault, nor is
+        # the exit of a worker that stops.
+        expected = bool(self._links) or not isinstance(error, Exception)
+        level = logging.DEBUG if expected else logging.ERROR
+        self._log(level, f"the source of %s failed at its end ({self.reason})", error)
+
+    def _finish(self) -> Iterator[bytes]:
+        """Close the source, say a last word to the client, or cut the response."""
+        self._close_source()
+        raised = None
+        is_partial = self.reason in _CUT or self._is_lagged
+        if is_partial and not self._comes_back():
+            last = self._answer_unsent()
+            if not last:
+                raised = self._cut()
+        else:
+            last = self._last_block()
+        if last:
+            self._bytes += len(last)
+            yield last
+        # Not every server, and not every middleware, calls close().
+        self._settle()
+        self._raise_exit()
+        if raised is not None:
+            raise raised
+
+    def _cut(self) -> BaseException | None:
+        """Make truncation visible; return what to raise, ``None`` to just end.
+
+        Beside an exit that is to get through, later: Werkzeug reads from its socket
+        before it is done, and takes what that raises then instead of the exit.
+        """
+        if self._connection is None:
+            return None
+        if self._exits:
+            self._is_to_cut = True
+            return None
+        return self._connection.cut()
+
+    def _answer_unsent(self) -> bytes:
+        """Answer by a status, if no byte has left; return the body, ``b""`` if not."""
+        if self._is_out or self._connection is None:
+            return b""
+        status = 403 if self.reason in ("denied", "kicked") else 503
+        error = RuntimeError(f"the stream has ended before it began: {self.reason}")
+        return self._connection.answer(error, status, b"") or b""
+
+    def _last_block(self) -> bytes:
+        """Return what the client is told at an end in good order."""
+        if not (self._format.is_events and self._format.is_whole(self._tail)):
+            return b""
+        if self.reason == "finished":
+            return self._end_block()
+        return self._come_back(str(self.reason))
+
+    def _come_back(self, reason: str) -> bytes:
+        """Return what asks an EventSource to come back; others make events of it."""
+        return come_back(reason, self._retry or 0) if self._comes_back() else b""
+
+    def _end_block(self, *, is_refused: bool = False) -> bytes:
+        """Return the block after which a browser, coming back, gets 204."""
+        stops = self._end_mode == "stop" or (is_refused and self._is_asked)
+        if not (
+            stops and self._connection is not None and self._connection.is_event_source
+        ):
+            return b""
+        # The blank line puts the id in force; there is no data, so no event.
+        id = sse.END_ID if self._end_mode == "stop" else sse.REFUSED_ID
+        return f"id: {id}\n\n".encode()
+
+    def _fail(self, failed: list[BaseException]) -> Iterator[bytes]:
+        """Log a source's error, say a last word to the client, cut the response.
+
+        After an event of ``on_error`` it ends in order: that event is the sign, and
+        browsers' fetch loses what comes just before a cut (Chromium: 13 to 18 of 25).
+
+        Args:
+            failed: The error, alone; it is taken out.
+        """
+        if not self._is_out and not is_greenlet_exit(failed[0]):
+            yield from self._fail_unsent(failed)
+            return
+        block = self._refusal(failed[0])
+        last, is_told = self._bury(failed[0], block)
+        if last:
+            self._bytes += len(last)
+            yield last
+        if is_told or (block and last.endswith(block)):  # the end behind it is whole
+            failed.clear()
+            self._settle()
+            self._raise_exit()
+            return
+        raised = self._cut()
+        self._settle()
+        self._raise_exit()
+        if self._shows(failed[0]):
+            raised = failed[0]
+        failed.clear()
+        if raised is not None:
+            try:
+                raise raised
+            finally:
+                raised = None  # its traceback has this frame
+
+    def _shows(self, error: BaseException) -> bool:
+        """Tell whether the source's error goes to who iterates: a test, say."""
+        connection = self._connection
+        is_exit = isinstance(error, GeneratorExit) or is_greenlet_exit(error)
+        return not is_exit and (connection is None or connection.shows_errors)
+
+    @property
+    def _is_out(self) -> bool:
+        """A byte of the response may have left."""
+        return bool(self._is_event_stream or self._tail or self._bytes or self._events)
+
+    def _refusal(self, error: BaseException) -> bytes:
+        """Return what keeps a browser away for good, if an error is to do that."""
+        if not (is_answer(error) or isinstance(error, Returned)):
+            return b""
+        return self._end_block(is_refused=True)
+
+    def _fail_unsent(self, failed: list[BaseException]) -> Iterator[bytes]:
+        """Answer with an error's status instead of a stream: no byte has left."""
+        error, connection = failed.pop(), self._connection
+        raised: BaseException | None = None
+        try:
+            self._end("error")
+            self._close_source()
+            (words, is_told), status = self._last_words(error), status_of(error)
+            body = None
+            if connection is not None:
+                body = connection.answer(error, status, words)
+            if body is not None:
+                level = logging.ERROR if status >= 500 else logging.DEBUG
+                self._log(level, "the source of %s failed", error)
+                self._bytes += len(body)
+                yield body
+            elif connection is None or words or not connection.answers_errors:
+                self._log(logging.ERROR, "the source of %s failed", error)
+                if words:
+                    self._bytes += len(words)
+                    yield words
+                if not is_told:
+                    raised = self._cut()
+                if self._shows(error) and not is_told:
+                    raised = error
+            else:
+                told = error if not connection.logs_errors else None
+                message = "the source of %s failed before its first item"
+                self._log(logging.ERROR, message, told)
+                raised = error
+                if not isinstance(error, Exception):  # GeneratorExit, for one
+                    raised = RuntimeError(f"a source raised {type(error).__name__}")
+                    raised.__cause__ = error
+            self._settle()
+            self._raise_exit()
+            if raised is not None:
+                raise raised
+        finally:
+            # Their tracebacks have this frame, and so what it names.
+            error, raised, failed = RuntimeError(), None, []
+
+    def _bury(self, error: BaseException, refusal: bytes = b"") -> tuple[bytes, bool]:
+        """Log a source's error, close the source.
+
+        Args:
+            error: It.
+            refusal: What comes last, instead of what asks a client to come back.
+
+        Returns:
+            The last words, and whether one of them is the application's own.
+        """
+        if is_greenlet_exit(error):
+            # gevent ends this greenlet, or the source ends itself in that way.
+            self._end("shutdown")
+            self._close_source()
+            self._log(logging.WARNING, "the greenlet of %s was killed")
+            return b"", False
+        is_first = isinstance(error, Returned) and not self._events
+        self._end("refused" if is_first else "error")
+        message = "the source of %s failed"
+        if self._is_event_stream and (is_answer(error) or isinstance(error, Returned)):
+            message += _TOO_LATE
+        self._close_source()
+        self._log(logging.ERROR, message, error)
+        return self._last_words(error, refusal)
+
+    def _last_words(
+        self, error: BaseException, refusal: bytes = b""
+    ) -> tuple[bytes, bool]:
+        if not self._format.is_whole(self._tail):
+            return b"", False
+        words = b""
+        if self._on_error is not None and isinstance(error, Exception):
+            try:
+                with entered(self):
+                    words = self._format.encode(self._on_error(error)) or b""
+            except BaseException as second:
+                if not self._keep_exit(second):
+                    self._log(logging.ERROR, "on_error of %s failed", second)
+        is_told = bool(words)
+        if self._format.is_events and self._format.is_whole(words):
+            words += refusal or self._come_back("error")
+        return words, is_told
+
+    # Its ends.
+
+    def _is_first(self, what: str, value: str) -> bool:
+        """Tell whether this is the first time, whichever threads try at once."""
+        token = (value,)
+        return self._once.setdefault(what, token) is token
+
+    def _end(self, reason: str) -> bool:
+        """Set the reason; tell whether it is the first one, which stays."""
+        is_first = self._is_first("end", reason)
+        if is_first:
+            self._ended_at = time.monotonic()
+        return is_first
+
+    def _over(self, reason: str) -> None:
+        """End the stream from outside of its source, and wake that."""
+        if not self._end(reason):
+            return
+        if self._watch is not None:
+            self._watch.run(self._bring_through)
+        elif not self._in_hub:
+            self._interrupt()
+
+    def _exit(self) -> GeneratorExit:
+        if self.reason in ("disconnected", "send_timeout"):
+            return ClientDisconnected("the client has gone")
+        return GeneratorExit(f"the stream has ended: {self.reason}")
+
+    def _interrupt(self) -> None:
+        """Get the source out of what it waits in: in a hub callback, or any thread.
+
+        Under gevent the decision and the throw are one callback of the hub, so no
+        other greenlet runs in between: thrown a moment later (`gevent.kill`), it
+        could hit the server's own code, or its next request's.
+        """
+        if not self.is_running or self._closing:
+            return
+        if self._in_hub:
+            self._closing = self.was_told = True
+            self.runner.throw(self._exit())
+            return
+        if self._links:
+            self._unblock(tuple(self._links))
+        parked = self.parked
+        if parked is not None and not parked.wake() and self._watch is not None:
+            # Somebody holds its condition just now.
+            self._watch.call_at(
+                time.monotonic() + 0.005,
+                lambda: None if parked.wake() else time.monotonic() + 0.005,
+            )
+
+    def _unblock(self, links: tuple[Link, ...]) -> None:
+        """Get the thread out of what it reads; again while that goes on."""
+        began, place = time.monotonic(), place_of(links)
+        reference = self.reference
+        self._unblocked = links, place
+
+        def unblock_again() -> float | None:
+            now, stream = time.monotonic(), reference()
+            if stream is None or not stream.is_running or stream._closing:
+                return None
+            if place_of(links) != place:  # it cleans up, perhaps by these
+                return None
+            if stream.parked is not None:
+                return now + AGAIN
+            if now - began >= USELESS:
+                stream._say_useless(links)
+                return None
+            unblock(links, is_parked=False)
+            return now + AGAIN
+
+        unblock(links, is_parked=self.parked is not None)
+        if self._watch is not None:
+            self._watch.call_at(began + AGAIN, unblock_again)
+
+    def _say_useless(self, links: tuple[Link, ...]) -> None:
+        names = sorted({type(link.closable).__qualname__ for link in links})
+        text = (
+            f"%s goes on {USELESS:.0f} s after its end: what it has linked"
+            f" ({', '.join(names)}) does not end what it waits in; link the socket,"
+            " the response or the process that it reads from"
+        )
+        process().say_once(log, logging.WARNING, text, self._label)
+
+    # The watch's side: in its thread, or in a callback of the hub.
+
+    def _begin(self) -> None:
+        """Let the process and its watch know; in the thread or greenlet it is in."""
+        self._began = self._moved = now = time.monotonic()
+        self._in_hub = hub() is not None
+        self._thread = threading.get_ident()
+        record = self._process = process()
+        connection, life = self._connection, self._life
+        if life.max_duration is not None:
+            # Jittered, or clients that came together return together.
+            self._deadline = now + life.max_duration * random.uniform(0.9, 1)
+        try:
+            if connection is not None and life.keepalive and self._format.is_events:
+                connection.find_write()
+            self._observe()
+            self._served = record.opened(
+                self,
+                self._watch,
+                connection.server_key if connection is not None else None,
+                lambda: connection.stopping if connection is not None else None,
+            )
+        except BaseException:
+            self._leave_watch()
+            raise
+
+    def _observe(self) -> None:
+        """Have its connection watched, and its clock."""
+        connection, life = self._connection, self._life
+        try:
+            self._watch = watch()
+            fd = connection.fd if connection is not None else None
+            if fd is not None and fd >= 0:
+                # First: the client may have gone already, and we are told at once.
+                self._fd, self._hung_up = fd, _weakly(self._on_hang_up, None)
+                self._watch.add(fd, self._hung_up)
+                if life.send_timeout is not None:
+                    timeout = life.send_timeout + _GRACE
+                    before = give_up_after(fd, timeout)
+                    if not self._is_limited:
+                        self._kernel_timeout, self._is_limited = before, True
+            tick = self._next_tick(time.monotonic())
+            if tick < math.inf:
+                self._timer = self._watch.call_at(tick, _weakly(self._tick, None))
+        except (OSError, RuntimeError) as error:  # no descriptor or thread is left
+            self._log(logging.WARNING, "%s is not watched for a hang-up", error)
+
+    def _observe_no_more(self) -> None:
+        watch = self._watch
+        if watch is not None and self._timer is not None:
+            watch.cancel(self._timer)
+        if watch is not None and self._hung_up is not None:
+            watch.remove(self._fd, self._hung_up)
+        self._timer = self._hung_up = None
+        self._fd = -1
+
+    def _settle_response(self) -> None:
+        self._run_callbacks(self._response_callbacks)
+
+    def _leave_place(self) -> None:
+        place, self._place = self._place, None
+        if place is not None:
+            place.release()
+
+    def _settle(self) -> None:
+        """Finish: tell the callbacks, count it. The server may still be writing."""
+        self._is_closed = True
+        self._source = self._pulled = None
+        self._run_callbacks(self._callbacks)
+        self._settle_response()
+        self._leave_place()
+        if self._is_first("counted", "yes"):
+            self._count()
+
+    def _let_go(self) -> None:
+        """Have the watch and the process forget it: the server is done with it."""
+        served, self._served = self._served, None
+        if served is None or self._process is not process():
+            return  # a forked child's copy: the socket is its parent's, too
+        self._process.closed(self, served)
+        self._leave_watch()
+
+    def _leave_watch(self) -> None:
+        fd = self._fd
+        if self._connection is not None:
+            self._connection.leave_write()
+        self._observe_no_more()
+        # The connection may serve other requests after this one.
+        if self._is_limited and fd >= 0 and self._has_socket(fd):
+            give_up_after(fd, self._kernel_timeout)
+        self._watch = None
+
+    def _has_socket(self, fd: int) -> bool:
+        """Tell whether a descriptor is still that of our connection."""
+        return self._connection is not None and self._connection.fd == fd
+
+    def _on_hang_up(self) -> None:
+        self._over(self._how_gone())
+
+    def _how_gone(self) -> str:
+        """Return the reason for a client that is gone; first come, first told.
+
+        Whoever is first clears the kernel's error, or the server's next write would
+        fail with that: see `has_timed_out`.
+        """
+        fd = self._fd
+        timed_out = fd >= 0 and self._has_socket(fd) and has_timed_out(fd)
+        return "send_timeout" if timed_out else "disconnected"
+
+    def _next_tick(self, now: float) -> float:
+        """Return when the clock is to look at this stream next."""
+        life = self._life
+        if self._once:
+            tick = now + _STUCK
+        else:
+            tick = self._deadline
+            if life.keepalive is not None and self._format.is_events:
+                due = self._moved + life.keepalive
+                # Due already: something is in its way, for a moment at least.
+                tick = min(tick, due if due > now else now + life.keepalive / 4)
+        if life.send_timeout is not None and self._fd >= 0:
+            # By so much, at most, a client is dropped too late.
+            tick = min(tick, now + life.send_timeout / 4)
+            if self._full_since:
+                due = self._full_since + life.send_timeout
+                tick = min(tick, max(now + 0.01, due))
+        if self._connection is not None and self._connection.may_vanish:
+            tick = min(tick, now + VANISH_EVERY)
+        return tick
+
+    def _tick(self) -> float | None:
+        """Look whether something is due."""
+        if self._watch is None:
+            return None
+        now = time.monotonic()
+        if self._once:
+            self._look_after_the_end(now)
+        if self._fd >= 0 and not self._has_socket(self._fd):
+            # waitress closes from its own thread, and epoll forgets what is closed.
+            self._over("disconnected")
+            return None
+        if now >= self._deadline:
+            self._over("max_duration")
+        if self._fd >= 0 and self._life.send_timeout is not None:
+            self._look_at_the_client(now, self._life.send_timeout)
+        if self._is_silent(now) and not self._once:
+            self._watch.spawn(self._keep_alive)
+        tick = self._next_tick(time.monotonic())
+        return None if tick == math.inf else tick
+
+    def _look_at_the_client(self, now: float, send_timeout: float) -> None:
+        """Drop a client to which nothing has gone for a time, though it should."""
+        connection, sent = self._connection, self._bytes
+        if connection is None or (self.is_running and sent == self._all_sent):
+            return  # idle: all has gone when we looked last, and there is no more
+        progress = self._look_at_progress(connection)
+        before, self._progress = self._progress, progress
+        if not connection.is_full():
+            self._full_since = 0.0
+            self._all_sent = sent if self.is_running else -1
+        elif before is None or progress[0] != before[0] or progress[1] > before[1]:
+            self._full_since = now
+        elif not self._full_since:
+            # Nothing was taken since the last look, nor before the last chunk. If that
+            # was long ago we were stopped ourselves, and the client is not to blame.
+            earliest = now - send_timeout / 2
+            self._full_since = max(self._moved, self._looked_at, earliest)
+        if self._full_since and now - self._full_since >= send_timeout:
+            self._over("send_timeout")
+            connection.drop()
+            self._full_since = 0.0  # if that has no effect, once more after a while
+        self._looked_at = now
+
+    def _look_at_progress(self, connection: Connection) -> tuple[int | None, int]:
+        """Return what changes, and what grows, when the client takes something.
+
+        TCP says what was acknowledged. Where nothing does (Unix sockets, other systems)
+        what the server's socket has accepted counts: not to know is no time-out.
+        """
+        taken = acknowledged(self._fd)
+        if taken:  # 0: nothing yet, or a kernel that does not count (gVisor)
+            return taken, 0
+        return queued(self._fd), self._bytes - connection.unsent()
+
+    # From its end until its server is done with it.
+
+    def _bring_through(self) -> None:
+        """End what the source waits in, and check soon whether the stream has ended."""
+        watch, timer = self._watch, self._timer
+        if watch is not None:
+            if timer is not None:
+                watch.cancel(timer)
+            when = time.monotonic() + _STUCK
+            self._timer = watch.call_at(when, _weakly(self._tick, None))
+        self._interrupt()
+
+    def _look_after_the_end(self, now: float) -> None:
+        """Cut a write that blocks; name a source that does not notice its end."""
+        if self.is_running:
+            if now - self._ended_at >= _GHOST:
+                self._name_source(
+                    f"has not yielded for {_GHOST:.0f} s since its stream has ended"
+                    f" ({self.reason}), and holds its thread and its place: let it wait"
+                    " in syncstream.sleep or stream.wait, or yield None now and then"
+                )
+        elif self.reason in _CUT and now - self._ended_at >= _STUCK and self._is_full():
+            self._drop()
+
+    def _is_full(self) -> bool:
+        """Tell whether a write would have to wait for the client now."""
+        connection = self._connection
+        is_open = self._fd >= 0 and self._has_socket(self._fd)
+        return is_open and connection is not None and connection.is_full()
+
+    def _drop(self) -> None:
+        """Make a write that blocks fail."""
+        if self._connection is not None:
+            self._connection.drop()
+
+    def _hurry(self, now: float, until: float) -> None:
+        """Keep a stopping server from waiting for this stream, at each look.
+
+        A client that takes nothing is cut, whether its stream has ended or not.
+        """
+        if self.is_running:
+            self._stuck_since = 0.0
+            if self._is_deaf(now, until):
+                self._thrown_at = now
+                _throw_into(self._thread, lambda: self.is_running)
+            return
+        if not self._is_full():
+            self._stuck_since = 0.0
+            return
+        assert self._connection is not None
+        progress = self._look_at_progress(self._connection)
+        is_unwanted = self.reason in _CUT
+        if not self._stuck_since or (progress != self._stuck_at and not is_unwanted):
+            self._stuck_since, self._stuck_at = now, progress
+        elif now - self._stuck_since >= (_STUCK if is_unwanted else _FROZEN):
+            self._over("shutdown")
+            self._drop()
+
+    def _is_deaf(self, now: float, until: float) -> bool:
+        """Tell whether a thread ignores the end, and so keeps its server from stopping.
+
+        Such a thread waits in none of our waits. It gets a moment to end by itself, and
+        is interrupted once: its ``finally`` may take until the drain is over. A thread
+        whose linked read was ended has been told, too.
+        """
+        if not self._once or self._in_hub or self._closing or self.parked is not None:
+            return False
+        if self._thrown_at or self._has_moved():
+            told_at = self._thrown_at or self._ended_at
+            return now >= until and now - told_at >= _THROW_EVERY
+        return now - self._ended_at >= _STUCK
+
+    def _has_moved(self) -> bool:
+        """Tell whether a source has left the read out of which its links got it."""
+        if self._unblocked is None:
+            return False
+        links, place = self._unblocked
+        return place_of(links) != place
+
+    def _name_source(self, what: str) -> None:
+        """Say, once a stream, what is wrong with its source, and where that is."""
+        if self._is_first("named", "yes"):
+            self._say(logging.WARNING, f"{self._source_name} of %s {what}")
+
+    @property
+    def _source_name(self) -> str:
+        source = self._source
+        name = getattr(source, "__qualname__", None) or type(source).__qualname__
+        code = getattr(source, "gi_code", None)
+        place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+        return f"the generator {name}{place}".replace("%", "%%")
+
+    def _keep_alive(self) -> None:
+        """Write a comment while the source is busy, if it can be done now.
+
+        The source's side leaves ``is_running`` before it looks for ``_is_writing``:
+        one of the two sees the other.
+        """
+        if self._write_lock is None:
+            self._write_lock = make_lock()
+        with self._write_lock:
+            self._is_writing = True
+            try:
+                if self._may_write():
+                    assert self._connection is not None
+                    assert self._connection.write is not None
+                    self._connection.write(self._keepalive)
+                    self._bytes += len(self._keepalive)
+                    self._moved = time.monotonic()
+            except Exception as error:
+                # The client has left: that is found out where it belongs.
+                self._say(logging.DEBUG, "no keepalive for %s", error)
+            finally:
+                self._is_writing = False
+
+    def _may_write(self) -> bool:
+        connection = self._connection
+        return (
+            self.is_running
+            and not self._once
+            and self._is_silent(time.monotonic())
+            # Not into the middle of an event.
+            and self._format.is_whole(self._tail)
+            and connection is not None
+            and connection.write is not None
+            and connection.has_got(self._bytes)
+            and not connection.is_full()
+            # Or the write would take the error that says why: see `_how_gone`.
+            and not connection.is_hung_up()
+        )
+
+    def _await_writer(self) -> None:
+        with self._write_lock:
+            pass
+
+    def _count(self) -> None:
+        reason, record = str(self.reason), self._process
+        if record is None and reason == "closed":  # HEAD, or never sent
+            self._log(logging.DEBUG, "%s was closed before it began")
+            return
+        seconds = time.monotonic() - self._began if record is not None else 0.0
+        if self._frames is not None:
+            self._events += self._frames.events
+            self._frames = None  # it has us as its scope, and the other way round
+        (record or process()).count(reason, seconds, self._events, self._bytes)
+        self._log(
+            logging.DEBUG,
+            f"%s ended: {reason}, {seconds:.3f} s, {self._events} events,"
+            f" {self._bytes} bytes",
+        )
+
+    # Closing.
+
+    def _close_source(self) -> None:
+        """Close what has not been closed: the iterator, then what it came from."""
+        self._closing = True
+        # A link may have been closed by the source itself, with what it hangs on: a
+        # sqlite3 cursor's close() fails after its connection's.
+        ours = (self._to_close, logging.ERROR), (self._links, logging.DEBUG)
+        for closables, level in ours:
+            if closables is self._links:
+                self.was_told = False  # the source has gone; these may wait
+            while closables:
+                try:
+                    closable = closables.pop()
+                except IndexError:  # another thread was faster
+                    break
+                with entered(self):
+                    self._try_close(closable, level)
+
+    def _try_close(self, closable: Any, level: int) -> None:
+        for attempt in range(_CLOSE_TRIES):
+            try:
+                close = getattr(closable, "close", None)
+                if close is not None:
+                    self.was_told |= inspect.isgenerator(closable)
+                    close()
+            except BaseException as error:
+                if self._keep_exit(error):
+                    return
+                ignored = type(error) is RuntimeError and error.args == (
+                    "generator ignored GeneratorExit",
+                )
+                if not ignored or attempt == 0:
+                    self._log(level, "closing the source of %s failed", error)
+                if ignored:
+                    continue  # it yielded while it was closed: drop that, go on
+            return
+
+    def _run_callbacks(self, callbacks: deque[Callable[[], object]]) -> None:
+        while callbacks:
+            try:
+                callback = callbacks.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                callback()
+            except BaseException as error:
+                message = "a callback at the end of %s failed"
+                if not self._keep_exit(error):
+                    self._log(logging.ERROR, message, error)
+
+    def _log(
+        self, level: int, message: str, error: BaseException | None = None
+    ) -> None:
+        """Log a line; a handler that is broken does not break the stream."""
+        report(log, level, message, self._label, error=error)
+
+    def _say(
+        self, level: int, message: str, error: BaseException | None = None
+    ) -> None:
+        """Log a line, soon: on the watch's side, where a handler holds up all."""
+        say(log, level, message, self._label, error=error)
+
+    @property
+    def _label(self) -> str:
+        return self._connection.label if self._connection else "a stream"
+
+
+def _is_unwinding() -> bool:
+    """Tell whether what runs here does so because a generator is being ended.
+
+    In a ``finally``, or in an ``except`` for the end, and in what these call, the
+    exception is being handled; behind an ``except`` that has swallowed it, it is not.
+    """
+    error = sys.exc_info()[1]
+    while error is not None:
+        if isinstance(error, GeneratorExit) or is_greenlet_exit(error):
+            return True
+        error = error.__context__
+    return False
+
+
+def _is_of_a_signal(error: BaseException) -> bool:
+    """Tell whether an exception was raised by a signal's handler."""
+    handlers = set()
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        handlers.add(getattr(getattr(handler, "__func__", handler), "__code__", None))
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code in handlers for frame, _ in frames)
+
+
+def _throw_into(thread: int, is_due: Callable[[], bool]) -> None:
+    """Raise GeneratorExit in a thread, when it next runs Python code.
+
+    For the last seconds of a process only: it may hit a little later than meant, and
+    is then taken by `Stream._chunks`, or by the server.
+    """
+    if is_due():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread), ctypes.py_object(GeneratorExit)
+        )
+        _run_handler_in(thread)
+
+
+def _run_handler_in(thread: int) -> None:
+    """Have the main thread run Python code now, though it is in a system call.
+
+    By a signal for which it has a handler that does nothing: gunicorn's workers log
+    that they ignore SIGWINCH. No other thread runs any.
+    """
+    number = getattr(signal, "SIGWINCH", None)
+    if number is None or thread != threading.main_thread().ident:
+        return
+    if callable(signal.getsignal(number)):
+        signal.pthread_kill(thread, number)
+
+
+def _is_running(reference: Callable[[], Any] | None) -> bool:
+    """Tell whether a stream, by its reference, is inside its source."""
+    scope = reference() if reference is not None else None
+    return scope is not None and scope.is_running
+
+
+def _weakly(method: Callable[[], R], default: R) -> Callable[[], R]:
+    """Return a call of a method that does not keep its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> R:
+        found = reference()
+        return default if found is None else found()
+
+    return call

@@ -1,0 +1,148 @@
+"""What the frameworks' ``@sse`` decorators share."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any, ParamSpec, Protocol, overload
+
+from ..protocol.json import Dumps
+from .responses import SSEResponse
+
+__all__ = ["ViewDecorator", "decorator"]
+
+P = ParamSpec("P")
+
+
+class ViewDecorator(Protocol):
+    """``@sse``, and ``@sse(…)`` with the options of `SSEResponse`."""
+
+    @overload
+    def __call__(self, view: Callable[P, Any], /) -> Callable[P, Any]: ...
+
+    @overload
+    def __call__(
+        self,
+        *,
+        keepalive: float | None = 15.0,
+        retry: int | None = None,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
+        drain: float | None = None,
+        end: str | None = None,
+        on_error: Callable[[Exception], Any] | None = None,
+        dumps: Dumps | None = None,
+    ) -> Callable[[Callable[P, Any]], Callable[P, Any]]: ...
+
+
+def _check_framework(args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a request of Django's or REST framework's: they want Django's response."""
+    django = sys.modules.get("django.http")
+    if django is None:
+        return
+    kinds = [django.HttpRequest]
+    if (rest_framework := sys.modules.get("rest_framework.request")) is not None:
+        kinds.append(rest_framework.Request)
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, tuple(kinds)):
+            raise TypeError(
+                "@sse is not Django's here: in Django use the one of syncstream.django"
+                " (from syncstream.django import sse)"
+            )
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def decorator(
+    response: Callable[..., Any],
+    *,
+    prepare: Callable[[Generator[Any, Any, Any]], Iterable[Any]] = _same,
+    finish: Callable[[Any], Any] = _same,
+) -> ViewDecorator:
+    """Return the decorator that turns a generator view into an event stream.
+
+    Args:
+        response: A framework's SSEResponse.
+        prepare: What the generator goes through before.
+        finish: What the response goes through after.
+    """
+
+    def sse(
+        view: Callable[P, Any] | None = None,
+        /,
+        *,
+        keepalive: float | None = 15.0,
+        retry: int | None = None,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
+        drain: float | None = None,
+        end: str | None = None,
+        on_error: Callable[[Exception], Any] | None = None,
+        dumps: Dumps | None = None,
+    ) -> Any:
+        """Turn a generator view into a view that returns an SSEResponse.
+
+        Use it as ``@sse`` or ``@sse(retry=…, end=…)``, below the framework's own
+        decorator. What the view yields, and the options, are those of
+        `SSEResponse`. A view that returns something else than a generator, such
+        as a redirect, is left to the framework.
+
+        A generator view cannot choose the response's status: its head leaves before
+        the generator begins. If it raises or returns what would choose one
+        (``abort(404)``, ``return redirect(...)``), that is logged, and the stream
+        ends for good: a browser does not come back. Decide in a plain view that
+        returns SSEResponse(...).
+
+        Raises:
+            TypeError, ValueError: The view is asynchronous, or not a function; an
+                option is wrong.
+        """
+        # Wrong options fail here, not in every request.
+        SSEResponse(
+            [],
+            keepalive=keepalive,
+            retry=retry,
+            send_timeout=send_timeout,
+            max_duration=max_duration,
+            drain=drain,
+            end=end,
+            on_error=on_error,
+            dumps=dumps,
+        )
+        options = {
+            "keepalive": keepalive,
+            "retry": retry,
+            "send_timeout": send_timeout,
+            "max_duration": max_duration,
+            "drain": drain,
+            "end": end,
+            "on_error": on_error,
+            "dumps": dumps,
+        }
+
+        def decorate(view: Callable[P, Any]) -> Callable[P, Any]:
+            if not callable(view):
+                raise TypeError(f"@sse takes a view function, got {view!r}")
+            if inspect.iscoroutinefunction(view) or inspect.isasyncgenfunction(view):
+                raise TypeError(
+                    f"@sse takes a synchronous view: make it a def, got {view!r}"
+                )
+
+            @functools.wraps(view)
+            def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
+                if response is SSEResponse:
+                    _check_framework(args, kwargs)
+                result = view(*args, **kwargs)
+                if not inspect.isgenerator(result):
+                    return result
+                return finish(response(prepare(result), **options))
+
+            return wrapper
+
+        return decorate if view is None else decorate(view)
+
+    return sse

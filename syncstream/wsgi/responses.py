@@ -1,0 +1,404 @@
+"""All of PEP 3333: connections, the response classes, the middleware.
+
+Spec: https://peps.python.org/pep-3333/. A response of ours under the middleware is
+one stream: the middleware leaves a `Connection` in the environ, the response marks
+it as taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+from wsgiref.util import is_hop_by_hop
+
+from werkzeug.datastructures import Headers
+from werkzeug.wrappers import Response
+
+from ..protocol import ndjson, raw, sse
+from ..protocol.json import Dumps
+from ..runtime.process import process
+from ..streams.contract import Format, Life
+from ..streams.stream import Stream, warn_framed, warn_unframed
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+from ..servers.connection import Connection, warn_of_compression
+from .headers import (
+    CONTROLS,
+    EVENT_HEADERS,
+    LIVE,
+    NDJSON_HEADERS,
+    HeaderSource,
+    answering,
+    ends_line,
+    has_body,
+    merge_headers,
+)
+
+__all__ = ["NDJSONResponse", "SSEResponse", "StreamResponse", "session_watch"]
+
+log = logging.getLogger("syncstream.wsgi")
+
+
+# What Django, and the middlewares that come with it, look at in a response.
+_OF_DJANGO = frozenset(
+    [
+        "_resource_closers",
+        "cookies",
+        "get",
+        "has_header",
+        "items",
+        "reason_phrase",
+        "setdefault",
+        "streaming",
+    ]
+)
+
+
+def _not_for_django(response: object) -> str:
+    name = type(response).__name__
+    return (
+        f"Django does not take syncstream.{name}: in a Django view"
+        f" use the one of syncstream.django (from syncstream.django import {name})"
+    )
+
+
+def session_watch() -> Callable[[], None] | None:
+    """Return what says, when a generator has ended, that it wrote to Flask's session.
+
+    That is saved before the head is sent, when the generator has not begun. In the
+    request's context; ``None`` elsewhere.
+    """
+    flask: Any = sys.modules.get("flask")
+    if flask is None or not flask.has_request_context():
+        return None
+    session = flask.session._get_current_object()
+    if not isinstance(session, dict):
+        return None
+    before, was_modified = dict(session), getattr(session, "modified", False)
+
+    def look() -> None:
+        is_same = session.keys() == before.keys() and all(
+            session[key] is value for key, value in before.items()
+        )
+        if not is_same or getattr(session, "modified", False) != was_modified:
+            process().warn_once(
+                log,
+                "what a stream's generator writes to flask.session is lost: the session"
+                " has been saved, and its cookie sent, before the generator starts."
+                " Write to it in the view, and give the generator what it needs",
+                "session",
+            )
+
+    return look
+
+
+@functools.cache
+def _joined(ours: Any, theirs: Any) -> Any:
+    return type(ours.__name__, (ours, theirs), {})
+
+
+class _Streaming(Response):
+    """A Werkzeug response whose body is a `Stream`."""
+
+    # Would run an endless source to its end. (So would get_data(), but by
+    # make_sequence(), which says so.)
+    automatically_set_content_length = False
+
+    # Comments and last words are not in anybody's count.
+    _may_have_length = False
+
+    def __init__(
+        self,
+        stream: Stream,
+        defaults: Mapping[str, str],
+        status: int | str,
+        headers: HeaderSource | None,
+    ) -> None:
+        self._stream = stream
+        reference = answering.get()
+        if reference is not None and (connection := reference()) is not None:
+            connection.made(stream)
+        merged = merge_headers(defaults, headers)
+        if not isinstance(status, (int, str)) or isinstance(status, bool):
+            raise TypeError(f"status must be int or str, got {status!r}")
+        super().__init__(response=stream, status=status, headers=Headers(merged))
+        if not 200 <= self.status_code <= 599 or CONTROLS.search(self.status):
+            raise ValueError(
+                f"status must be one of HTTP's, 200 to 599, got {status!r}"
+            )
+        if "content-type" not in {name.lower() for name, _ in merged}:
+            del self.headers["Content-Type"]  # Werkzeug's default, not ours
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_DJANGO:
+            raise AttributeError(_not_for_django(self), name=name, obj=self)
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(message, name=name, obj=self)
+
+    def __contains__(self, header: object) -> bool:
+        raise TypeError(_not_for_django(self))
+
+    # Not __getitem__, which would make it look like a sequence.
+    def __setitem__(self, header: str, value: object) -> None:
+        raise TypeError(_not_for_django(self))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Werkzeug's force_type, and so Flask's make_response, gives a foreign
+        # response the application's class. It becomes one of both.
+        if name == "__class__" and not issubclass(value, _Streaming):
+            ours: Any = type(self)
+            value = _joined(ours, value)
+        super().__setattr__(name, value)
+
+    def make_sequence(self) -> None:
+        """Refuse to read a stream to its end, which may never come.
+
+        Raises:
+            RuntimeError: It is a stream still, no plain data that a hook has set.
+        """
+        if not self.is_sequence:
+            raise RuntimeError(
+                f"{type(self).__name__} is a stream, which may not end: its data cannot"
+                " be had before it is sent. Hooks, caches and ETags that read"
+                " response.data must leave out responses with is_streamed; a test reads"
+                ' a stream that ends by a test client: client.get("/events").data'
+            )
+
+    def freeze(self) -> None:
+        """Do as `make_sequence`, and then as Werkzeug's."""
+        self.make_sequence()
+        super().freeze()
+
+    def call_on_close(self, func: Callable[[], Any]) -> Callable[[], Any]:
+        """Call a function, once, when the response has ended and is closed."""
+        self._stream.on_response_close(func)
+        return func
+
+    def close(self) -> None:
+        """Close the source, once, and run what `call_on_close` was given."""
+        try:
+            if self.response is not self._stream and hasattr(self.response, "close"):
+                self.response.close()
+        finally:
+            self._stream.close()
+
+    def get_wsgi_headers(self, environ: WSGIEnvironment) -> Headers:
+        headers = super().get_wsgi_headers(environ)
+        for name in {name for name, _ in headers if is_hop_by_hop(name)}:
+            del headers[name]
+        if self.status_code == 204:
+            del headers["Content-Type"]
+        if self.response is self._stream and not self._may_have_length:
+            del headers["Content-Length"]
+        return headers
+
+    def get_wsgi_response(
+        self, environ: WSGIEnvironment
+    ) -> tuple[Iterable[bytes], str, list[tuple[str, str]]]:
+        """Return what a server needs for this request: body, status line, headers.
+
+        The body goes to the connection of that request, and may be taken once.
+        """
+        connection = Connection.of(environ)
+        self._connection = connection  # an environ holds it weakly
+        if self._stream.is_over_for(connection):
+            self.status_code = 204
+        app_iter, status, headers = super().get_wsgi_response(environ)
+        if not has_body(connection, self.status_code):
+            self._stream.close()
+        elif not self.is_sequence:  # a hook may have set plain data instead
+            connection.take(self._stream, headers)
+            if self.response is self._stream:
+                app_iter = self._stream
+            elif "content-encoding" in {name.lower() for name, _ in headers}:
+                warn_of_compression()
+        return app_iter, status, headers
+
+    def __call__(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Answer a request: this is a WSGI application."""
+        app_iter, status, headers = self.get_wsgi_response(environ)
+        try:
+            write = start_response(status, headers)
+        except BaseException:  # a header that it refuses, say: nobody will close it
+            self.close()
+            raise
+        self._connection.started(write)
+        self._connection.begun(start_response, headers)
+        if not self._stream.will_leave and (look := session_watch()) is not None:
+            self._stream.on_close(look)
+        return app_iter
+
+
+class SSEResponse(_Streaming):
+    """An event stream: each item that the source yields leaves as one event.
+
+    It is a Werkzeug and Flask response, and by itself a WSGI application. A comment
+    (and ``retry``) leaves at once, before the source has yielded anything.
+
+    Args:
+        source: A generator or another iterable of events, or a `Subscription`. For
+            what it may yield see `syncstream.protocol.sse.encoder`. It runs in the
+            thread or greenlet of the request, and is closed exactly once, there,
+            when it ends, fails, or the client has left. For HEAD, and for a
+            status without a body, it is closed without having run.
+        status: The HTTP status.
+        headers: Headers on top of the defaults (``Content-Type:
+            text/event-stream; charset=utf-8``, ``Cache-Control: no-cache,
+            no-transform``, ``X-Accel-Buffering: no``). Yours win; ``None`` removes
+            a default. Hop-by-hop headers are left to the server.
+        keepalive: After so many seconds of silence a comment is sent, which clients
+            skip and proxies count. ``None`` for none. Also while the source is busy
+            or waits, but not on uWSGI: there it is sent when the source yields
+            ``None``.
+        retry: The client's reconnection time, whole milliseconds; ``None`` leaves
+            it to the client (Chromium 3 s, Firefox 5 s). It goes to EventSources
+            alone: other clients make an event of it, see docs/clients.md.
+        send_timeout: A client that takes nothing for so many seconds, though there
+            is something for it, is dropped; also one that is gone without a word.
+            ``None``: the system decides (some 15 minutes, or never).
+        max_duration: The stream ends after so many seconds (up to a tenth less, by
+            chance), and the client comes back. ``None``: never.
+        drain: How many seconds a generator goes on after the server was told to stop;
+            then its response is cut, or, for an EventSource, ended. ``None``: not at
+            all for an EventSource, which comes back; for all others as long as the
+            server lets it (gunicorn's graceful timeout less 2.5 s; the variable
+            ``SYNCSTREAM_DRAIN`` of the environment says otherwise). ``0``: not at all.
+            A `Subscription` ends at once.
+        end: What a browser does when the source has finished. ``"stop"``: it stays
+            away (it gets the reserved id ``syncstream-end``, returns once with
+            that, and gets 204; the view has run once more, its source has not).
+            ``"reconnect"``: it comes back and the view runs again. ``None``: "stop",
+            but for a `Subscription` "reconnect".
+        handover: A `Subscription` needs no thread: where the server lets us, its
+            connection goes on without the request, which ends ("auto"). ``False``
+            keeps it in the request's thread or greenlet. See docs/handover.md.
+        on_error: Called with the exception when the source has failed (an
+            ``Exception``, not ``SystemExit`` and its kin); what it returns is
+            encoded and sent as the last event, and the response ends in order behind
+            it: that event is the sign. ``None`` sends nothing. Without it the client
+            learns no more than that the stream broke.
+        dumps: Encodes what is sent as JSON, into ``str`` or ``bytes``. The default
+            is compact, and orjson with the ``fast`` extra.
+
+    Raises:
+        TypeError: ``source`` cannot be iterated, or is asynchronous.
+        ValueError: ``retry`` is negative, ``end`` is neither of the two, a number
+            of seconds is not above 0.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        status: int | str = 200,
+        headers: HeaderSource | None = None,
+        *,
+        keepalive: float | None = 15.0,
+        retry: int | None = None,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
+        drain: float | None = None,
+        end: str | None = None,
+        handover: str | bool = "auto",
+        on_error: Callable[[Exception], Any] | None = None,
+        dumps: Dumps | None = None,
+    ) -> None:
+        encode = sse.encoder(dumps, warn_unframed, warn_framed)
+        format = Format(encode, sse.ends_blank, is_events=True)
+        life = Life(keepalive, send_timeout, max_duration, drain)
+        stream = Stream(
+            source,
+            format,
+            life=life,
+            retry=retry,
+            end=end,
+            handover=handover,
+            on_error=on_error,
+        )
+        super().__init__(stream, EVENT_HEADERS, status, headers)
+
+
+class NDJSONResponse(_Streaming):
+    """A stream of JSON values (``application/x-ndjson``), one compact one a line.
+
+    Each line leaves at once. NDJSON has no comments: the response's head leaves
+    with the first line. A source that raises before it is answered with 500, or with
+    the status of a framework's error (``abort(404)``).
+
+    Args:
+        source: A generator or another iterable of values. What becomes of them:
+            `syncstream.protocol.ndjson.encoder`.
+        status, headers: As for `SSEResponse`.
+        send_timeout, max_duration, drain: As for `SSEResponse`. A response that is
+            ended by one of them is cut: this client does not come back.
+        on_error: Called with the exception when the source has failed; what it
+            returns is sent as the last value, ``None`` sends nothing.
+        dumps: Encodes a value into ``str`` or ``bytes`` without line ends.
+
+    Raises:
+        TypeError: ``source`` cannot be iterated, or is asynchronous.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        status: int | str = 200,
+        headers: HeaderSource | None = None,
+        *,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
+        drain: float | None = None,
+        on_error: Callable[[Exception], Any] | None = None,
+        dumps: Dumps | None = None,
+    ) -> None:
+        format = Format(ndjson.encoder(dumps), ends_line, dumps=dumps)
+        life = Life(None, send_timeout, max_duration, drain)
+        stream = Stream(source, format, life=life, on_error=on_error)
+        super().__init__(stream, NDJSON_HEADERS, status, headers)
+
+
+class StreamResponse(_Streaming):
+    """A stream of text or bytes; each chunk leaves at once.
+
+    The response's head leaves with the first chunk. A source that raises before it is
+    answered with 500, or with the status of a framework's error (``abort(404)``). One
+    that fails later is cut: there are no last words in a format that is not ours. For a
+    file behind nginx, whose buffering is of use there, remove the header
+    ``X-Accel-Buffering``.
+
+    Args:
+        source: A generator or another iterable of ``str`` (sent as UTF-8), bytes,
+            or ``None`` (a checkpoint: nothing is sent).
+        status, headers: As for `SSEResponse`. Give a Content-Length where you know
+            it, and clients can show the progress of a download.
+        send_timeout, max_duration, drain: As for `NDJSONResponse`.
+        content_type: The body's media type.
+
+    Raises:
+        TypeError: ``source`` cannot be iterated, or is asynchronous.
+    """
+
+    _may_have_length = True
+
+    def __init__(
+        self,
+        source: Iterable[str | bytes | None],
+        status: int | str = 200,
+        headers: HeaderSource | None = None,
+        *,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
+        drain: float | None = None,
+        content_type: str = "text/plain; charset=utf-8",
+    ) -> None:
+        if not isinstance(content_type, str):
+            raise TypeError(f"content_type must be str, got {content_type!r}")
+        defaults = {"Content-Type": content_type, **LIVE}
+        life = Life(None, send_timeout, max_duration, drain)
+        stream = Stream(source, Format(raw.encode, lambda tail: False), life=life)
+        super().__init__(stream, defaults, status, headers)
