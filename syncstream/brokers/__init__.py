@@ -1,4 +1,4 @@
-"""What stores events and tells of them: the contract, and where URLs lead.
+"""Brokers store events and announce them: the contract, and where URLs lead.
 
 An open set: one more broker is one more file here, and its line in `SCHEMES`. A
 broker appends, reads a range, and tells what is new. It knows no clients, and what

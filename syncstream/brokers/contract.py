@@ -1,4 +1,4 @@
-"""What a broker must do, and what it tells the hub."""
+"""The contract between a broker and the hub: methods, guarantees, bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One channel's events, in order: a window that is bounded, and positions in it.
+"""One channel's events in order: a bounded window, and positions in it.
 
 History and live are the same log. A reader is a position in it, a number that only
 grows; to resume is to begin after an id; who fell off the tail is told. An entry is

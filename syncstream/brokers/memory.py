@@ -1,4 +1,4 @@
-"""``memory:``, the broker of one process: nothing to install, nothing that lasts.
+"""``memory:``, the broker for one process: nothing to install, nothing persistent.
 
 Ids are ``<number>-<nonce>`` in hexadecimal digits; the nonce is one of this broker's
 life and the entry's own, so that the ids of an earlier run are not taken for ours.

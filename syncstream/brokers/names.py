@@ -1,4 +1,4 @@
-"""Names of channels, and patterns of names: one set of rules for all."""
+"""Channel names and patterns: one set of rules for every broker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of a hub tell each other: whom to kick.
+"""Kicks, passed between the processes of a hub.
 
 A channel of the hub's own, stored by the broker like any other, under a name that no
 application can use. A process watches it while somebody is there whom a kick could

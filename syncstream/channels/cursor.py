@@ -1,4 +1,4 @@
-"""A position in a channel's log, and the ids that name several."""
+"""A reader's position in a channel, and the ids that stand for several positions."""
 
 from __future__ import annotations
 

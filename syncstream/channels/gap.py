@@ -1,4 +1,4 @@
-"""The event that says what is missing."""
+"""`Gap`, the event that reports missing events."""
 
 from __future__ import annotations
 

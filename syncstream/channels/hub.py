@@ -1,4 +1,4 @@
-"""Channels: publish, subscribe, resume.
+"""`Hub`: publish to channels, subscribe to them, resume.
 
 A `Hub` keeps a window of each channel that has subscribers, a `Log`; a broker stores
 events and tells of new ones. A `Subscription` is a position in one log or several: to

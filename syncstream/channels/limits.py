@@ -1,4 +1,4 @@
-"""How much a hub takes, at most."""
+"""Limits of a hub and its subscriptions, with their units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who comes and goes, told to channels without a place in their history.
+"""Join and leave announcements, which take no place in a channel's history.
 
 The "join" and "leave" events of all channels are stored under one name of the hub's
 own, so that however many connections there are, they evict no event of a channel. Each

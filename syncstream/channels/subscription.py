@@ -1,4 +1,4 @@
-"""A reader of channels: its options, its place in each, its end."""
+"""`Subscription`: reads channels for one client, from its options to its end."""
 
 from __future__ import annotations
 

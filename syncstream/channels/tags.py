@@ -1,4 +1,4 @@
-"""Tags: whom an event is for."""
+"""Tags: which subscribers an event is meant for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The newest events of a channel, shared by all its subscribers."""
+"""A channel's newest events, shared by all its subscribers in this process."""
 
 from __future__ import annotations
 

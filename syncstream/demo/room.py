@@ -1,4 +1,4 @@
-"""What the demo's viewers share: the numbers, the news, and who is here.
+"""The state that the demo's viewers share: numbers, news, and who is here.
 
 A viewer is a position in the news, not a queue of its own: nobody has to deliver
 anything, and who leaves leaves nothing behind. One gevent worker runs all of this,

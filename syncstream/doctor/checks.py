@@ -1,4 +1,4 @@
-"""What is meant by what was seen: the checks."""
+"""Checks: findings drawn from an observation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to do about it."""
+"""Cures: the settings that mend a finding, by server and proxy."""
 
 from __future__ import annotations
 

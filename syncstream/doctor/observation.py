@@ -1,4 +1,4 @@
-"""What was seen of a response."""
+"""An observed response: head, arrivals, end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of it."""
+"""The report: findings in plain words."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Connections that no thread and no greenlet serves: the loop."""
+"""The loop that serves connections without a thread or greenlet each."""

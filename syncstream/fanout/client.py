@@ -1,4 +1,4 @@
-"""A connection of the loop's: what it is to be sent, and how it ends."""
+"""A client of the loop: its connection, its unsent bytes, its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients at one place of a channel, who are read for together."""
+"""Clients at the same position of a channel, served by one read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the loop has others' code run: threads, or greenlets of a hub."""
+"""Threads, or greenlets of a hub, that run application code for the loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Subscribers without a thread: the connections that their servers have let go.
+"""The loop: it serves the connections that their servers have handed over.
 
 One native thread per process, also under gevent, owns them: it waits for all of them
 at once, and sends each event's bytes, which were made once, to all who are at one

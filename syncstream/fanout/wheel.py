@@ -1,4 +1,4 @@
-"""Many timers, none of them exact."""
+"""A timer wheel: many timers, rounded to a grain."""
 
 from __future__ import annotations
 

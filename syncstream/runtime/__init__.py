@@ -1,1 +1,1 @@
-"""This process: waits, watches, sockets, streams to be ended, log lines."""
+"""One process: waiting, watching sockets, open streams, log lines."""

@@ -1,4 +1,4 @@
-"""The clock that waits go by: ``time``, with a ``monotonic`` that nobody stops.
+"""The clock for waits: ``time``, whose ``monotonic`` no test can freeze.
 
 freezegun stops ``time.monotonic`` in `time` and in each module that has its name. A
 wait that counts by it never ends then, and no keepalive falls due. The function here is

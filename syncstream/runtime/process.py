@@ -1,4 +1,4 @@
-"""What this process has of streams: the open ones, how others ended, its own stop.
+"""One process's streams: the open ones, counters of the ended ones, the stop.
 
 A server that is told to stop tells nobody: streams would go on until it kills them.
 So while there are streams, the flag by which the server knows it is looked at 12

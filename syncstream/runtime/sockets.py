@@ -1,4 +1,4 @@
-"""What a stream asks of a socket, by its descriptor, without reading or writing.
+"""Questions to a socket, by its descriptor, without reading or writing.
 
 By the descriptor, because the socket belongs to the server, and because what an
 ``ssl.SSLSocket`` or gevent's sockets do is not what is wanted here. Nothing blocks.

@@ -1,4 +1,4 @@
-"""Where one thread or greenlet waits for its turns, and how many are woken at once."""
+"""`Waiter`: one thread's or greenlet's place to wait, woken alone or with many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hang-ups and a clock: who watches the connections while their generators wait.
+"""The watch: notices hang-ups and keeps time while generators wait.
 
 One `Watch` per process, and per gevent hub. It knows descriptors and callables, not
 streams. In a process of threads it is a thread of its own; under gevent it is one

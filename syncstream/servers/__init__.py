@@ -1,4 +1,4 @@
-"""The WSGI servers, one file each: where each keeps the socket, how it ends.
+"""The WSGI servers, one file each: where it keeps the socket, how a stream ends.
 
 An open set: one more server is one more file here, and its line below. Measured
 with gunicorn 27.0, gevent 26.9, Werkzeug 3.1, waitress 3.0, cheroot 11.1, uWSGI 2.0.30

@@ -1,4 +1,4 @@
-"""One request's connection: its environ, read once."""
+"""`Connection`: a request's socket, server and headers, read once from its environ."""
 
 from __future__ import annotations
 

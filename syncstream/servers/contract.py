@@ -1,4 +1,4 @@
-"""What the package needs to know of a WSGI server: the contract of this folder."""
+"""The contract of this folder: the facts that each server's file states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Takes a connection away from its server, once the head of the response is out.
+"""Takes a connection from its server once the response's head has been sent.
 
 A subscriber needs its connection, and not the thread or greenlet that its server
 would hold for it. So in the response's first step the server's descriptor is made

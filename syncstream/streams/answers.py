@@ -1,4 +1,4 @@
-"""What frameworks answer requests by, found where an item was due.
+"""Responses and errors of frameworks that a source yields by mistake.
 
 ``abort(404)``, ``raise Http404`` and ``return redirect(...)`` decide what the head of
 a response says. In a generator they come too late: an event stream's head has left

@@ -1,4 +1,4 @@
-"""How many streams a process takes, in all and for each client.
+"""Limits on open streams, in total and per client.
 
 A stream holds its thread, or its greenlet, unless it is handed over. Where all of
 them are held, ordinary requests wait, and so does the health check. So there are

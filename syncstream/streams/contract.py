@@ -1,4 +1,4 @@
-"""What a stream needs of a format, a server and its connection."""
+"""The contract of a stream: its format, its life's options, its connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reasons for which a stream ends, and what a client is told to do then."""
+"""The reasons for an end, and the last bytes that a client gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Links: what gets a thread out of a call that it is blocked in.
+"""Links: how a thread gets out of a call that blocks it.
 
 Closing what a thread reads does not end its read: ``close(2)`` wakes nobody, and a
 buffered reader cannot be closed while one goes on. So each kind has its own way:

@@ -1,4 +1,4 @@
-"""One response's life: from a source of items to chunks of bytes, to one end.
+"""`Stream`: iterates a source, encodes its items, and ends once, for one reason.
 
 A `Stream` iterates its source in the thread or greenlet of the request, encodes
 what it yields, looks whether the client is still there, and closes the source

@@ -1,4 +1,4 @@
-"""What tests of applications, and of brokers, need."""
+"""Tools for tests of applications and brokers."""
 
 from .brokers import check_broker
 

@@ -1,4 +1,4 @@
-"""For tests: does a broker keep what brokers promise?
+"""`check_broker`: tests whether a broker keeps its contract.
 
 `check_broker` runs what a broker of your own must pass, by threads; in a process that
 gevent has patched, by greenlets. It looks at one process: what several make of one

@@ -1,1 +1,1 @@
-"""All of PEP 3333: the response classes, the middleware, ``@sse``."""
+"""PEP 3333: the response classes, the middleware, ``@sse``."""

@@ -1,4 +1,4 @@
-"""What the frameworks' ``@sse`` decorators share."""
+"""The common part of the frameworks' ``@sse`` decorators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The headers of a stream, and those of a user."""
+"""Headers of a stream: our defaults, and the user's."""
 
 from __future__ import annotations
 

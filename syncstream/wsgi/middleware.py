@@ -1,4 +1,4 @@
-"""The middleware, for responses of any kind."""
+"""`StreamMiddleware`: gives any WSGI response a stream's life."""
 
 from __future__ import annotations
 

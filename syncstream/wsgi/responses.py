@@ -1,4 +1,4 @@
-"""All of PEP 3333: connections, the response classes, the middleware.
+"""The response classes: `SSEResponse`, `NDJSONResponse`, `StreamResponse`.
 
 Spec: https://peps.python.org/pep-3333/. A response of ours under the middleware is
 one stream: the middleware leaves a `Connection` in the environ, the response marks

@@ -1,4 +1,4 @@
-"""``local:``, the broker of one machine: its processes share a file, nothing else.
+"""``local:``, the broker for one machine: its processes share a file, nothing else.
 
 Events are rows of an SQLite database in WAL mode. Who has stored some wakes the
 others by a datagram to the Unix socket of each process that listens; a wake that is

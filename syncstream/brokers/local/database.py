@@ -1,4 +1,4 @@
-"""What is in the files: the tables, written and read."""
+"""The SQLite database: its tables, reads and writes."""
 
 from __future__ import annotations
 

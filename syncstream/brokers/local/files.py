@@ -1,4 +1,4 @@
-"""Where the files of a log are, whose they are, and the lock."""
+"""The log's folder: paths, owners, modes, and the lock."""
 
 from __future__ import annotations
 

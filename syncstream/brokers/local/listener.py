@@ -1,4 +1,4 @@
-"""Who wakes the other processes, and what looks when it is woken."""
+"""Waking the other processes, and the thread that reads when it is woken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one process has of a broker: threads, connections, sockets."""
+"""One process's share of a broker: its threads, connections and sockets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Native threads that do jobs for whoever waits."""
+"""Native threads that run jobs while their callers wait."""
 
 from __future__ import annotations
 

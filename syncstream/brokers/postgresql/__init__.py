@@ -1,4 +1,4 @@
-"""``postgresql:``, a database that you have: channels of all who connect to it.
+"""``postgresql:``, a broker in your own database, shared by all its clients.
 
 Events are rows. They are numbered while a row is locked until the commit is visible
 (ids drawn from a sequence become visible out of order, and readers that go by them

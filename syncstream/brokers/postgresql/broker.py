@@ -1,4 +1,4 @@
-"""The broker: what a hub calls."""
+"""`PostgreSQLBroker`: the methods that a hub calls."""
 
 from __future__ import annotations
 

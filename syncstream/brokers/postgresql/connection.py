@@ -1,4 +1,4 @@
-"""A connection by libpq, with deadlines, whatever gevent has patched."""
+"""A libpq connection with deadlines that works under gevent and without it."""
 
 from __future__ import annotations
 

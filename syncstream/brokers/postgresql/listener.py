@@ -1,4 +1,4 @@
-"""The thread that tells the sink what is new."""
+"""The thread that listens for new events and reports them to the hub."""
 
 from __future__ import annotations
 

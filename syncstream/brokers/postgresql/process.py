@@ -1,4 +1,4 @@
-"""What one process has of a broker: its connections, and its listener."""
+"""One process's share of a broker: its connection pool and its listener."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The schema, its versions, and how it is installed."""
+"""The schema: its SQL, its versions and its installation."""
 
 from __future__ import annotations
 

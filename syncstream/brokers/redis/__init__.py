@@ -1,4 +1,4 @@
-"""``redis:``, the broker of many machines: Redis, or Valkey.
+"""``redis:``, the broker for many machines, on Redis or Valkey.
 
 A channel is a stream, ``ss:{channel}``; one script appends to it and publishes what it
 has appended, so that both have one order. Who resumes reads the stream; who is there

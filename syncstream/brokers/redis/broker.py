@@ -1,4 +1,4 @@
-"""The broker: what a hub calls, and its URL."""
+"""`RedisBroker`: its URL, and the methods that a hub calls."""
 
 from __future__ import annotations
 

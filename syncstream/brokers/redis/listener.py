@@ -1,4 +1,4 @@
-"""The greenlet or thread that tells the sink what is new."""
+"""The thread or greenlet that listens for new events and reports them to the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one process has of a broker: servers and listeners."""
+"""One process's share of a broker: its servers and their listeners."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripts that a server runs, and the ids that they make."""
+"""The Lua scripts, and the event ids that they make."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One server: its connections, its rights, its Sentinels."""
+"""One Redis server: connections, access rights, Sentinels."""
 
 from __future__ import annotations
 
