@@ -3,7 +3,7 @@
     python tests/guarantees.py REPORT.xml            compare, fail if they differ
     python tests/guarantees.py REPORT.xml --write    write them where they belong
 
-The first one is the README's, the second one that of docs/deployments.md.
+The first one is that of docs/servers.md, the second that of docs/deployments.md.
 
 A cell says "yes" where every case of the promise has passed, or what the test has
 recorded to be different there. Any other word is taken for pytest's, who ran a part
@@ -177,7 +177,7 @@ def deployments(report: Path) -> str:
     return drawn(["deployment", *COLUMNS], body)
 
 
-TABLES = {"README.md": servers, "docs/deployments.md": deployments}
+TABLES = {"docs/servers.md": servers, "docs/deployments.md": deployments}
 
 
 def main() -> str | None:

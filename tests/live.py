@@ -48,8 +48,8 @@ SERVERS = (
     "cheroot",
     "uwsgi",
 )
-# Django's development server, for the README's table: beside the promises themselves
-# nothing is asked of it.
+# Django's development server is in the table of docs/servers.md; beyond the promises
+# themselves, nothing is asked of it.
 TABLE = (*SERVERS, "runserver")
 UNMARKED = ("uwsgi", "runserver")  # they never chunk: a response ends by closing
 

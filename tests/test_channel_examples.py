@@ -16,7 +16,7 @@ EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
 def serve(request):
     """Run an example under a server, until the test is over.
 
-    One worker, and channels that end with it: see test_readme_brokers.py for several.
+    One worker, and channels that end with it: see test_docs.py for several.
     """
     servers = []
 

@@ -1,7 +1,7 @@
 """The life of a stream on every server: hang-up, keepalive, time-outs, ends.
 
-Done by real clients on real servers; the table *servers × guarantees* of the README
-is made from this file, too.
+Done by real clients on real servers; the table of docs/servers.md is
+made from this file, too.
 """
 
 import ast

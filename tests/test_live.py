@@ -1,6 +1,6 @@
 """The promises of a stream, on every server: one test a promise.
 
-The table *servers × guarantees* of the README is made from this file.
+The table of docs/servers.md is made from this file.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Django REST framework: what the README tells its users to write."""
+"""Django REST framework: what docs/frameworks.md tells its users to write."""
 
 import json
 import re
@@ -26,8 +26,8 @@ from rest_framework.exceptions import PermissionDenied  # noqa: E402
 from rest_framework.renderers import JSONRenderer  # noqa: E402
 from rest_framework.views import APIView  # noqa: E402
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-CODE = re.search(r"```python\n(class EventStream.*?)```", README, re.DOTALL)[1]
+PAGE = (Path(__file__).parent.parent / "docs" / "frameworks.md").read_text()
+CODE = re.search(r"```python\n(class EventStream.*?)```", PAGE, re.DOTALL)[1]
 names = {
     "__name__": __name__,
     "JSONRenderer": JSONRenderer,

@@ -37,7 +37,7 @@ STATUS = {
         "the server has nothing of the type that an EventSource accepts",
         "answer text/event-stream; for another stream say --header 'Accept: ...'."
         " Django REST framework refuses it for want of a renderer: give the view one"
-        ' whose media_type is "text/event-stream" (README)',
+        ' whose media_type is "text/event-stream" (docs/frameworks.md)',
     ),
     410: ("the stream is gone for good", "browsers stop here; give another address"),
     429: (

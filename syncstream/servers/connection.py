@@ -183,7 +183,7 @@ class Connection:
                 log,
                 f"{_short(ascii(software)[1:-1], 60)} shows no socket: a stream is not"
                 " told when its client leaves, until it yields, and has no keepalive"
-                " while its generator waits. Prefer one of the servers in the README",
+                " while its generator waits. Prefer one of docs/servers.md",
                 "no socket",
             )
         fd, is_old = self.fd, environ.get("SERVER_PROTOCOL") == "HTTP/1.0"

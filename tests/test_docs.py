@@ -1,4 +1,4 @@
-"""What the README says to copy for several workers does what it says."""
+"""What the documentation says to copy does what it says."""
 
 import configparser
 import contextlib
@@ -26,7 +26,7 @@ EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
 
 def blocks():
     """Return the lines of each block of commands, by the scheme of its URL."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "brokers.md").read_text()
     part = text.partition("<!-- brokers -->")[2].partition("<!-- end of brokers -->")[0]
     found = re.findall("```sh\n(.*?)```", part, re.DOTALL)
     lines = [block.strip().split("\n") for block in found]
@@ -141,6 +141,27 @@ def test_the_chat_of_several_workers(chat):
     say(chat, "after")
     with follow(chat, last) as client:
         assert take(client, 1) == ["after"]
+
+
+def test_the_examples_of_the_readme():
+    """Its generator sends each tick, and what its hub publishes is streamed."""
+    text = (ROOT / "README.md").read_text()
+    names = {"__name__": "readme", "__file__": "readme.py"}
+    for block in re.findall("```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    client, decoder = names["app"].test_client(), sse.Decoder()
+    names["sleep"] = lambda seconds: None
+    found = decoder.feed(client.get("/events").data)
+    assert [event.data for event in found] == [f'{{"tick":{n}}}' for n in range(10)]
+    with (
+        contextlib.closing(names["hub"]),
+        client.get("/news", headers=EVENT_SOURCE) as answer,
+    ):
+        chunks = iter(answer.response)
+        assert decoder.feed(next(chunks)) == []  # its opening; now it listens
+        assert client.post("/news").status_code == 204
+        found = decoder.feed(next(chunks))
+        assert [event.data for event in found] == ['{"title":"…"}']
 
 
 # What docs/brokers.md and docs/security.md say to copy.
