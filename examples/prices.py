@@ -40,8 +40,13 @@ threading.Thread(target=change, daemon=True).start()
 @app.get("/prices")
 def prices():
     # The last hundred contain one of each symbol: the table is full at once.
-    newest = {"on_lag": "latest", "key": lambda event: event.json()["symbol"]}
-    return SSEResponse(hub.subscribe("prices", after=100, throttle=THROTTLE, **newest))
+    newest = hub.subscribe(
+        "prices",
+        after=100,
+        conflate=lambda event: event.json()["symbol"],
+        throttle=THROTTLE,
+    )
+    return SSEResponse(newest)
 
 
 @app.get("/")

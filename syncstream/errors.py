@@ -53,8 +53,8 @@ class Closed(SyncStreamError):
     """A subscription has ended, and not because there is nothing more to come.
 
     Attributes:
-        reason: "closed" (by the hub, or by `Subscription.close`), "kicked", "denied",
-            or "lagged" (with ``on_lag="drop"``).
+        reason: "closed" (by the hub, or by `Subscription.close`), "kicked" or
+            "denied"; or the text that `Subscription.close` was given.
     """
 
     def __init__(self, reason: str) -> None:

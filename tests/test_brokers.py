@@ -237,7 +237,7 @@ def test_what_is_forgotten_is_no_reset(monkeypatch, heads, names):
     monkeypatch.setattr("syncstream.brokers.memory._HEADS", heads)
     hub = Hub(max_age=60)
     head = hub.head("never")
-    subscriptions = [hub.subscribe(name, on_lag="drop") for name in names]
+    subscriptions = [hub.subscribe(name) for name in names]
     for subscription in subscriptions:
         subscription.read(0)
     ids = hub.publish_many("was:1", ["1", "2"])

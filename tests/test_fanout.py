@@ -358,7 +358,7 @@ def test_throttle_and_the_latest_of_a_key(hub, peers):
     def key(event):
         return event.data.partition(":")[0]
 
-    peer = peers(hub, throttle=0.1, on_lag="latest", key=key)
+    peer = peers(hub, throttle=0.1, conflate=key)
     began = time.monotonic()
     hub.publish("a", "x:0")
     assert texts_until(peer, "x:0") == ["x:0"]
@@ -522,26 +522,21 @@ def test_no_client_is_dropped_for_a_loop_that_stood_still(hub, peers):
     assert time.monotonic() - began >= 1.0
 
 
-@pytest.mark.parametrize("on_lag", ["reset", "drop", "latest"])
-def test_on_lag(peers, on_lag):
-    """Told, and on with what is kept; or dropped; or the newest of each key."""
+@pytest.mark.parametrize("is_conflated", [False, True])
+def test_a_lag_is_told(peers, is_conflated):
+    """And it goes on with what is kept, or with the newest of each key."""
     hub = Hub(capacity=10)
-    key = (lambda event: event.data.partition(" ")[0]) if on_lag == "latest" else None
-    peer = peers(hub, on_lag=on_lag, key=key)
+    key = (lambda event: event.data.partition(" ")[0]) if is_conflated else None
+    peer = peers(hub, conflate=key)
     n = full(hub, peer)
     for k in range(400):  # more than the window has
         hub.publish("a", f"{n + k}")
     settle(peer.client._loop)
-    if on_lag == "drop":
-        peer.read_all()
-        await_true(lambda: peer.ends)
-        assert peer.ends == ["closed"]
-    else:
-        last = str(n + 399)
-        found = texts_until(peer, last)
-        resets = [e for e in peer.events() if e.event == "reset"]
-        assert [e.json()["reason"] for e in resets] == ["lagged"]
-        assert found[-10:] == [str(n + 390 + k) for k in range(10)]
+    last = str(n + 399)
+    found = texts_until(peer, last)
+    resets = [e for e in peer.events() if e.event == "reset"]
+    assert [e.json()["reason"] for e in resets] == ["lagged"]
+    assert found[-10:] == [str(n + 390 + k) for k in range(10)]
     hub.close()
 
 

@@ -123,16 +123,15 @@ def holed(hub, broker):
     ("options", "expected"),
     [
         ({}, ["2", "reset", "4", "reset", "6"]),
-        ({"on_lag": "drop"}, ["2", "reset", "4", "reset", "6"]),
         ({"on_gap": "live"}, ["2", "reset"]),
         ({"on_gap": lambda: ["all"]}, ["2", "reset", "all"]),
         (
-            {"on_lag": "latest", "key": lambda event: int(event.data) > 3},
+            {"conflate": lambda event: int(event.data) > 3},
             ["2", "reset", "reset", "6"],
         ),
         ({"tags": ["x"]}, ["2", "reset", "4", "reset", "6"]),
     ],
-    ids=["replay", "drop", "live", "callable", "latest", "tags"],
+    ids=["replay", "live", "callable", "conflate", "tags"],
 )
 def test_each_way_to_go_on(hub, holed, options, expected):
     """It is as where the oldest are gone; then it is live."""
@@ -169,10 +168,10 @@ def test_who_is_behind_is_told(hub, broker, monkeypatch):
 def test_who_is_not_behind_has_not_lagged(
     hub, broker, monkeypatch, removed, expected, limit
 ):
-    """Wherever the hole is, nobody was too slow: no reader is dropped for it."""
+    """Wherever the hole is, nobody was too slow, and no reader is told so."""
     monkeypatch.setattr(limits, "READ", limit)
     hub.publish("a", "0")
-    subscription = hub.subscribe("a", on_lag="drop")
+    subscription = hub.subscribe("a")
     assert subscription.read(0) == []
     ids = hub.publish_many("a", "123")
     broker.remove("a", *[ids[place - 1] for place in removed])

@@ -542,7 +542,7 @@ def small(monkeypatch):
     hub.close()
 
 
-def test_on_lag_reset(small):
+def test_a_lag_is_told(small):
     """It is told, and goes on with what is kept."""
     subscription = lagging(small)
     reset, *found = subscription.read(0)
@@ -574,44 +574,26 @@ def test_a_lag_before_the_first_event_is_a_lag(small):
     subscription.begin()
     small.publish_many("a", map(str, range(50)))
     assert subscription.read(0)[0].json()["reason"] == "lagged"
-    dropped = small.subscribe("a", on_lag="drop")
-    dropped.begin()
-    small.publish_many("a", map(str, range(50)))
-    with pytest.raises(Closed, match="lagged"):
-        dropped.read(0)
 
 
 def test_a_lag_behind_a_patterns_channel_is_a_lag(small):
     """What it had no time to begin with was for it all the same."""
     subscription = small.subscribe("c:*")
     subscription.read(0)
-    dropped = small.subscribe("c:*", on_lag="drop")
-    dropped.read(0)
     small.publish_many("c:1", map(str, range(20)))
     reset, *found = read_all(subscription)
     assert reset.json() == {"channel": "c:1", "reason": "lagged"}
     assert data(found) == ["15", "16", "17", "18", "19"]
-    with pytest.raises(Closed, match="lagged"):
-        dropped.read(0)
 
 
-def test_on_lag_drop(small):
-    """It ends; the client comes back, and is told."""
-    subscription = lagging(small, on_lag="drop")
-    with pytest.raises(Closed) as caught:
-        subscription.read(0)
-    assert caught.value.reason == "lagged"
-    assert small.stats()["subscribers"] == 0
-
-
-def test_latest_does_not_wait_for_a_busy_channel_to_rest(hub):
+def test_conflating_does_not_wait_for_a_busy_channel_to_rest(hub):
     """What comes while keys are asked for is for the next read."""
 
     def key(event):
         hub.publish_many("a", ["x", "y"])  # faster than they are read
         return event.data
 
-    subscription = hub.subscribe("a", on_lag="latest", key=key)
+    subscription = hub.subscribe("a", conflate=key)
     subscription.read(0)
     hub.publish("a", "x")
     for _ in range(5):
@@ -627,7 +609,7 @@ def test_a_key_that_raises_loses_nothing(hub, channels):
             raise ZeroDivisionError
         return event.data
 
-    subscription = hub.subscribe(*channels, on_lag="latest", key=key)
+    subscription = hub.subscribe(*channels, conflate=key)
     subscription.read(0)
     hub.publish("b", "0")
     for text in ("1", "bad", "2"):
@@ -652,7 +634,7 @@ class Partial(MemoryBroker):
         return super().read(channel, after, limit)
 
 
-@pytest.mark.parametrize("options", [{}, {"on_lag": "latest", "key": str}])
+@pytest.mark.parametrize("options", [{}, {"conflate": str}])
 @pytest.mark.parametrize("channels", [("a", "b"), ("b", "a"), ("b", "#")])
 def test_a_broker_that_is_away_holds_up_no_window(channels, options):
     """What is there is given out, then there is nothing, and nothing is lost."""
@@ -697,9 +679,9 @@ def test_a_snapshot_that_raises_loses_nothing(hub):
 
 
 @pytest.mark.parametrize("channels", [("a",), ("a", "b")])
-def test_on_lag_latest(hub, channels):
+def test_conflate(hub, channels):
     """Of each key the newest; cut anywhere, each key's newest is got in the end."""
-    options = {"on_lag": "latest", "key": lambda event: event.json()["k"]}
+    options = {"conflate": lambda event: event.json()["k"]}
     subscription = hub.subscribe(*channels, **options)
     subscription.read(0)
     for number in range(30):
@@ -1852,9 +1834,8 @@ def test_what_a_broker_has_is_not_given_beside_it(options):
         ({"after": True}, TypeError, "after"),
         ({"after": None}, TypeError, "after"),
         ({"on_gap": "x"}, ValueError, "on_gap"),
-        ({"on_lag": "x"}, ValueError, "on_lag"),
-        ({"on_lag": "latest"}, ValueError, "key"),
-        ({"key": len}, ValueError, "key"),
+        ({"conflate": "symbol"}, TypeError, "conflate"),
+        ({"conflate": True}, TypeError, "conflate"),
         ({"throttle": 0}, ValueError, "throttle"),
         ({"throttle": float("inf")}, ValueError, "throttle"),
         ({"throttle": True}, TypeError, "throttle"),

@@ -204,7 +204,7 @@ def test_an_event_is_as_large_as_its_hub_allows(data):
     """Who publishes it was told that it is stored: it is decoded, too."""
     with closing(Hub(max_payload=32 << 20)) as hub:
         one = hub.subscribe("a", after="start")
-        newest = hub.subscribe("a", after="start", on_lag="latest", key=type)
+        newest = hub.subscribe("a", after="start", conflate=type)
         hub.publish("a", data)
         assert [e.data == data for s in (one, newest) for e in s.read(5)] == [True] * 2
 

@@ -337,8 +337,7 @@ class Hub:
         *channels: str,
         after: str | int = "now",
         on_gap: str | Callable[[], Iterable[Any]] = "replay",
-        on_lag: str = "reset",
-        key: Callable[[Event], Hashable] | None = None,
+        conflate: Callable[[Event], Hashable] | None = None,
         throttle: float | None = None,
         tags: Iterable[str] = (),
         who: Any = None,
@@ -364,11 +363,9 @@ class Hub:
                 client whole again (a snapshot, without ids), and what came since it
                 was called follows. Who is cut off before its end gets another one.
                 It is called for each channel that has a gap.
-            on_lag: What becomes of a reader that falls behind what is kept:
-                "reset", it is told, and goes on as ``on_gap`` says;
-                "drop", its stream ends, and the client comes back by itself;
-                "latest", of what it is behind it gets the newest for each key.
-            key: For "latest": an event's key. What it raises `read` raises, and
+            conflate: Returns an event's key, a price's symbol for one: of all events
+                that are waiting when it is read, only the newest of each key is
+                delivered. ``None``: all are. What it raises `read` raises, and
                 reads the same once more.
             throttle: Seconds between two deliveries, at least.
             tags: What `publish` may select it by.
@@ -393,8 +390,7 @@ class Hub:
             channels,
             after=after,
             on_gap=on_gap,
-            on_lag=on_lag,
-            key=key,
+            conflate=conflate,
             throttle=throttle,
             tags=tags,
             who=who,

@@ -86,10 +86,9 @@ class Subscription:
 
     # There may be many thousands, idle: nothing empty is kept where `None` does.
     __slots__ = (
-        *("__weakref__", "_after", "_asked", "_authorize", "_brought"),
-        *("_delivered", "_given", "_is_begun", "_is_listed", "_is_simple"),
-        *("_items", "_key"),
-        *("_lost", "_named", "_on_gap", "_on_lag", "_reason", "_reauthorize"),
+        *("__weakref__", "_after", "_asked", "_authorize", "_brought", "_conflate"),
+        *("_delivered", "_given", "_is_begun", "_is_listed", "_is_simple", "_items"),
+        *("_lost", "_named", "_on_gap", "_reason", "_reauthorize"),
         *("_throttle", "_turn", "_waiter", "_watched", "announcement", "channels"),
         *("has_patterns", "hub", "tags", "who"),
     )
@@ -101,8 +100,7 @@ class Subscription:
         *,
         after: str | int,
         on_gap: str | Callable[[], Iterable[Any]],
-        on_lag: str,
-        key: Callable[[Event], Hashable] | None,
+        conflate: Callable[[Event], Hashable] | None,
         throttle: float | None,
         tags: Iterable[str],
         who: Any,
@@ -135,12 +133,11 @@ class Subscription:
             raise ValueError(
                 f"on_gap must be 'replay', 'live' or a callable, got {on_gap!r}"
             )
-        if on_lag not in ("reset", "drop", "latest"):
-            raise ValueError(
-                f"on_lag must be 'reset', 'drop' or 'latest', got {on_lag!r}"
+        if conflate is not None and not callable(conflate):
+            raise TypeError(
+                "conflate must be a function of an event that returns its key, got"
+                f" {conflate!r}"
             )
-        if (on_lag == "latest") != (key is not None):
-            raise ValueError("on_lag='latest' and key must be given together")
         for label, value in (("throttle", throttle), ("reauthorize", reauthorize)):
             if value is None:
                 continue
@@ -162,8 +159,7 @@ class Subscription:
         self.who = who
         self._after = after
         self._on_gap = on_gap
-        self._on_lag = on_lag
-        self._key = key
+        self._conflate = conflate
         self._throttle = throttle
         self.announcement = hub.announcement(who) if announce else None
         self._authorize = authorize
@@ -233,7 +229,7 @@ class Subscription:
         is_shared = (
             is_events
             and self._is_simple
-            and self._key is None
+            and self._conflate is None
             and self._throttle is None
             and self._reauthorize is None
         )
@@ -333,19 +329,19 @@ class Subscription:
     @property
     def is_plain(self) -> bool:
         """What it gets are the bytes that others at its place get."""
-        return self._is_simple and self._key is None and self._throttle is None
+        return self._is_simple and self._conflate is None and self._throttle is None
 
     @property
     def kind(self) -> tuple[Hashable, ...]:
         """What plain ones have in common that may be sent the same bytes."""
         (cursor,) = self._named
         on_gap = "apart" if callable(self._on_gap) else self._on_gap
-        return cursor.record, self.tags, self._on_lag, on_gap
+        return cursor.record, self.tags, on_gap
 
     @property
     def has_user_code(self) -> bool:
         """To read it may call what the application has given."""
-        return self._key is not None or (
+        return self._conflate is not None or (
             callable(self._on_gap) and self._on_gap is not _read_apart
         )
 
@@ -383,8 +379,7 @@ class Subscription:
             self.channels,
             after="now",
             on_gap=_read_apart if callable(self._on_gap) else self._on_gap,
-            on_lag=self._on_lag,
-            key=None,
+            conflate=None,
             throttle=None,
             tags=self.tags,
             who=None,
@@ -789,8 +784,8 @@ class Subscription:
             for cursor in self._turns():
                 places.append((cursor, cursor.place()))
                 try:
-                    if self._key is not None:
-                        items += self._latest(cursor)
+                    if self._conflate is not None:
+                        items += self._conflated(cursor)
                         continue
                     found = self._take_from(cursor)
                 except Unavailable:
@@ -808,8 +803,8 @@ class Subscription:
                 if size >= JOIN:
                     break
         except BaseException as error:
-            # Of `key`, `on_gap`, the broker, or from outside. Nothing was given out:
-            # the next read begins where this one did, with the one after this.
+            # Of `conflate`, `on_gap`, the broker, or from outside. Nothing was given
+            # out: the next read begins where this one did, with the one after this.
             with self.hub._lock:
                 self._lost = [*lost, *(self._lost or ())] or None
                 if self._brought is not None:
@@ -1013,9 +1008,6 @@ class Subscription:
 
     def _reset(self, cursor: Cursor, reason: str, before: str) -> list[Item]:
         """Return a reset and a snapshot, after which what follows an id follows."""
-        if reason == "lagged" and self._on_lag == "drop":
-            self.close("lagged")
-            raise Closed("lagged")
         snapshot: list[Event] = []
         if callable(self._on_gap):
             snapshot = [self._snapshot(item) for item in self._on_gap()]
@@ -1049,12 +1041,12 @@ class Subscription:
             return False
         return exclude is None or self.tags.isdisjoint(exclude)
 
-    def _latest(self, cursor: Cursor) -> list[Item]:
+    def _conflated(self, cursor: Cursor) -> list[Item]:
         """Return the newest of each key, and gaps, of all that is there by now.
 
         Not of what comes meanwhile: it may come as fast as it is read.
         """
-        assert self._key is not None
+        assert self._conflate is not None
         with self.hub._lock:
             end, head = cursor.record.log.end, cursor.record.log.head
             is_known = head and not cursor.record.is_doubtful
@@ -1073,7 +1065,7 @@ class Subscription:
                     continue
                 # Not `_decoded`: it is not given out yet.
                 (event,) = decoder_of().feed(entry.wire)
-                key = self._key(event)
+                key = self._conflate(event)
                 kept.pop(key, None)
                 kept[key] = item
             if (

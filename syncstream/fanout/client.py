@@ -84,7 +84,7 @@ class Client:
     __slots__ = (
         *("_loop", "_offer", "acknowledged", "answer_by", "began", "bucket"),
         *("bytes", "callbacks"),
-        *("deadline", "early", "events", "fd", "group", "is_lagged", "label", "place"),
+        *("deadline", "early", "events", "fd", "group", "label", "place"),
         *("reason", "rest", "since", "subscription", "terms"),
     )
 
@@ -117,7 +117,6 @@ class Client:
         self.place = place
         self.events, self.bytes = events, bytes  # less its group's: see Group
         self.reason: str | None = None
-        self.is_lagged = False  # dropped for that
         self.early: str | None = None  # an end that came before the client itself
         self.group: Group | None = None  # always, from `_add` to its end
         self.rest: memoryview | None = None  # of a chunk that the kernel has not taken

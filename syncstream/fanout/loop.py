@@ -545,7 +545,6 @@ class Fanout:
             return
         if isinstance(error, Closed):
             known = error.reason in client.terms.reasons
-            client.is_lagged = error.reason == "lagged"
             self.end(client, error.reason if known else "closed")
             return
         self.end(client, "error")
@@ -616,7 +615,7 @@ class Fanout:
                 reset(client.fd)  # or it reads on one day, and finds an end
             return
         # A subscription is never done: others would take it for a whole answer.
-        is_partial = reason not in _WHOLE or client.is_lagged
+        is_partial = reason not in _WHOLE
         is_cut = reason == "error" or (is_partial and not terms.comes_back)
         is_whole = client.rest is None  # not in the middle of a chunk
         if is_whole:

@@ -232,7 +232,6 @@ class Stream:
         self._exits: list[BaseException] = []  # the process's own, to be raised last
         self._is_dropped = False  # by who iterates, before its end
         self._is_to_cut = False  # when the server closes it
-        self._is_lagged = False
         self._is_closed = False
         self._tail = b""
         self._events = self._bytes = 0
@@ -1024,7 +1023,6 @@ class Stream:
         if isinstance(error, ClientDisconnected) and not self.connected:
             self._end("disconnected")
         elif isinstance(error, Closed):
-            self._is_lagged = error.reason == "lagged"
             self._end(error.reason if error.reason in REASONS else "closed")
         # gunicorn's handlers of SIGQUIT and SIGABRT exit, wherever that hits.
         elif self._is_exit(error) or (
@@ -1138,8 +1136,7 @@ class Stream:
         """Close the source, say a last word to the client, or cut the response."""
         self._close_source()
         raised = None
-        is_partial = self.reason in _CUT or self._is_lagged
-        if is_partial and not self._comes_back():
+        if self.reason in _CUT and not self._comes_back():
             last = self._answer_unsent()
             if not last:
                 raised = self._cut()

@@ -96,14 +96,14 @@ def subscribe(kind, name, query):
     own = {
         key: options.pop(key) for key in ("throttle", "reauthorize") if key in options
     }
-    for key in ("after", "on_gap", "on_lag", "who"):
+    for key in ("after", "on_gap", "who"):
         if key in query:
             value = query[key]
             own[key] = int(value) if value.isdecimal() and key == "after" else value
     if own.get("on_gap") == "snapshot":
         own["on_gap"] = snapshot
-    if own.get("on_lag") == "latest":
-        own["key"] = lambda event: event.data.partition(" ")[0]
+    if "conflate" in query:
+        own["conflate"] = lambda event: event.data.partition(" ")[0]
     if "tags" in query:
         own["tags"] = query["tags"].split(",")
     if "announce" in query:

@@ -46,7 +46,7 @@ def app(environ, start_response):
 
 def options_of(query):
     options = {}
-    for name in ("after", "on_gap", "on_lag", "throttle", "who", "reauthorize"):
+    for name in ("after", "on_gap", "throttle", "who", "reauthorize"):
         if name in query:
             value = query[name]
             is_number = value.replace(".", "").isdecimal()
