@@ -307,7 +307,7 @@ def test_presence_and_kick(server, channel):
 def test_authorize(server, channel):
     """Who may not read gets nothing, and who may not any more nothing more."""
     ids = publish(server, channel, "secret")
-    path = f"/sse/{channel}?after=start&authorize=1&reauthorize=0.1&who={channel}"
+    path = f"/sse/{channel}?after=start&authorize=0.1&who={channel}"
     with follow(server, path) as client:
         assert data(next_events(client, 1)) == ["secret"]
         ask(server, f"/deny/{channel}")
@@ -328,7 +328,7 @@ def test_authorize(server, channel):
 @live
 def test_an_authorize_that_hangs(server, channel):
     """Its client is let go in time, whoever holds it; others go on."""
-    path = f"/{{}}/{channel}?authorize=1&reauthorize=0.1&who={{}}"
+    path = f"/{{}}/{channel}?authorize=0.1&who={{}}"
     with (
         follow(server, path.format("sse", channel)) as given,
         follow(server, path.format("yield", channel)) as held,

@@ -614,8 +614,7 @@ def test_an_error_is_no_end_in_good_order(hub, peers, caplog, is_chunked):
         is_chunked=is_chunked,
         is_tcp=True,
         who="well",
-        authorize=authorize,
-        reauthorize=0.1,
+        authorize=(authorize, 0.1),
     )
     settle(peer.client._loop)
     peer.subscription.who = "broken"
@@ -629,7 +628,7 @@ def test_an_error_is_no_end_in_good_order(hub, peers, caplog, is_chunked):
 def test_who_is_denied_later(hub, peers):
     """When the application is asked again, and says no."""
     allowed = [True]
-    peer = peers(hub, authorize=lambda s: allowed[0], reauthorize=0.1)
+    peer = peers(hub, authorize=(lambda s: allowed[0], 0.1))
     other = peers(hub)
     hub.publish("a", "1")
     texts_until(peer, "1")
@@ -776,7 +775,7 @@ def test_an_application_that_blocks_holds_up_nobody_else(hub, peers):
     }
     leaver = peers(hub, "a", who="ann", place=place, process=process)
     settle(leaver.client._loop)
-    slow = peers(hub, "x", who="early", authorize=authorize, reauthorize=0.1)
+    slow = peers(hub, "x", who="early", authorize=(authorize, 0.1))
     slow.subscription.who = "slow"
     try:
         assert is_blocking.wait(TIMEOUT)
@@ -810,10 +809,13 @@ def test_an_authorize_that_hangs_lets_nobody_go_on(hub, peers, loop, monkeypatch
             return True
         return answers[subscription.who]
 
-    asked = {"authorize": authorize, "before_wait": [lambda: given_back.append(1)]}
-    stuck = [peers(hub, who="well", reauthorize=0.2, **asked) for _ in range(hung)]
-    well = peers(hub, who="well", reauthorize=0.2, **asked)
-    revoked = peers(hub, who="revoked", reauthorize=0.2, **asked)
+    asked = {
+        "authorize": (authorize, 0.2),
+        "before_wait": [lambda: given_back.append(1)],
+    }
+    stuck = [peers(hub, who="well", **asked) for _ in range(hung)]
+    well = peers(hub, who="well", **asked)
+    revoked = peers(hub, who="revoked", **asked)
     for peer in stuck:
         peer.subscription.who = "hung"
     answers["revoked"] = False
@@ -846,7 +848,7 @@ def test_who_cannot_be_asked_is_denied(hub, peers, monkeypatch):
             assert go_on.wait(TIMEOUT)
         return True
 
-    both = [peers(hub, who=n, authorize=authorize, reauthorize=0.1) for n in range(2)]
+    both = [peers(hub, who=n, authorize=(authorize, 0.1)) for n in range(2)]
     try:
         assert is_hung.wait(TIMEOUT)
         assert [ended(peer)[0] for peer in both] == ["denied", "denied"]
@@ -1168,7 +1170,7 @@ def test_an_application_that_exits_in_a_lane(hub, peers, error, caplog):
     def callback():
         raise error
 
-    peer = peers(hub, authorize=authorize, reauthorize=0.1, callbacks=[callback])
+    peer = peers(hub, authorize=(authorize, 0.1), callbacks=[callback])
     settle(peer.client._loop)
     is_quiet.set()
     assert ended(peer)[0] == "error"
@@ -1193,7 +1195,7 @@ def test_an_application_that_blocks(hub, peers):
     other = peers(hub)
     seen(other)
     deadline = time.monotonic() + 2  # it is asked before that
-    peer = peers(hub, authorize=authorize, reauthorize=0.1, deadline=deadline)
+    peer = peers(hub, authorize=(authorize, 0.1), deadline=deadline)
     try:
         assert is_blocking.wait(TIMEOUT)
         for n in range(10):

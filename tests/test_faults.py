@@ -84,15 +84,14 @@ class Scene:
         self.join(
             "asked",
             "asked",
-            authorize=self.authorize,
-            reauthorize=0.05,
+            authorize=(self.authorize, 0.05),
             before_wait=[lambda: 1 / 0],
         )
         self.join("slow", "slow", send_timeout=30.0)
         self.join("broken 1", "broken")
         self.join("broken 2", "broken")
         self.join("vanished", "vanished")
-        self.join("denied", "denied", authorize=self.allow_once, reauthorize=0.05)
+        self.join("denied", "denied", authorize=(self.allow_once, 0.05))
         calm(self.loop)
         self.fill("slow")
 
@@ -403,8 +402,7 @@ def test_a_hook_that_raises_strands_nobody(channel, caplog):
         loop,
         hub,
         before_wait=[broken],
-        authorize=lambda subscription: asked.append(1) or True,
-        reauthorize=0.05,
+        authorize=(lambda subscription: asked.append(1) or True, 0.05),
     )
     await_true(PLACE, lambda: len(asked) > 3)
     hub.publish("a", "1")

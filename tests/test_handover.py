@@ -569,7 +569,7 @@ def test_max_duration(few, channel):
 
 def test_who_may_not_go_on(few, asker, channel):
     """Asked again, the application says no: this client ends, others do not."""
-    path = f"/events/{channel}?reauthorize=0.2&note={channel}&who="
+    path = f"/events/{channel}?authorize=0.2&note={channel}&who="
     with (
         Listener(few, f"{path}bob{channel}") as bob,
         Listener(few, f"{path}eve{channel}", is_source=True) as eve,
@@ -584,7 +584,7 @@ def test_who_may_not_go_on(few, asker, channel):
 
 def test_an_application_that_fails_later(few, asker, channel):
     """The client can tell; it is logged, once."""
-    path = f"/events/{channel}?reauthorize=0.2&note={channel}&who="
+    path = f"/events/{channel}?authorize=0.2&note={channel}&who="
     with Listener(few, f"{path}broken{channel}") as listener:
         asker.ask(f"/break/broken{channel}")
         _, is_whole = listener.rest()
@@ -598,7 +598,7 @@ test_an_application_that_fails_later.complaints = 1
 
 def test_an_application_that_exits_later(few, asker, channel):
     """sys.exit() in what the worker runs ends that client, and nothing else."""
-    path = f"/events/{channel}?reauthorize=0.2&note={channel}&who="
+    path = f"/events/{channel}?authorize=0.2&note={channel}&who="
     with Listener(few, f"{path}exits{channel}") as listener:
         asker.ask(f"/deny/exits{channel}")
         listener.rest()
@@ -614,7 +614,7 @@ test_an_application_that_exits_later.complaints = 1
 def test_an_application_that_blocks(few, asker, channel):
     """The other clients of the loop get their events meanwhile."""
     who = f"blocks{channel}"
-    path = f"/events/{channel}?reauthorize=0.2&note={channel}&who={who}"
+    path = f"/events/{channel}?authorize=0.2&note={channel}&who={who}"
     with (
         Listener(few, path) as blocked,
         Listener(few, f"/events/{channel}") as other,

@@ -1141,7 +1141,7 @@ def test_authorize(hub):
         asked.append(subscription)
         return len(asked) < 3
 
-    subscription = hub.subscribe("a", authorize=authorize, reauthorize=0.05)
+    subscription = hub.subscribe("a", authorize=(authorize, 0.05))
     with pytest.raises(Closed) as caught:
         subscription.read(TIMEOUT)
     assert caught.value.reason == "denied"
@@ -1171,7 +1171,7 @@ def test_an_authorize_that_raises_lets_nobody_in(hub):
     assert watcher.read(0) == []
 
 
-def test_a_reauthorize_that_raises_lets_nobody_go_on(hub):
+def test_an_authorize_that_raises_later_lets_nobody_go_on(hub):
     """It is asked until it answers; what came meanwhile is not lost."""
     answers = [ConnectionError("no database"), ConnectionError("no database")]
 
@@ -1181,7 +1181,7 @@ def test_a_reauthorize_that_raises_lets_nobody_go_on(hub):
         return True
 
     is_broken = False
-    subscription = hub.subscribe("a", authorize=authorize, reauthorize=0.001)
+    subscription = hub.subscribe("a", authorize=(authorize, 0.001))
     subscription.read(0)
     hub.publish("a", "x")
     is_broken = True
@@ -1212,7 +1212,7 @@ def test_an_authorize_that_hangs_ends_a_reader(
 
     hub.publish("a", "1")
     reader = hub.subscribe(
-        "a", after="start", authorize=authorize, reauthorize=0.05, announce=True
+        "a", after="start", authorize=(authorize, 0.05), announce=True
     )
     with pytest.raises(Closed, match="denied"):
         place.start(read)()
@@ -1261,12 +1261,10 @@ def test_a_snapshot_that_comes_after_the_end_is_not_given_out(hub):
         reader.read(0)
 
 
-def test_reauthorize_on_a_busy_channel(hub):
+def test_authorize_on_a_busy_channel(hub):
     """Who always has something to read is asked, too."""
     answers = iter([True, False])
-    subscription = hub.subscribe(
-        "a", authorize=lambda s: next(answers), reauthorize=0.02
-    )
+    subscription = hub.subscribe("a", authorize=(lambda s: next(answers), 0.02))
     subscription.read(0)
 
     def read():
@@ -1539,7 +1537,7 @@ def test_an_end_is_the_end_of_what_was_read_before(hub, how, reason):
     hub.publish_many("a", map(str, range(10)))
     is_allowed = True
     subscription = hub.subscribe(
-        "a", after="start", authorize=lambda s: is_allowed, reauthorize=0.001
+        "a", after="start", authorize=(lambda s: is_allowed, 0.001)
     )
     assert next(subscription).data == "0"
     if reason == "denied":
@@ -1840,9 +1838,14 @@ def test_what_a_broker_has_is_not_given_beside_it(options):
         ({"throttle": float("inf")}, ValueError, "throttle"),
         ({"throttle": True}, TypeError, "throttle"),
         ({"throttle": "1"}, TypeError, "throttle"),
-        ({"reauthorize": 5}, ValueError, "authorize"),
         ({"authorize": False}, TypeError, "authorize"),
-        ({"reauthorize": -1, "authorize": bool}, ValueError, "reauthorize"),
+        ({"authorize": (bool,)}, TypeError, "authorize"),
+        ({"authorize": (5, bool)}, TypeError, "authorize"),
+        ({"authorize": (None, 5)}, TypeError, "authorize"),
+        ({"authorize": (bool, None)}, TypeError, "authorize"),
+        ({"authorize": (bool, True)}, TypeError, "authorize"),
+        ({"authorize": (bool, -1)}, ValueError, "authorize"),
+        ({"authorize": (bool, float("nan"))}, ValueError, "authorize"),
         ({"tags": "x"}, TypeError, "tags"),
         ({"tags": [1]}, TypeError, "tags"),
     ],

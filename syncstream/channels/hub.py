@@ -54,7 +54,7 @@ from .gap import GAP_EVENT
 from .presence import PRESENCE
 from .presence import decoded as decoded_presence
 from .presence import encoded as encoded_presence
-from .subscription import Subscription
+from .subscription import Authorize, Subscription
 from .tags import check_tags, tag_prefix
 from .windows import Channel
 
@@ -342,8 +342,7 @@ class Hub:
         tags: Iterable[str] = (),
         who: Any = None,
         announce: bool = False,
-        authorize: Callable[[Subscription], bool] | None = None,
-        reauthorize: float | None = None,
+        authorize: Authorize | tuple[Authorize, float] | None = None,
     ) -> Subscription:
         """Return a subscription: the events of these channels from a position on.
 
@@ -373,13 +372,12 @@ class Hub:
             announce: Tell those who are there, by "join" and "leave" events in its
                 channels, with ``who`` as it is now; not in those of a pattern. They
                 are not kept, and have the id of the event before them.
-            authorize: Called when it is first read, and every ``reauthorize``
-                seconds; when it returns false, or has not answered within 5 seconds
-                (`ANSWER`), the stream ends ("denied"), and a late answer changes
-                nothing. What it raises `read` raises, and nothing is read. A plain
-                function: an answer that is to be awaited, iterated or called is an
-                error.
-            reauthorize: Seconds.
+            authorize: A function, called when the subscription is first read; or
+                ``(function, 60)``, which is called again every 60 seconds. When it
+                returns false, or has not answered within 5 seconds (`ANSWER`), the
+                stream ends ("denied"), and a late answer changes nothing. What it
+                raises `read` raises, and nothing is read. A plain function: an answer
+                that is to be awaited, iterated or called is an error.
 
         Raises:
             TypeError, ValueError: An argument is not what it should be.
@@ -396,7 +394,6 @@ class Hub:
             who=who,
             announce=announce,
             authorize=authorize,
-            reauthorize=reauthorize,
         )
 
     @staticmethod

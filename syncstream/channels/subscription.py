@@ -22,7 +22,7 @@ from collections.abc import (
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..brokers.log import JOIN, START, Entry, Page, first_part, flaw
 from ..brokers.names import check_name, is_pattern, matches
@@ -57,9 +57,13 @@ from .windows import Channel
 if TYPE_CHECKING:
     from .hub import Hub
 
-__all__ = ["Subscription", "decoder_of"]
+__all__ = ["Authorize", "Subscription", "decoder_of"]
 
 log = logging.getLogger("syncstream.hub")
+
+
+# Says whether a subscription may be read.
+Authorize: TypeAlias = "Callable[[Subscription], bool]"
 
 
 class Apart(Exception):
@@ -88,7 +92,7 @@ class Subscription:
     __slots__ = (
         *("__weakref__", "_after", "_asked", "_authorize", "_brought", "_conflate"),
         *("_delivered", "_given", "_is_begun", "_is_listed", "_is_simple", "_items"),
-        *("_lost", "_named", "_on_gap", "_reason", "_reauthorize"),
+        *("_lost", "_named", "_on_gap", "_reason", "_recheck"),
         *("_throttle", "_turn", "_waiter", "_watched", "announcement", "channels"),
         *("has_patterns", "hub", "tags", "who"),
     )
@@ -105,8 +109,7 @@ class Subscription:
         tags: Iterable[str],
         who: Any,
         announce: bool,
-        authorize: Callable[[Subscription], bool] | None,
-        reauthorize: float | None,
+        authorize: Authorize | tuple[Authorize, float] | None,
     ) -> None:
         if not channels:
             raise ValueError("channels must be given, at least one")
@@ -138,20 +141,9 @@ class Subscription:
                 "conflate must be a function of an event that returns its key, got"
                 f" {conflate!r}"
             )
-        for label, value in (("throttle", throttle), ("reauthorize", reauthorize)):
-            if value is None:
-                continue
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise TypeError(f"{label} must be seconds or None, got {value!r}")
-            if not 0 < value <= limits.LONGEST:
-                raise ValueError(
-                    f"{label} must be above 0 seconds, and {limits.LONGEST:.0f} at"
-                    f" most, got {value!r}"
-                )
-        if authorize is not None and not callable(authorize):
-            raise TypeError(f"authorize must be callable, got {authorize!r}")
-        if reauthorize is not None and authorize is None:
-            raise ValueError("reauthorize needs authorize")
+        if throttle is not None:
+            _check_seconds("throttle", throttle)
+        asked, recheck = _asked_when(authorize)
         self.hub = hub
         is_one = len(channels) == 1
         self.channels = channels if is_one else tuple(dict.fromkeys(channels))
@@ -162,8 +154,8 @@ class Subscription:
         self._conflate = conflate
         self._throttle = throttle
         self.announcement = hub.announcement(who) if announce else None
-        self._authorize = authorize
-        self._reauthorize = reauthorize
+        self._authorize = asked
+        self._recheck = recheck  # seconds
         self._asked = 0.0
         self._delivered = 0.0
         self._named: tuple[Cursor, ...] = ()  # of the channels, in their order
@@ -231,7 +223,7 @@ class Subscription:
             and self._is_simple
             and self._conflate is None
             and self._throttle is None
-            and self._reauthorize is None
+            and self._recheck is None
         )
         encode = self._frame if is_events else self._line(dumps)
         return Frames(self, encode, is_shared, scope)
@@ -348,9 +340,9 @@ class Subscription:
     @property
     def ask_again_at(self) -> float:
         """When `authorize` is to be asked again, `time.monotonic`; maybe never."""
-        if self._reauthorize is None:
+        if self._recheck is None:
             return math.inf
-        return self._asked + self._reauthorize
+        return self._asked + self._recheck
 
     def detach(self, waiter: Wakeable | None) -> None:
         """Have this woken by what is new, in place of the thread that has read it.
@@ -385,7 +377,6 @@ class Subscription:
             who=None,
             announce=False,
             authorize=None,
-            reauthorize=None,
         )
         twin.go_where(self)
         twin._is_begun = True
@@ -742,8 +733,8 @@ class Subscription:
             ends.append(deadline - now)
         if pause:
             ends.append(pause)
-        if self._reauthorize is not None:
-            ends.append(self._asked + self._reauthorize - now)
+        if self._recheck is not None:
+            ends.append(self.ask_again_at - now)
         return max(0.0, min(ends)) if ends else None
 
     def _register(self, waiter: Wakeable) -> bool:
@@ -1182,6 +1173,34 @@ class Subscription:
         """Return the channels that are told who comes and goes."""
         names = () if self.announcement is None else self.channels
         return [name for name in names if not is_pattern(name)]
+
+
+def _asked_when(
+    authorize: Authorize | tuple[Authorize, float] | None,
+) -> tuple[Authorize | None, float | None]:
+    """Return whom to ask, and every how many seconds; ``None`` for only once."""
+    if authorize is None:
+        return None, None
+    if isinstance(authorize, tuple) and len(authorize) == 2:
+        asked, recheck = authorize
+        _check_seconds("authorize", recheck)
+        if callable(asked):
+            return asked, recheck
+    elif callable(authorize):
+        return authorize, None
+    raise TypeError(
+        f"authorize must be a function, or a function and seconds, got {authorize!r}"
+    )
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must have seconds as a number, got {value!r}")
+    if not 0 < value <= limits.LONGEST:
+        raise ValueError(
+            f"{name} must have seconds above 0, and {limits.LONGEST:.0f} at most, got"
+            f" {value!r}"
+        )
 
 
 def decoder_of() -> sse.Decoder:

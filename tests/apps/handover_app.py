@@ -49,7 +49,7 @@ broker = Broker(capacity=CAPACITY)
 hub = Hub(broker=broker)
 denied = set()  # by who
 broken = set()
-NUMBERS = ("keepalive", "send_timeout", "max_duration", "throttle", "reauthorize")
+NUMBERS = ("keepalive", "send_timeout", "max_duration", "throttle")
 
 if "SOFT_LIMIT" in os.environ:  # what `ulimit -S -n` does
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -93,9 +93,7 @@ def app(environ, start_response):
 
 def subscribe(kind, name, query):
     options = {key: float(query[key]) for key in NUMBERS if key in query}
-    own = {
-        key: options.pop(key) for key in ("throttle", "reauthorize") if key in options
-    }
+    own = {"throttle": options.pop("throttle")} if "throttle" in options else {}
     for key in ("after", "on_gap", "who"):
         if key in query:
             value = query[key]
@@ -108,8 +106,8 @@ def subscribe(kind, name, query):
         own["tags"] = query["tags"].split(",")
     if "announce" in query:
         own["announce"] = True
-    if "reauthorize" in own:
-        own["authorize"] = authorize
+    if "authorize" in query:
+        own["authorize"] = authorize, float(query["authorize"])
     subscription = hub.subscribe(*name.split(","), **own)
     if kind == "ndjson":
         options.pop("keepalive", None)

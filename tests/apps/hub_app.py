@@ -2,9 +2,9 @@
 
 - ``/sse/CHANNEL?OPTION=VALUE``: a stream, with the options of `Hub.subscribe`; several
   channels with commas between them. ``/ndjson/…`` for lines, ``/yield/…`` for a
-  generator that yields from a subscription. ``tags`` has commas, too; ``authorize``
-  asks whether its ``who`` may read: ``/deny/WHO`` says no from then on, and
-  ``/hang/WHO`` nothing until that.
+  generator that yields from a subscription. ``tags`` has commas, too;
+  ``authorize=SECONDS`` asks again and again whether its ``who`` may read:
+  ``/deny/WHO`` says no from then on, and ``/hang/WHO`` nothing until that.
 - ``POST /publish/CHANNEL?only=…&exclude=…``: a JSON list of events.
 - ``/flood/CHANNEL?count=…&size=…``: so many events, ``{"n": 0, …}`` and on.
 - ``/head/CHANNEL``, ``/presence/CHANNEL``, ``/kick/WHO``, ``/stats``, ``/close``.
@@ -21,7 +21,7 @@ from syncstream.channels import limits
 limits.ANSWER = 2.0  # not 5 seconds for each test
 hub = Hub()
 denied, hung = set(), set()
-NUMBERS = {"after": int, "throttle": float, "reauthorize": float}
+NUMBERS = {"after": int, "throttle": float}
 
 
 def app(environ, start_response):
@@ -46,7 +46,7 @@ def app(environ, start_response):
 
 def options_of(query):
     options = {}
-    for name in ("after", "on_gap", "throttle", "who", "reauthorize"):
+    for name in ("after", "on_gap", "throttle", "who"):
         if name in query:
             value = query[name]
             is_number = value.replace(".", "").isdecimal()
@@ -56,7 +56,7 @@ def options_of(query):
     if "announce" in query:
         options["announce"] = True
     if "authorize" in query:
-        options["authorize"] = authorize
+        options["authorize"] = authorize, float(query["authorize"])
     return options
 
 
