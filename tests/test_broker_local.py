@@ -529,7 +529,7 @@ STOPS_WITHIN = """
 import sys
 from syncstream.brokers.local import LocalBroker
 from syncstream.brokers.local.database import Database
-class Stops(_Database):
+class Stops(Database):
     def store(self, items, bounds):
         ids = super().store(items, bounds)
         print("within", flush=True)

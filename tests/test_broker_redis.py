@@ -333,7 +333,7 @@ def test_tls_is_checked_for_the_host_name(tmp_path, monkeypatch):
             with pytest.raises(Unavailable, match="unknown command"):
                 publish(master, word)
         found = "127.0.0.1", server.port
-        monkeypatch.setattr(module.Sentinel, "discover_master", lambda *_: found)
+        monkeypatch.setattr(server_module.Sentinel, "discover_master", lambda *_: found)
         for url in (f"rediss://{end}", f"valkeys://{end}", master):
             with pytest.raises(Unavailable, match=r"(?i)certificate"):
                 publish(url)
