@@ -3,8 +3,10 @@
 import ast
 import configparser
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -176,3 +178,51 @@ except ImportError as error:
 def test_version():
     """The changelog speaks of this version."""
     assert f"## {syncstream.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of the package, built from a copy: building leaves files behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, source / "syncstream", ignore=ignored)
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = "from setuptools import build_meta; build_meta.build_wheel('..')"
+    command = [sys.executable, "-W", "ignore", "-c", build]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_has_all_files(wheel):
+    """Whatever stands in the package's folder is installed: SQL, Lua, pages, types."""
+    folders = (path for path in PACKAGE.rglob("*") if "__pycache__" not in path.parts)
+    files = {str(path.relative_to(ROOT)) for path in folders if path.is_file()}
+    assert any(name.endswith(".lua") for name in files)
+    with zipfile.ZipFile(wheel) as archive:
+        assert files <= set(archive.namelist())
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from syncstream.brokers.postgresql import install_sql; print(install_sql())",
+        "from syncstream.brokers.redis.scripts import *;"
+        " print(*(script.text for script in (PUBLISH, READ, NEWEST, HEADS)))",
+        "from syncstream import Hub; hub = Hub('local:' + sys.argv[1]);"
+        " hub.publish('news', 1); hub.close()",
+    ],
+    ids=["postgresql", "redis", "local"],
+)
+def test_brokers_of_the_wheel_have_their_files(wheel, tmp_path, program):
+    """SQL and Lua are found where the package is one file, too: a wheel, as it is."""
+    said = []
+    for place in (wheel, ROOT):
+        text = f"import sys; sys.path.insert(0, {str(place)!r}); {program}"
+        command = [sys.executable, "-c", text, str(wheel.with_name(f"log{len(said)}"))]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        said.append(ran.stdout)
+    assert said[0] == said[1]

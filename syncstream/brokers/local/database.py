@@ -10,6 +10,7 @@ import sqlite3
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
@@ -42,17 +43,7 @@ _SWEEP = 64  # events between two looks for what is too old, or too much
 _CHANNELS = 5000  # that are looked at in one go, whether they can be forgotten
 _ID = re.compile(r"([0-9a-f]{1,15})-[0-9a-f]{8}")
 
-_TABLES = """
-CREATE TABLE life(empty INTEGER NOT NULL);
-CREATE TABLE channel(
-    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE,
-    last INTEGER NOT NULL, nonce INTEGER NOT NULL);
-CREATE TABLE event(
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, channel INTEGER NOT NULL,
-    number INTEGER NOT NULL, nonce INTEGER NOT NULL, prev INTEGER NOT NULL,
-    time INTEGER NOT NULL, payload BLOB NOT NULL);
-CREATE UNIQUE INDEX event_number ON event(channel, number);
-"""
+_TABLES = files(__package__).joinpath("tables.sql").read_text("utf-8")
 # secure_delete, Debian's default, overwrites with zeros what is trimmed.
 _SETTINGS = (
     "synchronous=NORMAL",
