@@ -120,7 +120,7 @@ http {{
 # The servers' side: what gunicorn runs.
 
 
-def app(handover: Any = "auto") -> Flask:
+def app(handover: bool | None = None) -> Flask:
     from flask import Flask, request
 
     if os.environ.get(VARIABLE) == AUTO:
@@ -221,7 +221,7 @@ def gunicorn(worker: str, *, sender: str = "", is_attached: bool = False) -> Ser
             *("-b", "fd://{fd}", "--worker-connections", "10000"),
             *("--graceful-timeout", "1", "--timeout", "120", "--log-level", "error"),
             "--no-control-socket",
-            f"benchmarks.handover:app(handover={False if is_attached else 'auto'!r})",
+            f"benchmarks.handover:app(handover={False if is_attached else None!r})",
         ),
         sender,
     )

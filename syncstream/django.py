@@ -355,7 +355,7 @@ class SSEResponse(_Streaming):
         max_duration: float | None = None,
         drain: float | None = None,
         end: str | None = None,
-        handover: str | bool = "auto",
+        handover: bool | None = None,
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:

@@ -663,6 +663,9 @@ def test_bad_sources_are_refused(source, problem):
         ({"retry": 1.5}, TypeError),
         ({"retry": True}, TypeError),
         ({"on_error": "text"}, TypeError),
+        ({"handover": "auto"}, TypeError),
+        ({"handover": 1}, TypeError),
+        ({"handover": True}, ValueError),  # for a generator
     ],
 )
 def test_bad_options_are_refused(options, error):

@@ -780,5 +780,8 @@ def test_str_chunks_under_the_middleware_are_the_applications_error(caplog):
 
 def test_the_middleware_wants_an_application():
     """Not the framework's name, or None."""
+    for handover in (True, "auto", 0):
+        with pytest.raises(ValueError, match="handover must be False or None"):
+            StreamMiddleware(print, handover=handover)
     with pytest.raises(TypeError, match="app must be a WSGI application, got None"):
         StreamMiddleware(None)

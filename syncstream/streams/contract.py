@@ -218,13 +218,3 @@ class Connection(Protocol):
 
     def cut(self) -> BaseException | None:
         """Make truncation visible; return what to raise, ``None`` to just end."""
-
-
-def check_handover(handover: str | bool) -> None:
-    """Refuse what does not say whether a client may be handed over.
-
-    Raises:
-        ValueError: It is neither "auto" nor ``False``.
-    """
-    if handover != "auto" and handover is not False:
-        raise ValueError(f"handover must be 'auto' or False, got {handover!r}")

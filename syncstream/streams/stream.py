@@ -72,7 +72,7 @@ from ..runtime.waiting import (
 from ..runtime.watch import Timer, Watch, native_epoll, watch
 from .answers import Returned, checked_return, is_answer, status_of
 from .capacity import Full, Place
-from .contract import Connection, Format, Life, Swap, check_handover
+from .contract import Connection, Format, Life, Swap
 from .ends import OPENING, REASONS, come_back
 from .links import AGAIN, USELESS, Link, place_of, unblock
 
@@ -191,7 +191,7 @@ class Stream:
         life: Life | None = None,
         retry: int | None = None,
         end: str | None = "reconnect",
-        handover: str | bool = "auto",
+        handover: bool | None = None,
         on_error: Callable[[Exception], Any] | None = None,
     ) -> None:
         refuse_eventlet()
@@ -202,7 +202,13 @@ class Stream:
             raise ValueError(f"end must be 'stop' or 'reconnect', got {end!r}")
         if on_error is not None and not callable(on_error):
             raise TypeError(f"on_error must be callable, got {on_error!r}")
-        check_handover(handover)
+        if handover is not None and not isinstance(handover, bool):
+            raise TypeError(f"handover must be True, False or None, got {handover!r}")
+        if handover and not isinstance(source, Subscription):
+            raise ValueError(
+                "handover=True needs a Subscription as the source: others need the"
+                f" thread of their request, got {type(source).__name__}"
+            )
         self.runner: Any = None  # see waiting.py
         self.reference: Callable[[], Any] = weakref.ref(self)
         self.parked: Parked | Waiter | None = None
@@ -237,7 +243,7 @@ class Stream:
         self._events = self._bytes = 0
         self._frames: Frames | None = None  # their chunks may hold several events
         self._is_asked = False  # see `is_over_for`
-        self._may_hand_over = bool(handover)
+        self._may_hand_over = handover is not False
         self._swap: Swap | None = None
         self._client: Client | None = None  # its connection is the loop's
         self._response_callbacks: deque[Callable[[], object]] = deque()

@@ -7,13 +7,13 @@ import math
 import random
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..protocol import raw, sse
 from ..runtime.journal import report
 from ..runtime.process import process
 from ..streams.capacity import Capacity, Place
-from ..streams.contract import Format, Life, check_handover
+from ..streams.contract import Format, Life
 from ..streams.stream import Stream, warn_unframed
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class StreamMiddleware:
             empty key, which is warned of. Behind a proxy REMOTE_ADDR is the proxy's,
             on a Unix socket nobody's: see docs/proxies.md.
         max_per_key: So many streams at once for each of these.
-        handover: As for `SSEResponse`; ``False`` for all of the application.
+        handover: ``False`` keeps all subscriptions of the application in their
+            requests' threads or greenlets, ``None`` lets each response decide.
 
     Raises:
         TypeError, ValueError: An argument is not what it should be.
@@ -81,7 +82,7 @@ class StreamMiddleware:
         reserve_threads: int | None = None,
         limit_by: Callable[[WSGIEnvironment], Hashable] | None = None,
         max_per_key: int | None = None,
-        handover: str | bool = "auto",
+        handover: Literal[False] | None = None,
     ) -> None:
         if not callable(app):
             raise TypeError(f"app must be a WSGI application, got {app!r}")
@@ -94,8 +95,9 @@ class StreamMiddleware:
             max_per_key,
             lambda text: process().warn_once(log, text),
         )
-        check_handover(handover)
-        self._may_hand_over = bool(handover)
+        if handover is not None and handover is not False:
+            raise ValueError(f"handover must be False or None, got {handover!r}")
+        self._may_hand_over = handover is None
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse

@@ -276,8 +276,10 @@ class SSEResponse(_Streaming):
             ``"reconnect"``: it comes back and the view runs again. ``None``: "stop",
             but for a `Subscription` "reconnect".
         handover: A `Subscription` needs no thread: where the server lets us, its
-            connection goes on without the request, which ends ("auto"). ``False``
-            keeps it in the request's thread or greenlet. See docs/handover.md.
+            connection goes on without the request, which ends (``None``). ``False``
+            keeps it in the request's thread or greenlet. ``True`` is the same as
+            ``None``, and refuses other sources, which need their thread. See
+            docs/handover.md.
         on_error: Called with the exception when the source has failed (an
             ``Exception``, not ``SystemExit`` and its kin); what it returns is
             encoded and sent as the last event, and the response ends in order behind
@@ -289,7 +291,7 @@ class SSEResponse(_Streaming):
     Raises:
         TypeError: ``source`` cannot be iterated, or is asynchronous.
         ValueError: ``retry`` is negative, ``end`` is neither of the two, a number
-            of seconds is not above 0.
+            of seconds is not above 0, ``handover`` is true without a `Subscription`.
     """
 
     def __init__(
@@ -304,7 +306,7 @@ class SSEResponse(_Streaming):
         max_duration: float | None = None,
         drain: float | None = None,
         end: str | None = None,
-        handover: str | bool = "auto",
+        handover: bool | None = None,
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:
