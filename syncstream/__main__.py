@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import Hub, __version__
 from .arguments import Parser
-from .doctor import checks, report, wire
-from .doctor import listen as doctor
+from .doctor import checks, listen, report, request
 from .errors import BrokerError, Uncertain
 
 if TYPE_CHECKING:
@@ -86,7 +85,9 @@ def _add_doctor(commands: _Commands) -> None:
         epilog="Exit status: 0 healthy, 1 something is at fault, 2 no connection.",
     )
     command.add_argument(
-        "url", type=_checked(doctor.parse_url), help="http or https address of a stream"
+        "url",
+        type=_checked(request.parse_url),
+        help="http or https address of a stream",
     )
     command.add_argument(
         "--seconds",
@@ -97,7 +98,7 @@ def _add_doctor(commands: _Commands) -> None:
     )
     command.add_argument(
         "--header",
-        type=_checked(wire.parse_header),
+        type=_checked(request.parse_header),
         action="append",
         default=[],
         metavar="'NAME: VALUE'",
@@ -167,7 +168,7 @@ def _doctor(options: argparse.Namespace) -> int:
     """Listen, and print what is to be said."""
     print(f"syncstream: listening for {options.seconds:g} s", file=sys.stderr)
     try:
-        seen = doctor.examine(
+        seen = listen.examine(
             options.url,
             seconds=options.seconds,
             headers=options.header,

@@ -19,10 +19,10 @@ from programs import certificate, program
 from syncstream.__main__ import main
 from syncstream.doctor import checks
 from syncstream.doctor import listen as doctor
-from syncstream.doctor import wire as wire_module
 from syncstream.doctor.checks import judge
 from syncstream.doctor.observation import Arrival, Finding, Head, Observation
 from syncstream.doctor.report import report
+from syncstream.doctor.response import Response
 from syncstream.protocol.sse import END_ID
 
 # Seconds of listening: what ends by itself may take its time on a busy machine; to
@@ -418,6 +418,7 @@ ANSWERS = {
     "trickled-head": (repeat(START + b"X: ", b"a", 0.05), "no-head"),
     "endless-head": (repeat(START, b"X: a\r\n"), "head"),
     "endless-header": (repeat(START + b"X: ", b"a" * 65536), "head"),
+    "endless-continue": (repeat(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "head"),
     "endless-interim": (repeat(b"", b"HTTP/1.1 103 Hints\r\n\r\n"), "head"),
     "ssh": (say(b"SSH-2.0-OpenSSH\r\n", hold=True), "not-http"),
     "http-2": (say(b"\0\0\x12\x04\0\0\0\0\0", hold=True), "not-http"),
@@ -426,6 +427,12 @@ ANSWERS = {
     "foreign-digits": (say("HTTP/1.1 ٢٠٠ OK\r\n\r\n".encode()), "not-http"),
     "tls": (say(b"\x15\x03\x03\0\x02\x02\x32"), "tls"),
     "no-colon": (say(START + LIVE + b"oops\r\n\r\n" + EVENT), "head ended"),
+    "no-colon-before-the-framing": (
+        say(START + b"oops\r\n a: b\r\n", CHUNKED[len(START) :], b"F\r\n", EVENT),
+        "cut head",
+    ),
+    "cut-head": (say(START + b"A: b\r\nContent"), "no-head"),
+    "cut-trailer": (say(CHUNKED, b"0\r\nA: b\r\n"), "cut"),
     "line-feeds": (
         say((START + LIVE).replace(b"\r", b"") + b"\n" + EVENT, hold=True),
         "",
@@ -444,6 +451,7 @@ ANSWERS = {
     "no-size": (say(CHUNKED, b"\x1b[31mx\r\n", hold=True), "broken"),
     "endless-size": (repeat(CHUNKED, b"0" * 1000), "broken"),
     "endless-trailer": (repeat(CHUNKED + b"0\r\n", b"a: b\r\n"), "broken"),
+    "negative-size": (say(CHUNKED, b"-5\r\n", EVENT, hold=True), "broken"),
     "long-chunk": (say(CHUNKED, b"2\r\n", EVENT, hold=True), "broken"),
     "broken-at-once": (say(CHUNKED + b"x\r\n", hold=True), "broken"),
     "short-of-length": (
@@ -536,6 +544,45 @@ def test_a_reset(serve):
     assert [f.name for f in judge(observation)] == ["cut"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (b"x\r\n", 'a chunk has the size "x"'),
+        (b"2\r\n" + EVENT, 'a chunk is followed by ": " instead of a line end'),
+        (b"0\r\n" + b"a: b\r\n" * 20000, "the trailer is larger than 64 KiB"),
+    ],
+    ids=["size", "long-chunk", "trailer"],
+)
+def test_broken_chunks_are_told_apart(serve, answer, problem):
+    """What breaks the framing is shown."""
+    observation = doctor.examine(serve(say(CHUNKED + answer)).url, seconds=PATIENCE)
+    (finding,) = [f for f in judge(observation) if f.name == "broken"]
+    assert problem in finding.text
+
+
+def test_a_read_of_many_chunks_is_one_arrival(serve):
+    """Chunks that came together count as one read, with its time."""
+    chunks = (b"F\r\n" + EVENT + b"\r\n") * 3
+    server = serve(say(CHUNKED + chunks, hold=True))
+    (arrival,) = doctor.examine(server.url, seconds=WHILE).arrivals
+    assert (arrival.events, arrival.size) == (3, 3 * len(EVENT))
+
+
+class Pieces:
+    """A connection whose reads return one piece each."""
+
+    def __init__(self, pieces):
+        self._pieces = list(pieces)
+
+    def settimeout(self, seconds):
+        assert seconds > 0
+
+    def recv_into(self, buffer):
+        piece = self._pieces.pop(0) if self._pieces else b""
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
 @pytest.mark.parametrize("seed", [None, *range(10)])
 def test_cuts_do_not_matter(seed):
     """A response means the same, however its bytes are cut."""
@@ -545,16 +592,17 @@ def test_cuts_do_not_matter(seed):
     wire += b"".join(b"%x;a\r\n%b\r\n" % (len(c), c) for c in chunks)
     wire += b"0\r\nA: b\r\n\r\n"
     rng = random.Random(seed)
-    reader, body = wire_module.Response(), b""
+    pieces = []
     while wire:
         size = 1 if seed is None else rng.randrange(1, 60)
-        piece, wire = wire[:size], wire[size:]
-        if reader.head is None:
-            piece = reader.take_head(piece)
-        if piece is not None:
-            body += reader.feed(piece)
+        pieces.append(wire[:size])
+        wire = wire[size:]
+    response, body = Response(Pieces(pieces), time.monotonic() + PATIENCE), b""
+    assert response.read_head().status == 200
+    while piece := response.read():
+        body += piece
     assert body == events
-    assert reader.is_whole
+    assert response.end == "whole"
 
 
 def test_what_is_asked(serve):

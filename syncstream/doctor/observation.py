@@ -11,10 +11,12 @@ __all__ = [
     "Finding",
     "Head",
     "INFLATABLE",
+    "NoStream",
     "Observation",
     "coding_of",
     "kind_of",
     "place",
+    "show",
     "span",
 ]
 MAX_REDIRECTS = 5
@@ -39,6 +41,14 @@ class Finding:
     text: str
     cure: str
     level: Level = "fault"
+
+
+class NoStream(Exception):
+    """There is no response to listen to; the finding has the reason."""
+
+    def __init__(self, name: str, text: str, cure: str) -> None:
+        super().__init__(text)
+        self.finding = Finding(name, text, cure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,15 @@ class Arrival:
     events: int = 0
     comments: int = 0
     is_torn: bool = False
+
+    def __add__(self, later: Arrival) -> Arrival:
+        return Arrival(
+            self.at,
+            self.size + later.size,
+            self.events + later.events,
+            self.comments + later.comments,
+            later.is_torn,
+        )
 
 
 @dataclass(frozen=True, slots=True)
