@@ -211,14 +211,15 @@ def _events(
         PayloadTooLarge: There are too many lines, or one is too long.
     """
     if mimetype not in _NDJSON:
-        hub.check_size(body)  # of many short lines as an event is several times that
+        # As an event, many short lines take several times that.
+        hub.payloads.check_size(body)
         yield Event(_text("the body", body), **options)
         return
     if body.count(b"\n") + (not body.endswith(b"\n")) > MAX_LINES:
         raise PayloadTooLarge(f"a body must have {MAX_LINES} lines at most")
     is_empty = True
     for number, line in enumerate(body.split(b"\n"), 1):
-        hub.check_size(line)
+        hub.payloads.check_size(line)
         text = _text(f"line {number}", line).strip()
         if text:
             is_empty = False

@@ -566,7 +566,8 @@ def test_kicks_that_a_user_may_not_hear(server, quick, monkeypatch, is_later):
     ):
         if is_later:
             server.command("ACL", "SETUSER", "unheard", *few)
-            await_true(lambda: hub._control._refusal and other._control._refusal)
+            controls = hub.subscribers.control, other.subscribers.control
+            await_true(lambda: all(control.refusal for control in controls))
         with pytest.raises((Denied, Uncertain), match="1 were ended in this process"):
             hub.kick(who="ann")
         await_true(lambda: not ann.is_alive())
@@ -585,7 +586,7 @@ def test_kicks_that_were_evicted(server, quick, caplog, is_used):
         if is_used:
             hub.kick(who="somebody")
         with Reader(hub, "a", who="ann") as ann:
-            await_true(lambda: not hub._control._is_reading)
+            await_true(lambda: not hub.subscribers.control.is_reading)
             server.command("DEL", "ss:{syncstream control}", "ss:empty")
             server.command("CLIENT", "KILL", "TYPE", "pubsub")
             await_true(lambda: not ann.is_alive())
@@ -817,12 +818,12 @@ def test_a_kick_that_leaves_no_room_kicks_once(shared):
         assert first.read(0) == []
         key = hub.broker._servers()[0].key(CONTROL)
         client.xadd(key, {b"p": b"0-0", b"d": b"x"}, id="9999999999999999-0")
-        hub.resync([CONTROL])
+        hub.sink.resync([CONTROL])
         await_true(lambda: first.is_closed)
         later = hub.subscribe("a", who="ann")
         assert later.read(0) == []
-        hub.resync([CONTROL])
-        await_true(lambda: not hub._control._is_reading)
+        hub.sink.resync([CONTROL])
+        await_true(lambda: not hub.subscribers.control.is_reading)
         assert not later.is_closed
 
 

@@ -123,7 +123,7 @@ def test_the_listener_is_refused(hub, names, caplog):
     waiting.start()
     await_true(PLACE, lambda: any(c.record.waiters for c in denied[0]._named))
     for _ in range(2):
-        hub.deny("a", "NOPERM")
+        hub.sink.deny("a", "NOPERM")
     waiting.join(15)
     assert ends == ["denied"]
     assert_denied(denied[1])
@@ -136,7 +136,7 @@ def test_who_has_begun_is_denied_by_a_read(hub, broker, caplog):
     """All who subscribe to that name: those who read a window are, too."""
     reader, other = begun(hub), begun(hub, "b")
     broker.reads.add("a")
-    hub.resync(None)
+    hub.sink.resync(None)
     assert_denied(reader, timeout=None)
     assert other.read(0) == []
     assert broker.asked == ["a"]
@@ -149,7 +149,7 @@ def test_a_channel_of_a_pattern_is_refused(hub, broker):
     named = begun(hub, "x:1")
     broker.reads.add("x:1")
     hub.publish("x:1", "lost")
-    hub.resync(["x:1"])
+    hub.sink.resync(["x:1"])
     assert_denied(pattern)
     assert_denied(named)
     hub.publish("y:1", "1")
@@ -159,7 +159,7 @@ def test_a_channel_of_a_pattern_is_refused(hub, broker):
 def test_what_is_allowed_again_is_told(hub, broker):
     """Who comes after that has the broker asked, although it was watched before."""
     begun(hub)
-    hub.deny("a", "NOPERM")
+    hub.sink.deny("a", "NOPERM")
     broker.unwatch("a")
     subscription = begun(hub)
     hub.publish("a", "1")
@@ -233,10 +233,10 @@ def test_kicks_that_were_refused_for_a_while(shared, broker, by, monkeypatch):
     """They are read on from the place of before: it ends whom it names."""
     monkeypatch.setattr(control, "ASK_AGAIN", 0.05 if by == "time" else 60)
     ann, bob = begun(shared, who="ann"), begun(shared, who="bob")
-    await_true(PLACE, lambda: not shared._control._is_reading)
+    await_true(PLACE, lambda: not shared.subscribers.control.is_reading)
     broker.watches.add(CONTROL)
     broker.unwatch(CONTROL)
-    shared.deny(CONTROL, "NOPERM")
+    shared.sink.deny(CONTROL, "NOPERM")
     broker.publish([(CONTROL, Kick('"ann"', None).encoded("another"))])
     broker.watches.clear()
     if by == "newcomer":

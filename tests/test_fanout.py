@@ -945,7 +945,7 @@ def test_a_gap_of_many_at_one_place(peers):
         broker.is_deaf = True
         hub.publish_many("a", [str(n) for n in range(1, 10)])
         broker.is_deaf = False
-        hub.resync(None)
+        hub.sink.resync(None)
         for peer in here:
             peer.read_until(lambda events: any(e.event == "reset" for e in events))
         settle(here[0].client._loop)
@@ -1037,10 +1037,10 @@ def test_a_subscription_of_two_responses(hub, peers):
 def test_a_hub_that_closes_while_a_client_comes(hub, peers):
     """Its end is an end as others; nothing is subscribed any more by then."""
     peer = peers(hub, add=False)
-    hub._is_closed = True  # as in the midst of close()
+    hub.windows.is_closed = True  # as in the midst of close()
     peer.client._loop.add(peer.client, HEAD)
     seen(peer)
-    hub._is_closed = False
+    hub.windows.is_closed = False
     hub.close()
     assert ended(peer)[0] == "closed"
 
@@ -1239,7 +1239,7 @@ def test_a_broker_that_is_down_for_a_while(peers, channels, monkeypatch):
         for peer in here:
             texts_until(peer, "0")
         broker.is_down = True
-        hub.resync(None)
+        hub.sink.resync(None)
         hub.publish("a", "1")
         settle(here[0].client._loop)
         hub.publish("a", "2")
@@ -1259,7 +1259,7 @@ def test_what_is_malformed_silences_nobody(hub, peers, channels):
     for peer in here:
         texts_until(peer, "0")
     for payload in (b"\0nope", b"", b"event: reset\ndata: {}\n\n"):
-        hub.deliver("a", Entry("7-7", hub.head("a"), payload))
+        hub.sink.deliver("a", Entry("7-7", hub.head("a"), payload))
         settle(here[0].client._loop)
     hub.publish("a", "1")
     for peer in here:
@@ -1293,7 +1293,7 @@ def test_a_turn_that_raises_ends_its_clients(hub, peers, channels, what, monkeyp
     is_asked = what == "step" or channels == "a"
     monkeypatch.setattr(Subscription, what, fail)
     if what == "step":
-        hub.resync(["a"])
+        hub.sink.resync(["a"])
     hub.publish("a", "1")
     for peer in here if is_asked else ():
         await_true(lambda peer=peer: peer.ends)
@@ -1337,9 +1337,9 @@ def test_a_lane_that_hangs_keeps_nobody_for_ever(peers, monkeypatch):
         seen(other)  # at the end of its channel: nothing is to be read for it
         settle(other.client._loop)
         broker.hung = "a"
-        hub.resync(["a"])
+        hub.sink.resync(["a"])
         assert broker.is_asked.wait(TIMEOUT)
-        hub.resync(["b"])
+        hub.sink.resync(["b"])
         for peer in (*hung, behind):
             await_true(lambda peer=peer: peer.client.reason == "error")
         hub.publish("c", "1")
@@ -1359,7 +1359,7 @@ def test_a_broker_that_fails_is_not_one_that_is_away(peers, monkeypatch):
         hub.publish("a", "0")
         texts_until(peer, "0")
         monkeypatch.setattr(broker, "failure", BrokerError("another version's"))
-        hub.resync(None)
+        hub.sink.resync(None)
         await_true(lambda: peer.ends)
         assert peer.ends == ["error"]
     finally:
@@ -1379,10 +1379,10 @@ def test_a_name_that_is_refused_ends_its_clients(peers, channels, how):
         for peer in here:
             texts_until(peer, "0")
         if how == "told":
-            hub.deny("a", "NOPERM")
+            hub.sink.deny("a", "NOPERM")
         else:
             broker.refused = "a"
-            hub.resync(["a"])
+            hub.sink.resync(["a"])
         for peer in here:
             await_true(lambda peer=peer: peer.ends)
             assert peer.ends == ["denied"]
@@ -1707,7 +1707,7 @@ class Story:
             assert self.hub.kick(lambda s: s is peer.subscription) == 1
 
     def resync(self, *_):
-        self.hub.resync(None)
+        self.hub.sink.resync(None)
 
     def settle(self, *_):
         settle(self.loop)

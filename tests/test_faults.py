@@ -131,7 +131,7 @@ class Scene:
                 with suppress(*ERRORS):
                     self.hub.publish(channel, str(n))
         self.hub.broker.is_down = True
-        self.hub.resync(["down"])
+        self.hub.sink.resync(["down"])
         go_on.set()
         self.join("one late", "one", after="start")
         self.join("gone", "gone", callbacks=[lambda: 1 / 0], who="ann", announce=True)

@@ -175,7 +175,7 @@ def test_who_is_not_behind_has_not_lagged(
     assert subscription.read(0) == []
     ids = hub.publish_many("a", "123")
     broker.remove("a", *[ids[place - 1] for place in removed])
-    hub.resync(["a"])
+    hub.sink.resync(["a"])
     found = read_all(subscription)
     assert shape(found) == expected
     assert [e.json()["reason"] for e in found if isinstance(e, Gap)] == ["unknown"]
@@ -188,7 +188,7 @@ def test_what_is_told_late_and_removed_is_not_given_out_after_its_reset(hub, bro
     hub.publish("a", "0")
     subscription = hub.subscribe("a")
     assert subscription.read(0) == []
-    hub.resync(["a"])
+    hub.sink.resync(["a"])
     hub.publish("a", "1")
     assert shape(subscription.read(0)) == ["1"]
     sink, broker._sink = broker._sink, None
@@ -196,7 +196,7 @@ def test_what_is_told_late_and_removed_is_not_given_out_after_its_reset(hub, bro
     broker._sink = sink
     (late,) = broker.read("a", START).entries[2:]
     broker.remove("a", id)
-    hub._channels["a"].is_doubtful = True
+    hub.windows.channels["a"].is_doubtful = True
 
     def read(channel, after, limit=1000):
         page = Holed.read(broker, channel, after, limit)
@@ -219,7 +219,7 @@ def test_nothing_follows_the_newest_though_it_was_removed(hub, broker):
     ids = hub.publish_many("a", "123")
     assert shape(subscription.read(0)) == ["1", "2", "3"]
     broker.remove("a", ids[2])
-    hub.resync(["a"])
+    hub.sink.resync(["a"])
     assert read_all(subscription) == []
     fresh = Hub(broker=broker)  # nobody there knows the channel yet
     assert read_all(fresh.subscribe("a", after=ids[2])) == []
@@ -298,5 +298,5 @@ def test_patterns(hub, broker):
     assert shape(read_all(subscription)) == ["0"]
     ids = hub.publish_many("a", "123")
     broker.remove("a", ids[1])
-    hub.resync(["a"])
+    hub.sink.resync(["a"])
     assert shape(read_all(subscription)) == ["1", "reset", "3"]

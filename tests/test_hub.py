@@ -161,7 +161,7 @@ def test_read_times_out(hub, place):
             began = time.monotonic()
             assert subscription.read(0.01) == []
             times.append(time.monotonic() - began)
-        record = hub._channels["a"]
+        record = hub.windows.channels["a"]
         assert len(record.waiters) <= 1
         subscription.close()
         assert not record.waiters
@@ -641,7 +641,7 @@ def test_a_broker_that_is_away_holds_up_no_window(channels, options):
     hub = Hub(broker=Partial())
     subscription = hub.subscribe(*channels, **options)
     subscription.read(0)
-    hub.resync(["b"])
+    hub.sink.resync(["b"])
     hub.broker.is_down = True
     hub.publish("a", "0")
     found = []
@@ -666,7 +666,7 @@ def test_a_snapshot_that_raises_loses_nothing(hub):
     subscription.read(0)
     hub.publish("a", "0")
     hub.publish("c:1", "1")
-    hub.resync(["c:2"])
+    hub.sink.resync(["c:2"])
     is_bad = True
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
@@ -895,8 +895,8 @@ def test_patterns(hub, pattern, heard):
     assert data(subscription.read(0)) == data(later.read(0)) == ["last"]
     for one in (*by_name, subscription, later):
         one.close()
-    assert not hub._patterns
-    assert not hub._listeners
+    assert not hub.windows.patterns
+    assert not hub.windows.listeners
     assert not hub.broker._patterns
 
 
@@ -938,10 +938,10 @@ def test_a_broker_that_lost_word_is_a_reset_for_patterns(hub):
     """Channels may have come of which it never heard."""
     subscription = hub.subscribe("chat:*")
     subscription.read(0)
-    hub.resync(["other"])
+    hub.sink.resync(["other"])
     assert subscription.read(0) == []
-    hub.resync(["chat:7"])
-    hub.resync(None)
+    hub.sink.resync(["chat:7"])
+    hub.sink.resync(None)
     (reset,) = subscription.read(0)
     assert reset.json() == {"channel": "chat:*", "reason": "unknown"}
 
@@ -1021,7 +1021,7 @@ def test_a_channel_that_may_have_lost_word_is_read(hub):
     sink, hub.broker._sink = hub.broker._sink, None
     hub.publish("c:1", "untold")
     hub.broker._sink = sink
-    hub.resync(["c:1"])
+    hub.sink.resync(["c:1"])
     assert data(subscription.read(0)) == ["untold"]
     (reset,) = late.read(0)
     assert reset.json() == {"channel": "c:*", "reason": "unknown"}
@@ -1384,8 +1384,8 @@ def test_who_is_dropped_leaves(hub):
     assert hub.presence("a") == [None]
     assert hub.stats()["subscribers"] == 1
     assert [event.event for event in watcher.read(0)] == ["leave"]
-    assert hub._channels["a"].subscriptions == 1
-    assert not hub._patterns
+    assert hub.windows.channels["a"].subscriptions == 1
+    assert not hub.windows.patterns
 
 
 def test_who_waited_and_left_is_not_held(hub, place):
@@ -1401,8 +1401,8 @@ def test_who_waited_and_left_is_not_held(hub, place):
             subscription.close()
 
     in_place(place, come_and_go)
-    assert not hub._channels["quiet"].waiters
-    assert hub._channels["quiet"].subscriptions == 0
+    assert not hub.windows.channels["quiet"].waiters
+    assert hub.windows.channels["quiet"].subscriptions == 0
     assert hub.stats()["subscribers"] == 0
 
 
@@ -1420,7 +1420,7 @@ def test_an_exception_in_a_wait_ends_only_the_wait(hub, channels):
         for number in range(3):
             with pytest.raises(gevent.Timeout), gevent.Timeout(0.005):
                 subscription.read()
-            assert not hub._channels["a"].waiters
+            assert not hub.windows.channels["a"].waiters
             hub.publish("a", str(number))
             assert data(subscription.read(TIMEOUT)) == [str(number)]
         subscription.close()
@@ -1579,9 +1579,9 @@ def test_kicks_and_beginnings(hub):
     finally:
         stop.append(True)
         join()
-    record = hub._channels.get("a")
+    record = hub.windows.channels.get("a")
     assert record is None or record.subscriptions == 0
-    assert not hub._patterns
+    assert not hub.windows.patterns
     assert hub.stats()["subscribers"] == 0
 
 
@@ -1668,7 +1668,7 @@ def test_a_hole_in_what_is_told_is_read(hub):
     broker.tell("a", 2)
     assert data(read_all(subscription)) == ["1", "2"]
     hub.publish("a", "3")
-    hub.resync(["a", "never heard of"])
+    hub.sink.resync(["a", "never heard of"])
     assert data(read_all(subscription)) == ["3"]
     hub.close()
 
@@ -1700,7 +1700,7 @@ def test_a_broker_that_is_down(what):
     with pytest.raises(Unavailable):
         subscription.begin()
     assert hub.stats()["subscribers"] == 0
-    assert all(not record.subscriptions for record in hub._channels.values())
+    assert all(not record.subscriptions for record in hub.windows.channels.values())
     setattr(broker, what, False)
     assert not broker.read(PRESENCE, START).entries  # nobody has come, or left
     assert read_all(subscription) == []
@@ -1721,7 +1721,7 @@ def test_a_broker_that_goes_down_later(monkeypatch):
     hub.publish_many("a", "01")
     broker.tell("a", 0, 1)
     hub.publish("b", "2")
-    hub.resync(["b"])
+    hub.sink.resync(["b"])
     broker.is_down = True
     assert data(subscription.read(0)) == ["0", "1"]
     looks = [0]
@@ -1771,11 +1771,11 @@ def test_forgotten_and_wanted_at_once(monkeypatch):
 
 def test_state(hub, caplog):
     """Down and back are said once each."""
-    hub.state(True, "as it was")
-    hub.state(False, "no route")
-    hub.state(False, "no route")
+    hub.sink.state(True, "as it was")
+    hub.sink.state(False, "no route")
+    hub.sink.state(False, "no route")
     assert hub.stats()["up"] is False
-    hub.state(True, "connected")
+    hub.sink.state(True, "connected")
     journal().flush()
     assert [record.message for record in caplog.records] == [
         "the broker is down: no route",
@@ -2254,7 +2254,7 @@ def test_all_is_delivered_or_announced(steps):
                 remove(hub.broker, what, entry.id)
                 removed.add(what)
         elif action == "resync":
-            hub.resync(None)
+            hub.sink.resync(None)
         else:
             clients[what].cut(1.0)
             clients[what].id = "5-00000000"
@@ -2371,18 +2371,18 @@ def check_budget(steps):
             subscriptions[what] = hub.subscribe(*NAMES[what])
             found[what] = []
         elif action == "resync":
-            hub.resync([what])
+            hub.sink.resync([what])
         else:
-            for record in hub._channels.values():
+            for record in hub.windows.channels.values():
                 for entry in record.log.read(record.log.first, 1):
                     entry.time -= 2e6
         sizes = [
             sum(entry.size for entry in record.log.read(record.log.first, 100))
-            for record in hub._channels.values()
+            for record in hub.windows.channels.values()
         ]
-        assert hub.stats()["bytes"] == hub._size == sum(sizes) <= 100_000
+        assert hub.stats()["bytes"] == hub.windows.budget.size == sum(sizes) <= 100_000
         assert all(size <= 50_000 + 30_000 * 2 for size in sizes)
-        assert len(hub._filled) == len([size for size in sizes if size])
+        assert len(hub.windows.budget.filled) == len([size for size in sizes if size])
     for subscription, names, events in zip(subscriptions, NAMES, found, strict=True):
         numbers = {}
         for event in events:
@@ -2408,8 +2408,8 @@ def test_the_window_that_is_quiet_for_longest_makes_room(hub, monkeypatch):
     hub.publish_many("quiet", ["x" * 100] * 10)
     assert len(quiet.read(0)) == 10
     hub.publish_many("busy", ["x" * 100] * 12)
-    assert not len(hub._channels["quiet"].log)
-    assert len(hub._channels["busy"].log) == 12
+    assert not len(hub.windows.channels["quiet"].log)
+    assert len(hub.windows.channels["busy"].log) == 12
     assert quiet.read(0) == []
     hub.publish("quiet", "more")
     assert data(quiet.read(0)) == ["more"]
@@ -2422,7 +2422,7 @@ def test_a_window_holds_nothing_that_is_too_old():
     hub = Hub(max_age=60)
     subscription = hub.subscribe("a")
     subscription.read(0)
-    record = hub._channels["a"]
+    record = hub.windows.channels["a"]
 
     def pass_a_minute():
         for entry in record.log.read(record.log.first, 10):
@@ -2434,7 +2434,7 @@ def test_a_window_holds_nothing_that_is_too_old():
     assert len(record.log) == 1
     pass_a_minute()
     hub.subscribe("a").read(0)
-    assert len(record.log) == hub._size == 0
+    assert len(record.log) == hub.windows.budget.size == 0
     hub.close()
 
 
@@ -2457,7 +2457,7 @@ def test_a_hub_that_is_dropped_is_freed():
         hub = Hub()
         subscription = hub.subscribe("a", who="ann", announce=True)
         subscription.read(0)
-        found = weakref.ref(hub), weakref.ref(hub.broker)
+        found = weakref.ref(hub.windows), weakref.ref(hub.broker)
         del hub
         assert found[0]() is not None  # somebody reads it
         del subscription

@@ -147,15 +147,17 @@ class Nameless:
         ({"predicate": "ann"}, TypeError),
     ],
 )
-def test_names_that_are_none(hub, options, error):
+def test_names_that_are_none(broker, options, error):
     """Refused, and nobody is ended: `None` is the name of all who have none."""
-    hub._dumps = lambda value: json.dumps(
-        None if isinstance(value, Nameless) else value
-    )
-    subscriptions = begun(hub, who=object(), tags=["s"]), begun(hub)
-    with pytest.raises(error):
-        hub.kick(**options)
-    assert not any(subscription.is_closed for subscription in subscriptions)
+
+    def dumps(value):
+        return json.dumps(None if isinstance(value, Nameless) else value)
+
+    with closing(Hub(broker=broker, dumps=dumps)) as hub:
+        subscriptions = begun(hub, who=object(), tags=["s"]), begun(hub)
+        with pytest.raises(error):
+            hub.kick(**options)
+        assert not any(subscription.is_closed for subscription in subscriptions)
 
 
 @pytest.mark.parametrize("kind", [Unavailable, Uncertain])
@@ -174,7 +176,7 @@ def test_what_a_deaf_listener_has_missed(hub, broker):
     broker.is_mute = True
     broker.kick('"ann"')
     broker.is_mute = False
-    hub.resync(None)
+    hub.sink.resync(None)
     await_end(ann)
     assert not bob.is_closed
 
@@ -189,7 +191,7 @@ def test_kicks_that_are_gone_end_all_whom_they_may_have_named(is_whole, caplog):
         for _ in range(3 if is_whole else 4):
             broker.kick('"nobody"')
         broker.is_mute = False
-        broker.kick('"ann"') if is_whole else hub.resync([CONTROL])
+        broker.kick('"ann"') if is_whole else hub.sink.resync([CONTROL])
         await_end(named)
         await_end(tagged)
         assert not plain.is_closed
@@ -217,17 +219,21 @@ def test_who_is_kicked_after_a_yes_is_ended(hub, broker, is_here):
     await_end(ann)
 
 
-def test_a_kick_that_fails_for_one_reaches_the_others(hub, broker):
+def test_a_kick_that_fails_for_one_reaches_the_others(broker):
     """Not those alone who are asked first; nor is what came with it forgotten."""
-    hub._dumps = lambda value: 1 / 0  # of whatever is neither text nor a number
-    others = [begun(hub, who=who) for who in (object(), "ann", "bob")]
-    broker.is_mute = True
-    broker.kick('"ann"')
-    broker.kick('"bob"')
-    broker.is_mute = False
-    hub.resync([CONTROL])
-    await_end(others[1])
-    await_end(others[2])
+
+    def dumps(value):  # of whatever is neither text nor a number
+        raise ZeroDivisionError
+
+    with closing(Hub(broker=broker, dumps=dumps)) as hub:
+        others = [begun(hub, who=who) for who in (object(), "ann", "bob")]
+        broker.is_mute = True
+        broker.kick('"ann"')
+        broker.kick('"bob"')
+        broker.is_mute = False
+        hub.sink.resync([CONTROL])
+        await_end(others[1])
+        await_end(others[2])
 
 
 def test_a_kick_nested_too_deeply_hides_no_other(hub, broker):
@@ -238,7 +244,7 @@ def test_a_kick_nested_too_deeply_hides_no_other(hub, broker):
     deep = b"[" * 200_000 + b"]" * 200_000
     broker.publish([(CONTROL, b'data: {"who": %b}\n\n' % deep)])
     broker.is_mute = False
-    hub.resync([CONTROL])
+    hub.sink.resync([CONTROL])
     await_end(ann)
 
 
@@ -287,7 +293,7 @@ def test_it_is_listened_for_while_there_is_somebody(hub, broker):
     begun(hub)
     assert CONTROL not in broker._watched
     first, second = begun(hub, who="ann"), begun(hub, tags=["x"])
-    await_true(PLACE, lambda: not hub._control._is_reading)
+    await_true(PLACE, lambda: not hub.subscribers.control.is_reading)
     reads = broker.reads.count(CONTROL)
     for n in range(20):
         hub.publish("a", str(n))

@@ -116,7 +116,7 @@ def test_what_is_told_is_dropped(hub, caplog):
     hub.publish("a", "0")
     assert [shape(read_all(s)) for s in begun] == [["0"]] * 3
     for entry in malformed(hub):
-        hub.deliver("a", entry)
+        hub.sink.deliver("a", entry)
         assert [read_all(s) for s in begun] == [[], [], []], entry
     hub.publish("a", "1")
     assert [shape(read_all(s)) for s in begun] == [["1"]] * 3
@@ -136,7 +136,7 @@ def test_what_came_in_place_of_another_is_read(hub, broker):
     broker._sink = None
     hub.publish("a", "1")
     broker._sink = hub
-    hub.deliver("a", Entry("7-7", "0", b"\0nope"))
+    hub.sink.deliver("a", Entry("7-7", "0", b"\0nope"))
     assert shape(subscription.read(5)) == ["1"]
 
 
@@ -146,7 +146,7 @@ def test_a_chain_that_is_not_its_own(hub):
     assert subscription.read(0) == []
     hub.publish("a", "0")
     assert shape(read_all(subscription)) == ["0"]
-    hub.deliver("a", Entry("7-7", "6-6", b"data: forged\n\n"))
+    hub.sink.deliver("a", Entry("7-7", "6-6", b"data: forged\n\n"))
     assert read_all(subscription) == []
     hub.publish("a", "1")
     assert shape(read_all(subscription)) == ["1"]
@@ -157,7 +157,7 @@ def test_a_name_that_is_none(hub, name):
     """A pattern's subscribers hear of no channel that cannot be."""
     subscription = hub.subscribe("#")
     assert subscription.read(0) == []
-    hub.deliver(name, Entry("7-7", "6-6", b"data: forged\n\n"))
+    hub.sink.deliver(name, Entry("7-7", "6-6", b"data: forged\n\n"))
     assert read_all(subscription) == []
     assert hub.stats()["channels"] == 0
 
@@ -232,7 +232,7 @@ def test_who_cannot_be_read_is_named(hub, broker, monkeypatch, caplog):
 def test_a_hub_that_closes_names_nobody(hub, caplog):
     """A read under way finds a broker that is closed, which is no news."""
     hub.close()
-    hub.say_unreadable(CONTROL, Unavailable("memory: is closed"))
+    hub.windows.say_unreadable(CONTROL, Unavailable("memory: is closed"))
     journal().flush()
     assert "cannot be read" not in caplog.text
 
@@ -240,8 +240,8 @@ def test_a_hub_that_closes_names_nobody(hub, caplog):
 def test_names_without_end_hide_no_line_of_the_hub_s_own(hub, caplog):
     """Clients choose names, and so how much is said of them."""
     for number in range(MOST_SAID + 1):
-        hub.deny(f"n{number}", "no")
-    hub.deny(CONTROL, "no")
+        hub.sink.deny(f"n{number}", "no")
+    hub.sink.deny(CONTROL, "no")
     await_true(PLACE, lambda: "kicks of other processes are not heard" in caplog.text)
     assert "'n99'" in caplog.text
     assert "'n100'" not in caplog.text

@@ -85,7 +85,7 @@ def test_a_resume_by_its_id_has_no_hole(hub):
         expected = [e.data for e in hub.subscribe("room", after=id).read(0)]
         assert expected == (["1", "2"] if id == first else ["2", "2"])
     # Of those, too, who lose their place in the window.
-    hub.resync(["room"])
+    hub.sink.resync(["room"])
     come_and_go(hub, "room")
     assert told(watcher.read(0)) == ["2", "2"]
     assert told(watcher.read(0)) == ["join", "leave"]
@@ -128,7 +128,7 @@ def test_a_snapshot_that_fails_loses_no_join(hub):
     subscription = hub.subscribe("room:*", on_gap=fail)
     subscription.begin()
     come_and_go(hub, "room:1")
-    hub.resync(None)
+    hub.sink.resync(None)
     with pytest.raises(OSError, match="no database"):
         subscription.read(0)
     subscription._on_gap = "live"

@@ -68,7 +68,8 @@ class Kick:
 class Kicker(Protocol):
     """The hub, as far as this module needs to know."""
 
-    broker: Broker
+    @property
+    def broker(self) -> Broker: ...
 
     def end(self, kick: Kick) -> int: ...
 
@@ -84,6 +85,10 @@ class Control:
 
     Args:
         hub: It is held weakly.
+
+    Attributes:
+        is_reading: What there is to read is being read, or will be.
+        refusal: Why the engine refuses the channel; ``None``: it allows it.
     """
 
     def __init__(self, hub: Kicker) -> None:
@@ -96,9 +101,9 @@ class Control:
         self._origin = os.urandom(8).hex()
         self._count = 0  # subscriptions that a kick may name
         self._last: str | None = None  # read up to here; `None`: nobody listens
-        self._is_news = self._is_reading = False
+        self._is_news = self.is_reading = False
         self._watch: Watch | None = None
-        self._refusal: str | None = None  # the engine's; `None`: it allows the channel
+        self.refusal: str | None = None  # the engine's; `None`: it allows the channel
 
     def tell(self, kick: Kick) -> None:
         """Tell the other processes.
@@ -112,10 +117,10 @@ class Control:
         if hub is None or hub.broker.scope == "process":
             return
         hub.broker.publish([(CONTROL, kick.encoded(self._origin))])
-        if self._refusal is not None and self._count:
+        if self.refusal is not None and self._count:
             self._listen(hub)  # it may be allowed by now
-            if self._refusal is not None:
-                raise Denied(f"kicks are not heard: {self._refusal}")
+            if self.refusal is not None:
+                raise Denied(f"kicks are not heard: {self.refusal}")
 
     def enter(self, newcomer: object) -> None:
         """Listen for one more; the first fixes the place from which it is read.
@@ -126,7 +131,7 @@ class Control:
         hub = self._hub()
         with self._lock:
             self._count += 1
-            is_heard = self._last is not None and self._refusal is None
+            is_heard = self._last is not None and self.refusal is None
         if hub is not None and hub.broker.scope != "process" and not is_heard:
             self._listen(hub, newcomer)
 
@@ -151,8 +156,8 @@ class Control:
         watcher = watch()
         with self._lock:
             # From the old place on all is read: then nobody has missed anything.
-            was_deaf = self._refusal is not None and self._last is None
-            self._refusal = None
+            was_deaf = self.refusal is not None and self._last is None
+            self.refusal = None
             if self._last is None and self._count:
                 self._last, self._watch = head, watcher
         if was_deaf and (count := hub.end_nameable(but=newcomer)):
@@ -166,7 +171,7 @@ class Control:
         From any thread, without waiting.
         """
         with self._lock:
-            was_refused, self._refusal = self._refusal is not None, reason
+            was_refused, self.refusal = self.refusal is not None, reason
             watcher = self._watch
         if not was_refused:
             watcher = watcher or watch()
@@ -177,8 +182,8 @@ class Control:
         """Ask an engine that has refused; return when to do so again. In a watch."""
         with self._lock:
             if not self._count:
-                self._refusal = None
-            if self._refusal is None:
+                self.refusal = None
+            if self.refusal is None:
                 return None
         elsewhere(watcher, self._ask_again)
         return time.monotonic() + ASK_AGAIN
@@ -218,14 +223,14 @@ class Control:
         """Read what there is, soon; from any thread, without waiting."""
         with self._lock:
             self._is_news = True
-            if self._is_reading or self._last is None or self._watch is None:
+            if self.is_reading or self._last is None or self._watch is None:
                 return
-            self._is_reading = True
+            self.is_reading = True
             watcher = self._watch
         try:
             elsewhere(watcher, self._read)
         except BaseException:
-            self._is_reading = False
+            self.is_reading = False
             raise
 
     def _read(self) -> None:
@@ -234,7 +239,7 @@ class Control:
             with self._lock:
                 last, watcher = self._last, self._watch
                 if hub is None or last is None or not self._is_news:
-                    self._is_reading = False
+                    self.is_reading = False
                     return
                 self._is_news = False
             try:
@@ -243,7 +248,7 @@ class Control:
                     page = Page((), True, last)
             except BaseException as error:
                 with self._lock:
-                    self._is_reading = False
+                    self.is_reading = False
                 if isinstance(error, Denied):
                     hub.deny(CONTROL, str(error))
                     return

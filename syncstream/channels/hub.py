@@ -12,86 +12,42 @@ and in order, or a reset first.
 
 from __future__ import annotations
 
-import _thread
-import json
 import logging
 import math
-import os
 import weakref
-from collections import OrderedDict, deque
 from collections.abc import (
     Callable,
     Hashable,
     Iterable,
-    Sequence,
 )
-from functools import partial
 from typing import Any
 
 from ..brokers import open_broker, shown
 from ..brokers.contract import Broker
-from ..brokers.log import Entry, Page, flaw
-from ..brokers.names import NAME, check_name, is_name, is_pattern, patterns_of
+from ..brokers.names import NAME, check_name
 from ..errors import (
     BrokerError,
-    Closed,
-    Denied,
-    PayloadTooLarge,
     Unavailable,
     Uncertain,
 )
-from ..protocol.json import Dumps, dumps_or_default
+from ..protocol.json import Dumps
 from ..protocol.sse import Event
-from ..runtime.clock import time
 from ..runtime.process import process
-from ..runtime.sockets import native
-from ..runtime.waiter import Wakeable, wake_all
-from ..runtime.waiting import say
 from . import limits
-from .control import CONTROL, Control, Kick, attempt
+from .control import Kick
 from .cursor import composite
-from .gap import GAP_EVENT
-from .presence import PRESENCE
-from .presence import decoded as decoded_presence
-from .presence import encoded as encoded_presence
+from .payloads import Payloads
+from .sink import HubSink
+from .subscribers import Subscribers
 from .subscription import Authorize, Subscription
 from .tags import check_tags, tag_prefix
-from .windows import Channel
+from .windows import Windows
 
 __all__ = ["Hub"]
 
 log = logging.getLogger("syncstream.hub")
 _DEFAULT: Any = object()  # an argument that was not given
 _ANYBODY: Any = object()  # `who` was not given
-
-
-class _Ear:
-    """What a broker holds of a hub: it tells it, and does not keep it alive."""
-
-    __slots__ = ("_hub",)
-
-    def __init__(self, hub: Hub) -> None:
-        self._hub = weakref.ref(hub)
-
-    def deliver(self, channel: str, entry: Entry) -> None:
-        hub = self._hub()
-        if hub is not None:
-            hub.deliver(channel, entry)
-
-    def resync(self, channels: Iterable[str] | None) -> None:
-        hub = self._hub()
-        if hub is not None:
-            hub.resync(channels)
-
-    def state(self, is_up: bool, reason: str) -> None:
-        hub = self._hub()
-        if hub is not None:
-            hub.state(is_up, reason)
-
-    def deny(self, name: str, reason: str) -> None:
-        hub = self._hub()
-        if hub is not None:
-            hub.deny(name, reason)
 
 
 class Hub:
@@ -115,6 +71,11 @@ class Hub:
             no limit.
         max_payload: So many bytes an event may have, encoded.
         dumps: Encodes what is not text, as in `SSEResponse`.
+
+    Attributes:
+        broker: What stores the events.
+        sink: What the broker tells; for tests of brokers.
+        windows, subscribers, payloads: Its parts, which are no public API.
 
     Raises:
         TypeError, ValueError: An argument is not what it should be.
@@ -164,36 +125,13 @@ class Hub:
         if broker is None:
             broker = open_broker(url, capacity=capacity, max_age=max_age)
         self.broker = broker
-        self._max_age = float("inf") if max_age is None else max_age
-        self._max_payload = max_payload
-        self._dumps = dumps_or_default(dumps)
-        # Reentrant: a garbage collection in here may close a subscription. Never
-        # held while the broker is called: brokers call us under their own.
-        self._lock = native(_thread, "RLock")()
-        self._channels: dict[str, Channel] = {}
-        # Those whose windows hold something, the one first that was not written to
-        # for longest; and what they hold together.
-        self._filled: OrderedDict[Channel, None] = OrderedDict()
-        self._size = 0
-        self._patterns: dict[str, int] = {}  # how many subscriptions have each
-        self._listeners: dict[str, dict[int, weakref.ref[Subscription]]] = {}
-        self._open: dict[int, weakref.ref[Subscription]] = {}
-        # What was dropped, not closed. Maybe by a garbage collection, anywhere, under
-        # any lock: to call the broker there is to wait for oneself.
-        self._dropped: deque[tuple[Sequence[str], Sequence[str], str | None, bool]]
-        self._dropped = deque()
-        self._published = self._delivered = 0
-        self._is_up = True
-        self._hears_presence = False
-        self._told_presence: deque[str] = deque(maxlen=limits.WINDOW)  # ids: not twice
-        self._is_closed = False
-        self._said: dict[tuple[str, str], float] = {}
-        self._swept = time.monotonic()
-        self._control = Control(self)
-        self._crowd = limits.CROWD  # so many windows are looked through at once
+        self.payloads = Payloads(dumps, max_payload)
+        self.windows = Windows(broker, math.inf if max_age is None else max_age)
+        self.subscribers = Subscribers(self.windows, self.payloads)
+        self.sink = HubSink(self.subscribers)
         _hubs.add(self)
         self._warn_of_many()
-        broker.attach(_Ear(self))
+        broker.attach(self.sink)
 
     def _warn_of_many(self) -> None:
         """Say, once, that hubs are made by the dozen: for each call, maybe."""
@@ -246,7 +184,7 @@ class Hub:
                 raise ValueError("event and retry must be the Event's own")
             item = data
         else:
-            item = self._event(data, event, retry)
+            item = self.payloads.event(data, event, retry)
         return self.publish_many(
             channel, [item], only=only, exclude=exclude, connection=connection
         )[0]
@@ -273,62 +211,26 @@ class Hub:
             Unavailable, Uncertain, PayloadTooLarge, TypeError, ValueError: As from
                 `publish`; then it holds for all of them.
         """
-        self.check_open("publish")
+        self._check_open("publish")
         check_name(channel)
         prefix = tag_prefix(only, exclude)
-        batch = [(channel, prefix + self._payload(item)) for item in items]
+        encoded = self.payloads.encoded
+        batch = [(channel, prefix + encoded(item)) for item in items]
         for _, payload in batch:
-            self.check_size(payload)
-        self._clear()
+            self.payloads.check_size(payload)
+        self.subscribers.clear()
         ids = self.broker.publish(batch, connection=connection) if batch else []
-        self._published += len(ids)
+        self.windows.published += len(ids)
         return ids
-
-    def check_size(self, payload: bytes) -> None:
-        """Refuse what is larger than an event may be, encoded."""
-        if len(payload) > self._max_payload:
-            raise PayloadTooLarge(
-                f"an event must have {self._max_payload} bytes at most, encoded,"
-                f" got {len(payload)}"
-            )
 
     @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
-        return self._is_closed
+        return self.windows.is_closed
 
-    def check_open(self, what: str) -> None:
-        if self._is_closed:
+    def _check_open(self, what: str) -> None:
+        if self.windows.is_closed:
             raise ValueError(f"{what} after close()")
-
-    def announcement(self, who: Any) -> str:
-        """Return the data of the events that tell who comes and goes.
-
-        Made once, by whoever subscribes: an error is theirs, and not that of whoever
-        kicks them, or finds that they have gone.
-        """
-        event = self._event({"who": who}, "leave", None)
-        self.check_size(event.encode())
-        return str(event.data)
-
-    def _event(self, data: Any, event: str | None, retry: int | None) -> Event:
-        if data is not None and not isinstance(data, (str, bytes, bytearray)):
-            text = self._dumps(data)
-            data = text if isinstance(text, str) else text.decode()
-        return Event(data, event=event, retry=retry)
-
-    def _payload(self, item: Any) -> bytes:
-        event = item if isinstance(item, Event) else self._event(item, None, None)
-        if event.id is not None:
-            raise ValueError(f"id must be the broker's own, got {event.id!r}")
-        if event.event == GAP_EVENT:
-            raise ValueError(
-                f"event must not be {GAP_EVENT!r}: it says that events are missing"
-            )
-        if event.data is None:
-            # Readers would never see it: nothing is dispatched without data.
-            raise ValueError("data must be given: an event without is not dispatched")
-        return event.encode(self._dumps)
 
     # To subscribe.
 
@@ -382,9 +284,9 @@ class Hub:
         Raises:
             TypeError, ValueError: An argument is not what it should be.
         """
-        self.check_open("subscribe")
+        self._check_open("subscribe")
         return Subscription(
-            self,
+            self.subscribers,
             channels,
             after=after,
             on_gap=on_gap,
@@ -424,19 +326,6 @@ class Hub:
         check_name(name)
         return name
 
-    def begin_anew(self) -> None:
-        """Forget, in a forked child, what is its parent's: who subscribes, and all
-        that was told. Nobody here listens for it."""
-        for subscription in self._subscriptions():
-            subscription.forget()
-        self._lock = native(_thread, "RLock")()  # a thread may have held it
-        self._channels, self._filled, self._size = {}, OrderedDict(), 0
-        self._patterns, self._listeners, self._open = {}, {}, {}
-        self._control.begin_anew()
-        self._dropped.clear()
-        self._published = self._delivered = 0
-        self._hears_presence = False
-
     def head(self, *channels: str) -> str:
         """Return the id of a channel's newest event; of several, one for all.
 
@@ -447,7 +336,7 @@ class Hub:
             channels: As for `subscribe`, but names only, and the same ones: an id of
                 two channels is not one of the first alone.
         """
-        self.check_open("head")
+        self._check_open("head")
         names = tuple(dict.fromkeys(channels))
         if not names:
             raise ValueError("channels must be given, at least one")
@@ -460,8 +349,8 @@ class Hub:
 
     def presence(self, channel: str) -> list[Any]:
         """Return the ``who`` of each subscription of this process to a channel."""
-        self._clear()
-        return [s.who for s in self._subscriptions() if s.hears(channel)]
+        self.subscribers.clear()
+        return [s.who for s in self.subscribers.all() if s.hears(channel)]
 
     def kick(
         self,
@@ -500,25 +389,25 @@ class Hub:
                 raise ValueError("predicate and who or tags must not be given together")
             if not callable(predicate):
                 raise TypeError(f"predicate must be callable, got {predicate!r}")
-            return self._end(predicate)
+            return self.subscribers.end_where(predicate)
         if who is None or (who is _ANYBODY and tags is None):
             raise ValueError("who or tags must be given, or a predicate")
-        self.check_open("kick")
+        self._check_open("kick")
         kick = Kick(
-            None if who is _ANYBODY else self._named(who),
+            None if who is _ANYBODY else self.payloads.name_of(who),
             None if tags is None else check_tags("tags", tags),
         )
         if kick.who == "null":  # as JSON it would be all who have no name
             raise ValueError(f"who must not be null as JSON, got {who!r}")
         if kick.tags == []:
             return 0
-        self.check_size(kick.encoded(""))
+        self.payloads.check_size(kick.encoded(""))
         count, told = 0, None
         try:
-            count = self.end(kick)
+            count = self.subscribers.end(kick)
         finally:  # whatever has failed here
             try:
-                self._control.tell(kick)
+                self.subscribers.control.tell(kick)
             except BrokerError as error:
                 told = error
         if told is not None:
@@ -529,49 +418,6 @@ class Hub:
             ) from told
         return count
 
-    def end(self, kick: Kick) -> int:
-        """End the subscriptions of this process that a kick names."""
-        return self._end(lambda subscription: self._is_named(subscription, kick))
-
-    def end_nameable(self, but: object = None) -> int:
-        """End the subscriptions of this process that some kick may have named.
-
-        Args:
-            but: One that it cannot have named.
-        """
-        return self._end(lambda s: s.is_nameable and s is not but)
-
-    def _is_named(self, subscription: Subscription, kick: Kick) -> bool:
-        if kick.tags is not None and subscription.tags.isdisjoint(kick.tags):
-            return False
-        if kick.who is None:
-            return True
-        try:
-            return kick.who == self._named(subscription.who)
-        except (TypeError, ValueError):  # it is no JSON: nobody can name it
-            return False
-
-    def _named(self, who: Any) -> str:
-        """Return the JSON of a ``who``, in one form."""
-        if not isinstance(who, (str, int)):
-            who = json.loads(self._dumps(who))
-        return json.dumps(who, sort_keys=True)
-
-    def _end(self, predicate: Callable[[Subscription], bool]) -> int:
-        """End those a predicate holds for; one that fails keeps no other from it."""
-        ended: list[Subscription] = []
-
-        def ask(subscription: Subscription) -> None:
-            if predicate(subscription):
-                ended.append(subscription)
-                subscription.close("kicked")
-
-        attempt(partial(ask, s) for s in self._subscriptions() if not s.is_closed)
-        return len(ended)
-
-    def _subscriptions(self) -> list[Subscription]:
-        return _alive(self._open)
-
     def stats(self) -> dict[str, Any]:
         """Return counts: of this process, and since it began.
 
@@ -580,484 +426,28 @@ class Hub:
             "published": 1000, "delivered": 12000, "up": True}``; channels, entries
             and bytes are those of the windows that it keeps.
         """
-        self._clear()
-        with self._lock:
-            logs = [channel.log for channel in self._channels.values()]
+        self.subscribers.clear()
+        windows = self.windows
+        with windows.lock:
+            logs = [channel.log for channel in windows.channels.values()]
             return {
-                "subscribers": len(self._open),
+                "subscribers": len(windows.open),
                 "channels": len(logs),
                 "entries": sum(len(log) for log in logs),
-                "bytes": self._size,
-                "published": self._published,
-                "delivered": self._delivered,
-                "up": self._is_up,
+                "bytes": windows.budget.size,
+                "published": windows.published,
+                "delivered": windows.delivered,
+                "up": windows.is_up,
             }
 
     def close(self) -> None:
         """End all subscriptions, and the broker."""
-        if self._is_closed:
+        if self.windows.is_closed:
             return
-        self._is_closed = True
-        for subscription in self._subscriptions():
+        self.windows.is_closed = True
+        for subscription in self.subscribers.all():
             subscription.close("closed")
         self.broker.close()
 
-    # What the broker tells: a `Sink`.
 
-    def deliver(self, channel: str, entry: Entry) -> None:
-        problem = flaw(entry)
-        if problem is not None:
-            self.drop_malformed(channel, problem)
-            self.resync([channel])  # it may have come in place of another
-            return
-        with self._lock:
-            record = self._channels.get(channel)
-            if record is None:
-                if channel == CONTROL:  # by its name, or by a pattern of all
-                    self._control.look()
-                    return
-                if channel == PRESENCE:
-                    self._tell_presence(entry)
-                    return
-                if not self._listening(channel):
-                    return
-                if not is_name(channel):
-                    self.drop_malformed(channel, "it is in no channel of ours")
-                    return
-                self._forget_idle(time.monotonic(), is_watched=False)
-                record = self._channels[channel] = Channel()
-                record.is_doubtful = False  # to who listens from now on
-            window = record.log
-            if window.head and entry.prev != window.head:
-                if window.after(entry.id) is not None:
-                    return  # told twice
-                window.restart(entry.prev)
-                record.is_doubtful = True  # it may have come late
-            if record.held:
-                self._begin_window(record, entry.prev)
-            window.append(entry)
-            if entry.payload[:1] == b"\0":
-                record.tagged = window.end - 1
-            self._trim(record, entry.time)
-            waiters, record.waiters = record.waiters, {}
-            if self._listeners:
-                if not record.is_watched:
-                    record.idle_since = time.monotonic()
-                for subscription in self._listening(channel):
-                    waiters |= subscription.discover(channel, entry.prev)
-        if waiters:
-            wake_all(waiters)
-
-    def drop_malformed(self, channel: str, problem: str) -> None:
-        """Say that what the broker has told, or read, is none of ours."""
-        text = "something in %r is no event, and dropped: %s"
-        self._say_once(channel, logging.ERROR, text, channel, problem)
-
-    def _trim(self, record: Channel, now: float) -> None:
-        """Keep a window within its bounds, and all of them, under the lock."""
-        record.log.trim(limits.WINDOW, now - self._max_age, limits.WINDOW_SIZE)
-        self._count(record)
-        self._filled.move_to_end(record)
-        while self._size > limits.BUDGET:
-            self._empty(next(iter(self._filled)))
-
-    def _tell_presence(self, entry: Entry) -> None:
-        """Give who came or went to those who are there, under the lock."""
-        if entry.id in self._told_presence:
-            return
-        self._told_presence.append(entry.id)
-        try:
-            channel, fields = decoded_presence(entry)
-        except ValueError as error:
-            self.drop_malformed(PRESENCE, str(error))
-            return
-        if not is_name(channel):
-            self.drop_malformed(PRESENCE, "it tells of no channel of ours")
-            return
-        waiters: dict[Wakeable, None] = {}
-        record = self._channels.get(channel)
-        if record is not None and record.subscriptions:
-            if record.log.head:
-                self._set_aside(record, fields, entry.time)
-                self._trim(record, entry.time)
-            else:
-                record.held = (*record.held, fields)[-limits.WINDOW :]
-            waiters, record.waiters = record.waiters, {}
-        for subscription in dict.fromkeys(self._listening(channel)):
-            waiters |= subscription.overhear(channel, fields)
-        wake_all(waiters)
-
-    def _begin_window(self, record: Channel, head: str) -> None:
-        """Let a window begin anew after an id, under the lock."""
-        record.log.restart(head)
-        if head:
-            held, record.held = record.held, ()
-            for fields in held:
-                self._set_aside(record, fields, time.monotonic())
-        self._count(record)
-
-    def _set_aside(self, record: Channel, fields: bytes, now: float) -> None:
-        record.aside = record.log.end
-        record.log.set_aside(fields, now)
-
-    def _listening(self, channel: str) -> list[Subscription]:
-        """Return those that have patterns of a channel; maybe one several times."""
-        found: list[Subscription] = []
-        for pattern in patterns_of(channel):
-            listeners = self._listeners.get(pattern)
-            if listeners:
-                found += _alive(listeners)
-        return found
-
-    def _count(self, record: Channel) -> None:
-        """Take note of a window's size, under the lock, after any change of it."""
-        size = record.log.size
-        if size and not record.counted:
-            self._filled[record] = None
-        elif record.counted and not size:
-            del self._filled[record]
-        self._size += size - record.counted
-        record.counted = size
-
-    def _empty(self, record: Channel) -> None:
-        """Drop a window's entries; who is behind reads them from the broker."""
-        record.log.trim(0, float("-inf"), float("inf"))
-        self._count(record)
-
-    def restart(self, record: Channel, head: str) -> dict[Wakeable, None]:
-        """Let a window begin anew after an id, under the lock; return whom to wake."""
-        self._begin_window(record, head)
-        waiters, record.waiters = record.waiters, {}
-        return waiters
-
-    def resync(self, channels: Iterable[str] | None) -> None:
-        named = None if channels is None else list(channels)
-        if named is None or CONTROL in named:
-            self._control.look()
-        with self._lock:
-            names = [
-                name
-                for name in (self._channels if named is None else named)
-                if name not in (CONTROL, PRESENCE)
-            ]
-            waiters: dict[Wakeable, None] = {}
-            for name in names:
-                record = self._channels.get(name)
-                if record is not None:
-                    # Readers find themselves outside of it, and ask the broker.
-                    waiters.update(self.restart(record, ""))
-                    record.is_doubtful = True
-                for subscription in self._listening(name):
-                    waiters |= subscription.lose(name)
-            if named is None:  # maybe of channels that nobody has heard of
-                for listeners in self._listeners.values():
-                    for subscription in _alive(listeners):
-                        waiters |= subscription.lose(None)
-        wake_all(waiters)
-
-    def state(self, is_up: bool, reason: str) -> None:
-        if is_up != self._is_up:
-            self._is_up = is_up
-            state = "back" if is_up else "down"
-            say(log, logging.WARNING, "the broker is %s: %s", state, reason)
-
-    def deny(self, name: str, reason: str) -> None:
-        if name == CONTROL:
-            self._control.refuse(reason)
-            text = "kicks of other processes are not heard: %s"
-            self._say_once(name, logging.ERROR, text, reason)
-            return
-        if name == PRESENCE:
-            text = "who comes and goes in other processes is not heard: %s"
-            self._say_once(name, logging.ERROR, text, reason)
-            return
-        text = "the engine refuses %r, whose subscribers are denied: %s"
-        self._say_once(name, logging.ERROR, text, name, reason)
-        self._end_named(name, "denied")
-
-    def _end_named(self, name: str, reason: str) -> None:
-        """End those who subscribe to a name, without waiting for anybody."""
-        waiters: dict[Wakeable, None] = {}
-        with self._lock:
-            record = self._channels.get(name)
-            if record is not None:  # who comes now has the broker asked again
-                record.is_watched, record.is_doubtful = False, True
-            for subscription in self._subscriptions():
-                if name in subscription.channels:
-                    waiters |= subscription.end(reason)
-        wake_all(waiters)
-
-    def _say_once(self, name: str, level: int, text: str, *args: object) -> None:
-        """Log a line of a name, unless that was done within the hour."""
-        now = time.monotonic()
-        with self._lock:
-            if len(self._said) >= limits.MOST_SAID:
-                self._said = {
-                    k: at for k, at in self._said.items() if now - at < limits.SAID
-                }
-            at = self._said.get((name, text), -math.inf)
-            is_full = len(self._said) >= limits.MOST_SAID and name not in (
-                CONTROL,
-                PRESENCE,
-            )
-            if now - at < limits.SAID or is_full:
-                return
-            self._said[name, text] = now
-        say(log, level, text, *args)
-
-    # For subscriptions.
-
-    def enter(self, subscription: Subscription) -> None:
-        """Count a subscription as present."""
-        self._clear()
-        with self._lock:
-            reference = self._open[id(subscription)] = weakref.ref(subscription)
-            for name in subscription.channels if subscription.has_patterns else ():
-                if is_pattern(name):
-                    listeners = self._listeners.setdefault(name, {})
-                    listeners[id(subscription)] = reference
-
-    def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
-        """Read from the broker, unless the hub is closed.
-
-        Raises:
-            Closed: It is, maybe since the broker was asked.
-            Denied: The engine refuses this name; all who subscribe to it have ended.
-            BrokerError: The broker does not answer.
-        """
-        try:
-            page = self.broker.read(channel, after, limit)
-        except BrokerError as error:
-            self._ask_why(channel, error)
-            raise
-        if after == page.head:  # nothing follows the newest, though it was removed
-            return Page((), True, page.head)
-        return page
-
-    def _ask_why(self, name: str, error: BrokerError) -> None:
-        """Take note of what a broker has raised of a name."""
-        if self._is_closed:
-            raise Closed("closed") from None
-        if isinstance(error, Denied):
-            self.deny(name, str(error))
-        else:
-            self.say_unreadable(name, error)
-
-    def say_unreadable(self, name: str, error: BrokerError) -> None:
-        """Say that a name cannot be read where others can: nobody else would."""
-        if self._is_up and not self._is_closed:
-            text = "%r cannot be read: %s"
-            self._say_once(name, logging.ERROR, text, name, error)
-
-    def newest(self, channel: str, count: int) -> tuple[str, str]:
-        """Ask a broker that has `newest`; raise as `read` does."""
-        try:
-            found: tuple[str, str] = self.broker.newest(  # type: ignore[attr-defined]
-                channel, count
-            )
-            return found
-        except BrokerError as error:
-            self._ask_why(channel, error)
-            raise
-
-    def warn_of_processes(self) -> None:
-        """Say, once, that other processes have channels of their own."""
-        if self.broker.scope == "process":
-            process().warn_once(
-                log,
-                "this hub's channels are those of one process, and the server runs"
-                " several: what is published in one is not seen in the others. Use"
-                ' Hub("local:") or Hub("redis://…"), or run one worker',
-            )
-
-    def leave(self, subscription: Subscription) -> None:
-        self._open.pop(id(subscription), None)
-        if subscription.has_patterns:
-            for name in subscription.channels:
-                self._listeners.get(name, {}).pop(id(subscription), None)
-
-    def drop(
-        self,
-        subscription: Subscription,
-        watched: Sequence[str],
-        announced: Sequence[str],
-        is_listed: bool,
-    ) -> None:
-        """Take note of one that is gone without a `close`; calls nobody."""
-        self.leave(subscription)
-        data = subscription.announcement
-        self._dropped.append((watched, announced, data, is_listed))
-
-    def _clear(self) -> None:
-        """Do what is left to do for those that were dropped."""
-        while self._dropped:
-            try:
-                watched, announced, data, is_listed = self._dropped.popleft()
-            except IndexError:  # another thread was faster
-                return
-            for name in watched:
-                self.unwatch(name)
-            if is_listed:
-                self.unlist()
-            self.announce(announced, data, "leave")
-
-    def enlist(self, subscription: Subscription) -> None:
-        """Listen for kicks for one more subscription.
-
-        Raises:
-            Unavailable: The broker does not answer.
-        """
-        self._control.enter(subscription)
-
-    def unlist(self) -> None:
-        """Listen for kicks for one subscription less."""
-        self._control.leave()
-
-    def hear_presence(self) -> None:
-        """Have the broker tell who comes and goes, from the first subscription on.
-
-        Raises:
-            Unavailable: The broker does not answer.
-        """
-        if self._hears_presence:
-            return
-        try:
-            self.broker.watch(PRESENCE)
-        except Denied as error:
-            self.deny(PRESENCE, str(error))
-        self._hears_presence = True
-
-    def announce(self, channels: Iterable[str], data: str | None, name: str) -> None:
-        """Tell channels who has come or gone."""
-        for channel in channels:
-            if self._is_closed:
-                return
-            try:
-                fields = Event(data, event=name).encode()
-                self.broker.publish([(PRESENCE, encoded_presence(channel, fields))])
-                self._published += 1
-            except BrokerError as error:
-                text = "%r could not be announced in %r: %s"
-                say(log, logging.WARNING, text, name, channel, error)
-            except Exception as error:  # the broker's own; others are not to end by it
-                text = "%r could not be announced in %r"
-                say(log, logging.ERROR, text, name, channel, error=error)
-
-    def watch(self, name: str) -> Channel | None:
-        """Have the broker tell of a channel, or of those that match a pattern."""
-        record = None
-        with self._lock:
-            if is_pattern(name):
-                self._patterns[name] = self._patterns.get(name, 0) + 1
-            else:
-                record = self._channels.setdefault(name, Channel())
-                record.subscriptions += 1
-                since = time.monotonic() - self._max_age
-                record.log.trim(limits.WINDOW, since, limits.WINDOW_SIZE)
-                self._count(record)
-        # Others may have come first, and not be done: it is done twice, then.
-        if record is None or not record.is_watched:
-            try:
-                self.broker.watch(name)
-            except Denied as error:
-                self.deny(name, str(error))
-                raise
-            if record is not None:
-                with self._lock:
-                    # A pattern may have brought it, and have gone since.
-                    record.is_doubtful = record.is_watched = True
-        return record
-
-    def unwatch(self, name: str) -> None:
-        now = time.monotonic()
-        idle: list[str] = []
-        with self._lock:
-            if is_pattern(name):
-                self._patterns[name] -= 1
-                if not self._patterns[name]:
-                    del self._patterns[name]
-                    if not self._listeners.get(name, True):
-                        del self._listeners[name]
-                    idle.append(name)
-            else:
-                record = self._channels[name]
-                record.subscriptions -= 1
-                record.idle_since = now
-                if not record.subscriptions:
-                    record.held = ()  # nobody is there any more
-            idle += self._forget_idle(now)
-        for name in idle:
-            try:
-                self.broker.unwatch(name)
-            except BrokerError as error:  # it goes on to tell what nobody wants
-                say(log, logging.WARNING, "%r could not be unwatched: %s", name, error)
-            # Somebody may have come in between, and have it watched before this.
-            with self._lock:
-                found = self._channels.get(name)
-                is_back = name in self._patterns or (
-                    found is not None and found.subscriptions > 0
-                )
-            if is_back:
-                self._watch_again(name)
-
-    def _watch_again(self, name: str) -> None:
-        try:
-            self.broker.watch(name)
-        except Exception as error:  # they have it watched, as they believe
-            text = "%r cannot be watched, and its subscribers are ended"
-            say(log, logging.ERROR, text, name, error=error)
-            self._end_named(name, "closed")
-        self.resync([name])
-
-    def _forget_idle(self, now: float, is_watched: bool = True) -> list[str]:
-        """Drop windows that nobody wants, under the lock; return the watched ones'.
-
-        Those that nobody has wanted for long, and the oldest where they are many.
-
-        Args:
-            is_watched: Those that the broker tells of by their names, too.
-        """
-        if now - self._swept < limits.IDLE / 4 and len(self._channels) < self._crowd:
-            return []
-        self._swept = now
-        idle = [
-            (name, record)
-            for name, record in self._channels.items()
-            if not record.subscriptions and (is_watched or not record.is_watched)
-        ]
-        idle.sort(key=lambda pair: pair[1].idle_since)
-        surplus = len(idle) - limits.MOST_IDLE
-        dropped = [
-            (name, record)
-            for place, (name, record) in enumerate(idle)
-            if place < surplus or now - record.idle_since > limits.IDLE
-        ]
-        for name, record in dropped:
-            del self._channels[name]
-            self._empty(record)  # a pattern's subscription may hold it
-        count = len(self._channels)
-        self._crowd = count + max(limits.CROWD, count // 2)
-        return [name for name, record in dropped if record.is_watched]
-
-    def record(self, name: str) -> Channel:
-        with self._lock:
-            return self._channels.setdefault(name, Channel())
-
-
-def _alive(
-    subscriptions: dict[int, weakref.ref[Subscription]],
-) -> list[Subscription]:
-    found = [reference() for reference in list(subscriptions.values())]
-    return [s for s in found if s is not None]
-
-
-_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()  # for their children
-
-
-def _forked() -> None:
-    for hub in tuple(_hubs):
-        hub.begin_anew()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()  # those of this process

@@ -22,7 +22,7 @@ from collections.abc import (
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from ..brokers.log import JOIN, START, Entry, Page, first_part, flaw
 from ..brokers.names import check_name, is_pattern, matches
@@ -51,11 +51,9 @@ from .cursor import (
     overheard_item,
 )
 from .gap import Gap, gap
+from .subscribers import Subscribers
 from .tags import NO_TAGS, check_tags
 from .windows import Channel
-
-if TYPE_CHECKING:
-    from .hub import Hub
 
 __all__ = ["Authorize", "Subscription", "decoder_of"]
 
@@ -94,12 +92,12 @@ class Subscription:
         *("_delivered", "_given", "_is_begun", "_is_listed", "_is_simple", "_items"),
         *("_lost", "_named", "_on_gap", "_reason", "_recheck"),
         *("_throttle", "_turn", "_waiter", "_watched", "announcement", "channels"),
-        *("has_patterns", "hub", "tags", "who"),
+        *("has_patterns", "subscribers", "tags", "who", "windows"),
     )
 
     def __init__(
         self,
-        hub: Hub,
+        subscribers: Subscribers,
         channels: tuple[str, ...],
         *,
         after: str | int,
@@ -144,7 +142,8 @@ class Subscription:
         if throttle is not None:
             _check_seconds("throttle", throttle)
         asked, recheck = _asked_when(authorize)
-        self.hub = hub
+        self.subscribers = subscribers
+        self.windows = subscribers.windows
         is_one = len(channels) == 1
         self.channels = channels if is_one else tuple(dict.fromkeys(channels))
         self.tags = frozenset(check_tags("tags", tags)) or NO_TAGS
@@ -153,7 +152,9 @@ class Subscription:
         self._on_gap = on_gap
         self._conflate = conflate
         self._throttle = throttle
-        self.announcement = hub.announcement(who) if announce else None
+        self.announcement: str | None = None
+        if announce:
+            self.announcement = subscribers.payloads.announcement(who)
         self._authorize = asked
         self._recheck = recheck  # seconds
         self._asked = 0.0
@@ -241,9 +242,7 @@ class Subscription:
         waiter = self._waiter
         if waiter is None:
             return
-        with self.hub._lock:
-            for cursor in self._named:
-                cursor.record.waiters.pop(waiter, None)
+        self.windows.withdraw(waiter, [cursor.record for cursor in self._named])
 
     def close(self, reason: str = "closed") -> None:
         """End it; whoever reads it gets `Closed`. From any thread.
@@ -255,7 +254,7 @@ class Subscription:
             raise TypeError(f"reason must be str, got {reason!r}")
         if not reason:
             raise ValueError("reason must not be empty")
-        with self.hub._lock:
+        with self.windows.lock:
             if self._reason is None:
                 self._reason = reason
             was_begun, self._is_begun = self._is_begun, False
@@ -296,11 +295,11 @@ class Subscription:
         self._named, self._brought, self._waiter, self._watched = (), None, None, 0
 
     def __del__(self) -> None:
-        # Maybe in the midst of anything: see `Hub._dropped`.
+        # Maybe in the midst of anything: see `Subscribers.drop`.
         if getattr(self, "_is_begun", False):
             self._is_begun = False
             watched = self.channels[: self._watched]
-            self.hub.drop(self, watched, self._announced(), self._is_listed)
+            self.subscribers.drop(self, watched, self._announced(), self._is_listed)
 
     @property
     def is_nameable(self) -> bool:
@@ -367,7 +366,7 @@ class Subscription:
     def twin(self) -> Subscription:
         """Return one at the same place that nobody counts, of a plain one."""
         twin = Subscription(
-            self.hub,
+            self.subscribers,
             self.channels,
             after="now",
             on_gap=_read_apart if callable(self._on_gap) else self._on_gap,
@@ -413,7 +412,7 @@ class Subscription:
         (cursor,) = self._named
         record = cursor.record
         window = record.log
-        with self.hub._lock:
+        with self.windows.lock:
             if cursor.position < window.first and cursor.last:
                 place = window.after(cursor.last)
                 cursor.position = -1 if place is None else place
@@ -474,7 +473,7 @@ class Subscription:
 
     def count(self, events: int) -> None:
         """Count what was sent to those who are at its place."""
-        self.hub._delivered += events
+        self.windows.delivered += events
 
     def hears(self, channel: str) -> bool:
         """Tell whether it is subscribed to a channel."""
@@ -562,18 +561,18 @@ class Subscription:
             # An empty one is a first connection's.
             self._given = getattr(scope, "last_event_id", None) or None
         if getattr(scope, "is_multiprocess", False):
-            self.hub.warn_of_processes()
+            self.subscribers.warn_of_processes()
         self._named, self._turn, self._lost = (), 0, None
         self._brought = Brought() if self.has_patterns else None
-        self.hub.enter(self)
+        self.subscribers.enter(self)
         try:
             if self.is_nameable:
                 self._is_listed = True
-                self.hub.enlist(self)
+                self.subscribers.control.enter(self)
             # From here on a kick finds it: what changes after a yes does not escape.
             self.check_allowed()
             self._check_open()
-            self.hub.hear_presence()
+            self.subscribers.hear_presence()
             self._begin_channels(self._given)
         except BaseException as error:
             self._leave(has_joined=False)
@@ -581,8 +580,8 @@ class Subscription:
             raise
         if scope is not None:
             scope.has_resumed = True
-        with self.hub._lock:
-            if self.hub._is_closed and self._reason is None:
+        with self.windows.lock:
+            if self.windows.is_closed and self._reason is None:
                 self._reason = "closed"
             self._is_begun = self._reason is None
         if self._reason is not None:
@@ -591,7 +590,7 @@ class Subscription:
         # A generator that ends may be long in letting go of us.
         if not is_owned and hasattr(scope, "on_close"):
             scope.on_close(partial(_close, weakref.ref(self)))
-        self.hub.announce(self._announced(), self.announcement, "join")
+        self.subscribers.announce(self._announced(), self.announcement, "join")
 
     def _begin_channels(self, given: str | None) -> None:
         places = self._places(given)
@@ -600,7 +599,7 @@ class Subscription:
         named: list[Cursor] = []
         for name in self.channels:
             self._watched += 1
-            record = self.hub.watch(name)
+            record = self.windows.watch(name)
             if record is not None:
                 since = record.log.end
                 cursor = self._cursor(name, record, places)
@@ -633,7 +632,7 @@ class Subscription:
             id = places.get(name, "")
             return Cursor(name, record, id if is_id(id) else "")
         if self._after == "now":
-            head = self.hub.read(name, None).head
+            head = self.windows.read(name, None).head
             return Cursor(name, record, head, is_begun=True)
         count = self._after if isinstance(self._after, int) else None
         last, head = self._oldest(name, count)
@@ -645,13 +644,14 @@ class Subscription:
         Args:
             count: Of so many of its newest; ``None`` for all that are kept.
         """
-        read = self.hub.read
+        read = self.windows.read
         if count is None:
             page = read(name, START, 1)
             return page.entries[0].prev if page.entries else page.head, page.head
         count = min(count, limits.MOST_KEPT)
-        if callable(getattr(self.hub.broker, "newest", None)):
-            return self.hub.newest(name, count)
+        newest = self.windows.newest(name, count)
+        if newest is not None:
+            return newest
         page = read(name, START, limits.READ)
         head = page.head
         oldest = page.entries[0].prev if page.entries else head
@@ -702,7 +702,7 @@ class Subscription:
                     items, pause = [], random.uniform(0.5, 1.5) * limits.RETRY
                 if items:
                     self._delivered = time.monotonic()
-                    self.hub._delivered += len(items)
+                    self.windows.delivered += len(items)
                     return items
                 if not pause and not self._register(waiter):
                     continue
@@ -739,7 +739,7 @@ class Subscription:
 
     def _register(self, waiter: Wakeable) -> bool:
         """Have the waiter woken by what is new; ``False`` if something is there."""
-        with self.hub._lock:
+        with self.windows.lock:
             if self._lost or self._reason is not None:
                 return False
             if self._brought is not None and (
@@ -796,7 +796,7 @@ class Subscription:
         except BaseException as error:
             # Of `conflate`, `on_gap`, the broker, or from outside. Nothing was given
             # out: the next read begins where this one did, with the one after this.
-            with self.hub._lock:
+            with self.windows.lock:
                 self._lost = [*lost, *(self._lost or ())] or None
                 if self._brought is not None:
                     self._brought.overheard.extendleft(reversed(overheard))
@@ -816,12 +816,12 @@ class Subscription:
         brought, named, turn = self._brought, self._named, self._turn
         if brought is None:
             return named if not turn else (*named[turn:], *named[:turn])
-        hub = self.hub
-        with hub._lock:
+        windows = self.windows
+        with windows.lock:
             news, brought.news = brought.news, {}
             for channel, prev in news.items():
                 cursor = brought.cursors.get(channel)
-                record = hub.record(channel)
+                record = windows.record(channel)
                 if cursor is None:
                     cursor = Cursor(channel, record, prev, is_begun=True)
                     cursor.since = sys.maxsize
@@ -835,7 +835,7 @@ class Subscription:
                     name: cursor
                     for name, cursor in brought.cursors.items()
                     if name in brought.behind
-                    or hub._channels.get(name) is cursor.record
+                    or windows.channels.get(name) is cursor.record
                 }
                 brought.room = 2 * len(brought.cursors) + 64
             behind = islice(brought.behind.values(), limits.READ)
@@ -849,7 +849,7 @@ class Subscription:
         self._turn = next((n for n, c in enumerate(self._named, 1) if c is last), 0)
         if brought is None:
             return
-        with self.hub._lock:
+        with self.windows.lock:
             for cursor in had:
                 is_behind = brought.behind.pop(cursor.name, None) is not None
                 if is_behind and not cursor.is_at_end():
@@ -858,7 +858,7 @@ class Subscription:
     def _take_from(self, cursor: Cursor) -> list[Item]:
         """Return what follows a cursor: entries of anybody's, and resets."""
         window = cursor.record.log
-        with self.hub._lock:
+        with self.windows.lock:
             if cursor.position < window.first:
                 place = window.after(cursor.last) if cursor.last else None
                 cursor.position = -1 if place is None else place
@@ -870,7 +870,7 @@ class Subscription:
                 if entries or not cursor.record.is_doubtful:
                     return [(cursor, entry) for entry in entries]
             end, limit = window.end, cursor.record.limit
-        page = self.hub.read(cursor.name, cursor.last or NOWHERE, limit)
+        page = self.windows.read(cursor.name, cursor.last or NOWHERE, limit)
         entries = first_part(page.entries)
         if len(entries) < len(page.entries):
             cursor.record.limit = len(entries)
@@ -879,7 +879,7 @@ class Subscription:
         last = entries[-1].id if entries else page.head
         cursor.seen = end if last == page.head else -1
         if cursor.record.is_doubtful:
-            self._settle(cursor, page.head, end)
+            self.windows.settle(cursor.record, page.head, end)
         if entries or not page.complete:  # it goes elsewhere
             cursor.position = -1
         items = self._chained(cursor, page, entries)
@@ -913,7 +913,7 @@ class Subscription:
         for entry in entries:
             problem = flaw(entry)
             if problem is not None:
-                self.hub.drop_malformed(cursor.name, problem)
+                self.windows.say_malformed(cursor.name, problem)
                 last = None
                 continue
             if entry.prev != last:
@@ -949,7 +949,7 @@ class Subscription:
             last = entries[-1].id
             if last == page.head:
                 break
-            page = self.hub.read(cursor.name, last, limits.READ)
+            page = self.windows.read(cursor.name, last, limits.READ)
             if not page.complete and not self._is_kept(cursor.name, last):
                 break  # it has been trimmed meanwhile, and is read from the oldest on
             entries = first_part(page.entries)
@@ -964,7 +964,7 @@ class Subscription:
         """
         for _ in range(3):  # what is trimmed meanwhile proves nothing
             oldest, after, still = (
-                [entry.id for entry in self.hub.read(name, id, 1).entries]
+                [entry.id for entry in self.windows.read(name, id, 1).entries]
                 for id in (START, last or NOWHERE, START)
             )
             if not oldest or after == oldest:
@@ -981,16 +981,7 @@ class Subscription:
         """
         if not cursor.start:
             return False
-        return self.hub.read(cursor.name, cursor.start, 1).complete
-
-    def _settle(self, cursor: Cursor, head: str, end: int) -> None:
-        """Put an end to a window's doubts, if it is as it was."""
-        record = cursor.record
-        with self.hub._lock:
-            if record.log.end == end:
-                record.is_doubtful = False
-                if record.log.head != head:
-                    wake_all(self.hub.restart(record, head))
+        return self.windows.read(cursor.name, cursor.start, 1).complete
 
     def _lost_items(self, name: str) -> list[Item]:
         """Return the reset of a pattern; its cursor stands for all its channels."""
@@ -1001,7 +992,8 @@ class Subscription:
         """Return a reset and a snapshot, after which what follows an id follows."""
         snapshot: list[Event] = []
         if callable(self._on_gap):
-            snapshot = [self._snapshot(item) for item in self._on_gap()]
+            event = self.subscribers.payloads.snapshot
+            snapshot = [event(item) for item in self._on_gap()]
         # Who is cut off within a snapshot needs all of it.
         id = NOWHERE if snapshot else before
         items: list[Item] = [(cursor, gap(cursor.name, reason, id))]
@@ -1011,17 +1003,6 @@ class Subscription:
             last = Event(last.data, event=last.event, retry=last.retry, id=before)
             items.append((cursor, last))
         return items
-
-    def _snapshot(self, item: Any) -> Event:
-        event = item if isinstance(item, Event) else self.hub._event(item, None, None)
-        if event.id is not None:
-            raise ValueError("a snapshot's events must have no id")
-        if event.data is None:
-            raise ValueError("a snapshot's events must have data")
-        data = event.data  # text, in the end, as what a broker has
-        if isinstance(data, (bytes, bytearray)):
-            data = data.decode()
-        return self.hub._event(data, event.event, event.retry)
 
     def _is_for_us(self, entry: Entry) -> bool:
         if entry.payload[:1] != b"\0":
@@ -1038,11 +1019,11 @@ class Subscription:
         Not of what comes meanwhile: it may come as fast as it is read.
         """
         assert self._conflate is not None
-        with self.hub._lock:
+        with self.windows.lock:
             end, head = cursor.record.log.end, cursor.record.log.head
             is_known = head and not cursor.record.is_doubtful
         if not is_known:
-            head = self.hub.read(cursor.name, None).head
+            head = self.windows.read(cursor.name, None).head
         kept: dict[Hashable, Item] = {}
         while True:
             found = self._take_from(cursor)
@@ -1158,16 +1139,16 @@ class Subscription:
             self.close("denied")
 
     def _leave(self, has_joined: bool = True) -> None:
-        self.hub.leave(self)
+        self.windows.leave(self)
         self.withdraw()
         watched, self._watched = self.channels[: self._watched], 0
         for name in watched:
-            self.hub.unwatch(name)
+            self.windows.unwatch(name)
         was_listed, self._is_listed = self._is_listed, False
         if was_listed:
-            self.hub.unlist()
+            self.subscribers.control.leave()
         if has_joined:
-            self.hub.announce(self._announced(), self.announcement, "leave")
+            self.subscribers.announce(self._announced(), self.announcement, "leave")
 
     def _announced(self) -> list[str]:
         """Return the channels that are told who comes and goes."""
@@ -1285,7 +1266,7 @@ class Frames:
         The path of each event: ``None`` where it takes more than that.
         """
         (cursor,) = subscription._named
-        record, hub = cursor.record, subscription.hub
+        record, windows = cursor.record, subscription.windows
         window = record.log
         waiter: Any = subscription._waiter
         scope = self._scope
@@ -1298,7 +1279,7 @@ class Frames:
             waiter = subscription._own_waiter()
         while True:
             if not self._is_registered:
-                with hub._lock:
+                with windows.lock:
                     position, end = cursor.position, window.end
                     if (
                         position < window.first
@@ -1322,7 +1303,7 @@ class Frames:
                             cursor.last = window.entry(end - 1).id
                         count = end - position
                         self.events += count
-                        hub._delivered += count
+                        windows.delivered += count
                         return chunk
                     if record.is_doubtful:
                         return None

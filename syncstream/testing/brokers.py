@@ -221,7 +221,7 @@ class _Suite:
     def _tapped(self) -> Iterator[tuple[Hub, _Tap]]:
         broker = self._make()
         hub = Hub(broker=broker)
-        tap = _Tap(hub)
+        tap = _Tap(hub.sink)
         broker.attach(tap)
         try:
             yield hub, tap
@@ -403,7 +403,7 @@ class _Suite:
             ids = hub.publish_many("a", "8")
             tap.wait_for(ids)
             remove(broker, "a", str(ids[0]))
-            hub.resync(["a"])
+            hub.sink.resync(["a"])
             _require(
                 [
                     isinstance(event, Gap) and event.json()["reason"]
@@ -621,7 +621,7 @@ class _Suite:
                 subscription.read(0)
             for name in names:
                 hub.publish(name, name)
-            hub.resync(None)
+            hub.sink.resync(None)
             for name, subscription in zip(names, subscriptions, strict=True):
                 found = [event.data for event in subscription.read(LIMIT)]
                 _require(found == [name], f"each channel has its own, got {found!r}")
@@ -662,7 +662,7 @@ class _Suite:
     def needs_no_reliable_word(self) -> None:
         broker = self._make()
         hub = Hub(broker=broker)
-        broker.attach(_Unreliable(hub, self._choose))
+        broker.attach(_Unreliable(hub.sink, self._choose))
         try:
             count = min(self._capacity, 300)
             subscriptions = [hub.subscribe("a") for _ in range(3)]
@@ -674,7 +674,7 @@ class _Suite:
                 for mine, subscription in zip(found, subscriptions, strict=True):
                     if self._choose.random() < 0.3:
                         mine += [event.data for event in subscription.read(0)]
-            hub.resync(None)
+            hub.sink.resync(None)
             for mine, subscription in zip(found, subscriptions, strict=True):
                 mine += [event.data for event in _read_all(subscription)]
                 _require(
@@ -731,7 +731,7 @@ class _Suite:
                 elif luck < 0.7:
                     client.read()
                 elif luck < 0.8:
-                    hub.resync(None)
+                    hub.sink.resync(None)
                 else:
                     client.leave(self._choose)
                     client.come()

@@ -191,7 +191,7 @@ def down(environ, name, query):
     """Have the broker be down, or up; what was told meanwhile is lost."""
     broker.is_down = name == "yes"
     if broker.is_down:
-        hub.resync(None)
+        hub.sink.resync(None)
     return "ok"
 
 
