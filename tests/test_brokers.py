@@ -337,10 +337,105 @@ def test_open_broker():
         open_broker("carrier-pigeon://roof")
 
 
-def test_memory_has_no_transactions():
-    """A connection is refused, not ignored."""
-    with pytest.raises(ValueError, match="connection must be None"):
-        MemoryBroker().publish([("a", b"x")], connection=object())
+IN_DJANGO = """
+import django
+from django.conf import settings
+from django.db import connection, transaction
+
+settings.configure(
+    DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}
+)
+django.setup()
+
+from syncstream import Hub
+
+hub = Hub()
+subscription = hub.subscribe("orders")
+
+def order(number, refuse=False):
+    with transaction.atomic():
+        assert hub.publish("orders", number, connection=connection) is None
+        if refuse:
+            raise ZeroDivisionError
+
+def refused(number):
+    try:
+        order(number, refuse=True)
+    except ZeroDivisionError:
+        pass
+
+def told():
+    return [event.json() for event in subscription.read(0)]
+
+assert told() == []
+order(1)
+refused(2)
+assert told() == [1]
+with transaction.atomic():
+    ids = hub.publish_many("orders", [3, 4], connection=connection)
+    assert ids == [None, None]
+    refused(5)
+    order(6)
+    hub.publish("orders", 0)  # no connection: at once
+    assert told() == [0]
+assert told() == [3, 4, 6]
+assert hub.publish("orders", 7, connection=connection) is None  # no transaction
+assert told() == [7]
+assert len(hub.broker.read("orders", "0").entries) == 6
+hub.close()
+connection.close()
+"""
+
+
+def test_memory_follows_the_transactions_of_django():
+    """As PostgreSQL would: told at the commit, and never after a rollback."""
+    check_script(IN_DJANGO)
+
+
+BY_ANOTHER_CONNECTION = """
+import logging, sqlite3, sys
+from contextlib import closing
+
+from syncstream.brokers.memory import MemoryBroker
+from syncstream.runtime.journal import journal
+
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+broker = MemoryBroker()
+with closing(sqlite3.connect(":memory:")) as connection:
+    for _ in range(2):
+        items = [("a", b"1"), ("a", b"2")]
+        assert broker.publish(items, connection=connection) == [None, None]
+        connection.rollback()
+journal().flush()
+assert len(broker.read("a", "0").entries) == 4
+"""
+
+
+def test_memory_says_that_it_cannot_follow_other_transactions():
+    """Once; it publishes at once, and returns no ids, as in a transaction."""
+    (line,) = check_script(BY_ANOTHER_CONNECTION).splitlines()
+    assert line.startswith("WARNING memory: cannot see when a transaction ends")
+
+
+class Async:
+    """A connection as psycopg's `AsyncConnection` is."""
+
+    def cursor(self):
+        return self
+
+    async def commit(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    "connection", ["sqlite://", object(), Async()], ids=["text", "object", "async"]
+)
+def test_memory_refuses_what_is_no_connection(connection):
+    """What no broker takes; nothing is stored."""
+    broker = MemoryBroker()
+    with pytest.raises(TypeError, match="connection must"):
+        broker.publish([("a", b"x")], connection=connection)
+    assert len(broker.read("a", "0").entries) == 0
 
 
 LEVEL = st.sampled_from(["", "a", "b", "a b", "*", "#"])

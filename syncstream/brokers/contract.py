@@ -56,7 +56,7 @@ class Broker(Protocol):
         Args:
             items: As `hub.Hub` makes them.
             connection: A database's, in whose transaction to store them; then the
-                ids are ``None``.
+                ids are ``None``. A ``ValueError`` where the engine has no such.
 
         Raises:
             Unavailable: Nothing was stored.

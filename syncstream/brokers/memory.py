@@ -7,12 +7,16 @@ life and the entry's own, so that the ids of an earlier run are not taken for ou
 from __future__ import annotations
 
 import _thread
+import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import iscoroutinefunction
 from typing import Any, Literal
 
 from ..runtime.clock import time
+from ..runtime.process import process
 from ..runtime.sockets import native
 from .contract import Sink, check_bounds
 from .log import START, Entry, Log, Page
@@ -20,8 +24,15 @@ from .names import is_pattern, patterns_of
 
 __all__ = ["MemoryBroker"]
 
+log = logging.getLogger("syncstream.hub")
+
 _SWEEP = 1000  # publishes between two looks for what is idle
 _HEADS = 10_000  # heads of forgotten channels that are kept, and those of watched ones
+_UNSEEN = (
+    "memory: cannot see when a transaction ends, unless it is Django's: events that are"
+    " published with another connection are sent at once, even if that rolls back"
+    " (postgresql: waits for every commit)"
+)
 
 
 class MemoryBroker:
@@ -75,8 +86,19 @@ class MemoryBroker:
     def publish(
         self, items: Sequence[tuple[str, bytes]], *, connection: Any = None
     ) -> list[str | None]:
+        """See `syncstream.brokers.Broker.publish`.
+
+        Args:
+            items: Channel and payload of each.
+            connection: Any that `PostgreSQLBroker.publish` takes, to any database.
+                With Django's they are stored when its transaction commits, and only
+                then (`transaction.on_commit`). Others do not tell when they commit:
+                with them events are stored at once, and stay after a rollback, which
+                is logged as a warning, once.
+        """
         if connection is not None:
-            raise ValueError("connection must be None: memory: has no transactions")
+            _at_commit(connection, partial(self.publish, list(items)))
+            return [None] * len(items)
         ids: list[str | None] = []
         now = time.monotonic()
         # The sink is told under the lock: what it gets is in order.
@@ -218,6 +240,21 @@ class MemoryBroker:
             self._logs.clear()
             self._heads.clear()
             self._size = 0
+
+
+def _at_commit(connection: Any, publish: Callable[[], object]) -> None:
+    """Publish when a connection's transaction commits, if it tells that; else now."""
+    if not callable(getattr(connection, "cursor", None)):
+        raise TypeError(
+            f"connection must be a database's connection, got {type(connection)!r}"
+        )
+    if iscoroutinefunction(getattr(connection, "commit", None)):
+        raise TypeError(f"connection must not be async, got {type(connection)!r}")
+    if callable(getattr(connection, "on_commit", None)):  # Django's
+        connection.on_commit(publish)
+        return
+    process().warn_once(log, _UNSEEN)
+    publish()
 
 
 def _empty() -> str:

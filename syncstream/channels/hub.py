@@ -167,8 +167,9 @@ class Hub:
             only: Tags: it is for subscriptions that have one of them, and an empty
                 list for nobody; ``None``, the default, for everybody.
             exclude: Tags: it is not for subscriptions that have one of them.
-            connection: A database's, in whose transaction it is stored, for
-                brokers that have such.
+            connection: A database's: the event is stored if its transaction commits.
+                For ``postgresql:``; ``memory:`` takes it, too, and can follow Django's
+                transactions. Other brokers refuse it.
 
         Returns:
             Its id; ``None`` within a transaction.
