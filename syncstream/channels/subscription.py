@@ -8,7 +8,6 @@ import math
 import random
 import sys
 import weakref
-from collections import deque
 from collections.abc import (
     Awaitable,
     Callable,
@@ -24,7 +23,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias
 
-from ..brokers.log import JOIN, START, Entry, Page, first_part, flaw
+from ..brokers.log import JOIN, Entry
 from ..brokers.names import check_name, is_pattern, matches
 from ..errors import (
     Closed,
@@ -41,7 +40,6 @@ from ..runtime.watch import Watch, elsewhere, watch
 from . import limits
 from .cursor import (
     MAX_ID,
-    NOWHERE,
     Brought,
     Cursor,
     Item,
@@ -50,7 +48,8 @@ from .cursor import (
     is_id,
     overheard_item,
 )
-from .gap import Gap, gap
+from .gap import Gap
+from .pages import Pages
 from .subscribers import Subscribers
 from .tags import NO_TAGS, check_tags
 from .windows import Channel
@@ -635,45 +634,8 @@ class Subscription:
             head = self.windows.read(name, None).head
             return Cursor(name, record, head, is_begun=True)
         count = self._after if isinstance(self._after, int) else None
-        last, head = self._oldest(name, count)
+        last, head = self._pages().oldest(name, count)
         return Cursor(name, record, last, start=head)
-
-    def _oldest(self, name: str, count: int | None) -> tuple[str, str]:
-        """Return the id before the oldest of a channel's entries, and its head's.
-
-        Args:
-            count: Of so many of its newest; ``None`` for all that are kept.
-        """
-        read = self.windows.read
-        if count is None:
-            page = read(name, START, 1)
-            return page.entries[0].prev if page.entries else page.head, page.head
-        count = min(count, limits.MOST_KEPT)
-        newest = self.windows.newest(name, count)
-        if newest is not None:
-            return newest
-        page = read(name, START, limits.READ)
-        head = page.head
-        oldest = page.entries[0].prev if page.entries else head
-        before: deque[str] = deque(maxlen=count)  # each of the newest
-        # More may come faster than they are read: only up to the head of now.
-        while page.entries:
-            for entry in page.entries:
-                before.append(entry.prev)
-                if entry.id == head:
-                    return before[0], head
-            last = page.entries[-1].id
-            page = read(name, last, limits.READ)
-            if page.complete:
-                continue
-            is_anew = page.entries and page.entries[0].prev == oldest
-            # Those were dropped meanwhile, and maybe all; or one of them was removed.
-            if is_anew or not self._is_kept(name, last):
-                before.clear()
-                if is_anew or not read(name, head, 1).complete:
-                    break
-                oldest = page.entries[0].prev if page.entries else head
-        return before[0] if before else head, head
 
     # To take what is there.
 
@@ -767,7 +729,7 @@ class Subscription:
         try:
             while self._lost:
                 lost.append(self._lost.pop(0))
-                items += self._lost_items(lost[-1])
+                items += self._pages().lost(lost[-1])
             while self._brought is not None and self._brought.overheard:
                 overheard.append(self._brought.overheard.popleft())
                 items.append(overheard_item(*overheard[-1]))
@@ -870,139 +832,12 @@ class Subscription:
                 if entries or not cursor.record.is_doubtful:
                     return [(cursor, entry) for entry in entries]
             end, limit = window.end, cursor.record.limit
-        page = self.windows.read(cursor.name, cursor.last or NOWHERE, limit)
-        entries = first_part(page.entries)
-        if len(entries) < len(page.entries):
-            cursor.record.limit = len(entries)
-        elif len(entries) == limit < limits.READ:
-            cursor.record.limit = min(2 * limit, limits.READ)
-        last = entries[-1].id if entries else page.head
-        cursor.seen = end if last == page.head else -1
-        if cursor.record.is_doubtful:
-            self.windows.settle(cursor.record, page.head, end)
-        if entries or not page.complete:  # it goes elsewhere
-            cursor.position = -1
-        items = self._chained(cursor, page, entries)
-        cursor.is_begun, cursor.start = True, ""
-        return items
+        return self._pages().after(cursor, end, limit)
 
-    def _chained(
-        self, cursor: Cursor, page: Page, entries: Sequence[Entry]
-    ) -> list[Item]:
-        """Return a page's entries, and a reset wherever the chain is broken.
-
-        What was removed, or is no event, shows there; the cursor goes past it.
-        """
-        is_replay = self._on_gap == "replay"
-        reason = "unknown"
-        # What the next entry must name; `None` where something is missing for certain.
-        last: str | None = cursor.last
-        if not page.complete:
-            following = self._following(cursor, page, entries)
-            if following is not None:
-                entries = following
-            elif self._is_only_older(cursor):
-                last = cursor.sent = entries[0].prev if entries else page.head
-            else:
-                last = None
-                if (cursor.is_begun or cursor.start) and not self._is_kept(
-                    cursor.name, cursor.last
-                ):
-                    reason = "lagged"
-        items: list[Item] = []
-        for entry in entries:
-            problem = flaw(entry)
-            if problem is not None:
-                self.windows.say_malformed(cursor.name, problem)
-                last = None
-                continue
-            if entry.prev != last:
-                if not is_replay:
-                    last = None
-                    break
-                items += self._reset(cursor, reason, entry.prev)
-                reason = "unknown"
-            items.append((cursor, entry))
-            last = entry.id
-        if last is None:  # what follows is not to be given out, or has not come yet
-            is_past = is_replay and bool(entries) and is_id(entries[-1].id)
-            last = entries[-1].id if is_past else page.head
-            if not is_replay:
-                cursor.seen = -1  # more may have come
-            items += self._reset(cursor, reason, last)
-        cursor.last = last
-        return items
-
-    def _following(
-        self, cursor: Cursor, page: Page, entries: Sequence[Entry]
-    ) -> Sequence[Entry] | None:
-        """Return what follows an id that was removed, if something names it."""
-        if cursor.last in ("", START):
-            return None
-        while entries:
-            for place, entry in enumerate(entries):
-                if entry.prev == cursor.last:
-                    return entries[place:]
-            # Of so many of the newest the first may come after the first page.
-            if not (cursor.start and isinstance(self._after, int)):
-                break
-            last = entries[-1].id
-            if last == page.head:
-                break
-            page = self.windows.read(cursor.name, last, limits.READ)
-            if not page.complete and not self._is_kept(cursor.name, last):
-                break  # it has been trimmed meanwhile, and is read from the oldest on
-            entries = first_part(page.entries)
-            cursor.seen = -1  # more may have come
-        return None
-
-    def _is_kept(self, name: str, last: str) -> bool:
-        """Tell whether an event is kept, though its next is not.
-
-        Then that was removed, and nobody was too slow: only the oldest are trimmed.
-        What follows an id that is not kept begins with the oldest.
-        """
-        for _ in range(3):  # what is trimmed meanwhile proves nothing
-            oldest, after, still = (
-                [entry.id for entry in self.windows.read(name, id, 1).entries]
-                for id in (START, last or NOWHERE, START)
-            )
-            if not oldest or after == oldest:
-                return False
-            if oldest == still:
-                return True
-        return False
-
-    def _is_only_older(self, cursor: Cursor) -> bool:
-        """Tell whether what was trimmed had come before the cursor began.
-
-        "All that is kept" and "the newest" are less on a busy channel by the time
-        when they are read. That is no gap, as long as nothing newer is missing.
-        """
-        if not cursor.start:
-            return False
-        return self.windows.read(cursor.name, cursor.start, 1).complete
-
-    def _lost_items(self, name: str) -> list[Item]:
-        """Return the reset of a pattern; its cursor stands for all its channels."""
-        cursor = Cursor(name, Channel(), NOWHERE, is_begun=True)
-        return self._reset(cursor, "unknown", NOWHERE)
-
-    def _reset(self, cursor: Cursor, reason: str, before: str) -> list[Item]:
-        """Return a reset and a snapshot, after which what follows an id follows."""
-        snapshot: list[Event] = []
-        if callable(self._on_gap):
-            event = self.subscribers.payloads.snapshot
-            snapshot = [event(item) for item in self._on_gap()]
-        # Who is cut off within a snapshot needs all of it.
-        id = NOWHERE if snapshot else before
-        items: list[Item] = [(cursor, gap(cursor.name, reason, id))]
-        if snapshot:
-            *most, last = snapshot
-            items += [(cursor, event) for event in most]
-            last = Event(last.data, event=last.event, retry=last.retry, id=before)
-            items.append((cursor, last))
-        return items
+    def _pages(self) -> Pages:
+        """Return what reads the broker for it: made anew, for that is rare."""
+        payloads = self.subscribers.payloads
+        return Pages(self.windows, payloads, self._after, self._on_gap)
 
     def _is_for_us(self, entry: Entry) -> bool:
         if entry.payload[:1] != b"\0":

@@ -1,0 +1,228 @@
+"""What follows a cursor at the broker: pages, and a reset where something is missing.
+
+The chain rule, once: nothing is missing between an id and an entry if and only if the
+entry names that id as the one before it (see `brokers.log`). A window keeps to it as it
+is told (`Windows.deliver`); what is read outside of a window is held to it here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ..brokers.log import START, Entry, Page, first_part, flaw
+from ..protocol.sse import Event
+from . import limits
+from .cursor import NOWHERE, Cursor, Item, is_id
+from .gap import gap
+from .payloads import Payloads
+from .windows import Channel, Windows
+
+__all__ = ["Pages"]
+
+
+class Pages:
+    """Reads the broker for a subscription.
+
+    Args:
+        windows, payloads: The hub's.
+        after, on_gap: As given to `Hub.subscribe`.
+    """
+
+    __slots__ = ("_after", "_on_gap", "_payloads", "_windows")
+
+    def __init__(
+        self,
+        windows: Windows,
+        payloads: Payloads,
+        after: str | int,
+        on_gap: str | Callable[[], Iterable[Any]],
+    ) -> None:
+        self._windows = windows
+        self._payloads = payloads
+        self._after = after
+        self._on_gap = on_gap
+
+    def after(self, cursor: Cursor, end: int, limit: int) -> list[Item]:
+        """Return what follows a cursor: entries of anybody's, and resets.
+
+        Args:
+            cursor: It goes on.
+            end: The window's, before this.
+            limit: So many entries at most.
+
+        Raises:
+            Closed, Denied, BrokerError: As from `Windows.read`; and what ``on_gap``
+                raises.
+        """
+        page = self._windows.read(cursor.name, cursor.last or NOWHERE, limit)
+        entries = first_part(page.entries)
+        if len(entries) < len(page.entries):
+            cursor.record.limit = len(entries)
+        elif len(entries) == limit < limits.READ:
+            cursor.record.limit = min(2 * limit, limits.READ)
+        last = entries[-1].id if entries else page.head
+        cursor.seen = end if last == page.head else -1
+        if cursor.record.is_doubtful:
+            self._windows.settle(cursor.record, page.head, end)
+        if entries or not page.complete:  # it goes elsewhere
+            cursor.position = -1
+        items = self._chained(cursor, page, entries)
+        cursor.is_begun, cursor.start = True, ""
+        return items
+
+    def oldest(self, name: str, count: int | None) -> tuple[str, str]:
+        """Return the id before the oldest of a channel's entries, and its head's.
+
+        Args:
+            count: Of so many of its newest; ``None`` for all that are kept.
+        """
+        read = self._windows.read
+        if count is None:
+            page = read(name, START, 1)
+            return page.entries[0].prev if page.entries else page.head, page.head
+        count = min(count, limits.MOST_KEPT)
+        newest = self._windows.newest(name, count)
+        if newest is not None:
+            return newest
+        page = read(name, START, limits.READ)
+        head = page.head
+        oldest = page.entries[0].prev if page.entries else head
+        before: deque[str] = deque(maxlen=count)  # each of the newest
+        # More may come faster than they are read: only up to the head of now.
+        while page.entries:
+            for entry in page.entries:
+                before.append(entry.prev)
+                if entry.id == head:
+                    return before[0], head
+            last = page.entries[-1].id
+            page = read(name, last, limits.READ)
+            if page.complete:
+                continue
+            is_anew = page.entries and page.entries[0].prev == oldest
+            # Those were dropped meanwhile, and maybe all; or one of them was removed.
+            if is_anew or not self._is_kept(name, last):
+                before.clear()
+                if is_anew or not read(name, head, 1).complete:
+                    break
+                oldest = page.entries[0].prev if page.entries else head
+        return before[0] if before else head, head
+
+    def _chained(
+        self, cursor: Cursor, page: Page, entries: Sequence[Entry]
+    ) -> list[Item]:
+        """Return a page's entries, and a reset wherever the chain is broken.
+
+        What was removed, or is no event, shows there; the cursor goes past it.
+        """
+        is_replay = self._on_gap == "replay"
+        reason = "unknown"
+        # What the next entry must name; `None` where something is missing for certain.
+        last: str | None = cursor.last
+        if not page.complete:
+            following = self._following(cursor, page, entries)
+            if following is not None:
+                entries = following
+            elif self._is_only_older(cursor):
+                last = cursor.sent = entries[0].prev if entries else page.head
+            else:
+                last = None
+                if (cursor.is_begun or cursor.start) and not self._is_kept(
+                    cursor.name, cursor.last
+                ):
+                    reason = "lagged"
+        items: list[Item] = []
+        for entry in entries:
+            problem = flaw(entry)
+            if problem is not None:
+                self._windows.say_malformed(cursor.name, problem)
+                last = None
+                continue
+            if entry.prev != last:
+                if not is_replay:
+                    last = None
+                    break
+                items += self._reset(cursor, reason, entry.prev)
+                reason = "unknown"
+            items.append((cursor, entry))
+            last = entry.id
+        if last is None:  # what follows is not to be given out, or has not come yet
+            is_past = is_replay and bool(entries) and is_id(entries[-1].id)
+            last = entries[-1].id if is_past else page.head
+            if not is_replay:
+                cursor.seen = -1  # more may have come
+            items += self._reset(cursor, reason, last)
+        cursor.last = last
+        return items
+
+    def _following(
+        self, cursor: Cursor, page: Page, entries: Sequence[Entry]
+    ) -> Sequence[Entry] | None:
+        """Return what follows an id that was removed, if something names it."""
+        if cursor.last in ("", START):
+            return None
+        while entries:
+            for place, entry in enumerate(entries):
+                if entry.prev == cursor.last:
+                    return entries[place:]
+            # Of so many of the newest the first may come after the first page.
+            if not (cursor.start and isinstance(self._after, int)):
+                break
+            last = entries[-1].id
+            if last == page.head:
+                break
+            page = self._windows.read(cursor.name, last, limits.READ)
+            if not page.complete and not self._is_kept(cursor.name, last):
+                break  # it has been trimmed meanwhile, and is read from the oldest on
+            entries = first_part(page.entries)
+            cursor.seen = -1  # more may have come
+        return None
+
+    def _is_kept(self, name: str, last: str) -> bool:
+        """Tell whether an event is kept, though its next is not.
+
+        Then that was removed, and nobody was too slow: only the oldest are trimmed.
+        What follows an id that is not kept begins with the oldest.
+        """
+        for _ in range(3):  # what is trimmed meanwhile proves nothing
+            oldest, after, still = (
+                [entry.id for entry in self._windows.read(name, id, 1).entries]
+                for id in (START, last or NOWHERE, START)
+            )
+            if not oldest or after == oldest:
+                return False
+            if oldest == still:
+                return True
+        return False
+
+    def _is_only_older(self, cursor: Cursor) -> bool:
+        """Tell whether what was trimmed had come before the cursor began.
+
+        "All that is kept" and "the newest" are less on a busy channel by the time
+        when they are read. That is no gap, as long as nothing newer is missing.
+        """
+        if not cursor.start:
+            return False
+        return self._windows.read(cursor.name, cursor.start, 1).complete
+
+    def lost(self, name: str) -> list[Item]:
+        """Return the reset of a pattern; its cursor stands for all its channels."""
+        cursor = Cursor(name, Channel(), NOWHERE, is_begun=True)
+        return self._reset(cursor, "unknown", NOWHERE)
+
+    def _reset(self, cursor: Cursor, reason: str, before: str) -> list[Item]:
+        """Return a reset and a snapshot, after which what follows an id follows."""
+        snapshot: list[Event] = []
+        if callable(self._on_gap):
+            event = self._payloads.snapshot
+            snapshot = [event(item) for item in self._on_gap()]
+        # Who is cut off within a snapshot needs all of it.
+        id = NOWHERE if snapshot else before
+        items: list[Item] = [(cursor, gap(cursor.name, reason, id))]
+        if snapshot:
+            *most, last = snapshot
+            items += [(cursor, event) for event in most]
+            last = Event(last.data, event=last.event, retry=last.retry, id=before)
+            items.append((cursor, last))
+        return items
