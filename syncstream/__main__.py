@@ -79,10 +79,10 @@ def _parser() -> Parser:
 def _add_doctor(commands: _Commands) -> None:
     command = commands.add_parser(
         "doctor",
-        help="listen to a stream, and say what is wrong with it",
-        description="Listen to a stream as a browser would, and say what is wrong"
-        " with it: late heads, buffering, compression, headers, cuts.",
-        epilog="Exit status: 0 healthy, 1 something is at fault, 2 no connection.",
+        help="listen to a stream, and diagnose it",
+        description="Listen to a stream as a browser would, and report its faults:"
+        " late heads, buffering, compression, wrong headers, cuts.",
+        epilog="Exit status: 0 healthy, 1 faults, 2 no connection.",
     )
     command.add_argument(
         "url",
@@ -102,7 +102,7 @@ def _add_doctor(commands: _Commands) -> None:
         action="append",
         default=[],
         metavar="'NAME: VALUE'",
-        help="send this header, a cookie for one; may be repeated",
+        help="send this header, such as a cookie; may be repeated",
     )
     command.add_argument(
         "--last-event-id", metavar="ID", help="resume after this event"
@@ -110,11 +110,11 @@ def _add_doctor(commands: _Commands) -> None:
     command.add_argument(
         "--data",
         metavar="BODY",
-        help="ask by POST, with this body: JSON, or a form's fields, or what a"
-        " --header 'Content-Type: …' says",
+        help="send a POST with this body: JSON, a form's fields, or the type given by"
+        " --header 'Content-Type: …'",
     )
     command.add_argument(
-        "--insecure", action="store_true", help="take any TLS certificate"
+        "--insecure", action="store_true", help="accept any TLS certificate"
     )
     command.set_defaults(run=_doctor)
 
@@ -165,7 +165,7 @@ def _seconds(text: str) -> float:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    """Listen, and print what is to be said."""
+    """Listen, and print the report."""
     print(f"syncstream: listening for {options.seconds:g} s", file=sys.stderr)
     try:
         seen = listen.examine(

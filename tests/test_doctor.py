@@ -17,7 +17,7 @@ import pytest
 from live import LiveServer, await_true, free_port
 from programs import certificate, program
 from syncstream.__main__ import main
-from syncstream.doctor import checks
+from syncstream.doctor import checks, timing
 from syncstream.doctor import listen as doctor
 from syncstream.doctor.checks import judge
 from syncstream.doctor.observation import Arrival, Finding, Head, Observation
@@ -359,8 +359,8 @@ def serve():
 @pytest.fixture
 def _unhurried(monkeypatch):
     """A busy machine holds something back, too: that is no finding here."""
-    monkeypatch.setattr(checks, "SLOW", PATIENCE)
-    monkeypatch.setattr(checks, "SILENCE", PATIENCE)
+    monkeypatch.setattr(timing, "SLOW", PATIENCE)
+    monkeypatch.setattr(timing, "SILENCE", PATIENCE)
 
 
 def is_left(conn, pause=0.02):

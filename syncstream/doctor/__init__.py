@@ -1,19 +1,20 @@
-"""``python -m syncstream doctor``: why does a stream not arrive as one?
+"""``python -m syncstream doctor``: diagnose a stream from the client's side.
 
-Rule: what was seen, what it means and what is said of it stay apart.
+Rule: the observation, its meaning and its report are separate.
 
 ===============  ==============================================================
-``observation``  what was seen: values, and how they are shown
-``request``      what is asked: the address, the headers, the body
+``observation``  everything seen of a stream: values, and how they are shown
+``request``      the URL, the headers and the body to send
 ``connect``      DNS, TCP and TLS, before a deadline
 ``response``     the head and the body's bytes, read by http.client under a tap
 ``body``         the body's bytes as events, comments and NDJSON values
 ``listen``       the network's side: `examine` returns an `Observation`
-``cures``        what to do about a status, a proxy, a time-out
-``checks``       what it means: `judge`, a pure function to findings
-``report``       what is said: a pure function of both to text
+``cures``        advice for a status, a proxy or a timeout
+``checks``       `judge`, a pure function from an observation to findings
+``timing``       the checks of when bytes and events came
+``report``       a pure function from both to text
 ===============  ==============================================================
 
-Whatever comes from outside is escaped where it is shown, and bounded where it is
-kept; each wait ends at a deadline.
+Bytes from outside are escaped where they are shown and bounded where they are kept.
+Each wait ends at a deadline.
 """

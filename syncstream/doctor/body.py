@@ -1,4 +1,4 @@
-"""A body's text: events, comments and values, counted as they come."""
+"""The body's text: events, comments and values, counted as they come."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ..runtime.clock import time
 from .observation import INFLATABLE, Head, coding_of, kind_of
 
 __all__ = ["Text"]
-MAX_INFLATED = 2 * 1024 * 1024  # bytes out of one read; a bomb makes 64 MiB of it
+MAX_INFLATED = 2 * 1024 * 1024  # bytes from one read; a gzip bomb yields 64 MiB
 
 
 def _inflater() -> Any:
-    # 32: with the head of gzip or zlib, whichever comes.
+    # 32: detect whether the header is gzip's or zlib's.
     return zlib.decompressobj(32 + 15)
 
 
 class Text:
-    """The body as text: what it holds, by the project's decoders and by looking.
+    """The body as text, read by the project's decoders and line by line.
 
     Attributes:
-        is_torn: It stands within an event, or a line of NDJSON.
-        is_bloated: One read held more, unpacked, than `MAX_INFLATED` or than could
-            be looked at before the deadline.
+        is_torn: The bytes so far end within an event or an NDJSON line.
+        is_bloated: One read inflated to more than `MAX_INFLATED`, or to more than
+            could be decoded before the deadline.
     """
 
     def __init__(self, head: Head, deadline: float) -> None:
@@ -46,10 +46,10 @@ class Text:
         self.is_bloated = False
 
     def feed(self, data: bytes) -> tuple[int, int]:
-        """Take the next bytes; return how many events and comments they complete.
+        """Take the next bytes; return the numbers of events and comments completed.
 
         Raises:
-            RemoteProtocolError, zlib.error: They cannot be read.
+            RemoteProtocolError, zlib.error: The bytes cannot be decoded.
         """
         events = comments = size = 0
         for piece in self._unpack(data):
@@ -116,7 +116,7 @@ _FIELDS = frozenset((b"data", b"event", b"id", b"retry"))
 
 @dataclass(slots=True)
 class _Lines:
-    """What a decoder of events does not tell: comments, and lines of no use.
+    """Comments and ignored lines, which a decoder of events does not report.
 
     Only the beginning of each line is kept.
     """
@@ -130,7 +130,7 @@ class _Lines:
     _fields: set[bytes] = field(default_factory=set)  # of the block so far
 
     def feed(self, data: bytes) -> int:
-        """Take the next bytes; return how many comments they complete."""
+        """Take the next bytes; return the number of comments completed."""
         if self._after_cr and data:
             data = data.removeprefix(b"\n")
             self._after_cr = False
@@ -150,7 +150,7 @@ class _Lines:
         return bool(self._line or self._fields)
 
     def _take(self, line: bytes) -> bool:
-        """Take a line; tell whether it is a comment."""
+        """Take a line; return whether it is a comment."""
         if self._is_first:
             self._is_first = False
             line = line.removeprefix(b"\xef\xbb\xbf")

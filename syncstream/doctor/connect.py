@@ -23,10 +23,10 @@ def reason_of(error: OSError) -> str:
 
 
 def connect(url: str, deadline: float, *, insecure: bool = False) -> socket.socket:
-    """Return a connection to the address, TLS and all.
+    """Return a connection to the address, encrypted if it is https.
 
     Raises:
-        NoStream: It cannot be had, or not before the deadline.
+        NoStream: There is none, or none before the deadline.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
@@ -56,18 +56,18 @@ def connect(url: str, deadline: float, *, insecure: bool = False) -> socket.sock
             raise
     if isinstance(error, ConnectionRefusedError):
         text = f"nothing listens on {where}: the connection was refused"
-        cure = "start the server; check the port, and the address that it binds to"
+        cure = "start the server; check the port and the address that it binds to"
     elif isinstance(error, TimeoutError):
         text = f"{where} did not answer in time"
-        cure = "check address, firewall and security group"
+        cure = "check the address, the firewall and the security group"
     else:
         text = f"{where} cannot be reached: {reason_of(error)}"
-        cure = "check address and network"
+        cure = "check the address and the network"
     raise NoStream("connection", text, cure) from error
 
 
 def _resolve(host: str, port: int, deadline: float) -> list[Any]:
-    """Return what getaddrinfo says, which has no time limit of its own."""
+    """Return getaddrinfo's answer; getaddrinfo has no time limit of its own."""
     answers: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
 
     def resolve() -> None:
@@ -87,7 +87,7 @@ def _resolve(host: str, port: int, deadline: float) -> list[Any]:
         raise NoStream(
             "dns",
             f"the name {show(host)} has no address: {show(reason)}",
-            "check the spelling, and what DNS says of it",
+            "check the spelling and the DNS records",
         ) from answer
     return answer
 
@@ -107,17 +107,17 @@ def _encrypted(
         raise NoStream(
             "tls",
             f"the certificate is not trusted: {show(error.verify_message)}",
-            "renew or correct it, with its whole chain; --insecure listens all the"
-            " same, browsers will not",
+            "renew or correct the certificate and its chain; --insecure accepts it,"
+            " but browsers will not",
         ) from error
     except TimeoutError as error:
         raise NoStream(
-            "tls", "TLS was not set up in time", "does this port speak TLS? Try http://"
+            "tls", "the TLS handshake took too long", "is this port HTTPS? Try http://"
         ) from error
     except (OSError, ValueError) as error:
         reason = reason_of(error) if isinstance(error, OSError) else str(error)
         raise NoStream(
             "tls",
-            f"TLS cannot be set up: {show(reason)}",
-            "does this port speak TLS? If not, try http://",
+            f"the TLS handshake failed: {show(reason)}",
+            "is this port HTTPS? If not, try http://",
         ) from error

@@ -11,62 +11,62 @@ __all__ = ["STATUS", "TIMEOUTS", "proxies_of", "proxy_cure"]
 
 STATUS = {
     204: (
-        "which tells a browser to stop for good",
-        "right for a stream that has finished, else answer 200; see --last-event-id",
+        "this status tells browsers not to reconnect",
+        "right for a finished stream; otherwise answer 200; see --last-event-id",
     ),
     401: (
-        "the server wants to know who you are",
-        "give credentials: --header 'Authorization: ...' or --header 'Cookie: ...'."
-        " A browser's EventSource sends cookies, and no header of your own",
+        "the server requires authentication",
+        "send credentials: --header 'Authorization: ...' or --header 'Cookie: ...'."
+        " A browser's EventSource sends cookies, but no headers of your own",
     ),
     403: (
-        "the server does not let you in",
-        "give a user's cookie by --header 'Cookie: ...'; look at the server's"
-        " permission and CSRF rules",
+        "the server denies access",
+        "send a user's cookie: --header 'Cookie: ...'; check the server's permission"
+        " and CSRF rules",
     ),
     404: (
-        "there is no such address",
-        "check the path, its trailing slash too, and the prefix that a proxy adds"
-        " or takes away",
+        "the server does not know this path",
+        "check the path, its trailing slash, and any prefix that a proxy adds or"
+        " removes",
     ),
     405: (
-        "the address takes no such method",
-        "an EventSource sends GET: route it; what is asked for by POST: --data '...'",
+        "this path does not accept the method",
+        "route GET, which an EventSource sends; to send a POST, use --data '...'",
     ),
     406: (
-        "the server has nothing of the type that an EventSource accepts",
-        "answer text/event-stream; for another stream say --header 'Accept: ...'."
-        " Django REST framework refuses it for want of a renderer: give the view one"
-        ' whose media_type is "text/event-stream" (docs/frameworks.md)',
+        "the server offers no text/event-stream, which an EventSource requires",
+        "answer text/event-stream; for other types use --header 'Accept: ...'."
+        " Django REST framework needs a renderer: give the view one whose"
+        ' media_type is "text/event-stream" (docs/frameworks.md)',
     ),
-    410: ("the stream is gone for good", "browsers stop here; give another address"),
+    410: ("the stream no longer exists", "browsers do not retry; use another address"),
     429: (
         "too many requests or connections",
-        "raise the limit for streams: each browser tab holds one connection open",
+        "raise the limit for streams: each browser tab keeps a connection open",
     ),
     500: (
         "the view failed before its first byte",
-        "the server's log has the traceback. On waitress and wsgiref a hop-by-hop"
-        " header, such as Connection, is one cause: leave it to the server",
+        "find the traceback in the server's log. On waitress and wsgiref, a hop-by-hop"
+        " header such as Connection is one cause: leave it to the server",
     ),
     502: (
         "a proxy could not get an answer from the application",
-        "see that the application's server runs where the proxy looks for it, and"
-        " what its log says",
+        "make sure that the application's server runs at the address that the proxy"
+        " uses, and check its log",
     ),
     503: (
-        "the server has no room or is not up",
-        "give it more threads or greenlets than it has streams",
+        "the server is overloaded or not running",
+        "give the server more threads or greenlets than it has streams",
     ),
     504: (
-        "a proxy waited in vain for the application",
-        "let the head leave at once (SSEResponse does); raise the proxy's read"
-        " timeout; see that a worker is free",
+        "a proxy got no response from the application in time",
+        "send the head at once, as SSEResponse does; raise the proxy's read timeout;"
+        " make sure that a worker is free",
     ),
 }
 
 
-# Seconds, what they are counted over, and who ends streams after them.
+# Seconds, the span that they limit, and the software with this limit.
 TIMEOUTS = (
     (30.0, "life", "gunicorn's --timeout for a sync worker"),
     (29.0, "life", "AWS API Gateway"),
@@ -76,7 +76,7 @@ TIMEOUTS = (
     (100.0, "silence", "Cloudflare"),
 )
 
-# Name, header, pattern of its value, and how to let a stream through.
+# Name, header, pattern of its value, and the setting that lets streams through.
 _PROXIES = (
     (
         "nginx",
@@ -100,14 +100,19 @@ _PROXIES = (
     ("Varnish", "X-Varnish", "", "Varnish: return (pipe), or beresp.do_stream true"),
     ("Varnish", "Via", "varnish", "Varnish: return (pipe), or beresp.do_stream true"),
     ("Squid", "Via", "squid", "Squid: no caching and no adaptation for this address"),
-    ("Heroku", "Via", "vegur|heroku", "Heroku: a byte at least every 55 s"),
-    ("API Gateway", "Apigw-Requestid", "", "API Gateway buffers: go around it"),
-    ("Google", "Via", "google", "Google: Cloud Run streams, App Engine standard not"),
+    ("Heroku", "Via", "vegur|heroku", "Heroku: send a byte at least every 55 s"),
+    ("API Gateway", "Apigw-Requestid", "", "API Gateway buffers responses: bypass it"),
+    (
+        "Google",
+        "Via",
+        "google",
+        "Google: use Cloud Run; App Engine's standard environment does not stream",
+    ),
 )
 
 
 def proxies_of(head: Head) -> list[tuple[str, str]]:
-    """Return name and cure of each proxy that shows."""
+    """Return the name and cure of each proxy that the head shows."""
     return [
         (name, cure)
         for name, header, pattern, cure in _PROXIES

@@ -35,8 +35,8 @@ from .response import Response
 __all__ = ["examine"]
 
 CONNECT = 10.0  # seconds for DNS, TCP and TLS together
-PROBE = 10.0  # seconds that the second connection, which offers gzip, listens at most
-# Who sends more than this in the time has been heard well enough.
+PROBE = 10.0  # seconds; the longest time to listen to the second connection (gzip)
+# Limits for one stream: a verdict needs no more.
 MAX_BYTES = 64 * 1024 * 1024
 MAX_EVENTS = 100_000
 MAX_READS = 20_000
@@ -51,25 +51,26 @@ def examine(
     insecure: bool = False,
     data: bytes | None = None,
 ) -> Observation:
-    """Listen to a stream, and return what was seen of it.
+    """Listen to a stream, and return an observation.
 
-    It blocks for at most ``seconds`` and `CONNECT`, and if there was a stream once
-    more for ``min(seconds, PROBE)`` and `CONNECT`, over all redirects. What the
-    network does is in the result: no ``OSError`` is raised.
+    The call blocks for at most ``seconds`` plus `CONNECT`, redirects included. If there
+    was a stream, a second connection that accepts gzip takes at most
+    ``min(seconds, PROBE)`` plus `CONNECT` more. Network errors are part of the
+    observation: no ``OSError`` is raised.
 
     Args:
         url: An http or https address.
         seconds: How long to listen.
-        headers: More request headers, or others instead of an EventSource's own.
-            Another origin, to which a redirect leads, is not given them.
+        headers: Request headers, in addition to or instead of an EventSource's own.
+            After a redirect to another origin they are not sent.
         last_event_id: The id to resume after, as a reconnecting browser does.
-        insecure: Take any TLS certificate.
-        data: What to send, by POST; ``None`` asks by GET. JSON by its Content-Type if
-            it is JSON, else a form, unless ``headers`` say so. It is sent once: there
-            is no second connection that offers gzip.
+        insecure: Accept any TLS certificate.
+        data: The body of a POST; ``None`` sends GET. The Content-Type is JSON's if the
+            body is JSON, else a form's, unless ``headers`` has one. The body is sent
+            once: there is no second connection.
 
     Raises:
-        ValueError: An argument is wrong.
+        ValueError: An argument is invalid.
     """
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds must be positive, got {seconds!r}")
@@ -90,7 +91,7 @@ def examine(
 
 
 class _Listening:
-    """One request, its redirects, and what comes back."""
+    """One request, its redirects and its response."""
 
     def __init__(self, request: Request, *, is_probe: bool = False) -> None:
         self._request = request
@@ -113,7 +114,7 @@ class _Listening:
         self._seen = replace(self._seen, **changes)
 
     def _ask(self, seconds: float, deadline: float) -> bool:
-        """Send the request; tell whether the answer is another address."""
+        """Send the request; return whether the response is a redirect to follow."""
         self._note(connected=None)
         begin = time.monotonic()
         limit = min(deadline, begin + CONNECT)
@@ -151,20 +152,21 @@ class _Listening:
             part = "only a part of a head" if response.has_begun else "no head"
             raise NoStream(
                 "no-head",
-                f"the server took the request, and {part} came in {span(self._now())}",
-                "see that a worker is free (each stream holds one), and that the view"
-                " is a generator whose head leaves before its first event: SSEResponse"
-                " sends it at once; a proxy may buffer, too",
+                f"the server accepted the connection, but {part} came in"
+                f" {span(self._now())}",
+                "make sure that a worker is free (each stream occupies one), and that"
+                " the head is sent before the first event, as SSEResponse does; a proxy"
+                " may buffer, too",
             ) from error
         except OSError as error:
             raise NoStream(
                 "no-head",
                 f"the connection broke before an answer: {reason_of(error)}",
-                "look into the log of server and proxy; is this the right port?",
+                "check the logs of the server and the proxy; is this the right port?",
             ) from error
 
     def _redirect(self, head: Head) -> bool:
-        # Latin-1 shows the bytes; a path in UTF-8 is meant.
+        # Headers are decoded as Latin-1, but paths are UTF-8.
         location = head.get("Location").encode("latin-1").decode(errors="replace")
         try:
             url = parse_url(urljoin(self._request.url, location))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -20,7 +21,7 @@ __all__ = [
     "span",
 ]
 MAX_REDIRECTS = 5
-BURST = 3  # events at once
+BURST = 3  # events at once, at least
 
 Level = Literal["fault", "note"]
 End = Literal["open", "whole", "closed", "cut", "reset", "broken", "enough"]
@@ -28,13 +29,13 @@ End = Literal["open", "whole", "closed", "cut", "reset", "broken", "enough"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing to know about a stream, and what to do.
+    """A fact about a stream, and its cure.
 
     Attributes:
         name: A short name that stays the same, such as ``content-type``.
-        text: What was seen.
-        cure: What to do.
-        level: A ``fault`` breaks the stream for somebody, a ``note`` does not.
+        text: The fact.
+        cure: The advice.
+        level: A ``fault`` breaks the stream for some clients, a ``note`` does not.
     """
 
     name: str
@@ -57,8 +58,8 @@ class Head:
 
     Attributes:
         version: ``1.0`` or ``1.1``.
-        headers: Names and values as they came, bytes shown as Latin-1.
-        malformed: Lines that are no header.
+        headers: Names and values in their order, decoded as Latin-1.
+        malformed: Number of lines that are no headers.
     """
 
     version: str
@@ -68,29 +69,29 @@ class Head:
     malformed: int = 0
 
     def all(self, name: str) -> list[str]:
-        """Return a header's values, one for each time it was sent."""
+        """Return the values of all headers with this name."""
         return [value for n, value in self.headers if n.lower() == name.lower()]
 
     def get(self, name: str) -> str:
-        """Return a header's values as one, ``""`` if it was not sent."""
+        """Return these values joined by commas, ``""`` without such a header."""
         return ", ".join(self.all(name))
 
     def words(self, name: str) -> set[str]:
-        """Return a header's comma-separated words, lower case, without arguments."""
+        """Return these values' comma-separated words, lower case, without arguments."""
         parts = self.get(name).lower().split(",")
         return {word for part in parts if (word := part.partition("=")[0].strip())}
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """What one read from the connection brought of the body.
+    """The part of the body that one read from the connection returned.
 
     Attributes:
         at: Seconds after the request was sent.
-        size: Bytes, as they were on the wire but for the chunks' framing.
-        events: Events (or lines of NDJSON) that it completed.
-        comments: Comment lines that it completed.
-        is_torn: It ended within an event or a line.
+        size: Bytes on the wire, without the framing of chunks.
+        events: Number of events (or NDJSON lines) completed by it.
+        comments: Number of comment lines completed by it.
+        is_torn: The part ends within an event or a line.
     """
 
     at: float
@@ -111,26 +112,28 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What was seen of one stream.
+    """Everything seen of one stream.
 
     Attributes:
         url: The address that answered, after redirects.
         redirects: Status and target of each redirect that was followed.
-        has_dropped_headers: A redirect led to another origin, which was not given
-            the user's headers.
-        connected: Seconds until a connection stood, TLS included; ``None``: none.
-        failure: Why there is no response to speak of.
+        has_dropped_headers: A redirect led to another origin, to which the user's
+            headers were not sent.
+        connected: Seconds until the connection was open, TLS included; ``None`` if
+            there was none.
+        failure: The reason why there was no response.
         head_at: Seconds from the request to the end of the head.
         listened: Seconds from the request to the end of listening.
-        end: How it ended: ``open`` when the time was up, ``whole`` with its end
-            mark, ``closed`` where HTTP has no mark, ``cut`` without the mark,
-            ``reset`` by an error of the connection, ``broken`` by bytes that break
-            the format, ``enough`` at one of the limits.
-        problem: What broke it, for ``broken`` and ``reset``.
-        stray: Lines that are neither fields nor comments; ``sample`` is the first.
-        dataless: Blocks that name an event and have no data.
-        is_posted: It was asked for by POST, as no EventSource does.
-        probe: What a second connection saw that offered gzip.
+        end: How the stream ended: ``open``: it had not ended when the time was up;
+            ``whole``: with its end mark; ``closed``: the framing has no end mark;
+            ``cut``: without its end mark; ``reset``: by a connection error;
+            ``broken``: by bytes that break the format; ``enough``: at a limit.
+        problem: The cause, for ``broken`` and ``reset``.
+        stray: Number of lines that are neither fields nor comments; ``sample`` is the
+            first of them.
+        dataless: Number of blocks that name an event but have no data.
+        is_posted: The request was a POST, which an EventSource never sends.
+        probe: The observation of a second connection, which accepted gzip.
     """
 
     url: str
@@ -166,6 +169,12 @@ class Observation:
     def first_event(self) -> float | None:
         return next((a.at for a in self.arrivals if a.events), None)
 
+    @property
+    def longest_silence(self) -> float:
+        """The longest time without a byte, in seconds."""
+        times = [self.head_at, *(a.at for a in self.arrivals), self.listened]
+        return max(after - before for before, after in pairwise(times))
+
 
 _NDJSON_TYPES = frozenset(
     f"application/{name}" for name in ("x-ndjson", "ndjson", "jsonl", "x-jsonlines")
@@ -182,7 +191,7 @@ def kind_of(head: Head) -> Literal["sse", "ndjson", "other"]:
 def show(text: str, length: int = 100) -> str:
     """Return text from outside as printable ASCII of a bounded length.
 
-    An escape sequence would move the cursor, and hide a finding.
+    An escape sequence could move the cursor and hide a finding.
     """
     short = text[:length]
     escaped = "".join(
@@ -192,7 +201,7 @@ def show(text: str, length: int = 100) -> str:
 
 
 def place(url: str, length: int = 100) -> str:
-    """Return an address as reports show it: values of a query are often tokens."""
+    """Return a URL for reports, without its query's values: they are often tokens."""
     parts = urlsplit(url)
     pairs = [part.partition("=") for part in parts.query.split("&")]
     query = "&".join(f"{name}=..." if equals else "..." for name, equals, _ in pairs)

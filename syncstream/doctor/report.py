@@ -7,14 +7,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from .checks import longest_silence
 from .cures import proxies_of
 from .observation import End, Finding, Head, Observation, coding_of, place, show, span
 
 __all__ = ["report"]
-
-
-# --- What is shown ------------------------------------------------------------------
 
 
 def report(seen: Observation, findings: Sequence[Finding]) -> str:
@@ -70,28 +66,28 @@ def _facts(seen: Observation) -> Iterator[tuple[str, str]]:
         ids = f'yes, the last is "{show(seen.last_id, 40)}"' if seen.last_id else "none"
         yield "retry", retry
         yield "ids", ids
-    yield "silence", f"{span(longest_silence(seen))} at most"
+    yield "silence", f"{span(seen.longest_silence)} at most"
     if seen.probe is not None and seen.probe.head is not None:
         coding = coding_of(seen.probe.head)
-        yield "compression", show(coding, 40) if coding else "none, gzip was accepted"
+        yield "compression", show(coding, 40) if coding else "none (gzip accepted)"
     yield "end", f"{_ENDS[seen.end]}, after {span(seen.listened)}"
 
 
 _ENDS: dict[End, str] = {
-    "open": "still open when the time was up",
+    "open": "still open when listening stopped",
     "whole": "finished, with its end mark",
-    "closed": "closed, which has no mark: finished or cut",
+    "closed": "closed without HTTP's end mark: finished or cut",
     "cut": "cut, without its end mark",
-    "reset": "cut by an error of the connection",
-    "broken": "given up: it cannot be read",
-    "enough": "left, having heard enough",
+    "reset": "cut by a connection error",
+    "broken": "unreadable: gave up",
+    "enough": "closed by the doctor: enough data",
 }
 
 
 def _server(head: Head) -> str:
     via, server = head.get("Via"), head.get("Server")
     proxies = ", ".join(dict.fromkeys(name for name, _ in proxies_of(head)))
-    text = server or "does not say"
+    text = server or "unknown"
     if via:
         text += f", via {via}"
     return f"{text} (proxy: {proxies})" if proxies else text
@@ -113,7 +109,7 @@ def _spacing(seen: Observation) -> str:
 def _cadence(seen: Observation) -> str:
     times = [a.at for a in seen.arrivals if a.comments]
     count = sum(a.comments for a in seen.arrivals)
-    if len(times) < 3:  # an opening and one more say nothing
+    if len(times) < 3:  # an opening comment and one more show no interval
         return str(count) if count else "none"
     gaps = [after - before for before, after in pairwise(times)]
     return f"{count}, {span(statistics.median(gaps))} apart (median)"

@@ -1,7 +1,7 @@
-"""The request: an address, headers and a body, checked before they are sent.
+"""The request: a URL, headers and a body, checked before they are sent.
 
-Spec: https://html.spec.whatwg.org/multipage/server-sent-events.html (what an
-EventSource asks for).
+Spec: https://html.spec.whatwg.org/multipage/server-sent-events.html (the headers of
+an EventSource).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ __all__ = ["Request", "is_sendable", "parse_header", "parse_url"]
 
 
 def parse_url(text: str) -> str:
-    """Return an address to listen to, as it is sent.
+    """Return the URL in the form in which it is sent.
 
     Raises:
-        ValueError: It is no http or https address, or holds a password.
+        ValueError: The text is no http or https URL, or holds a password.
     """
-    # What is wrong may be a password, or a query's token: only the scheme is shown.
+    # A wrong URL may hold a password or a token: errors show only its scheme.
     if "://" not in text:
         raise ValueError(f"must start with http:// or https://, got {shown(text)}")
     try:
@@ -31,7 +31,7 @@ def parse_url(text: str) -> str:
         host, port = parts.hostname, parts.port
         if host and not host.isascii():
             host = host.encode("idna").decode()
-    except ValueError:  # it quotes them
+    except ValueError:  # its message quotes them
         raise ValueError(
             f"is no address: its host or its port cannot be read, got {shown(text)}"
         ) from None
@@ -53,11 +53,11 @@ def parse_header(text: str) -> tuple[str, str]:
     """Return name and value of ``Name: value``.
 
     Raises:
-        ValueError: It is no header that can be sent (RFC 9110, 5).
+        ValueError: The text is no valid header (RFC 9110, 5).
     """
     name, colon, value = text.partition(":")
     if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-        raise ValueError("must be 'Name: value'; what came is not shown")
+        raise ValueError("must be 'Name: value'; a wrong one is not shown")
     if not is_sendable(value):
         raise ValueError(f"must be one line of text, which {name} is not")
     return name, value.strip()
@@ -75,7 +75,7 @@ class Request:
     data: bytes | None = None
 
     def encode(self, coding: str) -> bytes:
-        """Return the request that an EventSource would send, but for the coding."""
+        """Return the request as an EventSource would send it, but with this coding."""
         parts = urlsplit(self.url)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         default = {"http": 80, "https": 443}[parts.scheme]
@@ -98,8 +98,8 @@ class Request:
         return head.encode() + (self.data or b"")
 
     def redirected(self, url: str, status: int) -> Request:
-        """Return the request for another address, without secrets for others."""
-        # As browsers do (https://fetch.spec.whatwg.org/#http-redirect-fetch).
+        """Return the request for another URL; another origin gets no secrets."""
+        # Like browsers (https://fetch.spec.whatwg.org/#http-redirect-fetch).
         data = self.data if status in (307, 308) else None
         if urlsplit(url)[:2] == urlsplit(self.url)[:2]:
             return replace(self, url=url, data=data)
@@ -109,7 +109,7 @@ class Request:
 def _type_of(data: bytes) -> str:
     try:
         json.loads(data)
-    except RecursionError:  # nothing else nests
+    except RecursionError:  # only JSON nests
         return "application/json"
     except ValueError:
         return "application/x-www-form-urlencoded"

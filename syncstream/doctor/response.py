@@ -1,8 +1,8 @@
 """A response, read by http.client under a tap.
 
-http.client reads heads and chunks as leniently as clients do, and hardly says why it
-gives up. The tap is the file that it reads: it keeps the bytes within their limits,
-and names those that break the format.
+http.client parses heads and chunks, as leniently as most clients, and rarely says why
+it failed. The tap is the file that it reads from: the tap limits the bytes of heads and
+trailers, and names the bytes that break the format.
 
 Spec: RFC 9112 (HTTP/1.1), 2.2, 5 and 7.1.
 """
@@ -30,8 +30,8 @@ class Response:
     """A response, as it comes.
 
     Args:
-        sock: The connection, which stays open.
-        deadline: By `time.monotonic`.
+        sock: The connection; the caller closes it.
+        deadline: When to stop waiting, by `time.monotonic`.
     """
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
@@ -68,7 +68,7 @@ class Response:
         status = 0
         try:
             while status < 200:
-                # It asks the socket for a file, and for nothing else.
+                # HTTPResponse uses nothing of a socket but makefile().
                 self._http = HTTPResponse(cast(socket.socket, self._tap))
                 self._http.begin()
                 status = self._http.status
@@ -85,7 +85,7 @@ class Response:
             raise NoStream(
                 "no-head",
                 "the server closed the connection without an answer",
-                "look into its log; is this the right port?",
+                "check the server's log; is this the right port?",
             )
         assert self._http is not None
         self._tap.begin_body()
@@ -98,7 +98,7 @@ class Response:
         )
 
     def read(self) -> bytes:
-        """Return the next bytes of the body as soon as there are some, or ``b""``.
+        """Return the next bytes of the body as they come, ``b""`` at its end.
 
         Raises:
             RemoteProtocolError: The body's framing is broken.
@@ -120,7 +120,7 @@ class _Wire(io.RawIOBase):
     Attributes:
         start: The first bytes.
         received_at: When the last bytes came, by `time.monotonic`.
-        is_at_end: The server has closed its side, and that has been read.
+        is_at_end: A read has found the connection closed by the server.
     """
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
@@ -143,7 +143,7 @@ class _Wire(io.RawIOBase):
         self.is_at_end = not size
         if len(self.start) < 40:
             self.start += bytes(buffer[: min(size, 40)])
-            # Early: the rest of what is no line may never come.
+            # Now: without a line end, http.client would wait for the rest of the line.
             if not self.start.startswith(b"HTTP/"[: len(self.start)]):
                 raise _not_http(self.start)
         return size
@@ -153,8 +153,8 @@ class _Tap:
     """The file that http.client reads.
 
     Attributes:
-        malformed: Lines of the head that are no headers. http.client does not see
-            them: it would take them for the head's end.
+        malformed: Number of lines of the head that are no headers. They are hidden from
+            http.client, which would end the head there.
     """
 
     def __init__(self, wire: _Wire) -> None:
@@ -219,7 +219,7 @@ class _Tap:
         """Do nothing: nothing is written."""
 
     def close(self) -> None:
-        """Do nothing: each response before the last one would close it."""
+        """Do nothing: interim responses close their file, which is the final one's."""
 
 
 def _is_header(line: bytes) -> bool:
@@ -236,10 +236,10 @@ def _shown(line: bytes) -> str:
 
 def _not_http(start: bytes) -> NoStream:
     if start[:1] == b"\x15":  # a TLS alert
-        return NoStream("tls", "this port speaks TLS", "ask for https:// instead")
+        return NoStream("tls", "this port is HTTPS", "use https:// instead")
     return NoStream(
         "not-http",
         "the server does not speak HTTP/1: it began with"
         f' "{show(start[:40].decode("latin-1"), 40)}"',
-        "check the port; an HTTP/2-only server needs a proxy that takes HTTP/1.1",
+        "check the port; an HTTP/2-only server needs a proxy for HTTP/1.1",
     )
