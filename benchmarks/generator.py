@@ -99,8 +99,15 @@ def cpu() -> str:
 
 
 @contextmanager
-def serving(options: list[str]) -> Iterator[tuple[str, int]]:
-    """Start gunicorn on a socket of ours, for as long as the block runs."""
+def serving(
+    options: list[str], app: str = "generator:app"
+) -> Iterator[tuple[str, int]]:
+    """Start gunicorn on a socket of ours, for as long as the block runs.
+
+    Args:
+        options: gunicorn's.
+        app: The module of this folder, and the name of the application in it.
+    """
     with socket.create_server(("127.0.0.1", 0), backlog=2 * CLIENTS) as listener:
         fd = listener.fileno()
         command = [sys.executable, "-m", "gunicorn", *options, "-w", "1"]
@@ -112,7 +119,7 @@ def serving(options: list[str]) -> Iterator[tuple[str, int]]:
             "--graceful-timeout",
             "1",
         ]
-        command += [f"{__spec__.parent}.generator:app"]
+        command += [f"{__spec__.parent}.{app}"]
         server = subprocess.Popen(command, pass_fds=[fd])
         try:
             yield listener.getsockname()
