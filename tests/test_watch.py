@@ -467,10 +467,10 @@ def test_the_servers_own_time_out_is_given_back(own_watches, before):
     """The connection may serve other requests after the stream."""
     with tcp_pair() as (server, _):
         server.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, before)
-        stream = stream_of(["a"], Line(server), life=Life(send_timeout=5))
+        stream = stream_of(["a"], Line(server), life=Life(send_timeout=0.4))
         chunks = iter(stream)
         next(chunks), next(chunks)
-        assert timeout_of(server) not in (0, before)
+        await_true(Threads(), lambda: timeout_of(server) not in (0, before))
         assert list(chunks) == []
         stream.close()
         assert timeout_of(server) == before

@@ -336,6 +336,11 @@ class Subscription:
         )
 
     @property
+    def begins_with_user_code(self) -> bool:
+        """To begin it may call what the application has given."""
+        return self.has_user_code or self._authorize is not None
+
+    @property
     def ask_again_at(self) -> float:
         """When `authorize` is to be asked again, `time.monotonic`; maybe never."""
         if self._recheck is None:

@@ -31,7 +31,6 @@ class Terms:
     Attributes:
         lanes: Do what the loop may not.
         process, served: Where their streams are counted.
-        is_chunked: The framing of their responses.
         keepalive, send_timeout: Seconds, ``None`` for never.
         retry: Milliseconds, at least, after which they are to come back.
         comes_back: They take an end in good order for a break, as EventSources do.
@@ -44,7 +43,6 @@ class Terms:
     lanes: Lanes
     process: Process
     served: Served
-    is_chunked: bool
     keepalive: float | None
     send_timeout: float | None
     retry: int
@@ -75,6 +73,7 @@ class Client:
         subscription: It has begun.
         terms: From `Fanout.terms`.
         label: For the log.
+        is_chunked: The framing of its response.
         began, deadline: `time.monotonic`.
         callbacks: The application's; called when it has ended.
         place: Given back when it has ended, whatever the application does.
@@ -84,8 +83,8 @@ class Client:
     __slots__ = (
         *("_loop", "_offer", "acknowledged", "answer_by", "began", "bucket"),
         *("bytes", "callbacks"),
-        *("deadline", "early", "events", "fd", "group", "label", "place"),
-        *("reason", "rest", "since", "subscription", "terms"),
+        *("deadline", "early", "events", "fd", "group", "is_chunked", "label"),
+        *("place", "reason", "rest", "since", "subscription", "terms"),
     )
 
     hub: None = None  # no gevent hub's: `wake_all` calls `wake`
@@ -98,6 +97,7 @@ class Client:
         terms: Terms,
         *,
         label: str,
+        is_chunked: bool = False,
         began: float,
         deadline: float = math.inf,
         callbacks: tuple[Callable[[], object], ...] = (),
@@ -111,6 +111,7 @@ class Client:
         self.subscription = subscription
         self.terms = terms
         self.label = label
+        self.is_chunked = is_chunked
         self.began = began
         self.deadline = deadline
         self.callbacks = callbacks
@@ -141,7 +142,8 @@ class Client:
         return False
 
     def wake(self) -> bool:
-        self._loop.call(self.turn, self)
+        if self.reason is None:
+            self._loop.call(self.turn, self)
         return True
 
     def turn(self) -> None:

@@ -38,8 +38,9 @@ class Group:
     """
 
     __slots__ = (
-        *("_loop", "bucket", "bytes", "clients", "events", "is_asking", "is_shared"),
-        *("asked", "is_woken", "key", "lane", "leader", "moved", "retry_at", "terms"),
+        *("_loop", "asked", "bucket", "bytes", "clients", "events", "is_asking"),
+        *("is_chunked", "is_shared", "is_woken", "key", "lane", "leader", "moved"),
+        *("retry_at", "terms"),
     )
 
     hub: None = None
@@ -51,7 +52,7 @@ class Group:
         self.leader = leader
         self.key = key
         self.is_shared = key is not None
-        self.terms = client.terms
+        self.terms, self.is_chunked = client.terms, client.is_chunked
         self.clients: dict[int, Client] = {}
         self.events = self.bytes = 0
         self.is_asking = False  # a lane reads for it
@@ -177,7 +178,7 @@ class Group:
 
     def send(self, data: bytes, count: int = 0) -> None:
         """Send it to all; who cannot take all of it goes on by itself."""
-        framed = chunked(data) if self.terms.is_chunked else data
+        framed = chunked(data) if self.is_chunked else data
         self.moved = time.monotonic()
         self.events += count
         self.bytes += len(data)

@@ -47,8 +47,10 @@ from ..runtime.clock import time
 from ..runtime.journal import MOST, journal, report
 from ..runtime.process import EXIT_WAIT, Process, Served, process
 from ..runtime.sockets import (
+    GRACE,
     acknowledged,
     borrowed,
+    give_up_after,
     has_timed_out,
     hold,
     native,
@@ -111,7 +113,7 @@ class Fanout:
         self._lagging: dict[int, Client] = {}
         self._looked_at = 0.0
         self._shared: dict[Hashable, Group] = {}
-        self._terms: dict[Terms, Terms] = {}
+        self._terms: dict[tuple[Any, ...], Terms] = {}
         self._lanes: dict[Any, Lanes] = {}
         self._lanes_lock = native_lock()
         self._epoll = epoll()
@@ -207,35 +209,26 @@ class Fanout:
         reasons: frozenset[str],
         before_wait: tuple[Callable[[], object], ...] = (),
         comment: bytes = b": keepalive\n\n",
-    ) -> tuple[Terms, Terms]:
+    ) -> Terms:
         """Make all that a client needs and that can fail, before it is taken.
 
         Args:
             process, served, keepalive, send_timeout, retry, comes_back, reasons,
                 before_wait, comment: As for `Terms`.
 
-        Returns:
-            Those of a response that is raw, and of one in chunks.
-
         Raises:
             RuntimeError: No thread is left.
         """
         lanes, life = self.lanes(), (keepalive, send_timeout, retry, comes_back)
-        rest = (*life, reasons, before_wait, comment)
-        return (
-            self._same(Terms(lanes, process, served, False, *rest)),
-            self._same(Terms(lanes, process, served, True, *rest)),
-        )
-
-    def _same(self, terms: Terms) -> Terms:
-        """Return the same object for equal ones."""
+        values = (lanes, process, served, *life, reasons, before_wait, comment)
         if len(self._terms) > 1000:  # an application makes a hook for each request
             self._terms.clear()
         try:
-            return self._terms.setdefault(terms, terms)
+            found = self._terms.get(values)
         except Exception as error:  # its hooks need not be comparable
             report(log, logging.DEBUG, "terms are not shared: %r", error)
-            return terms
+            return Terms(*values)
+        return found or self._terms.setdefault(values, Terms(*values))
 
     def add(self, client: Client, head: bytes) -> None:
         """Take a client on.
@@ -400,9 +393,11 @@ class Fanout:
             text = "%s cannot be waited for: %s"
             client.terms.lanes.say(logging.WARNING, text, client.label, error)
             return
-        with suppress(OSError), borrowed(client.fd) as sock:
+        with suppress(OSError), borrowed(client.fd) as sock:  # Unix has no TCP_NODELAY
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if client.terms.send_timeout is not None:
+            give_up_after(client.fd, client.terms.send_timeout + GRACE)
         self.wheel.add(client, client.next_time())
         self._flush(client)
         if client.early is not None:
@@ -415,7 +410,7 @@ class Fanout:
         if not mine.is_plain or client.rest is not None:
             return
         terms = client.terms
-        form = (terms.is_chunked, terms.keepalive, terms.comment)
+        form = (client.is_chunked, terms.keepalive, terms.comment)
         key = (*mine.kind, *form, id(terms.lanes))
         shared = self._shared.get(key)
         if shared is not None and not shared.clients and not shared.is_asking:
@@ -611,7 +606,7 @@ class Fanout:
         """Write the last words, as far as the kernel takes them at once."""
         reason, terms = client.reason, client.terms
         if reason in ("disconnected", "send_timeout"):
-            if reason == "send_timeout" and not terms.is_chunked:
+            if reason == "send_timeout" and not client.is_chunked:
                 reset(client.fd)  # or it reads on one day, and finds an end
             return
         # A subscription is never done: others would take it for a whole answer.
@@ -620,13 +615,13 @@ class Fanout:
         is_whole = client.rest is None  # not in the middle of a chunk
         if is_whole:
             words = come_back(str(reason), terms.retry) if terms.comes_back else b""
-            if terms.is_chunked and words:
+            if client.is_chunked and words:
                 words = chunked(words)
-            if terms.is_chunked and not is_cut:
+            if client.is_chunked and not is_cut:
                 words += _END
             with suppress(OSError):
                 is_whole = os.write(client.fd, words) == len(words)
-        if (not is_whole or is_cut) and not terms.is_chunked:
+        if (not is_whole or is_cut) and not client.is_chunked:
             reset(client.fd)  # only that tells it that something is missing
 
 

@@ -15,14 +15,14 @@ import select
 import socket
 import struct
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 if sys.platform != "win32":
     import fcntl
 
 __all__ = [
+    "GRACE",
     "POLLRDHUP",
     "acknowledged",
     "borrowed",
@@ -39,6 +39,9 @@ __all__ = [
     "release",
     "reset",
 ]
+
+GRACE = 1.5
+"""Seconds that the kernel waits longer than we do, for a client that takes nothing."""
 
 _SO_DOMAIN: int | None = getattr(socket, "SO_DOMAIN", None)
 POLLRDHUP: int = getattr(select, "POLLRDHUP", 0)
@@ -286,15 +289,20 @@ def forget(epoll: int, fd: int) -> None:
     _libc().epoll_ctl(epoll, _EPOLL_CTL_DEL, fd, None)
 
 
-@contextmanager
-def borrowed(fd: int, family: int = socket.AF_INET) -> Iterator[Any]:
-    """Lend a native socket object for a descriptor that stays its owner's."""
-    # Below gevent's and Python's own classes. The family matters to names alone.
-    sock = _socket.socket(family, _STREAM, 0, fileno=fd)
-    try:
-        yield sock
-    finally:
-        sock.detach()
+class borrowed:
+    """Lends a native socket object for a descriptor that stays its owner's."""
+
+    __slots__ = ("_socket",)
+
+    def __init__(self, fd: int, family: int = socket.AF_INET) -> None:
+        # Below gevent's and Python's own classes. The family matters to names alone.
+        self._socket: Any = _socket.socket(family, _STREAM, 0, fileno=fd)
+
+    def __enter__(self) -> Any:
+        return self._socket
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.detach()
 
 
 @functools.cache

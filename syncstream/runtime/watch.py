@@ -218,13 +218,14 @@ class Watch:
                 if not self._timers:
                     return None
                 when, _, timer = self._timers[0]
+                callback = timer.callback
+                if callback is None:  # nor is it waited for
+                    heapq.heappop(self._timers)
+                    self._cancelled -= 1
+                    continue
                 if when > now:
                     return when
                 heapq.heappop(self._timers)
-                callback = timer.callback
-                if callback is None:
-                    self._cancelled -= 1
-                    continue
             again: float | None = now + AGAIN  # whatever ends this here
             try:
                 again = self._guarded(callback, timer)

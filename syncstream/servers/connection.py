@@ -166,7 +166,8 @@ class Connection:
         """Say, once a process, what an operator should change: a stream stays here."""
         record, server, environ = process(), self.server, self._given
         write = self._write
-        if write is not None and not self._is_encoded:
+        # What may be written by is not encoded, see there.
+        if write is not None and self.write is None and not self._is_encoded:
             head = server.headers(write) or ()
             if any(name.lower() == "content-encoding" for name, _ in head):
                 warn_of_compression()
@@ -526,6 +527,7 @@ def warn_of_compression() -> None:
     )
 
 
+@functools.lru_cache(maxsize=64)
 def _names_event_stream(accept: str) -> bool:
     """Tell whether an Accept header asks for event streams by name (RFC 9110 §12.5.1).
 

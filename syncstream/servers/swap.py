@@ -87,6 +87,7 @@ _MOST_DESCRIPTORS = 1 << 20
 _LOOK_EVERY = 0.25  # seconds: what the server writes may be more than a pair takes
 _LOOK_AGAIN = 0.005  # seconds, if it was
 _MOST_WRITTEN = 16 << 20
+_FETCHED = 1 << 18  # bytes at once
 _SEND_TIMEOUT = 10.0  # seconds, for what is put back
 
 _SWAPPED, _TAKEN, _CLOSED = range(3)
@@ -277,8 +278,6 @@ class Swap:
         if type(self._socket) not in self._server.plain_sockets:
             _handed_over.add(self._socket)
         os.set_blocking(fd, False)
-        with suppress(OSError), borrowed(fd) as sock:  # a Unix socket has none
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def undo(self) -> None:
         """Put the connection back, and send what the server has written meanwhile.
@@ -356,15 +355,15 @@ class Swap:
         """Read what the server has written so far."""
         while len(self._written) <= _MOST_WRITTEN:
             try:
-                data = self._ours.recv(1 << 18)
+                data = self._ours.recv(_FETCHED)
             except BlockingIOError:
                 return
             except OSError as error:  # closed with bytes unread
                 say(log, logging.DEBUG, "a server's end of a pair: %s", error)
                 return
-            if not data:
-                return
             self._written += data
+            if len(data) < _FETCHED:  # that was all
+                return
 
     def _relieve(self) -> float | None:
         """Make room for a server that writes more than the pair takes (200 KB)."""

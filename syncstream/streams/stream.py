@@ -32,7 +32,7 @@ import threading
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 from ..channels.subscription import Frames, Subscription
@@ -43,9 +43,10 @@ from ..protocol import sse
 from ..protocol.json import dumps_or_default
 from ..protocol.sse import Event
 from ..runtime.clock import time
-from ..runtime.journal import report
+from ..runtime.journal import is_enabled, report
 from ..runtime.process import Process, Served, process
 from ..runtime.sockets import (
+    GRACE,
     acknowledged,
     give_up_after,
     has_timed_out,
@@ -94,10 +95,13 @@ _TOO_LATE = (
     ": the response's head has left before the generator began, and the status with it."
     " Decide in a plain view, which returns SSEResponse(...) or another response"
 )
-_KEEPALIVE = "keepalive"
+# As an event stream has them, and, the second, as those read it who read by lines.
+_KEEPALIVES, _OPENINGS = (
+    tuple(sse.comment(text, is_line=is_line) for is_line in (False, True))
+    for text in ("keepalive", OPENING)
+)
 _CLOSE_TRIES = 10
 _PIECE = 64 * 1024  # bytes; what a server's socket accepts at once is about as much
-_GRACE = 1.5  # seconds that the kernel waits longer than we do, for a frozen client
 _STUCK = 1.0  # seconds that a write may block once the stream has ended
 # Seconds without progress, of a client whose server is to stop. TCP tells of one that
 # reads by steps of 64 kB and more: at 20 kB/s every 3 s.
@@ -153,6 +157,8 @@ def check_source(source: Any) -> None:
     Raises:
         TypeError: Always for a reason that its message names.
     """
+    if isinstance(source, (Generator, Subscription)):
+        return  # most are
     problem = None
     if hasattr(source, "__aiter__") and not hasattr(source, "__iter__"):
         problem = "an asynchronous one cannot be iterated here: make it a `def`"
@@ -218,11 +224,10 @@ class Stream:
         self._end_mode = end
         self._retry = retry
         self._on_error = on_error
-        self._opening: bytes | None = None
-        self._keepalive = sse.comment(_KEEPALIVE, is_line=False)
-        if format.is_events:
+        self._keepalive = _KEEPALIVES[False]
+        self._opening = _OPENINGS[False] if format.is_events else None
+        if format.is_events and retry is not None:
             self._retrying = Event(comment=OPENING, retry=retry).encode()
-            self._opening = sse.comment(OPENING, is_line=False)
         self._connection: Connection | None = None
         self._source: Iterable[Any] | None = source
         self._to_close: list[Any] = [source]  # popped by whoever closes it
@@ -302,9 +307,9 @@ class Stream:
             raise RuntimeError(ANSWERED)
         self._connection = connection
         is_line = connection.parses_events
-        self._keepalive = sse.comment(_KEEPALIVE, is_line=is_line)
+        self._keepalive = _KEEPALIVES[is_line]
         if self._opening is not None:
-            self._opening = sse.comment(OPENING, is_line=is_line)
+            self._opening = _OPENINGS[is_line]
             if self._retry is not None and connection.is_event_source:
                 self._opening = self._retrying
         if written:
@@ -680,7 +685,8 @@ class Stream:
             encode, ended = self._format.encode, self._once
             reference = self.reference
             monotonic, running, runner = time.monotonic, current.get, runner_function()
-            look_at = 0.0
+            # The watch looks, if there is one.
+            look_at = 0.0 if self._hung_up is None else self._began + LOOK_EVERY
             while True:
                 # What entered(self) does, for the path of every event: the scope
                 # stays ours after the step, unless another running stream's was.
@@ -972,7 +978,7 @@ class Stream:
                 loop,
                 -1,
                 source,
-                terms[0],
+                terms,
                 label=process.shared_label(self._label),
                 began=self._began,
                 deadline=self._deadline,
@@ -996,7 +1002,7 @@ class Stream:
             return False
         callbacks = tuple(self._callbacks)
         try:
-            client.fd, client.terms = taken.fd, terms[taken.is_chunked]
+            client.fd, client.is_chunked = taken.fd, taken.is_chunked
             head = taken.head
             if first:
                 chunk = b"%x\r\n%b\r\n" % (len(first), first)
@@ -1435,7 +1441,7 @@ class Stream:
         try:
             if connection is not None and life.keepalive and self._format.is_events:
                 connection.find_write()
-            self._observe()
+            self._observe(in_step=self._is_about_to_leave())
             self._served = record.opened(
                 self,
                 self._watch,
@@ -1446,21 +1452,31 @@ class Stream:
             self._leave_watch()
             raise
 
-    def _observe(self) -> None:
-        """Have its connection watched, and its clock."""
-        connection, life = self._connection, self._life
+    def _is_about_to_leave(self) -> bool:
+        """Tell whether its connection's number is to be another's in a moment.
+
+        Not if the application's code runs before, which may take its time.
+        """
+        source = self._source
+        is_quick = isinstance(source, Subscription) and not source.begins_with_user_code
+        return is_quick and self._is_to_hand_over()
+
+    def _observe(self, *, in_step: bool = False) -> None:
+        """Have its connection watched, and its clock.
+
+        Args:
+            in_step: It is about to leave: have what ends it, and no more.
+        """
+        connection = self._connection
         try:
             self._watch = watch()
+            if in_step:
+                return
             fd = connection.fd if connection is not None else None
             if fd is not None and fd >= 0:
                 # First: the client may have gone already, and we are told at once.
                 self._fd, self._hung_up = fd, _weakly(self._on_hang_up, None)
                 self._watch.add(fd, self._hung_up)
-                if life.send_timeout is not None:
-                    timeout = life.send_timeout + _GRACE
-                    before = give_up_after(fd, timeout)
-                    if not self._is_limited:
-                        self._kernel_timeout, self._is_limited = before, True
             tick = self._next_tick(time.monotonic())
             if tick < math.inf:
                 self._timer = self._watch.call_at(tick, _weakly(self._tick, None))
@@ -1564,6 +1580,10 @@ class Stream:
         if now >= self._deadline:
             self._over("max_duration")
         if self._fd >= 0 and self._life.send_timeout is not None:
+            if not self._is_limited:  # now: most streams have ended before
+                timeout = self._life.send_timeout + GRACE
+                self._kernel_timeout = give_up_after(self._fd, timeout)
+                self._is_limited = True
             self._look_at_the_client(now, self._life.send_timeout)
         if self._is_silent(now) and not self._once:
             self._watch.spawn(self._keep_alive)
@@ -1810,13 +1830,15 @@ class Stream:
         self, level: int, message: str, error: BaseException | None = None
     ) -> None:
         """Log a line; a handler that is broken does not break the stream."""
-        report(log, level, message, self._label, error=error)
+        if is_enabled(log, level):
+            report(log, level, message, self._label, error=error)
 
     def _say(
         self, level: int, message: str, error: BaseException | None = None
     ) -> None:
         """Log a line, soon: on the watch's side, where a handler holds up all."""
-        say(log, level, message, self._label, error=error)
+        if is_enabled(log, level):
+            say(log, level, message, self._label, error=error)
 
     @property
     def _label(self) -> str:

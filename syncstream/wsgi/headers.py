@@ -57,11 +57,11 @@ def merge_headers(
     Hop-by-hop headers are the server's own (PEP 3333): on wsgiref, waitress and
     Django's runserver one of them is a 500. They are left out.
     """
-    pairs: list[tuple[str, str | int | None]] = []
-    if given is not None:
-        # Werkzeug's Headers are a multidict: items() repeats a name.
-        items = given.items() if hasattr(given, "items") else given
-        pairs = [_checked_header(item) for item in items]
+    if given is None:
+        return [*defaults.items()]
+    # Werkzeug's Headers are a multidict: items() repeats a name.
+    items = given.items() if hasattr(given, "items") else given
+    pairs = [_checked_header(item) for item in items]
     names = {name.lower() for name, _ in pairs}
     merged = [(n, v) for n, v in defaults.items() if n.lower() not in names]
     merged += [(name, str(value)) for name, value in pairs if value is not None]
