@@ -24,6 +24,7 @@ from werkzeug.wrappers import Request, Response
 
 from .channels.hub import Hub
 from .errors import BrokerError, Denied, PayloadTooLarge, Unavailable
+from .protocol import ndjson
 from .protocol.sse import Event
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ MAX_BODY = 16 << 20  # bytes, of all lines together
 MAX_LINES = 1000
 MAX_QUERY = 8192  # characters, encoded: tags are stored with each event of a batch
 _MAX_DIGITS = 4300  # of an integer: more, and Python does not read it
-_NDJSON = frozenset(("application/x-ndjson", "application/jsonl"))
 _ARGUMENTS = frozenset(("event", "retry", "only", "exclude"))
 _SEVERAL = frozenset(("only", "exclude"))
 _RETRY_AFTER = 2  # seconds
@@ -48,10 +48,10 @@ def publish_app(hub: Hub, *, token: str | Iterable[str]) -> WSGIApplication:
     """Return a WSGI application that publishes what is posted to it.
 
     A request is ``POST /CHANNEL``, with ``Authorization: Bearer TOKEN``. Its body is
-    the event's data, UTF-8; or, as ``application/x-ndjson``, several events, the JSON
-    of one a line, which are published in one go. ``?event=``, ``?retry=``, and
-    ``?only=`` and ``?exclude=``, which may come several times, are those of
-    `Hub.publish`. No others are taken.
+    the event's data, UTF-8; or, as ``application/x-ndjson`` (or another of
+    `ndjson.MEDIA_TYPES`), several events, the JSON of one a line, which are published
+    in one go. ``?event=``, ``?retry=``, and ``?only=`` and ``?exclude=``, which may
+    come several times, are those of `Hub.publish`. No others are taken.
 
     A body has `MAX_BODY` bytes and `MAX_LINES` lines at most, empty ones included; a
     query, `MAX_QUERY` characters; an event, `Hub`'s ``max_payload``. Larger ones are
@@ -210,7 +210,7 @@ def _events(
         ValueError: The body is no text, or a line no JSON.
         PayloadTooLarge: There are too many lines, or one is too long.
     """
-    if mimetype not in _NDJSON:
+    if mimetype not in ndjson.MEDIA_TYPES:
         # As an event, many short lines take several times that.
         hub.payloads.check_size(body)
         yield Event(_text("the body", body), **options)

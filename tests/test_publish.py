@@ -65,12 +65,14 @@ def test_an_event_is_published(hub, client):
     assert (event.event, event.data, event.retry) == ("ping", "hello", 5)
 
 
-def test_several_events_are_published_in_one_go(hub, client):
+@pytest.mark.parametrize("name", ["x-ndjson", "ndjson", "jsonl", "x-jsonlines"])
+def test_several_events_are_published_in_one_go(hub, client, name):
     """The JSON of one a line, as it stands."""
     subscription = hub.subscribe("news")
     subscription.read(0)
     lines = '{"a": 1}\n\n[2]\r\n"x"\n'
-    answer = post(client, data=lines.encode(), content_type="application/x-ndjson")
+    kind = f"application/{name}; charset=utf-8"
+    answer = post(client, data=lines.encode(), content_type=kind)
     assert len(answer.json["ids"]) == 3
     assert [e.data for e in subscription.read(0)] == ['{"a": 1}', "[2]", '"x"']
 

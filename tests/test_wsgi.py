@@ -507,7 +507,9 @@ def lazy(headers=(), body=(b"data: a\n\n",), content_type="text/event-stream"):
         ("text/event-stream", b": ok\n\n"),
         ("Text/Event-Stream; charset=utf-8", b": ok\n\n"),
         ("application/x-ndjson", b""),
+        ("application/ndjson", b""),
         ("application/jsonl", b""),
+        ("application/x-jsonlines; charset=utf-8", b""),
     ],
 )
 def test_the_middleware_finds_streams(app, content_type, opening):

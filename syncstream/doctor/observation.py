@@ -7,6 +7,8 @@ from itertools import pairwise
 from typing import Literal
 from urllib.parse import urlsplit
 
+from ..protocol import ndjson
+
 __all__ = [
     "Arrival",
     "Finding",
@@ -176,16 +178,11 @@ class Observation:
         return max(after - before for before, after in pairwise(times))
 
 
-_NDJSON_TYPES = frozenset(
-    f"application/{name}" for name in ("x-ndjson", "ndjson", "jsonl", "x-jsonlines")
-)
-
-
 def kind_of(head: Head) -> Literal["sse", "ndjson", "other"]:
     media_type = head.get("Content-Type").partition(";")[0].strip().lower()
     if media_type == "text/event-stream":
         return "sse"
-    return "ndjson" if media_type in _NDJSON_TYPES else "other"
+    return "ndjson" if media_type in ndjson.MEDIA_TYPES else "other"
 
 
 def show(text: str, length: int = 100) -> str:

@@ -15,7 +15,12 @@ from .lines import LineBuffer
 from .raw import as_bytes
 from .sse import Event, check_dispatched
 
-__all__ = ["Decoder", "encoder"]
+__all__ = ["MEDIA_TYPES", "Decoder", "encoder"]
+
+# None is registered; servers and clients use all of these.
+MEDIA_TYPES = frozenset(
+    f"application/{name}" for name in ("x-ndjson", "ndjson", "jsonl", "x-jsonlines")
+)
 
 
 def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..protocol import raw, sse
+from ..protocol import ndjson, raw, sse
 from ..runtime.journal import report
 from ..runtime.process import process
 from ..streams.capacity import Capacity, Place
@@ -25,9 +25,6 @@ from .responses import session_watch
 __all__ = ["StreamMiddleware"]
 
 log = logging.getLogger("syncstream.wsgi")
-_NDJSON_TYPES = frozenset(
-    f"application/{name}" for name in ("x-ndjson", "ndjson", "jsonl", "x-jsonlines")
-)
 
 
 class StreamMiddleware:
@@ -342,7 +339,7 @@ def _format_of(headers: Any) -> Format | None:
     mimetype = values.get("content-type", "").partition(";")[0].strip().lower()
     if mimetype == EVENT_TYPE:
         return Format(sse.passer(warn_unframed), sse.ends_blank, is_events=True)
-    if mimetype in _NDJSON_TYPES:
+    if mimetype in ndjson.MEDIA_TYPES:
         return Format(raw.encode_bytes, ends_line)
     return None
 
