@@ -558,13 +558,13 @@ class Subscription:
             is_owned: Whoever has begun it closes it, too.
         """
         self._check_open()
-        scope: Any = current_scope()
+        scope = current_scope()
         # It is what the first one in a stream has sent: of others it says nothing.
-        if scope is not None and not getattr(scope, "has_resumed", False):
+        if scope is not None and not scope.has_resumed:
             # Kept: where the broker is down, it is tried again, maybe elsewhere.
             # An empty one is a first connection's.
-            self._given = getattr(scope, "last_event_id", None) or None
-        if getattr(scope, "is_multiprocess", False):
+            self._given = scope.last_event_id or None
+        if scope is not None and scope.is_multiprocess:
             self.subscribers.warn_of_processes()
         self._named, self._turn, self._lost = (), 0, None
         self._brought = Brought() if self.has_patterns else None
@@ -592,7 +592,7 @@ class Subscription:
             self._leave(has_joined=False)
             raise Closed(self._reason)
         # A generator that ends may be long in letting go of us.
-        if not is_owned and hasattr(scope, "on_close"):
+        if not is_owned and scope is not None:
             scope.on_close(partial(_close, weakref.ref(self)))
         self.subscribers.announce(self._announced(), self.announcement, "join")
 
@@ -1030,7 +1030,7 @@ def decoder_of() -> sse.Decoder:
 
 
 def _unanswered(
-    reference: weakref.ref[Subscription], scope: Any, watcher: Watch
+    reference: weakref.ref[Subscription], scope: Scope | None, watcher: Watch
 ) -> None:
     """End one whose `authorize` has not answered in time; in its watch."""
     subscription = reference()
@@ -1040,7 +1040,7 @@ def _unanswered(
     say(log, logging.WARNING, text, subscription.channels, limits.ANSWER)
     # Elsewhere: who waits for the watch is not to wait for a broker.
     elsewhere(watcher, partial(subscription.close, "denied"))
-    if hasattr(scope, "abandon"):
+    if scope is not None:
         scope.abandon("denied")
 
 

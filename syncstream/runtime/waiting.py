@@ -65,7 +65,7 @@ sockets, too; locks take 292 years.
 
 
 class Scope(Protocol):
-    """What waits need to know of the stream they wait in.
+    """What waits, and subscriptions, need to know of the stream they are in.
 
     Attributes:
         is_running: The stream is inside its source now.
@@ -75,8 +75,11 @@ class Scope(Protocol):
         was_told: Its end has been raised in its source, which should not wait again.
         parked: The wait that its thread is in, for whoever ends the stream: sets an
             end first, then looks here; waits look the other way round.
+        has_resumed: A subscription has begun after its ``last_event_id``, which is
+            nobody else's.
     """
 
+    has_resumed: bool
     is_running: bool
     has_waited: bool
     was_told: bool
@@ -85,6 +88,20 @@ class Scope(Protocol):
 
     @property
     def reference(self) -> Reference: ...
+
+    @property
+    def last_event_id(self) -> str | None:
+        """The id of the last event that its client has, ``None`` if it says none."""
+
+    @property
+    def is_multiprocess(self) -> bool:
+        """Whether other processes of its server answer requests, too."""
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Have something called when it has ended."""
+
+    def abandon(self, reason: str) -> None:
+        """End it, though its source is busy with what may never come back."""
 
     def is_over(self) -> bool:
         """Tell whether it has ended: there is nothing left to wait for."""
