@@ -260,6 +260,13 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(path), link
 
 
+def test_the_readme_leads_to_every_page():
+    """No page of the documentation can be found by chance alone."""
+    links = re.findall(r"\]\((docs/[^)#]+)\)", (ROOT / "README.md").read_text())
+    pages = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
+    assert sorted(set(links)) == sorted(pages)
+
+
 def test_a_session_of_sqlalchemy():
     """Its connection is one to publish with: told at the commit, or never."""
     sqlalchemy = pytest.importorskip("sqlalchemy")
