@@ -36,10 +36,11 @@ from ..runtime.process import process
 from . import limits
 from .control import Kick
 from .cursor import composite
+from .options import Authorize, Options
 from .payloads import Payloads
 from .sink import HubSink
 from .subscribers import Subscribers
-from .subscription import Authorize, Subscription
+from .subscription import Subscription
 from .tags import check_tags, tag_prefix
 from .windows import Windows
 
@@ -286,17 +287,15 @@ class Hub:
             TypeError, ValueError: An argument is not what it should be.
         """
         self._check_open("subscribe")
-        return Subscription(
-            self.subscribers,
-            channels,
+        options = Options(
             after=after,
             on_gap=on_gap,
             conflate=conflate,
             throttle=throttle,
-            tags=tags,
-            who=who,
-            announce=announce,
             authorize=authorize,
+        )
+        return Subscription(
+            self.subscribers, channels, options, tags=tags, who=who, announce=announce
         )
 
     @staticmethod

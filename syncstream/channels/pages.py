@@ -8,14 +8,14 @@ is told (`Windows.deliver`); what is read outside of a window is held to it here
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ..brokers.log import START, Entry, Page, first_part, flaw
 from ..protocol.sse import Event
 from . import limits
 from .cursor import NOWHERE, Cursor, Item, is_id
 from .gap import gap
+from .options import Options
 from .payloads import Payloads
 from .windows import Channel, Windows
 
@@ -27,22 +27,20 @@ class Pages:
 
     Args:
         windows, payloads: The hub's.
-        after, on_gap: As given to `Hub.subscribe`.
+        options: The subscription's.
     """
 
-    __slots__ = ("_after", "_on_gap", "_payloads", "_windows")
+    __slots__ = ("_options", "_payloads", "_windows")
 
     def __init__(
         self,
         windows: Windows,
         payloads: Payloads,
-        after: str | int,
-        on_gap: str | Callable[[], Iterable[Any]],
+        options: Options,
     ) -> None:
         self._windows = windows
         self._payloads = payloads
-        self._after = after
-        self._on_gap = on_gap
+        self._options = options
 
     def after(self, cursor: Cursor, end: int, limit: int) -> list[Item]:
         """Return what follows a cursor: entries of anybody's, and resets.
@@ -116,7 +114,7 @@ class Pages:
 
         What was removed, or is no event, shows there; the cursor goes past it.
         """
-        is_replay = self._on_gap == "replay"
+        is_replay = self._options.on_gap == "replay"
         reason = "unknown"
         # What the next entry must name; `None` where something is missing for certain.
         last: str | None = cursor.last
@@ -167,7 +165,7 @@ class Pages:
                 if entry.prev == cursor.last:
                     return entries[place:]
             # Of so many of the newest the first may come after the first page.
-            if not (cursor.start and isinstance(self._after, int)):
+            if not (cursor.start and isinstance(self._options.after, int)):
                 break
             last = entries[-1].id
             if last == page.head:
@@ -214,9 +212,9 @@ class Pages:
     def _reset(self, cursor: Cursor, reason: str, before: str) -> list[Item]:
         """Return a reset and a snapshot, after which what follows an id follows."""
         snapshot: list[Event] = []
-        if callable(self._on_gap):
+        if callable(self._options.on_gap):
             event = self._payloads.snapshot
-            snapshot = [event(item) for item in self._on_gap()]
+            snapshot = [event(item) for item in self._options.on_gap()]
         # Who is cut off within a snapshot needs all of it.
         id = NOWHERE if snapshot else before
         items: list[Item] = [(cursor, gap(cursor.name, reason, id))]

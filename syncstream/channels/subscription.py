@@ -21,10 +21,10 @@ from collections.abc import (
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any
 
 from ..brokers.log import JOIN, Entry
-from ..brokers.names import check_name, is_pattern, matches
+from ..brokers.names import is_pattern, matches
 from ..errors import (
     Closed,
     Denied,
@@ -49,26 +49,15 @@ from .cursor import (
     overheard_item,
 )
 from .gap import Gap
+from .options import Options, check_channels
 from .pages import Pages
 from .subscribers import Subscribers
 from .tags import NO_TAGS, check_tags
 from .windows import Channel
 
-__all__ = ["Authorize", "Subscription", "decoder_of"]
+__all__ = ["Subscription", "decoder_of"]
 
 log = logging.getLogger("syncstream.hub")
-
-
-# Says whether a subscription may be read.
-Authorize: TypeAlias = "Callable[[Subscription], bool]"
-
-
-class Apart(Exception):
-    """Those who are at one place do not go on together: each asks its application."""
-
-
-def _read_apart() -> Iterable[Any]:
-    raise Apart
 
 
 class Subscription:
@@ -87,10 +76,10 @@ class Subscription:
 
     # There may be many thousands, idle: nothing empty is kept where `None` does.
     __slots__ = (
-        *("__weakref__", "_after", "_asked", "_authorize", "_brought", "_conflate"),
-        *("_delivered", "_given", "_is_begun", "_is_listed", "_is_simple", "_items"),
-        *("_lost", "_named", "_on_gap", "_reason", "_recheck"),
-        *("_throttle", "_turn", "_waiter", "_watched", "announcement", "channels"),
+        *("__weakref__", "_asked", "_brought", "_delivered", "_given", "_is_begun"),
+        *("_is_listed", "_is_simple", "_items", "_lost", "_named", "_options"),
+        *("_reason",),
+        *("_turn", "_waiter", "_watched", "announcement", "channels"),
         *("has_patterns", "subscribers", "tags", "who", "windows"),
     )
 
@@ -98,64 +87,24 @@ class Subscription:
         self,
         subscribers: Subscribers,
         channels: tuple[str, ...],
+        options: Options,
         *,
-        after: str | int,
-        on_gap: str | Callable[[], Iterable[Any]],
-        conflate: Callable[[Event], Hashable] | None,
-        throttle: float | None,
         tags: Iterable[str],
         who: Any,
         announce: bool,
-        authorize: Authorize | tuple[Authorize, float] | None,
     ) -> None:
-        if not channels:
-            raise ValueError("channels must be given, at least one")
-        for name in channels:
-            if isinstance(name, str) and is_pattern(name):
-                if name not in ("*", "#"):
-                    check_name(name[:-2])
-            else:
-                check_name(name)
-        if len(set(channels)) > limits.MAX_CHANNELS:
-            raise ValueError(
-                f"channels must be {limits.MAX_CHANNELS} at most, got"
-                f" {len(channels)}: use a pattern"
-            )
-        if isinstance(after, bool) or not isinstance(after, (str, int)):
-            raise TypeError(f"after must be str or int, got {after!r}")
-        if after != "now" and any(is_pattern(name) for name in channels):
-            raise ValueError(
-                f"after must be 'now' where a channel is a pattern, got {after!r}"
-            )
-        if isinstance(after, int) and after < 1:
-            raise ValueError(f"after must be 1 or more events, got {after!r}")
-        if on_gap not in ("replay", "live") and not callable(on_gap):
-            raise ValueError(
-                f"on_gap must be 'replay', 'live' or a callable, got {on_gap!r}"
-            )
-        if conflate is not None and not callable(conflate):
-            raise TypeError(
-                "conflate must be a function of an event that returns its key, got"
-                f" {conflate!r}"
-            )
-        if throttle is not None:
-            _check_seconds("throttle", throttle)
-        asked, recheck = _asked_when(authorize)
+        check_channels(channels)
+        options.check_fit(channels)
         self.subscribers = subscribers
         self.windows = subscribers.windows
         is_one = len(channels) == 1
         self.channels = channels if is_one else tuple(dict.fromkeys(channels))
         self.tags = frozenset(check_tags("tags", tags)) or NO_TAGS
         self.who = who
-        self._after = after
-        self._on_gap = on_gap
-        self._conflate = conflate
-        self._throttle = throttle
+        self._options = options
         self.announcement: str | None = None
         if announce:
             self.announcement = subscribers.payloads.announcement(who)
-        self._authorize = asked
-        self._recheck = recheck  # seconds
         self._asked = 0.0
         self._delivered = 0.0
         self._named: tuple[Cursor, ...] = ()  # of the channels, in their order
@@ -221,9 +170,8 @@ class Subscription:
         is_shared = (
             is_events
             and self._is_simple
-            and self._conflate is None
-            and self._throttle is None
-            and self._recheck is None
+            and self._options.is_shareable
+            and self._options.recheck is None
         )
         encode = self._frame if is_events else self._line(dumps)
         return Frames(self, encode, is_shared, scope)
@@ -319,21 +267,18 @@ class Subscription:
     @property
     def is_plain(self) -> bool:
         """What it gets are the bytes that others at its place get."""
-        return self._is_simple and self._conflate is None and self._throttle is None
+        return self._is_simple and self._options.is_shareable
 
     @property
     def kind(self) -> tuple[Hashable, ...]:
         """What plain ones have in common that may be sent the same bytes."""
         (cursor,) = self._named
-        on_gap = "apart" if callable(self._on_gap) else self._on_gap
-        return cursor.record, self.tags, on_gap
+        return cursor.record, self.tags, self._options.kind
 
     @property
     def has_user_code(self) -> bool:
         """To read it may call what the application has given."""
-        return self._conflate is not None or (
-            callable(self._on_gap) and self._on_gap is not _read_apart
-        )
+        return self._options.has_user_code
 
     @property
     def begins_with_user_code(self) -> bool:
@@ -343,9 +288,9 @@ class Subscription:
     @property
     def ask_again_at(self) -> float:
         """When `authorize` is to be asked again, `time.monotonic`; maybe never."""
-        if self._recheck is None:
+        if self._options.recheck is None:
             return math.inf
-        return self._asked + self._recheck
+        return self._asked + self._options.recheck
 
     def detach(self, waiter: Wakeable | None) -> None:
         """Have this woken by what is new, in place of the thread that has read it.
@@ -372,14 +317,10 @@ class Subscription:
         twin = Subscription(
             self.subscribers,
             self.channels,
-            after="now",
-            on_gap=_read_apart if callable(self._on_gap) else self._on_gap,
-            conflate=None,
-            throttle=None,
+            self._options.of_a_twin(),
             tags=self.tags,
             who=None,
             announce=False,
-            authorize=None,
         )
         twin.go_where(self)
         twin._is_begun = True
@@ -598,8 +539,9 @@ class Subscription:
 
     def _begin_channels(self, given: str | None) -> None:
         places = self._places(given)
-        if places is None and self._after not in ("now", "start"):
-            places = self._places(self._after) if isinstance(self._after, str) else None
+        after = self._options.after
+        if places is None and isinstance(after, str) and after not in ("now", "start"):
+            places = self._places(after)
         named: list[Cursor] = []
         for name in self.channels:
             self._watched += 1
@@ -635,10 +577,10 @@ class Subscription:
             # Whatever it says, it comes from outside.
             id = places.get(name, "")
             return Cursor(name, record, id if is_id(id) else "")
-        if self._after == "now":
+        if self._options.after == "now":
             head = self.windows.read(name, None).head
             return Cursor(name, record, head, is_begun=True)
-        count = self._after if isinstance(self._after, int) else None
+        count = self._options.after if isinstance(self._options.after, int) else None
         last, head = self._pages().oldest(name, count)
         return Cursor(name, record, last, start=head)
 
@@ -689,9 +631,9 @@ class Subscription:
 
     def _pause(self) -> float:
         """Return for how long `throttle` holds it back."""
-        if self._throttle is None:
+        if self._options.throttle is None:
             return 0.0
-        return max(0.0, self._delivered + self._throttle - time.monotonic())
+        return max(0.0, self._delivered + self._options.throttle - time.monotonic())
 
     def _left(self, deadline: float | None, pause: float) -> float | None:
         ends = []
@@ -700,7 +642,7 @@ class Subscription:
             ends.append(deadline - now)
         if pause:
             ends.append(pause)
-        if self._recheck is not None:
+        if self._options.recheck is not None:
             ends.append(self.ask_again_at - now)
         return max(0.0, min(ends)) if ends else None
 
@@ -742,7 +684,7 @@ class Subscription:
             for cursor in self._turns():
                 places.append((cursor, cursor.place()))
                 try:
-                    if self._conflate is not None:
+                    if self._options.conflate is not None:
                         items += self._conflated(cursor)
                         continue
                     found = self._take_from(cursor)
@@ -842,7 +784,7 @@ class Subscription:
     def _pages(self) -> Pages:
         """Return what reads the broker for it: made anew, for that is rare."""
         payloads = self.subscribers.payloads
-        return Pages(self.windows, payloads, self._after, self._on_gap)
+        return Pages(self.windows, payloads, self._options)
 
     def _is_for_us(self, entry: Entry) -> bool:
         if entry.payload[:1] != b"\0":
@@ -858,7 +800,7 @@ class Subscription:
 
         Not of what comes meanwhile: it may come as fast as it is read.
         """
-        assert self._conflate is not None
+        assert self._options.conflate is not None
         with self.windows.lock:
             end, head = cursor.record.log.end, cursor.record.log.head
             is_known = head and not cursor.record.is_doubtful
@@ -877,7 +819,7 @@ class Subscription:
                     continue
                 # Not `_decoded`: it is not given out yet.
                 (event,) = decoder_of().feed(entry.wire)
-                key = self._conflate(event)
+                key = self._options.conflate(event)
                 kept.pop(key, None)
                 kept[key] = item
             if (
@@ -942,7 +884,7 @@ class Subscription:
 
     def check_allowed(self) -> None:
         """Ask `authorize` here if it is time; end where it does not answer in time."""
-        if self._authorize is None or time.monotonic() < self._ask_at:
+        if self._options.authorize is None or time.monotonic() < self._ask_at:
             return
         watcher = watch()
         denied = partial(_unanswered, weakref.ref(self), current_scope(), watcher)
@@ -961,9 +903,9 @@ class Subscription:
 
         If that raises, who asks may not read, and it is asked again.
         """
-        assert self._authorize is not None
+        assert self._options.authorize is not None
         now = time.monotonic()
-        is_allowed: Any = self._authorize(self)
+        is_allowed: Any = self._options.authorize(self)
         # Those are true, whatever would come of them: what is to be awaited, a
         # generator, a method that was not called.
         if isinstance(is_allowed, (Awaitable, Iterator)) or callable(is_allowed):
@@ -971,7 +913,7 @@ class Subscription:
                 is_allowed.close()
             raise TypeError(
                 f"authorize must be a plain function that returns bool, got"
-                f" {self._authorize!r}, which has returned"
+                f" {self._options.authorize!r}, which has returned"
                 f" {type(is_allowed).__name__}"
             )
         self._asked = now
@@ -994,34 +936,6 @@ class Subscription:
         """Return the channels that are told who comes and goes."""
         names = () if self.announcement is None else self.channels
         return [name for name in names if not is_pattern(name)]
-
-
-def _asked_when(
-    authorize: Authorize | tuple[Authorize, float] | None,
-) -> tuple[Authorize | None, float | None]:
-    """Return whom to ask, and every how many seconds; ``None`` for only once."""
-    if authorize is None:
-        return None, None
-    if isinstance(authorize, tuple) and len(authorize) == 2:
-        asked, recheck = authorize
-        _check_seconds("authorize", recheck)
-        if callable(asked):
-            return asked, recheck
-    elif callable(authorize):
-        return authorize, None
-    raise TypeError(
-        f"authorize must be a function, or a function and seconds, got {authorize!r}"
-    )
-
-
-def _check_seconds(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must have seconds as a number, got {value!r}")
-    if not 0 < value <= limits.LONGEST:
-        raise ValueError(
-            f"{name} must have seconds above 0, and {limits.LONGEST:.0f} at most, got"
-            f" {value!r}"
-        )
 
 
 def decoder_of() -> sse.Decoder:

@@ -9,7 +9,8 @@ from collections.abc import Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..channels.subscription import Apart, Subscription
+from ..channels.options import Apart
+from ..channels.subscription import Subscription
 from ..errors import Unavailable
 from ..runtime.clock import time
 from .lanes import Lane
