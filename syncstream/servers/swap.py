@@ -1,39 +1,37 @@
 """Takes a connection from its server once the response's head has been sent.
 
-A subscriber needs its connection, and not the thread or greenlet that its server
-would hold for it. So in the response's first step the server's descriptor is made
-one end of a socket pair; the server writes its head and our opening into that; in
-the second step they are read back. If they are exactly that, in a framing that is
-known by them (chunked or raw: it is learned, not assumed), the connection is ours, and
-the server finishes an ordinary response, into the pair. If they are anything else, or
-nothing, all is put back and sent as it came: until then nothing is lost.
+A subscriber needs its connection, but not the thread or greenlet that the server
+would keep for it. In the response's first step, the server's descriptor becomes one end
+of a socket pair, and the server writes its head and our opening into the pair. In the
+second step we read them back. If they are exactly a head and the opening, the head
+shows the framing (chunked or raw), and we take the connection; the server finishes an
+ordinary response, into the pair. If the bytes differ, or there are none, we put the
+connection back and send the bytes as they came: nothing is lost.
 
-Who owns what. One client's bytes must never reach another, so at each time each
-descriptor has one owner, who alone writes to it and closes it:
+Ownership. One client's bytes must never reach another client. So each descriptor has
+exactly one owner at any time; only the owner writes to it and closes it:
 
-- The server's *number* is always the server's. Before `Swap`, and again after
-  `Swap.undo`, it stands for the connection; in between, and for ever after
-  `Swap.take`, for one end of the pair. We never close it. We change what it stands
-  for (dup2) twice at most: in `Swap`, and in `undo`, both before its server can have
-  closed it: in the request's own thread or greenlet, while that is in our iterable,
-  without a switch in between, and under `Server.lock` where the server has another
-  thread. `undo` asks first whether the number still stands for the pair, by its
-  inode. After `take` we do not so much as look at it: it may be another client's.
-- The connection itself, the duplicate that `Swap` makes, is the `Swap`'s, which
-  writes nothing to it, until `take` gives it away, once. Who is given it writes what
-  `take` has returned, closes it, and is the only one.
-- Our end of the pair is the `Swap`'s, and stays so. We only read from it. What the
-  server writes into it after `take` is read by nobody.
+- The server's *descriptor number* always belongs to the server. It refers to the
+  connection before `Swap` and again after `Swap.undo`; in between, and forever after
+  `Swap.take`, it refers to one end of the pair. We never close it. We redirect it
+  (dup2) at most twice, in `Swap` and in `undo`, both before the server can have closed
+  it: in the request's own thread or greenlet, while our iterable runs, without a
+  switch, and under `Server.lock` if the server has another thread. `undo` first
+  compares inodes to see whether the number still refers to the pair. After `take` we
+  never touch the number: it may be another client's.
+- The connection, as duplicated by `Swap`, belongs to the `Swap`, which writes nothing
+  to it. `take` gives it away once. The new owner writes the bytes that `take` returned
+  and closes the connection.
+- Our end of the pair always belongs to the `Swap`. We only read from it. Nobody reads
+  the bytes that the server writes after `take`.
 
-Nobody may be watching the server's descriptor during a swap. What is still to be
-read from the client stays in the kernel, and is its new owner's: a request that came
-behind this one is not answered (RFC 9112 §9.6: the head says ``Connection: close``),
-and a request's body that nobody has read stays unread. So a client that announces a
-body, whether it sends it or not, holds nothing up.
+Nobody may watch the server's descriptor during a swap. Unread bytes from the client
+stay in the kernel and belong to the new owner. A pipelined request is not answered
+(RFC 9112 §9.6: the head says ``Connection: close``), and an unread request body stays
+unread. So a client that announces a body delays nothing, even if it never sends it.
 
-Not used on purpose: SO_SNDTIMEO on the pair. A blocking send that runs into it ends
-with EAGAIN, for which gunicorn writes a traceback; what does not fit into the pair is
-fetched out of it instead.
+Deliberately not used: SO_SNDTIMEO on the pair. A blocking send that times out ends with
+EAGAIN, for which gunicorn logs a traceback. Instead we drain the pair when it is full.
 """
 
 from __future__ import annotations
@@ -79,16 +77,16 @@ __all__ = ["Refused", "Swap", "Taken", "descriptor_limit", "read_back"]
 log = logging.getLogger("syncstream.servers.handover")
 
 LOWEST = 4096
-"""Where the descriptors of connections that were taken begin: select(2), by which
-waitress waits, dies of those from 1024 on, and these stay for as long as clients do."""
+"""The lowest descriptor for taken connections, which stay open for long. They must not
+use up those below 1024: select(2), which waitress uses, accepts no others."""
 
 _RESERVE = 64  # descriptors that stay free for the server, and for everything else
 _MOST_DESCRIPTORS = 1 << 20
-_LOOK_EVERY = 0.25  # seconds: what the server writes may be more than a pair takes
-_LOOK_AGAIN = 0.005  # seconds, if it was
+_LOOK_EVERY = 0.25  # seconds: the server may write more than a pair holds
+_LOOK_AGAIN = 0.005  # seconds, after it did
 _MOST_WRITTEN = 16 << 20
 _FETCHED = 1 << 18  # bytes at once
-_SEND_TIMEOUT = 10.0  # seconds, for what is put back
+_SEND_TIMEOUT = 10.0  # seconds, for bytes sent after `undo`
 
 _SWAPPED, _TAKEN, _CLOSED = range(3)
 
@@ -100,10 +98,9 @@ class Refused(Exception):
     """A connection cannot leave its server; its text says why.
 
     Attributes:
-        is_gone: Nobody is there to write to, for the server neither: the response is
-            to end.
-        is_full: No descriptor is left, but those that the server needs.
-        is_choice: It is so because the client asked in this way.
+        is_gone: The client has left, so the response must end.
+        is_full: Only the descriptors that the server itself needs are left.
+        is_choice: The client's own behaviour caused the refusal.
     """
 
     def __init__(
@@ -122,12 +119,12 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A connection that is now its owner's, who closes it.
+    """A connection that belongs to the caller, who must close it.
 
     Attributes:
-        fd: Its descriptor: non-blocking, not inherited by other programs.
-        head: What must be sent first: the response's head, and the opening, framed.
-        is_chunked: Whatever follows must be sent in chunks (RFC 9112 §7.1).
+        fd: The descriptor: non-blocking, not inherited by other programs.
+        head: The bytes to send first: the response's head and the framed opening.
+        is_chunked: All later bytes must be sent in chunks (RFC 9112 §7.1).
     """
 
     fd: int
@@ -136,16 +133,16 @@ class Taken:
 
 
 class Swap:
-    """A connection that its server does not have: what it writes comes to us.
+    """A connection withheld from its server, whose writes come to us instead.
 
-    Its methods belong to the request's thread or greenlet.
+    Call its methods in the request's thread or greenlet.
 
     Args:
         environ: The request's WSGI environ.
-        server: The server that made it.
+        server: The server that made the environ.
 
     Raises:
-        Refused: The connection cannot leave, and nothing has changed.
+        Refused: The connection cannot leave its server; nothing has changed.
     """
 
     def __init__(self, environ: Environ, server: Server) -> None:
@@ -156,7 +153,7 @@ class Swap:
         self._environ = environ
         self._server = server
         self._written = bytearray()
-        # For the watch's thread, held for moments: not what a greenlet waits for.
+        # Native: the watch's thread takes it, too, and no greenlet waits for it long.
         self._lock = native(_thread, "allocate_lock")()
         try:
             clock = watch()
@@ -180,7 +177,7 @@ class Swap:
                 is_full = error.errno in (errno.EMFILE, errno.ENFILE)
                 raise Refused(str(error.strerror), is_full=is_full) from error
         self._clock = clock
-        # Not for as long as the clock has it: who drops a swap ends it.
+        # Weak: the clock must not keep a dropped swap alive.
         reference = weakref.ref(self)
 
         def look() -> float | None:
@@ -197,11 +194,11 @@ class Swap:
     def _swap(self, fd: int) -> None:
         connection = _duplicate(fd)
         try:
-            # Native: gevent's would wait in the hub, and defers what it closes.
+            # Native: gevent's sockets wait in the hub and defer their closing.
             theirs, ours = _socket.socketpair()
         except OSError as error:
             release(connection)
-            if error.errno == errno.EMFILE:  # of the server's own, by the soft limit
+            if error.errno == errno.EMFILE:  # the soft limit, for the server's own
                 raise _none_left(
                     resource.getrlimit(resource.RLIMIT_NOFILE)[0]
                 ) from error
@@ -211,12 +208,12 @@ class Swap:
             raise
         try:
             ours.setblocking(False)
-            # A flag of the file, not of its number: it does not come along. A gevent
-            # socket on a file that blocks stops the hub, any other fails on one that
-            # does not.
+            # O_NONBLOCK is a flag of the open file, so dup2 does not carry it over. A
+            # gevent socket on a blocking file stops the hub; any other socket fails on
+            # a non-blocking one.
             os.set_blocking(theirs.fileno(), os.get_blocking(fd))
             _forget_in_hub(fd)
-            inode = _inode(theirs.fileno())  # before: nothing may fail from then on
+            inode = _inode(theirs.fileno())  # first: nothing may fail after dup2
             # Other programs would inherit the connection by default.
             os.dup2(theirs.fileno(), fd, inheritable=False)
         except BaseException:
@@ -230,16 +227,15 @@ class Swap:
         self._state = _SWAPPED
 
     def take(self, opening: bytes) -> Taken | None:
-        """Make the connection ours, if the server has written what it should have.
+        """Take the connection, if the server has written exactly what it should have.
 
         Args:
-            opening: What the iterable has yielded in between.
+            opening: The bytes that the iterable has yielded since the swap.
 
         Returns:
-            The connection, which now belongs to the caller; ``None`` if what the
-            server wrote is not exactly a head and the opening, or if it has written
-            nothing (a middleware asks for more before it passes that on). Call
-            `undo` then.
+            The connection, which now belongs to the caller; ``None`` if the server
+            has written anything but a head and the opening, or nothing yet (some
+            middlewares read ahead). After ``None``, call `undo`.
         """
         with self._lock:
             if self._state != _SWAPPED:
@@ -268,25 +264,25 @@ class Swap:
             self._clock.cancel(self._timer)
 
     def _part(self, fd: int) -> None:
-        """Let the server be done with a connection, and its new owner begin."""
-        # From here on the server reads an end: neither does it wait for another
-        # request, nor for the client to close.
+        """Separate the server from the connection, and prepare it for its new owner."""
+        # The server now reads an end of file: it waits neither for another request
+        # nor for the client to close.
         with suppress(OSError):
             self._ours.shutdown(socket.SHUT_WR)
-        # What it has read already it would answer, into the pair: pywsgi did.
+        # The server would answer requests that it has read ahead (pywsgi did).
         self._server.drop_read_ahead(self._environ)
         if type(self._socket) not in self._server.plain_sockets:
             _handed_over.add(self._socket)
         os.set_blocking(fd, False)
 
     def undo(self) -> None:
-        """Put the connection back, and send what the server has written meanwhile.
+        """Put the connection back, and send the bytes that the server has written.
 
-        It waits, as the server's own send would, under gevent for the client alone;
-        a client that does not take it in time is hung up. From any other thread or
-        greenlet it does nothing: the server may be writing.
+        The call blocks like the server's own send (under gevent, only its greenlet). A
+        client that does not accept the bytes in time is hung up. In any other thread or
+        greenlet the call does nothing: the server may be writing.
         """
-        # A thread's ident: greenlet may have been imported since.
+        # Or by thread: greenlet may have been imported since.
         if self._runner not in (runner(), threading.get_ident()) or self._is_copy:
             return
         with self._server.lock(self._environ):
@@ -314,10 +310,11 @@ class Swap:
         self._forget_timer()
 
     def close(self) -> None:
-        """End a swap, when the server is done with the response: undo, or let go.
+        """End the swap when the server has finished the response.
 
-        May be called more than once; from another thread or greenlet it lets go of
-        what was taken, and leaves the rest to the request's own.
+        A connection that was not taken is put back (see `undo`). May be called more
+        than once. In another thread or greenlet, only the pair of a taken connection is
+        closed.
         """
         self.undo()
         if self._is_copy:
@@ -331,14 +328,14 @@ class Swap:
             self._drop_pair()
 
     def __del__(self) -> None:
-        # Nobody has closed it, and who collects it may be any thread: it is too late
-        # to put anything back.
+        # Not closed before, and collected in an arbitrary thread: it is too late to
+        # put the connection back.
         if self._state == _CLOSED or self._is_copy:
             return
         if self._state == _SWAPPED:
             hang_up(self._connection)
             self._drop_connection()
-            # By a garbage collection, maybe in the midst of a log line.
+            # Later: a collection may happen while a line is being logged.
             text = "a swap was dropped: its client is hung up"
             journal().later(log, logging.DEBUG, text)
         self._drop_pair()
@@ -346,10 +343,10 @@ class Swap:
 
     @property
     def _is_copy(self) -> bool:
-        """This is a forked child, and the connection its parent's."""
+        """Whether this is a forked child, so that the connection is its parent's."""
         return self._pid != os.getpid()
 
-    # Under the lock.
+    # The next methods run under the lock, except where they take it themselves.
 
     def _fetch(self) -> None:
         """Read what the server has written so far."""
@@ -366,7 +363,7 @@ class Swap:
                 return
 
     def _relieve(self) -> float | None:
-        """Make room for a server that writes more than the pair takes (200 KB)."""
+        """Drain the pair for a server that writes more than it holds (200 KB)."""
         with self._lock:
             if self._state != _SWAPPED:
                 return None
@@ -380,7 +377,7 @@ class Swap:
         return time.monotonic() + (_LOOK_EVERY if before == after else _LOOK_AGAIN)
 
     def _is_in_place(self) -> bool:
-        """Tell whether the server's number still stands for its end of the pair."""
+        """Return whether the server's number still refers to its end of the pair."""
         if self._server.is_closing(self._environ):
             return False
         try:
@@ -393,8 +390,8 @@ class Swap:
         release(fd)
 
     def _drop_pair(self) -> None:
-        # Shut down, not closed alone: a forked child may hold it, too, and under
-        # gevent the server would wait for a registration that is not there.
+        # Shut down before closing: a forked child may hold a copy, and under gevent
+        # the server would wait on a registration that is gone.
         with suppress(OSError):
             self._ours.shutdown(socket.SHUT_RDWR)
         self._ours.close()
@@ -417,17 +414,17 @@ class Swap:
 
 
 def _checked(environ: Environ, server: Server) -> SocketLike:
-    """Return the server's socket, or say why its connection cannot leave."""
+    """Return the server's socket, or raise the reason why it must stay."""
     if sys.platform == "win32":
         raise Refused("Windows does not let us")
     method = environ.get("REQUEST_METHOD")
     if method != "GET":
-        # A POST may be meant, for fetch(); views that take any method, as Django's
-        # do, take those by which nobody asks for a stream.
+        # A POST may come from fetch(), on purpose. Other methods reach a stream only
+        # because some views, such as Django's, accept any method.
         is_choice = method not in ("HEAD", "POST")
         raise Refused(f"the method is {_told(method)}, not GET", is_choice=is_choice)
     protocol = environ.get("SERVER_PROTOCOL")
-    # A client may say HTTP/1.9, which is answered as 1.1 (RFC 9110 §2.5).
+    # A client may announce HTTP/1.9; the answer is 1.1 (RFC 9110 §2.5).
     if not _HTTP_1.fullmatch(str(protocol)):
         raise Refused(f"the protocol is {_told(protocol)}, not HTTP/1")
     sock = server.socket(environ)
@@ -440,8 +437,8 @@ def _checked(environ: Environ, server: Server) -> SocketLike:
         raise Refused(reason)
     kind = type(sock)
     if kind not in server.plain_sockets:
-        # By its exact type: gevent's SSLSocket is no ssl.SSLSocket, and of what is
-        # unknown it is unknown what it keeps to itself.
+        # The exact type: gevent's SSLSocket is no ssl.SSLSocket, and an unknown type
+        # may keep a buffer of its own.
         if kind not in _plain_sockets():
             raise Refused(f"the socket is a {kind.__module__}.{kind.__qualname__}")
         if sock in _handed_over:
@@ -454,7 +451,7 @@ def _checked(environ: Environ, server: Server) -> SocketLike:
 
 
 def _told(text: object) -> str:
-    """Return what a client has said as it may stand in a log."""
+    """Return a client's text, escaped and shortened for the log."""
     return ascii(str(text)[:20])[1:-1]
 
 
@@ -478,22 +475,22 @@ def _check_descriptor(fd: int) -> None:
         except OSError as error:
             reason = f"the client has left: {error.strerror}"
             raise Refused(reason, is_gone=True) from error
-        if not name:  # nobody listens there: half of a pair
+        if not name:  # no name: half of a pair
             raise Refused("the socket is one of a pair")
 
 
 def _plain_sockets() -> tuple[type, ...]:
-    """Return the types of sockets that keep nothing to themselves."""
+    """Return the types of sockets that have no buffer of their own."""
     gevent = sys.modules.get("gevent._socket3")
     types: tuple[type, ...] = (socket.socket, native(socket, "socket"))
     return types if gevent is None else (*types, gevent.socket)
 
 
 def _duplicate(fd: int) -> int:
-    """Return another descriptor of a connection, out of the way of all others.
+    """Return another descriptor of a connection, at `LOWEST` or above.
 
     Raises:
-        OSError: There is none left, but for those that the server needs itself.
+        OSError: Only the descriptors that the server itself needs are left.
     """
     limit = descriptor_limit()
     lowest = min(LOWEST, limit // 4)
@@ -504,7 +501,7 @@ def _duplicate(fd: int) -> int:
     except BaseException:
         release(duplicate)
         raise
-    # The lowest that is free from there on: how many are left can be seen by it.
+    # F_DUPFD takes the lowest free one, so its number shows how many are left.
     if duplicate >= limit - min(_RESERVE, limit // 8):
         release(duplicate)
         raise _none_left(limit)
@@ -516,12 +513,12 @@ def _none_left(limit: int) -> OSError:
 
 
 class _Limit:
-    """RLIMIT_NOFILE, raised for the moments in which a connection is taken.
+    """RLIMIT_NOFILE, raised only for the moments in which a connection is taken.
 
-    It holds for new descriptors alone: those that are there stay, whatever it is. So
-    programs that the application starts inherit the soft limit, mostly 1024, that is
-    there for those which use select(2). (One that another thread starts in such a
-    moment, some microseconds, inherits the raised one.)
+    The limit applies to new descriptors only; open ones stay. So programs started by
+    the application inherit the original soft limit, usually 1024, which protects those
+    that use select(2). (A program that another thread starts within these microseconds
+    inherits the raised limit.)
     """
 
     def __init__(self) -> None:
@@ -545,7 +542,7 @@ class _Limit:
                 self._before = None
 
     def forked(self) -> None:
-        """Have a child's own, whichever moment of another thread's it was."""
+        """Restore a child's limit and lock, even if another thread held the lock."""
         self._lock = native(_thread, "allocate_lock")()
         before, self._before = self._before, None
         if before is not None:
@@ -559,9 +556,9 @@ if hasattr(os, "register_at_fork"):
 
 @functools.cache
 def descriptor_limit() -> int:
-    """Return how many descriptors this process may have, by its hard limit.
+    """Return the maximum number of descriptors, by the hard limit.
 
-    A million at most; the soft limit where that cannot be raised.
+    At most a million; the soft limit where it cannot be raised.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     infinite = resource.RLIM_INFINITY
@@ -577,16 +574,16 @@ def descriptor_limit() -> int:
 
 
 def _forget_in_hub(fd: int) -> None:
-    """Have gevent's loop forget what it has registered under a descriptor.
+    """Remove a descriptor's registrations from gevent's loop.
 
-    libev finds a connection in its epoll for as long as that lives, though the number
-    stands for another (measured: one such for each client whose request came in two
-    pieces). And where a wait ends and the next one begins in the same turn of the
-    loop, it does not look at its epoll at all, unless a new watcher begins.
+    libev's epoll keeps reporting a connection as long as it is open, even if its number
+    refers to another file by now (measured: once for each client whose request came in
+    two pieces). And if one wait ends and the next begins in the same turn of the loop,
+    libev does not update its epoll at all unless a new watcher starts.
     """
     loop = getattr(hub(), "loop", None)
     if loop is None or getattr(loop, "backend", None) != "epoll":
-        return  # libuv registers anew for each wait
+        return  # libuv registers again for each wait
     forget(loop.fileno(), fd)
     watcher = loop.io(fd, 1)
     watcher.start(int)
@@ -600,7 +597,7 @@ def _inode(fd: int) -> tuple[int, int]:
 
 
 def _send(fd: int, data: bytearray) -> bool:
-    """Send to a server's client what it has missed; tell whether it took it."""
+    """Send the client the missed bytes; return whether it accepted them in time."""
     deadline = time.monotonic() + _SEND_TIMEOUT
     view = memoryview(data)
     while view:
@@ -612,7 +609,7 @@ def _send(fd: int, data: bytearray) -> bool:
             if left <= 0:
                 return False
             _await_writable(fd, left)
-        except OSError as error:  # the server's next write will find that out
+        except OSError as error:  # the server's next write fails, too
             report(
                 log, logging.DEBUG, "a client left before it was put back: %s", error
             )
@@ -636,7 +633,7 @@ _HEAD = re.compile(
     rb"HTTP/1\.[01] (?!204|205|304)[2-5][0-9][0-9](?: [^\r\n\0]*)?"
     rb"(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)*"
 )
-# With these the body is not what we know it to be, or ends elsewhere.
+# With these headers the body is transformed, or ends elsewhere.
 _FOREIGN = re.compile(
     rb"\r\n(?:content-length|content-encoding|upgrade|trailer):", re.IGNORECASE
 )
@@ -652,18 +649,18 @@ _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 def read_back(
     written: bytes, opening: bytes, *, is_http_1_0: bool
 ) -> tuple[bytes, bool] | None:
-    """Tell what a server made of an opening, if it is what can be gone on with.
+    """Return a server's head and opening, rewritten for the new owner.
 
     Args:
-        written: All that it wrote.
+        written: All bytes that the server wrote.
         opening: The bytes that it was given for the body, not empty.
-        is_http_1_0: The client speaks HTTP/1.0, and does not know of chunks.
+        is_http_1_0: The client speaks HTTP/1.0, which has no chunks.
 
     Returns:
-        The head, which now says that the connection closes (it does, and a proxy
-        that took it for one of its pool would lose a request), and the opening, in
-        the framing to go on with; and whether that is chunked. ``None`` unless what
-        was written is exactly one HTTP/1 head and the opening, raw or as one chunk.
+        The head and the framed opening, and whether the framing is chunked. The head
+        now says that the connection closes: a proxy that kept it in its pool would
+        lose a request. ``None`` unless the server wrote exactly one HTTP/1 head and
+        the opening, raw or as one chunk.
     """
     head, blank, body = written.partition(b"\r\n\r\n")
     if not blank or not opening:
@@ -675,7 +672,7 @@ def read_back(
         return None
     if (_unchunked(body) if codings else body) != opening:
         return None
-    # Werkzeug answers HTTP/1.0 in chunks, too (3.1).
+    # Werkzeug sends chunks to HTTP/1.0 clients, too (3.1).
     is_chunked = bool(codings) and not is_http_1_0
     ours = b"\r\nConnection: close\r\n\r\n"
     if is_chunked:
@@ -685,7 +682,7 @@ def read_back(
 
 
 def _unchunked(body: bytes) -> bytes | None:
-    """Return what is in a body of one chunk without extensions, and no more."""
+    """Return the data of a body that is one chunk, else ``None``."""
     size = _CHUNK.match(body)
     if size is None:
         return None
