@@ -283,7 +283,7 @@ class Subscription:
     @property
     def begins_with_user_code(self) -> bool:
         """To begin it may call what the application has given."""
-        return self.has_user_code or self._authorize is not None
+        return self.has_user_code or self._options.authorize is not None
 
     @property
     def ask_again_at(self) -> float:
