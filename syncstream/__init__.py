@@ -11,9 +11,9 @@ The map of the package, from the bottom to the top; each line may import those a
 ``brokers/``          what stores events, and tells of them: ``memory:``, ``local:``,
                       ``redis:``, ``postgresql:``; names, and the log
 ``channels/``         the hub: publish, subscribe, resume, kick, presence
+``servers/``          the WSGI servers: where each keeps the socket, how it ends
 ``streams/``          one response's life: iterate, encode, close, one reason
 ``fanout/``           the loop for connections that no thread and no greenlet serves
-``servers/``          the WSGI servers: where each keeps the socket, how it ends
 ``wsgi/``             the response classes, the middleware, ``@sse``
 ``publish process``   doors: publishing over HTTP, the counters of a process
 ``flask django``      what each framework needs on top: its responses, ``@sse``
@@ -23,7 +23,8 @@ The map of the package, from the bottom to the top; each line may import those a
 ``testing/``          what tests of brokers need
 ====================  ==========================================================
 
-One module looks up: ``streams/stream``, which hands its connection over to the loop.
+Two modules look up: ``streams/stream`` hands its connection over to the loop, and
+``servers/connection`` knows the stream that is written to it.
 
 Importing the package starts no thread, sets no signal handler, patches nothing and
 imports no optional package.

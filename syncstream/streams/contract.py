@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from ..protocol.json import Dumps
 from ..runtime.process import Stopping
+from ..servers.swap import Swap
 
-__all__ = ["Connection", "Format", "Life", "Swap", "Taken"]
+__all__ = ["Connection", "Format", "Life"]
 
 log = logging.getLogger("syncstream.stream")
 
@@ -69,38 +70,6 @@ class Life:
             if not 0 < seconds < math.inf:
                 least = "0 seconds or more" if name == "drain" else "above 0 seconds"
                 raise ValueError(f"{name} must be {least}, or None, got {value!r}")
-
-
-class Taken(Protocol):
-    """A connection that its server has let go.
-
-    Attributes:
-        fd: Its descriptor, whose owner is who has this.
-        head: What the server has written to the client, and the client has not got.
-        is_chunked: The framing of what follows.
-    """
-
-    @property
-    def fd(self) -> int: ...
-
-    @property
-    def head(self) -> bytes: ...
-
-    @property
-    def is_chunked(self) -> bool: ...
-
-
-class Swap(Protocol):
-    """A connection that its server has not got any more, though it does not know."""
-
-    def take(self, opening: bytes) -> Taken | None:
-        """Take it for good, after the server has written its head and this."""
-
-    def undo(self) -> None:
-        """Give it back to the server, with all that it has written."""
-
-    def close(self) -> None:
-        """The server is done with it. Undone if it was not taken."""
 
 
 class Connection(Protocol):

@@ -71,9 +71,10 @@ from ..runtime.waiting import (
     wait,
 )
 from ..runtime.watch import Timer, Watch, native_epoll, watch
+from ..servers.swap import Swap
 from .answers import Returned, checked_return, is_answer, status_of
 from .capacity import Full, Place
-from .contract import Connection, Format, Life, Swap
+from .contract import Connection, Format, Life
 from .ends import OPENING, REASONS, come_back
 from .links import AGAIN, USELESS, Link, place_of, unblock
 
