@@ -149,6 +149,17 @@ def test_commands_install_this_project():
     assert sum(len(ours.findall(text)) for text in texts.values()) >= 8
 
 
+def test_the_table_of_extras_is_all():
+    """The table of docs/usage.md equals the extras that can be installed."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    text = (ROOT / "docs" / "usage.md").read_text()
+    table = text.partition("| extra |")[2].partition("\n\n")[0]
+    cells = re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)
+    names = re.findall(r"`(\w+)`", " ".join(cells))
+    assert sorted(names) == sorted(config["options.extras_require"])
+
+
 @pytest.mark.parametrize(
     ("url", "package", "extra"),
     [
