@@ -35,11 +35,11 @@ CONNECTION = "syncstream.connection"
 """The environ key of the connection: a weak reference to it."""
 
 BEFORE_WAIT = "syncstream.before_wait"
-"""The environ key of callables that give back, before a stream begins and whenever
-it waits, what should not be held so long: a list of them."""
+"""The environ key of a list of callables. They release resources, such as database
+connections, before a stream begins and whenever it waits."""
 
 HANDOVER = "syncstream.handover"
-"""The environ key that is ``False`` where a connection must stay with its server."""
+"""The environ key that is ``False`` if the connection must stay with its server."""
 
 EVENT_TYPE = "text/event-stream"
 
@@ -51,41 +51,40 @@ _DESCRIBES_BODY = re.compile(
 
 
 def last_event_id(request: Any) -> str | None:
-    """Return the id of the last event that a client has, ``None`` if it says none.
+    """Return the id of the client's last event, ``None`` if it sends none.
 
-    The header Last-Event-ID comes first, then the query's ``last_event_id`` and
-    ``lastEventId``, for clients that cannot set headers. An empty one says none, as
-    a first connection does: the next is looked at. It comes from outside: expect any
-    text.
+    The header Last-Event-ID comes first. Clients that cannot set headers may send
+    ``last_event_id`` or ``lastEventId`` in the query. Blank values count as missing.
+    The id comes from outside: expect any text.
 
     Args:
-        request: The request, of Flask, Django, Bottle, Pyramid or Falcon, or its WSGI
+        request: A request of Flask, Django, Bottle, Pyramid or Falcon, or a WSGI
             environ.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: The argument is neither.
     """
     environ = _environ_of(request)
     header: str = environ.get("HTTP_LAST_EVENT_ID", "")
     if header and not header.isspace():
-        # Browsers send UTF-8, and PEP 3333 shows its bytes as Latin-1.
+        # Browsers send UTF-8, which PEP 3333 decodes as Latin-1.
         return header.encode("latin-1", "replace").decode(errors="replace")
     text: str = environ.get("QUERY_STRING", "")
     if "last_event_id=" not in text and "lastEventId=" not in text:
         return None
     try:
-        query = parse_qs(text, errors="replace")  # of no empty values
+        query = parse_qs(text, errors="replace")  # without empty values
     except ValueError:  # too many fields
         return None
     for name in ("last_event_id", "lastEventId"):
         for id in query.get(name, ()):
-            if not id.isspace():  # as in the header, whose blanks HTTP strips
+            if not id.isspace():  # as with the header, where HTTP strips blanks
                 return id
     return None
 
 
 def _environ_of(request: Any) -> Mapping[str, Any]:
-    """Return a request's environ; Django has it in META, Falcon in env."""
+    """Return a request's environ: Django keeps it in META, Falcon in env."""
     if isinstance(request, Mapping):
         return request
     for name in ("environ", "META", "env"):
@@ -96,32 +95,32 @@ def _environ_of(request: Any) -> Mapping[str, Any]:
 
 
 class Connection:
-    """The request's connection, and what its server lets us do with it.
+    """The request's connection, and the operations that its server allows.
 
     Attributes:
-        stream: The stream that is written to it, ``None`` before and after.
+        stream: The running stream of this connection, ``None`` before and after it.
     """
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         self.environ = environ
-        # As the server has made it, if this is early enough: the socket is found by
-        # it, and Bottle's request.params puts another one into its place.
+        # Keep the server's own: the socket is found through it, and Bottle's
+        # request.params replaces it in the environ.
         self._input = environ.get("wsgi.input")
         # Weak references, here and in the environ: no cycle keeps either alive.
         self._stream: weakref.ref[Stream] | None = None
         self._write: Callable[[bytes], object] | None = None
-        self._is_encoded = False  # by the application, who has its reasons
-        self._sent_before: int | None = None  # of the body, before the stream
+        self._is_encoded = False  # by the application, on purpose
+        self._sent_before: int | None = None  # bytes of the body, before the stream
         self._counter: Counter | None = None
         self._begun: tuple[StartResponse, list[tuple[str, str]]] | None = None
-        self.is_answering = False  # start_response is called again, for an error
-        self.hides_errors = False  # a framework answers errors, and logs none
+        self.is_answering = False  # start_response is being called again, with an error
+        self.hides_errors = False  # a framework answers errors without logging them
         self._has_failed_hook = False
         self._made: list[Callable[[], Any]] = []
 
     @classmethod
     def of(cls, environ: WSGIEnvironment) -> Connection:
-        """Return the connection of a request; the same again while it is held."""
+        """Return the request's connection: the same one as long as it is referenced."""
         reference = environ.get(CONNECTION)
         connection = reference() if reference is not None else None
         if not isinstance(connection, cls):
@@ -140,21 +139,21 @@ class Connection:
         headers: Iterable[tuple[str, str]] = (),
         written: bytes = b"",
     ) -> None:
-        """Say which stream is written to it, under which response headers."""
+        """Connect a stream that this connection sends, with its response headers."""
         self._stream = weakref.ref(stream)
         encoded = any(name.lower() == "content-encoding" for name, _ in headers)
         self._is_encoded = encoded
         stream.connect(self, is_encoded=encoded, written=written)
 
     def made(self, stream: Stream) -> None:
-        """Note a stream that has been made for a response to this request, perhaps."""
+        """Remember a stream that was created during this request."""
         self._made.append(stream.reference)
 
     def find_made(self, format: Format) -> Stream | None:
-        """Return the last such stream of a format, if it still waits to be sent.
+        """Return the last stream created with this format, if it is still unsent.
 
-        Its response is not what the application answers by, so its chunks are on
-        their way in another one, as that of a middleware which changes bodies.
+        The application returned another response, for instance one of a middleware
+        that rewrites bodies; the stream's chunks pass through that one.
         """
         for reference in reversed(self._made):
             stream: Stream | None = reference()
@@ -163,7 +162,7 @@ class Connection:
         return None
 
     def warn(self) -> None:
-        """Say, once a process, what an operator should change: a stream stays here."""
+        """Log advice for the operator about a stream that stays, once a process."""
         record, server, environ = process(), self.server, self._given
         write = self._write
         # What may be written by is not encoded, see there.
@@ -171,13 +170,13 @@ class Connection:
             head = server.headers(write) or ()
             if any(name.lower() == "content-encoding" for name, _ in head):
                 warn_of_compression()
-        # Not by what the client has sent, nor is one of HTTP/2's that of HTTP/1's.
+        # The key contains nothing from the client but whether it speaks HTTP/2.
         is_http_2 = str(environ.get("SERVER_PROTOCOL")).startswith("HTTP/2")
         key = ("warning", server.name, is_http_2)
         warnings = record.memo(key, lambda: tuple(server.warnings(environ)))
         for warning in warnings:
             record.warn_once(log, warning)
-        # Frameworks' test clients name no server.
+        # The test clients of frameworks name no server.
         software = environ.get("SERVER_SOFTWARE")
         if self.fd is None and software and not warnings and not server.is_test:
             record.warn_once(
@@ -211,7 +210,7 @@ class Connection:
 
     @property
     def _given(self) -> WSGIEnvironment:
-        """The environ, as far as the server is found by it, as it was at first."""
+        """The environ with the server's own ``wsgi.input``."""
         environ, given = self.environ, self._input
         if environ.get("wsgi.input") is given:
             return environ
@@ -219,7 +218,7 @@ class Connection:
 
     @property
     def label(self) -> str:
-        # From outside: no escape sequence and no endless line gets into the log.
+        # From outside: keep escape sequences and endless lines out of the log.
         environ = self.environ
         method = ascii(environ.get("REQUEST_METHOD", ""))[1:-1]
         path = ascii(environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", ""))
@@ -231,9 +230,9 @@ class Connection:
 
     @functools.cached_property
     def is_event_source(self) -> bool:
-        # What the standard's EventSource sends (Chromium 156 and npm's eventsource
-        # 5 do, exactly). httpx-sse would make an event of the end block: it sends
-        # no-store.
+        # The headers of an EventSource (exactly those of Chromium 156 and npm's
+        # eventsource 5). httpx-sse, which would turn the end block into an event,
+        # sends no-store.
         environ = self.environ
         return (
             environ.get("REQUEST_METHOD") == "GET"
@@ -243,8 +242,8 @@ class Connection:
 
     @functools.cached_property
     def parses_events(self) -> bool:
-        # The SDKs of OpenAI, Anthropic and others that are made by Stainless read by
-        # lines, with the decoder of httpx-sse, and ask for application/json.
+        # SDKs generated by Stainless (OpenAI, Anthropic) parse lines with httpx-sse's
+        # decoder, but accept application/json.
         environ = self.environ
         return "HTTP_X_STAINLESS_LANG" in environ or _names_event_stream(
             environ.get("HTTP_ACCEPT", "")
@@ -304,40 +303,39 @@ class Connection:
             exc_info: Any = (type(error), error, error.__traceback__)
             start_response(line, headers, exc_info)
         except SystemError:
-            # uWSGI 2.0.30 does as it is told, and leaves the error set in which it
-            # was told so.
+            # uWSGI 2.0.30 accepts the call, but leaves the error of exc_info set.
             return body if server.name == "uwsgi" else None
         except BaseException as raised:
             if raised is not error and not isinstance(raised, Exception):
                 raise
-            # It raises the error if a byte is out (PEP 3333), and a middleware's may
-            # take no third argument.
+            # start_response raises the error if a byte has been sent (PEP 3333), and
+            # that of a middleware may accept no third argument.
             text = "%s is cut, not answered by %s: %r"
             report(log, logging.DEBUG, text, self.label, line, raised)
             return None
         finally:
-            self.is_answering, exc_info = False, None  # no cycle by its traceback
+            self.is_answering, exc_info = False, None  # the traceback would be a cycle
         return body
 
     def begun(
         self, start_response: StartResponse, headers: list[tuple[str, str]]
     ) -> None:
-        """Note by what the response began, and may begin anew until a byte is out."""
+        """Remember how the response began, to begin again if no byte was sent."""
         self._begun = start_response, headers
 
     def started(self, write: Callable[[bytes], object]) -> None:
-        """Take what the server's, or a middleware's, start_response has returned."""
+        """Take the ``write`` that start_response returned: the server's or another."""
         module = getattr(write, "__module__", None)
         if module and module == self.server.write_module:
             self._write = write
 
     def find_write(self) -> None:
-        """See what may be written by others than the request's thread, and whether.
+        """Find the ``write`` for other threads, such as the one of keepalives.
 
-        What a framework (Django) or a middleware (New Relic's) does not pass on is
-        found in the server's own frames. In any case it is of use only while the
-        server has got all that we have yielded: a middleware above us may put bodies
-        into other blocks, and a comment would get into the middle of an event.
+        If a framework (Django) or a middleware (New Relic's) does not pass it on, it is
+        found in the server's frames. It may be used only while the server has received
+        all yielded bytes: a middleware above us may split bodies anew, and a comment
+        would land in the middle of an event.
         """
         server = self.server
         if self._write is None:
@@ -362,13 +360,13 @@ class Connection:
             )
 
     def leave_write(self) -> None:
-        """Leave the server's write as it was."""
+        """Restore the server's own ``write``."""
         counter, self._counter = self._counter, None
         if counter is not None:
             counter.close()
 
     def has_got(self, size: int) -> bool:
-        """Tell whether the server has got all of so many bytes that were yielded."""
+        """Return whether the server has received all ``size`` yielded bytes."""
         if self._write is None or self._sent_before is None:
             return True
         counter = self._counter
@@ -377,20 +375,20 @@ class Connection:
 
     @functools.cached_property
     def write(self) -> Callable[[bytes], object] | None:
-        # Asked when there is a head: it stays what it is.
+        # Cached: first read when there is a head, which no longer changes.
         write = self._write
         headers = self.server.headers(write) if write is not None else None
         if headers is None:
             return None
-        # A middleware above us may compress, and pass the server's write through.
+        # A middleware above us may compress, but pass the server's write through.
         encoded = any(name.lower() == "content-encoding" for name, _ in headers)
         return None if encoded else write
 
     @functools.cached_property
     def server_key(self) -> Hashable:
-        # By the server's own object, not by SERVER_NAME: over a Unix socket, and
-        # behind ProxyFix, that is the client's Host. Weak: nobody is kept by a key,
-        # and no other object at the same address is taken for it.
+        # The server's own object, not SERVER_NAME: over a Unix socket, and behind
+        # ProxyFix, that is the client's Host header. Weak: a key keeps no server
+        # alive, and no later object at the same address equals it.
         key = self.server.key(self._given)
         return (self.server.name, None if key is None else weakref.ref(key))
 
@@ -408,7 +406,7 @@ class Connection:
 
     @property
     def threads(self) -> int | None:
-        """How many requests the server process serves at once."""
+        """The number of requests that the server process serves at once."""
         threads: int | None = process().memo(
             ("threads", self.server_key), lambda: self.server.threads(self._given)
         )
@@ -418,8 +416,8 @@ class Connection:
         for give_back in self.environ.get(BEFORE_WAIT, ()):
             try:
                 give_back()
-            except Exception as error:  # no reason to end what waits
-                # Once: each of its waits calls it again.
+            except Exception as error:  # no reason to end the stream
+                # An error only once: every wait calls the hook again.
                 level = logging.DEBUG if self._has_failed_hook else logging.ERROR
                 self._has_failed_hook = True
                 text = "what gives back before a wait of %s failed"
@@ -439,7 +437,7 @@ class Connection:
 
     @property
     def _holds_thread(self) -> bool:
-        """A stream that stays with its server holds one of a few threads there."""
+        """Whether a stream that stays occupies one of the server's few threads."""
         return hub() is None and self.threads is not None
 
     def swap(self) -> Swap | None:
@@ -453,7 +451,7 @@ class Connection:
             if error.is_gone:
                 raise ClientDisconnected(str(error)) from error
             if error.is_full:
-                # What is left the server needs: without it gunicorn's accept fails.
+                # The server needs the rest: without it, gunicorn's accept fails.
                 process().warn_once(
                     log,
                     f"a stream was refused: {error}. Each client needs one: raise the"
@@ -463,7 +461,7 @@ class Connection:
                 )
                 raise Full(str(error)) from error
             if error.is_choice and self._holds_thread:
-                # A few such clients would stop the server for everybody.
+                # A few such clients would block the server for everybody.
                 process().warn_once(
                     log,
                     "a stream was refused: it would have held one of the server's few"
@@ -472,8 +470,8 @@ class Connection:
                 )
                 raise Full(str(error)) from error
             if self.threads == 1 and process().parked_streams:
-                # It would hold up the whole worker, which gunicorn's --timeout then
-                # kills, with all whose connections it has.
+                # The stream would block the whole worker. gunicorn's --timeout would
+                # then kill it, with all its parked connections.
                 raise Full(f"the server has one thread, and {error}") from error
             return None
 

@@ -44,9 +44,9 @@ class SocketLike(Protocol):
 
 
 def connection_reset() -> BaseException:
-    """Return the exception that most servers take quietly for a client's leaving.
+    """Return the exception that most servers silently treat as a lost client.
 
-    With its errno: without it gunicorn and pywsgi log a traceback.
+    It has an errno, without which gunicorn and pywsgi log a traceback.
     """
     return ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
@@ -57,7 +57,7 @@ def at_once(is_told: Callable[[], bool]) -> Stopping:
 
 
 def speaks_http_1_1(environ: Environ) -> bool:
-    """Tell whether a server that chunks for HTTP/1.1 clients chunks for this one."""
+    """Return whether the client speaks HTTP/1.1, so that servers send it chunks."""
     return environ.get("SERVER_PROTOCOL") not in ("HTTP/1.0", "HTTP/0.9", None)
 
 
@@ -66,79 +66,79 @@ class Server:
     """One WSGI server, as seen from an application.
 
     Attributes:
-        name: For the log and the tests.
+        name: Its name for the log and the tests.
         runs: Tells from an environ whether this server made it.
-        socket: The client's socket, ``None`` where it cannot be had.
-        raises: What a cut raises from ``next()``, after the socket has been shut
-            down. ``None``, the rule: the iteration just ends, and what the server
-            still writes fails as if the client had gone. Nothing can swallow or
-            log that on its way, as Werkzeug's debugger does with exceptions.
+        socket: The client's socket, ``None`` if the server does not show it.
+        raises: The exception that ``next()`` raises to cut a stream, after the socket
+            has been shut down. ``None``, the default: the iteration ends normally, and
+            the server's next write fails as if the client had left. No middleware can
+            swallow or log that, as Werkzeug's debugger does with exceptions.
         marks_end: Tells whether the server marks the end of a response without
             Content-Length (chunked), so that a missing mark shows a truncation.
-        is_tls: Tells whether the server itself speaks TLS to the client.
-        write_module: Where the ``write`` that its start_response returns comes
-            from; middlewares hand out others, which do not write at once.
-        headers: The response's headers as the server sends them or has sent them,
-            given its own ``write`` (see ``write_module``): what middlewares above
-            us have added is among them, what the server adds itself may be.
-            ``None`` where they cannot be had. (With Content-Encoding added and
-            ``write`` passed through, what we write would be garbage.)
-        own_write: The ``write`` of the running request's response, from the server's
-            own frames: for where a framework or a middleware does not pass it on. In
-            the thread or greenlet of the request.
-        sent: How many bytes of a response's body the server has been given, by
-            iteration or by its ``write``, which is the argument; ``None`` where it
-            does not count them (see `Counter`).
-        unsent: How many bytes for this client the server keeps in buffers of its
-            own, beyond the kernel's. From any thread.
-        drop: Has it close a client's socket that was shut down and is full, where it
-            would not notice. From any thread.
-        closes_early: It may close the client's socket, from a thread of its own,
-            while the response is being made.
-        stopping: Returns what tells whether this process has been told to stop, and
-            until when finite work may go on (`process.Stopping`); ``None`` where
-            nothing shows it. Once a process, in the thread or greenlet of a request
-            that is being served; what it returns may be called often, from any
-            thread, and holds no request.
-        lets_exits_through: It serves in the process's main thread, and ends when a
-            KeyboardInterrupt, or a SystemExit that a signal's handler raises, leaves
-            the application there.
-        threads: How many requests this process serves at once, ``None`` where
-            there is no such limit, or where it cannot be told. Under gevent it
-            counts greenlets. In the thread or greenlet of the request.
-        warnings: What an operator should change where streams are served in this
-            way, a sentence for the log each. In the thread or greenlet of the request.
-        stays: Why a connection cannot leave this server, in plain words, ``None`` if
-            it can (see `handover`). That the method, the protocol, TLS and the
-            socket's type allow it is asked elsewhere.
-        plain_sockets: What ``socket`` returns beside Python's and gevent's plain
-            sockets: exact types that encrypt and keep nothing.
-        lock: What keeps threads of the server's own from the client's descriptor,
-            and from sending what it has in buffers of its own, while it is held. It
-            is held for moments, in the thread or greenlet of the request.
-        is_closing: Tells whether such a thread is about to close the descriptor: one
-            that is not, while the lock is held, will ask for the lock before it does.
-        drop_read_ahead: Drops what the server has read of requests behind this one.
-            Nothing blocks: its descriptor reads an end.
-        key: The server's own object that tells it from others of its kind in this
-            process, never what a client sends; ``None`` if there can be but one. In
-            the thread or greenlet of the request.
-        leave_body: Has the server not read what is left of the request's body before
-            it sends a head, and close the connection after the response instead.
-        closes_first: It calls the response's ``close()`` before it writes the mark
-            of the response's end.
-        start_response: The server's own, where it can be had from within ``next()``;
-            needed only where ``answers_errors`` does not hold.
-        forget_head: Has the server forget a head that start_response was given and
-            that has not been sent, given its own ``write`` (``None`` if that is not
-            known), so that start_response may be called again with an error. Tells
-            whether it will: PEP 3333 wants the new headers to replace the old ones,
-            gunicorn and cheroot add them to the old ones.
-        answers_errors: It answers 500 for an `Exception` that leaves ``next()``
-            before a byte of the response has left.
-        logs_errors: And logs it, with its traceback.
-        is_known: What it does with an error that leaves ``next()`` is known.
-        is_test: It is no server, whatever the environ says.
+        is_tls: Tells whether the server itself terminates the client's TLS.
+        write_module: The module of the ``write`` that the server's start_response
+            returns. Middlewares may return others, which do not write at once.
+        headers: The response's headers as the server sends them, given its own
+            ``write`` (see ``write_module``). They include those added by middlewares
+            above us, and perhaps the server's own. ``None`` if they are unknown. (If a
+            middleware adds Content-Encoding but passes ``write`` through, our writes
+            would corrupt the body.)
+        own_write: The ``write`` of the running request's response, found in the
+            server's frames: for frameworks and middlewares that do not pass it on.
+            Call it in the thread or greenlet of the request.
+        sent: The number of body bytes that the server has received for a response, by
+            iteration or by its ``write``, which is the argument; ``None`` if the
+            server does not count them (see `Counter`).
+        unsent: The number of bytes for this client in the server's own buffers, without
+            the kernel's. From any thread.
+        drop: Makes the server close a client's socket that was shut down while full,
+            if the server would not notice. From any thread.
+        closes_early: A thread of the server may close the client's socket while the
+            response is being generated.
+        stopping: Returns a `process.Stopping`, which tells whether this process has
+            been told to stop and until when finite work may continue; ``None`` if the
+            server does not show it. Called once a process, in the thread or greenlet
+            of a running request. The result may be called often, from any thread, and
+            holds no request.
+        lets_exits_through: The server runs applications in the process's main thread,
+            and ends when a KeyboardInterrupt, or a SystemExit from a signal handler,
+            leaves the application.
+        threads: The number of requests that this process serves at once (under gevent,
+            greenlets); ``None`` if it is unlimited or unknown. In the thread or
+            greenlet of the request.
+        warnings: Advice for the operator if streams are served in this way, one
+            sentence for each log line. In the thread or greenlet of the request.
+        stays: The reason why a connection cannot leave this server, in plain words;
+            ``None`` if it can (see `swap`). The method, the protocol, TLS and the
+            socket's type are checked elsewhere.
+        plain_sockets: Exact types, besides Python's and gevent's plain sockets, that
+            ``socket`` returns and that neither encrypt nor buffer.
+        lock: A lock that keeps the server's other threads from using the client's
+            descriptor and from sending their buffers. We hold it briefly, in the
+            thread or greenlet of the request.
+        is_closing: Tells whether such a thread is about to close the descriptor. If it
+            is not, while the lock is held, the thread takes the lock before it closes.
+        drop_read_ahead: Drops the bytes of later requests that the server has read.
+            Never blocks, as its descriptor reads an end of file.
+        key: An object that identifies the server among others of its kind in this
+            process, never taken from the client; ``None`` if there is only one. In the
+            thread or greenlet of the request.
+        leave_body: Makes the server send a head without reading the rest of the
+            request's body first, and close the connection after the response.
+        closes_first: The server calls the response's ``close()`` before it writes the
+            end mark of the response.
+        start_response: The server's own start_response, found from within ``next()``;
+            needed only if ``answers_errors`` is false.
+        forget_head: Makes the server forget a head that start_response received but
+            that has not been sent, given the server's ``write`` (``None`` if unknown),
+            so that start_response can be called again with an error. Returns whether
+            it will. PEP 3333 demands that the new headers replace the old ones;
+            gunicorn and cheroot append them.
+        answers_errors: The server answers 500 if an `Exception` leaves ``next()``
+            before the first byte of the response was sent.
+        logs_errors: The server logs this exception with its traceback.
+        is_known: The server's reaction to exceptions from ``next()`` is known.
+        is_test: It is a test client's environ, whatever server it names.
     """
 
     name: str
@@ -179,19 +179,19 @@ class Server:
 
 
 def has_cipher(socket: SocketLike | None) -> bool:
-    """Tell an ``ssl.SSLSocket``, gevent's too, from a plain socket."""
+    """Return whether a socket is an ``ssl.SSLSocket``, Python's or gevent's."""
     return hasattr(socket, "cipher")
 
 
 def decoded(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Return headers that a server keeps as bytes, as `str` (PEP 3333: Latin-1)."""
+    """Return a server's headers, decoded from bytes (PEP 3333: Latin-1)."""
     return [
         (name.decode("latin-1"), value.decode("latin-1")) for name, value in headers
     ]
 
 
 def drop_buffered(reader: Any) -> None:
-    """Drop what an `io.BufferedReader` has read ahead of its socket's end."""
+    """Drop the bytes that an `io.BufferedReader` has read ahead."""
     peek = getattr(reader, "peek", None)
     if peek is None:
         return
@@ -202,24 +202,24 @@ def drop_buffered(reader: Any) -> None:
 def running(
     module: str, attribute: str, frame: FrameType | None = None, *, name: str = "self"
 ) -> Any:
-    """Return whose method is running here, by the module that it is written in.
+    """Find an object on the stack whose method, from a given module, is running.
 
-    Most servers leave themselves out of the environ, but not out of the stack.
+    Most servers are missing from the environ, but none from the stack.
 
     Args:
-        module: The server's module, or its package.
-        attribute: What the object must have.
-        frame: Where to begin; by default with the caller, in this thread or
-            greenlet.
+        module: The server's module or package.
+        attribute: The name of an attribute that the object must have.
+        frame: The innermost frame to search; by default the caller's, in this thread
+            or greenlet.
         name: The variable that holds the object.
 
     Returns:
-        The ``self`` of the innermost such call, ``None`` if there is none.
+        The object of the innermost such call, ``None`` if there is none.
     """
     frame = sys._getframe(1) if frame is None else frame
     while frame is not None:
-        # Others are not looked into: up to Python 3.12 a frame keeps the f_locals
-        # that were read, and so whatever the application had in its variables.
+        # Never read f_locals of other modules: up to Python 3.12 a frame keeps the
+        # dict, and with it the values of the application's variables.
         written_in = frame.f_globals.get("__name__") or ""
         if _is_in(written_in, module):
             owner = frame.f_locals.get(name)
@@ -230,13 +230,13 @@ def running(
 
 
 class Counter:
-    """Counts what a server that does not count is given of one response's body.
+    """Counts the body bytes of one response, for a server that does not.
 
-    It stands in the place of the ``write`` of the server's response, through which its
-    iteration goes, too, until it is closed.
+    Until it is closed, it replaces the ``write`` method of the server's response, which
+    the server's iteration calls, too.
 
     Args:
-        write: That, a bound method.
+        write: The bound method to replace.
     """
 
     def __init__(self, write: Write) -> None:
@@ -251,12 +251,12 @@ class Counter:
         return result
 
     def close(self) -> None:
-        """Leave the place."""
+        """Restore the original method."""
         if vars(self._owner).get("write") is self:
             del self._owner.write
 
 
-# They hand on each chunk as it is, or not at all.
+# These modules pass each chunk on unchanged, or drop it.
 _PASSING = (
     "django.http.response",
     "newrelic",
@@ -269,12 +269,12 @@ _PASSING = (
 
 
 def takes_directly(module: str) -> bool:
-    """Tell whether what a generator yields here reaches its server at once, as it is.
+    """Return whether the chunks of this generator reach the server unchanged, at once.
 
-    So it is if nobody stands between them but who is known to hand on chunks.
+    They do if all frames in between belong to modules known to pass chunks on.
 
     Args:
-        module: The server's, or its package.
+        module: The server's module or package.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -292,7 +292,7 @@ def _is_in(name: str, module: str) -> bool:
 
 
 def unpatched() -> Iterator[str]:
-    """Yield the warning that gevent serves code which it has not patched, if so."""
+    """Yield a warning if gevent serves code without having patched it."""
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not all(map(monkey.is_module_patched, ("time", "socket"))):
         yield (
