@@ -80,7 +80,7 @@ class Options:
         Raises:
             ValueError: A pattern has no history to begin in.
         """
-        if self.after != "now" and any(is_pattern(name) for name in channels):
+        if self.after != "now" and any(map(is_pattern, channels)):
             raise ValueError(
                 f"after must be 'now' where a channel is a pattern, got {self.after!r}"
             )
@@ -121,10 +121,10 @@ def check_channels(channels: tuple[str, ...]) -> None:
                 check_name(name[:-2])
         else:
             check_name(name)
-    if len(set(channels)) > limits.MAX_CHANNELS:
+    most = limits.MAX_CHANNELS
+    if len(channels) > most and len(set(channels)) > most:
         raise ValueError(
-            f"channels must be {limits.MAX_CHANNELS} at most, got"
-            f" {len(channels)}: use a pattern"
+            f"channels must be {most} at most, got {len(channels)}: use a pattern"
         )
 
 

@@ -88,7 +88,8 @@ class Subscribers:
 
     def enter(self, subscription: Subscriber) -> None:
         """Count a subscription as present."""
-        self.clear()
+        if self._dropped:
+            self.clear()
         self.windows.enter(subscription)
 
     def drop(

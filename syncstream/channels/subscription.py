@@ -78,8 +78,7 @@ class Subscription:
     __slots__ = (
         *("__weakref__", "_asked", "_brought", "_delivered", "_given", "_is_begun"),
         *("_is_listed", "_is_simple", "_items", "_lost", "_named", "_options"),
-        *("_reason",),
-        *("_turn", "_waiter", "_watched", "announcement", "channels"),
+        *("_reason", "_turn", "_waiter", "_watched", "announcement", "channels"),
         *("has_patterns", "subscribers", "tags", "who", "windows"),
     )
 
@@ -119,7 +118,7 @@ class Subscription:
         self._lost: list[str] | None = None  # patterns: what of them, nobody knows
         self._reason: str | None = None
         self._given: str | None = None  # the request's Last-Event-ID
-        self.has_patterns = any(is_pattern(name) for name in self.channels)
+        self.has_patterns = any(map(is_pattern, self.channels))
         self._is_simple = len(self.channels) == 1 and not self.has_patterns
 
     # To read.
@@ -189,7 +188,9 @@ class Subscription:
         waiter = self._waiter
         if waiter is None:
             return
-        self.windows.withdraw(waiter, [cursor.record for cursor in self._named])
+        with self.windows.lock:
+            for cursor in self._named:
+                cursor.record.waiters.pop(waiter, None)
 
     def close(self, reason: str = "closed") -> None:
         """End it; whoever reads it gets `Closed`. From any thread.

@@ -136,7 +136,7 @@ class Reader(Protocol):
 class Windows:
     """A hub's channels, as far as this process knows them.
 
-    Its methods may be called from any thread. 26 methods, for it is one state under
+    Its methods may be called from any thread. 24 methods, for it is one state under
     one lock: what the broker tells, what is watched for whom, and what was read.
 
     Attributes:
@@ -385,12 +385,6 @@ class Windows:
         """Return a channel's window, maybe a new one."""
         with self.lock:
             return self.channels.setdefault(name, Channel())
-
-    def withdraw(self, waiter: Wakeable, records: Iterable[Channel]) -> None:
-        """Have a waiter woken by nothing more in these."""
-        with self.lock:
-            for record in records:
-                record.waiters.pop(waiter, None)
 
     def watch(self, name: str) -> Channel | None:
         """Have the broker tell of a channel, or of those that match a pattern.
