@@ -8,11 +8,13 @@ import flask
 from syncstream import (
     ClientDisconnected,
     Event,
+    Hub,
     NDJSONResponse,
     SSEResponse,
     Stream,
     StreamMiddleware,
     StreamResponse,
+    Subscription,
     current_stream,
     last_event_id,
     sleep,
@@ -20,6 +22,7 @@ from syncstream import (
 )
 
 app = flask.Flask(__name__)
+hub = Hub()
 
 
 def numbers() -> Iterator[int | str | Event | dict[str, int] | None]:
@@ -60,5 +63,25 @@ def c() -> Iterator[Any]:
         raise
 
 
-app.wsgi_app = StreamMiddleware(app.wsgi_app)  # type: ignore[method-assign]
+def may_read(subscription: Subscription) -> bool:
+    return subscription.who is not None
+
+
+@app.get("/d")
+def d() -> SSEResponse:
+    once = hub.subscribe("a", who="ann", authorize=may_read)
+    if flask.request.args:
+        return SSEResponse(once, handover=False)
+    newest = hub.subscribe(
+        "a",
+        authorize=(may_read, 60),
+        conflate=lambda event: event.json()["symbol"],
+        throttle=0.5,
+    )
+    return SSEResponse(newest, handover=True)
+
+
+app.wsgi_app = StreamMiddleware(  # type: ignore[method-assign]
+    app.wsgi_app, handover=False
+)
 encoded: bytes = Event("a").encode()
