@@ -4,12 +4,12 @@ One `Watch` per process, and per gevent hub. It knows descriptors and callables,
 streams. In a process of threads it is a thread of its own; under gevent it is one
 epoll descriptor inside the hub's own loop, and one timer.
 
-Hang-ups come from epoll, with EPOLLRDHUP and without EPOLLIN: bytes that nobody
-reads never wake it, and an end behind such bytes is seen (measured). Where there is
-no epoll (macOS), each socket is looked at 20 times a second.
+Hang-ups come from epoll, with EPOLLRDHUP and without EPOLLIN: unread bytes never wake
+it, and an end behind unread bytes is noticed (measured). Without epoll (macOS), each
+socket is checked 20 times a second.
 
-What it calls must not block: a call holds up all the others, and under gevent it
-runs in the hub, where nothing may wait; `Watch.spawn` is for the rest.
+Callbacks must not block: each delays all others, and under gevent they run in the hub,
+where nothing may wait. Use `Watch.spawn` for callbacks that block.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ Callback = Callable[[], object]
 LOOK_EVERY = 0.05  # seconds, without epoll
 AGAIN = 1.0  # seconds until a timer whose callback has failed is tried again
 _LONGEST = 3600.0  # seconds at a stretch: epoll takes 24 days at most
-GRID = 0.08  # seconds between two times at which timers that are not urgent run
-_COMPACT = 1000  # cancelled timers that are kept, at least
+GRID = 0.08  # seconds between the runs of timers that are not urgent
+_COMPACT = 1000  # cancelled timers to keep before removing them
 
 
 class Timer:
-    """A call at a time to come.
+    """A scheduled call.
 
     Attributes:
-        callback: Returns when it wants to be called again (`time.monotonic`), or
-            ``None``.
-        has_failed: It has raised before, and that was said.
+        callback: Returns the time of its next call (`time.monotonic`), ``None`` for
+            no further call.
+        has_failed: It has raised before, which was logged.
     """
 
     __slots__ = ("callback", "has_failed")
@@ -108,9 +108,9 @@ class Watch:
                 raise
 
     def remove(self, fd: int, hung_up: Callback) -> None:
-        """Watch a socket no more; unless it has become another's meanwhile."""
-        # A forked child shares the epoll with its parent, who goes on; and the lock
-        # may have been another thread's, which the child does not have.
+        """Stop watching a socket, unless its number is watched by another owner now."""
+        # A forked child shares the epoll with its parent, which keeps using it; and
+        # the lock may be held by a thread that does not exist in the child.
         if self._is_foreign:
             return
         with self._lock:
@@ -120,12 +120,12 @@ class Watch:
             if self._epoll is None:
                 self._told.pop(fd, None)
                 return
-            with suppress(OSError):  # the server was faster, and closed it
+            with suppress(OSError):  # the server has already closed it
                 self._epoll.unregister(fd)
 
     @property
     def _is_foreign(self) -> bool:
-        """This is a forked child, and the watch its parent's."""
+        """Whether this is a forked child, so that the watch is its parent's."""
         return self._pid != os.getpid()
 
     def _look(self) -> float:
@@ -141,13 +141,13 @@ class Watch:
         return time.monotonic() + LOOK_EVERY
 
     def _look_at(self, fd: int) -> None:
-        # A look at the socket: the number may have become another's since.
+        # Check the socket: the number may refer to another one by now.
         hung_up = self._hung_up.get(fd)
         if hung_up is not None and is_hung_up(fd):
             self._guarded(hung_up)
 
     def _read(self, timeout: float) -> None:
-        """Wait for epoll, at most so many seconds, and tell of hang-ups."""
+        """Wait for epoll, for at most this many seconds, and report hang-ups."""
         assert self._epoll is not None
         for fd, _ in self._epoll.poll(timeout):
             try:
@@ -156,35 +156,35 @@ class Watch:
                 else:
                     self._woken(fd)
             except Exception as error:
-                # It is told of once (EPOLLONESHOT): nobody would look again.
+                # Reported only once (EPOLLONESHOT): nobody would check again.
                 self.call_at(time.monotonic() + AGAIN, partial(self._look_at, fd))
                 say(log, logging.ERROR, "a hang-up could not be looked at", error=error)
 
     def _do_without_epoll(self, error: BaseException) -> None:
-        """Look at each socket from now on: somebody has closed our descriptors."""
+        """Check each socket from now on: foreign code has closed our descriptors."""
         with self._lock:
             if self._epoll is None:
                 return
-            self._epoll = None  # not closed: its number may be another's by now
+            self._epoll = None  # not closed: its number may be another file's
             self._told.clear()
         self.call_at(time.monotonic(), self._look)
         text = "hang-ups are looked for: the epoll of the watch cannot be used"
         say(log, logging.ERROR, text, error=error)
 
     def _woken(self, fd: int) -> None:
-        """Take note that a descriptor which is not a connection is ready."""
+        """Handle a ready descriptor that is not a connection."""
 
     # The clock.
 
     def call_at(self, when: float, callback: Callable[[], float | None]) -> Timer:
-        """Call at a time (`time.monotonic`), and again whenever it says.
+        """Call at a time (`time.monotonic`), and again at the times that it returns.
 
         Args:
             when: The first time.
             callback: Returns the next time, ``None`` for never again.
         """
         timer = Timer(callback)
-        if self._is_foreign:  # nobody runs it there, and its lock may be held for ever
+        if self._is_foreign:  # no thread runs it, and its lock may stay held
             return timer
         when = _shared(when)
         with self._lock:
@@ -195,7 +195,7 @@ class Watch:
         return timer
 
     def cancel(self, timer: Timer) -> None:
-        """Call it no more."""
+        """Cancel a timer."""
         if timer.callback is None:
             return
         timer.callback = None
@@ -211,8 +211,8 @@ class Watch:
                 heapq.heapify(self._timers)
 
     def _run_timers(self) -> float | None:
-        """Make the calls that are due; return when the next one is."""
-        now = time.monotonic()  # what falls due from now on waits for its turn
+        """Make the calls that are due; return the time of the next one."""
+        now = time.monotonic()  # calls that become due later wait for the next round
         while True:
             with self._lock:
                 if not self._timers:
@@ -231,14 +231,14 @@ class Watch:
                 again = self._guarded(callback, timer)
             finally:
                 if again is not None and timer.callback is not None:
-                    # Not before its turn: a time that is over would keep us here.
+                    # Not in this round: a time in the past would loop here.
                     again = max(again, time.monotonic())
                     with self._lock:
                         entry = _shared(again), next(self._order), timer
                         heapq.heappush(self._timers, entry)
 
     def _wake(self) -> None:
-        """Let the watch look at its timers again: the first one has changed."""
+        """Wake the watch: its first timer has changed."""
         raise NotImplementedError
 
     def _guarded(self, callback: Callable[[], Any], timer: Timer | None = None) -> Any:
@@ -257,15 +257,15 @@ class Watch:
 
     @property
     def is_over(self) -> bool:
-        """Its hub has been destroyed: nothing that it is given will run."""
+        """Whether its hub has been destroyed, so that no callback will run."""
         return False
 
     def run(self, callback: Callback) -> None:
-        """Run something where greenlets may be interrupted; from any thread."""
+        """Run a callback where greenlets may be interrupted. From any thread."""
         raise NotImplementedError
 
     def spawn(self, callback: Callback) -> None:
-        """Run something that may wait a little, soon, one after the other."""
+        """Run a callback that may block briefly, soon, one after the other."""
         raise NotImplementedError
 
 
@@ -285,7 +285,7 @@ class _ThreadWatch(Watch):
             thread = threading.Thread(target=self._loop, name="syncstream-watch")
             thread.daemon = True
             thread.start()
-        except BaseException:  # no thread is left, and the next one will try again
+        except BaseException:  # no thread can be started: the next call tries again
             if self._epoll is not None:
                 self._epoll.close()
                 os.close(self._event_fd)
@@ -293,12 +293,12 @@ class _ThreadWatch(Watch):
 
     def _loop(self) -> None:
         while not self._is_over:
-            # No signal comes to this thread, so that nothing here is anybody's exit.
+            # Signal handlers run in the main thread, so no exit is raised here.
             try:
                 self._round()
             except BaseException as error:
                 say(log, logging.ERROR, "the watch failed, and goes on", error=error)
-                native(time, "sleep")(0.1)  # whatever it is, not as fast as can be
+                native(time, "sleep")(0.1)  # avoid a busy loop, whatever the error is
 
     def _round(self) -> None:
         when = self._run_timers()
@@ -308,7 +308,7 @@ class _ThreadWatch(Watch):
             return
         try:
             self._read(left)
-        except (OSError, ValueError) as error:  # ValueError: it was closed
+        except (OSError, ValueError) as error:  # ValueError: closed
             self._event_fd = -1
             self._do_without_epoll(error)
 
@@ -332,7 +332,7 @@ class _ThreadWatch(Watch):
 
 
 class Worker:
-    """Does one thing after the other in a greenlet of a hub; all of it in that.
+    """Runs callbacks one after the other, in one greenlet of a hub.
 
     Args:
         do: Does one; what it raises ends the greenlet, and another goes on.
@@ -344,7 +344,7 @@ class Worker:
         self._is_working = False
 
     def begin(self) -> None:
-        """Do what there is, soon."""
+        """Run the waiting callbacks soon."""
         if self._is_working or not self.jobs:
             return
         import gevent
@@ -358,11 +358,11 @@ class Worker:
                 self._do(self.jobs.popleft())
         finally:
             self._is_working = False
-            self.begin()  # it was killed, and what it had to do was not
+            self.begin()  # the greenlet was killed before it ran all callbacks
 
 
 class _HubWatch(Watch):
-    """The watch of a gevent hub: in its loop, without a thread."""
+    """The watch of a gevent hub: it runs in the hub's loop, without a thread."""
 
     def __init__(self, hub: Any) -> None:
         self._hub = weakref.ref(hub)
@@ -384,7 +384,7 @@ class _HubWatch(Watch):
             self._io.start(self._read_now)
 
     def _read_now(self) -> None:
-        if self._is_foreign:  # its parent is told of this, or nobody
+        if self._is_foreign:  # this reaches the parent, or nobody
             self._io.stop()
             return
         try:
@@ -407,7 +407,7 @@ class _HubWatch(Watch):
             self._timer.stop()
             self._timer.close()
         self._timer_at = when
-        # Not before its time: the loop's clock is a little behind ours.
+        # Not early: the loop's clock is slightly behind ours.
         left = _left(when) + 0.0005
         self._timer = hub.loop.timer(left, ref=False)
         self._timer.start(self._tick, update=True)
@@ -428,7 +428,7 @@ class _HubWatch(Watch):
 
     @property
     def is_home(self) -> bool:
-        """It is the main thread's, which lives and runs as long as the program."""
+        """Whether it is the main thread's, which lives as long as the program."""
         return not self.is_over and bool(getattr(self._hub(), "main_hub", False))
 
     def run(self, callback: Callback) -> None:
@@ -448,24 +448,24 @@ class _HubWatch(Watch):
         self._worker.begin()
 
     def start(self, callback: Callback) -> None:
-        """Do this in a greenlet of its own; in the hub."""
+        """Run this in a greenlet of its own. Call it in the hub."""
         import gevent
 
         gevent.spawn(self._guarded, callback)
 
 
 def _left(when: float) -> float:
-    """Return for how long to wait at most: a timer is looked at before its time."""
+    """Return the longest time to wait, so that the next timer is checked in time."""
     return min(max(0.0, when - time.monotonic()), _LONGEST)
 
 
 def on_grid(when: float) -> float:
-    """Return a time, a little later, that other timers have, too.
+    """Return a slightly later time that timers share.
 
     Each waking costs more than what is done then: 100 µs in a gevent hub.
     """
     place = when / GRID
-    # So far away a float has no such steps, nor may it be an int.
+    # So far away floats have no such steps, and infinity is no int.
     return math.ceil(place) * GRID if place < 1e15 else when
 
 
@@ -474,7 +474,7 @@ def _shared(when: float) -> float:
 
 
 def elsewhere(watch: Watch, job: Callback) -> None:
-    """Do this apart from whoever waits for a watch: it may wait, for a broker say.
+    """Run this outside of the watch: it may block, on a broker for instance.
 
     In a greenlet of the watch's hub, or in a thread of its own. The hub of a thread of
     gevent's pool may be gone, or run only while something there waits for it.
@@ -484,17 +484,17 @@ def elsewhere(watch: Watch, job: Callback) -> None:
         return
     try:
         native(_thread, "start_new_thread")(watch._guarded, (job,))
-    except (RuntimeError, MemoryError):  # no thread is left: late is better than never
+    except (RuntimeError, MemoryError):  # no thread to be had: run it late
         watch._guarded(job)
 
 
 def native_lock() -> Any:
-    """Return a real lock: held for moments, and never while a greenlet switches."""
+    """Return a real lock: hold it briefly, and never while a greenlet switches."""
     return native(_thread, "allocate_lock")()
 
 
 def native_epoll() -> Any:
-    """Return the real epoll, which gevent takes away; ``None`` without one."""
+    """Return the real epoll, which gevent removes; ``None`` without one."""
     if not hasattr(os, "eventfd"):
         return None
     try:
@@ -519,9 +519,9 @@ _watches = _Watches()
 
 
 def watch() -> Watch:
-    """Return the watch that suits what runs here, of this process; start it first."""
+    """Return this process's watch for the caller: its hub's, or the threads'."""
     global _watches
-    if _watches.pid != os.getpid():  # forked: what there was is the parent's
+    if _watches.pid != os.getpid():  # forked: the others are the parent's
         _watches = _Watches()
     here = hub()
     with _watches.lock:

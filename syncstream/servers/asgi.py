@@ -1,8 +1,8 @@
 """ASGI servers' bridges to WSGI: a2wsgi, and those of uvicorn, Starlette, hypercorn.
 
-They leave nothing of the connection to an application, and do not tell it that the
-client has gone: its thread goes on, until the generator ends by itself (a2wsgi
-1.10, uvicorn 0.54, hypercorn 0.18).
+They show the application nothing of the connection, and do not tell it that the client
+has left: its thread runs on until the generator ends by itself (a2wsgi 1.10, uvicorn
+0.54, hypercorn 0.18).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ __all__ = ["SERVER"]
 def _runs(environ: Environ) -> bool:
     if "asgi.scope" in environ:  # a2wsgi
         return True
-    # The others do not name themselves. SERVER_PORT is an int with them, or None,
-    # where PEP 3333 wants a str.
+    # The other bridges do not name themselves, but set SERVER_PORT to an int or None,
+    # where PEP 3333 demands a str.
     return (
         "SERVER_SOFTWARE" not in environ
         and not isinstance(environ.get("SERVER_PORT", ""), str)

@@ -23,8 +23,8 @@ __all__ = ["SERVER"]
 
 
 def _reader(environ: Environ) -> Any:
-    # KnownLengthRFile -> StreamReader; or the connection's, where somebody has put
-    # another ``wsgi.input`` into the environ.
+    # KnownLengthRFile -> StreamReader; or the connection's, if an application has
+    # replaced ``wsgi.input``.
     reader = getattr(environ.get("wsgi.input"), "rfile", None)
     if not hasattr(_raw(reader), "_sock"):
         gateway = running("cheroot.wsgi", "req")
@@ -51,7 +51,7 @@ def _headers(write: Write) -> Headers | None:
 
 def _start_response(environ: Environ) -> Any:
     gateway = running("cheroot.wsgi", "started_response")
-    # A framework that takes the first item before it begins does better itself.
+    # A framework that takes the first item before it begins handles errors better.
     return gateway.start_response if getattr(gateway, "started_response", 0) else None
 
 
@@ -84,13 +84,13 @@ def _stopping(environ: Environ) -> Stopping | None:
 
 
 def _threads(environ: Environ) -> int | None:
-    # It has the pool grow to ``min`` and no further, whatever ``max`` is (11.1).
+    # The pool never grows beyond ``min``, whatever ``max`` is (11.1).
     threads: int | None = getattr(_server(), "numthreads", None)
     return threads
 
 
 def _leave_body(environ: Environ) -> None:
-    # Its send_headers() reads on, from what is no longer the client, for 10 s (11.1).
+    # send_headers() would read the rest for 10 s, no longer from the client (11.1).
     request: Any = getattr(running("cheroot.wsgi", "req"), "req", None)
     if getattr(getattr(request, "rfile", None), "remaining", 0) > 0:
         request.close_connection = True
@@ -100,7 +100,7 @@ SERVER = Server(
     "cheroot",
     runs=lambda environ: "Cheroot" in environ.get("SERVER_SOFTWARE", ""),
     socket=_socket,
-    # What it cannot write it keeps, and Python 3.13 complains of that later.
+    # cheroot keeps bytes that it cannot write; Python 3.13 warns about them later.
     raises=connection_reset,
     is_tls=lambda environ: has_cipher(_socket(environ)),
     write_module="cheroot.wsgi",
@@ -108,11 +108,11 @@ SERVER = Server(
     own_write=_own_write,
     start_response=_start_response,
     forget_head=_forget_head,
-    answers_errors=False,  # it sends the head that it has, 200 (11.1)
+    answers_errors=False,  # it sends the head that it was given, 200 (11.1)
     stopping=_stopping,
     threads=_threads,
     key=lambda environ: _server(),
     drop_read_ahead=lambda environ: drop_buffered(_reader(environ)),
     leave_body=_leave_body,
-    closes_first=True,  # and what it cannot write then, Python 3.13 complains of
+    closes_first=True,  # and Python 3.13 warns about bytes that it cannot write then
 )

@@ -1,6 +1,6 @@
 """gunicorn, with its sync, gthread, gevent and gevent_pywsgi workers.
 
-With gevent_pywsgi it is `pywsgi` that makes the environ, and asks here for the worker.
+With gevent_pywsgi, the environ is `pywsgi`'s, which finds its worker here.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .contract import (
 __all__ = ["SERVER", "stopping", "worker"]
 
 _HEADROOM = 2.5
-"""Seconds of the graceful timeout that are left when finite work is cut: a gevent
-worker looks up to 1 s late whether it is to stop, and then whether all have gone."""
-_NOTIFIED = 1.0  # seconds before a sync worker is killed for its silence
+"""Seconds of the graceful timeout that remain when finite work is cut: a gevent worker
+notices up to 1 s late that it must stop, and again that all requests have ended."""
+_NOTIFIED = 1.0  # seconds before a sync worker would be killed for its silence
 
 
 def _is_http_2(environ: Environ) -> bool:
@@ -39,7 +39,7 @@ def _is_http_2(environ: Environ) -> bool:
 
 
 def _socket(environ: Environ) -> SocketLike | None:
-    # Over HTTP/2 it is the connection that many streams share.
+    # Over HTTP/2 many streams share the connection.
     if _is_http_2(environ):
         return None
     socket: SocketLike = environ["gunicorn.socket"]
@@ -58,7 +58,7 @@ def _forget_head(environ: Environ, write: Write | None) -> bool:
         headers = getattr(_response(), "headers", None)
     if not isinstance(headers, list):
         return False
-    headers.clear()  # 27.0: a Content-Length would stand there twice
+    headers.clear()  # 27.0: else there would be two Content-Lengths
     return True
 
 
@@ -66,27 +66,27 @@ def worker() -> Any:
     """Return the gunicorn worker that serves the running request, else ``None``."""
     found = running("gunicorn.workers", "alive")
     if found is None and (hub := _hub()) is not None:
-        # gevent_pywsgi serves in greenlets that know nothing of the worker. It
-        # waits for its end in the main greenlet, the hub's parent.
+        # gevent_pywsgi serves in greenlets without a reference to the worker, which
+        # waits in the main greenlet, the hub's parent.
         found = running("gunicorn.workers", "alive", hub.parent.gr_frame)
     return found
 
 
 def _hub() -> Any:
     gevent = sys.modules.get("gevent")
-    # The hub's parent has no frame to show if it is what runs now.
+    # If the main greenlet is running, it has no frame to search.
     if gevent is None or gevent.getcurrent().parent is None:
         return None
     return gevent.get_hub()
 
 
 class _Stop:
-    """Tells until when the work of a worker may go on, once it is to stop.
+    """The `Stopping` of a worker: until when its work may continue.
 
-    ``alive`` is what all workers look at (gunicorn 22 to 27): it falls with SIGTERM,
-    SIGINT, SIGQUIT, SIGABRT, a reload, and as soon as the request that is the last one
-    of max_requests *begins*. With a master that has been killed it stays: gthread
-    then waits for its streams without an end, so ask what the workers ask, too.
+    All workers check ``alive`` (gunicorn 22 to 27). It becomes false with SIGTERM,
+    SIGINT, SIGQUIT, SIGABRT, a reload, and as soon as the last request of max_requests
+    *begins*. It stays true if the master is killed: gthread then waits for its streams
+    forever. So this also compares the parent's pid, as workers do.
     """
 
     def __init__(self, worker: Any) -> None:
@@ -100,21 +100,21 @@ class _Stop:
             return AT_ONCE
         if worker.alive:
             return None
-        if worker.reloader is not None:  # for development, where nobody likes to wait
+        if worker.reloader is not None:  # development: do not wait
             return AT_ONCE
         if self._until is None:
             self._until = time.monotonic() + self._left()
         return self._until
 
     def _left(self) -> float:
-        """Return how many seconds there are for finite work."""
+        """Return the seconds left for finite work."""
         cfg = self._worker.cfg
         left = drain_of_environment()
         if left is None:
             left = max(0.0, cfg.graceful_timeout - _HEADROOM)
             if _is_sync(self._worker) and cfg.timeout:
-                # It does not say that it lives while it serves a request. As it ends,
-                # it closes the file by which it says so, and serves none.
+                # A sync worker sends no heartbeat while it serves a request. When it
+                # exits it closes the heartbeat's file; no request is running then.
                 with suppress(ValueError):
                     silent = time.monotonic() - self._worker.tmp.last_update()
                     left = max(0.0, min(left, cfg.timeout - silent - _NOTIFIED))
@@ -126,10 +126,10 @@ def _is_sync(worker: Any) -> bool:
 
 
 class _Quit:
-    """A server hook of gunicorn's: a worker was told to end at once.
+    """A gunicorn hook: the worker must end at once.
 
-    ``worker_int`` is called for SIGINT and SIGQUIT, and leaves 0.1 s; ``worker_abort``
-    for SIGABRT, by which a master kills, and leaves nothing.
+    ``worker_int`` is called for SIGINT and SIGQUIT, with 0.1 s left; ``worker_abort``
+    for SIGABRT, which the master sends to kill, with no time left.
     """
 
     def __init__(self, stop: _Stop, before: Callable[[Any], object]) -> None:
@@ -143,10 +143,10 @@ class _Quit:
 
 
 def stopping(worker: Any) -> Stopping | None:
-    """Return what tells whether a worker has been told to stop; ``None`` for none.
+    """Return the `Stopping` of a worker, ``None`` without one.
 
-    Its hooks for an end at once are ours from then on, and call those before them:
-    ``alive`` does not tell SIGQUIT from SIGTERM.
+    It replaces the worker's hooks for an immediate end, and calls the previous ones:
+    ``alive`` does not distinguish SIGQUIT from SIGTERM.
     """
     if worker is None:
         return None
@@ -162,9 +162,9 @@ def stopping(worker: Any) -> Stopping | None:
 def _stopping(environ: Environ) -> Stopping | None:
     if not environ["wsgi.multithread"]:
         # A sync worker serves in its main thread, which runs signal handlers between
-        # system calls. gunicorn has SIGTERM restart them (siginterrupt in its
-        # init_signals), so a stream that waits for a lock or a socket would go on
-        # and ``alive`` stay. Interrupted, Python retries them itself: PEP 475.
+        # system calls. gunicorn makes SIGTERM restart system calls (siginterrupt in
+        # its init_signals), so a stream that waits for a lock or a socket would not
+        # notice it. Without restarts, Python itself retries the calls (PEP 475).
         signal.siginterrupt(signal.SIGTERM, True)
     return stopping(worker())
 
@@ -175,24 +175,24 @@ def _threads(environ: Environ) -> int | None:
     found = worker()
     if found is None:
         return None
-    # gevent's worker accepts so many connections, and then lets clients wait.
+    # gevent's worker accepts this many connections; further clients wait.
     name = "threads" if hasattr(found, "tpool") else "worker_connections"
     limit: int = getattr(found.cfg, name)
     return limit
 
 
 def _stays(environ: Environ) -> str | None:
-    # Not by HTTP_VERSION, which a request's own header ``Version`` sets, too.
+    # Not HTTP_VERSION: a request's header ``Version`` sets it, too.
     if any(key.startswith("gunicorn.http2") for key in environ):
         return "the connection is shared by the streams of HTTP/2"
-    if _unreader(environ) is None:  # a request behind this one would be run
+    if _unreader(environ) is None:  # a pipelined request would be run
         return "gunicorn does not show what it has read ahead"
     return None
 
 
 def _unreader(environ: Environ) -> Any:
     # Body -> its reader -> the parser's unreader; or the worker's Response -> its
-    # request -> that, where somebody has put another ``wsgi.input`` into the environ.
+    # request -> the unreader, if an application has replaced ``wsgi.input``.
     reader = getattr(environ.get("wsgi.input"), "reader", None)
     unreader = getattr(reader, "unreader", None)
     if unreader is None:
@@ -220,12 +220,12 @@ def _drop_read_ahead(environ: Environ) -> None:
     unreader = _unreader(environ)
     if unreader is not None:
         unreader.buf = io.BytesIO()
-    # What is left of the request's body: a chunked one's reader may hold a request
-    # that came behind it, and gives that back when gthread has it read on.
+    # The rest of the request's body, too: the reader of a chunked body may hold a
+    # pipelined request, and returns it when gthread reads on.
     body: Any = getattr(getattr(_response(), "req", None), "body", None)
     reader = getattr(body, "reader", None)
     if reader is not None:
-        with suppress(AttributeError):  # another reader, which has none of these
+        with suppress(AttributeError):  # a reader without these attributes
             body.failed = True  # 27: "must not be reused"
             reader.parser, reader.length = None, 0
 

@@ -24,7 +24,7 @@ __all__ = ["SERVER"]
 
 
 def _reader(environ: Environ) -> Any:
-    # Somebody may have put another ``wsgi.input`` into the environ.
+    # An application may have replaced ``wsgi.input``.
     reader = getattr(environ.get("wsgi.input"), "rfile", None)
     if not hasattr(getattr(reader, "raw", None), "_sock"):
         reader = getattr(running("gevent.pywsgi", "rfile"), "rfile", None)
@@ -54,10 +54,10 @@ def _server() -> Any:
 
 
 def _stopping(environ: Environ) -> Stopping | None:
-    if "gunicorn.sock" in environ:  # its worker closes the server up to 1 s later
+    if "gunicorn.sock" in environ:  # the worker closes the server up to 1 s later
         return gunicorn.stopping(gunicorn.worker())
     server = _server()
-    # Its close() sets an event, and stop() begins with that (26.9).
+    # stop() begins with close(), which clears ``started`` (26.9).
     return None if server is None else at_once(lambda: not server.started)
 
 

@@ -1,7 +1,8 @@
-"""The frameworks' test clients: no server at all, though some say otherwise.
+"""The frameworks' test clients: not servers, though some claim to be.
 
-Django's and Falcon's claim ``wsgi.multiprocess``, and Falcon's to be gunicorn. Others
-(Werkzeug's and so Flask's, WebTest) claim nothing: they count as another server.
+Those of Django and Falcon set ``wsgi.multiprocess``, and Falcon's names gunicorn. The
+others (Werkzeug's and therefore Flask's, WebTest) name no server: they count as unknown
+servers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """uWSGI: threads, gevent, behind its HTTP router or with ``--http-socket``.
 
-Nothing shows that it stops (2.0.30): SIGTERM and SIGINT end it at once, in C; during
-the graceful reload of SIGHUP, which waits for its streams, ``uwsgi.workers()`` and
-``uwsgi.ready()`` say what they said before. Nor does its ``write`` know the headers.
+Nothing shows that it is stopping (2.0.30): SIGTERM and SIGINT end it at once, in C.
+During the graceful reload of SIGHUP, which waits for streams, ``uwsgi.workers()`` and
+``uwsgi.ready()`` return the same as before. Its ``write`` does not show the headers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ __all__ = ["SERVER"]
 
 
 class _Connection:
-    """The running request's connection, of which uWSGI shows the descriptor.
+    """The running request's connection, by the descriptor that uWSGI shows.
 
-    It shows it to the thread of the request only, so it is asked once, there.
+    uWSGI shows it only in the request's thread, so it is read once, there.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ def _socket(environ: Environ) -> SocketLike | None:
 
 
 def _is_tls(environ: Environ) -> bool:
-    # nginx says HTTPS, too, for the TLS that is its own (its uwsgi_params).
+    # nginx also sets HTTPS if it terminates the TLS itself (its uwsgi_params).
     import uwsgi
 
     return environ.get("HTTPS") == "on" and any(
@@ -67,9 +67,9 @@ SERVER = Server(
     "uwsgi",
     runs=lambda environ: "uwsgi.version" in environ,
     socket=_socket,
-    # It never chunks.
+    # uWSGI never sends chunks.
     marks_end=lambda environ: False,
-    answers_errors=False,  # it sends the head that it has, 200 (2.0.30)
+    answers_errors=False,  # it sends the head that it was given, 200 (2.0.30)
     is_tls=_is_tls,
     threads=_threads,
     warnings=_warnings,

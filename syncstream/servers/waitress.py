@@ -34,16 +34,16 @@ def _own_write(environ: Environ) -> Write | None:
 
 
 def _unsent(environ: Environ) -> int:
-    # Up to outbuf_high_watermark, 16 MiB by default; 0 once it is closed (3.0).
+    # At most outbuf_high_watermark, 16 MiB by default; 0 once it is closed (3.0).
     unsent: int = _channel(environ).total_outbufs_len
     return unsent
 
 
 def _drop(environ: Environ) -> None:
-    # Its main thread waits by select(2) for room, which a Unix socket that is full
-    # never says to have, though it was shut down. It is to close it, as it alone may.
+    # The main thread waits for room with select(2), which never reports a full Unix
+    # socket as writable, even after a shutdown. Only the main thread may close it.
     channel = _channel(environ)
-    channel.server.trigger.pull_trigger(channel.handle_close)  # 3.0; twice is no harm
+    channel.server.trigger.pull_trigger(channel.handle_close)  # 3.0; harmless twice
 
 
 def _stopping(environ: Environ) -> Stopping:
@@ -51,8 +51,8 @@ def _stopping(environ: Environ) -> Stopping:
     dispatcher = server.task_dispatcher
 
     def is_stopping() -> bool:
-        # Ctrl-C tells every thread to stop, and waits 5 s for those that serve (3.0);
-        # close() leaves the threads, and stops accepting.
+        # Ctrl-C tells every thread to stop, and waits 5 s for busy ones (3.0).
+        # close() keeps the threads, but stops accepting.
         return len(dispatcher.threads) <= dispatcher.stop_count or not server.accepting
 
     return at_once(is_stopping)
@@ -65,15 +65,15 @@ def _threads(environ: Environ) -> int | None:
 
 def _stays(environ: Environ) -> str | None:
     if _channel(environ).adj.channel_request_lookahead:
-        # Its main thread then reads while a request is served, and may close the
+        # The main thread then reads while a request is served, and may close the
         # descriptor at any time.
         return "waitress reads ahead (channel_request_lookahead)"
     return None
 
 
 def _lock(environ: Environ) -> AbstractContextManager[Any]:
-    # A condition around a reentrant lock: its main thread sends under it, and under it
-    # takes ``connected`` back before it closes (3.0: handle_close).
+    # A condition with a reentrant lock. The main thread holds it while it sends, and
+    # while it clears ``connected`` before closing (3.0: handle_close).
     lock: AbstractContextManager[Any] = _channel(environ).outbuf_lock
     return lock
 
@@ -88,7 +88,7 @@ SERVER = Server(
     own_write=_own_write,
     unsent=_unsent,
     drop=_drop,
-    closes_early=True,  # a send that fails in its main thread
+    closes_early=True,  # if a send fails in its main thread
     stopping=_stopping,
     threads=_threads,
     key=lambda environ: _channel(environ).server,

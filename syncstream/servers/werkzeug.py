@@ -20,13 +20,13 @@ __all__ = ["SERVER"]
 
 
 def _marks_end(environ: Environ) -> bool:
-    # It answers with HTTP/1.1, and so chunked, only if it has threads or processes.
+    # Werkzeug speaks HTTP/1.1, with chunks, only with threads or processes.
     many: bool = environ["wsgi.multithread"] or environ["wsgi.multiprocess"]
     return many and speaks_http_1_1(environ)
 
 
 def _headers(write: Write) -> Headers | None:
-    # They are a variable of run_wsgi, around its write().
+    # The headers are a variable of run_wsgi, which its write() closes over.
     names: tuple[str, ...] = getattr(
         getattr(write, "__code__", None), "co_freevars", ()
     )
@@ -53,7 +53,7 @@ def _stopping(environ: Environ) -> Stopping | None:
 
 
 def _threads(environ: Environ) -> int | None:
-    # A thread for each request; or a process for each, of which there may be more.
+    # A thread for each request, or a process for each: no limit for this process.
     many = environ["wsgi.multithread"] or environ["wsgi.multiprocess"]
     return None if many else 1
 

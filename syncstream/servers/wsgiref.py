@@ -1,7 +1,7 @@
 """The standard library's server, and Django's ``runserver``, which is built on it.
 
-Neither names its socket, so it is found by what the request's body is read from:
-``rfile``, in Django inside a ``LimitedStream`` (4.2 to 6.1).
+Neither shows its socket. It is found through the reader of the request's body,
+``rfile``, which Django wraps in a ``LimitedStream`` (4.2 to 6.1).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["SERVER"]
 
 
 def _handler() -> Any:
-    """Return the handler of the running request, of `http.server`."""
+    """Return the `http.server` handler of the running request."""
     return running("django.core.servers", "rfile") or running(
         "wsgiref.simple_server", "rfile"
     )
@@ -35,7 +35,7 @@ def _handler() -> Any:
 
 def _reader(environ: Environ) -> Any:
     given = environ.get("wsgi.input")
-    read = getattr(given, "_read", None)  # Django's, of what it limits
+    read = getattr(given, "_read", None)  # Django's: of the limited stream
     for reader in (given, getattr(read, "__self__", None), _stream(given)):
         if hasattr(getattr(reader, "raw", None), "_sock"):
             return reader
@@ -76,7 +76,7 @@ def _server() -> Any:
 
 def _stopping(environ: Environ) -> Stopping | None:
     server = _server()
-    # After serve_forever() whoever made it closes it; ``runserver`` just exits.
+    # After serve_forever() its creator closes it; ``runserver`` just exits.
     return None if server is None else at_once(lambda: server.socket.fileno() < 0)
 
 
@@ -100,7 +100,7 @@ SERVER = Server(
     "wsgiref",
     runs=lambda environ: environ.get("SERVER_SOFTWARE", "").startswith("WSGIServer/"),
     socket=_socket,
-    # It never chunks: the end is the connection's.
+    # wsgiref never sends chunks: the connection's end is the body's.
     marks_end=lambda environ: False,
     is_tls=lambda environ: has_cipher(_socket(environ)),
     write_module="wsgiref.handlers",
