@@ -1754,7 +1754,7 @@ monkey.patch_all()
 import logging, os, signal, sys, time, gevent
 from clock import Clock
 from syncstream import Hub, Unavailable, Uncertain
-from syncstream.brokers.redis import broker as redis
+from syncstream.brokers.redis import listener as redis
 redis.DEAF = 60.0  # it would say that the server is silent
 hub = Hub(sys.argv[1] + "?publish_timeout=2")
 clock = Clock()
