@@ -1411,7 +1411,7 @@ def test_a_connection_that_answers_is_used_again(server, monkeypatch):
             before = client.info("clients")["connected_clients"]
             assert before > 3
             options = socket.SOL_SOCKET, socket.SO_KEEPALIVE
-            (here,) = broker._processes.values()
+            here = broker._process()
             (pool,) = here.servers
             kept = [idle.connection for idle in pool._idle]
             assert kept

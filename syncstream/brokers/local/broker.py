@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import logging
 import os
-import weakref
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +14,7 @@ from ...runtime.waiting import LONGEST, say
 from ..contract import Sink, check_bounds
 from ..log import Page
 from ..names import is_pattern, matches
+from ..process import PerProcess
 from .database import Bounds, Items
 from .files import path_of
 from .process import Process, paused, processes, spoilt
@@ -78,19 +78,14 @@ class LocalBroker:
         self._is_up = True  # as the sink was told, here or in the parent of a fork
         self._is_heir = False
         self._is_spoilt = False
-        self._forget()
-        _brokers.add(self)
-
-    def _forget(self) -> None:
         # Reentrant, as all that a garbage collection may enter.
         self._lock = native(_thread, "RLock")()
-        self._process: Process | None = None
+        self._parts = PerProcess(self, Process.drop, LocalBroker._leave_to_parent)
 
-    def _forked(self) -> None:
+    def _leave_to_parent(self, parents: Process | None) -> None:
         """Let go of what is the parent's; in the child, where no thread goes on."""
-        parents = self._process
         self._is_heir = self.is_watching()
-        self._forget()
+        self._lock = native(_thread, "RLock")()
         if parents is None:
             return
         parents.let_go()
@@ -103,27 +98,22 @@ class LocalBroker:
         with self._lock:
             if self._is_closed:
                 raise Unavailable("local: is closed")
-            self._look_for_a_fork()
+            process = self._parts.get()
             if self._is_spoilt:
                 raise Unavailable(
                     f"{self.path} was in use when this process was forked by what does"
                     " not say so: use it only after that (uWSGI: lazy-apps, or"
                     " @postfork)"
                 )
-            if self._process is None:
+            if process is None:
                 with _forking:  # not between a fork's beginning and the fork
-                    self._process = Process(self)
-            return self._process
-
-    def _look_for_a_fork(self) -> None:
-        """Notice one that Python was not told of, such as uWSGI's."""
-        if self._process is not None and self._process.pid != os.getpid():
-            self._forked()
+                    process = self._parts.begin(Process(self))
+            return process
 
     @property
     def process(self) -> Process | None:
         """This process's part, if it has begun."""
-        return self._process
+        return self._parts.get()
 
     def publish(self, items: Items, *, connection: Any = None) -> list[str | None]:
         if connection is not None:
@@ -190,18 +180,11 @@ class LocalBroker:
 
     def close(self, timeout: float = 5.0) -> None:
         with self._lock:
-            self._look_for_a_fork()
-            process, self._process = self._process, None
+            process = self._parts.end()
             self._is_closed = True
             self._sink = None
         if process is not None:
             process.close(timeout)
-
-    def __del__(self) -> None:
-        # Of one that nobody has closed. (Or its construction has failed.)
-        process = getattr(self, "_process", None)
-        if process is not None and process.pid == os.getpid():
-            process.drop()
 
     # For the listener.
 
@@ -255,7 +238,6 @@ class LocalBroker:
         return self._is_heir
 
 
-_brokers: weakref.WeakSet[LocalBroker] = weakref.WeakSet()
 _forking = native(_thread, "RLock")()  # one at a time
 
 
@@ -277,9 +259,7 @@ def _forked() -> None:
     global _forking
     _forking = native(_thread, "RLock")()
     paused.clear()
-    for broker in list(_brokers):
-        broker._forked()
-    for process in list(processes):  # of brokers that were just being dropped
+    for process in list(processes):  # of brokers that were just being dropped, too
         if process.pid != os.getpid():
             process.let_go()
             if process.has_files:

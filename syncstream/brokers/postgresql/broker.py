@@ -21,6 +21,7 @@ from ...runtime.waiting import LONGEST, say
 from ..contract import Sink, check_bounds
 from ..log import Entry, Page
 from ..names import is_pattern
+from ..process import PerProcess
 from .connection import (
     DENIED,
     READ_TIMEOUT,
@@ -98,18 +99,18 @@ class PostgreSQLBroker:
         self._sink: Sink | None = None
         self._watched: set[str] = set()
         self._patterns: frozenset[str] = frozenset()
-        self._owns: dict[int, Own] = {}
+        # Nothing that was open before a fork is touched after it.
+        self._parts: PerProcess[PostgreSQLBroker, Own] = PerProcess(self, Own.drop)
         self._is_up = True  # as the sink was told, here or in the parent of a fork
         self._is_closing = False  # nobody begins to listen any more
         self._is_closed = False
 
-    # What a process has: nothing that was open before a fork is touched after it.
+    # What a process has.
 
     def _own(self) -> Own:
-        pid = os.getpid()
-        own = self._owns.get(pid)
+        own = self._parts.get()
         if own is None:
-            own = self._owns.setdefault(pid, Own(self._connections))
+            own = self._parts.begin(Own(self._connections))
             if self._watched or self._patterns:
                 # Those of the process that forked: what came since was not told.
                 self._listener(own, is_late=True)
@@ -423,7 +424,7 @@ class PostgreSQLBroker:
 
     def close(self, timeout: float = 5.0) -> None:
         self._is_closing = True
-        own = self._owns.get(os.getpid())
+        own = self._parts.get()
         if own is None or self._is_closed:
             self._is_closed = True
             return

@@ -83,8 +83,8 @@ class Own:
         self.release(0)
         self._end_threads(waiting.hub())
 
-    def __del__(self) -> None:
-        # Of a broker that nobody has closed: gevent keeps its threads for ever.
+    def drop(self) -> None:
+        """End what gevent would keep for ever: threads, of a broker not closed."""
         if not sys.is_finalizing():
             self._end_threads(None)
 

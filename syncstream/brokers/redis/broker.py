@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import secrets
-import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from ...runtime.clock import time
 from .. import shown
 from ..contract import Sink, check_bounds
 from ..log import START, Entry, Page
+from ..process import PerProcess
 from .process import Process
 from .scripts import ID, NEWEST
 from .server import Server, options_of, seconds_of
@@ -78,37 +77,26 @@ class RedisBroker:
         self._ttl = b"%d" % round(ttl * 1000)
         self._sink: Sink | None = None
         self._is_closed = False
-        # Connections, locks and threads are one process's; made at their first use,
-        # when gevent has patched what it is going to.
-        self._processes: dict[int, Process] = {}
+        self._parts = PerProcess(self, Process.let_go, RedisBroker._leave_to_parent)
         self._inherited: list[str] = []  # what the parent watched
         self.is_up = True  # as the sink was told, here or in the parent of a fork
-        _brokers.add(self)
-        # Dropped without a close: what it has ends, too.
-        weakref.finalize(self, _let_go, self._processes).atexit = False
 
     def _servers(self) -> list[Server]:
         return [Server(url, self._timeout, self._prefix) for url in self._urls]
 
     def _process(self) -> Process:
         """Return what this process has; once closed that is ``Unavailable``."""
-        pid = os.getpid()
-        here = self._processes.get(pid)
+        here = self._parts.get()
         if here is None:
-            if self._processes:  # a fork that Python was not told of
-                self.leave_to_parent()
-            # One for all threads, whichever asks first.
-            here = self._processes.setdefault(pid, Process(self, self._servers()))
+            here = self._parts.begin(Process(self, self._servers()))
         if self._is_closed:
             here.close(0)
             raise Unavailable("the broker is closed")
         return here
 
-    def leave_to_parent(self) -> None:
-        """Let go of all that the parent has; in a child that was forked."""
-        for process in self._processes.values():
-            self._inherited = process.abandon()
-        self._processes.clear()
+    def _leave_to_parent(self, parents: Process | None) -> None:
+        if parents is not None:
+            self._inherited = parents.abandon()
 
     # To publish and to read.
 
@@ -225,27 +213,9 @@ class RedisBroker:
 
     def close(self, timeout: float = 5.0) -> None:
         self._is_closed = True
-        here = self._processes.get(os.getpid())
+        here = self._parts.get()
         if here is not None:
             here.close(timeout)
-
-
-_brokers: weakref.WeakSet[RedisBroker] = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for broker in tuple(_brokers):
-        broker.leave_to_parent()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
-
-
-def _let_go(processes: dict[int, Process]) -> None:
-    here = processes.get(os.getpid())
-    if here is not None:
-        here.let_go()
 
 
 def _nonce() -> bytes:

@@ -1,0 +1,94 @@
+"""The part of a broker that belongs to one process: connections, threads, sockets.
+
+Made at its first use, when gevent has patched what it is going to, and after gunicorn
+has forked. The rule: what was open before a fork is not used after it. Most forks are
+seen as they happen; one that Python is not told of, such as uWSGI's, by the next use.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+__all__ = ["PerProcess"]
+P = TypeVar("P")  # the part
+B = TypeVar("B")  # the broker
+
+
+class PerProcess(Generic[B, P]):
+    """The parts of a broker, one for each process; from any thread, without waiting.
+
+    Args:
+        broker: Whose they are. Neither it nor ``forget`` may be kept by a part.
+        drop: Called with this process's part if the broker is dropped: it may be in
+            the middle of anything, and must neither wait nor raise.
+        forget: Called in a forked child, with the broker and the part of its parent,
+            ``None`` if that had none. Without it that part is kept, untouched.
+    """
+
+    def __init__(
+        self,
+        broker: B,
+        drop: Callable[[P], object],
+        forget: Callable[[B, P | None], object] | None = None,
+    ) -> None:
+        self._broker = weakref.ref(broker)
+        self._forget = forget
+        self._parts: dict[int, P] = {}
+        if forget is not None:
+            _all.add(self)
+        weakref.finalize(broker, _drop, self._parts, drop).atexit = False
+
+    def get(self) -> P | None:
+        """Return this process's part; ``None``: it has none yet."""
+        part = self._parts.get(os.getpid())
+        if part is None and self._parts:
+            self.leave_to_parent()
+        return part
+
+    def begin(self, part: P) -> P:
+        """Return this process's part: this one, unless another thread was faster."""
+        return self._parts.setdefault(os.getpid(), part)
+
+    def end(self) -> P | None:
+        """Return this process's part, and have none any more."""
+        part = self.get()
+        return None if part is None else self._parts.pop(os.getpid(), None)
+
+    def leave_to_parent(self) -> None:
+        """Forget what others have; in a child."""
+        here, broker = os.getpid(), self._broker()
+        if self._forget is None or broker is None:
+            return
+        for pid in [pid for pid in self._parts if pid != here]:
+            part = self._parts.pop(pid, None)
+            if part is not None:  # no other thread was faster
+                self._forget(broker, part)
+
+    def forked(self) -> None:
+        """Take note of a fork, in the child."""
+        broker = self._broker()
+        if self._parts:
+            self.leave_to_parent()
+        elif self._forget is not None and broker is not None:
+            self._forget(broker, None)
+
+
+def _drop(parts: dict[int, P], drop: Callable[[P], object]) -> None:
+    part = parts.pop(os.getpid(), None)
+    if part is not None:
+        drop(part)
+
+
+_all: weakref.WeakSet[PerProcess[Any, Any]] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for one in tuple(_all):
+        one.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
