@@ -283,6 +283,27 @@ def test_a_path_is_taken_as_it_is(make, folder, name):
     assert os.listdir(folder) == [name]
 
 
+def test_what_is_stored_as_somebody_begins_to_watch(make, monkeypatch):
+    """A listener with nothing to tell of passes over what is there, and no more."""
+    broker, other, told = make(), make(), Told()
+    broker.attach(told)
+    broker.watch("b")
+    broker.unwatch("b")
+    newest, is_armed = database.Database.newest, [True]
+
+    def begin(self):
+        if is_armed:
+            is_armed.clear()
+            broker.watch("a")
+            other.publish([("a", b"told")])
+        return newest(self)
+
+    monkeypatch.setattr(database.Database, "newest", begin)
+    other.publish([("b", b"not told")])  # wakes it
+    wait_until(lambda: not is_armed and (told.payloads or told.resyncs))
+    assert told.payloads == [b"told"]
+
+
 def test_a_private_folder_must_be_private(monkeypatch, folder):
     """Neither a link, nor somebody else's, nor open to others."""
     monkeypatch.setattr(tempfile, "tempdir", folder)

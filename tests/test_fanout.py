@@ -927,8 +927,8 @@ class Deaf(MemoryBroker):
 
     is_deaf = False
 
-    def _is_watched(self, channel):
-        return not self.is_deaf and super()._is_watched(channel)
+    def is_watched(self, channel):
+        return not self.is_deaf and super().is_watched(channel)
 
 
 def test_a_gap_of_many_at_one_place(peers):

@@ -897,7 +897,7 @@ def test_patterns(hub, pattern, heard):
         one.close()
     assert not hub.windows.patterns
     assert not hub.windows.listeners
-    assert not hub.broker._patterns
+    assert not hub.broker.watched.patterns
 
 
 def test_a_pattern_wakes(hub, place):
@@ -1745,7 +1745,7 @@ def test_idle_channels_are_forgotten(hub, monkeypatch):
         subscription.close()
         time.sleep(0.001)
     assert hub.stats()["channels"] <= 1
-    assert len(hub.broker._watched - {PRESENCE}) <= 1
+    assert len(hub.broker.watched.names - {PRESENCE}) <= 1
 
 
 def test_forgotten_and_wanted_at_once(monkeypatch):
@@ -2362,7 +2362,7 @@ def check_budget(steps):
         if action in ("publish", "hole"):
             hub.publish(what, f"{len(published)}:{what}:" + "x" * size)
             published.append(what)
-            if action == "publish" and broker._is_watched(what):
+            if action == "publish" and broker.is_watched(what):
                 broker.tell(what, -1)
         elif action == "read":
             found[what] += read_all(subscriptions[what])

@@ -39,8 +39,8 @@ class Shared(MemoryBroker):
         self.reads.append(channel)
         return super().read(channel, after, limit)
 
-    def _is_watched(self, channel):
-        return not self.is_mute and super()._is_watched(channel)
+    def is_watched(self, channel):
+        return not self.is_mute and super().is_watched(channel)
 
     def kick(self, who=None, tags=None):
         """Do what another process does."""
@@ -291,16 +291,16 @@ def test_nobody_sees_the_channel(hub, broker):
 def test_it_is_listened_for_while_there_is_somebody(hub, broker):
     """Nobody with a name or tags costs nothing; nor does the second one."""
     begun(hub)
-    assert CONTROL not in broker._watched
+    assert CONTROL not in broker.watched
     first, second = begun(hub, who="ann"), begun(hub, tags=["x"])
     await_true(PLACE, lambda: not hub.subscribers.control.is_reading)
     reads = broker.reads.count(CONTROL)
     for n in range(20):
         hub.publish("a", str(n))
     first.close()
-    assert CONTROL in broker._watched
+    assert CONTROL in broker.watched
     second.close()
-    assert CONTROL not in broker._watched
+    assert CONTROL not in broker.watched
     broker.kick('"ann"')
     assert not begun(hub, who="ann").is_closed
     assert reads <= 2

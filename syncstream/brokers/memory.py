@@ -20,7 +20,7 @@ from ..runtime.process import process
 from ..runtime.sockets import native
 from .contract import Sink, check_bounds
 from .log import START, Entry, Log, Page
-from .names import is_pattern, patterns_of
+from .watched import Watched
 
 __all__ = ["MemoryBroker"]
 
@@ -80,8 +80,7 @@ class MemoryBroker:
         self._room = _HEADS
         self._empty = _empty()
         self._sink: Sink | None = None
-        self._watched: set[str] = set()
-        self._patterns: set[str] = set()
+        self.watched = Watched()
 
     def publish(
         self, items: Sequence[tuple[str, bytes]], *, connection: Any = None
@@ -119,7 +118,7 @@ class MemoryBroker:
                 while self._size > self._max_size:
                     self._empty_oldest()
                 ids.append(entry.id)
-                if self._sink is not None and self._is_watched(channel):
+                if self._sink is not None and self.is_watched(channel):
                     self._sink.deliver(channel, entry)
             self._published += len(items)
             if self._published >= _SWEEP:
@@ -149,11 +148,9 @@ class MemoryBroker:
                 log.append(Entry(self._id(), log.head, entry.payload, entry.time))
         self._size = sum(log.size for log in self._logs.values())
 
-    def _is_watched(self, channel: str) -> bool:
-        return channel in self._watched or (
-            bool(self._patterns)
-            and any(pattern in self._patterns for pattern in patterns_of(channel))
-        )
+    def is_watched(self, channel: str) -> bool:
+        """Tell whether the sink is told of a channel."""
+        return channel in self.watched
 
     def _since(self, now: float) -> float:
         return now - self._max_age if self._max_age is not None else float("-inf")
@@ -170,7 +167,7 @@ class MemoryBroker:
         self._heads[channel] = log.head
         if len(self._heads) > self._room:
             # Who listens knows the head: it must go on from there.
-            watched = self._watched.difference(self._logs)
+            watched = self.watched.names.difference(self._logs)
             self._heads = {name: self._head(name) for name in watched}
             self._room = _HEADS + 2 * len(self._heads)
             self._empty = _empty()
@@ -226,13 +223,13 @@ class MemoryBroker:
         self._sink = sink
 
     def watch(self, channel: str) -> None:
+        # Not while somebody publishes: after it, all is told.
         with self._lock:
-            (self._patterns if is_pattern(channel) else self._watched).add(channel)
+            self.watched.add(channel)
 
     def unwatch(self, channel: str) -> None:
         with self._lock:
-            self._patterns.discard(channel)
-            self._watched.discard(channel)
+            self.watched.discard(channel)
 
     def close(self, timeout: float = 5.0) -> None:
         with self._lock:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import logging
 import os
-from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 from ...errors import PayloadTooLarge, Unavailable
@@ -13,8 +12,8 @@ from ...runtime.sockets import native
 from ...runtime.waiting import LONGEST, say
 from ..contract import Sink, check_bounds
 from ..log import Page
-from ..names import is_pattern, matches
 from ..process import PerProcess
+from ..watched import Watched
 from .database import Bounds, Items
 from .files import path_of
 from .process import Process, paused, processes, spoilt
@@ -72,8 +71,7 @@ class LocalBroker:
             None if publish_timeout is None else min(publish_timeout, LONGEST)
         )
         self._sink: Sink | None = None
-        self._watched: set[str] = set()
-        self._patterns: set[str] = set()
+        self.watched = Watched()
         self._is_closed = False
         self._is_up = True  # as the sink was told, here or in the parent of a fork
         self._is_heir = False
@@ -84,7 +82,7 @@ class LocalBroker:
 
     def _leave_to_parent(self, parents: Process | None) -> None:
         """Let go of what is the parent's; in the child, where no thread goes on."""
-        self._is_heir = self.is_watching()
+        self._is_heir = bool(self.watched)
         self._lock = native(_thread, "RLock")()
         if parents is None:
             return
@@ -157,8 +155,7 @@ class LocalBroker:
 
     def watch(self, channel: str) -> None:
         # First: what is stored from now on is looked at with this in mind.
-        with self._lock:
-            (self._patterns if is_pattern(channel) else self._watched).add(channel)
+        self.watched.add(channel)
         if self._is_closed:
             return  # and there will be nothing to tell
         try:
@@ -169,13 +166,11 @@ class LocalBroker:
                 raise
 
     def unwatch(self, channel: str) -> None:
-        with self._lock:
-            self._patterns.discard(channel)
-            self._watched.discard(channel)
+        self.watched.discard(channel)
 
     def _go_on(self, process: Process) -> None:
         """Listen in a forked child, too, if its parent did."""
-        if self.is_watching() and not process.is_listening:
+        if self.watched and not process.is_listening:
             process.listen()
 
     def close(self, timeout: float = 5.0) -> None:
@@ -202,21 +197,6 @@ class LocalBroker:
         except Exception as error:  # ours goes on, whoever is told
             text = "%s: the sink has failed"
             say(log, logging.ERROR, text, self.path, error=error)
-
-    def is_watching(self) -> bool:
-        return bool(self._watched or self._patterns)
-
-    def is_watched(self, channel: str) -> bool:
-        with self._lock:
-            return channel in self._watched or any(
-                matches(pattern, channel) for pattern in self._patterns
-            )
-
-    def unless_watching(self, act: Callable[[], None]) -> None:
-        """Do something while nobody can begin to watch; it must not wait."""
-        with self._lock:
-            if not self.is_watching():
-                act()
 
     # For the process's part.
 

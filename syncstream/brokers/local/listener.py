@@ -232,7 +232,7 @@ class Listener:
                 sink.resync(None)
             self._position = last
             for _, channel, entry in rows:
-                if broker.is_watched(channel):
+                if channel in broker.watched:
                     sink.deliver(channel, entry)
 
     def _look(self, broker: LocalBroker) -> tuple[list[tuple[int, str, Entry]], int]:
@@ -246,13 +246,10 @@ class Listener:
             if is_new:
                 self._position = database.newest()
                 self._is_doubtful = True
-            if not broker.is_watching():
-                newest = database.newest()
-
-                def skip() -> None:
-                    self._position = newest
-
-                broker.unless_watching(skip)
+            # In this order: what is stored once somebody watches is behind it.
+            newest = database.newest()
+            if not broker.watched:
+                self._position = newest
             # First: what comes between the two is there for the next look.
             newest = database.newest()
             self._process.try_to_store(database)

@@ -20,8 +20,8 @@ from ...runtime.clock import time
 from ...runtime.waiting import LONGEST, say
 from ..contract import Sink, check_bounds
 from ..log import Entry, Page
-from ..names import is_pattern
 from ..process import PerProcess
+from ..watched import Watched
 from .connection import (
     DENIED,
     READ_TIMEOUT,
@@ -97,8 +97,7 @@ class PostgreSQLBroker:
         self._publish_timeout = min(publish_timeout, LONGEST)
         self._connections = connections
         self._sink: Sink | None = None
-        self._watched: set[str] = set()
-        self._patterns: frozenset[str] = frozenset()
+        self.watched = Watched()
         # Nothing that was open before a fork is touched after it.
         self._parts: PerProcess[PostgreSQLBroker, Own] = PerProcess(self, Own.drop)
         self._is_up = True  # as the sink was told, here or in the parent of a fork
@@ -111,7 +110,7 @@ class PostgreSQLBroker:
         own = self._parts.get()
         if own is None:
             own = self._parts.begin(Own(self._connections))
-            if self._watched or self._patterns:
+            if self.watched:
                 # Those of the process that forked: what came since was not told.
                 self._listener(own, is_late=True)
         return own
@@ -406,11 +405,7 @@ class PostgreSQLBroker:
         read that may have come.
         """
         own = self._own()
-        with own.lock:
-            if is_pattern(channel):
-                self._patterns = self._patterns | {channel}
-            else:
-                self._watched.add(channel)
+        self.watched.add(channel)
         listener = self._listener(own)
         # Without one the broker is closed: the read that follows says so.
         if listener is not None and not listener.is_decided:
@@ -418,9 +413,7 @@ class PostgreSQLBroker:
             self._call(own, listener.await_decided, deadline)
 
     def unwatch(self, channel: str) -> None:
-        with self._own().lock:
-            self._patterns = self._patterns - {channel}
-            self._watched.discard(channel)
+        self.watched.discard(channel)
 
     def close(self, timeout: float = 5.0) -> None:
         self._is_closing = True

@@ -15,7 +15,6 @@ from ...runtime.clock import time
 from ...runtime.sockets import native
 from ...runtime.waiting import say
 from ..log import Entry
-from ..names import matches
 from .connection import (
     READ_TIMEOUT,
     Connection,
@@ -216,7 +215,7 @@ class Listener:
                 number, nonce, prev = (
                     number_of(result, row, column) for column in (2, 3, 4)
                 )
-                if self._is_wanted(channel):
+                if channel in broker.watched:
                     payload = result.get_value(row, 5)
                     if payload is None:
                         # Too much for one answer, or watched since it was asked for.
@@ -244,18 +243,10 @@ class Listener:
         if not broker._is_up or not ways.isdisjoint(own.failing):
             broker._judge(own, *ways)
 
-    def _is_wanted(self, channel: str) -> bool:
-        broker = self._broker
-        return channel in broker._watched or any(
-            matches(pattern, channel) for pattern in broker._patterns
-        )
-
     def _names(self, is_utf8: bool) -> tuple[str, str]:
         """Return, as SQL arrays, the names and the prefixes of what is wanted."""
-        broker = self._broker
-        with broker._own().lock:
-            patterns = broker._patterns
-            names = list(broker._watched)
+        watched = self._broker.watched
+        names, patterns = [*watched.names], [*watched.patterns]
         # One name that another encoding has not, and the server would tell nothing.
         is_sendable = is_utf8 or all(name.isascii() for name in (*names, *patterns))
         if len(names) > _MAX_NAMES or not is_sendable:
