@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pairs import check_script
 from syncstream import Hub
 from syncstream.brokers import open_broker
+from syncstream.brokers.ids import parse_id, spell_id
 from syncstream.brokers.log import START, Entry, Page
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.brokers.names import is_pattern, matches, patterns_of
@@ -494,6 +495,23 @@ def test_many_patterns_are_not_tried_each():
     assert "user:7:news" in watched
     assert "room:7:news" not in watched
     assert Counted.looks < 20
+
+
+@given(st.integers(0, 2**60 - 1), st.integers(0, 2**32 - 1))
+def test_ids_are_read_as_they_are_spelt(number, nonce):
+    """Number and nonce come back; what has another form is no id of ours."""
+    id = spell_id(number, nonce)
+    assert parse_id(id) == (number, nonce)
+    for other in (f"{id}0", f"{id}\n", f" {id}", id.partition("-")[0], f"-{id}"):
+        assert parse_id(other) is None
+
+
+@pytest.mark.parametrize(
+    "id", ["", "-", "1-", "1-2", "1-DEADBEEF", "1" * 16 + "-0" * 8]
+)
+def test_ids_of_others_are_none_of_ours(id):
+    """They come from clients, and may be anything."""
+    assert parse_id(id) is None
 
 
 def test_a_seed_makes_no_ids():

@@ -19,7 +19,8 @@ from ..runtime.clock import time
 from ..runtime.process import process
 from ..runtime.sockets import native
 from .contract import Sink, check_bounds
-from .log import START, Entry, Log, Page
+from .ids import make_nonce, spell_id
+from .log import Entry, Log, Page
 from .watched import Watched
 
 __all__ = ["MemoryBroker"]
@@ -127,7 +128,7 @@ class MemoryBroker:
         return ids
 
     def _id(self) -> str:
-        id = f"{self._next:x}-{_nonce()}"
+        id = spell_id(self._next, make_nonce())
         self._next += 1
         return id
 
@@ -255,9 +256,4 @@ def _at_commit(connection: Any, publish: Callable[[], object]) -> None:
 
 
 def _empty() -> str:
-    return f"{START}-{_nonce()}"
-
-
-def _nonce() -> str:
-    # Not of `random`: an application that seeds it would have the same ids again.
-    return os.urandom(4).hex()
+    return spell_id(0, make_nonce())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import logging
 import os
-import re
 import sqlite3
 import weakref
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from ...errors import Unavailable
 from ...runtime.clock import time
 from ...runtime.sockets import native
 from ...runtime.waiting import say
+from ..ids import make_nonce, parse_id, spell_id
 from ..log import Entry, Page
 from .files import SAFE, Lock, file_mode, make_file, settle
 
@@ -26,7 +26,6 @@ __all__ = [
     "Database",
     "SUFFIXES",
     "entry_of",
-    "spell_id",
     "text_of",
 ]
 
@@ -41,7 +40,6 @@ _WAL, _WAL_MAX = 4 << 20, 16 << 20  # bytes, from which on it is checkpointed
 _SEEN = 2000  # milliseconds, within which listeners have seen an event
 _SWEEP = 64  # events between two looks for what is too old, or too much
 _CHANNELS = 5000  # that are looked at in one go, whether they can be forgotten
-_ID = re.compile(r"([0-9a-f]{1,15})-[0-9a-f]{8}")
 
 _TABLES = files(__package__).joinpath("tables.sql").read_text("utf-8")
 # secure_delete, Debian's default, overwrites with zeros what is trimmed.
@@ -219,7 +217,7 @@ class Database:
             execute(
                 "UPDATE channel SET last = last + 1, nonce = abs(random() % 4294967296)"
             )
-            execute("UPDATE life SET empty = ?", (_nonce(),))
+            execute("UPDATE life SET empty = ?", (make_nonce(),))
             execute("COMMIT")
         self._note(mine)
 
@@ -326,7 +324,7 @@ class Database:
         execute("BEGIN IMMEDIATE")
         for statement in _TABLES.strip().rstrip(";").split(";"):
             execute(statement)
-        execute("INSERT INTO life VALUES (?)", (_nonce(),))
+        execute("INSERT INTO life VALUES (?)", (make_nonce(),))
         execute(f"PRAGMA application_id={APPLICATION}")
         execute(f"PRAGMA user_version={VERSION}")
         execute("COMMIT")
@@ -489,7 +487,7 @@ class Database:
             ).rowcount
         )
         if idle:
-            execute("UPDATE life SET empty = ?", (_nonce(),))
+            execute("UPDATE life SET empty = ?", (make_nonce(),))
 
     def checkpoint(self) -> None:
         """Move what was written to where it belongs, if it is much; with the lock."""
@@ -536,8 +534,7 @@ class Database:
         capacity, max_age, _ = bounds
         since = 0 if max_age is None else int((time.time() - max_age) * 1000)
         oldest = max(0, last - capacity)  # the number before the oldest one
-        match = _ID.fullmatch(after)
-        number = int(match[1], 16) if match else -1
+        number, _ = parse_id(after) or (-1, 0)
         if oldest <= number < last:
             entries = self._entries(channel, number, last, limit, since)
             if entries and entries[0].prev == after:
@@ -635,10 +632,6 @@ class Database:
         return found
 
 
-def spell_id(number: int, nonce: int) -> str:
-    return f"{number:x}-{nonce:08x}"
-
-
 def entry_of(number: Any, nonce: Any, prev: Any, payload: Any, now: float) -> Entry:
     """Return a row's event; for a row that is none of ours, one that `flaw` refuses.
 
@@ -653,8 +646,3 @@ def entry_of(number: Any, nonce: Any, prev: Any, payload: Any, now: float) -> En
 
 def text_of(data: bytes) -> str:
     return data.decode(errors="replace")  # SQLite takes any bytes, too
-
-
-def _nonce() -> int:
-    # Not `random`, which applications may seed: it would be that of an earlier life.
-    return int.from_bytes(os.urandom(4), "big")

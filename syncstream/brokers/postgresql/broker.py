@@ -5,7 +5,6 @@ from __future__ import annotations
 import _queue
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,6 +18,7 @@ from ...runtime import waiting
 from ...runtime.clock import time
 from ...runtime.waiting import LONGEST, say
 from ..contract import Sink, check_bounds
+from ..ids import parse_id, spell_id
 from ..log import Entry, Page
 from ..process import PerProcess
 from ..watched import Watched
@@ -31,7 +31,6 @@ from .connection import (
     array,
     number_of,
     parse_url,
-    spell_id,
     spell_number,
     sqlstate_of,
 )
@@ -45,8 +44,6 @@ log = logging.getLogger("syncstream.brokers.postgresql")
 
 T = TypeVar("T")
 _MAX_BATCH = 64 << 20  # bytes published at once: they are sent as twice as many
-
-_ID = re.compile(r"([0-9a-f]{1,15})-([0-9a-f]{8})")
 
 
 class PostgreSQLBroker:
@@ -320,8 +317,7 @@ class PostgreSQLBroker:
     def _read(
         self, own: Own, channel: str, after: str | None, limit: int, deadline: float
     ) -> Page:
-        found = None if after is None else _ID.fullmatch(after)
-        off, nonce = (int(found[1], 16), int(found[2], 16)) if found else (-1, 0)
+        off, nonce = parse_id(after or "") or (-1, 0)
         place = None if after is None else off
         words = (channel, place, nonce, limit, self._capacity, self._max_age)
         sql = f"SELECT * FROM {self._schema}.read($1, $2, $3, $4, $5, $6)"

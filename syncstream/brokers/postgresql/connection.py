@@ -26,7 +26,6 @@ __all__ = [
     "array",
     "number_of",
     "parse_url",
-    "spell_id",
     "spell_number",
     "sqlstate_of",
     "wait_for",
@@ -329,10 +328,6 @@ def sqlstate_of(error: BaseException | None) -> str | None:
                 return code
         error = error.__cause__
     return None
-
-
-def spell_id(number: int, nonce: int) -> str:
-    return f"{number:x}-{nonce:08x}"
 
 
 def number_of(result: Any, row: int, column: int) -> int:

@@ -14,6 +14,7 @@ from ...errors import BrokerError
 from ...runtime.clock import time
 from ...runtime.sockets import native
 from ...runtime.waiting import say
+from ..ids import spell_id
 from ..log import Entry
 from .connection import (
     READ_TIMEOUT,
@@ -23,7 +24,6 @@ from .connection import (
     Stopped,
     array,
     number_of,
-    spell_id,
     wait_for,
 )
 
