@@ -105,6 +105,22 @@ class Broker(Protocol):
         """Stop, and leave no thread, descriptor or file behind."""
 
 
+def refuse_connection(scheme: str, connection: Any) -> None:
+    """Refuse a transaction to an engine that has none.
+
+    It would store at once what the transaction may roll back.
+
+    Args:
+        scheme: The broker's, as in its URL.
+        connection: As given to `Broker.publish`.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if connection is not None:
+        raise ValueError(f"connection must be None: {scheme}: has no transactions")
+
+
 def check_bounds(capacity: int, max_age: float | None) -> None:
     """Check what a broker is to keep of each channel.
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from ...errors import PayloadTooLarge, Unavailable
 from ...runtime.sockets import native
 from ...runtime.waiting import LONGEST, say
-from ..contract import Sink, check_bounds
+from ..contract import Sink, check_bounds, refuse_connection
 from ..log import Page
 from ..process import PerProcess
 from ..watched import Watched
@@ -114,8 +114,7 @@ class LocalBroker:
         return self._parts.get()
 
     def publish(self, items: Items, *, connection: Any = None) -> list[str | None]:
-        if connection is not None:
-            raise ValueError("connection must be None: local: has no transactions")
+        refuse_connection("local", connection)
         _, _, max_size = self._bounds
         for channel, payload in items:
             channel.encode()  # what SQLite does not take is the caller's error

@@ -17,7 +17,7 @@ from redis.exceptions import (
 from ...errors import Denied, Unavailable, Uncertain
 from ...runtime.clock import time
 from .. import shown
-from ..contract import Sink, check_bounds
+from ..contract import Sink, check_bounds, refuse_connection
 from ..log import START, Entry, Page
 from ..process import PerProcess
 from .process import Process
@@ -103,8 +103,7 @@ class RedisBroker:
     def publish(
         self, items: Sequence[tuple[str, bytes]], *, connection: Any = None
     ) -> list[str | None]:
-        if connection is not None:
-            raise ValueError("connection must be None: redis: has no such transactions")
+        refuse_connection("redis", connection)
         deadline = time.monotonic() + self._timeout
         here = self._process()
         groups: dict[Server, list[int]] = {}
