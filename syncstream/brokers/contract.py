@@ -125,11 +125,18 @@ def check_bounds(capacity: int, max_age: float | None) -> None:
     """Check what a broker is to keep of each channel.
 
     Raises:
+        TypeError: One is no number, or a capacity is no whole one.
         ValueError: Engines cannot count so, or would keep nothing.
     """
-    if not isinstance(capacity, int) or not 1 <= capacity <= MOST_KEPT:
+    if not isinstance(capacity, int) or isinstance(capacity, bool):
+        raise TypeError(f"capacity must be int, got {capacity!r}")
+    if not 1 <= capacity <= MOST_KEPT:
         raise ValueError(f"capacity must be 1 to {MOST_KEPT}, got {capacity!r}")
-    if max_age is not None and not 0 < max_age <= LONGEST_KEPT:  # NaN is not, either
+    if max_age is None:
+        return
+    if not isinstance(max_age, (int, float)) or isinstance(max_age, bool):
+        raise TypeError(f"max_age must be seconds or None, got {max_age!r}")
+    if not 0 < max_age <= LONGEST_KEPT:  # NaN is not, either
         raise ValueError(
             f"max_age must be above 0, and {LONGEST_KEPT:.0f} seconds at most, or None"
             f" for no limit, got {max_age!r}"

@@ -23,7 +23,7 @@ from collections.abc import (
 from typing import Any
 
 from ..brokers import open_broker, shown
-from ..brokers.contract import Broker
+from ..brokers.contract import Broker, check_bounds
 from ..brokers.names import NAME, check_name
 from ..errors import (
     BrokerError,
@@ -101,22 +101,13 @@ class Hub:
         url = "memory:" if url is _DEFAULT else url
         capacity = 1000 if capacity is _DEFAULT else capacity
         max_age = 3600.0 if max_age is _DEFAULT else max_age
-        for name, number, most in (
-            ("capacity", capacity, limits.MOST_KEPT),
-            ("max_payload", max_payload, limits.MOST_PAYLOAD),
-        ):
-            if not isinstance(number, int) or isinstance(number, bool):
-                raise TypeError(f"{name} must be int, got {number!r}")
-            if not 1 <= number <= most:
-                raise ValueError(f"{name} must be 1 to {most}, got {number!r}")
-        if max_age is not None:
-            if not isinstance(max_age, (int, float)) or isinstance(max_age, bool):
-                raise TypeError(f"max_age must be seconds or None, got {max_age!r}")
-            if not 0 < max_age <= limits.LONGEST:
-                raise ValueError(
-                    f"max_age must be above 0, and {limits.LONGEST:.0f} seconds at"
-                    f" most, or None for no limit, got {max_age!r}"
-                )
+        check_bounds(capacity, max_age)
+        if not isinstance(max_payload, int) or isinstance(max_payload, bool):
+            raise TypeError(f"max_payload must be int, got {max_payload!r}")
+        if not 1 <= max_payload <= limits.MOST_PAYLOAD:
+            raise ValueError(
+                f"max_payload must be 1 to {limits.MOST_PAYLOAD}, got {max_payload!r}"
+            )
         if not isinstance(url, str):
             raise TypeError(f"url must be str, got {type(url).__name__}")
         if broker is not None and not callable(getattr(broker, "attach", None)):

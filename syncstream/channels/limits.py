@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from ..brokers.contract import LONGEST_KEPT as LONGEST
+from ..brokers.contract import MOST_KEPT
+
 __all__ = [
     "ANSWER",
     "BUDGET",
@@ -34,6 +37,4 @@ SAID = 3600.0  # seconds for which what was said of a name is not said again
 MOST_SAID = 100  # names of which something is said in that time: clients choose names
 RETRY = 1.0  # seconds, roughly, until a broker that did not answer is asked again
 MAX_CHANNELS = 32  # of one subscription, by name: their ids fit into one
-MOST_KEPT = 1_000_000_000  # events of a channel: what any broker can count
 MOST_PAYLOAD = 512 << 20  # bytes: what Redis has for one value
-LONGEST = 1e9  # seconds, thirty years
