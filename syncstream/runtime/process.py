@@ -1,10 +1,10 @@
 """One process's streams: the open ones, counters of the ended ones, the stop.
 
-A server that is told to stop tells nobody: streams would go on until it kills them.
-So while there are streams, the flag by which the server knows it is looked at 12
-times a second, and from then on each stream is asked to end at every look: one whose
-client comes back ends at once, finite work goes on until it is done or its time is
-over. At the interpreter's exit all are told to end, and get a second.
+A server that is told to stop does not tell its applications: streams would run until it
+kills them. So while there are streams, the server's own flag is checked 12 times a
+second. Once it is set, every check asks each stream to end: a stream whose client
+reconnects ends at once, finite work continues until it is done or its time is over. At
+the interpreter's exit all streams are told to end, and get one second.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ __all__ = ["Process", "Served", "Stopping", "process", "stats"]
 log = logging.getLogger("syncstream.process")
 
 EXIT_WAIT = 1.0  # seconds
-_MOST_KEPT = 200  # of what is kept for whoever asks again
+_MOST_KEPT = 200  # entries of each cache
 
 Stopping = Callable[[], "float | None"]
-"""Tells whether a server has been told to stop: until when (`time.monotonic`) finite
-work may go on, which is in the past if it may not; ``None`` if it has not been told."""
+"""Returns ``None`` until the server has been told to stop, then the time until which
+finite work may continue (`time.monotonic`; in the past: not at all)."""
 
 AT_ONCE = -math.inf
-"""What a `Stopping` returns when nothing may go on."""
+"""The result of a `Stopping` if no work may continue."""
 
 
 def drain_of_environment() -> float | None:
-    """Return ``SYNCSTREAM_DRAIN``: for how many seconds finite work goes on at a stop.
+    """Return ``SYNCSTREAM_DRAIN``: the seconds that finite work may take at a stop.
 
-    ``None`` if it is not set, or is no such number, which is said once.
+    ``None`` if it is unset or invalid; an invalid value is logged once.
     """
     text = os.environ.get("SYNCSTREAM_DRAIN")
     if text is None:
@@ -63,26 +63,26 @@ def drain_of_environment() -> float | None:
 
 
 class Attached(Protocol):
-    """A stream that its server has, as far as this module needs to know."""
+    """A stream that its server still serves, as far as this module is concerned."""
 
     def shut_down(self, since: float, until: float) -> None:
-        """End, or go on with finite work for a while; called again and again.
+        """End, or continue finite work for a while; called repeatedly.
 
         Args:
-            since: When the server's stop was first seen, `time.monotonic`.
-            until: As a `Stopping` returns it.
+            since: When the server's stop was first noticed, `time.monotonic`.
+            until: The result of a `Stopping`.
         """
 
 
 class Parked(Protocol):
-    """A client that its server has let go."""
+    """A client that has left its server."""
 
     def stop(self, reason: str = ...) -> None: ...
 
 
 @dataclass(slots=True)
 class Total:
-    """What the streams that ended for one reason came to."""
+    """The sums over all streams that ended for one reason."""
 
     streams: int = 0
     seconds: float = 0.0
@@ -94,27 +94,27 @@ class Served:
     """The open streams of one server; a process may have several.
 
     Attributes:
-        stopping: Tells whether the server has been told to stop, ``None`` if nothing
-            does.
-        since: When its stop was first seen (`time.monotonic`), ``None`` before.
+        stopping: Tells whether the server has been told to stop; ``None`` if nothing
+            shows it.
+        since: When its stop was first noticed (`time.monotonic`), ``None`` before.
     """
 
     def __init__(self, stopping: Stopping | None) -> None:
         self.stopping = stopping
         self.since: float | None = None
-        # Weak: a stream that everybody has dropped ends.
+        # Weak: a stream without other references ends.
         self.open: dict[int, weakref.ref[Attached]] = {}
-        # Those that the server has let go; until the last callback of theirs has run.
+        # Clients that have left the server, until their last callback has run.
         self.parked: set[Parked] = set()
 
     def until(self) -> float | None:
-        """Return what its `stopping` tells."""
+        """Return the result of its `stopping`."""
         return _asked(self.stopping)
 
     def stop(self, until: float = AT_ONCE) -> None:
-        """Tell all its streams to end; those with finite work, at that time.
+        """Tell all its streams to end, and those with finite work to end by a time.
 
-        One that fails keeps no other from it.
+        A failure of one does not affect the others.
         """
         if self.since is None:
             self.since = time.monotonic()
@@ -127,7 +127,7 @@ class Served:
             _try(partial(parked.stop, "shutdown"), complaint)
 
     def count(self) -> int:
-        """Return how many streams it has."""
+        """Return the number of its streams."""
         return len(self.open) + len(self.parked)
 
 
@@ -167,12 +167,12 @@ class Process:
             say(log, level, message, *args)
 
     def memo(self, key: Hashable, find: Callable[[], Any]) -> Any:
-        """Return what was found for a key; find it the first time.
+        """Return the cached value of a key; compute it the first time.
 
         Args:
-            key: Of the server's or ours. What clients send makes no key: when there
-                are too many, all are forgotten.
-            find: Returns it.
+            key: A key of the server's or ours, never made from a client's data: the
+                cache is cleared when it is full.
+            find: Returns the value.
         """
         missing = object()
         found = self._memo.get(key, missing)
@@ -184,10 +184,10 @@ class Process:
         return found
 
     def shared_label(self, label: str) -> str:
-        """Return the same object for equal labels, of which there are often many.
+        """Return the same object for equal labels, as there are often many.
 
-        `sys.intern` would keep each one that a client makes up, on Python 3.12 for
-        ever.
+        `sys.intern` would keep every label that a client invents, on Python 3.12
+        forever.
         """
         if len(self._labels) >= _MOST_KEPT:
             self._labels.clear()
@@ -199,12 +199,12 @@ class Process:
 
     @property
     def attached_streams(self) -> int:
-        """How many hold a thread or greenlet of their server."""
+        """The number of streams that occupy a thread or greenlet of their server."""
         return sum(len(served.open) for served in list(self._all.values()))
 
     @property
     def parked_streams(self) -> int:
-        """How many have left their server."""
+        """The number of streams that have left their server."""
         return sum(len(served.parked) for served in list(self._all.values()))
 
     def opened(
@@ -214,17 +214,17 @@ class Process:
         server: Hashable,
         find: Callable[[], Stopping | None],
     ) -> Served:
-        """Take a stream on; look by its watch whether its server stops.
+        """Add a stream, and check with its watch whether its server stops.
 
         Args:
-            stream: It is held weakly.
+            stream: The stream, which is referenced weakly.
             watch: Its watch.
-            server: Tells its server from others of this process.
-            find: Returns what tells whether that has been told to stop.
+            server: A key that distinguishes its server from others of this process.
+            find: Returns the server's `Stopping`.
         """
         served = self._served.get(server)
         if served is None or served.until() is not None:
-            # Another one may have taken the place of one that has stopped.
+            # A new server may have replaced one that has stopped.
             served = self._served[server] = Served(find())
         self._have_exit()
         key = id(stream)
@@ -236,7 +236,7 @@ class Process:
             try:
                 watch.call_at(on_grid(time.monotonic()), self._look)
             except BaseException:
-                self._is_looking = False  # the next one tries again
+                self._is_looking = False  # the next stream tries again
                 served.open.pop(key, None)
                 raise
         return served
@@ -247,18 +247,18 @@ class Process:
             self._has_exit = True
 
     def at_exit(self, callback: Callable[[], object]) -> None:
-        """Call this at the interpreter's exit, after the streams have ended."""
+        """Register a call for the interpreter's exit, after the streams have ended."""
         self._last.append(callback)
         self._have_exit()
 
     def closed(self, stream: Attached, served: Served) -> None:
-        """Let a stream go."""
+        """Remove a stream."""
         served.open.pop(id(stream), None)
 
     def count(
         self, reason: str, seconds: float = 0.0, events: int = 0, bytes: int = 0
     ) -> None:
-        """Count the end of a stream, also of one that never came to be."""
+        """Count the end of a stream, even of one that never began."""
         self._news.append((reason, seconds, events, bytes))
         if len(self._news) > 100 and self._lock.acquire(False):
             try:
@@ -270,7 +270,7 @@ class Process:
         while self._news:
             try:
                 reason, seconds, events, bytes = self._news.popleft()
-            except IndexError:  # a garbage collection's call was faster
+            except IndexError:  # a call from a garbage collection was faster
                 return
             total = self._totals.setdefault(reason, Total())
             total.streams += 1
@@ -279,13 +279,13 @@ class Process:
             total.bytes += bytes
 
     def stop_when(self, stopping: Stopping) -> None:
-        """Say how to learn that the whole process has been told to stop."""
+        """Set the `Stopping` of the whole process."""
         self._stopping = stopping
 
     def until(self, served: Served) -> float | None:
-        """Return what a server's `Stopping` tells, or the process's, if that is less.
+        """Return the earlier result of the server's `Stopping` and the process's.
 
-        From the first time on that it is not ``None``, the server has a `since`.
+        The first result that is not ``None`` sets the server's `since`.
         """
         until = served.until()
         ours = _asked(self._stopping)
@@ -307,11 +307,11 @@ class Process:
                 if until is not None:
                     served.stop(until)
                 continue
-            # A server that may have gone is forgotten, and asked for again.
+            # The server may be gone: forget it; the next stream finds it again.
             del self._all[key]
             for name in [n for n, known in self._served.items() if known is served]:
                 del self._served[name]
-            if served.count():  # one came in between
+            if served.count():  # a stream was added meanwhile
                 self._all[key] = served
         if not self._all:
             self._is_looking = False
@@ -321,7 +321,7 @@ class Process:
         return on_grid(time.monotonic() + GRID / 2)
 
     def end(self, limit: float) -> None:
-        """Tell all streams to end, and wait for that, at most so many seconds."""
+        """Tell all streams to end, and wait for them, at most ``limit`` seconds."""
         self.stop()
         deadline = time.monotonic() + limit
         gevent: Any = sys.modules.get("gevent")
@@ -329,7 +329,7 @@ class Process:
             (gevent or time).sleep(0.01)
 
     def leave(self) -> None:
-        """Do what is to be done last."""
+        """Make the calls registered by `at_exit`."""
         while self._last:
             _try(self._last.pop(), "what was to be done at the exit failed")
 
@@ -341,28 +341,28 @@ class Process:
         return {"open": self.open_streams, "ended": ended}
 
 
-_processes: dict[int, Process] = {}  # this one's, and its parents' if it was forked
+_processes: dict[int, Process] = {}  # by pid; a forked child also has its parents'
 
 
 def process() -> Process:
     """Return this process's record; a forked child begins with an empty one."""
     pid = os.getpid()
     found = _processes.get(pid)
-    # One for all threads, whichever asks first.
+    # setdefault: all threads get the same one.
     return found if found is not None else _processes.setdefault(pid, Process())
 
 
 def _try(function: Callable[[], object], complaint: str) -> None:
-    """Call; the others go on if that fails."""
+    """Call a function; log its failure, so that others are called."""
     try:
         function()
     except Exception as error:
-        # In the thread or the hub of a watch, for which everybody waits.
+        # This may be the thread or hub of a watch, which must not wait for the log.
         say(log, logging.ERROR, complaint, error=error)
 
 
 def _asked(stopping: Stopping | None) -> float | None:
-    """Return what something tells of its stop; of what cannot be asked, nothing."""
+    """Return the result of a `Stopping`; ``None`` if there is none or it fails."""
     if stopping is None:
         return None
     try:
@@ -374,13 +374,13 @@ def _asked(stopping: Stopping | None) -> float | None:
 
 
 def stats() -> dict[str, Any]:
-    """Return what has become of the streams of this process.
+    """Return the counters of this process's streams.
 
     Returns:
         ``{"open": 3, "ended": {"disconnected": {"streams": 40, "seconds": 512.3,
-        "events": 9120, "bytes": 801344}, …}}``: how many are open now; and for each
-        reason for which some have ended, how many those were, and the sums of how
-        long they lived, the events (chunks) that were yielded, and the bytes sent.
+        "events": 9120, "bytes": 801344}, …}}``: the number of open streams; and for
+        each reason of an end, the number of streams, and the sums of their durations,
+        of the events (chunks) that they yielded, and of the bytes sent.
     """
     return process().stats()
 
@@ -389,4 +389,4 @@ def _at_exit() -> None:
     record = process()
     record.end(EXIT_WAIT)
     record.leave()
-    journal().flush()  # what these ends have to say
+    journal().flush()  # lines about these ends

@@ -1,7 +1,8 @@
 """Questions to a socket, by its descriptor, without reading or writing.
 
-By the descriptor, because the socket belongs to the server, and because what an
-``ssl.SSLSocket`` or gevent's sockets do is not what is wanted here. Nothing blocks.
+The descriptor is used because the socket object belongs to the server, and because the
+methods of ``ssl.SSLSocket`` and of gevent's sockets do more than the system call.
+Nothing blocks.
 """
 
 from __future__ import annotations
@@ -41,23 +42,23 @@ __all__ = [
 ]
 
 GRACE = 1.5
-"""Seconds that the kernel waits longer than we do, for a client that takes nothing."""
+"""Seconds that the kernel waits longer than we do for a client that reads nothing."""
 
 _SO_DOMAIN: int | None = getattr(socket, "SO_DOMAIN", None)
 POLLRDHUP: int = getattr(select, "POLLRDHUP", 0)
-"""The peer will write no more; 0 where poll cannot tell (macOS)."""
+"""The peer has stopped writing; 0 if poll cannot report that (macOS)."""
 _POLLIN: int = getattr(select, "POLLIN", 1)  # Windows has no poll
 _POLLOUT: int = getattr(select, "POLLOUT", 4)
 _POLLERR: int = getattr(select, "POLLERR", 8)
-# Without MSG_DONTWAIT (Windows) a peek waits, if others read what was there just now:
-# a server does not while it serves a stream.
+# Without MSG_DONTWAIT (Windows) a peek blocks if another thread has just read the
+# bytes; a server does not read while it serves a stream.
 _PEEK: int = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
 
 _TCP_USER_TIMEOUT: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)
 # struct tcp_info of linux/tcp.h: 8 bytes, 24 u32, two u64, then this one.
 _BYTES_ACKED = 120
-# The probes of an idle connection: at the latest so many seconds after it was heard of,
-# and after each other; and which part of the time-out that may be.
+# The probes of an idle connection: the maximum of seconds until the first and between
+# two of them, and the divisor of the timeout that gives a shorter time.
 _PROBES = (("TCP_KEEPIDLE", 30, 2), ("TCP_KEEPINTVL", 10, 6))
 _PROBE_COUNT = 3
 _EPOLL_CTL_DEL = 2
@@ -72,7 +73,7 @@ _SO_NWRITE = 0x1024  # macOS, sys/socket.h: the bytes that its send buffer holds
 def native(module: Any, name: str) -> Any:
     """Return a function as it was before gevent patched it.
 
-    Always the same one, whether that has happened already or comes to happen.
+    The result is the same before and after the patching.
     """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None:
@@ -84,18 +85,18 @@ _held: set[int] = set()
 
 
 def hold(fd: int) -> None:
-    """Take note that a connection's descriptor is ours, and no server's.
+    """Remember that a connection's descriptor is ours and not the server's.
 
-    A child that is forked while it is closes its copy at once: it would keep the
-    client from seeing the end.
+    A child that is forked meanwhile closes its copy at once. Otherwise the client would
+    not see the end of the connection.
     """
     _held.add(fd)
 
 
 def release(fd: int) -> None:
-    """Close a descriptor that was ours."""
-    _held.discard(fd)  # first: in a child the number may be another's
-    # gevent's close comes later, when the number may be another's, too.
+    """Close a descriptor that was ours (see `hold`)."""
+    _held.discard(fd)  # first: a child forked after the close would close another's
+    # gevent's close is delayed, until the number may be reused, too.
     native(os, "close")(fd)
 
 
@@ -112,11 +113,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_hung_up(fd: int) -> bool:
-    """Tell at once whether the peer of a socket has closed or reset it.
+    """Return at once whether the peer of a socket has closed or reset it.
 
-    Nothing is read: bytes that wait there do not matter, nor does TLS. (Measured:
-    gevent's patched poll never reports POLLRDHUP, the original does.) Without
-    POLLRDHUP an end is seen only when no bytes wait before it.
+    Nothing is read: neither unread bytes nor TLS matter. (Measured: gevent's patched
+    poll never reports POLLRDHUP, the original does.) Without POLLRDHUP an end is
+    noticed only if no unread bytes precede it.
     """
     if fd < 0:
         return True
@@ -133,12 +134,12 @@ def is_hung_up(fd: int) -> bool:
 
 
 def _poll(fd: int, events: int) -> int:
-    """Return which of these events, or of errors, a socket has now; 0 for none."""
+    """Return those of these events, and the errors, that a socket has now, else 0."""
     if hasattr(select, "poll"):
         poll = native(select, "poll")()
         poll.register(fd, events)
         return sum(found for _, found in poll.poll(0))
-    # Windows: its select(2) takes any number, elsewhere those below 1024.
+    # On Windows select(2) accepts any number, elsewhere only those below 1024.
     is_out = events == _POLLOUT
     try:
         in_, out, _ = native(select, "select")(
@@ -150,9 +151,9 @@ def _poll(fd: int, events: int) -> int:
 
 
 def is_writable(fd: int) -> bool:
-    """Tell at once whether the kernel takes a few bytes more.
+    """Return at once whether the kernel would accept a few more bytes.
 
-    ``True`` for a socket in error: who writes to it learns that.
+    ``True`` for a socket with an error: the next write reports it.
     """
     if fd < 0:
         return True
@@ -160,22 +161,22 @@ def is_writable(fd: int) -> bool:
 
 
 def hang_up(fd: int) -> None:
-    """Shut a socket down: what was sent still arrives, and nothing more is.
+    """Shut a socket down: bytes sent before still arrive, later writes fail.
 
-    By its descriptor, because ``SSLSocket.shutdown`` would forget the encryption.
-    Writes then fail as if the peer had gone, reads show an end.
+    The descriptor is used because ``SSLSocket.shutdown`` would drop the encryption.
+    Writes then fail as if the peer had left; reads return an end of file.
     """
-    # Closed already, or reset; ValueError: its number is -1.
+    # Already closed or reset; ValueError: the number is -1.
     with suppress(OSError, ValueError), borrowed(fd) as sock:
         sock.shutdown(socket.SHUT_RDWR)
 
 
 def reset(fd: int) -> bool:
-    """Reset a TCP connection at once, and tell whether that could be done.
+    """Reset a TCP connection at once; return whether that was possible.
 
-    connect(2) to AF_UNSPEC does it, on Linux, without a descriptor of its own. (The
-    portable way, to close with SO_LINGER 0, is the server's to go, and servers shut
-    down before they close: that is an end in good order.)
+    On Linux, connect(2) to AF_UNSPEC resets it and keeps the descriptor open. (The
+    portable way, closing with SO_LINGER 0, is only open to the server, and servers shut
+    down before they close, which is an orderly end.)
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -185,11 +186,11 @@ def reset(fd: int) -> bool:
 
 
 def give_up_after(fd: int, seconds: float | None) -> float | None:
-    """Let the kernel give a TCP connection up whose peer acknowledges nothing.
+    """Make the kernel drop a TCP connection whose peer acknowledges nothing.
 
-    TCP_USER_TIMEOUT counts from the first byte that waits, a peer that is gone
-    without a word and one that does not read alike. An idle connection is probed
-    from now on (SO_KEEPALIVE), so that a peer that is gone is missed there too.
+    TCP_USER_TIMEOUT counts from the first unacknowledged byte, for peers that vanished
+    as for peers that do not read. Idle connections are probed from now on
+    (SO_KEEPALIVE), so that a vanished peer is noticed there, too.
 
     Args:
         seconds: How long; ``None`` leaves it to the system (15 minutes and more).
@@ -199,15 +200,15 @@ def give_up_after(fd: int, seconds: float | None) -> float | None:
     """
     if _TCP_USER_TIMEOUT is None:
         return None
-    with suppress(OSError), borrowed(fd) as sock:  # no TCP, or closed already
+    with suppress(OSError), borrowed(fd) as sock:  # not TCP, or already closed
         before = sock.getsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT)
         timeout = _milliseconds(seconds) if seconds is not None else 0
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, timeout)
         if seconds is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            # Past the time-out one unanswered probe ends the connection, whatever
-            # TCP_KEEPCNT says (tcp_keepalive_timer of Linux; measured): one packet
-            # lost. So let some go unanswered before.
+            # After the timeout a single unanswered probe ends the connection, whatever
+            # TCP_KEEPCNT is (tcp_keepalive_timer of Linux; measured): one lost packet
+            # would be enough. So send several probes before the timeout.
             for name, most, part in _PROBES:
                 value = min(most, max(1, int(seconds / part)))
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -217,14 +218,14 @@ def give_up_after(fd: int, seconds: float | None) -> float | None:
 
 
 def _milliseconds(seconds: float) -> int:
-    return round(min(seconds * 1000, 0x7FFFFFFF))  # what a C int takes: 24 days
+    return round(min(seconds * 1000, 0x7FFFFFFF))  # the maximum of a C int: 24 days
 
 
 def has_timed_out(fd: int) -> bool:
-    """Tell whether the kernel has given a connection up; this clears its error.
+    """Return whether the kernel has dropped a connection, and clear its error.
 
-    Uncleared, the server's next write would fail with ETIMEDOUT, which gunicorn
-    logs with a traceback; cleared, it fails with EPIPE.
+    With the error, the server's next write would fail with ETIMEDOUT, which gunicorn
+    logs with a traceback; without it, the write fails with EPIPE.
     """
     with suppress(OSError), borrowed(fd) as sock:
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -233,7 +234,7 @@ def has_timed_out(fd: int) -> bool:
 
 
 def acknowledged(fd: int) -> int | None:
-    """Return how many bytes the peer has taken so far, ``None`` if it is not told."""
+    """Return the number of bytes acknowledged by the peer, ``None`` if unknown."""
     if not sys.platform.startswith("linux"):
         return None
     with suppress(OSError), borrowed(fd) as sock:
@@ -244,13 +245,13 @@ def acknowledged(fd: int) -> int | None:
 
 
 def queued(fd: int) -> int | None:
-    """Return how much the kernel still holds for the peer, ``None`` if it is not told.
+    """Return the size of the kernel's send queue, ``None`` if it is unknown.
 
-    Only whether it changes says something: for a Unix socket it is memory, given back
+    Only changes are meaningful: for a Unix socket the size is one of memory, released
     in pieces of up to 37 KB as the peer reads (measured, Linux 6.18).
     """
     system: str = sys.platform
-    with suppress(OSError, ValueError):  # ValueError: closed, -1
+    with suppress(OSError, ValueError):  # ValueError: closed, so -1
         if system == "linux":
             answer = fcntl.ioctl(fd, _SIOCOUTQ, bytes(4))
             return int.from_bytes(answer, sys.byteorder)
@@ -262,7 +263,7 @@ def queued(fd: int) -> int | None:
 
 
 def is_socket(fd: int) -> bool:
-    """Tell a connected socket's descriptor from a file's or a listener's."""
+    """Return whether a descriptor is a connected socket's, not a file or listener's."""
     try:
         with borrowed(fd) as sock:
             sock.getpeername()
@@ -272,7 +273,7 @@ def is_socket(fd: int) -> bool:
 
 
 def is_unix(fd: int) -> bool:
-    """Tell a Unix socket, which cannot be reset; ``False`` where nothing tells it."""
+    """Return whether it is a Unix socket, which has no reset; ``False`` if unknown."""
     if _SO_DOMAIN is None:
         return False
     with suppress(OSError), borrowed(fd) as sock:
@@ -282,20 +283,20 @@ def is_unix(fd: int) -> bool:
 
 
 def forget(epoll: int, fd: int) -> None:
-    """Take a descriptor out of somebody's epoll; it need not be in there.
+    """Remove a descriptor, if present, from an epoll that is not ours.
 
-    `select.epoll` would close an epoll that it is lent.
+    `select.epoll` objects would close the epoll.
     """
     _libc().epoll_ctl(epoll, _EPOLL_CTL_DEL, fd, None)
 
 
 class borrowed:
-    """Lends a native socket object for a descriptor that stays its owner's."""
+    """Lends a native socket object for a descriptor, which stays its owner's."""
 
     __slots__ = ("_socket",)
 
     def __init__(self, fd: int, family: int = socket.AF_INET) -> None:
-        # Below gevent's and Python's own classes. The family matters to names alone.
+        # Without gevent's and Python's subclasses. The family matters only for names.
         self._socket: Any = _socket.socket(family, _STREAM, 0, fileno=fd)
 
     def __enter__(self) -> Any:
