@@ -1,10 +1,10 @@
-"""Readers slower than the source skip to what is newest; nothing piles up.
+"""Slow readers skip to the newest events, so that nothing piles up.
 
     gunicorn -k gevent examples.backpressure:app
     curl -N http://127.0.0.1:8000/events
 
-Ten events a second are produced, into a deque that holds a hundred for all clients;
-each client is sent the newest, at most two a second.
+A source appends ten events a second to a deque of a hundred, which all clients share.
+Each client gets the newest event, at most twice a second.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""Bottle: a decorated generator, and a response made by hand.
+"""Bottle: a decorated generator, and a view that creates its response.
 
     gunicorn -k gevent examples.bottle_app:app
     curl -N http://127.0.0.1:8000/events
 
-/rows is the other: Bottle wants a response of its own, which `respond` makes.
+The view is at /rows: `respond` converts the response into one of Bottle's.
 """
 
 import os

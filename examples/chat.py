@@ -1,13 +1,13 @@
-"""A chat room: each line is an event of one channel, and everybody follows it.
+"""A chat room: each line is an event of a channel that all clients follow.
 
     gunicorn -k gevent -w 4 examples.chat:app
     curl -N http://127.0.0.1:8000/events
 
 The page is http://127.0.0.1:8000/; ``curl -d 'Hello' http://127.0.0.1:8000/say``
-writes, too. Who comes back gets what was missed, and a new page what is kept, also
-after a restart: the workers share a file of this machine. HUB_URL=redis://… or
-postgresql://… is for several machines; with memory:, of one worker, a restart forgets
-all, and says so by a "reset".
+also writes. A reconnecting page gets the lines that it missed, and a new page the kept
+ones, even after a restart, because the workers share a file. For several machines set
+HUB_URL=redis://… or postgresql://…. memory: works with one worker only, and forgets all
+lines at a restart; pages then get a "reset".
 """
 
 import os

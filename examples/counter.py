@@ -1,4 +1,4 @@
-"""A counter that says when it is done, and notices when nobody listens any more.
+"""A counter that announces its end, and notices the departure of its client.
 
     gunicorn -k gevent examples.counter:app
     curl -N http://127.0.0.1:8000/events

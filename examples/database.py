@@ -3,7 +3,7 @@
     gunicorn -k gevent examples.database:app
     curl -N http://127.0.0.1:8000/events
 
-``curl -X POST http://127.0.0.1:8000/events/hi`` adds a row; /pool looks at the pool.
+``curl -X POST http://127.0.0.1:8000/events/hi`` adds a row; /pool shows the pool.
 """
 
 import os

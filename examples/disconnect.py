@@ -1,9 +1,9 @@
-"""Count the clients that are connected; those that leave are seen to leave.
+"""Count the connected clients, and notice those that leave.
 
     gunicorn -k gevent examples.disconnect:app
     curl -N http://127.0.0.1:8000/events
 
-And ``curl http://127.0.0.1:8000/clients``, with some of the former and without.
+Watch ``curl http://127.0.0.1:8000/clients`` while you start and stop others.
 """
 
 import os

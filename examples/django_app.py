@@ -1,9 +1,9 @@
-"""Django in one file: a decorated generator, and a response made by hand.
+"""Django in one file: a decorated generator, and a view that creates its response.
 
     gunicorn -k gevent examples.django_app:app
     curl -N http://127.0.0.1:8000/events
 
-/countdown/3 is the other. In a project: import from syncstream.django, no more.
+The view is at /countdown/3. A project only needs the import of syncstream.django.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A large file in pieces of 8 KiB, which is all of it that is ever in memory.
+"""A large file in pieces of 8 KiB, with only one piece in memory.
 
     gunicorn -k gevent examples.download:app
     curl -N -o copy http://127.0.0.1:8000/download

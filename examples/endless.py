@@ -1,4 +1,4 @@
-"""Events without an end, until the client leaves: nobody has to ask whether it did.
+"""Endless events, until the client leaves; the generator need not check for that.
 
     gunicorn -k gevent examples.endless:app
     curl -N http://127.0.0.1:8000/endless

@@ -1,10 +1,10 @@
-"""A source that fails is tried three times, ever more patiently, then given up.
+"""Retry a failing source three times, with growing delays, then give up.
 
     gunicorn -k gevent examples.error_recovery:app
     curl -N http://127.0.0.1:8000/events
 
-``curl -X POST http://127.0.0.1:8000/source/down`` breaks it, ``…/source/up`` mends
-it. The waits are 2 and 4 seconds; then the client is told, and may come back later.
+``curl -X POST http://127.0.0.1:8000/source/down`` breaks the source, ``…/source/up``
+repairs it. The delays are 2 and 4 seconds; then the client gets an error event.
 """
 
 import os

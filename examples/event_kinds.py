@@ -1,4 +1,4 @@
-"""What may be an event: text, a mapping, an object, an `Event`, any JSON value.
+"""The kinds of events: text, a mapping, an object, an `Event`, any JSON value.
 
     gunicorn -k gevent examples.event_kinds:app
     curl -N http://127.0.0.1:8000/kinds

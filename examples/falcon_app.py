@@ -3,7 +3,7 @@
     gunicorn -k gevent examples.falcon_app:app
     curl -N http://127.0.0.1:8000/events
 
-What a responder returns is of no consequence to Falcon.
+Falcon ignores the return value of a responder.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""An old view, its event stream written by hand; the last line brings it to life.
+"""An old view with a hand-written event stream; the last line manages it.
 
     gunicorn -k gevent examples.handwritten:app
     curl -N -i http://127.0.0.1:8000/events

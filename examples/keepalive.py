@@ -1,12 +1,12 @@
-"""A comment that keeps the connection alive, sent only when there is nothing else.
+"""Comments that keep the connection alive, sent only during silence.
 
     gunicorn -k gevent examples.keepalive:app
     curl -N http://127.0.0.1:8000/events
 
-And, to send something, ``curl -X POST http://127.0.0.1:8000/say/hello``.
+Send a message with ``curl -X POST http://127.0.0.1:8000/say/hello``.
 
-The wait for a message ends at once when the client leaves. Every message puts the
-comment off, and the wait is not interrupted for it.
+The wait for a message ends at once when the client leaves. Every message postpones the
+comment, which does not interrupt the wait.
 """
 
 import os

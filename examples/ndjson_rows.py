@@ -1,11 +1,11 @@
-"""Rows as newline-delimited JSON: a client works on the first before the last is read.
+"""Rows as newline-delimited JSON: clients process the first before the last is read.
 
     gunicorn -k gevent examples.ndjson_rows:app
     curl -N http://127.0.0.1:8000/rows
 
-A row that cannot be read ends the response with a last line that says why. (Without
-`on_error` the response is cut: curl says "transfer closed", and half of the rows are
-not mistaken for all.)
+If a row cannot be read, the last line of the response gives the reason. (Without
+`on_error` the response is cut: curl says "transfer closed", and nobody mistakes half
+of the rows for all of them.)
 """
 
 import csv

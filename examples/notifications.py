@@ -4,9 +4,9 @@
     curl -N http://127.0.0.1:8000/events/ann
 
 The page is http://127.0.0.1:8000/ann, and ``curl -d 'Your tea is ready'
-http://127.0.0.1:8000/notify/ann`` sends. The page is given the id of the newest
-notification, and asks for what follows: what is sent before its stream is open is
-not lost, whether or not a connection breaks.
+http://127.0.0.1:8000/notify/ann`` sends. The page gets the id of the newest
+notification, and asks for those after it, so that none is lost before its stream
+opens or while a connection is broken.
 """
 
 from flask import Flask, abort, request

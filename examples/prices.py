@@ -1,10 +1,9 @@
-"""Prices: who reads slower than they change gets the newest of each, not all.
+"""Prices: a client that reads slowly gets only the newest price of each symbol.
 
     gunicorn -k gevent examples.prices:app
     curl -N http://127.0.0.1:8000/prices
 
-A hundred changes a second, and a table at http://127.0.0.1:8000/ that is told of
-them twice a second: at most one for each symbol. Nothing piles up for slow clients.
+Prices change 100 times a second; the page at http://127.0.0.1:8000/ updates twice.
 """
 
 import os
@@ -41,10 +40,7 @@ threading.Thread(target=change, daemon=True).start()
 def prices():
     # The last hundred contain one of each symbol: the table is full at once.
     newest = hub.subscribe(
-        "prices",
-        after=100,
-        conflate=lambda event: event.json()["symbol"],
-        throttle=THROTTLE,
+        "prices", after=100, conflate=lambda e: e.json()["symbol"], throttle=THROTTLE
     )
     return SSEResponse(newest)
 

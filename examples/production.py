@@ -1,4 +1,4 @@
-"""All of it together: resumable, kept alive, patient, the same from every worker.
+"""Everything together: resumable, kept alive, and the same on every worker.
 
     gunicorn -k gevent -w 2 examples.production:app
     curl -N -H 'Last-Event-ID: 0' http://127.0.0.1:8000/events

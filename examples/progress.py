@@ -1,11 +1,11 @@
-"""The progress of a long job, which goes on whether or not anybody looks.
+"""The progress of a long job, which continues even if nobody watches it.
 
     gunicorn -k gevent -w 4 examples.progress:app
     curl -N http://127.0.0.1:8000/jobs/NUMBER/events
 
-``curl -i -X POST http://127.0.0.1:8000/jobs`` starts a job and tells its number, as
-does the button at http://127.0.0.1:8000/. A job runs in a thread and has a channel of
-its own: every page, reloaded or new, begins with the job's start, on any worker.
+``curl -i -X POST http://127.0.0.1:8000/jobs`` starts a job and returns its number, as
+does the button at http://127.0.0.1:8000/. A job runs in a thread and has its own
+channel: every page, reloaded or new, begins with the job's start, on any worker.
 """
 
 import os

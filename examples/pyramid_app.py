@@ -3,7 +3,7 @@
     gunicorn -k gevent examples.pyramid_app:app
     curl -N http://127.0.0.1:8000/events
 
-Without it Pyramid refuses what is no response of its own.
+Without it Pyramid refuses responses of other packages.
 """
 
 import os

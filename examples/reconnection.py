@@ -1,10 +1,10 @@
-"""A stream that goes on where the client's last one broke off.
+"""A stream that resumes where the client's last one ended.
 
     gunicorn -k gevent examples.reconnection:app
     curl -N -H 'Last-Event-ID: 5' http://127.0.0.1:8000/events
 
-Each response ends after five numbers. The page at http://127.0.0.1:8000/ comes back
-by itself, presents the id it saw last, and misses nothing. Clients that cannot set
+Each response ends after five numbers. The page at http://127.0.0.1:8000/ reconnects
+by itself, presents the last id that it saw, and misses nothing. Clients that cannot set
 headers ask for /events?lastEventId=5.
 """
 

@@ -1,10 +1,10 @@
-"""The numbers from 1 to 5 as events, and then the end, for good.
+"""The numbers from 1 to 5 as events, and then a final end.
 
     gunicorn -k gevent examples.sse_numbers:app
     curl -N http://127.0.0.1:8000/
 
-A browser's EventSource would come back and get them again, for ever; it is told to
-stay away. ``end="reconnect"`` would let it.
+A browser's EventSource would reconnect and get them again, for ever, so it is told to
+stay away. ``end="reconnect"`` lets it reconnect.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Text that is written token by token, and survives a reload of the page it is on.
+"""Text that is written token by token, and survives a reload of its page.
 
     gunicorn -k gevent -w 4 examples.tokens:app
     curl -N http://127.0.0.1:8000/answers/1
