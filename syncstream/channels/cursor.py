@@ -21,6 +21,7 @@ __all__ = [
     "Cursor",
     "MAX_ID",
     "NOWHERE",
+    "OUTSIDE",
     "composite",
     "hash_of",
     "is_id",
@@ -29,6 +30,7 @@ __all__ = [
 MAX_ID = 4096  # characters of an id that are looked at
 _ID = re.compile(r"[0-9a-f]+(-[0-9a-f]+)?")
 NOWHERE = "-"  # an id that no broker has
+OUTSIDE = -1  # a position that no window has
 
 
 def is_id(id: str) -> bool:
@@ -42,9 +44,9 @@ class Cursor:
     Attributes:
         last: The id after which it goes on.
         sent: The id of what was given out last; it may be behind.
-        position: The same in the window; -1 if it is not known to be there.
-        seen: The window's end before the broker was asked, and had nothing more; -1
-            if it may have. While the window's end is that, there is nothing new.
+        position: The same in the window, or `OUTSIDE`: it is read from the broker.
+        seen: The window's end before the broker was asked, and had nothing more, or
+            `OUTSIDE` if it may have. While the window's end is that, nothing is new.
         is_begun: It was found once, so that a gap is one of a lag.
         since: The window's end when it began: what was set aside before that is not
             for it. A pattern's gets none of it there, see `Subscription.overhear`.
@@ -55,8 +57,8 @@ class Cursor:
     name: str
     record: Channel
     last: str
-    position: int = -1
-    seen: int = -1
+    position: int = OUTSIDE
+    seen: int = OUTSIDE
     is_begun: bool = False
     sent: str = ""
     start: str = ""
@@ -74,6 +76,21 @@ class Cursor:
     def is_late(self) -> bool:
         """Tell whether there may be what is not for it; under the hub's lock."""
         return self.position < self.since and self.record.aside >= self.position
+
+    def find(self) -> bool:
+        """Tell whether its place is in the window; under the hub's lock."""
+        window = self.record.log
+        if self.position < window.first:  # it was trimmed, or begun anew
+            place = window.after(self.last) if self.last else None
+            self.position = OUTSIDE if place is None else place
+        return self.position >= 0
+
+    def advance(self, end: int) -> None:
+        """Go on to a position in the window; under the hub's lock."""
+        window = self.record.log
+        self.position = end
+        self.last = window.head if end == window.end else window.entry(end - 1).id
+        self.is_begun, self.start = True, ""
 
     def read(self, limit: int) -> tuple[list[Entry], int]:
         """Return what there is for it in the window, and the position after that."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ..brokers.log import START, Entry, Page, first_part, flaw
 from ..protocol.sse import Event
 from . import limits
-from .cursor import NOWHERE, Cursor, Item, is_id
+from .cursor import NOWHERE, OUTSIDE, Cursor, Item, is_id
 from .gap import gap
 from .options import Options
 from .payloads import Payloads
@@ -61,11 +61,11 @@ class Pages:
         elif len(entries) == limit < limits.READ:
             cursor.record.limit = min(2 * limit, limits.READ)
         last = entries[-1].id if entries else page.head
-        cursor.seen = end if last == page.head else -1
+        cursor.seen = end if last == page.head else OUTSIDE
         if cursor.record.is_doubtful:
             self._windows.settle(cursor.record, page.head, end)
         if entries or not page.complete:  # it goes elsewhere
-            cursor.position = -1
+            cursor.position = OUTSIDE
         items = self._chained(cursor, page, entries)
         cursor.is_begun, cursor.start = True, ""
         return items
@@ -149,7 +149,7 @@ class Pages:
             is_past = is_replay and bool(entries) and is_id(entries[-1].id)
             last = entries[-1].id if is_past else page.head
             if not is_replay:
-                cursor.seen = -1  # more may have come
+                cursor.seen = OUTSIDE  # more may have come
             items += self._reset(cursor, reason, last)
         cursor.last = last
         return items
@@ -174,7 +174,7 @@ class Pages:
             if not page.complete and not self._is_kept(cursor.name, last):
                 break  # it has been trimmed meanwhile, and is read from the oldest on
             entries = first_part(page.entries)
-            cursor.seen = -1  # more may have come
+            cursor.seen = OUTSIDE  # more may have come
         return None
 
     def _is_kept(self, name: str, last: str) -> bool:

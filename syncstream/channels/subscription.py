@@ -40,6 +40,7 @@ from ..runtime.watch import Watch, elsewhere, watch
 from . import limits
 from .cursor import (
     MAX_ID,
+    OUTSIDE,
     Brought,
     Cursor,
     Item,
@@ -68,6 +69,9 @@ class Subscription:
     first that a stream's generator reads, it begins after the client's Last-Event-ID,
     if there is one; a second one in a generator begins where ``after`` says. One
     thread or greenlet reads it.
+
+    More than 25 methods, for it has three sides on one state: what its reader calls,
+    what `fanout` calls in place of a reader, and what the windows tell it.
 
     Attributes:
         who: As given to `Hub.subscribe`.
@@ -342,7 +346,7 @@ class Subscription:
         (mine,), (theirs,) = self._named, other._named
         return (
             mine.record is theirs.record
-            and -1 != mine.position == theirs.position
+            and OUTSIDE != mine.position == theirs.position
             and not (mine.is_late() or theirs.is_late())
         )
 
@@ -359,11 +363,7 @@ class Subscription:
         record = cursor.record
         window = record.log
         with self.windows.lock:
-            if cursor.position < window.first and cursor.last:
-                place = window.after(cursor.last)
-                cursor.position = -1 if place is None else place
-            position = cursor.position
-            if position < window.first or self._reason is not None:
+            if not cursor.find() or self._reason is not None:
                 return None
             while cursor.position < window.end:
                 position = cursor.position
@@ -374,10 +374,7 @@ class Subscription:
                 else:
                     end, chunk = window.joined(position)
                     count = end - position
-                cursor.position = end
-                is_all = end == window.end
-                cursor.last = window.head if is_all else window.entry(end - 1).id
-                cursor.is_begun, cursor.start = True, ""
+                cursor.advance(end)
                 if count:
                     return chunk, count
             if record.is_doubtful:
@@ -737,7 +734,8 @@ class Subscription:
                     cursor.since = sys.maxsize
                     brought.cursors[channel] = cursor
                 elif cursor.record is not record:
-                    cursor.record, cursor.position, cursor.seen = record, -1, -1
+                    cursor.record = record
+                    cursor.position = cursor.seen = OUTSIDE
                 brought.behind[channel] = cursor
             if len(brought.cursors) > brought.room:
                 # Of a channel that is idle the next event is a first one again.
@@ -769,13 +767,10 @@ class Subscription:
         """Return what follows a cursor: entries of anybody's, and resets."""
         window = cursor.record.log
         with self.windows.lock:
-            if cursor.position < window.first:
-                place = window.after(cursor.last) if cursor.last else None
-                cursor.position = -1 if place is None else place
-            if cursor.position >= 0:
+            if cursor.find():
                 entries, end = cursor.read(limits.READ)
                 if end > cursor.position:
-                    cursor.position, cursor.last = end, window.entry(end - 1).id
+                    cursor.advance(end)
                 cursor.is_begun, cursor.start = True, ""
                 if entries or not cursor.record.is_doubtful:
                     return [(cursor, entry) for entry in entries]
