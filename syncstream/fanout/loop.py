@@ -118,7 +118,8 @@ class Fanout:
         self._lanes_lock = native_lock()
         self._epoll = epoll()
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._epoll.register(self._event_fd, select.EPOLLIN)
+        # Each write to it is told of, once: it need not be read.
+        self._epoll.register(self._event_fd, select.EPOLLIN | select.EPOLLET)
         self._is_over = False
         self._ended = native_lock()  # the thread's, until then
         self._ended.acquire()
@@ -291,12 +292,10 @@ class Fanout:
                         self.hung_up(client)
                     else:
                         self._flush(client)
-                elif fd == self._event_fd:
-                    os.eventfd_read(fd)
-                # Else it has ended in this round.
+                # Else it has ended in this round, or somebody has a call.
             except BaseException as error:
                 self.cut(client, error)
-        # After it was read, before the calls are looked at: who calls from here on
+        # After the wait, before the calls are looked at: who calls from here on
         # finds it cleared, and wakes us.
         self._is_woken = False
         for queue in (self._calls, self._again):
