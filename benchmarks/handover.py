@@ -21,7 +21,7 @@ keeps up with paced events. *Client* is the CPU time of the clients, a program i
 while they waited for paced events.
 
 *Beside a request that computes*, in another thread of the same gthread worker: paced
-once more, with each sender; "auto" is what is chosen where there is no io_uring.
+once more, with each sender.
 
 *Beside 20 that stopped* reading, for whom 400 kB wait: the 1,000 others with and
 without them, in turns, on one sync worker.
@@ -56,7 +56,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
 from syncstream import Hub, SSEResponse
-from syncstream.fanout.sender import VARIABLE, AdaptiveSender, PydllSender, open_sender
+from syncstream.fanout.sender import VARIABLE, open_sender
 from syncstream.runtime.process import process
 
 from .chart import MINE, THEIRS, THEIRS_TOO, Bar, bars
@@ -73,7 +73,7 @@ MANY, MANY_RATE, ASK_EVERY = 8_000, 5, 0.05  # clients, events/s, seconds
 FILES = 500  # open ones beside a client's each
 TIMEOUT = 120.0
 BURST_GOAL, FASTER_GOAL = 0.25, 10  # µs; times better-sse's events/s
-COST_GOALS = {"write": 1.25, "uring": 0.95}  # of the broadcaster's CPU time
+COST_GOALS = {"write": 1.25, "aio": 1.0}  # of the broadcaster's CPU time
 P99_GOAL = 1.5  # of the broadcaster's
 RSS_GOAL, ASK_GOAL = 1024, 0.05  # bytes a client; seconds
 BUSY_GOAL, CLAIM_NONE = 0.05, "write"  # seconds; who claims nothing there
@@ -81,7 +81,6 @@ STOPPED_P99_GOAL, STOPPED_COST_GOAL = 1.2, 1.1  # "nothing measurable"
 
 JOINED = 1.05  # events a read, from which on CPU times are no longer comparable
 
-AUTO = "auto"  # a value of `VARIABLE` that only this benchmark knows
 OUR_NAME = "syncstream"
 HERE = Path(__file__).parent
 NCHAN = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
@@ -123,8 +122,6 @@ http {{
 def app(handover: bool | None = None) -> Flask:
     from flask import Flask, request
 
-    if os.environ.get(VARIABLE) == AUTO:
-        _have_no_ring()
     flask, hub = Flask(__name__), Hub()
     is_computing = False
 
@@ -178,17 +175,6 @@ def app(handover: bool | None = None) -> Flask:
         return "ok"
 
     return flask
-
-
-def _have_no_ring() -> None:
-    """Let the loop choose as it does where there is no io_uring."""
-    from syncstream.fanout import loop as fanout
-
-    vars(fanout)["open_sender"] = _without_ring
-
-
-def _without_ring(name: str | None = None) -> Any:
-    return open_sender(name) if name else AdaptiveSender(None, PydllSender())
 
 
 # The servers, as they are run.
@@ -635,7 +621,7 @@ def goals(found: dict[Server, list[Found]]) -> None:
 
 
 def computing_goals(rounds: int) -> None:
-    senders = ["write", *filter(has, ("pydll", "uring")), AUTO]
+    senders = [*filter(has, COST_GOALS)]
     found: dict[str, list[Came]] = {sender: [] for sender in senders}
     for _ in range(rounds):
         for sender in senders:

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from syncstream.fanout.loop import fanout
 from syncstream.runtime.journal import MOST, Journal, journal
 from syncstream.runtime.process import Process
 from syncstream.runtime.waiter import wake_all
-from test_fanout import Peer, settle
+from test_fanout import HEAD, Peer, settle
 
 PLACE = Threads()
 ERRORS = [MemoryError, SystemExit]
@@ -365,6 +366,23 @@ def test_a_log_that_takes_its_time_holds_up_no_keepalive(monkeypatch):
         handler.close()
 
 
+def test_a_descriptor_that_could_sleep(channel, caplog):
+    """Without O_NONBLOCK one write would hold up all: its client is cut at once."""
+    hub, loop = channel
+    other, peer = Peer(loop, hub), Peer(loop, hub, add=False)
+    os.set_blocking(peer.client.fd, True)
+    loop.add(peer.client, HEAD)
+    await_true(PLACE, lambda: peer.ends)
+    assert peer.ends == ["error"]
+    hub.publish("a", "1")
+    other.read_until(lambda events: events)
+    assert journal().flush()
+    assert "must have O_NONBLOCK" in caplog.text
+    peer.leave()
+    other.leave()
+    settle(loop)
+
+
 def test_a_sender_that_raises(channel):
     """Nobody knows who has got it: these are cut, and the next ones get all."""
     hub, loop = channel
@@ -372,7 +390,7 @@ def test_a_sender_that_raises(channel):
     settle(loop)
 
     class Failing:
-        def send(self, fds, data):
+        def send(self, pairs):
             raise MemoryError
 
         def close(self):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from ..runtime.clock import time
 from ..runtime.journal import is_enabled, journal, report
+from ..runtime.signals import unblock_sigpipe
 from ..runtime.sockets import (
     native,
 )
@@ -78,6 +79,7 @@ class Lane:
 
     def _work(self) -> None:
         job: Callable[[], object] | None
+        unblock_sigpipe()
         try:
             while True:
                 job = None  # or it would live on while nothing is to be done
@@ -179,6 +181,7 @@ class Crew:
 
     def _work(self) -> None:
         job: Callable[[], object] | None
+        unblock_sigpipe()
         try:
             while True:
                 with self._lock:

@@ -46,6 +46,7 @@ from ..errors import Closed
 from ..runtime.clock import time
 from ..runtime.journal import MOST, journal, report
 from ..runtime.process import EXIT_WAIT, Process, Served, process
+from ..runtime.signals import block_sigpipe
 from ..runtime.sockets import (
     GRACE,
     acknowledged,
@@ -254,6 +255,7 @@ class Fanout:
     def _run(self) -> None:
         failure: BaseException | None = None
         try:
+            block_sigpipe()
             self._have_sender()
             failures = 0
             while not self._is_over and failures < _MOST_FAILURES:
@@ -386,6 +388,9 @@ class Fanout:
         group.add(client)
         client.rest = memoryview(head)
         try:
+            # Nothing else keeps a write to it from sleeping, with all others behind it.
+            if os.get_blocking(client.fd):
+                raise ValueError("a descriptor of the loop's must have O_NONBLOCK")
             self._epoll.register(client.fd, _GONE)
         except OSError as error:
             self.end(client, "error")

@@ -1,1 +1,1 @@
-"""One process: waiting, watching sockets, open streams, log lines."""
+"""One process: waiting, watching sockets, signals, open streams, log lines."""

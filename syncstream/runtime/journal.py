@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any
 
 from .clock import time
+from .signals import unblock_sigpipe
 from .sockets import native
 
 __all__ = ["Journal", "is_enabled", "journal", "report"]
@@ -129,6 +130,7 @@ class Journal:
         return True
 
     def _work(self) -> None:
+        unblock_sigpipe()
         try:
             while True:
                 self._do(self._jobs.get())
