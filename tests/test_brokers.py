@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pairs import check_script
 from syncstream import Hub
 from syncstream.brokers import open_broker
-from syncstream.brokers.ids import parse_id, spell_id
+from syncstream.brokers.ids import make_id, parse_id, spell_id
 from syncstream.brokers.log import START, Entry, Page
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.brokers.names import is_pattern, matches, patterns_of
@@ -502,6 +502,7 @@ def test_ids_are_read_as_they_are_spelt(number, nonce):
     """Number and nonce come back; what has another form is no id of ours."""
     id = spell_id(number, nonce)
     assert parse_id(id) == (number, nonce)
+    assert parse_id(make_id(number))[0] == number
     for other in (f"{id}0", f"{id}\n", f" {id}", id.partition("-")[0], f"-{id}"):
         assert parse_id(other) is None
 

@@ -9,13 +9,18 @@ from __future__ import annotations
 import os
 import re
 
-__all__ = ["make_nonce", "parse_id", "spell_id"]
+__all__ = ["make_id", "make_nonce", "parse_id", "spell_id"]
 # What any engine's integers take, with room to count on. Ids come from outside.
 _ID = re.compile(r"([0-9a-f]{1,15})-([0-9a-f]{8})")
 
 
 def spell_id(number: int, nonce: int) -> str:
     return f"{number:x}-{nonce:08x}"
+
+
+def make_id(number: int) -> str:
+    """Return an id with a new nonce; in half the time of spelling `make_nonce`'s."""
+    return f"{number:x}-{os.urandom(4).hex()}"
 
 
 def parse_id(id: str) -> tuple[int, int] | None:

@@ -19,7 +19,7 @@ from ..runtime.clock import time
 from ..runtime.process import process
 from ..runtime.sockets import native
 from .contract import Sink, check_bounds
-from .ids import make_nonce, spell_id
+from .ids import make_id
 from .log import Entry, Log, Page
 from .watched import Watched
 
@@ -128,7 +128,7 @@ class MemoryBroker:
         return ids
 
     def _id(self) -> str:
-        id = spell_id(self._next, make_nonce())
+        id = make_id(self._next)
         self._next += 1
         return id
 
@@ -256,4 +256,4 @@ def _at_commit(connection: Any, publish: Callable[[], object]) -> None:
 
 
 def _empty() -> str:
-    return spell_id(0, make_nonce())
+    return make_id(0)
