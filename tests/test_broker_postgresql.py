@@ -1097,8 +1097,9 @@ def test_a_publication_of_all_tables(server, schema, make):
 )
 def test_bounds_are_checked_at_construction(options):
     """Each would fail at every call, or at the commit of a transaction."""
-    (name,) = options
-    with pytest.raises(ValueError, match=f"{name} must be"):
+    ((name, bound),) = options.items()
+    error = TypeError if (name, bound) == ("capacity", 2.5) else ValueError
+    with pytest.raises(error, match=f"{name} must be"):
         PostgreSQLBroker(**options)
 
 

@@ -686,8 +686,7 @@ class Stream:
             encode, ended = self._format.encode, self._once
             reference = self.reference
             monotonic, running, runner = time.monotonic, current.get, runner_function()
-            # The watch looks, if there is one.
-            look_at = 0.0 if self._hung_up is None else self._began + LOOK_EVERY
+            look_at = 0.0
             while True:
                 # What entered(self) does, for the path of every event: the scope
                 # stays ours after the step, unless another running stream's was.

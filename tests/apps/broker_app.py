@@ -10,7 +10,11 @@ import os
 
 from apps import hub_app
 from syncstream import Hub, StreamMiddleware
-from syncstream.runtime.process import process
+
+try:
+    from syncstream.runtime.process import process
+except ImportError:  # an older release, beside which broker_soak.py runs this one
+    from syncstream.process import process
 
 hub_app.hub = Hub(os.environ["HUB_URL"], capacity=100_000)
 

@@ -16,9 +16,13 @@ import time
 from urllib.parse import parse_qs
 
 from syncstream import Hub, NDJSONResponse, SSEResponse, StreamMiddleware
-from syncstream.channels import limits
 
-limits.ANSWER = 2.0  # not 5 seconds for each test
+try:
+    from syncstream.channels import limits
+except ImportError:  # an older release, beside which broker_soak.py runs this one
+    pass
+else:
+    limits.ANSWER = 2.0  # not 5 seconds for each test
 hub = Hub()
 denied, hung = set(), set()
 NUMBERS = {"after": int, "throttle": float}
