@@ -1614,7 +1614,6 @@ def test_lanes_of_a_hub_that_was_destroyed():
 import threading
 import gevent
 from syncstream.fanout.loop import fanout
-from syncstream.runtime.waiting import hub
 
 found, ready, is_over = [], threading.Event(), threading.Event()
 

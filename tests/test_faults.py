@@ -533,7 +533,7 @@ def test_a_waiter_that_cannot_be_woken():
     """The others are; and it is tried twice, for nobody else would wake it."""
 
     class Waiting:
-        hub = None
+        gevent_hub = None
 
         def __init__(self, failures):
             self.failures, self.calls = failures, 0
@@ -559,7 +559,7 @@ from syncstream.runtime.waiter import Waiter, wake_all
 order = []
 
 class Failing:
-    hub = gevent.get_hub()
+    gevent_hub = gevent.get_hub()
 
     def __init__(self, error):
         self.error = error
@@ -574,7 +574,7 @@ class Fine(Failing):
 def handle_error(*args):
     raise RuntimeError("so does this")
 
-Failing.hub.handle_error = handle_error
+Failing.gevent_hub.handle_error = handle_error
 wake_all([Fine(0), Failing(ZeroDivisionError()), Fine(0), Failing(KeyError()), Fine(0)])
 gevent.sleep(0.01)
 gevent.sleep(0.01)

@@ -387,7 +387,7 @@ def test_a_close_may_wait():
         sleep(600)
 
     waiting = Waiting(function)
-    waiting.await_parked()
+    waiting.await_wait()
     waiting.stream.stop()
     waiting.join()
     await_true(PLACE, lambda: closed)
@@ -769,7 +769,7 @@ def test_a_link_that_blocks_holds_nobody_up(blocks):
     with tcp_pair() as (server, client), tcp_pair() as (server2, client2):
         first = Waiting(slow, Line(server), final=threading.get_ident)
         second = Waiting(lambda: sleep(60), Line(server2))
-        first.await_parked()
+        first.await_wait()
         leave(client)
         assert blocked.wait(TIMEOUT)
         leave(client2)
@@ -799,7 +799,7 @@ def test_a_link_that_fails_spares_the_others(caplog):
         sleep(60)
 
     waiting = Waiting(function)
-    waiting.await_parked()
+    waiting.await_wait()
     waiting.stream.stop()
     waiting.join()
     assert waiting.seen == [GeneratorExit]

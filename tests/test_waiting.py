@@ -25,7 +25,7 @@ from pairs import (
 )
 from syncstream import ClientDisconnected, current_stream, sleep
 from syncstream.runtime.waiter import Waiter, wake_all
-from syncstream.runtime.waiting import Parked, wait
+from syncstream.runtime.waiting import ThreadWait, wait
 
 PLACE = Threads()
 
@@ -52,8 +52,8 @@ class Waiting:
         self.join = PLACE.start(lambda: serve(self.stream))
         assert self.entered.wait(TIMEOUT)
 
-    def await_parked(self):
-        await_true(PLACE, lambda: self.stream.parked)
+    def await_wait(self):
+        await_true(PLACE, lambda: self.stream.thread_wait)
 
 
 def waiter(stream_wait, waitable, timeout=None):
@@ -90,7 +90,7 @@ def test_a_wait_ends_with_the_stream(kind, end):
     function = waiter(in_stream, waitable) if waitable else lambda: sleep(60)
     with tcp_pair() as (server, client):
         waiting = Waiting(function, Line(server))
-        waiting.await_parked()
+        waiting.await_wait()
         if end == "hang-up":
             leave(client)
         elif end == "stop":
@@ -194,7 +194,7 @@ def test_a_pulse_is_not_missed():
     """An event that is set and cleared at once has woken those who waited."""
     event = threading.Event()
     waiting = Waiting(lambda: in_stream(event))
-    waiting.await_parked()
+    waiting.await_wait()
     await_true(PLACE, lambda: event._cond._waiters)
     with event._cond:  # what set() and clear() do
         event._flag = True
@@ -235,7 +235,7 @@ def test_a_dying_waiter_of_an_event_wakes_nobody():
     """Its notification was for all, and those have got it."""
     event = threading.Event()
     waiting = Waiting(lambda: in_stream(event))
-    waiting.await_parked()
+    waiting.await_wait()
     await_true(PLACE, lambda: event._cond._waiters)
     with event._cond:
         event._cond.notify_all()  # as set() does
@@ -312,10 +312,10 @@ def test_a_notification_at_the_last_moment_counts():
     def source():
         from syncstream.runtime import waiting
 
-        parked = waiting.Parked(condition)
-        parked._lock = Late(notify)
+        thread_wait = waiting.ThreadWait(condition)
+        thread_wait._lock = Late(notify)
         with condition:
-            seen.append(parked.wait(0.5))
+            seen.append(thread_wait.wait(0.5))
         yield "a"
 
     serve(stream_of(source(), Line()))
@@ -650,7 +650,9 @@ def test_an_interrupted_wait_leaves_no_waiter(kind):
     def is_waiting():
         # In the system call, or just before it: nothing is half done there.
         frame = sys._current_frames()[threading.main_thread().ident]
-        return frame.f_code is Parked.wait.__code__ and "has_failed" in frame.f_locals
+        return (
+            frame.f_code is ThreadWait.wait.__code__ and "has_failed" in frame.f_locals
+        )
 
     def interrupt():
         await_true(PLACE, is_waiting)
@@ -683,7 +685,7 @@ def test_waits_and_stops_race():
     for n in range(60):
         waiting = Waiting(lambda n=n: in_stream(items) if n % 2 else sleep(60))
         if n % 3 == 0:
-            waiting.await_parked()
+            waiting.await_wait()
         for stop in [PLACE.start(waiting.stream.stop) for _ in range(1 + n % 2)]:
             stop()
         waiting.join()
@@ -694,7 +696,7 @@ class InHub:
     """What wakes of a greenlet are called on."""
 
     def __init__(self, hub, switch):
-        self.hub, self.switch = hub, switch
+        self.gevent_hub, self.switch = hub, switch
 
 
 def test_a_greenlet_that_fails_keeps_no_other_asleep():

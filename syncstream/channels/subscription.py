@@ -1044,7 +1044,7 @@ class Frames:
                         cursor.is_begun = True
                         if end == window.end:
                             cursor.last = window.head
-                            if waiter.hub is not None and not record.is_doubtful:
+                            if waiter.gevent_hub is not None and not record.is_doubtful:
                                 # Now: it takes the lock once for each event. (Threads
                                 # may run before all of a batch has come.)
                                 record.waiters[waiter] = None

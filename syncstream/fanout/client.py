@@ -87,7 +87,7 @@ class Client:
         *("place", "reason", "rest", "since", "subscription", "terms"),
     )
 
-    hub: None = None  # no gevent hub's: `wake_all` calls `wake`
+    gevent_hub: None = None  # `wake_all` calls `wake`
 
     def __init__(
         self,

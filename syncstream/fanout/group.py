@@ -45,7 +45,7 @@ class Group:
         *("retry_at", "terms"),
     )
 
-    hub: None = None
+    gevent_hub: None = None
 
     def __init__(
         self, loop: Fanout, leader: Subscription, client: Client, key: Hashable = None

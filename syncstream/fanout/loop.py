@@ -59,7 +59,7 @@ from ..runtime.sockets import (
     release,
     reset,
 )
-from ..runtime.waiting import hub
+from ..runtime.waiting import gevent_hub
 from ..runtime.watch import native_epoll, native_lock, watch
 from ..streams.ends import come_back
 from .client import Client, Terms
@@ -175,7 +175,7 @@ class Fanout:
         Raises:
             RuntimeError: No thread is left.
         """
-        own = None if hub() is None else watch()
+        own = None if gevent_hub() is None else watch()
         with self._lanes_lock:
             threads = self._lanes.get(None)
             if threads is None:

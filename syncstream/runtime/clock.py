@@ -1,9 +1,10 @@
 """The clock for waits: ``time``, whose ``monotonic`` no test can freeze.
 
-freezegun stops ``time.monotonic`` in `time` and in each module that has its name. A
-wait that counts by it never ends then, and no keepalive falls due. The function here is
-of a copy of that module which only we have. All else (``time.time``, for the age of
-what is stored, and ``sleep``) is what `time` has at the moment, frozen or patched.
+freezegun stops ``time.monotonic`` in `time` and in each module that has imported it. A
+wait that uses a stopped clock never ends, and no keepalive falls due. So ``monotonic``
+comes from a private copy of the `time` module. All other names are looked up in `time`
+at the call, frozen or patched: ``time.time``, for the age of stored events, and
+``sleep``.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Log lines that harm nobody: the last resort must not fail itself.
+"""Logging that neither fails nor blocks its caller.
 
-A logging filter or handler is the application's. It may raise (one that reads Flask's
-``request`` does, outside of a request), and it may take seconds. So nothing here
-logs but by these two:
+Logging filters and handlers belong to the application. They may raise (one that reads
+Flask's ``request`` does, outside of a request), and they may take seconds. So the
+package logs in two ways only:
 
-- `report` logs at once, where the caller is; what that raises is printed.
-- A `Journal` logs later, in a thread of its own. For whatever others wait for: loops,
+- `report` logs at once, in the caller's thread, and prints the line if logging raises.
+- A `Journal` logs later, in its own thread. Code that others wait for uses it: loops,
   lanes, watches and listeners.
 
-Act first, and log after: a line is never in the way of what it is about.
+Act first, then log: a log line never delays the action that it reports.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ __all__ = ["Journal", "is_enabled", "journal", "report"]
 
 log = logging.getLogger("syncstream.journal")
 
-MOST = 1000  # lines that wait, at most
-_EXIT_WAIT = 5.0  # seconds that the interpreter's exit waits for one line
+MOST = 1000  # the maximum of waiting lines
+_EXIT_WAIT = 5.0  # seconds that the interpreter's exit waits for each line
 
 
 def report(
@@ -44,14 +44,14 @@ def report(
     *args: Any,
     error: BaseException | None = None,
 ) -> None:
-    """Log a line; print it to stderr if that raises.
+    """Log a line; print it to stderr if logging raises.
 
     Args:
         log, level, message, args: As for `logging.Logger.log`.
-        error: To be logged with its traceback.
+        error: An exception, logged with its traceback.
     """
-    # Not the error itself: logging asks whether it is true, and one with a __len__ may
-    # say no.
+    # A tuple instead of the error: logging tests its truth, and an exception with a
+    # __len__ may be false.
     info = (type(error), error, error.__traceback__) if error is not None else None
     try:
         log.log(level, message, *args, exc_info=info, stacklevel=2)
@@ -60,10 +60,10 @@ def report(
 
 
 def is_enabled(log: logging.Logger, level: int) -> bool:
-    """Tell whether a line of this level is wanted; ``True`` if that fails."""
+    """Tell whether this level is logged; ``True`` if the logger raises."""
     try:
         return log.isEnabledFor(level)
-    except Exception:  # `report` meets it, too, and prints it
+    except Exception:  # `report` will raise it again and print it
         return True
 
 
@@ -73,8 +73,8 @@ def _print(
     error: BaseException | None,
     problem: BaseException,
 ) -> None:
-    """Print what could not be logged, without asking the exceptions anything."""
-    with suppress(Exception):  # there is no third place to say it
+    """Print a line that could not be logged, without calling the exceptions' code."""
+    with suppress(Exception):  # nowhere is left to report it
         if sys.stderr is None:
             return
         if error is not None:
@@ -85,15 +85,15 @@ def _print(
 
 
 class Journal:
-    """Logs lines in a thread of its own, one after the other; get it from `journal`.
+    """Logs lines in its own thread, one after the other; get it from `journal`.
 
-    Its methods may be called from any thread, and never wait, but for `flush`. Of more
-    than `MOST` lines that wait, the last ones are left out, and counted.
+    All methods may be called from any thread, and only `flush` waits. When `MOST` lines
+    are waiting, new ones are dropped and counted.
     """
 
     def __init__(self) -> None:
         self._jobs: Any = _queue.SimpleQueue()
-        # Reentrant: a garbage collection in here may have something to say.
+        # Reentrant: a garbage collection while it is held may log a line.
         self._lock = native(_thread, "RLock")()
         self._is_running = False
         self._left_out = 0
@@ -106,12 +106,12 @@ class Journal:
         *args: Any,
         error: BaseException | None = None,
     ) -> None:
-        """Do as `report`, soon."""
+        """Log a line soon; the arguments are those of `report`."""
         if is_enabled(log, level):
             self.do(partial(report, log, level, message, *args, error=error))
 
     def do(self, job: Callable[[], object]) -> None:
-        """Have a line logged by calling this."""
+        """Call a function that logs a line, soon and in the journal's thread."""
         if self._jobs.qsize() >= MOST:
             self._left_out += 1
             return
@@ -125,7 +125,7 @@ class Journal:
                 try:
                     native(_thread, "start_new_thread")(self._work, ())
                 except (RuntimeError, MemoryError):
-                    return False  # no thread is left: the next line tries again
+                    return False  # no thread can be started: the next line tries again
                 self._is_running = True
         return True
 
@@ -140,20 +140,21 @@ class Journal:
     def _do(self, job: Callable[[], object]) -> None:
         try:
             job()
-        except BaseException as problem:  # a handler's sys.exit() ends no journal
-            _print("a line was lost", (), None, problem)
+        except BaseException as problem:  # a handler's sys.exit() must not end this
+            _print("a log line was lost", (), None, problem)
         left_out, self._left_out = self._left_out, 0
         if left_out:
-            report(log, logging.WARNING, "%d lines came too fast: left out", left_out)
+            text = "%d log lines were dropped: a logging handler is too slow"
+            report(log, logging.WARNING, text, left_out)
 
     def flush(self, limit: float = _EXIT_WAIT) -> bool:
-        """Wait until all lines that have been given are logged.
+        """Wait until all lines given so far are logged.
 
         Args:
-            limit: Seconds that one line may take.
+            limit: The maximum of seconds for each line.
 
         Returns:
-            ``False`` if one took longer.
+            ``False`` if a line took longer.
         """
         done = native(_thread, "allocate_lock")()
         done.acquire()
@@ -174,11 +175,11 @@ class Journal:
         return True
 
 
-_journals: dict[int, Journal] = {}  # this process's, and its parents' if it was forked
+_journals: dict[int, Journal] = {}  # by pid; a forked child also has its parents'
 
 
 def journal() -> Journal:
-    """Return this process's; a forked child leaves its parent's lines to that."""
+    """Return this process's journal; a forked child begins with an empty one."""
     pid = os.getpid()
     found = _journals.get(pid)
     if found is None:
@@ -191,5 +192,8 @@ def _at_exit() -> None:
     found = _journals.get(os.getpid())
     if found is not None and not found.flush():
         _print(
-            "log lines were lost: a handler takes too long", (), None, TimeoutError()
+            "log lines were lost at the exit: a logging handler takes too long",
+            (),
+            None,
+            TimeoutError(),
         )

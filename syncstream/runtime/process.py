@@ -75,7 +75,7 @@ class Attached(Protocol):
 
 
 class Parked(Protocol):
-    """A client that has left its server."""
+    """A client whose connection has left its server."""
 
     def stop(self, reason: str = ...) -> None: ...
 
@@ -118,7 +118,7 @@ class Served:
         """
         if self.since is None:
             self.since = time.monotonic()
-        complaint = "a stream was not told to end"
+        complaint = "a stream could not be told that the server stops: it goes on"
         for reference in list(self.open.values()):
             stream = reference()
             if stream is not None:
@@ -153,7 +153,13 @@ class Process:
         self._last: list[Callable[[], object]] = []
 
     def warn_once(self, log: logging.Logger, text: str, key: str = "") -> None:
-        """Log a warning unless this process has done so before."""
+        """Log a warning unless this process has logged it before.
+
+        Args:
+            log: The logger.
+            text: The line.
+            key: Distinguishes warnings, if texts of one warning differ.
+        """
         token = object()
         if self._warned.setdefault(key or text, token) is token:
             report(log, logging.WARNING, text)
@@ -161,7 +167,7 @@ class Process:
     def say_once(
         self, log: logging.Logger, level: int, message: str, *args: object
     ) -> None:
-        """Log a line, soon, unless this process has done so before."""
+        """Log a line soon, unless this process has logged its message before."""
         token = object()
         if self._warned.setdefault(message, token) is token:
             say(log, level, message, *args)
@@ -170,8 +176,8 @@ class Process:
         """Return the cached value of a key; compute it the first time.
 
         Args:
-            key: A key of the server's or ours, never made from a client's data: the
-                cache is cleared when it is full.
+            key: Made of the server's data or ours, never of a client's: the cache is
+                cleared when it is full.
             find: Returns the value.
         """
         missing = object()
@@ -270,7 +276,7 @@ class Process:
         while self._news:
             try:
                 reason, seconds, events, bytes = self._news.popleft()
-            except IndexError:  # a call from a garbage collection was faster
+            except IndexError:  # a call during a garbage collection took it
                 return
             total = self._totals.setdefault(reason, Total())
             total.streams += 1
@@ -331,7 +337,7 @@ class Process:
     def leave(self) -> None:
         """Make the calls registered by `at_exit`."""
         while self._last:
-            _try(self._last.pop(), "what was to be done at the exit failed")
+            _try(self._last.pop(), "a clean-up at the interpreter's exit failed")
 
     def stats(self) -> dict[str, Any]:
         with self._lock:
@@ -368,7 +374,7 @@ def _asked(stopping: Stopping | None) -> float | None:
     try:
         return stopping()
     except Exception as error:
-        text = "whether the server stops cannot be asked: %r"
+        text = "whether the server stops is unknown, so streams may outlive it: %r"
         process().say_once(log, logging.ERROR, text, error)
         return None
 

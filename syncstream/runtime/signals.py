@@ -1,10 +1,10 @@
-"""SIGPIPE and threads: blocked where a write must not kill the process.
+"""SIGPIPE, blocked in threads whose writes must not kill the process.
 
-Python ignores SIGPIPE from its start, so that a write to a peer that has gone is an
-error, EPIPE. An application may set SIG_DFL; then it kills the process, unless the
-writing thread blocks it. A thread inherits what its creator blocks, and so do the
-programs that it starts, which would outlive the end of their pipes: a thread that runs
-the application's code unblocks it first.
+Python ignores SIGPIPE from its start: a write to a peer that has gone fails with EPIPE.
+An application may set SIG_DFL; then such a write kills the process, unless the writing
+thread blocks the signal. Threads and programs inherit the signals that their creator
+blocks, and a program that blocks SIGPIPE does not end when its output pipe closes. So a
+thread that runs application code unblocks the signal first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 
 __all__ = ["block_sigpipe", "unblock_sigpipe"]
 
-_is_ours = False  # it was not blocked already
+_is_ours = False  # whether we blocked it, not the application
 
 
 def block_sigpipe() -> None:
@@ -24,6 +24,6 @@ def block_sigpipe() -> None:
 
 
 def unblock_sigpipe() -> None:
-    """Undo what a thread has inherited of `block_sigpipe`, in the new thread."""
+    """Undo `block_sigpipe` in a new thread, which has inherited the block."""
     if _is_ours:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPIPE})

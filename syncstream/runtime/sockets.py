@@ -62,8 +62,8 @@ _BYTES_ACKED = 120
 _PROBES = (("TCP_KEEPIDLE", 30, 2), ("TCP_KEEPINTVL", 10, 6))
 _PROBE_COUNT = 3
 _EPOLL_CTL_DEL = 2
-# Non-blocking, as far as Python knows: with socket.setdefaulttimeout it would else make
-# the descriptor so, of which its server learns nothing.
+# Python takes the socket for non-blocking already. Otherwise, under
+# socket.setdefaulttimeout, it would make the server's descriptor non-blocking.
 _STREAM: int = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
 _SIOCOUTQ = 0x5411  # linux/sockios.h
 _SO_NWRITE = 0x1024  # macOS, sys/socket.h: the bytes that its send buffer holds
@@ -263,7 +263,7 @@ def queued(fd: int) -> int | None:
 
 
 def is_socket(fd: int) -> bool:
-    """Return whether a descriptor is a connected socket's, not a file or listener's."""
+    """Return whether a descriptor is a connected socket, not a file or listener."""
     try:
         with borrowed(fd) as sock:
             sock.getpeername()
@@ -291,7 +291,7 @@ def forget(epoll: int, fd: int) -> None:
 
 
 class borrowed:
-    """Lends a native socket object for a descriptor, which stays its owner's."""
+    """Lends a native socket object for a descriptor without closing it afterwards."""
 
     __slots__ = ("_socket",)
 

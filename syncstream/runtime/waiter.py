@@ -1,4 +1,4 @@
-"""`Waiter`: one thread's or greenlet's place to wait, woken alone or with many."""
+"""`Waiter`: where one thread or greenlet waits, and how many are woken at once."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .waiting import (
     Scope,
     current,
     current_scope,
-    hub,
-    hub_of_this_thread,
+    gevent_hub,
+    gevent_hub_of_thread,
     runner_function,
     say,
 )
@@ -30,43 +30,51 @@ log = logging.getLogger("syncstream.waiting")
 
 
 class Wakeable(Protocol):
-    """Who waits for its turns.
+    """A waiter that `wake_all` can wake.
 
     Attributes:
-        hub: The gevent hub that ``switch`` is called in, ``None`` for ``wake``.
+        gevent_hub: The hub that ``switch`` is called in, ``None`` for ``wake``.
     """
 
     @property
-    def hub(self) -> Any: ...
+    def gevent_hub(self) -> Any: ...
 
     def wake(self) -> object:
-        """End its wait; from any thread."""
+        """End the wait; from any thread."""
 
 
 class Waiter:
-    """Where one thread or greenlet waits for its turns; made by it, for many waits.
+    """One thread's or greenlet's place for many waits; the waiting side creates it.
 
-    A wake ends the wait that goes on, or else the next one: waits may end without
-    anything to wait for, so look again after each.
+    A wake ends the current wait or, if there is none, the next one. So a wait may end
+    although nothing has happened: check again after each.
     """
 
     __slots__ = (
-        *("_is_waiting", "_is_woken", "_lock", "_running", "hub", "runner", "scope"),
+        *(
+            "_is_waiting",
+            "_is_woken",
+            "_lock",
+            "_running",
+            "gevent_hub",
+            "runner",
+            "scope",
+        ),
     )
 
     def __init__(self) -> None:
         self.scope = current_scope()
-        self.hub = hub()
+        self.gevent_hub = gevent_hub()
         self._running = runner_function()
         self.runner: Any = self._running()
-        self._is_waiting = self._is_woken = False  # in its hub
-        # A thread waits to acquire it. Held but for the moment of a wake.
+        self._is_waiting = self._is_woken = False  # used in a gevent hub only
+        # A thread waits by acquiring this lock, which a wake releases.
         self._lock: Any = native(_thread, "allocate_lock")()
         self._lock.acquire()
 
     def is_ours(self) -> bool:
-        """Tell whether it is for the thread or greenlet and scope that run here."""
-        # `current_scope`, without its calls: this is asked for every event.
+        """Tell whether this belongs to the running thread or greenlet and its scope."""
+        # `current_scope` inlined: this runs for every event.
         scope, running = self.scope, self._running()
         if scope is None:
             return self.runner == running and current_scope() is None
@@ -78,7 +86,10 @@ class Waiter:
         )
 
     def wait(self, timeout: float | None) -> None:
-        """Wait until woken, or the scope's end, or the time is over.
+        """Wait until a wake, the scope's end, or the time-out.
+
+        Args:
+            timeout: Seconds, ``None`` for no limit.
 
         Raises:
             ClientDisconnected, GeneratorExit: The scope has ended.
@@ -87,19 +98,19 @@ class Waiter:
         if scope is not None:
             if scope.was_told:
                 scope.check()
-            # Each time: who knows what ran since the last wait, here or in a
-            # middleware, and what it took. A wake that comes meanwhile counts.
+            # Before every wait: application code or middleware may have taken a
+            # connection since the last one. A wake during this call counts.
             scope.before_wait()
-        if self.hub is None:
+        if self.gevent_hub is None:
             self._wait_in_thread(scope, timeout)
-        elif self._is_woken:  # while it was elsewhere
+        elif self._is_woken:  # before this wait
             self._is_woken = False
         elif timeout is not None:
             self._wait_in_hub(timeout)
         else:
             self._is_waiting = True
             try:
-                self.hub.switch()
+                self.gevent_hub.switch()
             finally:
                 self._is_waiting = False
         if scope is not None:
@@ -112,26 +123,26 @@ class Waiter:
         if scope is None:
             self._lock.acquire(True, limit)
             return
-        scope.parked = self
+        scope.thread_wait = self
         try:
             if not scope.is_over():
                 self._lock.acquire(True, limit)
         finally:
-            scope.parked = None
+            scope.thread_wait = None
 
     def _wait_in_hub(self, timeout: float) -> None:
-        timer = self.hub.loop.timer(min(timeout, LONGEST))
+        timer = self.gevent_hub.loop.timer(min(timeout, LONGEST))
         self._is_waiting = True
         try:
             timer.start(self.switch, update=True)
-            self.hub.switch()
+            self.gevent_hub.switch()
         finally:
             self._is_waiting = False
             timer.stop()
             timer.close()
 
     def switch(self) -> None:
-        """Let the greenlet go on, or else end its next wait; in its hub."""
+        """Resume the greenlet, or end its next wait if it does not wait; in the hub."""
         if self._is_waiting:
             self._is_waiting = False
             self.runner.switch()
@@ -139,16 +150,17 @@ class Waiter:
             self._is_woken = True
 
     def wake(self) -> bool:
-        """Let the thread go on; for the scope's end, too."""
-        with suppress(RuntimeError):  # it is awake
+        """Resume the thread; the scope's end calls this, too."""
+        with suppress(RuntimeError):  # it has been woken already
             self._lock.release()
         return True
 
 
 class Turn:
-    """One thread's or greenlet's wait for what a native thread does for it.
+    """One thread's or greenlet's wait for a job that a native thread does for it.
 
-    No stream's end interrupts it: what was stored was stored.
+    The end of a stream does not interrupt it: the caller must learn whether its event
+    was stored.
     """
 
     __slots__ = ("_waiter", "is_done")
@@ -158,7 +170,7 @@ class Turn:
         self.is_done = False
 
     def wait(self, deadline: float | None) -> bool:
-        """Wait until it is done; ``False``: the time is over."""
+        """Wait until the job is done, or until a `time.monotonic`: ``False`` then."""
         while not self.is_done:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
@@ -167,6 +179,7 @@ class Turn:
         return True
 
     def end(self) -> None:
+        """Say that the job is done; from any thread."""
         self.is_done = True
         wake_all([self._waiter])
 
@@ -174,19 +187,19 @@ class Turn:
 def wake_all(waiters: Iterable[Wakeable]) -> None:
     """Wake all of them; from any thread.
 
-    The greenlets of one hub go on in one callback of that, one after the other: who
-    publishes pays for one, however many wait.
+    The greenlets of one hub are resumed one after the other in a single callback of
+    that hub: a publisher pays for one callback, however many greenlets wait.
     """
     of_hubs: dict[Any, list[Any]] = {}
-    last: Any = None  # mostly all are of one
+    last: Any = None  # mostly all are of one hub
     greenlets: list[Any] = []
     failed: list[tuple[Wakeable, BaseException]] = []
     for waiter in waiters:
-        hub = waiter.hub
+        hub = waiter.gevent_hub
         if hub is None:
             try:
                 waiter.wake()
-            except BaseException as error:  # the others are to wake; and this one
+            except BaseException as error:  # wake the others first, then try again
                 failed.append((waiter, error))
             continue
         if hub is not last:
@@ -199,7 +212,7 @@ def wake_all(waiters: Iterable[Wakeable]) -> None:
 
 
 def _switch_in(of_hubs: dict[Any, list[Any]]) -> None:
-    here = hub_of_this_thread()
+    here = gevent_hub_of_thread()
     for there, greenlets in of_hubs.items():
         try:
             if there is here:
@@ -207,23 +220,24 @@ def _switch_in(of_hubs: dict[Any, list[Any]]) -> None:
             else:
                 there.loop.run_callback_threadsafe(_switch_all, there, greenlets)
         except Exception as error:
-            # A hub that was destroyed has no loop: nobody waits there any more.
+            # A hub without a loop was destroyed: nothing waits there any more.
             _not_woken(error, logging.DEBUG if there.loop is None else logging.ERROR)
 
 
 def _wake_again(waiter: Wakeable, error: BaseException) -> None:
-    # It is registered nowhere any more: nobody else would wake it.
+    # The caller has forgotten this waiter: nothing else would wake it.
     try:
         waiter.wake()
     except Exception as second:
         error = second
         _not_woken(error)
-    if not isinstance(error, Exception):  # a signal's, say
+    if not isinstance(error, Exception):  # from a signal handler, for example
         raise error
 
 
 def _not_woken(error: BaseException, level: int = logging.ERROR) -> None:
-    say(log, level, "a waiter could not be woken", error=error)
+    text = "a waiting stream or subscription could not be woken: it may be late"
+    say(log, level, text, error=error)
 
 
 def _switch_all(hub: Any, waiters: list[Waiter]) -> None:
@@ -237,6 +251,6 @@ def _switch_all(hub: Any, waiters: list[Waiter]) -> None:
             except Exception as problem:
                 _not_woken(error)
                 _not_woken(problem)
-            except BaseException:  # what ends the hub, or its program, is for those
+            except BaseException:  # it ends the hub or the program: wake the rest first
                 hub.loop.run_callback(_switch_all, hub, list(waiting))
                 raise

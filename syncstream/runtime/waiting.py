@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LONGEST",
-    "Parked",
+    "ThreadWait",
     "Scope",
     "current",
     "current_scope",
     "entered",
-    "hub",
-    "hub_of_this_thread",
+    "gevent_hub",
+    "gevent_hub_of_thread",
     "insist",
     "is_greenlet_exit",
     "make_lock",
@@ -65,18 +65,20 @@ sockets, too; locks take 292 years.
 
 
 class Scope(Protocol):
-    """What waits, and subscriptions, need to know of the stream they are in.
+    """The stream that runs here, as waits and subscriptions see it.
 
     Attributes:
-        is_running: The stream is inside its source now.
-        runner: The thread or greenlet that runs it.
-        reference: A weak reference to it.
-        has_waited: Set by a wait that lets the others of a hub run.
-        was_told: Its end has been raised in its source, which should not wait again.
-        parked: The wait that its thread is in, for whoever ends the stream: sets an
-            end first, then looks here; waits look the other way round.
-        has_resumed: A subscription has begun after its ``last_event_id``, which is
-            nobody else's.
+        is_running: Whether the stream is inside its source now.
+        runner: The thread or greenlet that runs the stream.
+        reference: A weak reference to the stream.
+        has_waited: Set by a wait that lets other greenlets of the hub run.
+        was_told: Whether the stream's end has been raised in its source, which should
+            not wait again.
+        thread_wait: The wait that blocks the stream's thread, ``None`` if none does.
+            Ending a stream marks its end first and then reads this; a wait sets this
+            first and then checks for an end, so that neither misses the other.
+        has_resumed: Whether a subscription has begun after ``last_event_id``, which no
+            other subscription may use then.
     """
 
     has_resumed: bool
@@ -84,53 +86,53 @@ class Scope(Protocol):
     has_waited: bool
     was_told: bool
     runner: object
-    parked: Parked | Waiter | None
+    thread_wait: ThreadWait | Waiter | None
 
     @property
     def reference(self) -> Reference: ...
 
     @property
     def last_event_id(self) -> str | None:
-        """The id of the last event that its client has, ``None`` if it says none."""
+        """The id of the last event that the client has received, if it sent one."""
 
     @property
     def is_multiprocess(self) -> bool:
-        """Whether other processes of its server answer requests, too."""
+        """Whether the server answers requests in other processes, too."""
 
     def on_close(self, callback: Callable[[], object]) -> None:
-        """Have something called when it has ended."""
+        """Register a callback for the stream's end."""
 
     def abandon(self, reason: str) -> None:
-        """End it, though its source is busy with what may never come back."""
+        """End the stream even though a call in its source may never return."""
 
     def is_over(self) -> bool:
-        """Tell whether it has ended: there is nothing left to wait for."""
+        """Tell whether the stream has ended, so that waiting is pointless."""
 
     def check(self) -> None:
-        """Raise `ClientDisconnected` or another `GeneratorExit`, once, if it is over.
+        """Raise `ClientDisconnected` or another `GeneratorExit` if the stream is over.
 
-        Not in a source that is being closed: its ``finally`` may wait. But again in
-        one that has swallowed it, and waits on.
+        It is raised once, and again in a source that has swallowed it and waits again.
+        It is not raised while the source is being closed: its ``finally`` may wait.
         """
 
     def before_wait(self) -> None:
-        """Give back what is not to be held during a wait."""
+        """Release what must not be held during a wait, such as database connections."""
 
 
 Reference = Callable[[], Any]
 
 current: ContextVar[Reference | None] = ContextVar("syncstream_scope", default=None)
-"""A weak reference to the scope last entered here; it may be running no more, or be
-gone. Read `current_scope`."""
+"""A weak reference to the scope last entered here, which may have stopped running or be
+gone. Call `current_scope` instead of reading this."""
 
 
 def runner() -> object:
-    """Return what tells the running greenlet, else the running thread, from others."""
+    """Return the identity of the running greenlet or, without greenlets, thread."""
     return runner_function()()
 
 
 def runner_function() -> Callable[[], object]:
-    """Return the function that does what `runner` does, for many calls."""
+    """Return the function behind `runner`, to be called many times."""
     greenlet = sys.modules.get("greenlet")
     if greenlet is None:
         return threading.get_ident
@@ -165,11 +167,11 @@ def entered(scope: Scope) -> Iterator[None]:
         current.reset(token)
 
 
-def hub() -> Any:
-    """Return the gevent hub in which waits go on here; ``None``: a thread waits.
+def gevent_hub() -> Any:
+    """Return the gevent hub that the caller's waits run in; ``None``: a thread waits.
 
-    Greenlets wait in it; so does everything in a patched process, the main greenlet
-    too. The hub itself has nothing to wait in.
+    Greenlets wait in their hub. In a patched process everything does, including the
+    main greenlet. The hub itself cannot wait.
     """
     gevent = sys.modules.get("gevent")
     getcurrent = getattr(gevent, "getcurrent", None)
@@ -188,32 +190,32 @@ def _is_patched() -> bool:
 
 
 def refuse_eventlet() -> None:
-    """Refuse to run where eventlet has replaced what waits are made of.
+    """Refuse to run in a process that eventlet has patched.
 
     Raises:
-        RuntimeError: It has.
+        RuntimeError: eventlet has replaced the locks and sockets that waits use.
     """
     patcher = sys.modules.get("eventlet.patcher")
     if getattr(patcher, "already_patched", None):
         raise RuntimeError(
             "syncstream cannot stream under eventlet, whose monkey patching it does not"
-            " know: run gunicorn with -k gevent, or with -k gthread --threads N"
+            " support: run gunicorn with -k gevent, or with -k gthread --threads N"
         )
 
 
 def is_greenlet_exit(error: BaseException) -> bool:
-    """Tell whether an exception is gevent's way to end this greenlet."""
+    """Tell whether gevent raised this exception to end a greenlet."""
     greenlet = sys.modules.get("greenlet")
     return greenlet is not None and isinstance(error, greenlet.GreenletExit)
 
 
 def insist(error: BaseException) -> NoReturn:
-    """Raise what the code around a wait has swallowed before: it does not get to again.
+    """Raise an exception that the code around a wait has swallowed before.
 
-    An ``except:`` that goes on catches whatever is raised in its ``try``, for ever. So
-    it is raised once more by the first line that runs when the handler has ended: that
-    of a loop, or of its ``try:``, which are not in what the handler covers. Not before:
-    a ``finally`` or the end of a ``with`` would be skipped, and its lock stay taken.
+    An ``except:`` inside a loop would catch the exception for ever. So a trace function
+    raises it once more at the first line that runs after the handler, such as the line
+    of the loop or of its ``try:``, which the handler does not cover. Raising it earlier
+    would skip a ``finally`` or the end of a ``with``, and leave a lock taken.
     """
     package = __name__.partition(".")[0]
     frames: list[FrameType] = []
@@ -221,7 +223,7 @@ def insist(error: BaseException) -> NoReturn:
     while frame is not None:
         name = str(frame.f_globals.get("__name__"))
         is_ours = name == package or name.startswith(f"{package}.")
-        if is_ours and frames:  # the stream, which runs the source
+        if is_ours and frames:  # the stream, which called the source
             break
         if not is_ours:
             frames.append(frame)
@@ -239,7 +241,7 @@ def insist(error: BaseException) -> NoReturn:
         if event == "line" and not _is_handled(error, frame):
             restore()
             raise error
-        if event == "return" and frame is frames[-1]:  # nobody has swallowed it
+        if event == "return" and frame is frames[-1]:  # it was not swallowed
             restore()
         return None if event == "call" else trace
 
@@ -250,8 +252,9 @@ def insist(error: BaseException) -> NoReturn:
 
 
 def _is_handled(error: BaseException, frame: FrameType) -> bool:
-    """Tell whether a line belongs to what is done for an exception on its way."""
-    # A ``with`` has its line on the very instruction by which handling begins.
+    """Tell whether the frame is handling this exception, or cleaning up after it."""
+    # Cleaning up a ``with`` runs on the line of the ``with`` itself: only the
+    # instruction shows that handling begins.
     if frame.f_code.co_code[frame.f_lasti] == _BEGINS_HANDLING:
         return True
     handled = sys.exc_info()[1]
@@ -261,19 +264,19 @@ def _is_handled(error: BaseException, frame: FrameType) -> bool:
 
 
 def sleep(seconds: float) -> None:
-    """Sleep without holding up others: in a gevent greenlet, let the others run.
+    """Sleep; a gevent greenlet lets the other greenlets run meanwhile.
 
-    Inside a stream's generator it ends at once, and ends the generator, when the
+    Inside a stream's generator the sleep ends at once, and ends the generator, when the
     client has gone or the stream is told to stop. Elsewhere it is a plain sleep.
 
     Args:
-        seconds: How long; 0 lets others run.
+        seconds: How long to sleep; 0 lets other threads or greenlets run.
 
     Raises:
         ClientDisconnected: In a stream's generator: the client has gone.
         GeneratorExit: In a stream's generator: the stream ends for another reason.
         TypeError: ``seconds`` is not a number.
-        ValueError: ``seconds`` is negative, or not a number's worth.
+        ValueError: ``seconds`` is negative or NaN.
     """
     if not isinstance(seconds, (int, float)):
         raise TypeError(f"seconds must be a number, got {seconds!r}")
@@ -285,8 +288,8 @@ def sleep(seconds: float) -> None:
         return
     scope.check()
     scope.before_wait()
-    if seconds and hub() is None:
-        _park(scope, seconds)
+    if seconds and gevent_hub() is None:
+        _wait_in_thread(scope, seconds)
     else:
         _sleep(seconds)
         scope.check()
@@ -298,8 +301,8 @@ def sleep_in_hub(seconds: float) -> None:
 
 
 def _sleep(seconds: float) -> None:
-    # Without monkey-patching time.sleep would hold up the whole hub.
-    pause = time.sleep if hub() is None else sleep_in_hub
+    # Without monkey patching, time.sleep would block the whole hub.
+    pause = time.sleep if gevent_hub() is None else sleep_in_hub
     while seconds > LONGEST:
         pause(LONGEST)
         seconds -= LONGEST
@@ -309,24 +312,26 @@ def _sleep(seconds: float) -> None:
 def wait(waitable: Any, timeout: float | None = None) -> Any:
     """Wait for a queue's next item, an event or a condition.
 
-    It does what the waitable's own ``get(timeout=timeout)`` or ``wait(timeout)``
-    does, and in a stream's generator ends as `sleep` does. No polling: a thread is
-    woken by the end of the stream as by the waitable itself.
+    It does the same as the waitable's own ``get(timeout=timeout)`` or
+    ``wait(timeout)``, and in a stream's generator it ends as `sleep` does. Nothing is
+    polled: the end of the stream wakes a thread just as the waitable does.
 
     Args:
-        waitable: A ``queue.Queue`` or one of its kin, a ``threading.Event`` or
-            ``threading.Condition`` (held by the caller, as always); under gevent
-            also gevent's own.
+        waitable: A ``queue.Queue`` or a subclass or sibling of it, a
+            ``threading.Event``, or a ``threading.Condition`` that the caller holds;
+            under gevent also gevent's own.
         timeout: Seconds, ``None`` for no limit.
 
     Returns:
-        A queue's item; otherwise whether it was notified, not timed out.
+        A queue's item; for events and conditions, ``False`` after a time-out, else
+        ``True``.
 
     Raises:
-        queue.Empty: The time is over, and the queue has nothing.
+        queue.Empty: The queue was empty until the time-out.
         ClientDisconnected, GeneratorExit: As from `sleep`.
-        TypeError: It cannot be waited for, or nothing could wake the wait.
-        ValueError: ``timeout`` is negative.
+        TypeError: ``waitable`` is of another kind, or cannot wake this thread or
+            greenlet.
+        ValueError: ``timeout`` is negative or NaN.
     """
     if timeout is not None and not isinstance(timeout, (int, float)):
         raise TypeError(f"timeout must be a number or None, got {timeout!r}")
@@ -334,7 +339,7 @@ def wait(waitable: Any, timeout: float | None = None) -> Any:
         raise ValueError(f"timeout must be 0 or more, got {timeout!r}")
     if timeout is not None:  # 146 years: a lock overflows at twice that
         timeout = min(timeout, threading.TIMEOUT_MAX / 2)
-    in_hub = hub() is not None
+    in_hub = gevent_hub() is not None
     condition: Any = None if in_hub else _condition_of(waitable)
     if condition is None and not (in_hub and _is_cooperative(waitable)):
         raise TypeError(
@@ -353,12 +358,13 @@ def wait(waitable: Any, timeout: float | None = None) -> Any:
         try:
             return _plain_wait(waitable, timeout)
         except GeneratorExit:
-            # It may have been notified in the same moment: others wait for that.
+            # It may have been notified at the same moment: pass that on to another
+            # waiter, or the notification would be lost.
             _pass_on(_condition_of(waitable))
             raise
     if waitable is condition:
         scope.before_wait()
-        return _park(scope, timeout, condition)
+        return _wait_in_thread(scope, timeout, condition)
     if hasattr(waitable, "is_set"):
         return _event_wait(scope, waitable, timeout)
     return _queue_get(scope, waitable, timeout)
@@ -367,10 +373,13 @@ def wait(waitable: Any, timeout: float | None = None) -> Any:
 def _event_wait(scope: Scope, event: Any, timeout: float | None) -> bool:
     if event.is_set():
         return True
-    scope.before_wait()  # not under the event's lock: it may take time, or set it
+    # Not under the event's lock: the hook may take time, or set the event.
+    scope.before_wait()
     with event._cond:
-        # Everybody is notified: there is nothing to pass on.
-        return event.is_set() or _park(scope, timeout, event._cond, passes_on=False)
+        # An event notifies all waiters: nothing needs to be passed on.
+        return event.is_set() or _wait_in_thread(
+            scope, timeout, event._cond, passes_on=False
+        )
 
 
 def _queue_get(scope: Scope, items: Any, timeout: float | None) -> Any:
@@ -383,11 +392,11 @@ def _queue_get(scope: Scope, items: Any, timeout: float | None) -> Any:
         if left is not None and left <= 0:
             raise queue.Empty
         if not has_waited:
-            scope.before_wait()  # not under the queue's lock: it may take time
+            scope.before_wait()  # not under the queue's lock: the hook may take time
             has_waited = True
         with items.not_empty:
             if not items._qsize() and not getattr(items, "is_shutdown", False):
-                _park(scope, left, items.not_empty)
+                _wait_in_thread(scope, left, items.not_empty)
 
 
 def _plain_wait(waitable: Any, timeout: float | None) -> Any:
@@ -407,39 +416,39 @@ def _pass_on(condition: Any) -> None:
 
 
 def _condition_of(waitable: Any) -> Any:
-    """Return the condition that wakes who waits, if a single waiter can be told."""
+    """Return a waitable's condition; ``None``: no single waiter of it can be woken."""
     if hasattr(waitable, "get"):
         condition = getattr(waitable, "not_empty", None)
     elif hasattr(waitable, "is_set"):
         condition = getattr(waitable, "_cond", None)
     else:
         condition = waitable
-    # asyncio's have waiters, too, but nothing to release.
-    is_one = hasattr(condition, "_waiters") and hasattr(condition, "_release_save")
-    return condition if is_one else None
+    # asyncio.Condition has waiters, too, but no _release_save.
+    is_usable = hasattr(condition, "_waiters") and hasattr(condition, "_release_save")
+    return condition if is_usable else None
 
 
 def _is_cooperative(waitable: Any) -> bool:
-    """Tell whether a wait for it lets other greenlets run."""
+    """Tell whether waiting for this lets other greenlets run."""
     if not (hasattr(waitable, "get") or hasattr(waitable, "wait")):
         return False
     if type(waitable).__module__.startswith("gevent."):
         return True
-    # The standard library's: only as gevent has patched it.
+    # The standard library's classes cooperate only when gevent has patched them.
     return _is_patched() and _condition_of(waitable) is not None
 
 
 def make_lock() -> Any:
-    """Return a lock for what waits here: greenlets of a hub, else threads."""
-    if hub() is None:
+    """Return a lock for greenlets of this hub or, outside of gevent, for threads."""
+    if gevent_hub() is None:
         return native(_thread, "allocate_lock")()
     from gevent.lock import BoundedSemaphore
 
     return BoundedSemaphore(1)
 
 
-class Parked:
-    """A thread's wait, alone or as one of a condition's, that others can end."""
+class ThreadWait:
+    """A thread's wait, of its own or for a condition, which other threads can end."""
 
     __slots__ = ("_condition", "_lock", "is_woken")
 
@@ -450,13 +459,13 @@ class Parked:
         self.is_woken = False
 
     def wait(self, timeout: float | None) -> bool:
-        """Wait; tell whether it was ended, by whomever, before its time."""
+        """Wait; return ``False`` after a time-out, ``True`` if woken or notified."""
         limit = -1.0 if timeout is None else min(timeout, threading.TIMEOUT_MAX)
         condition = self._condition
         if condition is None:
             ended: bool = self._lock.acquire(True, limit)
             return ended
-        # What Condition.wait does, with a lock that we know.
+        # The same as Condition.wait, but with our own lock, so that we can release it.
         if not condition._is_owned():
             raise RuntimeError("cannot wait on un-acquired lock")
         condition._waiters.append(self._lock)
@@ -464,7 +473,7 @@ class Parked:
         ended = has_failed = False
         try:
             ended = self._lock.acquire(True, limit)
-        except BaseException:  # a signal handler's, KeyboardInterrupt for one
+        except BaseException:  # from a signal handler, such as KeyboardInterrupt
             has_failed = True
             raise
         finally:
@@ -472,14 +481,14 @@ class Parked:
             if not ended:
                 try:
                     condition._waiters.remove(self._lock)
-                except ValueError:  # ended in the very last moment
+                except ValueError:  # woken or notified just now
                     ended = True
                     if has_failed and not self.is_woken:
                         self.pass_on()
         return ended
 
     def wake(self) -> bool:
-        """End the wait; ``False``: its condition is held, try again soon."""
+        """End the wait; ``False``: its condition is locked, so try again soon."""
         condition = self._condition
         if condition is None:
             if not self.is_woken:
@@ -490,7 +499,7 @@ class Parked:
         if not condition.acquire(False):
             return False
         try:
-            # Who was notified already is not among them any more.
+            # A waiter that was notified has left the list already.
             if self._lock in condition._waiters:
                 condition._waiters.remove(self._lock)
                 self.is_woken = True
@@ -500,39 +509,38 @@ class Parked:
         return True
 
     def pass_on(self) -> None:
-        """Give the notification that came to the next one: we do not need it."""
+        """Pass a notification that this wait no longer needs on to the next waiter."""
         if self._condition is not None:
             self._condition.notify()
 
 
-def _park(
+def _wait_in_thread(
     scope: Scope,
     timeout: float | None,
     condition: Any = None,
     *,
     passes_on: bool = True,
 ) -> bool:
-    """Wait until notified, or the time is over: tell which; check the scope.
+    """Wait; return whether a notification ended it, not a time-out; check the scope.
 
     Args:
-        passes_on: A notification that comes to a scope at its end is the next
-            waiter's.
+        passes_on: Pass the notification on to the next waiter if the scope has ended.
     """
-    parked = Parked(condition)
-    scope.parked = parked
+    place = ThreadWait(condition)
+    scope.thread_wait = place
     notified = False
     try:
         if not scope.is_over():
-            notified = parked.wait(timeout) and not parked.is_woken
+            notified = place.wait(timeout) and not place.is_woken
     finally:
-        scope.parked = None
+        scope.thread_wait = None
     try:
-        # Here, where the condition is held: an end that is found out a moment later
-        # would take the notification with it.
+        # Check while the condition is held: an end noticed later would lose the
+        # notification.
         scope.check()
     except BaseException:
         if notified and passes_on:
-            parked.pass_on()
+            place.pass_on()
         raise
     return notified
 
@@ -544,25 +552,26 @@ def say(
     *args: Any,
     error: BaseException | None = None,
 ) -> None:
-    """Log a line, soon: for those whom others wait for. From anywhere.
+    """Log a line soon, without blocking the caller, which may be any thread or hub.
 
-    In a greenlet of the hub that runs here, where a handler may wait as it is used to;
-    else in the thread of the journal.
+    The line is logged in a new greenlet of this thread's hub, where a handler may wait
+    as usual; without a hub, in the journal's thread.
     """
     if not is_enabled(log, level):
         return
     gevent = sys.modules.get("gevent")
-    # A hub's callbacks run in the hub, which is a greenlet with a parent, too.
-    if gevent is not None and hub_of_this_thread() is not None:
+    # The hub, which runs callbacks, is a greenlet with a parent, too.
+    if gevent is not None and gevent_hub_of_thread() is not None:
         try:
             if gevent.getcurrent().parent is not None:
                 gevent.spawn(report, log, level, message, *args, error=error)
                 return
-        except Exception as problem:  # it cannot be, any more
-            journal().later(log, logging.DEBUG, "not logged in a hub: %r", problem)
+        except Exception as problem:  # the hub has been destroyed
+            text = "the gevent hub is gone, its log line moves to a thread: %r"
+            journal().later(log, logging.DEBUG, text, problem)
     journal().later(log, level, message, *args, error=error)
 
 
-def hub_of_this_thread() -> Any:
+def gevent_hub_of_thread() -> Any:
     gevent = sys.modules.get("gevent._hub_local")
     return None if gevent is None else gevent.get_hub_if_exists()

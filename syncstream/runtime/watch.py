@@ -31,7 +31,7 @@ from typing import Any
 
 from .clock import time
 from .sockets import is_hung_up, native
-from .waiting import hub, say
+from .waiting import gevent_hub, say
 
 __all__ = ["GRID", "Timer", "Watch", "Worker", "on_grid", "watch"]
 
@@ -40,7 +40,7 @@ log = logging.getLogger("syncstream.watch")
 Callback = Callable[[], object]
 
 LOOK_EVERY = 0.05  # seconds, without epoll
-AGAIN = 1.0  # seconds until a timer whose callback has failed is tried again
+AGAIN = 1.0  # seconds until a failed timer is tried again
 _LONGEST = 3600.0  # seconds at a stretch: epoll takes 24 days at most
 GRID = 0.08  # seconds between the runs of timers that are not urgent
 _COMPACT = 1000  # cancelled timers to keep before removing them
@@ -52,7 +52,8 @@ class Timer:
     Attributes:
         callback: Returns the time of its next call (`time.monotonic`), ``None`` for
             no further call.
-        has_failed: It has raised before, which was logged.
+        has_failed: Whether the callback has raised before; only its first failure is
+            logged.
     """
 
     __slots__ = ("callback", "has_failed")
@@ -70,14 +71,14 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.ran_at = 0.0  # when it made a call last, if it is a hub's
+        self.ran_at = 0.0  # when a hub's watch last ran timers (`time.monotonic`)
         self._hung_up: dict[int, Callback] = {}  # by descriptor
-        self._told: dict[int, Callback] = {}  # of these; without epoll
+        self._told: dict[int, Callback] = {}  # hang-ups reported, without epoll
         self._timers: list[tuple[float, int, Timer]] = []  # a heap
         self._order = itertools.count()
         self._cancelled = 0
         self._pid = os.getpid()
-        # Reentrant: a garbage collection in here may close a stream.
+        # Reentrant: a garbage collection while it is held may close a stream.
         self._lock = native(_thread, "RLock")()
         epoll = native_epoll()
         self._epoll = epoll() if epoll is not None else None
@@ -100,7 +101,7 @@ class Watch:
             mask = select.EPOLLRDHUP | select.EPOLLONESHOT
             try:
                 self._epoll.register(fd, mask)
-            except FileExistsError:  # nobody has removed the one before
+            except FileExistsError:  # a previous owner did not remove it
                 self._epoll.modify(fd, mask)
             except BaseException:
                 if not known:
@@ -158,18 +159,22 @@ class Watch:
             except Exception as error:
                 # Reported only once (EPOLLONESHOT): nobody would check again.
                 self.call_at(time.monotonic() + AGAIN, partial(self._look_at, fd))
-                say(log, logging.ERROR, "a hang-up could not be looked at", error=error)
+                text = "a hang-up could not be checked: trying again in %.0f s"
+                say(log, logging.ERROR, text, AGAIN, error=error)
 
     def _do_without_epoll(self, error: BaseException) -> None:
-        """Check each socket from now on: foreign code has closed our descriptors."""
+        """Check each socket from now on: other code has closed our epoll descriptor."""
         with self._lock:
             if self._epoll is None:
                 return
             self._epoll = None  # not closed: its number may be another file's
             self._told.clear()
         self.call_at(time.monotonic(), self._look)
-        text = "hang-ups are looked for: the epoll of the watch cannot be used"
-        say(log, logging.ERROR, text, error=error)
+        text = (
+            "the watch's epoll is unusable, probably closed by other code: each"
+            " connection is checked for a hang-up %.0f times a second instead"
+        )
+        say(log, logging.ERROR, text, 1 / LOOK_EVERY, error=error)
 
     def _woken(self, fd: int) -> None:
         """Handle a ready descriptor that is not a connection."""
@@ -219,19 +224,19 @@ class Watch:
                     return None
                 when, _, timer = self._timers[0]
                 callback = timer.callback
-                if callback is None:  # nor is it waited for
+                if callback is None:  # cancelled
                     heapq.heappop(self._timers)
                     self._cancelled -= 1
                     continue
                 if when > now:
                     return when
                 heapq.heappop(self._timers)
-            again: float | None = now + AGAIN  # whatever ends this here
+            again: float | None = now + AGAIN  # if even a BaseException ends the call
             try:
                 again = self._guarded(callback, timer)
             finally:
                 if again is not None and timer.callback is not None:
-                    # Not in this round: a time in the past would loop here.
+                    # Not in this round: a time in the past would loop for ever.
                     again = max(again, time.monotonic())
                     with self._lock:
                         entry = _shared(again), next(self._order), timer
@@ -242,12 +247,15 @@ class Watch:
         raise NotImplementedError
 
     def _guarded(self, callback: Callable[[], Any], timer: Timer | None = None) -> Any:
-        """Call; a callback that fails ends neither the watch nor its own timer."""
+        """Call; a failure ends neither the watch nor the timer: it is tried again."""
         try:
             return callback()
         except Exception as error:
             if timer is None or not timer.has_failed:
-                say(log, logging.ERROR, "a callback of the watch failed", error=error)
+                text = (
+                    "a callback of the watch failed: its stream may not notice an end"
+                )
+                say(log, logging.ERROR, text, error=error)
             if timer is None:
                 return None
             timer.has_failed = True
@@ -270,7 +278,7 @@ class Watch:
 
 
 class _ThreadWatch(Watch):
-    """The watch of a process of threads: a thread."""
+    """The watch of a process of threads: it runs in a thread of its own."""
 
     def __init__(self) -> None:
         self._ready = native_lock()  # without epoll: released to wake the thread
@@ -293,11 +301,12 @@ class _ThreadWatch(Watch):
 
     def _loop(self) -> None:
         while not self._is_over:
-            # Signal handlers run in the main thread, so no exit is raised here.
+            # Signal handlers run in the main thread, so none raises an exit here.
             try:
                 self._round()
             except BaseException as error:
-                say(log, logging.ERROR, "the watch failed, and goes on", error=error)
+                text = "the watch for hang-ups failed and goes on"
+                say(log, logging.ERROR, text, error=error)
                 native(time, "sleep")(0.1)  # avoid a busy loop, whatever the error is
 
     def _round(self) -> None:
@@ -335,7 +344,7 @@ class Worker:
     """Runs callbacks one after the other, in one greenlet of a hub.
 
     Args:
-        do: Does one; what it raises ends the greenlet, and another goes on.
+        do: Runs one callback. If it raises, the greenlet ends and a new one continues.
     """
 
     def __init__(self, do: Callable[[Callback], object]) -> None:
@@ -372,8 +381,8 @@ class _HubWatch(Watch):
         self._worker = Worker(self._guarded)
         self._calls: deque[Callback] = deque()
         # gevent's run_callback_threadsafe counts references without a lock while the
-        # loop runs (libev's ev_ref), and now and then the loop ended, with LoopExit
-        # (gevent 26.9). To send is what libev allows from other threads.
+        # loop runs (libev's ev_ref), and sometimes the loop ended with LoopExit (gevent
+        # 26.9). libev allows other threads to call ev_async_send only.
         self._async = hub.loop.async_(ref=False)
         self._async.start(self._run_calls)
         super().__init__()
@@ -384,7 +393,7 @@ class _HubWatch(Watch):
             self._io.start(self._read_now)
 
     def _read_now(self) -> None:
-        if self._is_foreign:  # this reaches the parent, or nobody
+        if self._is_foreign:  # a forked child: the event is the parent's
             self._io.stop()
             return
         try:
@@ -419,7 +428,7 @@ class _HubWatch(Watch):
             return
         try:
             self._run_timers()
-        finally:  # also of what ends a program that may go on all the same
+        finally:  # even after an exit that the program may survive
             self._wake()
 
     @property
@@ -428,7 +437,7 @@ class _HubWatch(Watch):
 
     @property
     def is_home(self) -> bool:
-        """Whether it is the main thread's, which lives as long as the program."""
+        """Whether its hub is the main thread's, which lives as long as the program."""
         return not self.is_over and bool(getattr(self._hub(), "main_hub", False))
 
     def run(self, callback: Callback) -> None:
@@ -448,7 +457,7 @@ class _HubWatch(Watch):
         self._worker.begin()
 
     def start(self, callback: Callback) -> None:
-        """Run this in a greenlet of its own. Call it in the hub."""
+        """Run a callback in a greenlet of its own. Call it in the hub."""
         import gevent
 
         gevent.spawn(self._guarded, callback)
@@ -462,10 +471,10 @@ def _left(when: float) -> float:
 def on_grid(when: float) -> float:
     """Return a slightly later time that timers share.
 
-    Each waking costs more than what is done then: 100 µs in a gevent hub.
+    A wake-up costs more than the call itself: 100 µs in a gevent hub.
     """
     place = when / GRID
-    # So far away floats have no such steps, and infinity is no int.
+    # Floats beyond this are coarser than the grid, and infinity has no ceiling.
     return math.ceil(place) * GRID if place < 1e15 else when
 
 
@@ -474,17 +483,18 @@ def _shared(when: float) -> float:
 
 
 def elsewhere(watch: Watch, job: Callback) -> None:
-    """Run this outside of the watch: it may block, on a broker for instance.
+    """Run a job outside of the watch, because it may block, for example on a broker.
 
-    In a greenlet of the watch's hub, or in a thread of its own. The hub of a thread of
-    gevent's pool may be gone, or run only while something there waits for it.
+    The job runs in a greenlet of the watch's hub if that is the main thread's, else in
+    a new thread: other threads' hubs may be gone, or run only while something waits in
+    them.
     """
     if isinstance(watch, _HubWatch) and watch.is_home:
         watch.run(partial(watch.start, job))
         return
     try:
         native(_thread, "start_new_thread")(watch._guarded, (job,))
-    except (RuntimeError, MemoryError):  # no thread to be had: run it late
+    except (RuntimeError, MemoryError):  # no thread can be started: block the watch
         watch._guarded(job)
 
 
@@ -494,7 +504,7 @@ def native_lock() -> Any:
 
 
 def native_epoll() -> Any:
-    """Return the real epoll, which gevent removes; ``None`` without one."""
+    """Return the real ``select.epoll``, which gevent removes; ``None`` without one."""
     if not hasattr(os, "eventfd"):
         return None
     try:
@@ -519,11 +529,14 @@ _watches = _Watches()
 
 
 def watch() -> Watch:
-    """Return this process's watch for the caller: its hub's, or the threads'."""
+    """Return the watch of the caller's gevent hub, else that of this process's threads.
+
+    It is made, and its thread started, by the first call.
+    """
     global _watches
     if _watches.pid != os.getpid():  # forked: the others are the parent's
         _watches = _Watches()
-    here = hub()
+    here = gevent_hub()
     with _watches.lock:
         if here is None:
             if _watches.of_threads is None:

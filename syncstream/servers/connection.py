@@ -17,7 +17,7 @@ from ..errors import ClientDisconnected
 from ..runtime.journal import report
 from ..runtime.process import Stopping, process
 from ..runtime.sockets import hang_up, is_hung_up, is_unix, is_writable, release, reset
-from ..runtime.waiting import hub, say
+from ..runtime.waiting import gevent_hub, say
 from ..streams.capacity import Full
 from ..streams.contract import Format
 from ..streams.stream import Stream
@@ -438,7 +438,7 @@ class Connection:
     @property
     def _holds_thread(self) -> bool:
         """Whether a stream that stays occupies one of the server's few threads."""
-        return hub() is None and self.threads is not None
+        return gevent_hub() is None and self.threads is not None
 
     def swap(self) -> Swap | None:
         if self.environ.get(HANDOVER) is False:

@@ -64,7 +64,7 @@ from ..runtime.sockets import (
     native,
     release,
 )
-from ..runtime.waiting import hub, runner, say
+from ..runtime.waiting import gevent_hub, runner, say
 from ..runtime.watch import Timer, watch
 from .contract import Environ, Server, SocketLike
 
@@ -581,7 +581,7 @@ def _forget_in_hub(fd: int) -> None:
     two pieces). And if one wait ends and the next begins in the same turn of the loop,
     libev does not update its epoll at all unless a new watcher starts.
     """
-    loop = getattr(hub(), "loop", None)
+    loop = getattr(gevent_hub(), "loop", None)
     if loop is None or getattr(loop, "backend", None) != "epoll":
         return  # libuv registers again for each wait
     forget(loop.fileno(), fd)
@@ -618,7 +618,7 @@ def _send(fd: int, data: bytearray) -> bool:
 
 
 def _await_writable(fd: int, timeout: float) -> None:
-    if hub() is not None:
+    if gevent_hub() is not None:
         from gevent.socket import wait_write
 
         with suppress(TimeoutError):

@@ -81,11 +81,11 @@ class Link:
         self._since = 0.0  # the first try to unblock it
         self._retries: list[tuple[Any, int]] = []
 
-    def unblock(self, *, is_parked: bool = False) -> None:
+    def unblock(self, *, is_waiting: bool = False) -> None:
         """Get a thread out of a call that it makes on it; from another thread.
 
         Args:
-            is_parked: The thread is in one of our waits, which is ended anyway.
+            is_waiting: The thread is in one of our waits, which is ended anyway.
         """
         is_first = not self._since
         now = time.monotonic()
@@ -96,7 +96,7 @@ class Link:
             target, method = cancelable
             # It may connect to its server, which takes its time.
             self._in_a_thread(method)
-            if not is_parked and not (is_first and _runs_query(target)):
+            if not is_waiting and not (is_first and _runs_query(target)):
                 self._hang_up(target)
         elif not self._hang_up(self.closable) and is_first:
             self._in_a_thread(self.closable.close)
@@ -172,16 +172,16 @@ class Link:
                     pipe.close()
 
 
-def unblock(links: Sequence[Link], *, is_parked: bool) -> None:
+def unblock(links: Sequence[Link], *, is_waiting: bool) -> None:
     """Get a thread out of what it reads, whichever of these that is.
 
     Args:
         links: Linked by its generator.
-        is_parked: As for `Link.unblock`.
+        is_waiting: As for `Link.unblock`.
     """
     for link in links:
         try:
-            link.unblock(is_parked=is_parked)
+            link.unblock(is_waiting=is_waiting)
         except Exception as error:  # the others, and the wait, must end too
             say(log, logging.DEBUG, "a linked object could not be unblocked: %r", error)
 

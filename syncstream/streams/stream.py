@@ -55,11 +55,11 @@ from ..runtime.sockets import (
 )
 from ..runtime.waiter import Waiter
 from ..runtime.waiting import (
-    Parked,
+    ThreadWait,
     current,
     current_scope,
     entered,
-    hub,
+    gevent_hub,
     insist,
     is_greenlet_exit,
     make_lock,
@@ -218,7 +218,7 @@ class Stream:
             )
         self.runner: Any = None  # see waiting.py
         self.reference: Callable[[], Any] = weakref.ref(self)
-        self.parked: Parked | Waiter | None = None
+        self.thread_wait: ThreadWait | Waiter | None = None
         self._format = format
         self._is_event_stream = format.is_events  # whatever may be added to it
         self._life = life or Life()
@@ -1385,12 +1385,16 @@ class Stream:
             return
         if self._links:
             self._unblock(tuple(self._links))
-        parked = self.parked
-        if parked is not None and not parked.wake() and self._watch is not None:
+        thread_wait = self.thread_wait
+        if (
+            thread_wait is not None
+            and not thread_wait.wake()
+            and self._watch is not None
+        ):
             # Somebody holds its condition just now.
             self._watch.call_at(
                 time.monotonic() + 0.005,
-                lambda: None if parked.wake() else time.monotonic() + 0.005,
+                lambda: None if thread_wait.wake() else time.monotonic() + 0.005,
             )
 
     def _unblock(self, links: tuple[Link, ...]) -> None:
@@ -1405,15 +1409,15 @@ class Stream:
                 return None
             if place_of(links) != place:  # it cleans up, perhaps by these
                 return None
-            if stream.parked is not None:
+            if stream.thread_wait is not None:
                 return now + AGAIN
             if now - began >= USELESS:
                 stream._say_useless(links)
                 return None
-            unblock(links, is_parked=False)
+            unblock(links, is_waiting=False)
             return now + AGAIN
 
-        unblock(links, is_parked=self.parked is not None)
+        unblock(links, is_waiting=self.thread_wait is not None)
         if self._watch is not None:
             self._watch.call_at(began + AGAIN, unblock_again)
 
@@ -1431,7 +1435,7 @@ class Stream:
     def _begin(self) -> None:
         """Let the process and its watch know; in the thread or greenlet it is in."""
         self._began = self._moved = now = time.monotonic()
-        self._in_hub = hub() is not None
+        self._in_hub = gevent_hub() is not None
         self._thread = threading.get_ident()
         record = self._process = process()
         connection, life = self._connection, self._life
@@ -1689,7 +1693,12 @@ class Stream:
         is interrupted once: its ``finally`` may take until the drain is over. A thread
         whose linked read was ended has been told, too.
         """
-        if not self._once or self._in_hub or self._closing or self.parked is not None:
+        if (
+            not self._once
+            or self._in_hub
+            or self._closing
+            or self.thread_wait is not None
+        ):
             return False
         if self._thrown_at or self._has_moved():
             told_at = self._thrown_at or self._ended_at

@@ -18,7 +18,7 @@ from ...errors import BrokerError, Unavailable, Uncertain
 from ...runtime.clock import time
 from ...runtime.journal import report
 from ...runtime.sockets import native
-from ...runtime.waiting import hub, say
+from ...runtime.waiting import gevent_hub, say
 from ..log import Page
 from .database import APPLICATION, SUFFIXES, Database, Items
 from .files import LOCK_TRY, Lock, said
@@ -127,7 +127,7 @@ class Process:
     def _write_here(self, job: Job) -> bool:
         """Store it in this thread, if it is one and nobody else writes."""
         # Who waits goes first.
-        if self._writer.jobs or hub() is not None or self._is_closed:
+        if self._writer.jobs or gevent_hub() is not None or self._is_closed:
             return False
         if not self._writing.acquire(False):
             return False
@@ -249,7 +249,7 @@ class Process:
 
     def _call(self, call: Callable[[], T]) -> T:
         """Do what may block; in a thread that a hub does not wait for."""
-        if hub() is None:
+        if gevent_hub() is None:
             return call()
         job = Job(call=call)
         self._await(job, self._reader)

@@ -125,7 +125,7 @@ class PostgreSQLBroker:
         """Call what may block: in this thread, or for a greenlet in another one."""
         if self._is_closed:
             raise Unavailable("the broker is closed")
-        hub = waiting.hub()
+        hub = waiting.gevent_hub()
         if hub is None:
             return function()
         threads, places = own.threads(hub)

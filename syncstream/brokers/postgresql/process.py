@@ -81,7 +81,7 @@ class Own:
 
     def close(self) -> None:
         self.release(0)
-        self._end_threads(waiting.hub())
+        self._end_threads(waiting.gevent_hub())
 
     def drop(self) -> None:
         """End what gevent would keep for ever: threads, of a broker not closed."""
