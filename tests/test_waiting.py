@@ -24,6 +24,7 @@ from pairs import (
     tcp_pair,
 )
 from syncstream import ClientDisconnected, current_stream, sleep
+from syncstream.runtime.sockets import is_hung_up
 from syncstream.runtime.waiter import Waiter, wake_all
 from syncstream.runtime.waiting import ThreadWait, wait
 
@@ -276,7 +277,7 @@ def test_a_dying_waiter_passes_a_notification_on(how, monkeypatch):
         else:  # the watch does not know yet
             waiting.stream._let_go()
             client.close()
-            await_true(PLACE, waiting.stream._connection.is_hung_up)
+            await_true(PLACE, lambda: is_hung_up(server.fileno()))
             items.put("item")
         waiting.join()
         join()

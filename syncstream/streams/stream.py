@@ -43,7 +43,6 @@ from ..protocol import sse
 from ..protocol.json import dumps_or_default
 from ..protocol.sse import Event
 from ..runtime.clock import time
-from ..runtime.journal import is_enabled, report
 from ..runtime.process import Process, Served, process
 from ..runtime.sockets import (
     GRACE,
@@ -65,7 +64,6 @@ from ..runtime.waiting import (
     make_lock,
     refuse_eventlet,
     runner_function,
-    say,
     sleep,
     sleep_in_hub,
     wait,
@@ -75,8 +73,9 @@ from ..servers.swap import Swap
 from .answers import Returned, checked_return, is_answer, status_of
 from .capacity import Full, Place
 from .contract import Connection, Format, Life
-from .ends import OPENING, REASONS, come_back
+from .ends import REASONS
 from .links import AGAIN, USELESS, Link, place_of, unblock
+from .output import PIECE, Output
 
 __all__ = ["ANSWERED", "Stream", "current_stream", "warn_framed", "warn_unframed"]
 
@@ -96,13 +95,7 @@ _TOO_LATE = (
     ": the response's head has left before the generator began, and the status with it."
     " Decide in a plain view, which returns SSEResponse(...) or another response"
 )
-# As an event stream has them, and, the second, as those read it who read by lines.
-_KEEPALIVES, _OPENINGS = (
-    tuple(sse.comment(text, is_line=is_line) for is_line in (False, True))
-    for text in ("keepalive", OPENING)
-)
 _CLOSE_TRIES = 10
-_PIECE = 64 * 1024  # bytes; what a server's socket accepts at once is about as much
 _STUCK = 1.0  # seconds that a write may block once the stream has ended
 # Seconds without progress, of a client whose server is to stop. TCP tells of one that
 # reads by steps of 64 kB and more: at 20 kB/s every 3 s.
@@ -148,8 +141,8 @@ def _warn_of_framing(what: str, key: str) -> None:
     reference = current.get()
     stream = cast("Stream | None", reference() if reference is not None else None)
     # In a Content-Encoding of the application's no bytes are an event as they are.
-    if stream is not None and stream._format.is_events:
-        process().warn_once(log, f"{stream._label} yields {what}", key)
+    if stream is not None and stream._out.format.is_events:
+        process().warn_once(log, f"{stream._out.label} yields {what}", key)
 
 
 def check_source(source: Any) -> None:
@@ -219,17 +212,9 @@ class Stream:
         self.runner: Any = None  # see waiting.py
         self.reference: Callable[[], Any] = weakref.ref(self)
         self.thread_wait: ThreadWait | Waiter | None = None
-        self._format = format
-        self._is_event_stream = format.is_events  # whatever may be added to it
+        self._out = Output(format, retry, end)
         self._life = life or Life()
-        self._end_mode = end
-        self._retry = retry
         self._on_error = on_error
-        self._keepalive = _KEEPALIVES[False]
-        self._opening = _OPENINGS[False] if format.is_events else None
-        if format.is_events and retry is not None:
-            self._retrying = Event(comment=OPENING, retry=retry).encode()
-        self._connection: Connection | None = None
         self._source: Iterable[Any] | None = source
         self._to_close: list[Any] = [source]  # popped by whoever closes it
         # What can happen but once, by the token of who was first.
@@ -245,10 +230,7 @@ class Stream:
         self._is_dropped = False  # by who iterates, before its end
         self._is_to_cut = False  # when the server closes it
         self._is_closed = False
-        self._tail = b""
-        self._events = self._bytes = 0
         self._frames: Frames | None = None  # their chunks may hold several events
-        self._is_asked = False  # see `is_over_for`
         self._may_hand_over = handover is not False
         self._swap: Swap | None = None
         self._client: Client | None = None  # its connection is the loop's
@@ -268,7 +250,7 @@ class Stream:
         self._ended_at = 0.0  # told from outside; `time.monotonic`
         self._thrown_at = 0.0
         self._unblocked: tuple[tuple[Link, ...], object] | None = None  # and from where
-        self._began = self._moved = 0.0  # `time.monotonic`; at the last chunk
+        self._began = 0.0  # `time.monotonic`
         self._deadline = math.inf
         self._poll_at = 0.0
         self._write_lock: Any = None
@@ -278,7 +260,7 @@ class Stream:
         self._stuck_at: tuple[int | None, int] | None = None  # its progress then
         self._looked_at = 0.0  # for that, the last time
         self._progress: tuple[int | None, int] | None = None  # at that time
-        self._all_sent = -1  # `_bytes` when all of them had gone
+        self._all_sent = -1  # bytes sent when all of them had gone
         # Weak, for its frame refers to us: who drops both ends the stream.
         self._body: weakref.ref[Iterator[bytes]] | None = None
         self._pulled: Iterator[bytes] | None = None  # by __next__
@@ -304,40 +286,29 @@ class Stream:
         Raises:
             RuntimeError: It goes to another connection already, or has ended.
         """
-        if self._connection not in (None, connection) or self.reason:
+        if self._out.connection not in (None, connection) or self.reason:
             raise RuntimeError(ANSWERED)
-        self._connection = connection
-        is_line = connection.parses_events
-        self._keepalive = _KEEPALIVES[is_line]
-        if self._opening is not None:
-            self._opening = _OPENINGS[is_line]
-            if self._retry is not None and connection.is_event_source:
-                self._opening = self._retrying
-        if written:
-            self._tail, self._opening = written, None
-        if is_encoded:
-            self._opening = None
-            self._format = Format(self._format.encode, lambda tail: False)
+        self._out.connect(connection, is_encoded=is_encoded, written=written)
 
     def leave(self) -> bool:
         """Leave a connection to which nothing has been written; tell whether it has."""
         if self._process is not None or self._once:
             return False
-        self._connection = None
+        self._out.connection = None
         return True
 
     @property
     def has_connection(self) -> bool:
         """Whether it is known to whom its chunks go."""
-        return self._connection is not None
+        return self._out.connection is not None
 
     def is_new(self, *, is_events: bool) -> bool:
         """Tell whether it waits for a client, in a format of events or in another."""
         return (
-            self._connection is None
+            self._out.connection is None
             and not self._once
             and self._process is None
-            and self._is_event_stream == is_events
+            and self._out.is_event_stream == is_events
         )
 
     def is_over_for(self, connection: Connection) -> bool:
@@ -345,9 +316,7 @@ class Stream:
 
         Whoever asks answers it with 204, so it may be told to stop.
         """
-        self._is_asked = True
-        id = connection.last_event_id
-        return id == sse.REFUSED_ID or (self._end_mode == "stop" and id == sse.END_ID)
+        return self._out.is_over_for(connection)
 
     def __iter__(self) -> Iterator[bytes]:
         if self._body is None and self._source is not None:
@@ -386,15 +355,17 @@ class Stream:
             is_partial = not self._once or self._is_dropped
             self._is_to_cut |= is_partial and self._process is not None
         if not self._once:
-            gone = self._connection is not None and self._connection.is_hung_up()
+            gone = (
+                self._out.connection is not None and self._out.connection.is_hung_up()
+            )
             self._over(self._how_gone() if gone else "closed")
         # The other side sets is_running before it looks for an end: one of the two
         # sees the other, and whoever pops the source closes it.
         if self.is_running:
             return
-        if self._is_to_cut and self._connection is not None:
+        if self._is_to_cut and self._out.connection is not None:
             self._is_to_cut = False
-            self._connection.cut()
+            self._out.connection.cut()
         if self._is_closed:
             self._let_go()
             return
@@ -447,7 +418,7 @@ class Stream:
             reason: As for `stop`.
         """
         self.stop(reason)
-        connection = self._connection
+        connection = self._out.connection
         if (
             connection is not None
             and self.is_running
@@ -498,7 +469,7 @@ class Stream:
         """
         if self._is_closed or self.reason in ("disconnected", "send_timeout"):
             return False
-        if self._connection is None or not self._connection.is_hung_up():
+        if self._out.connection is None or not self._out.connection.is_hung_up():
             return True
         if current_scope() is self:
             # Its generator knows now, and may clean up: it is not interrupted.
@@ -512,15 +483,15 @@ class Stream:
 
         It comes from the client: expect any text.
         """
-        if self._connection is None:
+        if self._out.connection is None:
             return None
-        id = self._connection.last_event_id
+        id = self._out.connection.last_event_id
         return None if id in sse.RESERVED_IDS else id
 
     @property
     def is_multiprocess(self) -> bool:
         """Whether other processes of the server answer requests, too."""
-        return self._connection is not None and self._connection.is_multiprocess
+        return self._out.connection is not None and self._out.connection.is_multiprocess
 
     def sleep(self, seconds: float) -> None:
         """Do as `syncstream.sleep`."""
@@ -643,7 +614,7 @@ class Stream:
                 self._name_source("swallows the end of its waits, and is ended there")
                 insist(self._exit())
             return
-        connection = self._connection
+        connection = self._out.connection
         if not self._once and connection is not None and connection.is_hung_up():
             self._end(self._how_gone())
         if self._once:
@@ -653,8 +624,8 @@ class Stream:
     def before_wait(self) -> None:
         """Give back what the application should not hold while the stream waits."""
         self.has_waited = True
-        if self._connection is not None:
-            self._connection.before_wait()
+        if self._out.connection is not None:
+            self._out.connection.before_wait()
 
     # The life itself.
 
@@ -664,12 +635,12 @@ class Stream:
             self._begin()
             failed: list[BaseException] = []  # lists: a name here would keep an error
             refused: list[BaseException] = []  # alive by its own traceback
-            if self._opening is not None and not self._once:
-                yield self._opened()
+            if self._out.opening is not None and not self._once:
+                yield self._out.open()
             if self._once:
                 yield from self._finish()
                 return
-            self._warn()
+            self._out.warn()
             try:
                 with entered(self):
                     self.before_wait()
@@ -683,7 +654,8 @@ class Stream:
             if failed:
                 yield from self._fail(failed)
                 return
-            encode, ended = self._format.encode, self._once
+            out, ended = self._out, self._once
+            encode = out.format.encode
             reference = self.reference
             monotonic, running, runner = time.monotonic, current.get, runner_function()
             look_at = 0.0
@@ -741,20 +713,20 @@ class Stream:
                     # What begins with neither a colon nor a line end says by itself
                     # how it ends; most begin with a letter.
                     if chunk > b";" or (len(chunk) > 3 and chunk[0] != 58):
-                        self._tail = chunk
+                        out.tail = chunk
                     else:
-                        chunk = self._noted(item, chunk)
-                    self._moved = now
-                    self._events += 1
-                    if len(chunk) > _PIECE:
+                        chunk = out.note(item, chunk)
+                    out.moved = now
+                    out.events += 1
+                    if len(chunk) > PIECE:
                         yield from self._pieces(chunk)
                         continue
-                    self._bytes += len(chunk)
+                    out.bytes += len(chunk)
                     yield chunk
-                elif self._is_silent(now) and self._format.is_whole(self._tail):
-                    self._moved = now
-                    self._bytes += len(self._keepalive)
-                    yield self._keepalive
+                elif self._is_silent(now) and out.is_whole:
+                    out.moved = now
+                    out.bytes += len(out.comment)
+                    yield out.comment
             yield from self._finish()
         except GeneratorExit:
             # Whoever wraps us by `yield from`, or just drops us, closes the stream.
@@ -784,10 +756,10 @@ class Stream:
             except BaseException as error:
                 if not self._is_end(error):
                     failed.append(error)
-            if self._opening is not None and not self._once:
+            if self._out.opening is not None and not self._once:
                 if not failed:
                     self._begin_hand_over()
-                yield self._opened()
+                yield self._out.open()
                 if self._swap is not None and self._is_handed_over(first, events):
                     return
             if failed and not self._once:
@@ -795,15 +767,16 @@ class Stream:
                 return
             ended, watched = self._once, self._hung_up is not None
             if not ended:
-                self._warn()
+                self._out.warn()
                 if first:
-                    self._moved = time.monotonic()
-                    self._events += events
+                    self._out.moved = time.monotonic()
+                    self._out.events += events
                     yield from self._pieces(first)
             # What it sends is whole events, or lines, as no bytes at all are.
-            self._tail = b"\n\n" if self._is_event_stream else b""
-            dumps = dumps_or_default(self._format.dumps)
-            self._frames = frames = source.frames(self._is_event_stream, dumps, self)
+            out = self._out
+            out.tail = b"\n\n" if out.is_event_stream else b""
+            dumps = dumps_or_default(out.format.dumps)
+            self._frames = frames = source.frames(out.is_event_stream, dumps, self)
             advance, reference = frames.__next__, self.reference
             monotonic, running, runner = time.monotonic, current.get, runner_function()
             look_at = 0.0
@@ -833,16 +806,16 @@ class Stream:
                 if failed:
                     yield from self._fail(failed)
                     return
-                self._moved = now = monotonic()
+                out.moved = now = monotonic()
                 if now >= look_at:
                     look_at = now + (WATCHED_LOOK_EVERY if watched else LOOK_EVERY)
                     self._look(now)
                     if ended:
                         break
-                if len(chunk) > _PIECE:
+                if len(chunk) > PIECE:
                     yield from self._pieces(chunk)
                     continue
-                self._bytes += len(chunk)
+                out.bytes += len(chunk)
                 yield chunk
             yield from self._finish()
         except GeneratorExit:
@@ -851,50 +824,9 @@ class Stream:
             raise
 
     def _pieces(self, chunk: bytes) -> Iterator[bytes]:
-        """Yield a chunk; in pieces where that alone shows that the client takes it.
-
-        Nothing is done between the pieces: they are one chunk.
-        """
+        """Yield a chunk; in pieces where that alone shows that the client takes it."""
         is_seen = self._fd < 0 or acknowledged(self._fd) is not None
-        size = len(chunk) if is_seen else _PIECE
-        for start in range(0, len(chunk), size):
-            piece = chunk[start : start + size]
-            self._bytes += len(piece)
-            yield piece
-
-    def _opened(self) -> bytes:
-        assert self._opening is not None
-        self._tail = sse.tail_after(b"", self._opening)
-        self._bytes += len(self._opening)
-        return self._opening
-
-    def _noted(self, item: Any, chunk: bytes) -> bytes:
-        """Take note of a chunk that is short or a comment; return what to send.
-
-        The application's own comments go out as ours do; what it has framed, as it is.
-        """
-        if (
-            self._connection is not None
-            and self._connection.parses_events
-            and self._format.is_events
-            and not isinstance(item, (bytes, bytearray, memoryview))
-            and sse.ends_blank(self._tail)
-        ):
-            chunk = sse.without_blank(chunk)
-        self._tail = sse.tail_after(self._tail, chunk)
-        return chunk
-
-    def _warn(self) -> None:
-        if self._connection is not None:
-            self._connection.warn()
-            return
-        process().warn_once(
-            log,
-            "a stream has no connection: its request was not found, so that it is not"
-            " told when its client leaves or its server stops, and has no keepalive."
-            " Return the response itself from the view",
-            "no connection",
-        )
+        return self._out.pieces(chunk, len(chunk) if is_seen else PIECE)
 
     # Without the server.
 
@@ -902,9 +834,9 @@ class Stream:
         return (
             self._may_hand_over
             and native_epoll() is not None  # without it there is no loop
-            and self._is_event_stream
-            and self._opening is not None
-            and self._connection is not None
+            and self._out.is_event_stream
+            and self._out.opening is not None
+            and self._out.connection is not None
         )
 
     @property
@@ -930,13 +862,13 @@ class Stream:
         """Take the connection from its server, if it can be, until it has written."""
         if not self._is_to_hand_over():
             return
-        assert self._connection is not None
+        assert self._out.connection is not None
         # Its number will soon be another's.
         self._observe_no_more()
         try:
-            self._swap = self._connection.swap()
+            self._swap = self._out.connection.swap()
         except Full as error:
-            self._log(logging.DEBUG, f"%s is refused: {error}")
+            self._out.report(logging.DEBUG, f"%s is refused: {error}")
             self._end("refused")
         except ClientDisconnected:
             self._end("disconnected")
@@ -951,12 +883,16 @@ class Stream:
 
     def _is_handed_over(self, first: bytes, events: int) -> bool:
         """Take the connection for good, and let the loop go on with it."""
-        connection, process, served = self._connection, self._process, self._served
+        connection, process, served = (
+            self._out.connection,
+            self._process,
+            self._served,
+        )
         source = self._source
         assert isinstance(source, Subscription)
         assert connection is not None
         assert self._swap is not None
-        assert self._opening is not None
+        assert self._out.opening is not None
         assert process is not None
         assert served is not None
         life, is_ready = self._life, False
@@ -968,22 +904,22 @@ class Stream:
                 served,
                 keepalive=life.keepalive,
                 send_timeout=life.send_timeout,
-                retry=self._retry or 0,
-                comes_back=self._comes_back(),
+                retry=self._out.retry,
+                comes_back=self._out.comes_back,
                 reasons=REASONS,
                 before_wait=connection.hooks,
-                comment=self._keepalive,
+                comment=self._out.comment,
             )
             client = Client(
                 loop,
                 -1,
                 source,
                 terms,
-                label=process.shared_label(self._label),
+                label=process.shared_label(self._out.label),
                 began=self._began,
                 deadline=self._deadline,
                 events=events,
-                bytes=len(self._opening) + len(first),
+                bytes=len(self._out.opening) + len(first),
             )
             source.detach(client)
             is_ready = True
@@ -992,7 +928,7 @@ class Stream:
             process.warn_once(log, text, "no loop")
         taken = None
         if is_ready and not self._once:
-            taken = self._swap.take(self._opening)
+            taken = self._swap.take(self._out.opening)
         if taken is None:
             self._swap.undo()
             self._swap = None
@@ -1054,7 +990,9 @@ class Stream:
             isinstance(error, (KeyboardInterrupt, SystemExit))
             and not self._in_hub
             and threading.current_thread() is threading.main_thread()
-            and (self._connection is None or self._connection.lets_exits_through)
+            and (
+                self._out.connection is None or self._out.connection.lets_exits_through
+            )
             and (
                 isinstance(error, KeyboardInterrupt)
                 or self._until() is not None
@@ -1077,7 +1015,7 @@ class Stream:
 
     def _look(self, now: float) -> None:
         """See for ourselves what the watch would tell, if it came to run."""
-        watch, connection = self._watch, self._connection
+        watch, connection = self._watch, self._out.connection
         # A generator that never waits never lets the hub run: nobody else is served,
         # and gunicorn's SIGQUIT comes to nothing.
         if self.has_waited:
@@ -1112,23 +1050,15 @@ class Stream:
         if isinstance(self._source, Subscription):
             return since  # it never ends by itself
         if drain is None:
-            drain = 0.0 if self._comes_back() else math.inf
+            drain = 0.0 if self._out.comes_back else math.inf
         return min(until, since + drain)
-
-    def _comes_back(self) -> bool:
-        """Tell whether the client takes an end in good order for a break."""
-        return (
-            self._format.is_events
-            and self._connection is not None
-            and self._connection.is_event_source
-        )
 
     def _is_silent(self, now: float) -> bool:
         keepalive = self._life.keepalive
         return (
             keepalive is not None
-            and self._format.is_events
-            and now - self._moved >= keepalive
+            and self._out.format.is_events
+            and now - self._out.moved >= keepalive
         )
 
     def _after_end(self, error: BaseException) -> None:
@@ -1142,20 +1072,22 @@ class Stream:
         # the exit of a worker that stops.
         expected = bool(self._links) or not isinstance(error, Exception)
         level = logging.DEBUG if expected else logging.ERROR
-        self._log(level, f"the source of %s failed at its end ({self.reason})", error)
+        self._out.report(
+            level, f"the source of %s failed at its end ({self.reason})", error
+        )
 
     def _finish(self) -> Iterator[bytes]:
         """Close the source, say a last word to the client, or cut the response."""
         self._close_source()
         raised = None
-        if self.reason in _CUT and not self._comes_back():
-            last = self._answer_unsent()
+        if self.reason in _CUT and not self._out.comes_back:
+            last = self._out.answer_unsent(str(self.reason))
             if not last:
                 raised = self._cut()
         else:
-            last = self._last_block()
+            last = self._out.last_block(str(self.reason))
         if last:
-            self._bytes += len(last)
+            self._out.bytes += len(last)
             yield last
         # Not every server, and not every middleware, calls close().
         self._settle()
@@ -1169,43 +1101,12 @@ class Stream:
         Beside an exit that is to get through, later: Werkzeug reads from its socket
         before it is done, and takes what that raises then instead of the exit.
         """
-        if self._connection is None:
+        if self._out.connection is None:
             return None
         if self._exits:
             self._is_to_cut = True
             return None
-        return self._connection.cut()
-
-    def _answer_unsent(self) -> bytes:
-        """Answer by a status, if no byte has left; return the body, ``b""`` if not."""
-        if self._is_out or self._connection is None:
-            return b""
-        status = 403 if self.reason in ("denied", "kicked") else 503
-        error = RuntimeError(f"the stream has ended before it began: {self.reason}")
-        return self._connection.answer(error, status, b"") or b""
-
-    def _last_block(self) -> bytes:
-        """Return what the client is told at an end in good order."""
-        if not (self._format.is_events and self._format.is_whole(self._tail)):
-            return b""
-        if self.reason == "finished":
-            return self._end_block()
-        return self._come_back(str(self.reason))
-
-    def _come_back(self, reason: str) -> bytes:
-        """Return what asks an EventSource to come back; others make events of it."""
-        return come_back(reason, self._retry or 0) if self._comes_back() else b""
-
-    def _end_block(self, *, is_refused: bool = False) -> bytes:
-        """Return the block after which a browser, coming back, gets 204."""
-        stops = self._end_mode == "stop" or (is_refused and self._is_asked)
-        if not (
-            stops and self._connection is not None and self._connection.is_event_source
-        ):
-            return b""
-        # The blank line puts the id in force; there is no data, so no event.
-        id = sse.END_ID if self._end_mode == "stop" else sse.REFUSED_ID
-        return f"id: {id}\n\n".encode()
+        return self._out.connection.cut()
 
     def _fail(self, failed: list[BaseException]) -> Iterator[bytes]:
         """Log a source's error, say a last word to the client, cut the response.
@@ -1216,13 +1117,13 @@ class Stream:
         Args:
             failed: The error, alone; it is taken out.
         """
-        if not self._is_out and not is_greenlet_exit(failed[0]):
+        if not self._out.is_out and not is_greenlet_exit(failed[0]):
             yield from self._fail_unsent(failed)
             return
         block = self._refusal(failed[0])
         last, is_told = self._bury(failed[0], block)
         if last:
-            self._bytes += len(last)
+            self._out.bytes += len(last)
             yield last
         if is_told or (block and last.endswith(block)):  # the end behind it is whole
             failed.clear()
@@ -1243,24 +1144,19 @@ class Stream:
 
     def _shows(self, error: BaseException) -> bool:
         """Tell whether the source's error goes to who iterates: a test, say."""
-        connection = self._connection
+        connection = self._out.connection
         is_exit = isinstance(error, GeneratorExit) or is_greenlet_exit(error)
         return not is_exit and (connection is None or connection.shows_errors)
-
-    @property
-    def _is_out(self) -> bool:
-        """A byte of the response may have left."""
-        return bool(self._is_event_stream or self._tail or self._bytes or self._events)
 
     def _refusal(self, error: BaseException) -> bytes:
         """Return what keeps a browser away for good, if an error is to do that."""
         if not (is_answer(error) or isinstance(error, Returned)):
             return b""
-        return self._end_block(is_refused=True)
+        return self._out.refusal()
 
     def _fail_unsent(self, failed: list[BaseException]) -> Iterator[bytes]:
         """Answer with an error's status instead of a stream: no byte has left."""
-        error, connection = failed.pop(), self._connection
+        error, connection = failed.pop(), self._out.connection
         raised: BaseException | None = None
         try:
             self._end("error")
@@ -1271,13 +1167,13 @@ class Stream:
                 body = connection.answer(error, status, words)
             if body is not None:
                 level = logging.ERROR if status >= 500 else logging.DEBUG
-                self._log(level, "the source of %s failed", error)
-                self._bytes += len(body)
+                self._out.report(level, "the source of %s failed", error)
+                self._out.bytes += len(body)
                 yield body
             elif connection is None or words or not connection.answers_errors:
-                self._log(logging.ERROR, "the source of %s failed", error)
+                self._out.report(logging.ERROR, "the source of %s failed", error)
                 if words:
-                    self._bytes += len(words)
+                    self._out.bytes += len(words)
                     yield words
                 if not is_told:
                     raised = self._cut()
@@ -1286,7 +1182,7 @@ class Stream:
             else:
                 told = error if not connection.logs_errors else None
                 message = "the source of %s failed before its first item"
-                self._log(logging.ERROR, message, told)
+                self._out.report(logging.ERROR, message, told)
                 raised = error
                 if not isinstance(error, Exception):  # GeneratorExit, for one
                     raised = RuntimeError(f"a source raised {type(error).__name__}")
@@ -1313,33 +1209,35 @@ class Stream:
             # gevent ends this greenlet, or the source ends itself in that way.
             self._end("shutdown")
             self._close_source()
-            self._log(logging.WARNING, "the greenlet of %s was killed")
+            self._out.report(logging.WARNING, "the greenlet of %s was killed")
             return b"", False
-        is_first = isinstance(error, Returned) and not self._events
+        is_first = isinstance(error, Returned) and not self._out.events
         self._end("refused" if is_first else "error")
         message = "the source of %s failed"
-        if self._is_event_stream and (is_answer(error) or isinstance(error, Returned)):
+        if self._out.is_event_stream and (
+            is_answer(error) or isinstance(error, Returned)
+        ):
             message += _TOO_LATE
         self._close_source()
-        self._log(logging.ERROR, message, error)
+        self._out.report(logging.ERROR, message, error)
         return self._last_words(error, refusal)
 
     def _last_words(
         self, error: BaseException, refusal: bytes = b""
     ) -> tuple[bytes, bool]:
-        if not self._format.is_whole(self._tail):
+        if not self._out.is_whole:
             return b"", False
         words = b""
         if self._on_error is not None and isinstance(error, Exception):
             try:
                 with entered(self):
-                    words = self._format.encode(self._on_error(error)) or b""
+                    words = self._out.format.encode(self._on_error(error)) or b""
             except BaseException as second:
                 if not self._keep_exit(second):
-                    self._log(logging.ERROR, "on_error of %s failed", second)
+                    self._out.report(logging.ERROR, "on_error of %s failed", second)
         is_told = bool(words)
-        if self._format.is_events and self._format.is_whole(words):
-            words += refusal or self._come_back("error")
+        if self._out.format.is_events and self._out.format.is_whole(words):
+            words += refusal or self._out.come_back("error")
         return words, is_told
 
     # Its ends.
@@ -1428,22 +1326,22 @@ class Stream:
             f" ({', '.join(names)}) does not end what it waits in; link the socket,"
             " the response or the process that it reads from"
         )
-        process().say_once(log, logging.WARNING, text, self._label)
+        process().say_once(log, logging.WARNING, text, self._out.label)
 
     # The watch's side: in its thread, or in a callback of the hub.
 
     def _begin(self) -> None:
         """Let the process and its watch know; in the thread or greenlet it is in."""
-        self._began = self._moved = now = time.monotonic()
+        self._began = self._out.moved = now = time.monotonic()
         self._in_hub = gevent_hub() is not None
         self._thread = threading.get_ident()
         record = self._process = process()
-        connection, life = self._connection, self._life
+        connection, life = self._out.connection, self._life
         if life.max_duration is not None:
             # Jittered, or clients that came together return together.
             self._deadline = now + life.max_duration * random.uniform(0.9, 1)
         try:
-            if connection is not None and life.keepalive and self._format.is_events:
+            if connection is not None and life.keepalive and self._out.format.is_events:
                 connection.find_write()
             self._observe(in_step=self._is_about_to_leave())
             self._served = record.opened(
@@ -1471,7 +1369,7 @@ class Stream:
         Args:
             in_step: It is about to leave: have what ends it, and no more.
         """
-        connection = self._connection
+        connection = self._out.connection
         try:
             self._watch = watch()
             if in_step:
@@ -1485,7 +1383,7 @@ class Stream:
             if tick < math.inf:
                 self._timer = self._watch.call_at(tick, _weakly(self._tick, None))
         except (OSError, RuntimeError) as error:  # no descriptor or thread is left
-            self._log(logging.WARNING, "%s is not watched for a hang-up", error)
+            self._out.report(logging.WARNING, "%s is not watched for a hang-up", error)
 
     def _observe_no_more(self) -> None:
         watch = self._watch
@@ -1524,8 +1422,8 @@ class Stream:
 
     def _leave_watch(self) -> None:
         fd = self._fd
-        if self._connection is not None:
-            self._connection.leave_write()
+        if self._out.connection is not None:
+            self._out.connection.leave_write()
         self._observe_no_more()
         # The connection may serve other requests after this one.
         if self._is_limited and fd >= 0 and self._has_socket(fd):
@@ -1534,7 +1432,7 @@ class Stream:
 
     def _has_socket(self, fd: int) -> bool:
         """Tell whether a descriptor is still that of our connection."""
-        return self._connection is not None and self._connection.fd == fd
+        return self._out.connection is not None and self._out.connection.fd == fd
 
     def _on_hang_up(self) -> None:
         self._over(self._how_gone())
@@ -1556,8 +1454,8 @@ class Stream:
             tick = now + _STUCK
         else:
             tick = self._deadline
-            if life.keepalive is not None and self._format.is_events:
-                due = self._moved + life.keepalive
+            if life.keepalive is not None and self._out.format.is_events:
+                due = self._out.moved + life.keepalive
                 # Due already: something is in its way, for a moment at least.
                 tick = min(tick, due if due > now else now + life.keepalive / 4)
         if life.send_timeout is not None and self._fd >= 0:
@@ -1566,7 +1464,7 @@ class Stream:
             if self._full_since:
                 due = self._full_since + life.send_timeout
                 tick = min(tick, max(now + 0.01, due))
-        if self._connection is not None and self._connection.may_vanish:
+        if self._out.connection is not None and self._out.connection.may_vanish:
             tick = min(tick, now + VANISH_EVERY)
         return tick
 
@@ -1596,7 +1494,7 @@ class Stream:
 
     def _look_at_the_client(self, now: float, send_timeout: float) -> None:
         """Drop a client to which nothing has gone for a time, though it should."""
-        connection, sent = self._connection, self._bytes
+        connection, sent = self._out.connection, self._out.bytes
         if connection is None or (self.is_running and sent == self._all_sent):
             return  # idle: all has gone when we looked last, and there is no more
         progress = self._look_at_progress(connection)
@@ -1610,7 +1508,7 @@ class Stream:
             # Nothing was taken since the last look, nor before the last chunk. If that
             # was long ago we were stopped ourselves, and the client is not to blame.
             earliest = now - send_timeout / 2
-            self._full_since = max(self._moved, self._looked_at, earliest)
+            self._full_since = max(self._out.moved, self._looked_at, earliest)
         if self._full_since and now - self._full_since >= send_timeout:
             self._over("send_timeout")
             connection.drop()
@@ -1626,7 +1524,7 @@ class Stream:
         taken = acknowledged(self._fd)
         if taken:  # 0: nothing yet, or a kernel that does not count (gVisor)
             return taken, 0
-        return queued(self._fd), self._bytes - connection.unsent()
+        return queued(self._fd), self._out.bytes - connection.unsent()
 
     # From its end until its server is done with it.
 
@@ -1654,14 +1552,14 @@ class Stream:
 
     def _is_full(self) -> bool:
         """Tell whether a write would have to wait for the client now."""
-        connection = self._connection
+        connection = self._out.connection
         is_open = self._fd >= 0 and self._has_socket(self._fd)
         return is_open and connection is not None and connection.is_full()
 
     def _drop(self) -> None:
         """Make a write that blocks fail."""
-        if self._connection is not None:
-            self._connection.drop()
+        if self._out.connection is not None:
+            self._out.connection.drop()
 
     def _hurry(self, now: float, until: float) -> None:
         """Keep a stopping server from waiting for this stream, at each look.
@@ -1677,8 +1575,8 @@ class Stream:
         if not self._is_full():
             self._stuck_since = 0.0
             return
-        assert self._connection is not None
-        progress = self._look_at_progress(self._connection)
+        assert self._out.connection is not None
+        progress = self._look_at_progress(self._out.connection)
         is_unwanted = self.reason in _CUT
         if not self._stuck_since or (progress != self._stuck_at and not is_unwanted):
             self._stuck_since, self._stuck_at = now, progress
@@ -1715,7 +1613,7 @@ class Stream:
     def _name_source(self, what: str) -> None:
         """Say, once a stream, what is wrong with its source, and where that is."""
         if self._is_first("named", "yes"):
-            self._say(logging.WARNING, f"{self._source_name} of %s {what}")
+            self._out.say(logging.WARNING, f"{self._source_name} of %s {what}")
 
     @property
     def _source_name(self) -> str:
@@ -1737,28 +1635,28 @@ class Stream:
             self._is_writing = True
             try:
                 if self._may_write():
-                    assert self._connection is not None
-                    assert self._connection.write is not None
-                    self._connection.write(self._keepalive)
-                    self._bytes += len(self._keepalive)
-                    self._moved = time.monotonic()
+                    assert self._out.connection is not None
+                    assert self._out.connection.write is not None
+                    self._out.connection.write(self._out.comment)
+                    self._out.bytes += len(self._out.comment)
+                    self._out.moved = time.monotonic()
             except Exception as error:
                 # The client has left: that is found out where it belongs.
-                self._say(logging.DEBUG, "no keepalive for %s", error)
+                self._out.say(logging.DEBUG, "no keepalive for %s", error)
             finally:
                 self._is_writing = False
 
     def _may_write(self) -> bool:
-        connection = self._connection
+        connection = self._out.connection
         return (
             self.is_running
             and not self._once
             and self._is_silent(time.monotonic())
             # Not into the middle of an event.
-            and self._format.is_whole(self._tail)
+            and self._out.is_whole
             and connection is not None
             and connection.write is not None
-            and connection.has_got(self._bytes)
+            and connection.has_got(self._out.bytes)
             and not connection.is_full()
             # Or the write would take the error that says why: see `_how_gone`.
             and not connection.is_hung_up()
@@ -1771,17 +1669,17 @@ class Stream:
     def _count(self) -> None:
         reason, record = str(self.reason), self._process
         if record is None and reason == "closed":  # HEAD, or never sent
-            self._log(logging.DEBUG, "%s was closed before it began")
+            self._out.report(logging.DEBUG, "%s was closed before it began")
             return
         seconds = time.monotonic() - self._began if record is not None else 0.0
         if self._frames is not None:
-            self._events += self._frames.events
+            self._out.events += self._frames.events
             self._frames = None  # it has us as its scope, and the other way round
-        (record or process()).count(reason, seconds, self._events, self._bytes)
-        self._log(
+        (record or process()).count(reason, seconds, self._out.events, self._out.bytes)
+        self._out.report(
             logging.DEBUG,
-            f"%s ended: {reason}, {seconds:.3f} s, {self._events} events,"
-            f" {self._bytes} bytes",
+            f"%s ended: {reason}, {seconds:.3f} s, {self._out.events} events,"
+            f" {self._out.bytes} bytes",
         )
 
     # Closing.
@@ -1817,7 +1715,7 @@ class Stream:
                     "generator ignored GeneratorExit",
                 )
                 if not ignored or attempt == 0:
-                    self._log(level, "closing the source of %s failed", error)
+                    self._out.report(level, "closing the source of %s failed", error)
                 if ignored:
                     continue  # it yielded while it was closed: drop that, go on
             return
@@ -1833,25 +1731,7 @@ class Stream:
             except BaseException as error:
                 message = "a callback at the end of %s failed"
                 if not self._keep_exit(error):
-                    self._log(logging.ERROR, message, error)
-
-    def _log(
-        self, level: int, message: str, error: BaseException | None = None
-    ) -> None:
-        """Log a line; a handler that is broken does not break the stream."""
-        if is_enabled(log, level):
-            report(log, level, message, self._label, error=error)
-
-    def _say(
-        self, level: int, message: str, error: BaseException | None = None
-    ) -> None:
-        """Log a line, soon: on the watch's side, where a handler holds up all."""
-        if is_enabled(log, level):
-            say(log, level, message, self._label, error=error)
-
-    @property
-    def _label(self) -> str:
-        return self._connection.label if self._connection else "a stream"
+                    self._out.report(logging.ERROR, message, error)
 
 
 def _is_unwinding() -> bool:
