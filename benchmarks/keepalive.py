@@ -5,7 +5,7 @@
 In the repository's folder, with what ``pip install '.[test]'`` installs, and openssl.
 About 2 minutes; --quick, with 1,000 events, about half a one.
 
-10,000 numbered events from every server of tests/live.py, by the application
+10,000 numbered events from every server of tests/support/live.py, by the application
 tests/apps/life.py: a third of them are yielded whole, a third in two pieces, a third
 with the last byte late. In between the generators block in a plain ``time.sleep`` of
 2 ms, before the second piece, and after every other event, so that with a keepalive
@@ -56,7 +56,7 @@ class Found:
 def measure(name: str, route: str, count: int, folder: str) -> Found:
     query = f"key={name}&n={count}&keepalive={KEEPALIVE}&end=reconnect"
     env = {"KEEPALIVE": str(KEEPALIVE)}
-    app = f"apps.life:{ROUTES[route]}"
+    app = f"tests.apps.life:{ROUTES[route]}"
     with serving(name, app, folder, env=env) as server:
         began = time.monotonic()
         with server.get(f"/{route}/pieces?{query.replace(' ', '-')}") as client:

@@ -5,9 +5,10 @@
 In the repository's folder, with what ``pip install '.[test]'`` installs, and openssl.
 About a minute; --quick about a fifth of one.
 
-Every server of tests/live.py, one worker each, by the application tests/apps/life.py,
-whose generators wait in `syncstream.sleep`, in ``stream.wait(queue)``, or for an
-upstream read by requests and given to ``stream.link``; under gevent also in a plain
+Every server of tests/support/live.py, one worker each, by the application
+tests/apps/life.py, whose generators wait in `syncstream.sleep`, in
+``stream.wait(queue)``, or for an upstream read by requests and given to
+``stream.link``; under gevent also in a plain
 ``time.sleep``. And for subscribers that were handed over: when does their ``on_close``
 run? 100 clients leave each wait in each way: by closing (FIN), by a reset, and by
 closing behind a pipelined request that nobody reads. A server is started once. Where
@@ -43,8 +44,8 @@ from typing import Any
 
 from .machine import describe, verdict
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from live import SERVERS, TIMEOUT, Client, LiveServer, unique_key
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.support.live import SERVERS, TIMEOUT, Client, LiveServer, unique_key
 
 TARGET = 0.05  # seconds, p99
 AT_ONCE = 7  # of 8 threads: one is left for who is just leaving
@@ -181,7 +182,7 @@ def measure(server: LiveServer, wait: str, way: str, count: int, url: str) -> Ti
 
 def measure_server(name: str, count: int, url: str, folder: str) -> dict[Cell, Times]:
     found = {}
-    with serving(name, "apps.life:app", folder) as server:
+    with serving(name, "tests.apps.life:app", folder) as server:
         measure(server, "linked", "FIN", 10, url)  # warm: requests is imported
         for wait in WAITS:
             if wait == "time.sleep" and server.kind not in GEVENT:

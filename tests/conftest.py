@@ -7,7 +7,7 @@ import threading
 import pytest
 from hypothesis import settings
 
-from live import TABLE
+from tests.support.live import TABLE
 
 # A machine that is busy makes no example wrong.
 settings.register_profile("untimed", settings(), deadline=None)

@@ -1,7 +1,7 @@
 """The tables *servers × guarantees* and *deployments × guarantees*, made from a run.
 
-    python tests/guarantees.py REPORT.xml            compare, fail if they differ
-    python tests/guarantees.py REPORT.xml --write    write them where they belong
+    python -m tests.guarantees REPORT.xml            compare, fail if they differ
+    python -m tests.guarantees REPORT.xml --write    write them where they belong
 
 The first one is that of docs/servers.md, the second that of docs/deployments.md.
 
@@ -18,9 +18,9 @@ import xml.etree.ElementTree as ET
 from collections import defaultdict
 from pathlib import Path
 
-from live import TABLE
+from tests import ROOT
+from tests.support.live import TABLE
 
-ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- guarantees -->\n", "<!-- end of guarantees -->"
 NAMES = {
     "gunicorn-sync": "gunicorn sync",
@@ -87,7 +87,7 @@ PROMISES = (
 )
 
 
-# A deployment's title, and its names in tests/test_deployments.py.
+# A deployment's title, and its names in tests/live/test_deployments.py.
 DEPLOYMENTS = {
     "gunicorn sync": ["gunicorn-sync"],
     "gunicorn gthread": ["gunicorn-gthread"],
@@ -107,7 +107,7 @@ DEPLOYMENTS = {
     "Django, a fresh worker": ["django-fresh"],
     "Celery's prefork publishes": ["celery"],
 }
-# A column's title, and what of tests/test_deployments.py shows it.
+# A column's title, and what of tests/live/test_deployments.py shows it.
 COLUMNS = {
     "each piece at once, whole": ["pieces", "slow"],
     "a leave ends it": ["leave", "first_stream", "first_subscriber", "first_head"],

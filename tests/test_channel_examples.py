@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from live import LiveServer, await_true
 from syncstream.protocol import sse
+from tests.support.live import LiveServer, await_true
 
 KINDS = ["gunicorn-gevent", "gunicorn-gthread"]
 EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}

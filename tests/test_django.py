@@ -13,10 +13,10 @@ from django.test import Client, RequestFactory, override_settings
 from django.urls import path
 from django.views.decorators.gzip import gzip_page
 
-from apps import django_app
 from syncstream import StreamMiddleware, current_stream
 from syncstream.django import SSEResponse, sse
 from syncstream.runtime.process import process
+from tests.apps import django_app
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +33,7 @@ def client():
 @pytest.fixture(autouse=True)
 def _control(monkeypatch):
     """There is no test on the control line here."""
-    monkeypatch.setattr("apps.sources.note", lambda key, value: None)
+    monkeypatch.setattr("tests.apps.sources.note", lambda key, value: None)
 
 
 def test_the_test_client_reads_a_stream(client):

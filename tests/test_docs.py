@@ -9,18 +9,17 @@ import re
 import shlex
 import subprocess
 import tempfile
-from pathlib import Path
 
 import pytest
 
-from live import LiveServer, await_true
-from postgresql_server import PostgreSQL
-from programs import program
-from redis_server import RedisServer
 from syncstream import Hub
 from syncstream.protocol import sse
+from tests import ROOT
+from tests.support.live import LiveServer, await_true
+from tests.support.postgresql_server import PostgreSQL
+from tests.support.programs import program
+from tests.support.redis_server import RedisServer
 
-ROOT = Path(__file__).parent.parent
 EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from live import TIMEOUT, LiveServer, await_true, free_port
-from programs import program
 from syncstream.protocol import sse
+from tests import ROOT
+from tests.support.live import TIMEOUT, LiveServer, await_true, free_port
+from tests.support.programs import program
 
-ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").glob("*.py"))
 FAST = {"INTERVAL": "0.02", "PYTHONUNBUFFERED": "1"}  # prints reach the log at once
 EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import syncstream
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "syncstream"
 
 # From the bottom to the top; a module may import what stands before its own layer,

@@ -7,7 +7,6 @@ import sys
 import tempfile
 import traceback
 from contextlib import closing
-from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
@@ -20,12 +19,12 @@ from syncstream import Hub
 from syncstream.__main__ import main
 from syncstream.errors import Unavailable, Uncertain
 from syncstream.publish import MAX_BODY, MAX_LINES, publish_app
+from tests import ROOT
 
 NDJSON = "application/x-ndjson"
 TOKEN = {"Authorization": "Bearer secret"}
 
 
-ROOT = Path(__file__).parent.parent
 FUZZED = Hub(max_payload=30)  # in memory
 
 

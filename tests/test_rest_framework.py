@@ -2,16 +2,15 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from django.conf import settings
 from django.test import Client, override_settings
 from django.urls import path
 
-from apps import django_app
 from syncstream import sse as in_flask
 from syncstream.django import SSEResponse, sse
+from tests.apps import django_app
 
 assert callable(django_app.app)  # it configures Django
 settings.REST_FRAMEWORK = {
@@ -26,7 +25,9 @@ from rest_framework.exceptions import PermissionDenied  # noqa: E402
 from rest_framework.renderers import JSONRenderer  # noqa: E402
 from rest_framework.views import APIView  # noqa: E402
 
-PAGE = (Path(__file__).parent.parent / "docs" / "frameworks.md").read_text()
+from tests import ROOT  # noqa: E402
+
+PAGE = (ROOT / "docs" / "frameworks.md").read_text()
 CODE = re.search(r"```python\n(class EventStream.*?)```", PAGE, re.DOTALL)[1]
 names = {
     "__name__": __name__,

@@ -4,13 +4,13 @@ from urllib.parse import parse_qs
 
 from werkzeug.debug import DebuggedApplication
 
-from apps.sources import SOURCES, as_sse
 from syncstream import (
     NDJSONResponse,
     SSEResponse,
     StreamMiddleware,
     StreamResponse,
 )
+from tests.apps.sources import SOURCES, as_sse
 
 EVENTS = [("Content-Type", "text/event-stream"), ("Connection", "keep-alive")]
 LINES = [("Content-Type", "application/x-ndjson"), ("X-Other", "kept")]

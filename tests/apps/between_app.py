@@ -7,9 +7,9 @@ bytes of the body, and hands on the server's.
 import time
 from urllib.parse import parse_qs
 
-from apps.control import gate
-from apps.life import plain
 from syncstream import SSEResponse
+from tests.apps.control import gate
+from tests.apps.life import plain
 
 
 def gated(key):

@@ -2,8 +2,6 @@
 
 import bottle
 
-from apps.control import note
-from apps.sources import SOURCES, as_sse
 from syncstream import (
     Hub,
     NDJSONResponse,
@@ -14,6 +12,8 @@ from syncstream import (
 )
 from syncstream.bottle import respond, sse
 from syncstream.runtime.process import process
+from tests.apps.control import note
+from tests.apps.sources import SOURCES, as_sse
 
 app = bottle.Bottle()
 hub = Hub()

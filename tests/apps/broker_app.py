@@ -1,4 +1,4 @@
-"""``apps.hub_app`` on the broker that $HUB_URL names, for servers of several processes.
+"""``hub_app`` on the broker that $HUB_URL names, for servers of several processes.
 
 Each answer names its process, in X-Pid. /state tells how many streams that has:
 ``attached`` ones, which hold a thread, and ``parked`` ones, which were handed over. A
@@ -8,8 +8,8 @@ stream with ``attached=1`` in its query is not handed over.
 import json
 import os
 
-from apps import hub_app
 from syncstream import Hub, StreamMiddleware
+from tests.apps import hub_app
 
 try:
     from syncstream.runtime.process import process

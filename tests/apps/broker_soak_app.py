@@ -1,4 +1,4 @@
-"""``apps.broker_app`` with a short `max_age`, and a clock that others may move.
+"""``tests.apps.broker_app`` with a short `max_age`, and a clock that others may move.
 
 $SOAK_CLOCK is a file: its text is added, in seconds, to what `time.time` says.
 """
@@ -36,7 +36,7 @@ if "SOAK_CLOCK" in os.environ:
     time.time = _moved
 
 if "HUB_URL" in os.environ:
-    from apps import broker_app
+    from tests.apps import broker_app
 
     broker_app.hub_app.hub = open_hub(os.environ["HUB_URL"])
 

@@ -4,8 +4,8 @@ import collections
 
 import flask
 
-from apps.control import gate
 from syncstream import Event, SSEResponse, StreamMiddleware, last_event_id
+from tests.apps.control import gate
 
 app = flask.Flask(__name__)
 asked = collections.defaultdict(list)  # a key's Last-Event-IDs, one a request

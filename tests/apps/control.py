@@ -1,4 +1,4 @@
-"""The application's end of the control line of tests/live.py."""
+"""The application's end of the control line of tests/support/live.py."""
 
 import json
 import os

@@ -25,9 +25,9 @@ from django.core.wsgi import get_wsgi_application
 from django.http import HttpResponse, JsonResponse, StreamingHttpResponse
 from django.urls import path
 
-from apps.control import note
-from apps.mounted import mounted
-from apps.sources import SOURCES, as_sse
+from tests.apps.control import note
+from tests.apps.mounted import mounted
+from tests.apps.sources import SOURCES, as_sse
 
 OPENED = {}  # the runners that opened the connections, by their ids
 RUNNERS = {}  # the runners of the requests, by their keys

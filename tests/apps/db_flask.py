@@ -16,10 +16,10 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from apps.control import note
-from apps.mounted import mounted
-from apps.sources import SOURCES, as_sse
 from syncstream import SSEResponse, StreamMiddleware, sleep, sse
+from tests.apps.control import note
+from tests.apps.mounted import mounted
+from tests.apps.sources import SOURCES, as_sse
 
 db = SQLAlchemy()
 

@@ -1,4 +1,4 @@
-"""What the applications of tests/test_deployments.py answer, whatever serves them.
+"""What the applications of tests/live/test_deployments.py answer, whatever serves them.
 
 The query says what a response is made of: ``key`` names it on the control line,
 ``rows`` and ``pause`` are how many rows and the seconds between, ``size`` pads each
@@ -11,9 +11,9 @@ import threading
 
 import psutil
 
-from apps.control import gate, note
 from syncstream import Hub, sleep
 from syncstream.runtime.process import process
+from tests.apps.control import gate, note
 
 hub = Hub(os.environ["HUB_URL"])
 

@@ -1,4 +1,4 @@
-"""Celery tasks that publish: tests/test_deployments.py.
+"""Celery tasks that publish: tests/live/test_deployments.py.
 
 The hub is the module's, and has published before Celery forks its processes.
 """
@@ -10,8 +10,8 @@ import psutil
 from celery import Celery
 from celery.signals import worker_init
 
-from apps.control import gate, note
 from syncstream import Hub
+from tests.apps.control import gate, note
 
 # A process that has finished waits until its parent has read its last results. One
 # that stops may not read them any more, hub or no hub: 30 s, then all goes on.

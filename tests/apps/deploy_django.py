@@ -10,7 +10,7 @@ from django.conf import settings
 from django.core.wsgi import get_wsgi_application
 
 settings.configure(
-    ROOT_URLCONF="apps.deploy_urls",
+    ROOT_URLCONF="tests.apps.deploy_urls",
     ALLOWED_HOSTS=["*"],
     SECRET_KEY="tests",
     MIDDLEWARE=[

@@ -4,13 +4,13 @@ import os
 
 from flask import Flask, jsonify, request
 
-from apps import deploy
 from syncstream import (
     NDJSONResponse,
     SSEResponse,
     StreamMiddleware,
     StreamResponse,
 )
+from tests.apps import deploy
 
 if os.environ.get("AGENT") == "sentry":
     import sentry_sdk

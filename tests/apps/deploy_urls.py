@@ -4,8 +4,8 @@ from django.http import HttpResponse, JsonResponse
 from django.urls import path
 from django.views.decorators.csrf import csrf_exempt
 
-from apps import deploy
 from syncstream.django import NDJSONResponse, SSEResponse, StreamResponse
+from tests.apps import deploy
 
 
 @csrf_exempt

@@ -6,8 +6,8 @@ from django.core.wsgi import get_wsgi_application
 from django.http import HttpResponse, StreamingHttpResponse
 from django.urls import path
 
-from apps.control import note
-from apps.sources import SOURCES, as_sse
+from tests.apps.control import note
+from tests.apps.sources import SOURCES, as_sse
 
 settings.configure(
     ROOT_URLCONF=__name__,
@@ -16,7 +16,7 @@ settings.configure(
     MIDDLEWARE=[
         "django.middleware.security.SecurityMiddleware",
         "django.middleware.common.CommonMiddleware",
-        "apps.django_app.after",
+        "tests.apps.django_app.after",
     ],
 )
 django.setup()

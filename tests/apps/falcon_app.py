@@ -2,7 +2,6 @@
 
 import falcon
 
-from apps.sources import SOURCES, as_sse
 from syncstream import (
     NDJSONResponse,
     SSEResponse,
@@ -11,6 +10,7 @@ from syncstream import (
     current_stream,
 )
 from syncstream.falcon import respond
+from tests.apps.sources import SOURCES, as_sse
 
 
 def source_of(req, name):

@@ -2,8 +2,6 @@
 
 import flask
 
-from apps.control import note
-from apps.sources import SOURCES, as_sse
 from syncstream import (
     NDJSONResponse,
     SSEResponse,
@@ -12,6 +10,8 @@ from syncstream import (
     current_stream,
     sse,
 )
+from tests.apps.control import note
+from tests.apps.sources import SOURCES, as_sse
 
 
 def make():

@@ -8,10 +8,10 @@ from django.core.wsgi import get_wsgi_application
 from django.http import StreamingHttpResponse
 
 settings.configure(
-    ROOT_URLCONF="apps.fresh_views",
+    ROOT_URLCONF="tests.apps.fresh_views",
     ALLOWED_HOSTS=["*"],
     SECRET_KEY="tests",
-    MIDDLEWARE=["apps.fresh_django.rewrapped"],
+    MIDDLEWARE=["tests.apps.fresh_django.rewrapped"],
     DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}},
 )
 

@@ -4,10 +4,10 @@ from django.db import connection
 from django.http import HttpResponse
 from django.urls import path
 
-from apps.control import note
 from syncstream import Hub, current_stream, sleep
 from syncstream.django import SSEResponse
 from syncstream.runtime.process import process, stats
+from tests.apps.control import note
 
 hub = Hub()
 

@@ -1,4 +1,4 @@
-"""A WSGI application whose subscribers leave their server: tests/test_handover.py.
+"""A WSGI application whose subscribers leave their server: tests/live/test_handover.py.
 
 /events/CHANNEL,CHANNEL?OPTION=VALUE subscribes; the options are those of
 `Hub.subscribe` and `SSEResponse`, and ``note=KEY``: why the stream ended comes as
@@ -22,13 +22,13 @@ from urllib.parse import parse_qs
 
 import psutil
 
-from apps.control import gate, note
 from syncstream import Hub, NDJSONResponse, SSEResponse, StreamMiddleware
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.errors import Unavailable
 from syncstream.runtime.process import process, stats
 from syncstream.runtime.sockets import native
 from syncstream.servers.connection import HANDOVER
+from tests.apps.control import gate, note
 
 JUNK = b": " + b"x" * 100_000 + b"\n\n"
 CAPACITY = int(os.environ.get("CAPACITY", "1000"))

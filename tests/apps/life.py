@@ -17,7 +17,6 @@ from urllib.parse import parse_qs
 import psutil
 import requests
 
-from apps.control import gate, note
 from syncstream import (
     Hub,
     NDJSONResponse,
@@ -28,6 +27,7 @@ from syncstream import (
     sleep,
 )
 from syncstream.process import stats
+from tests.apps.control import gate, note
 
 OPTIONS = {
     "keepalive": float,

@@ -5,7 +5,7 @@ from wsgiref.util import shift_path_info
 
 from werkzeug.wsgi import ClosingIterator
 
-from apps.control import note
+from tests.apps.control import note
 
 
 def mounted(apps):

@@ -4,8 +4,6 @@ import threading
 import time
 from urllib.parse import parse_qs
 
-from apps.control import gate, note
-from apps.sources import SOURCES, noted
 from syncstream import (
     Event,
     NDJSONResponse,
@@ -14,6 +12,8 @@ from syncstream import (
     current_stream,
     sleep,
 )
+from tests.apps.control import gate, note
+from tests.apps.sources import SOURCES, noted
 
 
 @noted

@@ -4,7 +4,6 @@ from pyramid.config import Configurator
 from pyramid.events import NewResponse
 from pyramid.response import Response
 
-from apps.sources import SOURCES, as_sse
 from syncstream import (
     NDJSONResponse,
     SSEResponse,
@@ -12,6 +11,7 @@ from syncstream import (
     StreamResponse,
     current_stream,
 )
+from tests.apps.sources import SOURCES, as_sse
 
 
 def source_of(request):

@@ -1,6 +1,8 @@
 """Serve ``module:attribute`` by a server that has no command of its own.
 
-python serve.py pywsgi|werkzeug|waitress|cheroot|runserver MODULE:ATTRIBUTE PORT
+python -m tests.apps.serve KIND MODULE:ATTRIBUTE PORT
+
+KIND is pywsgi, werkzeug, waitress, cheroot or runserver.
 
 waitress listens at the Unix socket, too, that $UNIX_SOCKET names.
 """

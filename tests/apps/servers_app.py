@@ -14,8 +14,8 @@ import time
 import weakref
 from urllib.parse import parse_qsl
 
-from apps.control import gate, note
 from syncstream.servers import server_of
+from tests.apps.control import gate, note
 
 REPORTED = {}  # what a request has left behind: weak references to its parts
 

@@ -7,7 +7,6 @@ stream ended comes as ``KEY-ended``.
 
 from urllib.parse import parse_qs
 
-from apps.control import note
 from syncstream import (
     Hub,
     SSEResponse,
@@ -15,6 +14,7 @@ from syncstream import (
     StreamResponse,
     current_stream,
 )
+from tests.apps.control import note
 
 SEND_TIMEOUT = 1.0
 LINE = "x" * 10_000

@@ -1,4 +1,4 @@
-"""A WSGI application that clients of every kind come to: tests/soak.py.
+"""A WSGI application that clients of every kind come to: tests/soak/streams.py.
 
 /SOURCE?n=5&wait=sleep&keepalive=1&send_timeout=2 is an `SSEResponse`, /hand/SOURCE a
 generator by hand under `StreamMiddleware`. Each source is counted when it begins and
@@ -13,10 +13,10 @@ import threading
 import time
 from urllib.parse import parse_qs
 
-from apps.life import plain, state
 from syncstream import SSEResponse, StreamMiddleware, current_stream, sleep
 from syncstream.runtime.watch import watch
 from syncstream.streams.stream import Stream
+from tests.apps.life import plain, state
 
 PAYLOAD = "x" * 16000
 

@@ -6,8 +6,8 @@ Each tells the test what becomes of it, under the key that the request names.
 import os
 import threading
 
-from apps.control import gate, note
 from syncstream import sleep
+from tests.apps.control import gate, note
 
 
 def noted(source):

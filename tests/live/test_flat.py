@@ -1,0 +1,58 @@
+"""What clients make up takes no memory for longer than they are there."""
+
+import ast
+import socket
+
+import pytest
+
+from tests.support.live import TIMEOUT, Client, LiveServer, await_true
+
+WARM, MORE = 400, 600
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """gunicorn on a Unix socket, where SERVER_NAME is what the client says."""
+    path = tmp_path_factory.mktemp("flat") / "socket"
+    bind = ("-b", f"unix:{path}")
+    with LiveServer("gunicorn-gthread", "tests.apps.flat_app:wrapped", *bind) as server:
+        server.path = str(path)
+        yield server
+
+
+def come(server, n):
+    """Be a client like no other: all that it sends is its own."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(TIMEOUT)
+    sock.connect(server.path)
+    kind = ("sub", "gen", "hand")[n % 3]
+    target = f"/{kind}/path-{n}?channel=channel-{n}&query{n}={n}"
+    with Client(sock) as client:
+        headers = {"Last-Event-ID": f"{n:x}-{n:x}", "Host": f"host-{n}:{n}"}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        client.send(f"GET {target} HTTP/1.1\r\n{lines}\r\n")
+        assert b": ok" in client.block()
+        # A channel's events are kept on purpose: there are none.
+        assert kind == "sub" or client.block()
+
+
+def blocks(server):
+    """Return how many blocks are in use, when the streams have ended."""
+
+    def look():
+        with server.get("/blocks", headers={"Connection": "close"}) as client:
+            return ast.literal_eval(client.rest().decode())
+
+    await_true(lambda: look()[1] == 0)
+    return min(look()[0] for _ in range(3))
+
+
+def test_hosts_paths_channels_ids_and_queries(server):
+    """After some hundred clients, each of its own kind, hundreds more add nothing."""
+    for n in range(WARM):
+        come(server, n)
+    before = blocks(server)
+    for n in range(WARM, WARM + MORE):
+        come(server, n)
+    # One block for each client would be MORE. What ends takes a moment.
+    await_true(lambda: blocks(server) - before < MORE / 4)

@@ -1,0 +1,296 @@
+"""A step that fails leaves nothing behind of those before it.
+
+Each step between a request and its stream fails in turn; afterwards there is no place
+taken, no stream counted, nothing watched, and the application did as without us.
+"""
+
+import gc
+import os
+import resource
+import socket
+from collections import deque
+
+import pytest
+
+from syncstream import Hub, SSEResponse, StreamMiddleware, StreamResponse
+from syncstream.fanout import loop as fanout_module
+from syncstream.fanout.loop import Fanout, fanout
+from syncstream.runtime import watch as watch_module
+from syncstream.runtime.process import Process, process
+from syncstream.runtime.watch import Watch, watch
+from syncstream.servers import server_of
+from syncstream.servers import swap as handover
+from syncstream.servers.swap import Swap
+from syncstream.streams.capacity import Place
+from syncstream.streams.stream import Stream
+from tests.fanout.test_fanout import settle
+from tests.servers.test_swap import environ_of
+from tests.support.live import LiveServer, unique_key
+from tests.support.pairs import tcp_pair
+
+EVENTS = [("Content-Type", "text/event-stream")]
+HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+class Failure(Exception):
+    """What fails a step."""
+
+
+def fail(*args, **options):
+    raise Failure
+
+
+def never():
+    raise AssertionError("a source has begun")
+    yield
+
+
+def ours(environ, start_response):
+    return SSEResponse(never())(environ, start_response)
+
+
+def by_hand(environ, start_response):
+    start_response("200 OK", EVENTS)
+    return never()
+
+
+def lazy(environ, start_response):
+    start_response("200 OK", EVENTS)
+    yield from never()
+
+
+def late(environ, start_response):
+    start_response("200 OK", EVENTS)
+    raise Failure
+
+
+def ours_late(environ, start_response):
+    ours(environ, start_response)
+    raise Failure
+
+
+def nothing(environ, start_response):
+    start_response("200 OK", EVENTS)
+
+
+@pytest.fixture
+def connection():
+    """A request's environ, over a connection."""
+    gc.collect()
+    before = process().open_streams  # other tests'
+    with tcp_pair() as (server, _):
+        yield {
+            **environ_of(server),
+            "wsgi.multithread": True,
+            "test.before": before,
+        }
+
+
+def start_response(status, headers, exc_info=None):
+    return lambda data: None
+
+
+def limited(app):
+    return StreamMiddleware(
+        app, max_streams=1, limit_by=lambda environ: "me", max_per_key=1
+    )
+
+
+def run(app, environ, start_response=start_response):
+    """Do as a server does, up to the first chunk."""
+    body = app(environ, start_response)
+    try:
+        next(iter(body))
+    finally:
+        getattr(body, "close", int)()
+
+
+def assert_nothing_is_left(middleware, environ):
+    """Nothing is counted, and there is a place for the next one."""
+    gc.collect()
+    capacity = middleware._capacity
+    assert (capacity._count, capacity._threads, capacity._counts) == (0, 0, {})
+    assert process().open_streams <= environ["test.before"]
+    assert environ["gunicorn.socket"].fileno() not in watch()._hung_up
+    fresh = dict(environ)
+    fresh.pop("syncstream.connection", None)
+    middleware.app = SSEResponse(["a"])
+    assert middleware(fresh, start_response) is not None
+
+
+@pytest.mark.parametrize("app", [ours, by_hand, lazy, late, ours_late])
+def test_a_head_that_is_refused(app, connection):
+    """The server's error reaches the server, and no source has begun."""
+    middleware = limited(app)
+    with pytest.raises(Failure):
+        run(middleware, connection, fail)
+    assert_nothing_is_left(middleware, connection)
+
+
+@pytest.mark.parametrize("app", [late, ours_late])
+def test_an_application_that_fails_after_its_head(app, connection):
+    middleware = limited(app)
+    with pytest.raises(Failure):
+        run(middleware, connection)
+    assert_nothing_is_left(middleware, connection)
+
+
+def test_an_application_that_returns_nothing(connection):
+    """As without us it is a TypeError."""
+    middleware = limited(nothing)
+    with pytest.raises(TypeError):
+        run(middleware, connection)
+    assert_nothing_is_left(middleware, connection)
+
+
+def test_a_response_whose_head_is_refused_is_closed(connection):
+    """Nobody else would: it has not been returned."""
+    ended = []
+    response = SSEResponse(never())
+    response.call_on_close(lambda: ended.append("closed"))
+    with pytest.raises(Failure):
+        response(connection, fail)
+    assert ended == ["closed"]
+
+
+def test_another_answer_after_a_head_that_was_refused(connection):
+    """An application may catch the error, and answer something else."""
+    answers = []
+
+    def refusing(status, headers, exc_info=None):
+        if status == "200 OK":
+            raise Failure
+        answers.append(status)
+        return answers.append
+
+    def app(environ, start_response):
+        try:
+            start_response("200 OK", EVENTS)
+        except Failure:
+            start_response("500 Oh", [("Content-Type", "text/plain")])
+        yield b"text"
+
+    middleware = limited(app)
+    body = middleware(connection, refusing)
+    assert list(body) == [b"text"]
+    body.close()
+    assert answers == ["500 Oh"]
+    assert_nothing_is_left(middleware, connection)
+
+
+@pytest.mark.parametrize("app", [SSEResponse, StreamResponse])
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [
+        (Watch, "add"),
+        (Watch, "call_at"),
+        (Process, "opened"),
+        (Process, "_have_exit"),
+        (Stream, "_observe"),
+        (Stream, "hold"),
+    ],
+)
+def test_a_step_of_the_stream_that_fails(connection, monkeypatch, app, owner, step):
+    """Whatever the stream begins with; and what was half done is tried again."""
+    watch()
+    record = process()
+    record._has_exit = record._is_looking = False
+    middleware = limited(app(["a"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, fail)
+        with pytest.raises(Failure):
+            run(middleware, connection)
+    assert_nothing_is_left(middleware, connection)
+    assert not record._is_looking
+
+
+def test_a_swap_that_is_not_watched_is_undone(connection, monkeypatch):
+    """The server has its connection back."""
+    watch()
+    server = connection["gunicorn.socket"]
+    before = server.getpeername()
+    with monkeypatch.context() as patch:
+        patch.setattr(watch_module.Watch, "call_at", fail)
+        with pytest.raises(Failure):
+            Swap(connection, server_of(connection))
+    assert server.family == socket.AF_INET
+    assert server.getpeername() == before
+
+
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [
+        (Fanout, "add"),
+        (Fanout, "call"),
+        (fanout_module, "hold"),
+        (handover, "hold"),
+        (handover, "_inode"),
+        (Place, "leave_thread"),
+    ],
+)
+def test_a_hand_over_that_fails(connection, monkeypatch, owner, step):
+    """Nobody has its client's descriptor, nor its place; it ends, once."""
+    watch()
+    settle(fanout())
+    hub, ended = Hub(), []
+    response = SSEResponse(hub.subscribe("a"))
+    response.call_on_close(lambda: ended.append("closed"))
+    middleware, server = limited(response), connection["gunicorn.socket"]
+    begin, before = getattr(owner, step), len(os.listdir("/proc/self/fd"))
+    failures = []
+
+    def fail_once(*args, **options):
+        if not failures:
+            failures.append(step)
+            raise Failure
+        return begin(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, fail_once)
+        body = middleware(connection, start_response)
+        with pytest.raises(Failure):
+            deque(map(server.sendall, map(HEAD.__add__, body)))
+        body.close()
+    assert ended == ["closed"]
+    assert hub.stats()["subscribers"] == 0
+    assert_nothing_is_left(middleware, connection)
+    assert len(os.listdir("/proc/self/fd")) == before
+    hub.close()
+
+
+def test_a_limit_that_is_lowered(connection, monkeypatch):
+    """By an operator's prlimit(1), for one: clients stay with their server."""
+    handover.descriptor_limit()
+
+    def refuse(*args):
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(handover, "descriptor_limit", lambda: 1 << 20)
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    with pytest.raises(handover.Refused, match="RLIMIT_NOFILE: current limit"):
+        Swap(connection, server_of(connection))
+
+
+@pytest.mark.parametrize("app", ["app", "wrapped"])
+@pytest.mark.parametrize("kind", ["gunicorn-gthread", "waitress"])
+def test_a_header_that_the_server_refuses(kind, app):
+    """A generator application gets a 500, with the middleware as without it."""
+    with LiveServer(kind, f"tests.apps.bare:{app}") as server:
+        key = unique_key()
+        with server.get(f"/bad-header/three?key={key}") as client:
+            client.read_head()
+            assert client.status == 500
+        assert "None" not in server.log()
+        with server.get("/health") as client:
+            assert client.rest() == b"ok"
+
+
+def test_a_hub_is_left_alone(connection):
+    """A subscriber whose head is refused has not subscribed."""
+    hub = Hub()
+    middleware = limited(SSEResponse(hub.subscribe("a")))
+    with pytest.raises(Failure):
+        run(middleware, connection, fail)
+    assert hub.stats()["subscribers"] == 0
+    assert_nothing_is_left(middleware, connection)
+    hub.close()

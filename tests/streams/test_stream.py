@@ -1,0 +1,1028 @@
+"""Stream: one life, one end, the source closed once, in the right place."""
+
+import asyncio
+import contextvars
+import gc
+import itertools
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+
+from syncstream import (
+    ClientDisconnected,
+    Event,
+    Hub,
+    SSEResponse,
+    Stream,
+    current_stream,
+    sleep,
+)
+from syncstream.protocol import raw, sse
+from syncstream.runtime.journal import journal
+from syncstream.runtime.sockets import is_hung_up
+from syncstream.runtime.watch import Watch
+from syncstream.streams.contract import Format, Life
+from tests.support.pairs import Line as PairsLine
+from tests.support.pairs import tcp_pair, vanish
+
+EVENTS = Format(sse.encoder(), sse.ends_blank, is_events=True)
+RAW = Format(raw.encode, lambda tail: False)
+
+
+class Line(PairsLine):
+    """A connection as a stream sees it, without a server."""
+
+    fd = None
+
+    def __init__(self):
+        super().__init__()
+        self.hung_up = False
+
+    def is_hung_up(self):
+        return self.hung_up
+
+    def cut(self):
+        return ConnectionResetError("cut")
+
+
+class Browser(Line):
+    is_event_source = parses_events = True
+
+
+@pytest.fixture
+def line():
+    return Line()
+
+
+@pytest.fixture(params=["threads", "gevent"])
+def spawn(request):
+    """Run a function beside this one: in a thread, or in a greenlet."""
+    if request.param == "threads":
+
+        def run(function):
+            context = contextvars.copy_context()  # as Python 3.14 may do
+            thread = threading.Thread(target=context.run, args=(function,))
+            thread.start()
+            thread.join()
+
+    else:
+        gevent = pytest.importorskip("gevent")
+
+        def run(function):
+            gevent.spawn(function).join()
+
+    return run
+
+
+def stream_of(source, line=None, format=EVENTS, **options):
+    stream = Stream(source, format, **options)
+    if line is not None:
+        stream.connect(line)
+    return stream
+
+
+class Closing:
+    """A source that counts how often it is closed."""
+
+    def __init__(self, items=()):
+        self.items = iter(items)
+        self.closed = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.items)
+
+    def close(self):
+        self.closed += 1
+
+
+def test_the_opening_leaves_before_the_source_starts():
+    """A comment, and retry, come before the source is even asked."""
+    source = Closing(["a"])
+    source.items = iter(["a"])
+    chunks = iter(stream_of(source, Browser(), retry=2000, end="reconnect"))
+    assert next(chunks) == b": ok\nretry: 2000\n\n"
+    assert list(chunks) == [b"data: a\n\n"]
+
+
+@pytest.mark.parametrize("retry", [None, 2000])
+@pytest.mark.parametrize(
+    ("parses_events", "is_event_source"), [(False, False), (True, False), (True, True)]
+)
+def test_what_is_added_is_what_a_client_can_read(parses_events, is_event_source, retry):
+    """No ``retry:`` but for EventSources; no blank line for those that read by lines.
+
+    A keepalive after a comment, or in the midst of comments of the application's, is
+    as good as one after an event; within an event there is none.
+    """
+    line = Line()
+    line.parses_events, line.is_event_source = parses_events, is_event_source
+    items = iter(["a", None, Event(comment="c"), None, b": x\n", None, b"data: b\n"])
+    items = itertools.chain(items, [None, b"\n", None])
+    options = {"life": Life(keepalive=1e-9), "retry": retry, "end": "reconnect"}
+    body = b"".join(stream_of(items, line, **options))
+    blank = b"" if parses_events else b"\n"
+    keepalive = b": keepalive\n" + blank
+    opening = b": ok\n" + blank
+    if retry and is_event_source:
+        opening = b": ok\nretry: 2000\n\n"
+    assert body == b"".join(
+        (
+            *(opening, b"data: a\n\n", keepalive, b": c\n", blank, keepalive),
+            *(b": x\n", keepalive, b"data: b\n", b"\n", keepalive),
+        )
+    )
+    assert [event.data for event in sse.Decoder().feed(body)] == ["a", "b"]
+
+
+def test_none_is_a_checkpoint():
+    """None and empty chunks write nothing, and no empty chunk ever leaves."""
+    assert list(stream_of([None, "a", b"", "b"]))[1:] == [
+        b"data: a\n\n",
+        b"data: b\n\n",
+    ]
+    assert list(stream_of(["", "a", b"", None], format=RAW)) == [b"a"]
+
+
+@pytest.mark.parametrize("close_after", [0, 1, 2, 9])
+def test_a_source_is_closed_once(close_after):
+    """Whenever it ends, and however often close() is called."""
+    source = Closing(["a", "b", "c"])
+    stream = stream_of(source)
+    chunks = iter(stream)
+    for _ in range(close_after):
+        next(chunks, None)
+    stream.close()
+    stream.close()
+    assert source.closed == 1
+    assert list(stream) == []
+    assert list(chunks) == []
+    assert stream.reason == ("finished" if close_after == 9 else "closed")
+
+
+def test_an_iterable_and_its_iterator_are_both_closed():
+    """A generator behind an object with a close() of its own is closed first."""
+    order = []
+
+    class Source:
+        def __iter__(self):
+            try:
+                yield "a"
+                yield "b"
+            finally:
+                order.append("generator")
+
+        def close(self):
+            order.append("source")
+
+    stream = stream_of(Source())
+    chunks = iter(stream)
+    next(chunks), next(chunks)
+    stream.close()
+    assert order == ["generator", "source"]
+
+
+def test_an_error_is_logged_once_and_cuts(line, caplog):
+    """With its traceback; a jittered retry leaves; the rest is not run."""
+
+    def source():
+        yield "a"
+        raise RuntimeError("broken")
+
+    stream = stream_of(source(), Browser())
+    chunks = iter(stream)
+    assert next(chunks) == b": ok\n"
+    assert next(chunks) == b"data: a\n\n"
+    retry = int(next(chunks).removeprefix(b"retry: "))
+    assert 5000 <= retry <= 15000
+    with pytest.raises(ConnectionResetError, match="cut"):
+        next(chunks)
+    stream.close()
+    assert stream.reason == "error"
+    assert [record.getMessage() for record in caplog.records] == [
+        "the source of GET '/test' failed"
+    ]
+    assert caplog.records[0].exc_info[1].args == ("broken",)
+
+
+def test_an_iterator_that_fails_is_closed(line):
+    """Once, and as it is cut: no generator, it has no `finally` that would run."""
+
+    class Failing(Closing):
+        def __next__(self):
+            raise RuntimeError("broken")
+
+    source = Failing()
+    chunks = iter(stream_of(source, line))
+    with pytest.raises(ConnectionResetError):
+        list(chunks)
+    assert source.closed == 1
+
+
+def test_on_error_says_the_last_word(line):
+    """What on_error returns is the last event."""
+
+    def source():
+        yield "a"
+        raise RuntimeError("broken")
+
+    def on_error(error):
+        return Event({"error": str(error)}, event="error")
+
+    chunks = iter(stream_of(source(), Browser(), on_error=on_error))
+    next(chunks), next(chunks)
+    assert next(chunks).startswith(b'event: error\ndata: {"error":"broken"}\n\nretry: ')
+    assert list(chunks) == []  # in order: the event is the sign
+
+
+def test_nothing_is_added_within_an_event(line):
+    """After half an event of the source's own framing no words are added."""
+
+    def source():
+        yield b"data: half"
+        raise RuntimeError("broken")
+
+    chunks = iter(stream_of(source(), line, on_error=lambda error: "error"))
+    next(chunks), next(chunks)
+    with pytest.raises(ConnectionResetError):
+        next(chunks)
+
+
+def fails(error):
+    raise SystemExit("worse")
+
+
+@pytest.mark.parametrize(
+    "on_error",
+    [fails, lambda error: Event(event="failed"), lambda error: {1}],
+    ids=["fails", "no data", "no JSON"],
+)
+def test_on_error_may_fail(on_error, line, caplog):
+    """An exception in on_error is logged, and the stream is cut all the same.
+
+    So it is where what on_error returns cannot be encoded, or would fire nothing.
+    """
+    chunks = iter(stream_of(iter([object()]), line, on_error=on_error))
+    with pytest.raises(ConnectionResetError):
+        list(chunks)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        "the source of GET '/test' failed",
+        "on_error of GET '/test' failed",
+    ]
+
+
+def test_what_cannot_be_encoded_is_thrown_at_the_yield(caplog):
+    """The generator may catch it there and go on; else its line is in the log."""
+
+    def source():
+        with pytest.raises(TypeError, match=r"cannot encode builtins\.object"):
+            yield object()
+        try:
+            yield Event("a"), {"not": {1, 2}}
+        except TypeError:
+            yield "caught"
+        with pytest.raises(ValueError, match="data must be given with event"):
+            yield Event(event="done")
+        with pytest.raises(TypeError, match="a memoryview must be a row of bytes"):
+            yield memoryview(b"data").cast("I")
+        yield object()  # the user's line
+
+    body = []
+    with pytest.raises(TypeError, match=r"cannot encode builtins\.object"):
+        body.extend(stream_of(source()))
+    assert b"data: caught\n\n" in body
+    assert "yield object()  # the user's line" in caplog.text
+
+
+def test_a_generator_that_yields_while_it_is_closed(caplog):
+    """The value is dropped, the rest of its clean-up runs, one line is logged."""
+    done = []
+
+    def source():
+        try:
+            yield "a"
+        finally:
+            try:
+                yield "bye"
+            finally:
+                done.append(True)
+
+    stream = stream_of(source())
+    chunks = iter(stream)
+    next(chunks), next(chunks)
+    stream.close()
+    assert done == [True]
+    assert caplog.text.count("generator ignored GeneratorExit") == 1
+
+
+def test_errors_of_closing_are_logged(caplog):
+    """Django swallows what a close raises, so the stream logs it."""
+
+    def source():
+        try:
+            yield "a"
+        finally:
+            raise KeyError("clean-up")
+
+    stream = stream_of(source())
+    chunks = iter(stream)
+    next(chunks), next(chunks)
+    stream.close()
+    assert "closing the source of a stream failed" in caplog.text
+    assert "KeyError: 'clean-up'" in caplog.text
+
+
+def test_a_hang_up_closes_at_the_next_yield(line):
+    """The value is not written, the generator is closed, the server told."""
+    how = []
+
+    def source():
+        try:
+            line.hung_up = True
+            yield "unsent"
+        except GeneratorExit:
+            how.append("closed")
+            raise
+
+    stream = stream_of(source(), line)
+    chunks = iter(stream)
+    next(chunks)
+    assert list(chunks) == []
+    assert how == ["closed"]
+    assert stream.reason == "disconnected"
+    assert not stream.connected
+
+
+def test_sleep_raises_once_and_then_never_again(line, caplog):
+    """A wait ends with ClientDisconnected; in `finally` it is a plain sleep."""
+    seen = []
+
+    def source():
+        try:
+            line.hung_up = True
+            sleep(0)
+        except Exception:
+            seen.append("Exception")
+        except GeneratorExit as error:
+            seen.append(type(error))
+            raise
+        finally:
+            sleep(0)
+            current_stream().sleep(0)
+            seen.append("finally")
+        yield "never"
+
+    chunks = iter(stream_of(source(), line))
+    next(chunks)
+    assert list(chunks) == []
+    assert seen == [ClientDisconnected, "finally"]
+    journal().flush()
+    assert caplog.records == []
+
+
+def test_a_client_that_leaves_during_close_is_not_told_again(line):
+    """Once closing has begun, waits are plain."""
+    seen = []
+
+    def source():
+        try:
+            yield "a"
+        finally:
+            line.hung_up = True
+            sleep(0)
+            seen.append(current_stream().reason)
+
+    stream = stream_of(source(), line)
+    chunks = iter(stream)
+    next(chunks), next(chunks)
+    stream.close()
+    assert seen == ["closed"]
+
+
+def test_current_stream_is_the_running_one():
+    """Inside the generator only, and in generators that it runs."""
+
+    def inner():
+        yield current_stream()
+
+    seen = []
+
+    def source():
+        seen.append(current_stream())
+        seen.extend(inner())
+        yield "a"
+        seen.append(current_stream())
+
+    stream = stream_of(source())
+    assert current_stream() is None
+    for _ in stream:
+        assert current_stream() is None
+    assert seen == [stream, stream, stream]
+
+
+def test_nested_streams_see_themselves():
+    """A stream that runs another one's body finds itself again afterwards."""
+    seen = []
+
+    def inner():
+        seen.append(current_stream())
+        yield "inner"
+
+    def outer():
+        child = stream_of(inner())
+        for chunk in child:
+            seen.append(current_stream())
+            yield chunk
+        seen.append(current_stream() is not child)
+
+    stream = stream_of(outer())
+    list(stream)
+    assert seen[0] is stream
+    assert seen[1] is not stream
+    assert seen[2:] == [stream, True]
+
+
+def test_contexts_are_not_inherited(spawn):
+    """Threads and greenlets that a generator starts are outside of its stream."""
+    seen = []
+
+    def source():
+        spawn(lambda: seen.append(current_stream()))
+        seen.append(current_stream() is not None)
+        yield "a"
+
+    list(stream_of(source()))
+    assert seen == [None, True]
+
+
+def test_a_stream_moves_between_threads_with_its_context():
+    """A step in another thread, in a copy of the context, finds the stream, too."""
+    seen = []
+
+    def source():
+        for _ in range(3):
+            seen.append(current_stream())
+            yield "a"
+
+    stream = stream_of(source())
+    chunks = iter(stream)
+    next(chunks), next(chunks)
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(next, chunks))
+    thread.start()
+    thread.join()
+    next(chunks)
+    assert seen == [stream, stream, stream]
+
+
+def test_streams_side_by_side_do_not_mix(spawn):
+    """Two streams that run at once each see themselves."""
+    seen = {}
+
+    def source(name):
+        for _ in range(20):
+            seen.setdefault(name, set()).add(current_stream())
+            sleep(0)
+            seen[name].add(current_stream())
+            yield name
+
+    streams = {name: stream_of(source(name)) for name in "abc"}
+    threads = [threading.Thread(target=list, args=(s,)) for s in streams.values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {name: {stream} for name, stream in streams.items()}
+
+
+def test_close_from_another_thread_leaves_it_to_the_running_one():
+    """The generator is closed by the thread that is inside it."""
+    inside, go = threading.Event(), threading.Event()
+    closed_in = []
+
+    def source():
+        try:
+            inside.set()
+            go.wait(10)
+            yield "unsent"
+        finally:
+            closed_in.append(threading.get_ident())
+
+    stream = stream_of(source())
+    chunks = []
+    thread = threading.Thread(target=lambda: chunks.extend(stream))
+    thread.start()
+    assert inside.wait(10)
+    stream.close()
+    assert closed_in == []
+    go.set()
+    thread.join()
+    assert closed_in == [thread.ident]
+    assert chunks == [b": ok\n\n"]
+
+
+@pytest.fixture
+def hasty_threads():
+    """Let threads change places a thousand times as often as they do."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_close_races_with_next(caplog):
+    """100 times: close() from another thread loses or doubles nothing."""
+    for _ in range(100):
+        source = Closing(iter(lambda: "a", None))
+        stream = stream_of(source)
+        thread = threading.Thread(target=list, args=(stream,))
+        thread.start()
+        stream.close()
+        thread.join()
+        stream.close()
+        assert source.closed == 1
+    assert [r for r in caplog.records if "no connection" not in r.message] == []
+
+
+def test_on_close_runs_once_in_order(caplog):
+    """After the source was closed; a failing callback does not stop the others."""
+    order = []
+
+    def source():
+        try:
+            current_stream().on_close(lambda: order.append("first"))
+            current_stream().on_close(lambda: 1 / 0)
+            current_stream().on_close(lambda: order.append("second"))
+            yield "a"
+        finally:
+            order.append("source")
+
+    stream = stream_of(source())
+    list(stream)
+    stream.close()
+    stream.close()
+    stream.on_close(lambda: order.append("late"))
+    assert order == ["source", "first", "second", "late"]
+    assert caplog.text.count("ZeroDivisionError") == 1
+
+
+def test_greenlet_exit_is_a_shutdown(line, caplog):
+    """gevent's kill cuts the stream, with one line, and does not leave next()."""
+    gevent = pytest.importorskip("gevent")
+
+    def source():
+        yield "a"
+        gevent.sleep(30)
+
+    stream = stream_of(source(), line)
+    chunks = []
+
+    def read():
+        with pytest.raises(ConnectionResetError, match="cut"):
+            chunks.extend(stream)
+
+    greenlet = gevent.spawn(read)
+    gevent.sleep(0.01)
+    greenlet.kill()
+    assert stream.reason == "shutdown"
+    assert caplog.messages == ["the greenlet of GET '/test' was killed"]
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_the_end_block(line, stops):
+    """Only who asks as an EventSource does is told to stop."""
+    line.is_event_source = stops
+    body = b"".join(stream_of(["a"], line, end="stop"))
+    assert body.endswith(b"id: syncstream-end\n\n") is stops
+    assert b"syncstream-end" not in b"".join(stream_of(["a"], line, end="reconnect"))
+    half = b"".join(stream_of([b"data: half\n"], line, end="stop"))
+    assert half.endswith(b"data: half\n")
+
+
+def test_split_framing_is_whole_again(line):
+    """Bytes that complete a block over several chunks end at a boundary."""
+    line.is_event_source = True
+    body = b"".join(stream_of([b"data: a", b"\r", b"\n\r", b"\n"], line, end="stop"))
+    assert body.endswith(b"data: a\r\n\r\nid: syncstream-end\n\n")
+
+
+async def agen():
+    yield "a"
+
+
+async def coro():
+    return []
+
+
+def generator():
+    yield "a"
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        (lambda: agen(), "make it a `def`"),
+        (lambda: coro(), "make it a generator"),
+        (lambda: generator, "has not been called"),
+        (lambda: agen, "has not been called"),
+        (lambda: "text", "put it in a list"),
+        (lambda: b"bytes", "put it in a list"),
+        (lambda: {"data": 1}, "put it in a list"),
+        (lambda: Event("a"), "put it in a list"),
+        (lambda: None, "cannot be iterated"),
+        (lambda: 5, "cannot be iterated"),
+        (lambda: Closing, "has not been called"),
+    ],
+)
+def test_bad_sources_are_refused(source, problem):
+    """With a message that says what came and how to mend it; no warnings."""
+    value = source()
+    with pytest.raises(TypeError, match=problem) as info:
+        SSEResponse(value)
+    assert "source must be a generator" in str(info.value)
+    if hasattr(value, "aclose"):
+        asyncio.run(value.aclose())
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"end": "never"}, ValueError),
+        ({"retry": -1}, ValueError),
+        ({"retry": 1.5}, TypeError),
+        ({"retry": True}, TypeError),
+        ({"on_error": "text"}, TypeError),
+        ({"handover": "auto"}, TypeError),
+        ({"handover": 1}, TypeError),
+        ({"handover": True}, ValueError),  # for a generator
+    ],
+)
+def test_bad_options_are_refused(options, error):
+    """The message names the argument."""
+    with pytest.raises(error, match=next(iter(options))):
+        SSEResponse([], **options)
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan")])
+def test_sleep_refuses_nonsense(seconds):
+    """Negative and NaN durations are a ValueError."""
+    with pytest.raises(ValueError, match="seconds must be 0 or more"):
+        sleep(seconds)
+
+
+def test_sleep_lets_other_greenlets_run():
+    """In a greenlet it gives way, without monkey-patching."""
+    gevent = pytest.importorskip("gevent")
+    order = []
+
+    def one():
+        order.append(1)
+        sleep(0.01)
+        order.append(3)
+
+    gevent.joinall([gevent.spawn(one), gevent.spawn(order.append, 2)])
+    assert order == [1, 2, 3]
+    start = time.monotonic()
+    sleep(0.01)
+    assert time.monotonic() - start >= 0.009
+
+
+def test_the_end_is_logged_for_debugging(line, caplog):
+    """One line a stream, with its one reason."""
+    caplog.set_level(logging.DEBUG, "syncstream")
+    stream = stream_of(["a"], line)
+    list(stream)
+    stream.close()
+    stream.close()
+    messages = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(
+        r"GET '/test' ended: finished, \d+\.\d{3} s, \d events, \d+ bytes", messages[0]
+    )
+
+
+def test_dropping_or_delegating_ends_the_stream():
+    """Who wraps a stream by `yield from`, or drops it, closes it at once."""
+
+    def wrapper(stream):
+        yield from stream
+
+    for wrap in (iter, wrapper):
+        source = Closing(["a", "b"])
+        stream = stream_of(source)
+        chunks = wrap(stream)
+        assert next(chunks), next(chunks)
+        del stream, chunks
+        assert source.closed == 1
+
+
+@pytest.fixture
+def _no_collector():
+    """Objects go when the last reference goes, or not at all."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("steps", [0, 1, 2, 9])
+def test_a_stream_leaves_nothing_behind(line, steps):
+    """No cycle and no thread's context keeps a stream that has ended."""
+    stream = stream_of(["a", "b"], line)
+    gone = weakref.ref(stream)
+    chunks = iter(stream)
+    for _ in range(steps):
+        next(chunks, None)
+    stream.close()
+    del stream, chunks
+    assert gone() is None
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_an_error_keeps_nothing_alive(line, monkeypatch):
+    """What a failing item was made from is released with the stream."""
+    # pytest keeps what is logged, and so the error.
+    monkeypatch.setattr(logging.getLogger("syncstream.stream"), "disabled", True)
+    done = []
+
+    def rows():
+        try:
+            yield 1
+        finally:
+            done.append(True)
+
+    stream = stream_of((1 / (row - 1) for row in rows()), line)
+    with pytest.raises(ConnectionResetError):
+        list(stream)
+    stream.close()
+    del stream
+    assert done == [True]
+
+
+class Broken(RuntimeError):
+    """An exception whose own methods fail."""
+
+    def __str__(self):
+        raise ValueError("str")
+
+    __repr__ = __str__
+
+    def __bool__(self):
+        raise ValueError("bool")
+
+
+@pytest.mark.parametrize("where", ["next", "close", "on_close", "on_error", "iter"])
+def test_broken_exceptions_are_logged(line, caplog, where):
+    """Once, with a traceback, and nothing but the cut leaves next()."""
+
+    class Source:
+        def __iter__(self):
+            if where == "iter":
+                raise Broken
+            return self
+
+        def __next__(self):
+            raise StopIteration if where in ("close", "on_close") else Broken
+
+        def close(self):
+            if where == "close":
+                raise Broken
+
+    def on_error(error):
+        if where == "on_error":
+            raise Broken
+
+    stream = stream_of(Source(), line, on_error=on_error)
+    if where == "on_close":
+        stream.on_close(lambda: (_ for _ in ()).throw(Broken))
+    if where in ("close", "on_close"):
+        list(stream)
+    else:
+        with pytest.raises(ConnectionResetError, match="cut"):
+            list(stream)
+    stream.close()
+    assert len(caplog.records) == (2 if where == "on_error" else 1)
+    assert all(record.exc_info[0] is Broken for record in caplog.records)
+
+
+def test_a_broken_log_handler_breaks_no_stream(line, capsys, monkeypatch):
+    """The error goes to stderr, and the stream ends as ever."""
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            raise OSError("disk full")
+
+    def source():
+        yield "a"
+        raise RuntimeError("broken")
+
+    logger = logging.getLogger("syncstream.stream")
+    monkeypatch.setattr(logger, "handlers", [Handler()])
+    chunks = iter(stream_of(source(), line, on_error=lambda error: "sorry"))
+    next(chunks), next(chunks)
+    assert next(chunks).startswith(b"data: sorry\n\nretry: ")
+    assert list(chunks) == []
+    error = capsys.readouterr().err
+    assert 'raise RuntimeError("broken")' in error
+    assert "the source of GET '/test' failed (not logged: RuntimeError, OSE" in error
+
+
+def test_a_source_that_plays_disconnected_has_failed(line, caplog):
+    """ClientDisconnected counts only if the client has gone."""
+
+    def source():
+        yield "a"
+        raise ClientDisconnected
+
+    stream = stream_of(source(), line)
+    with pytest.raises(ConnectionResetError, match="cut"):
+        list(stream)
+    assert stream.reason == "error"
+    assert caplog.messages == ["the source of GET '/test' failed"]
+
+
+def test_the_watch_may_be_faster(line, monkeypatch):
+    """A client that has gone already may be told of before add() returns."""
+    add = Watch.add
+
+    def told_at_once(self, fd, hung_up):
+        add(self, fd, hung_up)
+        hung_up()
+
+    monkeypatch.setattr(Watch, "add", told_at_once)
+    server, client = socket.socketpair()
+    with server:
+        client.close()
+        line.fd = server.fileno()
+        source = Closing(["a"])
+        stream = stream_of(source, line)
+        assert list(stream) == []
+        stream.close()
+        assert (stream.reason, source.closed) == ("disconnected", 1)
+
+
+@pytest.fixture
+def large(line):
+    """Give a stream to a client that has been sent a large chunk."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()),
+    ):
+        server, _ = listener.accept()
+        with server:
+            line.fd = server.fileno()
+            # A clock that does not look while we do, in times that we name.
+            stream = stream_of(["large"], line, RAW, life=Life(send_timeout=1000))
+            chunks = iter(stream)
+            next(chunks)
+            yield stream
+            stream.close()
+
+
+def test_a_client_that_is_slow_at_last_is_not_dropped(line, large):
+    """A large chunk may take longer than send_timeout, as long as it goes on."""
+    yielded = time.monotonic()
+    large._look_at_the_client(yielded + 20, 10)
+    line.is_full = lambda: True
+    for later in (24, 25, 29):
+        large._look_at_the_client(yielded + later, 10)
+        assert large.reason is None
+    large._look_at_the_client(yielded + 30, 10)
+    assert large.reason == "send_timeout"
+
+
+@pytest.fixture
+def unix_line(line):
+    """A line to a client by a Unix socket, which never has room."""
+    server, client = socket.socketpair()
+    with server, client:
+        line.fd = server.fileno()
+        line.is_full = lambda: True
+        line.peer = client
+        yield line
+
+
+def test_what_a_unix_socket_accepts_counts(unix_line):
+    """A large chunk goes in pieces, each of which is accepted when the next goes."""
+    data = bytes(range(256)) * 1000
+    stream = stream_of([data, b"end"], unix_line, RAW, life=Life(send_timeout=1000))
+    pieces, began = [], time.monotonic()
+    for n, piece in enumerate(stream):
+        pieces.append(piece)
+        stream._look_at_the_client(began + 9 * n, 10)
+    assert stream.reason == "finished"
+    assert b"".join(pieces) == data + b"end"
+    assert [len(piece) for piece in pieces] == [65536, 65536, 65536, 59392, 3]
+
+
+def test_a_queue_that_is_read_counts(unix_line):
+    """So does what is taken of one piece; after send_timeout without, it is over."""
+    stream = stream_of(["large"], unix_line, RAW, life=Life(send_timeout=1000))
+    chunks = iter(stream)
+    next(chunks)
+    began = time.monotonic()
+    os.write(unix_line.fd, b"x" * 50_000)
+    os.write(unix_line.fd, b"x" * 50_000)
+    stream._look_at_the_client(began, 10)
+    unix_line.peer.recv(90_000)
+    stream._look_at_the_client(began + 9, 10)
+    stream._look_at_the_client(began + 18, 10)
+    assert stream.reason is None
+    stream._look_at_the_client(began + 19, 10)
+    assert stream.reason == "send_timeout"
+    assert list(chunks) == []
+
+
+def test_what_the_server_keeps_was_not_accepted(unix_line):
+    """Its own buffers may grow (waitress): that says nothing of the client."""
+    unix_line.unsent = lambda: 10 * len(pieces)
+    stream = stream_of([b"more"] * 50, unix_line, RAW, life=Life(send_timeout=1000))
+    pieces, began = [], time.monotonic()
+    for n, piece in enumerate(stream):
+        pieces.append(piece)
+        stream._look_at_the_client(began + n, 10)
+    assert stream.reason == "send_timeout"
+    assert len(pieces) == 11
+
+
+def test_no_client_is_dropped_for_a_process_that_was_stopped(line, large):
+    """Long ago nothing was in its way, and now the next chunk has just been sent."""
+    yielded = time.monotonic()
+    large._look_at_the_client(yielded + 2, 10)
+    line.is_full = lambda: True
+    for later in (40, 44):
+        large._look_at_the_client(yielded + later, 10)
+        assert large.reason is None
+    large._look_at_the_client(yielded + 45, 10)
+    assert large.reason == "send_timeout"
+
+
+def test_who_was_given_up_by_the_kernel_has_not_left(line, monkeypatch):
+    """Also where the generator is faster than the watch to see that it is gone."""
+    monkeypatch.setattr(Watch, "add", lambda self, fd, hung_up: None)
+    with tcp_pair() as (server, client):
+        vanish(client)
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 100)
+        line.fd = server.fileno()
+        line.is_hung_up = lambda: is_hung_up(line.fd)
+
+        def source():
+            server.sendall(b"x")
+            while True:
+                sleep(0.01)
+                yield None
+
+        stream = stream_of(source(), line, life=Life(send_timeout=None))
+        assert list(stream) == [b": ok\n\n"]
+        stream.close()
+        assert stream.reason == "send_timeout"
+        with pytest.raises(BrokenPipeError):  # not TimeoutError, which servers log
+            server.sendall(b"x")
+
+
+class Unswapped:
+    """A swap that nobody can make use of."""
+
+    undone = 0
+
+    def undo(self):
+        self.undone += 1
+
+
+def test_a_loop_that_cannot_start_is_said_once(line, monkeypatch, caplog):
+    """Its clients stay with their server, and get what they wait for."""
+
+    def full():
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("syncstream.streams.stream.fanout", full)
+    swap = Unswapped()
+    hub = Hub()
+    line.swap = lambda: swap
+    for n in range(3):
+        stream = stream_of(hub.subscribe(f"a{n}", after="start"), line)
+        chunks = iter(stream)
+        assert next(chunks) == b": ok\n\n"
+        hub.publish(f"a{n}", n)
+        assert f"data: {n}\n\n".encode() in next(chunks)
+        stream.close()
+        assert swap.undone == n + 1
+        line = type(line)()
+        line.swap = lambda: swap
+    hub.close()
+    said = [text for text in caplog.messages if "stay with their server" in text]
+    assert said == [
+        "clients stay with their server: OSError(24, 'Too many open files')"
+    ]
+    assert "Traceback" not in caplog.text

@@ -1,0 +1,121 @@
+"""A write to a session in a generator comes too late: said once, with the cure."""
+
+import os
+
+import flask
+import pytest
+from django.contrib.sessions.backends.file import SessionStore
+from django.test import Client as DjangoClient
+from django.test import override_settings
+from django.urls import path
+
+import syncstream.runtime.process
+from syncstream import SSEResponse, StreamMiddleware, sse
+from syncstream import django as in_django
+from syncstream.runtime.process import Process
+from tests.apps import django_app
+
+assert callable(django_app.app)  # it configures Django
+
+
+@pytest.fixture(autouse=True)
+def _own_record(monkeypatch):
+    """Each test begins with a process that has warned of nothing."""
+    own = {os.getpid(): Process()}
+    monkeypatch.setattr(syncstream.runtime.process, "_processes", own)
+
+
+def write(session, how):
+    if how == "new":
+        session["a"] = 1
+    elif how == "changed":
+        session["seen"] = 2
+    elif how == "removed":
+        del session["seen"]
+    elif how == "nested":
+        session["list"].append(1)
+        session.modified = True
+    elif how == "saved":
+        session["a"] = 1
+        session.save()
+    else:
+        assert session["seen"] == 1
+
+
+def flask_app(how):
+    app = flask.Flask(__name__)
+    app.secret_key = "x"
+    app.wsgi_app = StreamMiddleware(app.wsgi_app)
+
+    @app.before_request
+    def see():
+        if "seen" not in flask.session:
+            flask.session.update(seen=1, list=[])
+
+    def source():
+        yield "a"
+        write(flask.session, how)
+        yield "b"
+
+    app.get("/decorated")(sse(source))
+
+    @app.get("/response")
+    def response():
+        return SSEResponse(flask.stream_with_context(source()))
+
+    @app.get("/by hand")
+    def by_hand():
+        chunks = (f"data: {item}\n\n" for item in source())
+        body = flask.stream_with_context(chunks)
+        return flask.Response(body, mimetype="text/event-stream")
+
+    return app
+
+
+@pytest.mark.parametrize("how", ["new", "changed", "removed", "nested", "read"])
+@pytest.mark.parametrize("view", ["decorated", "response", "by hand"])
+def test_flasks_session(view, how, caplog):
+    """By `@sse`, by a response, and by hand; what the view writes is kept."""
+    client = flask_app(how).test_client()
+    for _ in range(2):
+        response = client.get(f"/{view}")
+        assert b"data: b\n\n" in response.data
+        response.close()
+        with client.session_transaction() as session:
+            assert session == {"seen": 1, "list": []}
+    said = caplog.text.count("writes to flask.session is lost")
+    assert said == (how != "read")
+
+
+def events(request, how):
+    request.session.update({"seen": 1, "list": []})
+
+    def source():
+        yield "a"
+        write(request.session, how)
+        yield "b"
+
+    return in_django.SSEResponse(source())
+
+
+urlpatterns = [path("<how>", events)]
+
+
+@pytest.mark.parametrize(
+    "how", ["new", "changed", "removed", "nested", "read", "saved"]
+)
+def test_djangos_session(how, caplog, tmp_path):
+    """Likewise; a generator may save it, and then nothing is lost."""
+    with override_settings(
+        ROOT_URLCONF=__name__,
+        MIDDLEWARE=["django.contrib.sessions.middleware.SessionMiddleware"],
+        SESSION_ENGINE="django.contrib.sessions.backends.file",
+        SESSION_FILE_PATH=str(tmp_path),
+    ):
+        client = DjangoClient()
+        assert b"data: b\n\n" in client.get(f"/{how}").getvalue()
+        stored = SessionStore(client.cookies["sessionid"].value)
+        kept = {"seen": 1, "list": []} | ({"a": 1} if how == "saved" else {})
+        assert dict(stored.items()) == kept
+    said = caplog.text.count("writes to request.session is lost")
+    assert said == (how not in ("read", "saved"))
