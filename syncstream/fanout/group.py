@@ -34,6 +34,7 @@ class Group:
 
     Attributes:
         clients: By descriptor.
+        key: Where others find it, ``None`` if nobody may join it.
         terms: Those of the first; in what matters here they are all the same.
         events, bytes: What each of them would have got that was there from the
             beginning.
@@ -65,6 +66,15 @@ class Group:
         self.moved = time.monotonic()
         self.bucket = 0
         loop.wheel.add(self, self.next_time())
+
+    def is_at(self, other: Subscription) -> bool:
+        """Tell whether a plain subscription is where its clients are, for certain."""
+        return self._may_send() and other.is_where(self.leader)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nobody is in it, nor will a lane tell it what its clients wait for."""
+        return not (self.clients or self.is_asking)
 
     def wake(self) -> bool:
         self._loop.call(self.turn, self)

@@ -113,7 +113,8 @@ class Fanout:
         self._clients: dict[int, Client] = {}
         self._lagging: dict[int, Client] = {}
         self._looked_at = 0.0
-        self._shared: dict[Hashable, Group] = {}
+        # By place, form and lanes: a shared group, or a client that is by itself there.
+        self._meeting: dict[Hashable, Group] = {}
         self._terms: dict[tuple[Any, ...], Terms] = {}
         self._lanes: dict[Any, Lanes] = {}
         self._lanes_lock = native_lock()
@@ -408,7 +409,11 @@ class Fanout:
             self.end(client, client.early)
 
     def merge(self, group: Group) -> None:
-        """Have the only client of a group join the others who are where it is."""
+        """Have the only client of a group join the others who are where it is.
+
+        The first one only leaves word where it is. The second makes a shared group, so
+        a client alone at its place needs no leader.
+        """
         (client,) = group.clients.values()
         mine = client.subscription
         if not mine.is_plain or client.rest is not None:
@@ -416,35 +421,53 @@ class Fanout:
         terms = client.terms
         form = (client.is_chunked, terms.keepalive, terms.comment)
         key = (*mine.kind, *form, id(terms.lanes))
-        shared = self._shared.get(key)
-        if shared is not None and not shared.clients and not shared.is_asking:
-            self.drop(shared)  # a failure has left it, at a place where nobody comes
-            shared = None
-        if shared is None:
-            leader = mine.twin()
-            shared = Group(self, leader, client, key)
-            leader.detach(shared)
-            self._shared[key] = shared
-        elif shared.is_asking or not mine.is_where(shared.leader):
-            # It has not had its turn since. We come again with the next event.
+        found = self._meeting.get(key)
+        if found is not None and found.is_empty:
+            self.drop(found)  # a failure has left it, at a place where nobody comes
+            found = None
+        if (
+            found is None
+            or found is group
+            or not (found.is_shared or found.is_at(mine))
+        ):
+            self._meeting[key], group.key = group, key
             return
-        is_first = not shared.clients
+        if not found.is_shared:
+            found = self._share(found, key)
+        # Or it has not had its turn since: we come again with the next event.
+        if found.is_at(mine):
+            self._move(group, found)
+
+    def _share(self, first: Group, key: Hashable) -> Group:
+        """Make a group for several where a client is that is by itself, with it."""
+        (client,) = first.clients.values()
+        leader = client.subscription.twin()
+        shared = Group(self, leader, client, key)
+        leader.detach(shared)
+        self._meeting[key] = shared
+        self._move(first, shared)
+        try:
+            shared.turn()
+        except BaseException as error:  # not only of whom this turn is
+            self.cut(shared, error)
+        return shared
+
+    def _move(self, group: Group, shared: Group) -> None:
+        """Move the only client of a group to a shared one."""
+        (client,) = group.clients.values()
         try:
             group.remove(client)
-            mine.lean_on(shared.leader)
+            client.subscription.lean_on(shared.leader)
             shared.add(client)
         except BaseException as error:  # it may be in neither
             self.cut(client, error)
             if not shared.clients:
                 self.drop(shared)
-            return
-        if is_first:
-            self.guard(shared, shared.turn)
 
     def drop(self, group: Group) -> None:
         """Forget a group that is empty."""
-        if group.is_shared and self._shared.get(group.key) is group:
-            del self._shared[group.key]
+        if self._meeting.get(group.key) is group:
+            del self._meeting[group.key]
         self.wheel.remove(group)
         if not group.is_asking:
             group.let_go()

@@ -210,7 +210,7 @@ class Scene:
                 parked=[name for name, p in self.peers.items() if p.served.parked],
                 clients=list(loop._clients),
                 lagging=list(loop._lagging),
-                shared=list(loop._shared),
+                meeting=list(loop._meeting),
                 timers=[bucket for bucket in loop.wheel._buckets.values() if bucket],
             )
             return not any(left.values())
