@@ -450,7 +450,7 @@ def measure_floor(controls: list[Control], count: int) -> float:
         assert set(answers(controls)) == {"ready"}
         for control in controls:
             control.send("go")
-        times = sorted(time for found in answers(controls) for time in found)
+        times: list[float] = sorted(each for took in answers(controls) for each in took)
     return times[len(times) * 99 // 100]
 
 
@@ -471,7 +471,7 @@ def measure_flat_out(
     assert set(answers(controls)) == {"ready"}
     for control in controls:
         control.send("go")
-    found = answers(controls)
+    found: list[tuple[int, float]] = answers(controls)
     total = sum(count for count, _ in found)
     for control in controls:
         control.send(total)

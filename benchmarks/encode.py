@@ -128,7 +128,7 @@ def fastapi_sse() -> Row:
     format_event: Any = import_module("fastapi.sse").format_sse_event
     jsonable: Any = import_module("fastapi.encoders").jsonable_encoder
 
-    def encode(item: Any) -> bytes:
+    def encode(item: Any) -> Any:
         # fastapi.routing, less its search for NaN (0.165), which older ones lack.
         if isinstance(item, event):
             data = item.raw_data

@@ -67,7 +67,7 @@ class Case:
 
 def events(item: Any) -> Iterator[Any]:
     """Yield the item as often as the query says: of both routes, the generator."""
-    count, turn = request.args.get("n", type=int), request.args.get("turn", type=int)
+    count, turn = int(request.args["n"]), int(request.args["turn"])
     return turns(item, count, turn) if turn else run(item, count)
 
 
@@ -84,7 +84,7 @@ def turns(item: Any, count: int, turn: int) -> Iterator[Any]:
 
 
 @app.get(f"/{OURS}")
-def ours() -> Response:
+def ours() -> SSEResponse:
     return SSEResponse(events(TEXT))
 
 

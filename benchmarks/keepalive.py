@@ -30,8 +30,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from syncstream.protocol.sse import Decoder
+from tests.support.live import SERVERS
 
-from .leave import SERVERS, TLS, certificate, serving
+from .leave import TLS, certificate, serving
 from .machine import describe, verdict
 
 KEEPALIVE = 0.001  # seconds

@@ -38,14 +38,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .machine import describe, verdict
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.support.live import SERVERS, TIMEOUT, Client, LiveServer, unique_key
+
+from .machine import describe, verdict
 
 TARGET = 0.05  # seconds, p99
 AT_ONCE = 7  # of 8 threads: one is left for who is just leaving

@@ -31,6 +31,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from statistics import median
+from typing import Any
 
 from flask import Flask, Response
 
@@ -57,7 +58,7 @@ app = Flask(__name__)
 hub = Hub("memory:")
 
 
-def each(*items: object) -> Iterator[object]:
+def each(*items: Any) -> Iterator[Any]:
     yield from items
 
 
@@ -72,12 +73,12 @@ def pieces() -> Response:
 
 
 @app.get(PATHS[GENERATOR])
-def generator() -> Response:
+def generator() -> SSEResponse:
     return SSEResponse(each("x"))
 
 
 @app.get(PATHS[TAKEN])
-def subscription() -> Response:
+def subscription() -> SSEResponse:
     return SSEResponse(hub.subscribe("channel"))
 
 
