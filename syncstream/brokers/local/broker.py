@@ -9,8 +9,9 @@ from typing import Any, Literal, TypeVar
 
 from ...errors import PayloadTooLarge, Unavailable
 from ...runtime.sockets import native
-from ...runtime.waiting import LONGEST, say
+from ...runtime.waiting import LONGEST
 from ..contract import Sink, check_bounds, refuse_connection
+from ..health import Health
 from ..log import Page
 from ..process import PerProcess
 from ..watched import Watched
@@ -70,10 +71,9 @@ class LocalBroker:
         self._timeout = (
             None if publish_timeout is None else min(publish_timeout, LONGEST)
         )
-        self._sink: Sink | None = None
+        self.health = Health(log)
         self.watched = Watched()
         self._is_closed = False
-        self._is_up = True  # as the sink was told, here or in the parent of a fork
         self._is_heir = False
         self._is_spoilt = False
         # Reentrant, as all that a garbage collection may enter.
@@ -150,7 +150,7 @@ class LocalBroker:
         return process.edge(channel, count)
 
     def attach(self, sink: Sink) -> None:
-        self._sink = sink
+        self.health.sink = sink
 
     def watch(self, channel: str) -> None:
         # First: what is stored from now on is looked at with this in mind.
@@ -176,26 +176,9 @@ class LocalBroker:
         with self._lock:
             process = self._parts.end()
             self._is_closed = True
-            self._sink = None
+            self.health.sink = None
         if process is not None:
             process.close(timeout)
-
-    # For the listener.
-
-    @property
-    def sink(self) -> Sink | None:
-        return self._sink
-
-    def state(self, is_up: bool, reason: str) -> None:
-        """Tell the sink, if it has not been told so."""
-        if is_up == self._is_up or self._sink is None:
-            return
-        self._is_up = is_up
-        try:
-            self._sink.state(is_up, reason)
-        except Exception as error:  # ours goes on, whoever is told
-            text = "%s: the sink has failed"
-            say(log, logging.ERROR, text, self.path, error=error)
 
     # For the process's part.
 

@@ -24,6 +24,7 @@ from .files import SAFE, Lock, file_mode, make_file, settle
 __all__ = [
     "APPLICATION",
     "Database",
+    "Row",
     "SUFFIXES",
     "entry_of",
     "text_of",
@@ -52,6 +53,7 @@ _SETTINGS = (
 )
 
 Items = Sequence[tuple[str, bytes]]
+Row = tuple[int, str, Entry]  # place, channel, event
 Bounds = tuple[int, "float | None", int]  # capacity, max_age, max_size
 
 
@@ -611,7 +613,7 @@ class Database:
         ).fetchone()
         return row[0] if row else 0
 
-    def tail(self, after: int) -> list[tuple[int, str, Entry]]:
+    def tail(self, after: int) -> list[Row]:
         """Return what follows a place: place, channel, entry each."""
         rows = self.connection.execute(
             "SELECT seq, name, number, event.nonce, prev, payload"

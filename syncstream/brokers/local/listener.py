@@ -19,8 +19,9 @@ from ...runtime.clock import time
 from ...runtime.sockets import native
 from ...runtime.waiter import Turn
 from ...runtime.waiting import say
-from ..log import Entry
-from .database import Database
+from ..contract import Sink
+from ..watched import Watched
+from .database import Database, Row
 from .files import file_mode, make_wake, said, settle
 from .threads import start_thread
 
@@ -176,14 +177,13 @@ class Listener:
             try:
                 self._tell()
             except Exception as error:
-                self._process.judge("listen", reason=said(self._path, error))
+                self._process.health.fails("listen", said(self._path, error))
                 if not isinstance(error, (BrokerError, sqlite3.Error, OSError)):
                     self._is_doubtful = True
                     text = "%s: the sink has failed"
                     say(log, logging.ERROR, text, self._path, error=error)
                 native(time, "sleep")(LOOK_EVERY / 5)
             else:
-                self._process.judge("listen", "read")
                 self._process.freshen(self._name)
             self._wait()
         self._unbind()
@@ -210,32 +210,42 @@ class Listener:
     def _tell(self) -> None:
         """Tell what has come since the last time."""
         broker = self._broker()
+        health = self._process.health
         while broker is not None and not self._is_closed:
+            began = health.moment()
             rows, newest = self._look(broker)
-            sink = broker.sink
-            if sink is None:
+            sink = health.sink
+            if sink is not None:
+                self._pass_on(rows, newest, sink, broker.watched)
+            if sink is None or not rows:
+                health.works("listen", "read", since=began)
                 return
-            if self._is_doubtful:
-                self._is_doubtful = False
-                sink.resync(None)
-            if not rows:
-                # They were deleted before they were read; or an operator has put
-                # an older copy in this one's place, and numbers begin anew.
-                if newest != self._position:
-                    self._position = newest
-                    sink.resync(None)
-                return
-            last = rows[-1][0]
-            if last - self._position != len(rows):
-                # Some were trimmed before they were read here, maybe the last ones
-                # of their channels.
-                sink.resync(None)
-            self._position = last
-            for _, channel, entry in rows:
-                if channel in broker.watched:
-                    sink.deliver(channel, entry)
 
-    def _look(self, broker: LocalBroker) -> tuple[list[tuple[int, str, Entry]], int]:
+    def _pass_on(
+        self, rows: list[Row], newest: int, sink: Sink, watched: Watched
+    ) -> None:
+        """Tell what was found, and go on from there."""
+        if self._is_doubtful:
+            self._is_doubtful = False
+            sink.resync(None)
+        if not rows:
+            # They were deleted before they were read; or an operator has put an older
+            # copy in this one's place, and numbers begin anew.
+            if newest != self._position:
+                self._position = newest
+                sink.resync(None)
+            return
+        last = rows[-1][0]
+        if last - self._position != len(rows):
+            # Some were trimmed before they were read here, maybe the last ones of
+            # their channels.
+            sink.resync(None)
+        self._position = last
+        for _, channel, entry in rows:
+            if channel in watched:
+                sink.deliver(channel, entry)
+
+    def _look(self, broker: LocalBroker) -> tuple[list[Row], int]:
         """Return what follows our position, and the newest's place.
 
         Notices that files were replaced.

@@ -51,6 +51,7 @@ class Process:
         self._is_private = broker.is_private
         self._timeout = broker.timeout
         self._bounds = broker.bounds
+        self.health = broker.health
         self._locks = [Lock(broker.path, broker.is_private) for _ in range(3)]
         self._log, self._history, self._news = (Database(broker.path) for _ in range(3))
         self._others = Others(broker.path)
@@ -61,9 +62,6 @@ class Process:
         self._listener: Listener | None = None
         self._begins = native(_thread, "allocate_lock")()
         self._is_closed = False
-        # Reentrant: a garbage collection may enter it.
-        self._judging = native(_thread, "RLock")()
-        self._failing: set[str] = set()  # see `judge`
         self._freshened = -inf
         processes.add(self)
 
@@ -85,8 +83,9 @@ class Process:
 
     def try_to_store(self, database: Database) -> None:
         """If publishing has failed, see whether it would again; with the guard."""
-        if "publish" not in self._failing:
+        if not self.health.is_failing("publish"):
             return
+        began = self.health.moment()
         lock = self._locks[2]
         lock.open()
         if not lock.try_acquire():
@@ -107,7 +106,7 @@ class Process:
             return  # as before
         finally:
             lock.release()
-        self.judge("publish")
+        self.health.works("publish", since=began)
 
     def freshen(self, *others: str) -> None:
         """Keep the files' times from ageing: by those, cleaners judge what is used."""
@@ -299,33 +298,17 @@ class Process:
     @contextmanager
     def _judged(self, way: str) -> Iterator[None]:
         """Take note whether what is done here works; raise what fails as ours."""
+        began = self.health.moment()
         try:
             yield
         except (sqlite3.Error, OSError) as error:
             failed = Unavailable(said(self._path, error))
-            self.judge(way, reason=str(failed))
+            self.health.fails(way, str(failed))
             raise failed from error
         except BrokerError as error:
-            self.judge(way, reason=str(error))
+            self.health.fails(way, str(error))
             raise
-        self.judge(way)
-
-    def judge(self, *ways: str, reason: str = "") -> None:
-        """Take note of what works, or by a reason does not; tell of a change.
-
-        Args:
-            ways: "publish", "read", "listen".
-        """
-        if not reason and self._failing.isdisjoint(ways):
-            return
-        with self._judging:
-            if reason:
-                self._failing.update(ways)
-            else:
-                self._failing.difference_update(ways)
-            broker = self._broker()
-            if broker is not None:
-                broker.state(not self._failing, reason or "it can be used")
+        self.health.works(way, since=began)
 
     @contextmanager
     def _opened(self, database: Database, lock: Lock) -> Iterator[bool]:

@@ -16,8 +16,9 @@ from psycopg import pq
 from ...errors import BrokerError, Denied, PayloadTooLarge, Unavailable, Uncertain
 from ...runtime import waiting
 from ...runtime.clock import time
-from ...runtime.waiting import LONGEST, say
+from ...runtime.waiting import LONGEST
 from ..contract import Sink, check_bounds
+from ..health import Health
 from ..ids import parse_id, spell_id
 from ..log import Entry, Page
 from ..process import PerProcess
@@ -93,11 +94,10 @@ class PostgreSQLBroker:
         self._create = create
         self._publish_timeout = min(publish_timeout, LONGEST)
         self._connections = connections
-        self._sink: Sink | None = None
+        self.health = Health(log)
         self.watched = Watched()
         # Nothing that was open before a fork is touched after it.
         self._parts: PerProcess[PostgreSQLBroker, Own] = PerProcess(self, Own.drop)
-        self._is_up = True  # as the sink was told, here or in the parent of a fork
         self._is_closing = False  # nobody begins to listen any more
         self._is_closed = False
 
@@ -143,28 +143,6 @@ class PostgreSQLBroker:
     @property
     def _busy(self) -> str:
         return f"all {self._connections} connections were busy for all of its time"
-
-    def _judge(self, own: Own, *ways: str, reason: str = "") -> None:
-        """Take note of what works, or by a reason does not; tell of a change.
-
-        Args:
-            ways: "listen", "connect" for calls, and by their names what the server has
-                refused to them.
-        """
-        with own.judging:
-            for way in ways:
-                if reason:
-                    own.failing.add(way)
-                else:
-                    own.failing.discard(way)
-            is_up = not own.failing
-            if is_up == self._is_up or self._sink is None:
-                return
-            self._is_up = is_up
-            try:
-                self._sink.state(is_up, reason or "it serves all that is asked")
-            except Exception as error:  # ours goes on, whoever is told
-                say(log, logging.ERROR, "the sink has failed", error=error)
 
     # To publish.
 
@@ -214,6 +192,7 @@ class PostgreSQLBroker:
     def _publish(
         self, own: Own, items: Sequence[tuple[str, bytes]], deadline: float
     ) -> list[str | None]:
+        began = self.health.moment()
         with self._lent(own, deadline) as connection:
             left = deadline - time.monotonic()
             if left < self._publish_timeout / 4:
@@ -227,16 +206,16 @@ class PostgreSQLBroker:
                 if error.sqlstate in (DENIED, *_UNNAMEABLE):
                     raise Denied(f"not published: {error}") from error
                 way = "connect" if error.is_fatal else "publish"
-                self._judge(own, way, reason=f"not published: {error}")
+                self.health.fails(way, f"not published: {error}")
                 # A server that stops may say so after the commit; others roll back.
                 kind = Uncertain if error.is_fatal else Unavailable
                 raise kind(f"not published: {error}") from error
             except Lost as error:
                 results = error.results
                 if not any(r.command_status == b"COMMIT" for r in results):
-                    self._judge(own, "connect", reason=f"no answer: {error}")
+                    self.health.fails("connect", f"no answer: {error}")
                     raise Uncertain(f"no answer: {error}") from error
-            self._judge(own, "connect", "publish")
+            self.health.works("connect", "publish", since=began)
         (found,) = (r for r in results if r.status == pq.ExecStatus.TUPLES_OK)
         return [found.get_value(row, 0).decode() for row in range(found.ntuples)]
 
@@ -373,6 +352,7 @@ class PostgreSQLBroker:
     def _ask(self, own: Own, sql: str, words: Sequence[object], deadline: float) -> Any:
         """Return the answer to a statement that changes nothing."""
         for attempt in (1, 2):
+            began = self.health.moment()
             try:
                 with self._lent(own, deadline) as connection:
                     (result,) = connection.run(sql, words, deadline=deadline)
@@ -384,15 +364,15 @@ class PostgreSQLBroker:
                 if attempt == 2 or time.monotonic() >= deadline:
                     is_refused = isinstance(error, Refused) and not error.is_fatal
                     way = "read" if is_refused else "connect"
-                    self._judge(own, way, reason=f"not read: {error}")
+                    self.health.fails(way, f"not read: {error}")
                     raise Unavailable(f"not read: {error}") from error
-        self._judge(own, "connect", "read")
+        self.health.works("connect", "read", since=began)
         return result
 
     # To tell.
 
     def attach(self, sink: Sink) -> None:
-        self._sink = sink
+        self.health.sink = sink
 
     def watch(self, channel: str) -> None:
         """See `syncstream.brokers.Broker.watch`.
@@ -466,10 +446,10 @@ class PostgreSQLBroker:
                 own.is_installed = True
         except (Lost, Refused) as error:
             reason = f"the server cannot be used: {error}"
-            self._judge(own, "connect", reason=reason)
+            self.health.fails("connect", reason)
             raise Unavailable(reason) from error
         except BrokerError as error:
-            self._judge(own, "connect", reason=str(error))
+            self.health.fails("connect", str(error))
             raise
         return connection
 

@@ -60,6 +60,9 @@ class Listener:
         self._place: tuple[int, int] | None = None  # seq and nonce of what was told
         self._seen = 0  # up to this seq all was told, or that it was deleted
         self._file = 0  # in which that is
+        # When the look began that found no more, for `Health.works`: what is found
+        # by a later one was stored since then.
+        self._complete = 0
         self._has_warned = False
         self.is_decided = False
         self._decided = native(_thread, "allocate_lock")()
@@ -121,8 +124,7 @@ class Listener:
 
     def _fail(self, reason: str) -> None:
         self._is_late = self._is_late or self._place is None
-        broker = self._broker
-        broker._judge(broker._own(), "listen", reason=reason)
+        self._broker.health.fails("listen", reason)
 
     def _listen(self) -> None:
         deadline = time.monotonic() + READ_TIMEOUT
@@ -146,6 +148,7 @@ class Listener:
             f" FROM {self._schema}.event v ORDER BY v.seq DESC LIMIT 1) e ON true"
         )
         words = (None, None) if self._place is None else self._place
+        began = self._broker.health.moment()
         deadline = time.monotonic() + READ_TIMEOUT
         (result,) = connection.run(sql, words, deadline=deadline)
         if self._place is not None and result.get_value(0, 3) == b"\1":
@@ -156,8 +159,9 @@ class Listener:
         if result.get_value(0, 1) is not None:
             newest = number_of(result, 0, 1), number_of(result, 0, 2)
         self._place = newest
+        self._complete = began
         self._seen = max(newest[0], number_of(result, 0, 0))
-        sink = self._broker._sink
+        sink = self._broker.health.sink
         if was_late and sink is not None:
             sink.resync(None)
 
@@ -191,11 +195,13 @@ class Listener:
     def _tail(self, connection: Connection) -> bool:
         """Tell all that is new; return whether there was something."""
         broker = self._broker
+        health = broker.health
         sql = f"SELECT * FROM {self._schema}.tail($1, $2, $3, $4)"
         found = is_behind = False
         while True:
             assert self._place is not None
             words = (self._place[0], TAIL, *self._names(connection.is_utf8))
+            began = health.moment()
             deadline = time.monotonic() + READ_TIMEOUT
             (result,) = connection.run(sql, words, deadline=deadline)
             now = time.monotonic()
@@ -221,27 +227,22 @@ class Listener:
                         # Too much for one answer, or watched since it was asked for.
                         break
                     ids = spell_id(number, nonce), spell_id(number - 1, prev)
-                    if broker._sink is not None:
-                        broker._sink.deliver(channel, Entry(*ids, payload, now))
+                    if health.sink is not None:
+                        health.sink.deliver(channel, Entry(*ids, payload, now))
                 self._place = number_of(result, row, 0), nonce
                 found = True
             else:
                 if result.ntuples <= TAIL:
                     self._seen = max(self._place[0], deleted)
-                    if is_behind and broker._sink is not None:
-                        broker._sink.resync(None)
-                    self._serves(broker, found)
+                    if is_behind and health.sink is not None:
+                        health.sink.resync(None)
+                    health.works("listen", since=began)
+                    if self._dsn == broker._dsn:
+                        health.works("connect", "read", since=began)
+                    if found:  # somebody could publish
+                        health.works("publish", since=self._complete)
+                    self._complete = began
                     return found
-
-    def _serves(self, broker: PostgreSQLBroker, found: bool) -> None:
-        ways = {"listen"}
-        if self._dsn == broker._dsn:
-            ways |= {"connect", "read"}
-        if found:  # somebody could publish
-            ways.add("publish")
-        own = broker._own()
-        if not broker._is_up or not ways.isdisjoint(own.failing):
-            broker._judge(own, *ways)
 
     def _names(self, is_utf8: bool) -> tuple[str, str]:
         """Return, as SQL arrays, the names and the prefixes of what is wanted."""

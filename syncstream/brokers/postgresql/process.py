@@ -29,9 +29,6 @@ class Own:
         self.lock = native(_thread, "allocate_lock")()
         self.listener: Listener | None = None
         self.stopper: Stopper | None = None
-        # What does not work; see `PostgreSQLBroker._judge`.
-        self.failing: set[str] = set()
-        self.judging = native(_thread, "RLock")()
         self.idle: list[Connection] = []  # the one last that was used last
         # The C one: gevent patches the name in `queue`, not this.
         self.permits: _queue.SimpleQueue[None] = _queue.SimpleQueue()

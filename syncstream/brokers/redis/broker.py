@@ -18,6 +18,7 @@ from ...errors import Denied, Unavailable, Uncertain
 from ...runtime.clock import time
 from .. import shown
 from ..contract import Sink, check_bounds, refuse_connection
+from ..health import Health
 from ..log import START, Entry, Page
 from ..process import PerProcess
 from .process import Process
@@ -57,6 +58,7 @@ class RedisBroker:
         check_bounds(capacity, max_age)
         parts, query = _parse(url)
         self._prefix = query.pop("prefix", "ss:")
+        self.health = Health(log)
         self._timeout = seconds_of("publish_timeout", query)
         if not re.fullmatch("[1-9][0-9]{0,5}", query.get("max_connections", "1")):
             raise ValueError("max_connections must be a number above 0")
@@ -75,14 +77,14 @@ class RedisBroker:
         self._age = b"" if max_age is None else b"%d" % round(max_age * 1000)
         ttl = _EMPTY_TTL if max_age is None else max(max_age, _MIN_TTL)
         self._ttl = b"%d" % round(ttl * 1000)
-        self._sink: Sink | None = None
         self._is_closed = False
         self._parts = PerProcess(self, Process.let_go, RedisBroker._leave_to_parent)
         self._inherited: list[str] = []  # what the parent watched
-        self.is_up = True  # as the sink was told, here or in the parent of a fork
 
     def _servers(self) -> list[Server]:
-        return [Server(url, self._timeout, self._prefix) for url in self._urls]
+        return [
+            Server(url, self._timeout, self._prefix, self.health) for url in self._urls
+        ]
 
     def _process(self) -> Process:
         """Return what this process has; once closed that is ``Unavailable``."""
@@ -173,11 +175,7 @@ class RedisBroker:
     # To tell.
 
     def attach(self, sink: Sink) -> None:
-        self._sink = sink
-
-    @property
-    def sink(self) -> Sink | None:
-        return self._sink
+        self.health.sink = sink
 
     @property
     def ttl(self) -> bytes:

@@ -145,6 +145,10 @@ class Listener:
         self._checked: list[list[_Check]] = []  # a request for heads each
         self._replies: list[Any] | None = None  # to the beat; `None`: it has not come
         self._is_echoed = False  # the message of the beat has come
+        # When the beat began that has come back last, for `Health.works`: what comes
+        # after it was published since then.
+        self._fresh = 0
+        self._began = 0  # likewise, of the beat that is out
         self._told: tuple[bytes, bytes] | None = None
         self._has_more = False
         self._has_ended = False
@@ -320,7 +324,7 @@ class Listener:
                 watch.waiters = []
         self._server.forget_idle()
         if is_told:
-            self._server.judge("listen", reason)
+            self._server.fails("listen", reason)
 
     def _listen(self) -> None:
         while True:
@@ -429,7 +433,9 @@ class Listener:
     def _take(self, reply: Any) -> None:
         match reply:
             case [b"message", self._own, data]:
-                self._is_echoed = self._is_echoed or data == self._token
+                if data == self._token:
+                    self._is_echoed = True
+                    self._fresh = self._began
             case [b"message", bytes(topic), bytes(data)]:
                 watch = self._by_topic.get((False, topic))
                 if watch is not None:
@@ -500,7 +506,7 @@ class Listener:
             for waiter in watch.waiters:
                 waiter.end()
             watch.waiters = []
-        sink = self._process.sink
+        sink = self._process.health.sink
         if was_wanted and sink is not None:
             sink.deny(watch.name, reason)
 
@@ -519,7 +525,7 @@ class Listener:
         entry = Entry(id.decode(), prev.decode(), payload, time.monotonic())
         if watch is not None:
             watch.last = entry.id
-        sink = self._process.sink
+        sink = self._process.health.sink
         if sink is None:
             return
         try:
@@ -527,7 +533,7 @@ class Listener:
         except Exception as error:
             self._spoil(channel, repr(error))
         else:
-            self._server.judge("publish")  # somebody can
+            self._server.works("publish", since=self._fresh)  # somebody can
 
     def _spoil(self, channel: str, problem: str) -> None:
         """Drop a message, and have its channel read anew, with the next beat.
@@ -562,6 +568,7 @@ class Listener:
             keys.append(self._server.marks)
             number = b"%d" % len(keys)
             commands.append((b"EVAL", HEADS.text, number, *keys, self._process.ttl))
+        self._began = self._server.moment()
         self._token = b"%x" % secrets.randbits(64)
         commands.append((b"PUBLISH", self._own, self._token))
         self._beats = self._server.take(now + DEAF)
@@ -631,16 +638,15 @@ class Listener:
         self._sent_at = None
         self._has_beaten = True
         self._is_down = False
-        self._server.judge("connect")
-        self._server.judge("listen")
+        self._server.works("connect", "listen", since=self._began)
         for reply in refusals[:1]:
             reason = f"{self._server.name} tells no heads: {reply}; {RIGHTS}"
-            self._server.judge("heads", reason)
+            self._server.fails("heads", reason)
         if named and not refusals:
-            self._server.judge("heads")
+            self._server.works("heads", since=self._began)
         spoilt, self._spoilt = self._spoilt, {}
         lost = [*dict.fromkeys([*lost, *spoilt])]
-        sink = self._process.sink
+        sink = self._process.health.sink
         if lost and sink is not None:
             sink.resync(lost)
 

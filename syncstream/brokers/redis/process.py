@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import _thread
-import functools
-import weakref
 from typing import TYPE_CHECKING
 
 from ...runtime.clock import time
 from ...runtime.sockets import native
-from ..contract import Sink
 from ..names import is_pattern
 from .listener import Listener
 from .server import Server
@@ -24,18 +21,14 @@ class Process:
     """What one process has of a broker, which it does not keep."""
 
     def __init__(self, broker: RedisBroker, servers: list[Server]) -> None:
-        self._broker = weakref.ref(broker)
+        self.health = broker.health
         self.ttl = broker.ttl
         self.timeout = broker.timeout
         self.servers = servers
         self._listeners: dict[Server, Listener] = {}
         # Native, here and in the listener: threads of several hubs meet in them.
         self._lock = native(_thread, "allocate_lock")()
-        self._failing: set[tuple[Server, str]] = set()
-        self._judging = native(_thread, "RLock")()
         self._is_closed = False
-        for server in servers:
-            server.judge = functools.partial(self.judge, server)
 
     def server(self, channel: str) -> Server:
         """Return the one that has a channel: for all processes the same."""
@@ -97,29 +90,3 @@ class Process:
             listener.stop()
         for server in self.servers:
             server.close()
-
-    # What listeners tell.
-
-    @property
-    def sink(self) -> Sink | None:
-        broker = self._broker()
-        return None if broker is None else broker.sink
-
-    def judge(self, server: Server, way: str, reason: str = "") -> None:
-        """Take note that something works, or by a reason does not; tell of a change.
-
-        Args:
-            way: "listen", "connect" for requests, "publish", "read" and "heads" for
-                what a server refuses whatever the channel.
-        """
-        broker = self._broker()
-        if broker is None or not (reason or self._failing or not broker.is_up):
-            return
-        with self._judging:
-            change = self._failing.add if reason else self._failing.discard
-            change((server, way))
-            is_up = not self._failing
-            if is_up == broker.is_up or broker.sink is None:
-                return
-            broker.is_up = is_up
-            broker.sink.state(is_up, reason or f"connected to {server.name}")

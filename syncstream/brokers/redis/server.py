@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -32,6 +32,7 @@ from redis.sentinel import MasterNotFoundError, Sentinel
 from ...errors import Denied, Unavailable, Uncertain
 from ...runtime.clock import time
 from ...runtime.sockets import native
+from ..health import Health
 from .scripts import PUBLISH, READ, Script
 
 __all__ = [
@@ -103,7 +104,7 @@ class Server:
     ten times by default, and an event would be stored twice (measured, 8.1).
     """
 
-    def __init__(self, url: str, timeout: float, prefix: str) -> None:
+    def __init__(self, url: str, timeout: float, prefix: str, health: Health) -> None:
         self._timeout = timeout
         options: dict[str, Any] = {}
         if not url.startswith("unix:"):
@@ -129,8 +130,7 @@ class Server:
         self._topic = f"{prefix}{database}:{{" if database else self._key
         self._topic_bytes = self._topic.encode()
         self._name = self.name.encode()
-        # Told of what works, and what does not: see `Process.judge`.
-        self.judge: Callable[..., None] = lambda way, reason="": None
+        self._health = health
         self._idle: deque[_Idle] = deque()  # the one last that was used last
         self._home: Any = None  # the hub in which those wait
         self._is_closed = False
@@ -167,18 +167,37 @@ class Server:
         """Return the name of a Pub/Sub channel that nobody else has."""
         return f"{self._topic[:-1]}ctl:{secrets.randbits(64):x}".encode()
 
+    # Whether it works, see `Health`.
+
+    def moment(self) -> int:
+        return self._health.moment()
+
+    def fails(self, way: str, reason: str) -> None:
+        """Take note that a way fails.
+
+        Args:
+            way: "listen", "connect" for requests, "publish", "read" and "heads" for
+                what it refuses whatever the channel.
+            reason: For the log.
+        """
+        self._health.fails(way, reason, server=self.name)
+
+    def works(self, *ways: str, since: int) -> None:
+        self._health.works(*ways, since=since, server=self.name)
+
     # Requests.
 
     def publish(self, calls: Sequence[tuple[bytes, ...]], deadline: float) -> list[str]:
         """Run the script for each; return the ids."""
+        began = self._health.moment()
         try:
             replies = self._run(PUBLISH, calls, deadline)
         except Uncertain as error:
-            self.judge("connect", str(error))
+            self.fails("connect", str(error))
             raise
         refused = [reply for reply in replies if isinstance(reply, Exception)]
         if not refused:
-            self.judge("publish")
+            self.works("publish", since=began)
             return [id.decode() for id in replies]
         refusal = self._refusal("publish", refused[0])
         if len(refused) < len(replies) or str(refused[0]).startswith("STORED"):
@@ -194,7 +213,7 @@ class Server:
             if way == "publish" or OF_NAME.search(str(reply)):
                 return Denied(reason)
         if "WRONGTYPE" not in str(reply):
-            self.judge(way, reason)
+            self.fails(way, reason)
         return Unavailable(reason)
 
     def read(
@@ -202,16 +221,17 @@ class Server:
     ) -> Any:
         """Run a script that reads; once more if a connection is lost meanwhile."""
         for is_last in (False, True):
+            began = self._health.moment()
             try:
                 (reply,) = self._run(script, [call], deadline)
             except Uncertain as error:
                 if is_last or time.monotonic() >= deadline:
-                    self.judge("connect", str(error))
+                    self.fails("connect", str(error))
                     raise Unavailable(str(error)) from error
                 continue
             if isinstance(reply, Exception):
                 raise self._refusal("read", reply)
-            self.judge("read")
+            self.works("read", since=began)
             return reply
         raise AssertionError
 
@@ -239,6 +259,7 @@ class Server:
         """
         # Nor do hubs wait for each other well: others have no more than threads.
         is_home = is_at_home()
+        began = self._health.moment()
         left = max(0.0, deadline - time.monotonic())
         if is_home and not self._free.acquire(timeout=left):
             raise Unavailable(f"all connections to {self.name} are in use")
@@ -246,7 +267,7 @@ class Server:
             try:
                 connection = self.take(deadline)
             except Unavailable as error:
-                self.judge("connect", str(error))
+                self.fails("connect", str(error))
                 raise
             try:
                 self._send(connection, commands, deadline)
@@ -254,7 +275,7 @@ class Server:
             except BaseException:
                 connection.disconnect()
                 raise
-            self.judge("connect")
+            self.works("connect", since=began)
             if any("read only" in str(r) for r in replies if isinstance(r, Exception)):
                 # Its name may lead to another server by now, that is the master.
                 connection.disconnect()
