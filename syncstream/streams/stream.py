@@ -21,18 +21,15 @@ called it for us, by letting the error leave, an `Exception` and nothing else.
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import logging
-import math
-import random
 import signal
 import sys
 import threading
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 from ..channels.subscription import Frames, Subscription
@@ -41,15 +38,9 @@ from ..fanout.client import Client
 from ..fanout.loop import fanout
 from ..protocol import sse
 from ..protocol.json import dumps_or_default
-from ..protocol.sse import Event
 from ..runtime.clock import time
-from ..runtime.process import Process, Served, process
+from ..runtime.process import process
 from ..runtime.sockets import (
-    GRACE,
-    acknowledged,
-    give_up_after,
-    has_timed_out,
-    queued,
     release,
 )
 from ..runtime.waiter import Waiter
@@ -58,24 +49,24 @@ from ..runtime.waiting import (
     current,
     current_scope,
     entered,
-    gevent_hub,
     insist,
     is_greenlet_exit,
-    make_lock,
     refuse_eventlet,
     runner_function,
     sleep,
-    sleep_in_hub,
     wait,
 )
-from ..runtime.watch import Timer, Watch, native_epoll, watch
+from ..runtime.watch import native_epoll
 from ..servers.swap import Swap
 from .answers import Returned, checked_return, is_answer, status_of
 from .capacity import Full, Place
 from .contract import Connection, Format, Life
 from .ends import REASONS
-from .links import AGAIN, USELESS, Link, place_of, unblock
+from .links import Link
+from .monitor import CUT, Monitor
+from .outcome import Once, Outcome
 from .output import PIECE, Output
+from .source import Source, check_source
 
 __all__ = ["ANSWERED", "Stream", "current_stream", "warn_framed", "warn_unframed"]
 
@@ -87,8 +78,6 @@ log = logging.getLogger("syncstream.stream")
 LOOK_EVERY = 0.1
 """At most every so many seconds a busy stream looks for an end by itself."""
 WATCHED_LOOK_EVERY = 1.0  # the same for what costs more, where it is watched
-VANISH_EVERY = 0.1  # seconds between two looks whether the server has closed a socket
-STARVED = 0.2  # seconds in which a hub has not run its watch
 
 ANSWERED = "a stream answers one request: make a new response for each"
 _TOO_LATE = (
@@ -96,16 +85,6 @@ _TOO_LATE = (
     " Decide in a plain view, which returns SSEResponse(...) or another response"
 )
 _CLOSE_TRIES = 10
-_STUCK = 1.0  # seconds that a write may block once the stream has ended
-# Seconds without progress, of a client whose server is to stop. TCP tells of one that
-# reads by steps of 64 kB and more: at 20 kB/s every 3 s.
-_FROZEN = 5.0
-_GHOST = 30.0  # seconds after which a source that has not noticed its end is named
-_THROW_EVERY = 2.5  # seconds: gunicorn leaves no more to a worker after its streams
-
-_CUT = frozenset(("shutdown", "max_duration", "kicked", "denied", "refused"))
-"""Ends that the source did not choose. Only a client that comes back reads them as a
-break; to every other client they would look like the end of a whole answer."""
 
 
 def current_stream() -> Stream | None:
@@ -143,33 +122,6 @@ def _warn_of_framing(what: str, key: str) -> None:
     # In a Content-Encoding of the application's no bytes are an event as they are.
     if stream is not None and stream._out.format.is_events:
         process().warn_once(log, f"{stream._out.label} yields {what}", key)
-
-
-def check_source(source: Any) -> None:
-    """Refuse what cannot be the source of a stream, with the way to mend it.
-
-    Raises:
-        TypeError: Always for a reason that its message names.
-    """
-    if isinstance(source, (Generator, Subscription)):
-        return  # most are
-    problem = None
-    if hasattr(source, "__aiter__") and not hasattr(source, "__iter__"):
-        problem = "an asynchronous one cannot be iterated here: make it a `def`"
-    elif hasattr(source, "__await__"):
-        problem = "a coroutine is not awaited here: make it a generator"
-    elif isinstance(source, type) or inspect.isroutine(source):
-        problem = "it has not been called: add ()"
-    elif isinstance(source, (str, bytes, bytearray, memoryview, Mapping, Event)):
-        problem = "a single item is not a stream of them: put it in a list"
-    elif not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
-        problem = "it cannot be iterated"
-    if problem is not None:
-        if inspect.iscoroutine(source):
-            source.close()  # or Python warns that it was never awaited
-        raise TypeError(
-            f"source must be a generator or another iterable, got {source!r}: {problem}"
-        )
 
 
 class Stream:
@@ -215,16 +167,16 @@ class Stream:
         self._out = Output(format, retry, end)
         self._life = life or Life()
         self._on_error = on_error
-        self._source: Iterable[Any] | None = source
-        self._to_close: list[Any] = [source]  # popped by whoever closes it
-        # What can happen but once, by the token of who was first.
-        self._once: dict[str, tuple[str]] = {}
+        self._source = Source(source)
+        self._outcome = outcome = Outcome()
+        self._monitor = Monitor(
+            self.reference, outcome, self._out, self._source, self._life
+        )
+        self._counted = Once()
         self._callbacks: deque[Callable[[], object]] = deque()
-        self._links: deque[Link] = deque()
         self.is_running = False  # inside the source; see waiting.py
         self.has_waited = False  # since the last look
         self.has_resumed = False  # a subscription has taken the Last-Event-ID
-        self._closing = False
         self.was_told = False  # of its end, by an exception; see waiting.py
         self._exits: list[BaseException] = []  # the process's own, to be raised last
         self._is_dropped = False  # by who iterates, before its end
@@ -236,31 +188,6 @@ class Stream:
         self._client: Client | None = None  # its connection is the loop's
         self._response_callbacks: deque[Callable[[], object]] = deque()
         self._place: Place | None = None
-        # The watch's side.
-        self._process: Process | None = None
-        self._served: Served | None = None
-        self._watch: Watch | None = None
-        self._timer: Timer | None = None
-        self._hung_up: Callable[[], object] | None = None
-        self._fd = -1
-        self._kernel_timeout: float | None = None  # what held before ours
-        self._is_limited = False  # by ours
-        self._in_hub = False
-        self._thread = 0
-        self._ended_at = 0.0  # told from outside; `time.monotonic`
-        self._thrown_at = 0.0
-        self._unblocked: tuple[tuple[Link, ...], object] | None = None  # and from where
-        self._began = 0.0  # `time.monotonic`
-        self._deadline = math.inf
-        self._poll_at = 0.0
-        self._write_lock: Any = None
-        self._is_writing = False  # the watch is, under that lock
-        self._full_since = 0.0  # the client takes nothing; 0: it does
-        self._stuck_since = 0.0  # the same, while its server is to stop
-        self._stuck_at: tuple[int | None, int] | None = None  # its progress then
-        self._looked_at = 0.0  # for that, the last time
-        self._progress: tuple[int | None, int] | None = None  # at that time
-        self._all_sent = -1  # bytes sent when all of them had gone
         # Weak, for its frame refers to us: who drops both ends the stream.
         self._body: weakref.ref[Iterator[bytes]] | None = None
         self._pulled: Iterator[bytes] | None = None  # by __next__
@@ -292,7 +219,7 @@ class Stream:
 
     def leave(self) -> bool:
         """Leave a connection to which nothing has been written; tell whether it has."""
-        if self._process is not None or self._once:
+        if self._monitor.process is not None or self._outcome.ended:
             return False
         self._out.connection = None
         return True
@@ -306,8 +233,8 @@ class Stream:
         """Tell whether it waits for a client, in a format of events or in another."""
         return (
             self._out.connection is None
-            and not self._once
-            and self._process is None
+            and not self._outcome.ended
+            and self._monitor.process is None
             and self._out.is_event_stream == is_events
         )
 
@@ -319,12 +246,12 @@ class Stream:
         return self._out.is_over_for(connection)
 
     def __iter__(self) -> Iterator[bytes]:
-        if self._body is None and self._source is not None:
-            source = self._source
+        source = self._source
+        if self._body is None and source.given is not None:
             body = (
-                self._subscribed(source)
-                if isinstance(source, Subscription)
-                else self._chunks(source)
+                self._chunks(source.given)
+                if source.feed is None
+                else self._subscribed(source.feed)
             )
             self._body = weakref.ref(body)
             return body
@@ -352,13 +279,13 @@ class Stream:
         if isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit)):
             # The exit came between two steps, or in the server, which sends no more.
             # The server's frame may have dropped the iterator already.
-            is_partial = not self._once or self._is_dropped
-            self._is_to_cut |= is_partial and self._process is not None
-        if not self._once:
+            is_partial = not self._outcome.ended or self._is_dropped
+            self._is_to_cut |= is_partial and self._monitor.process is not None
+        if not self._outcome.ended:
             gone = (
                 self._out.connection is not None and self._out.connection.is_hung_up()
             )
-            self._over(self._how_gone() if gone else "closed")
+            self._monitor.end(self._monitor.how_gone() if gone else "closed")
         # The other side sets is_running before it looks for an end: one of the two
         # sees the other, and whoever pops the source closes it.
         if self.is_running:
@@ -378,7 +305,10 @@ class Stream:
         # A server that does not close what it has read to the end.
         if getattr(self, "_swap", None) is not None:
             self.close()
-        if getattr(self, "_served", None) is not None:
+        if (
+            getattr(self, "_monitor", None) is not None
+            and self._monitor.served is not None
+        ):
             self._let_go()
         if getattr(self, "_place", None) is not None and self._client is None:
             self._leave_place()
@@ -406,7 +336,7 @@ class Stream:
         if self._client is not None:
             self._client.stop(reason)
             return
-        self._over(reason)
+        self._monitor.end(reason)
 
     def abandon(self, reason: str) -> None:
         """End the stream, whose generator is busy with what may never come back.
@@ -418,14 +348,7 @@ class Stream:
             reason: As for `stop`.
         """
         self.stop(reason)
-        connection = self._out.connection
-        if (
-            connection is not None
-            and self.is_running
-            and not self._in_hub
-            and self._has_socket(self._fd)
-        ):
-            connection.drop()
+        self._monitor.cut_off()
 
     def shut_down(self, since: float, until: float) -> None:
         """End the stream, or let it finish: its server has been told to stop.
@@ -437,17 +360,14 @@ class Stream:
             since: When that was first seen, `time.monotonic`.
             until: When a generator may run no longer.
         """
-        now = time.monotonic()
         if self._client is not None:
             self._client.stop("shutdown")
             return
-        if now >= self._drained_at(since, until):
-            self._over("shutdown")
-        self._hurry(now, until)
+        self._monitor.shut_down(since, until)
 
     def refuse(self) -> None:
         """End it before it has begun: there is no place for it."""
-        self._end("refused")
+        self._outcome.decide("refused")
         self.close()
 
     # For the generator.
@@ -457,8 +377,7 @@ class Stream:
         """Why the stream has ended, one word; ``None`` while it lives."""
         if self._client is not None:
             return self._client.reason
-        token = self._once.get("end")
-        return None if token is None else token[0]
+        return self._outcome.reason
 
     @property
     def connected(self) -> bool:
@@ -473,8 +392,8 @@ class Stream:
             return True
         if current_scope() is self:
             # Its generator knows now, and may clean up: it is not interrupted.
-            self._end(self._how_gone())
-            self._closing = True
+            self._outcome.decide(self._monitor.how_gone())
+            self._outcome.is_closing = True
         return False
 
     @property
@@ -555,9 +474,9 @@ class Stream:
                 (a pipe, a generator, a ``requests.Session``, a session of
                 SQLAlchemy's): the message names what to link instead.
         """
-        self._links.append(Link(closable))
+        self._outcome.links.append(Link(closable))
         if self.is_over():
-            self._interrupt()
+            self._monitor.interrupt()
         return closable
 
     def on_close(self, callback: Callable[[], object]) -> None:
@@ -595,31 +514,37 @@ class Stream:
     def hold(self, place: Place) -> None:
         """Take a place, to be released at the end, also if nobody closes it."""
         self._place = place
-        if self._process is not None or not self.will_leave:
+        if self._monitor.process is not None or not self.will_leave:
             place.stay()
 
     # For the waits.
 
     def is_over(self) -> bool:
         """Tell whether it has ended, and its source has not been told yet."""
-        return bool(self._once) and not self._closing
+        return bool(self._outcome.ended) and not self._outcome.is_closing
 
     def check(self) -> None:
         """Raise the end of the stream, once, if it is known by now.
 
         Again where the source has swallowed that, and goes on: it would never end.
         """
-        if self._closing:
+        if self._outcome.is_closing:
             if self.was_told and not _is_unwinding():
-                self._name_source("swallows the end of its waits, and is ended there")
-                insist(self._exit())
+                self._monitor.name_source(
+                    "swallows the end of its waits, and is ended there"
+                )
+                insist(self._outcome.error())
             return
         connection = self._out.connection
-        if not self._once and connection is not None and connection.is_hung_up():
-            self._end(self._how_gone())
-        if self._once:
-            self._closing = self.was_told = True
-            raise self._exit()
+        if (
+            not self._outcome.ended
+            and connection is not None
+            and connection.is_hung_up()
+        ):
+            self._outcome.decide(self._monitor.how_gone())
+        if self._outcome.ended:
+            self._outcome.is_closing = self.was_told = True
+            raise self._outcome.error()
 
     def before_wait(self) -> None:
         """Give back what the application should not hold while the stream waits."""
@@ -632,21 +557,19 @@ class Stream:
     def _chunks(self, source: Iterable[Any]) -> Iterator[bytes]:
         """Yield the response's chunks; the one place that runs the source."""
         try:
-            self._begin()
+            self._monitor.begin(self)
             failed: list[BaseException] = []  # lists: a name here would keep an error
             refused: list[BaseException] = []  # alive by its own traceback
-            if self._out.opening is not None and not self._once:
+            if self._out.opening is not None and not self._outcome.ended:
                 yield self._out.open()
-            if self._once:
+            if self._outcome.ended:
                 yield from self._finish()
                 return
             self._out.warn()
             try:
                 with entered(self):
                     self.before_wait()
-                    iterator = iter(source)
-                    if iterator is not source:
-                        self._to_close.append(iterator)
+                    iterator = self._source.iterate(source)
                     advance: Callable[[], Any] = iterator.__next__
                     throw = getattr(iterator, "throw", None)
             except BaseException as error:
@@ -654,7 +577,8 @@ class Stream:
             if failed:
                 yield from self._fail(failed)
                 return
-            out, ended = self._out, self._once
+            out, monitor, ended = self._out, self._monitor, self._outcome.ended
+            keepalive = monitor.keepalive
             encode = out.format.encode
             reference = self.reference
             monotonic, running, runner = time.monotonic, current.get, runner_function()
@@ -678,7 +602,7 @@ class Stream:
                             failed.append(returned)
                             del returned
                     if not failed:
-                        self._end("finished")
+                        self._outcome.decide("finished")
                         break
                 except BaseException as error:
                     if ended or self._is_end(error):
@@ -687,8 +611,8 @@ class Stream:
                     failed.append(error)
                 finally:
                     self.is_running = False
-                    if self._is_writing:
-                        self._await_writer()
+                    if keepalive.is_writing:
+                        keepalive.await_writer()
                     if outer is not reference and _is_running(outer):
                         current.set(outer)
                 if ended:
@@ -706,7 +630,7 @@ class Stream:
                 now = monotonic()
                 if now >= look_at:
                     look_at = now + LOOK_EVERY
-                    self._look(now)
+                    self._monitor.look(now)
                     if ended:
                         break
                 if chunk is not None:
@@ -719,20 +643,20 @@ class Stream:
                     out.moved = now
                     out.events += 1
                     if len(chunk) > PIECE:
-                        yield from self._pieces(chunk)
+                        yield from out.pieces(chunk, monitor.piece(len(chunk)))
                         continue
                     out.bytes += len(chunk)
                     yield chunk
-                elif self._is_silent(now) and out.is_whole:
+                elif keepalive.is_due(now) and out.is_whole:
                     out.moved = now
                     out.bytes += len(out.comment)
                     yield out.comment
             yield from self._finish()
         except GeneratorExit:
             # Whoever wraps us by `yield from`, or just drops us, closes the stream.
-            self._is_dropped = not self._once
+            self._is_dropped = not self._outcome.ended
             self.close()
-            if not self._thrown_at:
+            if not self._monitor.thrown_at:
                 raise
             # Ours, which has hit a moment too late: it would end the server's thread.
             raised = self._cut()
@@ -746,34 +670,35 @@ class Stream:
         encode: less is to be done for each of them.
         """
         try:
-            self._begin()
+            self._monitor.begin(self, is_leaving=self._is_about_to_leave())
             failed: list[BaseException] = []
             # Before the client hears that it is open: it may publish then.
             first, events = b"", 0
             try:
-                if not self._once:
+                if not self._outcome.ended:
                     first, events = self._first_step(source)
             except BaseException as error:
                 if not self._is_end(error):
                     failed.append(error)
-            if self._out.opening is not None and not self._once:
+            if self._out.opening is not None and not self._outcome.ended:
                 if not failed:
                     self._begin_hand_over()
                 yield self._out.open()
                 if self._swap is not None and self._is_handed_over(first, events):
                     return
-            if failed and not self._once:
+            if failed and not self._outcome.ended:
                 yield from self._fail(failed)
                 return
-            ended, watched = self._once, self._hung_up is not None
+            ended, watched = self._outcome.ended, self._monitor.is_watching
             if not ended:
                 self._out.warn()
                 if first:
                     self._out.moved = time.monotonic()
                     self._out.events += events
-                    yield from self._pieces(first)
+                    yield from self._out.pieces(first, self._monitor.piece(len(first)))
             # What it sends is whole events, or lines, as no bytes at all are.
-            out = self._out
+            out, monitor = self._out, self._monitor
+            keepalive = monitor.keepalive
             out.tail = b"\n\n" if out.is_event_stream else b""
             dumps = dumps_or_default(out.format.dumps)
             self._frames = frames = source.frames(out.is_event_stream, dumps, self)
@@ -797,8 +722,8 @@ class Stream:
                     failed.append(error)
                 finally:
                     self.is_running = False
-                    if self._is_writing:
-                        self._await_writer()
+                    if keepalive.is_writing:
+                        keepalive.await_writer()
                     if outer is not reference and _is_running(outer):
                         current.set(outer)
                 if ended:
@@ -809,24 +734,19 @@ class Stream:
                 out.moved = now = monotonic()
                 if now >= look_at:
                     look_at = now + (WATCHED_LOOK_EVERY if watched else LOOK_EVERY)
-                    self._look(now)
+                    self._monitor.look(now)
                     if ended:
                         break
                 if len(chunk) > PIECE:
-                    yield from self._pieces(chunk)
+                    yield from out.pieces(chunk, monitor.piece(len(chunk)))
                     continue
                 out.bytes += len(chunk)
                 yield chunk
             yield from self._finish()
         except GeneratorExit:
-            self._is_dropped = not self._once
+            self._is_dropped = not self._outcome.ended
             self.close()
             raise
-
-    def _pieces(self, chunk: bytes) -> Iterator[bytes]:
-        """Yield a chunk; in pieces where that alone shows that the client takes it."""
-        is_seen = self._fd < 0 or acknowledged(self._fd) is not None
-        return self._out.pieces(chunk, len(chunk) if is_seen else PIECE)
 
     # Without the server.
 
@@ -842,7 +762,16 @@ class Stream:
     @property
     def will_leave(self) -> bool:
         """Whether its thread is to be given back as soon as its head is out."""
-        return isinstance(self._source, Subscription) and self._is_to_hand_over()
+        return self._source.feed is not None and self._is_to_hand_over()
+
+    def _is_about_to_leave(self) -> bool:
+        """Tell whether its connection's number is to be another's in a moment.
+
+        Not if the application's code runs before, which may take its time.
+        """
+        feed = self._source.feed
+        is_quick = feed is not None and not feed.begins_with_user_code
+        return is_quick and self._is_to_hand_over()
 
     def _first_step(self, source: Subscription) -> tuple[bytes, int]:
         """Begin; return what there is for a client that is to be handed over."""
@@ -864,14 +793,14 @@ class Stream:
             return
         assert self._out.connection is not None
         # Its number will soon be another's.
-        self._observe_no_more()
+        self._monitor.leave_connection()
         try:
             self._swap = self._out.connection.swap()
         except Full as error:
             self._out.report(logging.DEBUG, f"%s is refused: {error}")
-            self._end("refused")
+            self._outcome.decide("refused")
         except ClientDisconnected:
-            self._end("disconnected")
+            self._outcome.decide("disconnected")
         if self._swap is None:
             self._stay()
 
@@ -879,17 +808,17 @@ class Stream:
         """Stay in the thread or greenlet of the request, and be watched there."""
         if self._place is not None:
             self._place.stay()
-        self._observe()
+        self._monitor.observe()
 
     def _is_handed_over(self, first: bytes, events: int) -> bool:
         """Take the connection for good, and let the loop go on with it."""
         connection, process, served = (
             self._out.connection,
-            self._process,
-            self._served,
+            self._monitor.process,
+            self._monitor.served,
         )
-        source = self._source
-        assert isinstance(source, Subscription)
+        source = self._source.feed
+        assert source is not None
         assert connection is not None
         assert self._swap is not None
         assert self._out.opening is not None
@@ -916,8 +845,8 @@ class Stream:
                 source,
                 terms,
                 label=process.shared_label(self._out.label),
-                began=self._began,
-                deadline=self._deadline,
+                began=self._monitor.began,
+                deadline=self._monitor.deadline,
                 events=events,
                 bytes=len(self._out.opening) + len(first),
             )
@@ -927,7 +856,7 @@ class Stream:
             text = f"clients stay with their server: {error!r}"
             process.warn_once(log, text, "no loop")
         taken = None
-        if is_ready and not self._once:
+        if is_ready and not self._outcome.ended:
             taken = self._swap.take(self._out.opening)
         if taken is None:
             self._swap.undo()
@@ -949,35 +878,36 @@ class Stream:
             self._client = client
             client.callbacks = callbacks
             self._callbacks.clear()
-            self._to_close.clear()
-            self._source = None
+            self._source.to_close.clear()
+            self._source.forget()
             loop.add(client, head)
         except BaseException:  # of a signal's handler, say
             if not client.is_given:  # it ends here, with all that it has
                 release(taken.fd)
-                self._client, self._to_close = None, [source]
+                self._client = None
+                self._source.to_close[:] = [source]
                 self._place = self._place or client.place
                 if not self._callbacks:
                     self._callbacks.extend(callbacks)
-                self._end("error")
+                self._outcome.decide("error")
             raise
-        token = self._once.get("end")
-        if token is not None:  # it came while this was done
-            client.stop(token[0])
+        reason = self._outcome.reason
+        if reason is not None:  # it came while this was done
+            client.stop(reason)
         return True
 
     def _is_end(self, error: BaseException) -> bool:
         """Tell an end of which we did not know yet from a failure."""
         if isinstance(error, ClientDisconnected) and not self.connected:
-            self._end("disconnected")
+            self._outcome.decide("disconnected")
         elif isinstance(error, Closed):
-            self._end(error.reason if error.reason in REASONS else "closed")
+            self._outcome.decide(error.reason if error.reason in REASONS else "closed")
         # gunicorn's handlers of SIGQUIT and SIGABRT exit, wherever that hits.
         elif self._is_exit(error) or (
-            isinstance(error, SystemExit) and self._until() is not None
+            isinstance(error, SystemExit) and self._monitor.until() is not None
         ):
-            self._end("shutdown")
-        return bool(self._once)
+            self._outcome.decide("shutdown")
+        return bool(self._outcome.ended)
 
     def _is_exit(self, error: BaseException) -> bool:
         """Tell the end of the whole process from a source that calls sys.exit().
@@ -988,14 +918,14 @@ class Stream:
         """
         return (
             isinstance(error, (KeyboardInterrupt, SystemExit))
-            and not self._in_hub
+            and not self._monitor.in_hub
             and threading.current_thread() is threading.main_thread()
             and (
                 self._out.connection is None or self._out.connection.lets_exits_through
             )
             and (
                 isinstance(error, KeyboardInterrupt)
-                or self._until() is not None
+                or self._monitor.until() is not None
                 or _is_of_a_signal(error)
             )
         )
@@ -1013,54 +943,6 @@ class Stream:
         if self._exits:
             raise self._exits.pop()
 
-    def _look(self, now: float) -> None:
-        """See for ourselves what the watch would tell, if it came to run."""
-        watch, connection = self._watch, self._out.connection
-        # A generator that never waits never lets the hub run: nobody else is served,
-        # and gunicorn's SIGQUIT comes to nothing.
-        if self.has_waited:
-            self.has_waited = False
-        elif self._in_hub and watch is not None and now - watch.ran_at > STARVED:
-            sleep_in_hub(0)
-        if now >= self._deadline:
-            self._end("max_duration")
-        if self._hung_up is not None and now < self._poll_at:
-            return
-        self._poll_at = now + WATCHED_LOOK_EVERY
-        if connection is not None and connection.is_hung_up():
-            self._end(self._how_gone())
-            return
-        until = self._until()
-        if until is not None:
-            assert self._served is not None
-            since = self._served.since or now
-            if time.monotonic() >= self._drained_at(since, until):
-                self._end("shutdown")
-
-    def _until(self) -> float | None:
-        """Return until when work may go on, if the server has been told to stop."""
-        process, served = self._process, self._served
-        if process is None or served is None:
-            return None
-        return process.until(served)
-
-    def _drained_at(self, since: float, until: float) -> float:
-        """Return when this stream has to end, if its server stops."""
-        drain = self._life.drain
-        if isinstance(self._source, Subscription):
-            return since  # it never ends by itself
-        if drain is None:
-            drain = 0.0 if self._out.comes_back else math.inf
-        return min(until, since + drain)
-
-    def _is_silent(self, now: float) -> bool:
-        keepalive = self._life.keepalive
-        return (
-            keepalive is not None
-            and self._out.format.is_events
-            and now - self._out.moved >= keepalive
-        )
-
     def _after_end(self, error: BaseException) -> None:
         """Take what left the source after the stream had ended."""
         # A ``finally`` that waits is told of the end instead.
@@ -1070,7 +952,7 @@ class Stream:
             return
         # What a link that was cut makes the source raise is not its fault, nor is
         # the exit of a worker that stops.
-        expected = bool(self._links) or not isinstance(error, Exception)
+        expected = bool(self._outcome.links) or not isinstance(error, Exception)
         level = logging.DEBUG if expected else logging.ERROR
         self._out.report(
             level, f"the source of %s failed at its end ({self.reason})", error
@@ -1080,7 +962,7 @@ class Stream:
         """Close the source, say a last word to the client, or cut the response."""
         self._close_source()
         raised = None
-        if self.reason in _CUT and not self._out.comes_back:
+        if self.reason in CUT and not self._out.comes_back:
             last = self._out.answer_unsent(str(self.reason))
             if not last:
                 raised = self._cut()
@@ -1159,7 +1041,7 @@ class Stream:
         error, connection = failed.pop(), self._out.connection
         raised: BaseException | None = None
         try:
-            self._end("error")
+            self._outcome.decide("error")
             self._close_source()
             (words, is_told), status = self._last_words(error), status_of(error)
             body = None
@@ -1207,12 +1089,12 @@ class Stream:
         """
         if is_greenlet_exit(error):
             # gevent ends this greenlet, or the source ends itself in that way.
-            self._end("shutdown")
+            self._outcome.decide("shutdown")
             self._close_source()
             self._out.report(logging.WARNING, "the greenlet of %s was killed")
             return b"", False
         is_first = isinstance(error, Returned) and not self._out.events
-        self._end("refused" if is_first else "error")
+        self._outcome.decide("refused" if is_first else "error")
         message = "the source of %s failed"
         if self._out.is_event_stream and (
             is_answer(error) or isinstance(error, Returned)
@@ -1242,158 +1124,6 @@ class Stream:
 
     # Its ends.
 
-    def _is_first(self, what: str, value: str) -> bool:
-        """Tell whether this is the first time, whichever threads try at once."""
-        token = (value,)
-        return self._once.setdefault(what, token) is token
-
-    def _end(self, reason: str) -> bool:
-        """Set the reason; tell whether it is the first one, which stays."""
-        is_first = self._is_first("end", reason)
-        if is_first:
-            self._ended_at = time.monotonic()
-        return is_first
-
-    def _over(self, reason: str) -> None:
-        """End the stream from outside of its source, and wake that."""
-        if not self._end(reason):
-            return
-        if self._watch is not None:
-            self._watch.run(self._bring_through)
-        elif not self._in_hub:
-            self._interrupt()
-
-    def _exit(self) -> GeneratorExit:
-        if self.reason in ("disconnected", "send_timeout"):
-            return ClientDisconnected("the client has gone")
-        return GeneratorExit(f"the stream has ended: {self.reason}")
-
-    def _interrupt(self) -> None:
-        """Get the source out of what it waits in: in a hub callback, or any thread.
-
-        Under gevent the decision and the throw are one callback of the hub, so no
-        other greenlet runs in between: thrown a moment later (`gevent.kill`), it
-        could hit the server's own code, or its next request's.
-        """
-        if not self.is_running or self._closing:
-            return
-        if self._in_hub:
-            self._closing = self.was_told = True
-            self.runner.throw(self._exit())
-            return
-        if self._links:
-            self._unblock(tuple(self._links))
-        thread_wait = self.thread_wait
-        if (
-            thread_wait is not None
-            and not thread_wait.wake()
-            and self._watch is not None
-        ):
-            # Somebody holds its condition just now.
-            self._watch.call_at(
-                time.monotonic() + 0.005,
-                lambda: None if thread_wait.wake() else time.monotonic() + 0.005,
-            )
-
-    def _unblock(self, links: tuple[Link, ...]) -> None:
-        """Get the thread out of what it reads; again while that goes on."""
-        began, place = time.monotonic(), place_of(links)
-        reference = self.reference
-        self._unblocked = links, place
-
-        def unblock_again() -> float | None:
-            now, stream = time.monotonic(), reference()
-            if stream is None or not stream.is_running or stream._closing:
-                return None
-            if place_of(links) != place:  # it cleans up, perhaps by these
-                return None
-            if stream.thread_wait is not None:
-                return now + AGAIN
-            if now - began >= USELESS:
-                stream._say_useless(links)
-                return None
-            unblock(links, is_waiting=False)
-            return now + AGAIN
-
-        unblock(links, is_waiting=self.thread_wait is not None)
-        if self._watch is not None:
-            self._watch.call_at(began + AGAIN, unblock_again)
-
-    def _say_useless(self, links: tuple[Link, ...]) -> None:
-        names = sorted({type(link.closable).__qualname__ for link in links})
-        text = (
-            f"%s goes on {USELESS:.0f} s after its end: what it has linked"
-            f" ({', '.join(names)}) does not end what it waits in; link the socket,"
-            " the response or the process that it reads from"
-        )
-        process().say_once(log, logging.WARNING, text, self._out.label)
-
-    # The watch's side: in its thread, or in a callback of the hub.
-
-    def _begin(self) -> None:
-        """Let the process and its watch know; in the thread or greenlet it is in."""
-        self._began = self._out.moved = now = time.monotonic()
-        self._in_hub = gevent_hub() is not None
-        self._thread = threading.get_ident()
-        record = self._process = process()
-        connection, life = self._out.connection, self._life
-        if life.max_duration is not None:
-            # Jittered, or clients that came together return together.
-            self._deadline = now + life.max_duration * random.uniform(0.9, 1)
-        try:
-            if connection is not None and life.keepalive and self._out.format.is_events:
-                connection.find_write()
-            self._observe(in_step=self._is_about_to_leave())
-            self._served = record.opened(
-                self,
-                self._watch,
-                connection.server_key if connection is not None else None,
-                lambda: connection.stopping if connection is not None else None,
-            )
-        except BaseException:
-            self._leave_watch()
-            raise
-
-    def _is_about_to_leave(self) -> bool:
-        """Tell whether its connection's number is to be another's in a moment.
-
-        Not if the application's code runs before, which may take its time.
-        """
-        source = self._source
-        is_quick = isinstance(source, Subscription) and not source.begins_with_user_code
-        return is_quick and self._is_to_hand_over()
-
-    def _observe(self, *, in_step: bool = False) -> None:
-        """Have its connection watched, and its clock.
-
-        Args:
-            in_step: It is about to leave: have what ends it, and no more.
-        """
-        connection = self._out.connection
-        try:
-            self._watch = watch()
-            if in_step:
-                return
-            fd = connection.fd if connection is not None else None
-            if fd is not None and fd >= 0:
-                # First: the client may have gone already, and we are told at once.
-                self._fd, self._hung_up = fd, _weakly(self._on_hang_up, None)
-                self._watch.add(fd, self._hung_up)
-            tick = self._next_tick(time.monotonic())
-            if tick < math.inf:
-                self._timer = self._watch.call_at(tick, _weakly(self._tick, None))
-        except (OSError, RuntimeError) as error:  # no descriptor or thread is left
-            self._out.report(logging.WARNING, "%s is not watched for a hang-up", error)
-
-    def _observe_no_more(self) -> None:
-        watch = self._watch
-        if watch is not None and self._timer is not None:
-            watch.cancel(self._timer)
-        if watch is not None and self._hung_up is not None:
-            watch.remove(self._fd, self._hung_up)
-        self._timer = self._hung_up = None
-        self._fd = -1
-
     def _settle_response(self) -> None:
         self._run_callbacks(self._response_callbacks)
 
@@ -1405,273 +1135,24 @@ class Stream:
     def _settle(self) -> None:
         """Finish: tell the callbacks, count it. The server may still be writing."""
         self._is_closed = True
-        self._source = self._pulled = None
+        self._source.forget()
+        self._pulled = None
         self._run_callbacks(self._callbacks)
         self._settle_response()
         self._leave_place()
-        if self._is_first("counted", "yes"):
+        if self._counted.set("counted"):
             self._count()
 
     def _let_go(self) -> None:
         """Have the watch and the process forget it: the server is done with it."""
-        served, self._served = self._served, None
-        if served is None or self._process is not process():
-            return  # a forked child's copy: the socket is its parent's, too
-        self._process.closed(self, served)
-        self._leave_watch()
-
-    def _leave_watch(self) -> None:
-        fd = self._fd
-        if self._out.connection is not None:
-            self._out.connection.leave_write()
-        self._observe_no_more()
-        # The connection may serve other requests after this one.
-        if self._is_limited and fd >= 0 and self._has_socket(fd):
-            give_up_after(fd, self._kernel_timeout)
-        self._watch = None
-
-    def _has_socket(self, fd: int) -> bool:
-        """Tell whether a descriptor is still that of our connection."""
-        return self._out.connection is not None and self._out.connection.fd == fd
-
-    def _on_hang_up(self) -> None:
-        self._over(self._how_gone())
-
-    def _how_gone(self) -> str:
-        """Return the reason for a client that is gone; first come, first told.
-
-        Whoever is first clears the kernel's error, or the server's next write would
-        fail with that: see `has_timed_out`.
-        """
-        fd = self._fd
-        timed_out = fd >= 0 and self._has_socket(fd) and has_timed_out(fd)
-        return "send_timeout" if timed_out else "disconnected"
-
-    def _next_tick(self, now: float) -> float:
-        """Return when the clock is to look at this stream next."""
-        life = self._life
-        if self._once:
-            tick = now + _STUCK
-        else:
-            tick = self._deadline
-            if life.keepalive is not None and self._out.format.is_events:
-                due = self._out.moved + life.keepalive
-                # Due already: something is in its way, for a moment at least.
-                tick = min(tick, due if due > now else now + life.keepalive / 4)
-        if life.send_timeout is not None and self._fd >= 0:
-            # By so much, at most, a client is dropped too late.
-            tick = min(tick, now + life.send_timeout / 4)
-            if self._full_since:
-                due = self._full_since + life.send_timeout
-                tick = min(tick, max(now + 0.01, due))
-        if self._out.connection is not None and self._out.connection.may_vanish:
-            tick = min(tick, now + VANISH_EVERY)
-        return tick
-
-    def _tick(self) -> float | None:
-        """Look whether something is due."""
-        if self._watch is None:
-            return None
-        now = time.monotonic()
-        if self._once:
-            self._look_after_the_end(now)
-        if self._fd >= 0 and not self._has_socket(self._fd):
-            # waitress closes from its own thread, and epoll forgets what is closed.
-            self._over("disconnected")
-            return None
-        if now >= self._deadline:
-            self._over("max_duration")
-        if self._fd >= 0 and self._life.send_timeout is not None:
-            if not self._is_limited:  # now: most streams have ended before
-                timeout = self._life.send_timeout + GRACE
-                self._kernel_timeout = give_up_after(self._fd, timeout)
-                self._is_limited = True
-            self._look_at_the_client(now, self._life.send_timeout)
-        if self._is_silent(now) and not self._once:
-            self._watch.spawn(self._keep_alive)
-        tick = self._next_tick(time.monotonic())
-        return None if tick == math.inf else tick
-
-    def _look_at_the_client(self, now: float, send_timeout: float) -> None:
-        """Drop a client to which nothing has gone for a time, though it should."""
-        connection, sent = self._out.connection, self._out.bytes
-        if connection is None or (self.is_running and sent == self._all_sent):
-            return  # idle: all has gone when we looked last, and there is no more
-        progress = self._look_at_progress(connection)
-        before, self._progress = self._progress, progress
-        if not connection.is_full():
-            self._full_since = 0.0
-            self._all_sent = sent if self.is_running else -1
-        elif before is None or progress[0] != before[0] or progress[1] > before[1]:
-            self._full_since = now
-        elif not self._full_since:
-            # Nothing was taken since the last look, nor before the last chunk. If that
-            # was long ago we were stopped ourselves, and the client is not to blame.
-            earliest = now - send_timeout / 2
-            self._full_since = max(self._out.moved, self._looked_at, earliest)
-        if self._full_since and now - self._full_since >= send_timeout:
-            self._over("send_timeout")
-            connection.drop()
-            self._full_since = 0.0  # if that has no effect, once more after a while
-        self._looked_at = now
-
-    def _look_at_progress(self, connection: Connection) -> tuple[int | None, int]:
-        """Return what changes, and what grows, when the client takes something.
-
-        TCP says what was acknowledged. Where nothing does (Unix sockets, other systems)
-        what the server's socket has accepted counts: not to know is no time-out.
-        """
-        taken = acknowledged(self._fd)
-        if taken:  # 0: nothing yet, or a kernel that does not count (gVisor)
-            return taken, 0
-        return queued(self._fd), self._out.bytes - connection.unsent()
-
-    # From its end until its server is done with it.
-
-    def _bring_through(self) -> None:
-        """End what the source waits in, and check soon whether the stream has ended."""
-        watch, timer = self._watch, self._timer
-        if watch is not None:
-            if timer is not None:
-                watch.cancel(timer)
-            when = time.monotonic() + _STUCK
-            self._timer = watch.call_at(when, _weakly(self._tick, None))
-        self._interrupt()
-
-    def _look_after_the_end(self, now: float) -> None:
-        """Cut a write that blocks; name a source that does not notice its end."""
-        if self.is_running:
-            if now - self._ended_at >= _GHOST:
-                self._name_source(
-                    f"has not yielded for {_GHOST:.0f} s since its stream has ended"
-                    f" ({self.reason}), and holds its thread and its place: let it wait"
-                    " in syncstream.sleep or stream.wait, or yield None now and then"
-                )
-        elif self.reason in _CUT and now - self._ended_at >= _STUCK and self._is_full():
-            self._drop()
-
-    def _is_full(self) -> bool:
-        """Tell whether a write would have to wait for the client now."""
-        connection = self._out.connection
-        is_open = self._fd >= 0 and self._has_socket(self._fd)
-        return is_open and connection is not None and connection.is_full()
-
-    def _drop(self) -> None:
-        """Make a write that blocks fail."""
-        if self._out.connection is not None:
-            self._out.connection.drop()
-
-    def _hurry(self, now: float, until: float) -> None:
-        """Keep a stopping server from waiting for this stream, at each look.
-
-        A client that takes nothing is cut, whether its stream has ended or not.
-        """
-        if self.is_running:
-            self._stuck_since = 0.0
-            if self._is_deaf(now, until):
-                self._thrown_at = now
-                _throw_into(self._thread, lambda: self.is_running)
-            return
-        if not self._is_full():
-            self._stuck_since = 0.0
-            return
-        assert self._out.connection is not None
-        progress = self._look_at_progress(self._out.connection)
-        is_unwanted = self.reason in _CUT
-        if not self._stuck_since or (progress != self._stuck_at and not is_unwanted):
-            self._stuck_since, self._stuck_at = now, progress
-        elif now - self._stuck_since >= (_STUCK if is_unwanted else _FROZEN):
-            self._over("shutdown")
-            self._drop()
-
-    def _is_deaf(self, now: float, until: float) -> bool:
-        """Tell whether a thread ignores the end, and so keeps its server from stopping.
-
-        Such a thread waits in none of our waits. It gets a moment to end by itself, and
-        is interrupted once: its ``finally`` may take until the drain is over. A thread
-        whose linked read was ended has been told, too.
-        """
-        if (
-            not self._once
-            or self._in_hub
-            or self._closing
-            or self.thread_wait is not None
-        ):
-            return False
-        if self._thrown_at or self._has_moved():
-            told_at = self._thrown_at or self._ended_at
-            return now >= until and now - told_at >= _THROW_EVERY
-        return now - self._ended_at >= _STUCK
-
-    def _has_moved(self) -> bool:
-        """Tell whether a source has left the read out of which its links got it."""
-        if self._unblocked is None:
-            return False
-        links, place = self._unblocked
-        return place_of(links) != place
-
-    def _name_source(self, what: str) -> None:
-        """Say, once a stream, what is wrong with its source, and where that is."""
-        if self._is_first("named", "yes"):
-            self._out.say(logging.WARNING, f"{self._source_name} of %s {what}")
-
-    @property
-    def _source_name(self) -> str:
-        source = self._source
-        name = getattr(source, "__qualname__", None) or type(source).__qualname__
-        code = getattr(source, "gi_code", None)
-        place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
-        return f"the generator {name}{place}".replace("%", "%%")
-
-    def _keep_alive(self) -> None:
-        """Write a comment while the source is busy, if it can be done now.
-
-        The source's side leaves ``is_running`` before it looks for ``_is_writing``:
-        one of the two sees the other.
-        """
-        if self._write_lock is None:
-            self._write_lock = make_lock()
-        with self._write_lock:
-            self._is_writing = True
-            try:
-                if self._may_write():
-                    assert self._out.connection is not None
-                    assert self._out.connection.write is not None
-                    self._out.connection.write(self._out.comment)
-                    self._out.bytes += len(self._out.comment)
-                    self._out.moved = time.monotonic()
-            except Exception as error:
-                # The client has left: that is found out where it belongs.
-                self._out.say(logging.DEBUG, "no keepalive for %s", error)
-            finally:
-                self._is_writing = False
-
-    def _may_write(self) -> bool:
-        connection = self._out.connection
-        return (
-            self.is_running
-            and not self._once
-            and self._is_silent(time.monotonic())
-            # Not into the middle of an event.
-            and self._out.is_whole
-            and connection is not None
-            and connection.write is not None
-            and connection.has_got(self._out.bytes)
-            and not connection.is_full()
-            # Or the write would take the error that says why: see `_how_gone`.
-            and not connection.is_hung_up()
-        )
-
-    def _await_writer(self) -> None:
-        with self._write_lock:
-            pass
+        self._monitor.forget(self)
 
     def _count(self) -> None:
-        reason, record = str(self.reason), self._process
+        reason, record = str(self.reason), self._monitor.process
         if record is None and reason == "closed":  # HEAD, or never sent
             self._out.report(logging.DEBUG, "%s was closed before it began")
             return
-        seconds = time.monotonic() - self._began if record is not None else 0.0
+        seconds = time.monotonic() - self._monitor.began if record is not None else 0.0
         if self._frames is not None:
             self._out.events += self._frames.events
             self._frames = None  # it has us as its scope, and the other way round
@@ -1686,12 +1167,15 @@ class Stream:
 
     def _close_source(self) -> None:
         """Close what has not been closed: the iterator, then what it came from."""
-        self._closing = True
+        self._outcome.is_closing = True
         # A link may have been closed by the source itself, with what it hangs on: a
         # sqlite3 cursor's close() fails after its connection's.
-        ours = (self._to_close, logging.ERROR), (self._links, logging.DEBUG)
+        ours = (
+            (self._source.to_close, logging.ERROR),
+            (self._outcome.links, logging.DEBUG),
+        )
         for closables, level in ours:
-            if closables is self._links:
+            if closables is self._outcome.links:
                 self.was_told = False  # the source has gone; these may wait
             while closables:
                 try:
@@ -1758,44 +1242,7 @@ def _is_of_a_signal(error: BaseException) -> bool:
     return any(frame.f_code in handlers for frame, _ in frames)
 
 
-def _throw_into(thread: int, is_due: Callable[[], bool]) -> None:
-    """Raise GeneratorExit in a thread, when it next runs Python code.
-
-    For the last seconds of a process only: it may hit a little later than meant, and
-    is then taken by `Stream._chunks`, or by the server.
-    """
-    if is_due():
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(thread), ctypes.py_object(GeneratorExit)
-        )
-        _run_handler_in(thread)
-
-
-def _run_handler_in(thread: int) -> None:
-    """Have the main thread run Python code now, though it is in a system call.
-
-    By a signal for which it has a handler that does nothing: gunicorn's workers log
-    that they ignore SIGWINCH. No other thread runs any.
-    """
-    number = getattr(signal, "SIGWINCH", None)
-    if number is None or thread != threading.main_thread().ident:
-        return
-    if callable(signal.getsignal(number)):
-        signal.pthread_kill(thread, number)
-
-
 def _is_running(reference: Callable[[], Any] | None) -> bool:
     """Tell whether a stream, by its reference, is inside its source."""
     scope = reference() if reference is not None else None
     return scope is not None and scope.is_running
-
-
-def _weakly(method: Callable[[], R], default: R) -> Callable[[], R]:
-    """Return a call of a method that does not keep its object alive."""
-    reference = weakref.WeakMethod(method)
-
-    def call() -> R:
-        found = reference()
-        return default if found is None else found()
-
-    return call

@@ -12,7 +12,6 @@ import pytest
 from werkzeug.test import create_environ, run_wsgi_app
 
 import syncstream.runtime.watch
-import syncstream.streams.stream
 from syncstream import Hub, SSEResponse, Unavailable, sleep
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.fanout import client, group, lanes, loop, wheel
@@ -340,8 +339,8 @@ def test_a_log_that_takes_its_time_holds_up_nobody(channel, monkeypatch):
 
 def test_a_log_that_takes_its_time_holds_up_no_keepalive(monkeypatch):
     """A source that is named, of one stream, by the watch of all."""
-    monkeypatch.setattr(syncstream.streams.stream, "_GHOST", 0.02)
-    monkeypatch.setattr(syncstream.streams.stream, "_STUCK", 0.02)
+    monkeypatch.setattr("syncstream.streams.monitor.GHOST", 0.02)
+    monkeypatch.setattr("syncstream.streams.monitor.STUCK", 0.02)
     is_logging, go_on, left = (threading.Event() for _ in range(3))
 
     class Slow(logging.Handler):
@@ -361,7 +360,7 @@ def test_a_log_that_takes_its_time_holds_up_no_keepalive(monkeypatch):
     join = PLACE.start(lambda: serve(stream))
     try:
         assert left.wait(TIMEOUT)
-        stream._over("disconnected")
+        stream.stop()
         assert is_logging.wait(TIMEOUT)
         watched = threading.Event()
         syncstream.runtime.watch.watch().call_at(0, watched.set)

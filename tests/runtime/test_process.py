@@ -28,6 +28,7 @@ from syncstream.runtime.process import (
 )
 from syncstream.streams.contract import Life
 from syncstream.streams.ends import REASONS
+from syncstream.streams.monitor import jittered
 from tests import ROOT
 from tests.support.pairs import (
     TIMEOUT,
@@ -144,8 +145,12 @@ def test_for_how_long_a_generator_goes_on(is_event_source, drain, until, expecte
     """At most as long as the server leaves, whatever it has asked for."""
     line = Line()
     line.is_event_source = is_event_source
-    stream = stream_of(iter(()), line, life=Life(drain=drain))
-    assert stream._drained_at(100.0, 100.0 + until) == 100.0 + expected
+    for since, is_over in ((expected - 5, False), (expected + 5, True)):
+        stream = stream_of(iter(()), line, life=Life(drain=drain))
+        asked = time.monotonic() - since
+        stream.shut_down(asked, asked + until)
+        assert stream.reason == ("shutdown" if is_over else None)
+        stream.close()
 
 
 @pytest.mark.parametrize(
@@ -375,12 +380,7 @@ def test_max_duration_ends_a_wait_and_a_busy_source():
 
 def test_max_duration_is_jittered():
     """By a tenth at most, downwards."""
-    lives = []
-    for _ in range(200):
-        stream = stream_of(["a"], Line(), life=Life(max_duration=1000.0))
-        next(iter(stream))
-        lives.append(stream._deadline - stream._began)
-        stream.close()
+    lives = [jittered(1000.0) for _ in range(200)]
     assert 900 <= min(lives) < 930
     assert 970 < max(lives) <= 1000
 

@@ -15,6 +15,7 @@ from syncstream import ClientDisconnected, current_stream, sleep
 from syncstream.runtime.sockets import is_hung_up
 from syncstream.runtime.waiter import Waiter, wake_all
 from syncstream.runtime.waiting import ThreadWait, wait
+from syncstream.runtime.watch import Watch
 from tests.support.pairs import (
     TIMEOUT,
     Greenlets,
@@ -240,7 +241,7 @@ def test_a_dying_waiter_of_an_event_wakes_nobody():
     await_true(PLACE, lambda: event._cond._waiters)
     with event._cond:
         event._cond.notify_all()  # as set() does
-        waiting.stream._end("kicked")
+        waiting.stream.stop("kicked")
         late = threading.Lock()
         late.acquire()
         event._cond._waiters.append(late)  # one who comes after the clear()
@@ -254,6 +255,8 @@ def test_a_dying_waiter_of_an_event_wakes_nobody():
 def test_a_dying_waiter_passes_a_notification_on(how, monkeypatch):
     """One item, two waiters, and the first of them dies of another cause."""
     items = queue.Queue()
+    if how == "hung up":  # the watch does not know yet
+        monkeypatch.setattr(Watch, "add", lambda self, fd, hung_up: None)
     with tcp_pair() as (server, client):
         waiting = Waiting(lambda: in_stream(items), Line(server))
         await_true(PLACE, lambda: items.not_empty._waiters)
@@ -264,18 +267,17 @@ def test_a_dying_waiter_passes_a_notification_on(how, monkeypatch):
             with items.mutex:
                 items._put("item")
                 items.not_empty.notify()
-                waiting.stream._end("kicked")
+                waiting.stream.stop("kicked")
         elif how == "found out":
             check = waiting.stream.check
 
             def late_check():
-                waiting.stream._end("kicked")
+                waiting.stream.stop("kicked")
                 check()
 
             monkeypatch.setattr(waiting.stream, "check", late_check)
             items.put("item")
-        else:  # the watch does not know yet
-            waiting.stream._let_go()
+        else:
             client.close()
             await_true(PLACE, lambda: is_hung_up(server.fileno()))
             items.put("item")
@@ -740,6 +742,7 @@ gevent.monkey.patch_all()
 import gevent, threading
 from tests.support.pairs import Line, serve, stream_of
 from syncstream import current_stream
+from syncstream.runtime.watch import watch
 
 Queue = gevent.monkey.get_original("queue", "Queue")  # with gevent's locks
 
@@ -773,8 +776,10 @@ for waitable, wait, give, waiters in (
     def notify_and_stop():
         give(waitable)
         streams["a"].stop("kicked")
-        streams["a"]._interrupt()  # as the watch does, in this callback or a later one
 
+    # In this callback, where it may as well be a later one.
+    monitoring = gevent.spawn(watch).get()
+    monitoring.run = lambda callback: callback()
     gevent.get_hub().loop.run_callback(notify_and_stop)
     gevent.joinall(greenlets, timeout=10)
     assert got == ["b"], (waitable, got)

@@ -20,7 +20,7 @@ import syncstream.runtime.watch
 from syncstream import ClientDisconnected, current_stream, sleep
 from syncstream.process import stats
 from syncstream.runtime.journal import journal
-from syncstream.runtime.watch import Watch
+from syncstream.runtime.watch import Watch, watch
 from syncstream.streams.contract import Life
 from tests.support.pairs import (
     TIMEOUT,
@@ -548,7 +548,7 @@ def test_a_fork_inside_of_the_lock_hangs_no_child(own_watches):
         held, go = threading.Event(), threading.Event()
 
         def hold():
-            with stream._watch._lock:
+            with watch()._lock:
                 held.set()
                 go.wait(TIMEOUT)
 
@@ -720,7 +720,7 @@ def test_an_unwatched_stream_is_stopped(monkeypatch, caplog):
     def full():
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr("syncstream.streams.stream.watch", full)
+    monkeypatch.setattr("syncstream.streams.monitor.watch", full)
     place, seen = Threads(), []
 
     def source():

@@ -22,6 +22,7 @@ from syncstream.servers import server_of
 from syncstream.servers import swap as handover
 from syncstream.servers.swap import Swap
 from syncstream.streams.capacity import Place
+from syncstream.streams.monitor import Monitor
 from syncstream.streams.stream import Stream
 from tests.fanout.test_fanout import settle
 from tests.servers.test_swap import environ_of
@@ -186,7 +187,7 @@ def test_another_answer_after_a_head_that_was_refused(connection):
         (Watch, "call_at"),
         (Process, "opened"),
         (Process, "_have_exit"),
-        (Stream, "_observe"),
+        (Monitor, "observe"),
         (Stream, "hold"),
     ],
 )

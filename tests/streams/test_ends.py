@@ -10,7 +10,6 @@ from contextlib import nullcontext, suppress
 
 import pytest
 
-import syncstream.streams.stream
 from syncstream import current_stream, sleep
 from tests.support.pairs import (
     TIMEOUT,
@@ -231,9 +230,9 @@ def test_the_exit_of_a_signals_handler_goes_on(line, wrapped):
 
 
 def test_a_ghost_is_named_once(line, caplog, monkeypatch):
-    """A source that has not noticed for long that its client has left."""
-    monkeypatch.setattr(syncstream.streams.stream, "_GHOST", 0.05)
-    monkeypatch.setattr(syncstream.streams.stream, "_STUCK", 0.02)
+    """A source that has not noticed for long that its stream has ended."""
+    monkeypatch.setattr("syncstream.streams.monitor.GHOST", 0.05)
+    monkeypatch.setattr("syncstream.streams.monitor.STUCK", 0.02)
     go, left = threading.Event(), threading.Event()
 
     def source():
@@ -244,9 +243,10 @@ def test_a_ghost_is_named_once(line, caplog, monkeypatch):
     stream = stream_of(source(), line)
     join = Threads().start(lambda: serve(stream))
     assert left.wait(TIMEOUT)
-    stream._over("disconnected")
+    stopped = time.monotonic()
+    stream.stop()
     await_true(Threads(), lambda: caplog.records)
-    await_true(Threads(), lambda: time.monotonic() - stream._ended_at > 0.2)
+    await_true(Threads(), lambda: time.monotonic() - stopped > 0.2)
     go.set()
     join()
     (record,) = caplog.records
@@ -259,7 +259,7 @@ def test_a_ghost_is_named_once(line, caplog, monkeypatch):
 @pytest.mark.parametrize("tells", [True, False], ids=["linked", "deaf"])
 def test_a_stop_interrupts_no_cleaning_up(line, monkeypatch, tells):
     """Of a source whose linked read has ended: that is how it was told."""
-    monkeypatch.setattr(syncstream.streams.stream, "_STUCK", 0.02)
+    monkeypatch.setattr("syncstream.streams.monitor.STUCK", 0.02)
     mine, upstream = socket.socketpair()
     waits, cleans, seen = threading.Event(), threading.Event(), []
 
@@ -280,10 +280,10 @@ def test_a_stop_interrupts_no_cleaning_up(line, monkeypatch, tells):
     join = Threads().start(lambda: serve(stream))
     assert waits.wait(TIMEOUT)
     since = time.monotonic()
-    stream._over("disconnected")
+    stream.stop()
     with mine, upstream:
         if not tells:
-            stream._ended_at -= 1
+            await_true(Threads(), lambda: time.monotonic() - since > 0.03)
             stream.shut_down(since, since + TIMEOUT)
             upstream.send(b"x")
         assert cleans.wait(TIMEOUT)

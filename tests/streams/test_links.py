@@ -524,7 +524,7 @@ def test_what_cannot_block_is_closed(name):
 
 def test_a_close_without_effect_is_said(monkeypatch, caplog):
     """An object whose close() ends nothing: the log names it, once."""
-    monkeypatch.setattr("syncstream.streams.stream.USELESS", 0.0)
+    monkeypatch.setattr("syncstream.streams.monitor.USELESS", 0.0)
 
     class Useless:
         def close(self):

@@ -29,8 +29,10 @@ from syncstream.runtime.journal import journal
 from syncstream.runtime.sockets import is_hung_up
 from syncstream.runtime.watch import Watch
 from syncstream.streams.contract import Format, Life
+from syncstream.streams.output import Output
+from syncstream.streams.send_timeout import SendTimeout
 from tests.support.pairs import Line as PairsLine
-from tests.support.pairs import tcp_pair, vanish
+from tests.support.pairs import Threads, await_true, tcp_pair, vanish
 
 EVENTS = Format(sse.encoder(), sse.ends_blank, is_events=True)
 RAW = Format(raw.encode, lambda tail: False)
@@ -872,9 +874,27 @@ def test_the_watch_may_be_faster(line, monkeypatch):
         assert (stream.reason, source.closed) == ("disconnected", 1)
 
 
+class Sent:
+    """What a client is sent, and a look at it, in times that we name."""
+
+    def __init__(self, line):
+        self.line = line
+        self.output = Output(RAW, None, "stop")
+        self.output.connect(line, is_encoded=False, written=b"")
+        self.send_timeout = SendTimeout(self.output, 10)
+        self.began = time.monotonic()
+
+    def send(self, size, at=0):
+        self.output.bytes += size
+        self.output.moved = self.began + at
+
+    def is_over(self, at):
+        return self.send_timeout.look(self.began + at, self.line.fd, is_running=False)
+
+
 @pytest.fixture
 def large(line):
-    """Give a stream to a client that has been sent a large chunk."""
+    """Give a client that has been sent a large chunk."""
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_connection(listener.getsockname()),
@@ -882,24 +902,18 @@ def large(line):
         server, _ = listener.accept()
         with server:
             line.fd = server.fileno()
-            # A clock that does not look while we do, in times that we name.
-            stream = stream_of(["large"], line, RAW, life=Life(send_timeout=1000))
-            chunks = iter(stream)
-            next(chunks)
-            yield stream
-            stream.close()
+            sent = Sent(line)
+            sent.send(1 << 20)
+            yield sent
 
 
 def test_a_client_that_is_slow_at_last_is_not_dropped(line, large):
     """A large chunk may take longer than send_timeout, as long as it goes on."""
-    yielded = time.monotonic()
-    large._look_at_the_client(yielded + 20, 10)
+    assert not large.is_over(20)
     line.is_full = lambda: True
     for later in (24, 25, 29):
-        large._look_at_the_client(yielded + later, 10)
-        assert large.reason is None
-    large._look_at_the_client(yielded + 30, 10)
-    assert large.reason == "send_timeout"
+        assert not large.is_over(later)
+    assert large.is_over(30)
 
 
 @pytest.fixture
@@ -913,59 +927,70 @@ def unix_line(line):
         yield line
 
 
-def test_what_a_unix_socket_accepts_counts(unix_line):
-    """A large chunk goes in pieces, each of which is accepted when the next goes."""
+def test_a_large_chunk_goes_in_pieces(unix_line):
+    """Where TCP does not tell what the client has taken."""
     data = bytes(range(256)) * 1000
     stream = stream_of([data, b"end"], unix_line, RAW, life=Life(send_timeout=1000))
-    pieces, began = [], time.monotonic()
-    for n, piece in enumerate(stream):
-        pieces.append(piece)
-        stream._look_at_the_client(began + 9 * n, 10)
+    pieces = list(stream)
     assert stream.reason == "finished"
     assert b"".join(pieces) == data + b"end"
     assert [len(piece) for piece in pieces] == [65536, 65536, 65536, 59392, 3]
 
 
+def test_what_a_unix_socket_accepts_counts(unix_line):
+    """Each piece of a large chunk is accepted when the next goes."""
+    sent = Sent(unix_line)
+    for n in range(5):
+        sent.send(65536)
+        assert not sent.is_over(9 * n)
+
+
 def test_a_queue_that_is_read_counts(unix_line):
     """So does what is taken of one piece; after send_timeout without, it is over."""
-    stream = stream_of(["large"], unix_line, RAW, life=Life(send_timeout=1000))
-    chunks = iter(stream)
-    next(chunks)
-    began = time.monotonic()
+    sent = Sent(unix_line)
+    sent.send(100_000)
     os.write(unix_line.fd, b"x" * 50_000)
     os.write(unix_line.fd, b"x" * 50_000)
-    stream._look_at_the_client(began, 10)
+    assert not sent.is_over(0)
     unix_line.peer.recv(90_000)
-    stream._look_at_the_client(began + 9, 10)
-    stream._look_at_the_client(began + 18, 10)
-    assert stream.reason is None
-    stream._look_at_the_client(began + 19, 10)
-    assert stream.reason == "send_timeout"
-    assert list(chunks) == []
+    assert not sent.is_over(9)
+    assert not sent.is_over(18)
+    assert sent.is_over(19)
+
+
+def test_who_takes_nothing_is_dropped(line):
+    """By the watch: its stream ends, and the write that waits for it fails."""
+    drops = []
+    server, client = socket.socketpair()
+    with server, client:
+        line.fd, line.is_full = server.fileno(), lambda: True
+        line.drop = lambda: drops.append(1)
+        stream = stream_of(["large"], line, RAW, life=Life(send_timeout=0.1))
+        chunks = iter(stream)
+        next(chunks)
+        await_true(Threads(), lambda: drops)
+        assert stream.reason == "send_timeout"
+        assert list(chunks) == []
 
 
 def test_what_the_server_keeps_was_not_accepted(unix_line):
     """Its own buffers may grow (waitress): that says nothing of the client."""
-    unix_line.unsent = lambda: 10 * len(pieces)
-    stream = stream_of([b"more"] * 50, unix_line, RAW, life=Life(send_timeout=1000))
-    pieces, began = [], time.monotonic()
-    for n, piece in enumerate(stream):
-        pieces.append(piece)
-        stream._look_at_the_client(began + n, 10)
-    assert stream.reason == "send_timeout"
-    assert len(pieces) == 11
+    sent, pieces = Sent(unix_line), 0
+    unix_line.unsent = lambda: 10 * pieces
+    for pieces in range(1, 51):  # read by `unsent`, too
+        sent.send(4)
+        if sent.is_over(pieces - 1):
+            break
+    assert pieces == 11
 
 
 def test_no_client_is_dropped_for_a_process_that_was_stopped(line, large):
     """Long ago nothing was in its way, and now the next chunk has just been sent."""
-    yielded = time.monotonic()
-    large._look_at_the_client(yielded + 2, 10)
+    assert not large.is_over(2)
     line.is_full = lambda: True
     for later in (40, 44):
-        large._look_at_the_client(yielded + later, 10)
-        assert large.reason is None
-    large._look_at_the_client(yielded + 45, 10)
-    assert large.reason == "send_timeout"
+        assert not large.is_over(later)
+    assert large.is_over(45)
 
 
 def test_who_was_given_up_by_the_kernel_has_not_left(line, monkeypatch):

@@ -1,0 +1,545 @@
+"""`Monitor`: the watch's side of a stream: its descriptor, its clock, its time-outs.
+
+It notices what a source that waits does not: that the client has left, that a time is
+over, that the server is to stop. It decides then how the stream ends, and wakes the
+source; it never closes it.
+
+Where nothing else is said its methods run in the watch: in its thread, or in a callback
+of the hub. Its stream is referenced weakly: one that nobody has any more ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import random
+import signal
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ..runtime.clock import time
+from ..runtime.process import Attached, Process, Served, process
+from ..runtime.sockets import GRACE, acknowledged, give_up_after, has_timed_out
+from ..runtime.waiting import Scope, gevent_hub, sleep_in_hub
+from ..runtime.watch import Timer, Watch, watch
+from .contract import Life
+from .keepalive import Keepalive
+from .links import AGAIN, USELESS, Link, place_of, unblock
+from .outcome import Once, Outcome
+from .output import PIECE, Output
+from .send_timeout import Progress, SendTimeout, progress_of
+from .source import Source
+
+__all__ = ["CUT", "Monitor", "jittered"]
+
+R = TypeVar("R")
+
+log = logging.getLogger("syncstream.stream")
+
+LOOK_EVERY = 1.0  # seconds between two looks of a busy stream, where it is watched
+VANISH_EVERY = 0.1  # seconds between two looks whether the server has closed a socket
+STARVED = 0.2  # seconds in which a hub has not run its watch
+STUCK = 1.0  # seconds that a write may block once the stream has ended
+# Seconds without progress, of a client whose server is to stop. TCP tells of one that
+# reads by steps of 64 kB and more: at 20 kB/s every 3 s.
+FROZEN = 5.0
+GHOST = 30.0  # seconds after which a source that has not noticed its end is named
+THROW_EVERY = 2.5  # seconds: gunicorn leaves no more to a worker after its streams
+_WAKE_AGAIN = 0.005  # seconds; until then whoever holds a condition has let go of it
+
+CUT = frozenset(("shutdown", "max_duration", "kicked", "denied", "refused"))
+"""Ends that the source did not choose. Only a client that comes back reads them as a
+break; to every other client they would look like the end of a whole answer."""
+
+
+class Monitor:
+    """Watches one stream, from its first step until its server is done with it.
+
+    It has more than 25 methods, for three kinds of times (of a life, of a client that
+    takes nothing, of a server that stops) are looked at by one clock.
+
+    Args:
+        scope: Returns the stream, ``None`` once it is gone.
+        outcome, output, source, life: The stream's.
+
+    Attributes:
+        watch: What watches it, ``None`` before and after, and where that failed.
+        in_hub: The source runs in a greenlet.
+        process, served: Where it is counted, ``None`` before its first step; `served`
+            also when the server is done with it.
+        began: When, `time.monotonic`.
+        deadline: When it ends, whatever it does; maybe never.
+        thrown_at: When its source's thread was interrupted; 0: it was not.
+    """
+
+    def __init__(
+        self,
+        scope: Callable[[], Scope | None],
+        outcome: Outcome,
+        output: Output,
+        source: Source,
+        life: Life,
+    ) -> None:
+        self._scope = scope
+        self._outcome = outcome
+        self._output = output
+        self._source = source
+        self._life = life
+        self.keepalive = Keepalive(scope, outcome, output, life.keepalive)
+        self.watch: Watch | None = None
+        self.in_hub = False
+        self.process: Process | None = None
+        self.served: Served | None = None
+        self.began = 0.0
+        self.deadline = math.inf
+        self.thrown_at = 0.0
+        self._send_timeout: SendTimeout | None = None
+        self._timer: Timer | None = None
+        self._hung_up: Callable[[], object] | None = None
+        self._fd = -1
+        self._kernel_timeout: float | None = None  # what held before ours
+        self._is_limited = False  # by ours
+        self._thread = 0
+        self._look_at = 0.0
+        self._stuck_since = 0.0  # it takes nothing, while its server is to stop
+        self._stuck_at: Progress | None = None  # its progress then
+        self._named = Once()
+        self._unblocked: tuple[tuple[Link, ...], object] | None = None  # and from where
+
+    # From its first step on, in the thread or greenlet that iterates.
+
+    def begin(self, stream: Attached, *, is_leaving: bool = False) -> None:
+        """Let the process and its watch know of a stream.
+
+        Args:
+            stream: It.
+            is_leaving: It leaves its server in a moment: have what ends it, no more.
+        """
+        self.began = self._output.moved = now = time.monotonic()
+        self.in_hub = gevent_hub() is not None
+        self._thread = threading.get_ident()
+        record = self.process = process()
+        connection, life = self._output.connection, self._life
+        if life.max_duration is not None:
+            self.deadline = now + jittered(life.max_duration)
+        try:
+            if (
+                connection is not None
+                and life.keepalive
+                and self._output.format.is_events
+            ):
+                connection.find_write()
+            self.observe(is_leaving=is_leaving)
+            self.served = record.opened(
+                stream,
+                self.watch,
+                connection.server_key if connection is not None else None,
+                lambda: connection.stopping if connection is not None else None,
+            )
+        except BaseException:
+            self._leave_watch()
+            raise
+
+    def observe(self, *, is_leaving: bool = False) -> None:
+        """Have its connection watched, and its clock."""
+        connection = self._output.connection
+        try:
+            self.watch = watch()
+            if is_leaving:
+                return
+            fd = connection.fd if connection is not None else None
+            if fd is not None and fd >= 0:
+                # First: the client may have gone already, and we are told at once.
+                self._fd, self._hung_up = fd, _weakly(self._on_hang_up, None)
+                self.watch.add(fd, self._hung_up)
+            tick = self._next_tick(time.monotonic())
+            if tick < math.inf:
+                self._timer = self.watch.call_at(tick, _weakly(self._tick, None))
+        except (OSError, RuntimeError) as error:  # no descriptor or thread is left
+            self._output.report(
+                logging.WARNING, "%s is not watched for a hang-up", error
+            )
+
+    def leave_connection(self) -> None:
+        """Have it watched no more: its descriptor's number will soon be another's."""
+        watch = self.watch
+        if watch is not None and self._timer is not None:
+            watch.cancel(self._timer)
+        if watch is not None and self._hung_up is not None:
+            watch.remove(self._fd, self._hung_up)
+        self._timer = self._hung_up = None
+        self._fd = -1
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether it is told of a hang-up."""
+        return self._hung_up is not None
+
+    def look(self, now: float) -> None:
+        """See for ourselves what the watch would tell, if it came to run."""
+        watch, connection, scope = self.watch, self._output.connection, self._scope()
+        # A generator that never waits never lets the hub run: nobody else is served,
+        # and gunicorn's SIGQUIT comes to nothing.
+        if scope is not None and scope.has_waited:
+            scope.has_waited = False
+        elif self.in_hub and watch is not None and now - watch.ran_at > STARVED:
+            sleep_in_hub(0)
+        if now >= self.deadline:
+            self._outcome.decide("max_duration")
+        if self._hung_up is not None and now < self._look_at:
+            return
+        self._look_at = now + LOOK_EVERY
+        if connection is not None and connection.is_hung_up():
+            self._outcome.decide(self.how_gone())
+            return
+        until = self.until()
+        if until is not None:
+            assert self.served is not None
+            since = self.served.since or now
+            if time.monotonic() >= self._drained_at(since, until):
+                self._outcome.decide("shutdown")
+
+    def until(self) -> float | None:
+        """Return until when work may go on, if the server has been told to stop."""
+        process, served = self.process, self.served
+        if process is None or served is None:
+            return None
+        return process.until(served)
+
+    def piece(self, size: int) -> int:
+        """Return in pieces of which size a chunk shows that the client takes it."""
+        is_seen = self._fd < 0 or acknowledged(self._fd) is not None
+        return size if is_seen else PIECE
+
+    # Its end.
+
+    def end(self, reason: str) -> None:
+        """End the stream from outside of its source, and wake that; in any thread."""
+        if self._outcome.decide(reason):
+            self.wake()
+
+    def wake(self) -> None:
+        """Get the source out of what it waits in, soon; in any thread."""
+        if self.watch is not None:
+            self.watch.run(self._bring_through)
+        elif not self.in_hub:
+            self.interrupt()
+
+    def _bring_through(self) -> None:
+        """End what the source waits in, and check soon whether the stream has ended."""
+        watch, timer = self.watch, self._timer
+        if watch is not None:
+            if timer is not None:
+                watch.cancel(timer)
+            when = time.monotonic() + STUCK
+            self._timer = watch.call_at(when, _weakly(self._tick, None))
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Get the source out of what it waits in: in a hub callback, or any thread.
+
+        Under gevent the decision and the throw are one callback of the hub, so no
+        other greenlet runs in between: thrown a moment later (`gevent.kill`), it
+        could hit the server's own code, or its next request's.
+        """
+        scope, outcome = self._scope(), self._outcome
+        if scope is None or not scope.is_running or outcome.is_closing:
+            return
+        if self.in_hub:
+            outcome.is_closing = scope.was_told = True
+            runner: Any = scope.runner
+            runner.throw(outcome.error())
+            return
+        if outcome.links:
+            self._unblock(scope, tuple(outcome.links))
+        waits = scope.thread_wait
+        if waits is not None and not waits.wake() and self.watch is not None:
+            # Somebody holds its condition just now.
+            self.watch.call_at(
+                time.monotonic() + _WAKE_AGAIN,
+                lambda: None if waits.wake() else time.monotonic() + _WAKE_AGAIN,
+            )
+
+    def _unblock(self, scope: Scope, links: tuple[Link, ...]) -> None:
+        """Get the thread out of what it reads; again while that goes on."""
+        began, place = time.monotonic(), place_of(links)
+        reference, outcome, output = self._scope, self._outcome, self._output
+        self._unblocked = links, place
+
+        def unblock_again() -> float | None:
+            now, stream = time.monotonic(), reference()
+            if stream is None or not stream.is_running or outcome.is_closing:
+                return None
+            if place_of(links) != place:  # it cleans up, perhaps by these
+                return None
+            if stream.thread_wait is not None:
+                return now + AGAIN
+            if now - began >= USELESS:
+                _say_useless(links, output)
+                return None
+            unblock(links, is_waiting=False)
+            return now + AGAIN
+
+        unblock(links, is_waiting=scope.thread_wait is not None)
+        if self.watch is not None:
+            self.watch.call_at(began + AGAIN, unblock_again)
+
+    def cut_off(self) -> None:
+        """Let the client go without its source, which may never come back.
+
+        A greenlet has been told. A thread cannot be: the server finds out when that
+        goes on.
+        """
+        scope, connection = self._scope(), self._output.connection
+        if (
+            connection is not None
+            and scope is not None
+            and scope.is_running
+            and not self.in_hub
+            and self._has_socket(self._fd)
+        ):
+            connection.drop()
+
+    def forget(self, stream: Attached) -> None:
+        """Have the watch and the process forget it: the server is done with it."""
+        served, self.served = self.served, None
+        if served is None or self.process is not process():
+            return  # a forked child's copy: the socket is its parent's, too
+        self.process.closed(stream, served)
+        self._leave_watch()
+
+    def _leave_watch(self) -> None:
+        fd = self._fd
+        if self._output.connection is not None:
+            self._output.connection.leave_write()
+        self.leave_connection()
+        # The connection may serve other requests after this one.
+        if self._is_limited and fd >= 0 and self._has_socket(fd):
+            give_up_after(fd, self._kernel_timeout)
+        self.watch = None
+
+    # Its connection.
+
+    def _has_socket(self, fd: int) -> bool:
+        """Tell whether a descriptor is still that of our connection."""
+        connection = self._output.connection
+        return connection is not None and connection.fd == fd
+
+    def _on_hang_up(self) -> None:
+        self.end(self.how_gone())
+
+    def how_gone(self) -> str:
+        """Return the reason for a client that is gone; first come, first told.
+
+        Whoever is first clears the kernel's error, or the server's next write would
+        fail with that: see `has_timed_out`.
+        """
+        fd = self._fd
+        timed_out = fd >= 0 and self._has_socket(fd) and has_timed_out(fd)
+        return "send_timeout" if timed_out else "disconnected"
+
+    def _is_full(self) -> bool:
+        """Tell whether a write would have to wait for the client now."""
+        connection = self._output.connection
+        is_open = self._fd >= 0 and self._has_socket(self._fd)
+        return is_open and connection is not None and connection.is_full()
+
+    def _drop(self) -> None:
+        """Make a write that blocks fail."""
+        if self._output.connection is not None:
+            self._output.connection.drop()
+
+    # Its clock.
+
+    def _next_tick(self, now: float) -> float:
+        """Return when the clock is to look at this stream next."""
+        if self._outcome.ended:
+            tick = now + STUCK
+        else:
+            due = self.keepalive.next_time(now)
+            tick = self.deadline if due is None else min(self.deadline, due)
+        if self._life.send_timeout is not None and self._fd >= 0:
+            if self._send_timeout is None:
+                self._send_timeout = SendTimeout(self._output, self._life.send_timeout)
+            tick = min(tick, self._send_timeout.next_time(now))
+        connection = self._output.connection
+        if connection is not None and connection.may_vanish:
+            tick = min(tick, now + VANISH_EVERY)
+        return tick
+
+    def _tick(self) -> float | None:
+        """Look whether something is due."""
+        if self.watch is None:
+            return None
+        now = time.monotonic()
+        if self._outcome.ended:
+            self._look_after_the_end(now)
+        if self._fd >= 0 and not self._has_socket(self._fd):
+            # waitress closes from its own thread, and epoll forgets what is closed.
+            self.end("disconnected")
+            return None
+        if now >= self.deadline:
+            self.end("max_duration")
+        if self._fd >= 0 and self._send_timeout is not None:
+            self._look_at_the_client(now, self._send_timeout)
+        if self.keepalive.is_due(now) and not self._outcome.ended:
+            self.watch.spawn(self.keepalive.write)
+        tick = self._next_tick(time.monotonic())
+        return None if tick == math.inf else tick
+
+    def _look_at_the_client(self, now: float, send_timeout: SendTimeout) -> None:
+        """Drop a client to which nothing has gone for a time, though it should."""
+        if not self._is_limited:  # now: most streams have ended before
+            assert self._life.send_timeout is not None
+            self._kernel_timeout = give_up_after(
+                self._fd, self._life.send_timeout + GRACE
+            )
+            self._is_limited = True
+        scope = self._scope()
+        is_running = scope is not None and scope.is_running
+        if send_timeout.look(now, self._fd, is_running=is_running):
+            self.end("send_timeout")
+            self._drop()
+
+    # From its end until its server is done with it.
+
+    def _look_after_the_end(self, now: float) -> None:
+        """Cut a write that blocks; name a source that does not notice its end."""
+        scope, reason = self._scope(), self._outcome.reason
+        since = now - self._outcome.at
+        if scope is not None and scope.is_running:
+            if since >= GHOST:
+                self.name_source(
+                    f"has not yielded for {GHOST:.0f} s since its stream has ended"
+                    f" ({reason}), and holds its thread and its place: let it wait"
+                    " in syncstream.sleep or stream.wait, or yield None now and then"
+                )
+        elif reason in CUT and since >= STUCK and self._is_full():
+            self._drop()
+
+    def name_source(self, what: str) -> None:
+        """Say, once a stream, what is wrong with its source, and where that is."""
+        if self._named.set("named"):
+            self._output.say(logging.WARNING, f"{self._source.name} of %s {what}")
+
+    # While its server stops; in any thread.
+
+    def shut_down(self, since: float, until: float) -> None:
+        """End it, or let it finish; the arguments are those of `Stream.shut_down`."""
+        now = time.monotonic()
+        if now >= self._drained_at(since, until):
+            self.end("shutdown")
+        self._hurry(now, until)
+
+    def _drained_at(self, since: float, until: float) -> float:
+        """Return when this stream has to end, if its server stops."""
+        drain = self._life.drain
+        if self._source.feed is not None:
+            return since  # it never ends by itself
+        if drain is None:
+            drain = 0.0 if self._output.comes_back else math.inf
+        return min(until, since + drain)
+
+    def _hurry(self, now: float, until: float) -> None:
+        """Keep a stopping server from waiting for this stream, at each look.
+
+        A client that takes nothing is cut, whether its stream has ended or not.
+        """
+        scope = self._scope()
+        if scope is not None and scope.is_running:
+            self._stuck_since = 0.0
+            if self._is_deaf(scope, now, until):
+                self.thrown_at = now
+                _throw_into(self._thread, lambda: scope.is_running)
+            return
+        if not self._is_full():
+            self._stuck_since = 0.0
+            return
+        connection = self._output.connection
+        assert connection is not None
+        progress = progress_of(connection, self._fd, self._output.bytes)
+        is_unwanted = self._outcome.reason in CUT
+        if not self._stuck_since or (progress != self._stuck_at and not is_unwanted):
+            self._stuck_since, self._stuck_at = now, progress
+        elif now - self._stuck_since >= (STUCK if is_unwanted else FROZEN):
+            self.end("shutdown")
+            self._drop()
+
+    def _is_deaf(self, scope: Scope, now: float, until: float) -> bool:
+        """Tell whether a thread ignores the end, and so keeps its server from stopping.
+
+        Such a thread waits in none of our waits. It gets a moment to end by itself, and
+        is interrupted once: its ``finally`` may take until the drain is over. A thread
+        whose linked read was ended has been told, too.
+        """
+        outcome = self._outcome
+        if not outcome.ended or self.in_hub or outcome.is_closing:
+            return False
+        if scope.thread_wait is not None:
+            return False
+        if self.thrown_at or self._has_moved():
+            told_at = self.thrown_at or outcome.at
+            return now >= until and now - told_at >= THROW_EVERY
+        return now - outcome.at >= STUCK
+
+    def _has_moved(self) -> bool:
+        """Tell whether a source has left the read out of which its links got it."""
+        if self._unblocked is None:
+            return False
+        links, place = self._unblocked
+        return place_of(links) != place
+
+
+def jittered(seconds: float) -> float:
+    """Return up to a tenth less: clients that came together return apart."""
+    return seconds * random.uniform(0.9, 1)
+
+
+def _say_useless(links: tuple[Link, ...], output: Output) -> None:
+    names = sorted({type(link.closable).__qualname__ for link in links})
+    text = (
+        f"%s goes on {USELESS:.0f} s after its end: what it has linked"
+        f" ({', '.join(names)}) does not end what it waits in; link the socket,"
+        " the response or the process that it reads from"
+    )
+    process().say_once(log, logging.WARNING, text, output.label)
+
+
+def _throw_into(thread: int, is_due: Callable[[], bool]) -> None:
+    """Raise GeneratorExit in a thread, when it next runs Python code.
+
+    For the last seconds of a process only: it may hit a little later than meant, and
+    is then taken by the stream's body, or by the server.
+    """
+    if is_due():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread), ctypes.py_object(GeneratorExit)
+        )
+        _run_handler_in(thread)
+
+
+def _run_handler_in(thread: int) -> None:
+    """Have the main thread run Python code now, though it is in a system call.
+
+    By a signal for which it has a handler that does nothing: gunicorn's workers log
+    that they ignore SIGWINCH. No other thread runs any.
+    """
+    number = getattr(signal, "SIGWINCH", None)
+    if number is None or thread != threading.main_thread().ident:
+        return
+    if callable(signal.getsignal(number)):
+        signal.pthread_kill(thread, number)
+
+
+def _weakly(method: Callable[[], R], default: R) -> Callable[[], R]:
+    """Return a call of a method that does not keep its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> R:
+        found = reference()
+        return default if found is None else found()
+
+    return call

@@ -1,0 +1,82 @@
+"""`SendTimeout`: tells a client that takes nothing from one that is slow."""
+
+from __future__ import annotations
+
+from ..runtime.sockets import acknowledged, queued
+from .contract import Connection
+from .output import Output
+
+__all__ = ["Progress", "SendTimeout", "progress_of"]
+
+Progress = tuple[int | None, int]
+"""What changes, and what grows, when a client takes something."""
+
+
+def progress_of(connection: Connection, fd: int, sent: int) -> Progress:
+    """Return a client's progress, to be compared with an earlier one.
+
+    TCP says what was acknowledged. Where nothing does (Unix sockets, other systems)
+    what the server's socket has accepted counts: not to know is no time-out.
+
+    Args:
+        fd: The connection's.
+        sent: How many bytes its server was given.
+    """
+    taken = acknowledged(fd)
+    if taken:  # 0: nothing yet, or a kernel that does not count (gVisor)
+        return taken, 0
+    return queued(fd), sent - connection.unsent()
+
+
+class SendTimeout:
+    """Notices a client to which nothing has gone for a time, though it should.
+
+    Args:
+        output: What is sent to it.
+        seconds: How long it may take nothing.
+    """
+
+    def __init__(self, output: Output, seconds: float) -> None:
+        self._output = output
+        self._seconds = seconds
+        self._full_since = 0.0  # it takes nothing; 0: it does
+        self._looked_at = 0.0  # the last time
+        self._progress: Progress | None = None  # at that time
+        self._all_sent = -1  # bytes sent when all of them had gone
+
+    def look(self, now: float, fd: int, *, is_running: bool) -> bool:
+        """Look at the client; tell whether its time is over.
+
+        Args:
+            now: `time.monotonic`.
+            fd: Its connection's.
+            is_running: The source is at work: there is no more to send for now.
+        """
+        output, sent = self._output, self._output.bytes
+        connection = output.connection
+        if connection is None or (is_running and sent == self._all_sent):
+            return False  # idle: all had gone when we looked last, and there is no more
+        progress = progress_of(connection, fd, sent)
+        before, self._progress = self._progress, progress
+        if not connection.is_full():
+            self._full_since = 0.0
+            self._all_sent = sent if is_running else -1
+        elif before is None or progress[0] != before[0] or progress[1] > before[1]:
+            self._full_since = now
+        elif not self._full_since:
+            # Nothing was taken since the last look, nor before the last chunk. If that
+            # was long ago we were stopped ourselves, and the client is not to blame.
+            earliest = now - self._seconds / 2
+            self._full_since = max(output.moved, self._looked_at, earliest)
+        self._looked_at = now
+        if self._full_since and now - self._full_since >= self._seconds:
+            self._full_since = 0.0  # if its end has no effect, once more after a while
+            return True
+        return False
+
+    def next_time(self, now: float) -> float:
+        """Return when to look next: by so much, at most, a client is dropped late."""
+        tick = now + self._seconds / 4
+        if self._full_since:
+            tick = min(tick, max(now + 0.01, self._full_since + self._seconds))
+        return tick

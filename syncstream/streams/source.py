@@ -1,0 +1,79 @@
+"""`Source`: what a stream iterates, and what of it is still to be closed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from typing import Any
+
+from ..channels.subscription import Subscription
+from ..protocol.sse import Event
+
+__all__ = ["Source", "check_source"]
+
+
+class Source:
+    """A stream's source, from its construction to its close.
+
+    Args:
+        given: As the application gave it.
+
+    Attributes:
+        given: The same, ``None`` once it is closed, or is another's.
+        feed: The same, if it needs no thread.
+        to_close: What has to be closed, the first one last. Whoever pops it closes it.
+    """
+
+    __slots__ = ("feed", "given", "to_close")
+
+    def __init__(self, given: Iterable[Any]) -> None:
+        self.given: Iterable[Any] | None = given
+        self.feed = given if isinstance(given, Subscription) else None
+        self.to_close: list[Any] = [given]
+
+    def iterate(self, given: Iterable[Any]) -> Iterator[Any]:
+        """Return the iterator of what was given, to be closed before that."""
+        iterator = iter(given)
+        if iterator is not given:
+            self.to_close.append(iterator)
+        return iterator
+
+    def forget(self) -> None:
+        """Have it no more: it is closed, or another closes it."""
+        self.given = self.feed = None
+
+    @property
+    def name(self) -> str:
+        """What the log calls it, with its place in the code; ``%`` is doubled."""
+        given = self.given
+        name = getattr(given, "__qualname__", None) or type(given).__qualname__
+        code = getattr(given, "gi_code", None)
+        place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+        return f"the generator {name}{place}".replace("%", "%%")
+
+
+def check_source(source: Any) -> None:
+    """Refuse what cannot be the source of a stream, with the way to mend it.
+
+    Raises:
+        TypeError: Always for a reason that its message names.
+    """
+    if isinstance(source, (Generator, Subscription)):
+        return  # most are
+    problem = None
+    if hasattr(source, "__aiter__") and not hasattr(source, "__iter__"):
+        problem = "an asynchronous one cannot be iterated here: make it a `def`"
+    elif hasattr(source, "__await__"):
+        problem = "a coroutine is not awaited here: make it a generator"
+    elif isinstance(source, type) or inspect.isroutine(source):
+        problem = "it has not been called: add ()"
+    elif isinstance(source, (str, bytes, bytearray, memoryview, Mapping, Event)):
+        problem = "a single item is not a stream of them: put it in a list"
+    elif not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
+        problem = "it cannot be iterated"
+    if problem is not None:
+        if inspect.iscoroutine(source):
+            source.close()  # or Python warns that it was never awaited
+        raise TypeError(
+            f"source must be a generator or another iterable, got {source!r}: {problem}"
+        )
