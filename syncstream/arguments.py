@@ -1,7 +1,7 @@
-"""The arguments of commands: what is wrong with them is said without showing them.
+"""Commands' arguments, with error messages that show no URL.
 
-A URL may hold a password, and argparse prints what it cannot place: to terminals, into
-logs and cron's mails.
+A URL may contain a password, and argparse prints arguments that it does not know, to
+terminals, into logs and cron's mails.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 __all__ = ["Parser"]
 
 _OPTION = re.compile(r"--[a-z][a-z-]*")
-_URL = re.compile("[:/@]")  # one of these is in any URL
+_URL = re.compile("[:/@]")  # every URL contains one of these
 
 
 class Parser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` whose errors show no URL, and nothing unplaced."""
+    """An `ArgumentParser` whose errors show neither URLs nor unknown arguments."""
 
     _words: Sequence[str] = ()
 
@@ -28,9 +28,9 @@ class Parser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         options, others = self.parse_known_args(args, namespace)
         if others:
-            # A password with a space in it is several words.
+            # Not the words: a password with a space may be two of them.
             names = [found[0] for word in others if (found := _OPTION.match(word))]
-            text = f"arguments that are not known or one too many: {len(others)}"
+            text = f"unknown or too many arguments: {len(others)}"
             self.error(" ".join([text, *names]))
         return options
 

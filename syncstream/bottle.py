@@ -1,6 +1,6 @@
-"""Bottle: `respond` turns a response of ours into one of Bottle's; ``@sse``.
+"""Bottle: `respond` turns a response of syncstream into one of Bottle's; ``@sse``.
 
-Bottle would convert a foreign response, and answer 500.
+Without it, Bottle converts a foreign response and answers 500.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["respond", "sse"]
 
 
 def respond(response: SSEResponse | NDJSONResponse | StreamResponse) -> HTTPResponse:
-    """Return a response of ours as Bottle's, from the view that handles a request.
+    """Return a response of syncstream as Bottle's; call it in the view of a request.
 
     >>> from bottle import route
     >>> from syncstream import SSEResponse
@@ -24,10 +24,11 @@ def respond(response: SSEResponse | NDJSONResponse | StreamResponse) -> HTTPResp
     ...     return respond(SSEResponse(["hello", "world"]))
     """
     body, status, headers = response.get_wsgi_response(request.environ)
-    # It takes the first item before it begins, and makes a 500 of an error there.
+    # Bottle takes the first item before it calls start_response, and answers an error
+    # there with 500 without logging it.
     Connection.of(request.environ).hides_errors = True
     if request.method == "HEAD":
-        # Bottle drops it. For an empty body it would say Content-Length: 0.
+        # Bottle drops the body, but adds Content-Length: 0 to an empty one.
         body = iter((b"\n",))
     return HTTPResponse(body, status, headers)
 

@@ -1,9 +1,9 @@
 """Django: the responses as StreamingHttpResponse, and ``@sse`` for its views.
 
-For WSGI. A response is made without its request. The handler adds the request's
-``close`` to what the response closes (``_resource_closers``, Django 4.2 to 6.1), after
-all middlewares and before anything is sent: there it is found, whatever happened
-before these views were imported, which may have been during this request.
+For WSGI. A view makes its response without the request, so the response has to find
+the request: after all middlewares and before anything is sent, Django's handler adds
+the request's ``close`` to the response's ``_resource_closers`` (Django 4.2 to 6.1).
+That works even if this module was imported during the request.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ Environ = dict[str, Any] | None
 
 log = logging.getLogger(__name__)
 
-# The environ of the request that runs here, and of the one around it (a view may use
+# The environ of the running request, and of the request around it (a view may use
 # Django's test client): for a body that a middleware has put into another response.
 _environ: ContextVar[tuple[Environ, Environ]] = ContextVar(
     "syncstream_django_environ", default=(None, None)
 )
-# Under ASGI Django sends the signal in a task of its own, whose context is lost,
-# but in the thread that then runs the synchronous views of the request.
+# Under ASGI Django sends the signal in a separate task, whose context is lost, but in
+# the thread that then runs the request's synchronous views.
 _thread = threading.local()
 
 
@@ -54,21 +54,21 @@ def _started(sender: object, environ: Environ = None, **kwargs: Any) -> None:
 
 
 def _prepare(environ: dict[str, Any], *, is_new: bool) -> None:
-    """Have the connections of a request's thread given back while it waits.
+    """Have a request's database connections released while its stream waits.
 
     Args:
-        environ: The request's.
-        is_new: It has just begun, so that no cursor of its own is open.
+        environ: The request's environ.
+        is_new: The request has just begun, so that it has no open cursors.
     """
     if connection_module.BEFORE_WAIT in environ and not is_new:
         return
-    environ[connection_module.BEFORE_WAIT] = [_give_connections_back]
+    environ[connection_module.BEFORE_WAIT] = [_release_connections]
     for connection in connections.all(initialized_only=True):
         _OpenCursors.of(connection, is_late=not is_new)
 
 
 def _find_started() -> None:
-    """Find the request that runs here, if it began before this module was imported."""
+    """Find the running request if it began before this module was imported."""
     environ = running("django.core.handlers.wsgi", "keys", name="environ")
     if environ is not None:
         _environ.set((environ, None))
@@ -76,10 +76,10 @@ def _find_started() -> None:
 
 
 class _OpenCursors:
-    """The open cursors of a connection: an execute wrapper, for what has executed.
+    """The open cursors of a connection, collected by an execute wrapper.
 
-    Those of ``queryset.iterator()`` are among them. Who closes their connection takes
-    rows away that have not been read.
+    Closing a connection would discard the unread rows of its open cursors, such as
+    those of ``queryset.iterator()``.
 
     https://docs.djangoproject.com/en/stable/topics/db/instrumentation/
     """
@@ -90,19 +90,19 @@ class _OpenCursors:
 
     @classmethod
     def of(cls, connection: Any, *, is_late: bool = False) -> _OpenCursors:
-        """Return those of a connection; from the first call on they are watched.
+        """Return the open cursors of a connection; the first call installs the wrapper.
 
         Args:
-            connection: One of this thread's or greenlet's.
-            is_late: Nobody knows what has been opened before: it stays in use, until
-                the next request or connection.
+            connection: A connection of this thread or greenlet.
+            is_late: Unknown cursors may have been opened before: the connection counts
+                as in use until the next request or connection.
         """
         for wrapper in connection.execute_wrappers:
             if isinstance(wrapper, cls):
                 wrapper._is_late &= is_late
                 return wrapper
         cursors = cls(is_late)
-        # First: `connection.execute_wrapper` takes its own out by popping the last.
+        # At the front: `connection.execute_wrapper` removes its own by popping the end.
         connection.execute_wrappers.insert(0, cursors)
         return cursors
 
@@ -116,7 +116,7 @@ class _OpenCursors:
         return execute(sql, params, many, context)
 
     def _closing(self, cursor: Any) -> Callable[[], Any]:
-        # Not every driver's cursors tell whether they are closed: sqlite3's do not.
+        # Some drivers' cursors (sqlite3's) do not tell whether they are closed.
         reference, close = weakref.ref(cursor), cursor.close
 
         def closing() -> Any:
@@ -135,30 +135,30 @@ class _OpenCursors:
 
 
 def _connected(sender: object, connection: Any, **kwargs: Any) -> None:
-    _OpenCursors.of(connection).clear()  # the connection before this one's
+    _OpenCursors.of(connection).clear()  # they belonged to the previous connection
 
 
-def _give_connections_back() -> None:
+def _release_connections() -> None:
     """Close this thread's database connections, or return them to their pool.
 
-    Django does so between requests, and a stream is one long request. What is in use
-    stays: in a transaction, by ``atomic()`` or without autocommit, or by a cursor. One
-    that cannot be closed does not keep the others open.
+    Django does so between requests, but a stream is one long request. Connections in
+    use stay open: those in a transaction (``atomic()``, or without autocommit), and
+    those with an open cursor. If closing one fails, the others are closed all the same.
 
     Raises:
-        Exception: Of the last one that could not be closed.
+        Exception: The error of the last connection that could not be closed.
     """
     failure = None
     for connection in connections.all(initialized_only=True):
         try:
-            _give_back(connection)
+            _release(connection)
         except Exception as error:
             failure = error
     if failure is not None:
         raise failure
 
 
-def _give_back(connection: Any) -> None:
+def _release(connection: Any) -> None:
     if (
         connection.connection is not None
         and not connection.in_atomic_block
@@ -178,16 +178,16 @@ request_finished.connect(_finished, dispatch_uid="syncstream")
 connection_created.connect(_connected, dispatch_uid="syncstream")
 
 _ASGI = (
-    "syncstream streams synchronous generators under WSGI, and this runs under ASGI:"
-    " serve it by WSGI, or return Django's own StreamingHttpResponse with an"
-    " asynchronous generator"
+    "syncstream streams under WSGI, but this request runs under ASGI: serve the"
+    " application with a WSGI server, or return Django's own StreamingHttpResponse with"
+    " an asynchronous generator"
 )
 
 
 class _Streaming(StreamingHttpResponse):
     _response: Any = None
     _connection: connection_module.Connection | None = None
-    _looked_at = -1  # so many closers
+    _seen_closers = -1  # the number of closers that were searched for a request
     _status = 200
 
     def __init__(
@@ -201,7 +201,7 @@ class _Streaming(StreamingHttpResponse):
         _, _, reason = response.status.partition(" ")
         stream = response._stream
         super().__init__(_body(stream), status=response.status_code, reason=reason)
-        self._own = self._iterator
+        self._stream_iterator = self._iterator
         self._resource_closers.append(stream.close)
         _warn_of_gzip()
         del self.headers["Content-Type"]  # Django's default
@@ -215,10 +215,10 @@ class _Streaming(StreamingHttpResponse):
         self._response = response
 
     def _find_request(self) -> None:
-        """Learn which request this answers, as soon as the handler has told."""
-        if self._response is None or len(self._resource_closers) == self._looked_at:
+        """Find the request of this response, once the handler has added its closer."""
+        if self._response is None or len(self._resource_closers) == self._seen_closers:
             return
-        self._looked_at = len(self._resource_closers)
+        self._seen_closers = len(self._resource_closers)
         for closer in reversed(self._resource_closers):
             request = getattr(closer, "__self__", None)
             if isinstance(request, HttpRequest):
@@ -235,7 +235,7 @@ class _Streaming(StreamingHttpResponse):
         if before is not None and not (before.server.is_test and stream.leave()):
             # The server answers 500, and the first request has its stream.
             self._resource_closers.remove(request.close)
-            self._looked_at -= 1
+            self._seen_closers -= 1
             request.close()
             raise RuntimeError(ANSWERED)
         _prepare(environ, is_new=False)
@@ -244,15 +244,16 @@ class _Streaming(StreamingHttpResponse):
             self._status, self._reason_phrase = 204, None
             del self.headers["Content-Type"]
         if headers_module.has_body(connection, self._status):
-            if self._iterator is not self._own and "Content-Encoding" in self.headers:
-                _say_compressed()  # by a decorator, say
+            is_replaced = self._iterator is not self._stream_iterator
+            if is_replaced and "Content-Encoding" in self.headers:
+                _warn_of_compression()  # a decorator such as gzip_page compresses
             connection.take(stream, self.headers.items())
             if not stream.will_leave:
                 _watch_session(request, stream)
         else:
             stream.close()
 
-    # The handler reads it right after it has added the request, then the headers.
+    # The handler adds the closer, then reads the status, then the headers.
 
     @property
     def status_code(self) -> int:
@@ -264,12 +265,12 @@ class _Streaming(StreamingHttpResponse):
         self._status = status
 
     def items(self) -> Any:
-        """Return the headers that WSGI leaves to the application."""
+        """Return the headers, without hop-by-hop ones, which are the server's."""
         self._find_request()
         return headers_module.without_hop_by_hop(super().items())
 
     def __iter__(self) -> Iterator[bytes]:
-        # A middleware may have changed the status since.
+        # A middleware may have changed the status.
         if self.status_code in headers_module.BODILESS:
             self._response.close()
             return iter(())
@@ -281,11 +282,11 @@ class _Streaming(StreamingHttpResponse):
 
 
 def _watch_session(request: HttpRequest, stream: Stream) -> None:
-    """Notice what a generator writes to a session that has been saved already."""
+    """Warn if a generator writes to the session, which has been saved already."""
     session: Any = getattr(request, "session", None)
     if session is None or not hasattr(session, "modified"):
         return
-    session.modified = False  # SessionMiddleware has looked at it
+    session.modified = False  # SessionMiddleware has saved it already
     save = session.save
 
     def saving(*args: Any, **kwargs: Any) -> Any:
@@ -296,14 +297,14 @@ def _watch_session(request: HttpRequest, stream: Stream) -> None:
     session.save = saving
 
     def look() -> None:
-        vars(session).pop("save", None)  # it refers to the session
+        vars(session).pop("save", None)  # break the reference cycle
         if session.modified:
             process().warn_once(
                 log,
-                "what a stream's generator writes to request.session is lost: the"
-                " session has been saved before the generator starts. Write to it in"
-                " the view, or call request.session.save() in the generator (which"
-                " signed cookies cannot do)",
+                "a stream's generator has written to request.session, and that is lost:"
+                " the session is saved before the generator starts. Write to the"
+                " session in the view, or call request.session.save() in the generator"
+                " (which has no effect with signed cookies)",
                 "session",
             )
 
@@ -311,10 +312,10 @@ def _watch_session(request: HttpRequest, stream: Stream) -> None:
 
 
 def _body(stream: Stream) -> Iterator[bytes]:
-    """Yield a stream's chunks, to the client of the request that runs here.
+    """Yield a stream's chunks, and connect the stream to the running request.
 
-    That is known here if the response with our body is not ours. Without any, as of
-    a RequestFactory's request, it is a stream without a connection.
+    A middleware may have put the body into another response, which did not connect it.
+    Without a running request (RequestFactory), the stream has no connection.
     """
     environ, _ = _environ.get()
     if environ is not None and not stream.has_connection and not stream.reason:
@@ -328,15 +329,15 @@ def _body(stream: Stream) -> Iterator[bytes]:
 
 def _warn_of_gzip() -> None:
     if any(name.endswith(".GZipMiddleware") for name in settings.MIDDLEWARE):
-        _say_compressed()
+        _warn_of_compression()
 
 
-def _say_compressed() -> None:
+def _warn_of_compression() -> None:
     process().warn_once(
         log,
-        "Django's GZipMiddleware, or what compresses in its place, holds back what"
-        " streams send: take it out of MIDDLEWARE, and let the proxy compress, or"
-        " decorate the other views, which do not stream, with gzip_page",
+        "Django's GZipMiddleware, or another compressing middleware or decorator, holds"
+        " back the events of streams: remove it from MIDDLEWARE and let the proxy"
+        " compress, or decorate only views that do not stream with gzip_page",
     )
 
 

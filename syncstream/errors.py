@@ -4,21 +4,21 @@
 
     SyncStreamError
     ├── ProtocolError
-    │   └── RemoteProtocolError      the peer sent what its format forbids
-    ├── Closed                       a subscription has ended; its `reason` says why
-    └── BrokerError                  what stores events could not do it
-        ├── Unavailable              nothing was stored: it may be tried again
-        │   └── Denied               the engine does not allow this name to us
-        ├── Uncertain                it may be stored, or not: again, it may be twice
-        └── PayloadTooLarge          an event is larger than the hub takes
+    │   └── RemoteProtocolError      the peer violated its format, or sent too much
+    ├── Closed                       a subscription has ended; `reason` says why
+    └── BrokerError                  the broker failed
+        ├── Unavailable              nothing was stored: retry
+        │   └── Denied               the engine denies access to a channel: do not retry
+        ├── Uncertain                perhaps stored: a retry may store it twice
+        └── PayloadTooLarge          an event is larger than the hub's max_payload
 
     GeneratorExit
     └── ClientDisconnected           raised by the waits inside a stream's generator
 
-``ClientDisconnected`` stands outside the tree on purpose: it is a
-``GeneratorExit``, so ``finally`` and ``except GeneratorExit`` see it and
-``except Exception`` does not, exactly as if the generator had been closed.
-Wrong arguments stay ``TypeError`` and ``ValueError``.
+``ClientDisconnected`` is outside the tree on purpose: it is a ``GeneratorExit``, so
+``finally`` and ``except GeneratorExit`` catch it and ``except Exception`` does not,
+exactly as when a generator is closed. Wrong arguments raise ``TypeError`` and
+``ValueError``.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ __all__ = [
 
 
 class SyncStreamError(Exception):
-    """Anything that this package raises on its own account."""
+    """The base of the package's own exceptions."""
 
 
 class ProtocolError(SyncStreamError):
-    """Bytes and a format do not agree."""
+    """Received bytes violate their format."""
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer sent what its format forbids, or more of it than allowed."""
+    """The peer sent bytes that its format forbids, or more than the limit allows."""
 
 
 class Closed(SyncStreamError):
-    """A subscription has ended, and not because there is nothing more to come.
+    """A subscription was ended although more events may come.
 
     Attributes:
         reason: "closed" (by the hub, or by `Subscription.close`), "kicked" or
-            "denied"; or the text that `Subscription.close` was given.
+            "denied"; or the reason given to `Subscription.close`.
     """
 
     def __init__(self, reason: str) -> None:
@@ -63,27 +63,30 @@ class Closed(SyncStreamError):
 
 
 class BrokerError(SyncStreamError):
-    """What stores events could not do what it was asked."""
+    """The broker, which stores the events, could not do its job."""
 
 
 class Unavailable(BrokerError):
-    """It cannot be reached. Nothing was stored: the same may be tried again."""
+    """The broker cannot be reached. Nothing was stored, so the call may be repeated."""
 
 
 class Denied(Unavailable):
-    """The engine does not allow this name to us; that will not pass by itself.
+    """The engine (Redis, PostgreSQL) denies access to a channel. Nothing was stored.
 
-    Nothing was stored.
+    Repeating the call does not help: change the rights of the engine's user.
     """
 
 
 class Uncertain(BrokerError):
-    """The answer was lost: the events may be stored. Again, they may be twice."""
+    """The broker's answer was lost: the events may be stored or not.
+
+    Repeating the call may store them twice.
+    """
 
 
 class PayloadTooLarge(BrokerError, ValueError):
-    """An event is larger than ``max_payload``; nothing was stored."""
+    """An event is larger than the hub's ``max_payload``. Nothing was stored."""
 
 
 class ClientDisconnected(GeneratorExit):
-    """The client of the stream whose generator is waiting has gone."""
+    """The stream's client has gone; raised by a wait in the stream's generator."""

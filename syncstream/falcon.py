@@ -1,6 +1,6 @@
-"""Falcon: `respond` puts a response of ours into Falcon's.
+"""Falcon: `respond` copies a response of syncstream into Falcon's.
 
-Falcon takes no notice of what a responder returns.
+Falcon ignores the return values of responders.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def respond(
     resp: Response,
     response: SSEResponse | NDJSONResponse | StreamResponse,
 ) -> None:
-    """Answer a request with a response of ours.
+    """Answer a request with a response of syncstream.
 
     Falcon answers HEAD with 405 unless there is a responder: ``on_head = on_get``.
 
@@ -29,7 +29,7 @@ def respond(
     ...         respond(req, resp, SSEResponse(["hello", "world"]))
     """
     body, status, headers = response.get_wsgi_response(req.env)
-    resp.status = int(status[:3])  # by its text Falcon knows only its own
+    resp.status = int(status[:3])  # Falcon accepts only its own status texts
     for name, value in headers:
         if name.lower() == "content-type":
             resp.content_type = value

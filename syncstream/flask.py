@@ -21,7 +21,8 @@ def _checked(source: Generator[Any, Any, Any]) -> Iterator[Any]:
 
 
 def _in_request(source: Generator[Any, Any, Any]) -> Iterable[Any]:
-    # Flask's request ends before the generator starts; a view reads `request`.
+    # Flask's request context ends before the generator starts, and a generator view
+    # reads `request`.
     flask = sys.modules.get("flask")
     if flask is None or not flask.has_request_context():
         return source

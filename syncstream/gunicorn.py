@@ -1,7 +1,7 @@
-"""gunicorn: a hook for a configuration file, for who would rather say it.
+"""gunicorn: an optional hook for its configuration file.
 
-Nothing needs it: the worker is found at the first stream, and looked at 12 times a
-second. With it the worker is known before any request. In gunicorn.conf.py::
+Without the hook, the first stream finds its worker, and the worker's stop is checked 12
+times a second. With it, the worker is known before any request. In gunicorn.conf.py::
 
     from syncstream.gunicorn import post_worker_init
 """
@@ -17,7 +17,7 @@ __all__ = ["post_worker_init"]
 
 
 def post_worker_init(worker: Any) -> None:
-    """Learn from a worker, which has just begun, when it is to stop."""
+    """Have this process's streams end when its gunicorn worker stops."""
     stop = stopping(worker)
     if stop is not None:
         process().stop_when(stop)

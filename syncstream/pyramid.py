@@ -1,6 +1,6 @@
-"""Pyramid: ``config.include("syncstream.pyramid")``, and views return ours.
+"""Pyramid: ``config.include("syncstream.pyramid")`` lets views return our responses.
 
-Without it Pyramid refuses a foreign response with a ValueError.
+Without it, Pyramid refuses a foreign response with a ValueError.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def includeme(config: Configurator) -> None:
 
 
 def _adapt(response: SSEResponse | NDJSONResponse | StreamResponse) -> Response:
-    # An adapter is not given the request, whose thread or greenlet this is.
+    # Pyramid passes no request to an adapter, but calls it in the request's thread.
     environ = get_current_request().environ
     body, status, headers = response.get_wsgi_response(environ)
     return Response(status=status, headerlist=headers, app_iter=body)

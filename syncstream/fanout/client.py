@@ -57,7 +57,7 @@ class Terms:
             try:
                 hook()
             except BaseException as error:
-                text = "what gives back before a wait failed"
+                text = "a before_wait hook failed: connections may stay occupied"
                 self.lanes.say(logging.ERROR, text, error=error)
 
 

@@ -1,8 +1,8 @@
-"""Bytes <-> values. No socket, thread, clock, environ or logging in here.
+"""Bytes <-> values, without sockets, threads, clocks, environs or logging.
 
-One module a format. Each has an ``encoder``: what a generator may yield, turned
-into the bytes of one chunk, or ``None`` for a checkpoint (nothing is written).
-No encoder ever returns ``b""``: servers do not write it, so a client that has
-gone would never be noticed by it (measured on Werkzeug, pywsgi, gunicorn and
-waitress).
+One module for each format. Each has an encoder: a function that turns an item yielded
+by a generator into the bytes of one chunk, or into ``None`` for a checkpoint, at which
+nothing is written. No encoder ever returns ``b""``: servers do not write an empty
+chunk, so it would never show that a client has gone (measured on Werkzeug, pywsgi,
+gunicorn and waitress).
 """

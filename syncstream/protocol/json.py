@@ -1,11 +1,10 @@
 """Values as compact JSON text, the same with and without the ``fast`` extra.
 
-orjson (the ``fast`` extra) is tried first where it is installed; what it refuses
-and the standard library knows (integers beyond 64 bits, keys that are not
-strings) is given to the standard library. The texts differ in how they spell the
-exponent of a float (``1e-7``, ``1e-07``), in nothing else. Both write what
-`JSON.stringify <https://tc39.es/ecma262/#sec-json.stringify>`_ writes for NaN and
-the infinities: ``null``.
+If orjson (the ``fast`` extra) is installed, it encodes first; values that it refuses
+(integers beyond 64 bits, keys that are not strings) go to the standard library. Their
+texts differ only in the exponent of a float (``1e-7``, ``1e-07``). Both write NaN and
+the infinities as ``null``, as `JSON.stringify
+<https://tc39.es/ecma262/#sec-json.stringify>`_ does.
 """
 
 from __future__ import annotations
@@ -28,31 +27,32 @@ except ImportError:
 __all__ = ["Dumps", "as_mapping", "default_dumps", "dumps_or_default", "is_array"]
 
 Dumps = Callable[[Any], "str | bytes"]
-"""A JSON encoder: one value in, its text out."""
+"""A JSON encoder: it takes one value and returns its text."""
 
 
 def as_mapping(value: Any) -> Any:
-    """Return the fields of an object that is a record of them, by name.
+    """Return the fields of a record object, by name.
 
-    A dataclass, an object of attrs, pydantic (2 and 1) or msgspec, a Django model, a
-    class mapped by SQLAlchemy or one of its rows, a peewee model. Each library is
-    recognised by what it leaves in its classes, and none is imported.
+    Record objects are dataclasses, objects of attrs, pydantic (2 and 1) and msgspec,
+    Django models, classes mapped by SQLAlchemy and its rows, and peewee models. Each
+    library is recognised by the attributes of its classes; none is imported.
 
     Returns:
-        A dict, or ``None`` for any other object. A pydantic ``RootModel`` is its root,
-        whatever that is.
+        A dict, or ``None`` for any other object. For a pydantic ``RootModel``, its
+        root, of any type.
     """
-    kind = value.__class__  # not type(): of a proxy, what it stands for
-    # First: a SQLModel is a pydantic model whose dump of an expired row is empty.
-    if hasattr(kind, "__mapper__"):  # SQLAlchemy's; what is not loaded is loaded
+    kind = value.__class__  # not type(): a proxy shows the class of its object here
+    # SQLAlchemy before pydantic: a SQLModel is both, and pydantic's dump of an expired
+    # row is empty.
+    if hasattr(kind, "__mapper__"):  # reading an attribute loads it
         names = [attribute.key for attribute in kind.__mapper__.column_attrs]
         return {name: getattr(value, name) for name in names}
     if hasattr(kind, "model_fields") and hasattr(kind, "model_dump"):  # pydantic 2
         return value.model_dump(mode="json")
     if hasattr(kind, "__fields_set__") and hasattr(kind, "__fields__"):  # pydantic 1
         return json.loads(value.json())
-    if hasattr(kind, "__struct_fields__"):  # msgspec, with the names it encodes
-        if type(value) is not kind:  # it takes no proxy
+    if hasattr(kind, "__struct_fields__"):  # msgspec, with its renamed fields
+        if type(value) is not kind:  # msgspec refuses proxies
             encoded = kind.__struct_encode_fields__
             fields = [getattr(value, name) for name in kind.__struct_fields__]
             return dict(zip(encoded, fields, strict=True))
@@ -62,7 +62,7 @@ def as_mapping(value: Any) -> Any:
     if dataclasses.is_dataclass(kind) and not isinstance(value, type):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(kind)}
     options: Any = getattr(kind, "_meta", None)
-    if hasattr(options, "concrete_fields"):  # Django: what values() would give
+    if hasattr(options, "concrete_fields"):  # Django: the same fields as values()
         deferred = value.get_deferred_fields()
         names = [field.attname for field in options.concrete_fields]
         return {name: getattr(value, name) for name in names if name not in deferred}
@@ -74,7 +74,9 @@ def as_mapping(value: Any) -> Any:
 
 
 def is_array(value: Any) -> bool:
-    """Tell whether an object's ``.data`` is memory: numpy's, a buffer's, a tensor's."""
+    """Tell whether an object is an array (numpy's, a buffer, a tensor), whose ``.data``
+    is memory and no event data.
+    """
     kind = value.__class__
     if hasattr(kind, "dtype") or hasattr(kind, "__array__"):
         return True
@@ -87,18 +89,18 @@ def is_array(value: Any) -> bool:
 
 def _listed(value: Any) -> Any:
     """Return the numbers of an array, or the number of a scalar, of numpy's kind."""
-    # b, i, u, f: what JSON has; U and O are text and objects. Of dates tolist() makes
-    # plain numbers, of complex ones and bytes nothing that JSON has. (Tensors' dtypes
-    # have no kind, and are numbers.)
+    # Kinds b, i, u and f are JSON's types, U and O are text and objects. tolist() would
+    # turn dates into bare numbers, and complex numbers and bytes into values that JSON
+    # lacks. (Tensors' dtypes have no kind, and are numbers.)
     if getattr(value.dtype, "kind", "f") in "biufUO":
         listed = value.tolist()
-        if type(listed) is not type(value):  # as numpy.longdouble stays one
+        if type(listed) is not type(value):  # numpy.longdouble stays one
             return listed
     return value
 
 
 def _plain(value: Any) -> Any:
-    """Turn what JSON has no word for into what it has."""
+    """Turn a value of a type that JSON lacks into one of JSON's types."""
     if isinstance(value, Mapping):
         return dict(value.items())
     if isinstance(value, (tuple, list)):  # a proxy, or a subclass
@@ -111,7 +113,7 @@ def _plain(value: Any) -> Any:
         return str(value)
     lazy = sys.modules.get("django.utils.functional")
     if lazy is not None and isinstance(value, lazy.Promise):
-        return str(value)  # a translation, made when it is sent
+        return str(value)  # a lazy translation
     kind = value.__class__
     if not isinstance(value, type):
         fields = as_mapping(value)
@@ -123,7 +125,7 @@ def _plain(value: Any) -> Any:
                 return listed
     raise TypeError(
         f"cannot encode {kind.__module__}.{kind.__qualname__} as JSON:"
-        " yield its text, or give dumps="
+        " yield text or a dict instead, or pass dumps="
     )
 
 
@@ -138,16 +140,16 @@ def _dumps_standard(value: Any) -> str:
         try:
             return _encode(value)
         except ValueError:
-            # NaN or an infinity. (A circular structure fails again, for itself.)
+            # NaN or an infinity. (A circular structure fails again, with its error.)
             text = _encode_nan(value)
             return _encode(json.loads(text, parse_constant=lambda _: None))
     except RecursionError:
-        raise ValueError("cannot encode as JSON what is nested so deeply") from None
+        raise ValueError("cannot encode as JSON: nested too deeply") from None
 
 
-# Where orjson's own way would write something else: it leaves out a dataclass's
-# fields that begin with "_", rounds a UTC offset to minutes, and reads a dict
-# subclass past its items() (Werkzeug's MultiDict, Django's QueryDict).
+# We encode these types ourselves, because orjson would write something else: it leaves
+# out a dataclass's fields that begin with "_", rounds a UTC offset to minutes, and
+# bypasses a dict subclass's items() (Werkzeug's MultiDict, Django's QueryDict).
 _OPTIONS = (
     0
     if orjson is None
@@ -168,10 +170,10 @@ default_dumps: Dumps = _dumps_standard if orjson is None else _dumps_orjson
 
 
 def dumps_or_default(dumps: Dumps | None) -> Dumps:
-    """Return the encoder to use.
+    """Return the given JSON encoder, or the default.
 
     Raises:
-        TypeError: ``dumps`` cannot be called.
+        TypeError: ``dumps`` is not callable.
     """
     if dumps is not None and not callable(dumps):
         raise TypeError(f"dumps must be callable, got {dumps!r}")

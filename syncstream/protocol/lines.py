@@ -1,4 +1,4 @@
-"""Lines out of chunks: what both decoders keep of a line that has not ended."""
+"""Splits chunks into lines, and keeps an unfinished line for both decoders."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ __all__ = ["LineBuffer"]
 
 
 class LineBuffer:
-    """Split chunks at LF; a line may come in any number of them.
+    """Splits chunks at LF; a line may be spread over any number of chunks.
 
     Attributes:
-        size: How long the line is that has not ended, bytes.
+        size: The length of the unfinished line, in bytes.
     """
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class LineBuffer:
         self._pieces: list[bytes] = []
 
     def split(self, chunk: bytes) -> list[bytes]:
-        """Return the lines that chunk ends, without their line ends."""
+        """Return the lines that end in this chunk, without their line ends."""
         lines = chunk.split(b"\n")
         rest = lines.pop()
         if lines and self._pieces:
@@ -31,5 +31,5 @@ class LineBuffer:
         return lines
 
     def rest(self) -> bytes:
-        """Return the line that has not ended, as far as it has come."""
+        """Return the beginning of the unfinished line, ``b""`` if there is none."""
         return b"".join(self._pieces)

@@ -1,4 +1,4 @@
-"""Newline-delimited JSON: one compact JSON value a line, both ways.
+"""Newline-delimited JSON, encoded and decoded: one compact JSON value on each line.
 
 Spec: https://github.com/ndjson/ndjson-spec (media type application/x-ndjson).
 """
@@ -24,13 +24,14 @@ MEDIA_TYPES = frozenset(
 
 
 def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
-    """Return the function that turns what a generator yields into a line.
+    """Return the function that turns an item of a generator into a line.
 
-    ``bytes`` pass through as they are, ``None`` and ``b""`` are checkpoints, an
-    `Event` is its data (text becomes a JSON string), all else is one JSON value.
+    ``bytes`` pass through unchanged, ``None`` and ``b""`` are checkpoints, an `Event`
+    is written as its data (text becomes a JSON string), and any other item is one JSON
+    value.
 
-    The function raises ``TypeError`` or ``ValueError`` for what cannot be encoded, for
-    an event that has a name and no data, and for a ``dumps`` that writes a value over
+    The function raises ``TypeError`` or ``ValueError`` for an item that cannot be
+    encoded, for an event with a name but no data, and if ``dumps`` writes a value over
     several lines.
     """
     json = dumps_or_default(dumps)
@@ -51,7 +52,7 @@ def encoder(dumps: Dumps | None = None) -> Callable[[Any], bytes | None]:
         elif not isinstance(text, (bytes, bytearray)):
             raise TypeError(f"dumps must return str or bytes, got {text!r}")
         if b"\n" in text or b"\r" in text:
-            raise ValueError("dumps must write a value on one line, without indent")
+            raise ValueError("dumps must write each value on one line, without indent")
         return b"%b\n" % text
 
     return encode
@@ -62,10 +63,13 @@ def _refuse(constant: str) -> None:
 
 
 class Decoder:
-    """Turn the bytes of an NDJSON stream into values, chunk by chunk.
+    """Turns the bytes of an NDJSON stream into values, chunk by chunk.
 
     Args:
-        max_line: The longest line taken, bytes. ``None``: no limit.
+        max_line: The maximum length of a line, in bytes; ``None`` for no limit.
+
+    Raises:
+        ValueError: ``max_line`` is not positive.
     """
 
     def __init__(self, *, max_line: int | None = 4 * 1024 * 1024) -> None:
@@ -77,18 +81,18 @@ class Decoder:
         self._closed = False
 
     def feed(self, chunk: bytes) -> list[Any]:
-        """Take the next bytes and return the values they complete, oldest first.
+        """Take the next bytes and return the values that they complete, oldest first.
 
         Empty lines are skipped; lines may end in LF or CRLF.
 
         Raises:
-            RemoteProtocolError: A line is no JSON, not UTF-8, or over its limit.
-                Values that were complete before it are returned first, the error
-                is raised by the call that has none, and again by every later one.
+            RemoteProtocolError: A line is not JSON, not UTF-8, or too long. If the
+                chunk completes values before that line, they are returned, and the next
+                call raises the error. All later calls raise it again.
             ValueError: The decoder has been closed.
         """
         if self._closed:
-            raise ValueError("feed() after close()")
+            raise ValueError("feed() must not be called after close()")
         if self._error is not None:
             raise self._error
         values: list[Any] = []
@@ -105,12 +109,13 @@ class Decoder:
         return values
 
     def close(self) -> list[Any]:
-        """End the stream; return the value of a last line that had no line end.
+        """End the stream; return the value of a last line that has no line end.
 
-        A number there may have been cut short, so it is not believed.
+        A number there is refused, as its end may be missing.
 
         Raises:
-            RemoteProtocolError: The stream ended within a value.
+            RemoteProtocolError: The stream ended within a value, or `feed` had an error
+                still to raise.
         """
         self._closed = True
         if self._error is not None:

@@ -1,4 +1,4 @@
-"""Raw streams: chunks of text or bytes, written as they are."""
+"""Raw streams: chunks of text or bytes, written unchanged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["as_bytes", "encode", "encode_bytes"]
 
 
 def encode(item: Any) -> bytes | None:
-    """Turn a chunk into bytes: ``str`` as UTF-8, ``bytes`` as they are.
+    """Turn a chunk into bytes: ``str`` as UTF-8, ``bytes`` unchanged.
 
     ``None``, ``""`` and ``b""`` are checkpoints. Anything else is a ``TypeError``.
     """
@@ -18,9 +18,9 @@ def encode(item: Any) -> bytes | None:
 
 
 def encode_bytes(item: Any) -> bytes | None:
-    """Pass a WSGI application's own chunk through; ``b""`` is a checkpoint.
+    """Pass a WSGI application's chunk through; ``b""`` and ``None`` are checkpoints.
 
-    So is ``None``. Anything else but bytes is a ``TypeError``.
+    Anything else but bytes is a ``TypeError``.
     """
     return _passed(item, "bytes")
 
@@ -39,12 +39,12 @@ def as_bytes(item: bytes | bytearray | memoryview) -> bytes:
     """Return bytes as ``bytes``.
 
     Raises:
-        TypeError: A memoryview of something else, numbers for one: its memory says
-            nothing to a client.
+        TypeError: It is a memoryview of other items, such as numbers: a client cannot
+            read their memory.
     """
     if isinstance(item, memoryview) and (item.format, item.ndim) != ("B", 1):
         raise TypeError(
             "a memoryview must be a row of bytes (format 'B'), got format"
-            f" {item.format!r} in {item.ndim} dimensions: give its tolist()"
+            f" {item.format!r} in {item.ndim} dimensions: yield its tolist() instead"
         )
     return bytes(item)

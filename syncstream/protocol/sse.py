@@ -1,8 +1,8 @@
-"""Server-sent events: the text/event-stream format, both ways.
+"""Server-sent events: the text/event-stream format, encoded and decoded.
 
 Spec: https://html.spec.whatwg.org/multipage/server-sent-events.html, §9.2.5
-(parsing) and §9.2.6 (interpreting). What `Event` accepts, the wire can carry;
-what it cannot carry, `Event` refuses where it is made.
+(parsing) and §9.2.6 (interpreting). `Event` refuses, where it is made, every value that
+the format cannot carry.
 """
 
 from __future__ import annotations
@@ -34,31 +34,33 @@ __all__ = [
 ]
 
 END_ID = "syncstream-end"
-"""The last event id that tells a browser, when it comes back, to stay away."""
+"""The last event id of a finished stream: a browser that reconnects with it is told to
+stay away."""
 
 REFUSED_ID = "syncstream-refused"
-"""The same for one whose stream, which asks browsers to come back, was refused."""
+"""The last event id of a refused stream whose normal end asks browsers to reconnect: it
+tells them to stay away, too."""
 
 RESERVED_IDS = frozenset((END_ID, REFUSED_ID))
 
-_RETRY_DIGITS = 15  # 31,000 years will do; the decoder takes more for that much
+_RETRY_DIGITS = 15  # 31,000 years; the decoder reads a longer number as this many 9s
 _FIELDS = frozenset(("data", "event", "id", "retry", "comment"))
 
 
 def _lines(text: str) -> str:
-    """Return text with its line ends (CRLF, CR and LF, no others) all LF."""
+    """Return text with CRLF, CR and LF, and no other line ends, replaced by LF."""
     if "\r" in text:
         return text.replace("\r\n", "\n").replace("\r", "\n")
     return text
 
 
 def _text(name: str, value: Any) -> str:
-    """Return value as text that UTF-8 can carry, of the exact type ``str``."""
+    """Return value as an exact ``str``; refuse text that UTF-8 cannot encode."""
     if type(value) is str and value.isascii():
         return value
     if not isinstance(value, str):
         raise TypeError(f"{name} must be str, got {value!r}")
-    # A subclass prints what it likes: Python formats class Word(str, Enum) as
+    # A subclass may print other text: Python formats class Word(str, Enum) as
     # "Word.A", and a line end in __str__ would forge fields.
     text = str.__str__(value)
     try:
@@ -81,7 +83,7 @@ def _decoded(data: bytes) -> str:
 
 
 def _name(name: str, value: Any) -> str:
-    """Return value as text that stays on its own line."""
+    """Return value as text of one line."""
     if type(value) is str and value.isprintable():  # no controls, no surrogates
         return value
     text = _text(name, value)
@@ -95,23 +97,22 @@ class Event:
     """One server-sent event, valid by construction and immutable.
 
     Args:
-        data: The payload. ``str`` is sent as it is, over as many ``data:`` lines
-            as it has lines; ``bytes`` are UTF-8 text; ``None`` sends no data line
-            (then a browser dispatches nothing); anything else is sent as compact
-            JSON. ``""`` is one empty data line.
-        event: The event's name; ``None`` is what browsers call "message".
+        data: The payload. ``str`` is sent unchanged, one ``data:`` line for each of its
+            lines; ``bytes`` are UTF-8 text; ``None`` sends no data line, and then a
+            browser dispatches nothing; any other value is sent as compact JSON. ``""``
+            is one empty data line.
+        event: The event's name; browsers call an event without one "message".
         id: The event's id, ``str`` or ``int`` (kept as ``str``), which a client
             sends back as Last-Event-ID. ``""`` makes the client forget its id.
         retry: The client's reconnection time from now on, whole milliseconds
             (the wire's unit), 0 or more.
-        comment: Text that clients ignore, over as many comment lines as it has
-            lines.
+        comment: Text that clients ignore, one comment line for each of its lines.
 
     Raises:
-        ValueError: CR, LF or NUL in ``event`` or ``id``; the reserved id
-            ``syncstream-end``; text that UTF-8 cannot carry; a negative
-            ``retry``; no field at all.
-        TypeError: A field of the wrong type; ``bool`` is not an ``int`` here.
+        ValueError: ``event`` or ``id`` contains CR, LF or NUL; ``id`` is reserved
+            (``syncstream-end``, ``syncstream-refused``); UTF-8 cannot encode a text;
+            ``retry`` is negative or has more than 15 digits; all fields are ``None``.
+        TypeError: A field has the wrong type; ``bool`` does not count as an ``int``.
 
     >>> Event("Full event data", id="evt-1", event="custom_event", retry=3000).encode()
     b'id: evt-1\\nevent: custom_event\\nretry: 3000\\ndata: Full event data\\n\\n'
@@ -140,7 +141,7 @@ class Event:
             if event is None and id is None and retry is None and comment is None:
                 raise ValueError(
                     "an event needs data, event, id, retry or comment;"
-                    ' for a JSON null give data="null"'
+                    ' for a JSON null, pass data="null"'
                 )
         elif isinstance(data, str):
             data = _text("data", data)
@@ -157,14 +158,14 @@ class Event:
                 raise TypeError(f"id must be str or int, got {id!r}")
             if id.strip() in RESERVED_IDS:  # HTTP strips Last-Event-ID, too
                 raise ValueError(
-                    f"id {id.strip()!r} is reserved for the end of a stream"
+                    f"id must not be one that syncstream reserves, got {id.strip()!r}"
                 )
         if retry is not None:
             if isinstance(retry, bool) or not isinstance(retry, int):
                 raise TypeError(
                     f"retry must be whole milliseconds as an int, got {retry!r}"
                 )
-            retry = int.__index__(retry)  # the number, not what a subclass prints
+            retry = int.__index__(retry)  # a subclass may print another number
             if retry < 0:
                 raise ValueError(f"retry must be 0 or more, got {retry!r}")
             if retry >= 10**_RETRY_DIGITS:
@@ -178,7 +179,7 @@ class Event:
         _set_comment(self, comment)
 
     def encode(self, dumps: Dumps | None = None) -> bytes:
-        """Return the event's UTF-8 bytes, its closing blank line included.
+        """Return the event's UTF-8 bytes, including the blank line at its end.
 
         Fields come in the order comment, id, event, retry, data; lines end in LF.
 
@@ -187,7 +188,7 @@ class Event:
                 compact JSON.
 
         Raises:
-            TypeError, ValueError: From ``dumps``, for data it cannot encode.
+            TypeError, ValueError: ``dumps`` cannot encode the data.
         """
         out = ""
         if self.comment is not None:
@@ -214,7 +215,7 @@ class Event:
         return self.encode().decode()
 
     def json(self) -> Any:
-        """Return what a receiver gets who reads the data as JSON.
+        """Return the data, decoded as JSON: the value that a client would get.
 
         Raises:
             ValueError: There is no data, or it is not JSON, or nested too deeply.
@@ -228,7 +229,7 @@ class Event:
             raise ValueError("the event's data is nested too deeply") from None
 
 
-# The ways past the frozen __setattr__: the slots themselves.
+# Write the slots directly: the class is frozen, so its __setattr__ raises.
 _set_data, _set_event, _set_id, _set_retry, _set_comment = (
     Event.__dict__[name].__set__ for name in ("data", "event", "id", "retry", "comment")
 )
@@ -244,24 +245,24 @@ def _json_text(value: Any, dumps: Dumps | None) -> str:
 
 
 def check_dispatched(event: Event) -> None:
-    """Refuse an event that has a name and that no client would fire.
+    """Refuse an event that has a name but no data: no client would dispatch it.
 
     Raises:
-        ValueError: It has no data.
+        ValueError: The event is one of these.
     """
     if event.data is None and event.event is not None:
         raise ValueError(
             "data must be given with event: without data a browser dispatches nothing"
-            f' (data="" will do), got event={event.event!r}'
+            f' (data="" is enough), got event={event.event!r}'
         )
 
 
-# Of these types no object is a record of fields.
+# Objects of these exact types are never records of fields.
 _VALUES = frozenset((list, tuple, int, float, bool))
 
 
 def _event_of(item: object, has_dumps: bool) -> Event:
-    """Return the event that an object stands for, or one with it as JSON data."""
+    """Return an event made of an object's fields, else one with it as JSON data."""
     if type(item) in _VALUES or isinstance(item, type):
         return Event(item)
     if isinstance(item, tuple):
@@ -277,17 +278,18 @@ def _event_of(item: object, has_dumps: bool) -> Event:
     if not isinstance(fields, dict):
         return Event(item)
     if "data" in fields and fields.keys() <= _FIELDS:
-        if fields["data"] is None:  # a row with a null, which nobody would get
+        if fields["data"] is None:  # a row with a null: no client would dispatch it
             raise ValueError(
-                f"data of a {type(item).__qualname__} is None, which no client fires:"
-                " yield Event(id=…) for an id alone, or dict(…) under another name"
+                f"data of a {type(item).__qualname__} is None, and a browser dispatches"
+                " nothing without data: yield Event(id=…) for an id alone, or a dict"
+                " with the field under another name"
             )
         return Event(**fields)
-    return Event(item if has_dumps else fields)  # dumps= may know more of it than we
+    return Event(item if has_dumps else fields)  # dumps= may encode the object better
 
 
 def _fields(item: object) -> Event:
-    """Return the event that an object with a ``.data`` attribute stands for."""
+    """Return an event made of the attributes of an object that has ``.data``."""
     return Event(
         item.data,  # type: ignore[attr-defined]
         event=getattr(item, "event", None),
@@ -297,8 +299,8 @@ def _fields(item: object) -> Event:
     )
 
 
-# What begins a line of an event stream; the last line may not be whole. A blank line
-# that comes first ends what came before.
+# The beginning of any line of an event stream; the last line may be incomplete. A blank
+# line at the beginning ends the event before it.
 _FRAMED = re.compile(
     rb"\A[\r\n]|(?:\A(?:\xef\xbb\xbf)?|[\r\n])"
     rb"(?::|(?:data|event|id|retry)(?:[:\r\n]|\Z)"
@@ -308,16 +310,17 @@ _USUAL = (b"data:", b"id:", b"event:", b":")
 
 
 def passer(unframed: Callable[[], object] | None) -> Callable[[Any], bytes | None]:
-    """Return the function that passes bytes through, as they are.
+    """Return the function that passes bytes through unchanged.
 
     ``b""`` and ``None`` are checkpoints. Anything else is a ``TypeError``.
 
     Args:
-        unframed: Called once, for bytes that are nothing in an event stream: no line of
-            them begins with a colon or with the name of a field, so that no client ever
-            sees them. ``json.dumps(…).encode()`` is of that kind. ``None``: not told.
+        unframed: Called once, for the first bytes that mean nothing in an event stream:
+            none of their lines begins with a colon or the name of a field, so that no
+            client ever sees them. An example is ``json.dumps(…).encode()``. ``None``
+            skips the check.
     """
-    is_inside = False  # of a line, which goes on in the next chunk
+    is_inside = False  # the last chunk ended within a line
 
     def encode(item: Any) -> bytes | None:
         nonlocal is_inside, unframed
@@ -333,8 +336,8 @@ def passer(unframed: Callable[[], object] | None) -> Callable[[Any], bytes | Non
     return encode
 
 
-# Text that is an event already, as many write it by hand: a field first, a blank line
-# last.
+# Text that is a complete event, as many write it by hand: it begins with a field and
+# ends with a blank line.
 _WRITTEN = re.compile(r"(?:data|event|id|retry)?:.*(?:\n\n|\r\r|\r\n\r\n)\Z", re.S)
 
 
@@ -343,36 +346,37 @@ def encoder(
     unframed: Callable[[], object] | None = None,
     framed: Callable[[], object] | None = None,
 ) -> Callable[[Any], bytes | None]:
-    """Return the function that turns what a generator yields into a chunk.
+    """Return the function that turns an item of a generator into a chunk.
 
     ============================================  ================================
     yielded                                       written
     ============================================  ================================
     `Event`                                       the event
     ``str``                                       an event with that data
-    a mapping with ``data``, all keys of it       an event with those fields
+    a mapping with ``data`` whose keys are all    an event with those fields
     event fields
-    a dataclass, an object of attrs, pydantic or  as a mapping of its fields
-    msgspec, a Django, SQLAlchemy or peewee
+    a dataclass, an object of attrs, pydantic or  the same as a mapping of its
+    msgspec, a Django, SQLAlchemy or peewee       fields
     object; a named tuple of event fields with
     ``data``
     any other object with a ``.data`` attribute   an event with those fields
     (and maybe ``event, id, retry, comment``)
-    ``bytes``, ``bytearray``, ``memoryview``      as they are: already framed
+    ``bytes``, ``bytearray``, ``memoryview``      the bytes: already framed
     ``None``, ``b""``                             nothing: a checkpoint
-    anything else, numbers and arrays of numpy    an event with that as JSON data
-    among it
+    anything else, including numpy's numbers and  an event with that as JSON data
+    arrays
     ============================================  ================================
 
-    The function raises ``TypeError`` or ``ValueError`` for what cannot be encoded: the
-    memory of numbers (``array.array``, a memoryview of them, ctypes) for one, and an
-    event that has a name and no data, which browsers do not dispatch.
+    The function raises ``TypeError`` or ``ValueError`` for an item that cannot be
+    encoded, such as the memory of numbers (``array.array``, a memoryview of them,
+    ctypes), and for an event with a name but no data, which browsers do not dispatch.
 
     Args:
-        dumps: The JSON encoder; it gets the objects that you yield.
+        dumps: The JSON encoder; it receives the objects that you yield.
         unframed: As for `passer`.
-        framed: Called once, for a ``str`` that is an event already
-            (``"data: x\\n\\n"``): all of it is sent as data. ``None``: not told.
+        framed: Called once, for the first ``str`` that is a complete event
+            (``"data: x\\n\\n"``) and is sent as data all the same. ``None`` skips
+            the check.
     """
     json = dumps_or_default(dumps)
     passed = passer(unframed)
@@ -418,21 +422,23 @@ def encoder(
 
 
 def comment(text: str, *, is_line: bool) -> bytes:
-    """Return a comment of one line that stands between two events.
+    """Return a comment of one line, to be written between two events.
 
-    To the standard both forms are nothing. But who reads an event stream by its lines
-    and takes each blank one for an event's end makes an event of a comment's, too
-    (fetch-event-source; openai and httpx-sse, once there was an id). And who splits it
-    at blank lines loses the event that follows a comment without one.
+    By the standard clients ignore it, with or without a blank line after it. In
+    practice, parsers that dispatch an event at every blank line dispatch an empty one
+    after the comment's, too (fetch-event-source; openai and httpx-sse, after an id).
+    And parsers that split the stream at blank lines lose the event that follows a
+    comment without one.
 
     Args:
-        is_line: Without a blank line.
+        text: The comment, without line ends.
+        is_line: Write no blank line after it.
     """
     return f": {text}\n".encode() if is_line else f": {text}\n\n".encode()
 
 
 def without_blank(block: bytes) -> bytes:
-    """Return a block of comments alone without its blank line; any other as it is."""
+    """Return a block without its blank line if it holds comments only."""
     if block.endswith(b"\n\n") and all(
         line.startswith(b":") for line in block[:-2].split(b"\n")
     ):
@@ -441,13 +447,13 @@ def without_blank(block: bytes) -> bytes:
 
 
 def ends_blank(tail: bytes) -> bool:
-    """Tell whether a stream that ends in these bytes stands between two events.
+    """Tell whether a stream that ends with these bytes is between two events.
 
-    So it does after a blank line, and after comment lines that follow one.
+    It is after a blank line, and after comment lines that follow a blank line.
 
     Args:
-        tail: The last bytes written, at least 4 if there were as many (see
-            `tail_after`). ``b""`` is a stream with nothing written yet.
+        tail: The last bytes written: 4 or more, or all if there were fewer (see
+            `tail_after`); ``b""`` before the first byte.
     """
     if not tail:
         return True
@@ -463,11 +469,11 @@ def ends_blank(tail: bytes) -> bool:
 
 
 def tail_after(tail: bytes, chunk: bytes) -> bytes:
-    """Return what `ends_blank` needs to know after a chunk.
+    """Return the tail that `ends_blank` needs, after a chunk was written.
 
     Args:
-        tail: What this has returned for the chunk before it; ``b""`` at the beginning.
-        chunk: What was written then, not empty.
+        tail: The result for the chunk before; ``b""`` at the beginning.
+        chunk: The bytes just written, not empty.
     """
     if len(chunk) > 3 and chunk[:1] != b":":
         return chunk
@@ -479,18 +485,22 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Decoder:
-    """Turn the bytes of an event stream into events, chunk by chunk.
+    """Turns the bytes of an event stream into events, chunk by chunk.
 
     Args:
-        max_line: The longest line taken, bytes. ``None``: no limit.
-        max_event: The most data one event may hold, bytes. ``None``: no limit.
-        last_event_id: The id that is in force before the first event, for a
-            connection that resumes another.
+        max_line: The maximum length of a line, in bytes; ``None`` for no limit.
+        max_event: The maximum size of an event's data, in bytes; ``None`` for no limit.
+        last_event_id: The id in force before the first event, for a connection that
+            resumes another.
 
     Attributes:
-        retry: The reconnection time last sent, milliseconds; ``None`` before one.
-        last_event_id: The id to come back with; ``None`` before one, ``""`` after
+        retry: The last reconnection time received, in milliseconds; ``None`` before
+            the first.
+        last_event_id: The id to reconnect with; ``None`` before the first, ``""`` after
             the server has cleared it.
+
+    Raises:
+        ValueError: ``max_line`` or ``max_event`` is not positive.
     """
 
     def __init__(
@@ -507,30 +517,30 @@ class Decoder:
         self.last_event_id = last_event_id
         self._max_line = max_line
         self._max_event = max_event
-        self._start = True  # no line seen yet: a byte order mark may come
-        self._after_cr = False  # a LF that follows now belongs to that CR
+        self._start = True  # before the first line, where a byte order mark may be
+        self._after_cr = False  # an LF at the next chunk's beginning belongs to a CR
         self._buffer = LineBuffer()
         self._data: list[bytes] = []
         self._data_size = 0
         self._event = b""
-        self._id = last_event_id  # the buffer; in force once a block ends
+        self._id = last_event_id  # takes effect at the end of its block
         self._error: RemoteProtocolError | None = None
         self._closed = False
 
     def feed(self, chunk: bytes) -> list[Event]:
-        """Take the next bytes and return the events they complete, oldest first.
+        """Take the next bytes and return the events that they complete, oldest first.
 
         In each event ``.data`` is text, ``.event`` is ``None`` for "message", and
-        ``.id`` the last event id in force.
+        ``.id`` is the last event id in force.
 
         Raises:
-            RemoteProtocolError: A line or an event is over its limit. Events that
-                were complete before it are returned first, the error is raised by
-                the call that has none, and again by every later one.
+            RemoteProtocolError: A line or an event is too large. If the chunk completes
+                events before it, they are returned, and the next call raises the error.
+                All later calls raise it again.
             ValueError: The decoder has been closed.
         """
         if self._closed:
-            raise ValueError("feed() after close()")
+            raise ValueError("feed() must not be called after close()")
         if self._error is not None:
             raise self._error
         events: list[Event] = []
@@ -546,17 +556,17 @@ class Decoder:
         return events
 
     def close(self) -> None:
-        """End the stream; an event that is not complete is discarded (§9.2.6).
+        """End the stream; an incomplete event is discarded (§9.2.6).
 
         Raises:
-            RemoteProtocolError: An error that `feed` still had to report.
+            RemoteProtocolError: `feed` had an error still to raise.
         """
         self._closed = True
         if self._error is not None:
             raise self._error
 
     def _complete_lines(self, chunk: bytes) -> list[bytes]:
-        """Return the lines that chunk ends, without their line ends."""
+        """Return the lines that end in this chunk, without their line ends."""
         if self._after_cr and chunk:
             self._after_cr = False
             if chunk[:1] == b"\n":
@@ -566,7 +576,7 @@ class Decoder:
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         lines = self._buffer.split(chunk)
         if self._max_line is not None and self._buffer.size > self._max_line:
-            lines.append(self._buffer.rest())  # _take refuses it, in its turn
+            lines.append(self._buffer.rest())  # _take refuses it after the others
         return lines
 
     def _take(self, line: bytes) -> Event | None:
@@ -585,7 +595,7 @@ class Decoder:
         if value[:1] == b" ":
             value = value[1:]
         if name == b"data":
-            # The line end that joins it to the next line counts too.
+            # The line end that joins two data lines counts, too.
             self._data_size += len(value) + 1
             if self._max_event is not None and self._data_size - 1 > self._max_event:
                 raise RemoteProtocolError(
@@ -613,7 +623,7 @@ class Decoder:
             return None
         self._data = []
         self._data_size = 0
-        # Past Event's own checks: a name may hold NUL here, and the id be reserved.
+        # Without Event's checks: a received name may contain NUL, an id be reserved.
         decoded = object.__new__(Event)
         _set_data(decoded, b"\n".join(data).decode(errors="replace"))
         _set_event(decoded, event.decode(errors="replace") or None)

@@ -1,9 +1,9 @@
 """The WSGI servers, one file each: where it keeps the socket, how a stream ends.
 
-An open set: one more server is one more file here, and its line below. Measured
-with gunicorn 27.0, gevent 26.9, Werkzeug 3.1, waitress 3.0, cheroot 11.1, uWSGI 2.0.30
-and Django 4.2 and 6.1 (wsgiref). A server that is not listed works too, without a look
-at its socket.
+An open set: to add a server, add a file here and a line below. Measured with gunicorn
+27.0, gevent 26.9, Werkzeug 3.1, waitress 3.0, cheroot 11.1, uWSGI 2.0.30 and Django 4.2
+and 6.1 (wsgiref). Streams work on other servers, too, but without access to their
+sockets: a hang-up shows only at the next write.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """ASGI servers' bridges to WSGI: a2wsgi, and those of uvicorn, Starlette, hypercorn.
 
-They show the application nothing of the connection, and do not tell it that the client
-has left: its thread runs on until the generator ends by itself (a2wsgi 1.10, uvicorn
-0.54, hypercorn 0.18).
+They neither show the connection to the application nor tell it when the client has
+left: the thread runs until the generator ends by itself (a2wsgi 1.10, uvicorn 0.54,
+hypercorn 0.18).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SERVER = Server(
     runs=_runs,
     raises=connection_reset,
     warnings=lambda environ: (
-        "this ASGI server's WSGI bridge does not notice that a client has left, so "
-        "that each stream that does not end by itself takes a thread for ever: serve "
-        "the application by a WSGI server, as gunicorn -k gthread or -k gevent",
+        "this ASGI server's WSGI bridge does not notice that a client has left: an "
+        "endless stream keeps its thread for ever. Serve the application with a WSGI "
+        "server, such as gunicorn -k gthread or -k gevent",
     ),
 )

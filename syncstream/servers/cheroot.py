@@ -23,8 +23,8 @@ __all__ = ["SERVER"]
 
 
 def _reader(environ: Environ) -> Any:
-    # KnownLengthRFile -> StreamReader; or the connection's, if an application has
-    # replaced ``wsgi.input``.
+    # KnownLengthRFile -> StreamReader; or the connection's reader, if the application
+    # has replaced ``wsgi.input``.
     reader = getattr(environ.get("wsgi.input"), "rfile", None)
     if not hasattr(_raw(reader), "_sock"):
         gateway = running("cheroot.wsgi", "req")
@@ -51,7 +51,8 @@ def _headers(write: Write) -> Headers | None:
 
 def _start_response(environ: Environ) -> Any:
     gateway = running("cheroot.wsgi", "started_response")
-    # A framework that takes the first item before it begins handles errors better.
+    # ``started_response`` is false while a framework takes the first item before it
+    # calls start_response; such a framework answers errors itself.
     return gateway.start_response if getattr(gateway, "started_response", 0) else None
 
 
@@ -90,7 +91,8 @@ def _threads(environ: Environ) -> int | None:
 
 
 def _leave_body(environ: Environ) -> None:
-    # send_headers() would read the rest for 10 s, no longer from the client (11.1).
+    # send_headers() would try for 10 s to read the rest of the body, although the
+    # client's connection has been taken away (11.1).
     request: Any = getattr(running("cheroot.wsgi", "req"), "req", None)
     if getattr(getattr(request, "rfile", None), "remaining", 0) > 0:
         request.close_connection = True
@@ -108,11 +110,11 @@ SERVER = Server(
     own_write=_own_write,
     start_response=_start_response,
     forget_head=_forget_head,
-    answers_errors=False,  # it sends the head that it was given, 200 (11.1)
+    answers_errors=False,  # it sends the head from start_response, 200 (11.1)
     stopping=_stopping,
     threads=_threads,
     key=lambda environ: _server(),
     drop_read_ahead=lambda environ: drop_buffered(_reader(environ)),
     leave_body=_leave_body,
-    closes_first=True,  # and Python 3.13 warns about bytes that it cannot write then
+    closes_first=True,  # and Python 3.13 warns about bytes that cannot be written then
 )

@@ -420,7 +420,7 @@ class Connection:
                 # An error only once: every wait calls the hook again.
                 level = logging.DEBUG if self._has_failed_hook else logging.ERROR
                 self._has_failed_hook = True
-                text = "what gives back before a wait of %s failed"
+                text = "%s: a before_wait hook failed: connections may stay occupied"
                 report(log, level, text, self.label, error=error)
 
     @functools.cached_property
@@ -454,18 +454,19 @@ class Connection:
                 # The server needs the rest: without it, gunicorn's accept fails.
                 process().warn_once(
                     log,
-                    f"a stream was refused: {error}. Each client needs one: raise the"
-                    " hard limit (ulimit -Hn; LimitNOFILE= of systemd, --ulimit nofile="
-                    " of Docker), or limit the streams by StreamMiddleware",
+                    f"a stream was refused: {error}. Each client needs a file"
+                    " descriptor: raise the hard limit (ulimit -Hn; systemd:"
+                    " LimitNOFILE=; Docker: --ulimit nofile=), or limit the streams"
+                    " with StreamMiddleware(app, max_streams=…)",
                     "descriptors",
                 )
                 raise Full(str(error)) from error
             if error.is_choice and self._holds_thread:
-                # A few such clients would block the server for everybody.
+                # A few such clients would occupy all threads of the server.
                 process().warn_once(
                     log,
-                    "a stream was refused: it would have held one of the server's few"
-                    f" threads, for {error}",
+                    "a stream was refused, as it would have kept one of the server's"
+                    f" few threads: {error}",
                     "choice",
                 )
                 raise Full(str(error)) from error
@@ -489,11 +490,11 @@ class Connection:
             self.server.drop(self._given)
 
     def cut(self) -> BaseException | None:
-        """Let the client see that the response is not whole.
+        """Let the client see that the response is incomplete.
 
-        Where the end would be marked, the mark must not come: the connection is
-        shut down, after what was sent. Elsewhere (HTTP/1.0, uWSGI) only a reset
-        can tell.
+        If the server marks the end of a response (chunked), the connection is shut down
+        without the mark, after the bytes sent so far. Elsewhere (HTTP/1.0, uWSGI) only
+        a reset shows it.
         """
         fd = self.fd
         if fd is None:
@@ -511,16 +512,19 @@ class Connection:
         )
         hang_up(fd)
         if is_hidden:
-            text = "%s cannot be reset: the client sees an end"
-            say(log, logging.WARNING, text, self.label)  # the watch may be here
+            text = (
+                "%s was cut, but the client takes it for finished: no reset is possible"
+            )
+            # Not `report`: this may be the thread of the watch.
+            say(log, logging.WARNING, text, self.label)
 
 
 def warn_of_compression() -> None:
     process().warn_once(
         log,
-        "streams are compressed on their way to the server, which holds back what they"
-        " send, maybe to their end: leave streams out of that (COMPRESS_STREAMS = False"
-        " of Flask-Compress), and let the proxy compress",
+        "a middleware compresses streams, which holds back their events, perhaps to the"
+        " end of the stream: exempt streams (Flask-Compress: COMPRESS_STREAMS = False),"
+        " and let the proxy compress",
         "compressed",
     )
 
@@ -529,8 +533,8 @@ def warn_of_compression() -> None:
 def _names_event_stream(accept: str) -> bool:
     """Tell whether an Accept header asks for event streams by name (RFC 9110 §12.5.1).
 
-    ``*/*`` and ``text/*`` are what curl, fetch and requests send, whatever they do with
-    what comes; ``q=0`` is a refusal.
+    ``*/*`` and ``text/*`` do not count: curl, fetch and requests send them with every
+    request. ``q=0`` is a refusal.
     """
     accept = accept.lower()
     if EVENT_TYPE not in accept:

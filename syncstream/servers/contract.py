@@ -296,7 +296,7 @@ def unpatched() -> Iterator[str]:
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not all(map(monkey.is_module_patched, ("time", "socket"))):
         yield (
-            "gevent has not patched the standard library, so that one stream that "
-            "sleeps or waits holds up all others: call gevent.monkey.patch_all() "
-            "before anything else is imported"
+            "gevent has not patched the standard library: one stream that sleeps or "
+            "waits blocks all others. Call gevent.monkey.patch_all() before anything "
+            "else is imported"
         )

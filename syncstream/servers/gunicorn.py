@@ -234,23 +234,23 @@ def _warnings(environ: Environ) -> Iterator[str]:
     if _is_http_2(environ):
         # 27.0: handle_http2 runs one WSGI call after the other.
         yield (
-            "gunicorn answers the requests of one HTTP/2 connection one after another, "
-            "so that an open stream holds up all others of its client: run gunicorn "
-            "with --http-protocols h1, and leave HTTP/2 to the proxy"
+            "gunicorn answers the requests of one HTTP/2 connection one after another: "
+            "an open stream blocks all other requests of its client. Run gunicorn with "
+            "--http-protocols h1, and leave HTTP/2 to the proxy"
         )
         return
     found = worker()
     if found is not None and found.cfg.max_requests and found.cfg.workers == 1:
         yield (
-            "gunicorn starts the successor of a worker that has served its "
-            "max_requests when that has gone, and an open stream keeps it for up to "
-            f"{found.cfg.graceful_timeout} s, in which nobody serves: run gunicorn "
-            "with two workers or more, or without --max-requests"
+            "gunicorn replaces a worker that has served its max_requests only after "
+            "the worker has exited, and an open stream delays the exit by up to "
+            f"{found.cfg.graceful_timeout} s, during which no worker serves: run "
+            "gunicorn with two workers or more, or without --max-requests"
         )
     if environ["wsgi.multithread"]:
         return
     timeout = None if found is None else found.cfg.timeout
-    ends = f", and is killed by --timeout after {timeout} s" if timeout else ""
+    ends = f", and --timeout kills it after {timeout} s" if timeout else ""
     yield (
         "gunicorn's sync worker serves nothing else while a stream is open"
         f"{ends}: run gunicorn with -k gthread --threads N, or with -k gevent"

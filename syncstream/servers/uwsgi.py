@@ -56,8 +56,8 @@ def _warnings(environ: Environ) -> Iterator[str]:
     seconds = uwsgi.opt.get("harakiri")
     if seconds:
         yield (
-            f"uWSGI's harakiri kills the worker of a stream after {int(seconds)} s: "
-            "raise it, or take it away"
+            f"uWSGI's harakiri kills a worker whose stream is older than "
+            f"{int(seconds)} s, with all its streams: raise harakiri, or remove it"
         )
     if "gevent" in uwsgi.opt:
         yield from unpatched()
@@ -69,7 +69,7 @@ SERVER = Server(
     socket=_socket,
     # uWSGI never sends chunks.
     marks_end=lambda environ: False,
-    answers_errors=False,  # it sends the head that it was given, 200 (2.0.30)
+    answers_errors=False,  # it sends the head from start_response, 200 (2.0.30)
     is_tls=_is_tls,
     threads=_threads,
     warnings=_warnings,

@@ -90,9 +90,9 @@ def _threads(environ: Environ) -> int | None:
 def _warnings(environ: Environ) -> Iterator[str]:
     if _threads(environ) is not None:
         yield (
-            "this server of wsgiref serves nothing else while a stream is open: run "
-            "Django's runserver without --nothreading, or a server class with "
-            "socketserver.ThreadingMixIn"
+            "this wsgiref server has one thread and serves nothing else while a stream "
+            "is open: run Django's runserver without --nothreading, or use a server "
+            "class with socketserver.ThreadingMixIn"
         )
 
 

@@ -38,7 +38,7 @@ class ViewDecorator(Protocol):
 
 
 def _check_framework(args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse a request of Django's or REST framework's: they want Django's response."""
+    """Refuse requests of Django and REST framework: they need Django's responses."""
     django = sys.modules.get("django.http")
     if django is None:
         return
@@ -48,8 +48,8 @@ def _check_framework(args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
     for argument in (*args, *kwargs.values()):
         if isinstance(argument, tuple(kinds)):
             raise TypeError(
-                "@sse is not Django's here: in Django use the one of syncstream.django"
-                " (from syncstream.django import sse)"
+                "@sse of syncstream does not work in Django: use the one of"
+                " syncstream.django (from syncstream.django import sse)"
             )
 
 
@@ -67,8 +67,8 @@ def decorator(
 
     Args:
         response: A framework's SSEResponse.
-        prepare: What the generator goes through before.
-        finish: What the response goes through after.
+        prepare: Called with the view's generator; returns the response's source.
+        finish: Called with the response; returns the view's result.
     """
 
     def sse(
@@ -87,15 +87,15 @@ def decorator(
         """Turn a generator view into a view that returns an SSEResponse.
 
         Use it as ``@sse`` or ``@sse(retry=…, end=…)``, below the framework's own
-        decorator. What the view yields, and the options, are those of
-        `SSEResponse`. A view that returns something else than a generator, such
-        as a redirect, is left to the framework.
+        decorator. The view may yield the same items as the source of `SSEResponse`, and
+        the options are the same. If a view returns anything but a generator, such as a
+        redirect, the framework handles it.
 
         A generator view cannot choose the response's status: its head leaves before
-        the generator begins. If it raises or returns what would choose one
+        the generator begins. If the generator raises or returns a response
         (``abort(404)``, ``return redirect(...)``), that is logged, and the stream
-        ends for good: a browser does not come back. Decide in a plain view that
-        returns SSEResponse(...).
+        ends for good: a browser does not reconnect. To choose a status, write a plain
+        view that returns ``SSEResponse(...)``.
 
         Raises:
             TypeError, ValueError: The view is asynchronous, or not a function; an

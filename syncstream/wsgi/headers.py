@@ -19,14 +19,14 @@ __all__ = [
     "ends_line",
 ]
 
-# The connection of the request that a middleware has its application answer here.
+# The connection of the request that the middleware's application is answering here.
 answering: ContextVar[Callable[[], Any] | None] = ContextVar(
     "syncstream_answering", default=None
 )
 
 LIVE = {
-    # no-transform keeps proxies from compressing, and so from buffering; nginx
-    # wants to be told by a header of its own.
+    # no-transform keeps proxies from compressing, and so from buffering; nginx needs
+    # its own header.
     "Cache-Control": "no-cache, no-transform",
     "X-Accel-Buffering": "no",
 }
@@ -52,10 +52,13 @@ def has_body(connection: Connection, status: int) -> bool:
 def merge_headers(
     defaults: Mapping[str, str], given: HeaderSource | None
 ) -> list[tuple[str, str]]:
-    """Return the defaults with the given headers over them.
+    """Return the default headers, overridden by the given ones.
 
-    Hop-by-hop headers are the server's own (PEP 3333): on wsgiref, waitress and
-    Django's runserver one of them is a 500. They are left out.
+    Hop-by-hop headers are left out, as they belong to the server (PEP 3333): on
+    wsgiref, waitress and Django's runserver such a header causes a 500.
+
+    Raises:
+        TypeError, ValueError: A header cannot be sent.
     """
     if given is None:
         return [*defaults.items()]
@@ -69,16 +72,18 @@ def merge_headers(
 
 
 def _checked_header(item: Any) -> tuple[str, str | int | None]:
-    """Return a header that can be sent (RFC 9110 §5), or say why it cannot."""
+    """Return a header if it can be sent (RFC 9110 §5), else raise."""
     if not isinstance(item, tuple) or len(item) != 2:
         raise TypeError(
             f"headers must be a mapping or pairs of name and value, got {item!r}"
         )
     name, value = item
     if not isinstance(name, str) or not _TOKEN.fullmatch(name):
-        raise ValueError(f"headers must have tokens for names, got {name!r}")
+        raise ValueError(
+            f"headers must have HTTP tokens as names (RFC 9110 §5.6.2), got {name!r}"
+        )
     if value is not None and not isinstance(value, (str, int)):
-        raise TypeError(f"headers must have str, int or None for values, got {item!r}")
+        raise TypeError(f"headers must have values of str, int or None, got {item!r}")
     if isinstance(value, str) and CONTROLS.search(value):
         raise ValueError(f"headers must not contain CR, LF or NUL, got {item!r}")
     if isinstance(value, str) and not value.isascii():
@@ -86,7 +91,7 @@ def _checked_header(item: Any) -> tuple[str, str | int | None]:
             value.encode("latin-1")
         except UnicodeEncodeError:
             raise ValueError(
-                f"headers must have Latin-1 for values (PEP 3333), got {item!r}"
+                f"headers must have values in Latin-1 (PEP 3333), got {item!r}"
             ) from None
     return name, value
 

@@ -1,4 +1,4 @@
-"""`StreamMiddleware`: gives any WSGI response a stream's life."""
+"""`StreamMiddleware`: adds keepalive, time-outs and limits to any WSGI stream."""
 
 from __future__ import annotations
 
@@ -28,43 +28,45 @@ log = logging.getLogger("syncstream.wsgi")
 
 
 class StreamMiddleware:
-    """Give the streams of any WSGI application the life of ours.
+    """Manage the streams of any WSGI application as those of `SSEResponse` are.
 
-    What is found to be a stream, by its Content-Type ``text/event-stream`` or one
-    of NDJSON's, gets the headers, the first flush (event streams), the keepalive,
-    the time-outs, closing and error handling of `SSEResponse`; its generator may
-    use `current_stream` and `sleep`. Its chunks are passed through as they are, and
-    it may end as it always did (clients reconnect). Responses with a
-    Content-Length, ``wsgi.file_wrapper`` ones, and all others are left alone. (An
-    application that calls start_response in its first step is known to be a stream
-    after that step only: in it, `current_stream` is None.)
+    A response whose Content-Type is ``text/event-stream`` or one of NDJSON's is a
+    stream. It gets the headers, the first flush (event streams), the keepalive, the
+    time-outs, closing and error handling of `SSEResponse`; its generator may use
+    `current_stream` and `sleep`. Its chunks pass through unchanged, and its end is not
+    changed either, so that clients reconnect. All other responses are left alone,
+    including those with a Content-Length and those of ``wsgi.file_wrapper``. (If an
+    application calls start_response in its first step, the stream is recognised after
+    that step: within the step, `current_stream` returns ``None``.)
 
-    With limits, a stream beyond them is refused: 503 with Retry-After, or, because a
-    browser's EventSource gives up for good on that, an empty event stream that asks
-    it to come back a little later. A refused view has run, its generator has not.
+    Streams over a limit are refused with 503 and Retry-After. As a browser's
+    EventSource gives up for good after a 503, it gets an empty event stream instead
+    that asks it to reconnect a few seconds later. The view of a refused stream has run;
+    its generator has not.
 
     Args:
         app: The WSGI application. Flask: ``app.wsgi_app =
             StreamMiddleware(app.wsgi_app)``; Django: ``application =
             StreamMiddleware(get_wsgi_application())``.
         keepalive, send_timeout, max_duration, drain: As for `SSEResponse`, for streams
-            that are not responses of ours.
-        max_streams: So many streams at once in this process, ours included;
-            ``None`` for no limit.
-        reserve_threads: So many of the server's threads are kept free of streams;
-            ``None`` for none. (Werkzeug makes as many as it needs: no limit there.)
-            A subscription that is to be handed over waits, for up to a second, while
-            others are about to leave their threads.
-        limit_by: Returns, for an environ, whose stream it is, say ``lambda environ:
-            environ["REMOTE_ADDR"]``; ``None``: not counted for anybody, nor is an
-            empty key, which is warned of. Behind a proxy REMOTE_ADDR is the proxy's,
-            on a Unix socket nobody's: see docs/proxies.md.
-        max_per_key: So many streams at once for each of these.
+            that are not syncstream's own responses.
+        max_streams: The maximum of open streams in this process, including those of
+            syncstream's own responses; ``None`` for no limit.
+        reserve_threads: At least this many server threads stay free of streams;
+            ``None`` for no limit. (Werkzeug starts a thread for each request: no limit
+            there.) A subscription that is about to be handed over waits for up to a
+            second while others are about to leave their threads.
+        limit_by: Returns the key under which a request's stream is counted, for example
+            ``lambda environ: environ["REMOTE_ADDR"]``. Streams with the key ``None`` or
+            an empty key are not counted; an empty key is logged. Behind a proxy
+            REMOTE_ADDR is the proxy's address, and on a Unix socket it is empty: see
+            docs/proxies.md.
+        max_per_key: The maximum of open streams with the same key.
         handover: ``False`` keeps all subscriptions of the application in their
             requests' threads or greenlets, ``None`` lets each response decide.
 
     Raises:
-        TypeError, ValueError: An argument is not what it should be.
+        TypeError, ValueError: An argument has a wrong type or value.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ def _is_file(environ: WSGIEnvironment, app_iter: object) -> bool:
 
 
 class _Head:
-    """The start_response that the middleware gives to its application."""
+    """The start_response that the application gets from the middleware."""
 
     def __init__(
         self,
@@ -140,10 +142,10 @@ class _Head:
     ) -> None:
         self.connection = connection
         self.is_started = False
-        self.is_late = False  # the application has been called, and has returned
+        self.is_late = False  # the application returned before start_response
         self.format: Format | None = None
-        self.written = b""  # by the application or us, before there is a stream
-        self.refusal: bytes | None = None  # the body of one
+        self.written = b""  # the tail of bytes written before there is a stream
+        self.refusal: bytes | None = None  # the body if the stream is refused
         self._start_response = start_response
         self._life = life
         self._capacity = capacity
@@ -162,12 +164,12 @@ class _Head:
         try:
             write = self._start(status, headers, exc_info)
         except BaseException:
-            # A header that the server refuses, say. There is no stream, and the
+            # For example, the server refuses a header. There is no stream, and the
             # application may answer something else.
             self.is_started, self.refusal, self._status, self.format = before
             self.release()
             raise
-        # The head is out from here on, or the server's.
+        # From here on the head has been sent, or the server has it.
         if self.format is None or self.refusal is not None:
             return write
         if self.is_late and self.format.is_events and self.has_body:
@@ -213,7 +215,7 @@ class _Head:
     def _call(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any
     ) -> Callable[[bytes], object]:
-        # Some servers take no third argument unless there is one to give.
+        # Some servers accept no third argument when it is None.
         if exc_info is None:
             write = self._start_response(status, headers)
             self.connection.begun(self._start_response, headers)
@@ -223,10 +225,10 @@ class _Head:
         return write
 
     def _open(self) -> None:
-        """Write the opening now: the application is in its first step already.
+        """Write the opening at once, as the application is in its first step already.
 
-        Only through the server's own ``write``: what a middleware hands out may
-        keep the bytes, or change them.
+        Only through the server's own ``write``: a middleware's may hold the bytes back,
+        or change them.
         """
         write = self.connection.write
         if write is not None:
@@ -235,7 +237,7 @@ class _Head:
             try:
                 write(opening)
             except OSError as error:
-                # The client has left: the stream will find that out for itself.
+                # The client has left; the stream will notice that itself.
                 report(log, logging.DEBUG, "%s: %s", self.connection.label, error)
 
     @property
@@ -256,16 +258,16 @@ class _Head:
         return stream
 
     def abandon(self) -> None:
-        """Nothing is returned, so that nobody closes what the application began."""
+        """Close the stream after the application raised: no server will close it."""
         stream = self.connection.stream
         if stream is not None:
             stream.close()
         self.release()
 
-    # A place among those that the capacity allows.
+    # The place that the capacity has given to this request.
 
     def release(self) -> None:
-        """Give the place back: there is no stream."""
+        """Give the place back, as there is no stream."""
         if self._place is not None:
             self._place.release()
             self._place = None
@@ -278,16 +280,20 @@ class _Head:
         self.release()
 
     def _refuse(self, exc_info: Any) -> Callable[[bytes], object]:
-        """Start the answer for a stream that there is no place for."""
+        """Start the answer to a stream over the limits."""
         record = process()
-        record.warn_once(log, "a stream was refused: all places are taken", "refused")
+        text = (
+            "a stream was refused, the limits of StreamMiddleware are reached: raise"
+            " them, or add processes. Further refusals are logged at DEBUG"
+        )
+        record.warn_once(log, text, "refused")
         report(log, logging.DEBUG, "%s was refused", self.connection.label)
-        wait = random.uniform(2, 6)  # seconds, jittered: not all at once
+        wait = random.uniform(2, 6)  # seconds; jitter spreads the retries
         if self.connection.is_event_source:
             self.refusal = sse.Event(retry=round(wait * 1000)).encode()
             status, headers = "200 OK", [("Content-Type", EVENT_TYPE)]
         else:
-            self.refusal = b"too many streams, come back a little later\n"
+            self.refusal = b"too many streams, please retry later\n"
             status = "503 Service Unavailable"
             headers = [
                 ("Content-Type", "text/plain; charset=utf-8"),
@@ -301,13 +307,13 @@ class _Head:
         return lambda data: None
 
     def _stay_away(self, exc_info: Any) -> Callable[[bytes], object]:
-        """Tell a browser, which has come back with the end id, to stay away."""
+        """Answer 204 to a browser that presents the end id, so that it stays away."""
         self.refusal = b""
         self._call("204 No Content", [("Cache-Control", "no-store")], exc_info)
         return lambda data: None
 
     def refuse(self, app_iter: Iterable[bytes]) -> Iterable[bytes]:
-        """Close what the application has returned; return the refusal instead."""
+        """Close the application's iterable; return the body of the refusal instead."""
         assert self.refusal is not None
         stream = self.connection.stream
         if stream is not None:
@@ -321,7 +327,7 @@ class _Head:
 
 
 def _code(status: Any) -> int:
-    """Return a status line's code, 0 where there is none: the server judges that."""
+    """Return a status line's code; 0 for a malformed one, which the server refuses."""
     try:
         return int(status[:3])
     except (TypeError, ValueError):
@@ -332,7 +338,7 @@ def _format_of(headers: Any) -> Format | None:
     """Return the format of an application's stream, ``None`` if it is not one."""
     try:
         values = {name.lower(): value + "" for name, value in headers}
-    except (AttributeError, TypeError, ValueError):  # the server says what is wrong
+    except (AttributeError, TypeError, ValueError):  # the server will refuse them
         return None
     if "content-length" in values:
         return None
@@ -347,8 +353,8 @@ def _format_of(headers: Any) -> Format | None:
 class _Lazy:
     """The iterable of an application that calls start_response in its first step.
 
-    After that step it is known whether this is a stream; if so, what is left of
-    the application, beginning with the step's outcome, becomes a stream's source.
+    Only after that step it is known whether this is a stream. If it is, the result of
+    the step and the rest of the iterable become the stream's source.
     """
 
     def __init__(self, app_iter: Iterable[bytes], head: _Head) -> None:
@@ -379,16 +385,16 @@ class _Lazy:
         else:
             rest = _Rest(self._app_iter, iterator, first=first)
         if head.refusal is not None:
-            self._app_iter = ()  # closed now
+            self._app_iter = ()  # refuse() closes it
             return iter(head.refuse(rest))
         if head.format is None:
-            head.leave_place_to(head.connection.stream)  # one of ours, or none
+            head.leave_place_to(head.connection.stream)  # a response of ours, or None
             return rest
         self._stream = head.respond(rest)
         return iter(self._stream)
 
     def close(self) -> None:
-        self._head.release()  # a stream's is its own
+        self._head.release()  # a stream holds its own place
         closable = self._app_iter if self._stream is None else self._stream
         close = getattr(closable, "close", None)
         if close is not None:
@@ -396,7 +402,7 @@ class _Lazy:
 
 
 class _Rest:
-    """An iterator whose first step has been taken already."""
+    """An iterator whose first step has been taken, with the result of that step."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """The response classes: `SSEResponse`, `NDJSONResponse`, `StreamResponse`.
 
-Spec: https://peps.python.org/pep-3333/. A response of ours under the middleware is
-one stream: the middleware leaves a `Connection` in the environ, the response marks
-it as taken.
+Spec: https://peps.python.org/pep-3333/. A response under the middleware is one stream,
+not two: the middleware leaves a `Connection` in the environ, and the response marks it
+as taken.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = ["NDJSONResponse", "SSEResponse", "StreamResponse", "session_watch"]
 log = logging.getLogger("syncstream.wsgi")
 
 
-# What Django, and the middlewares that come with it, look at in a response.
+# Attributes that Django and its middlewares read from a response.
 _OF_DJANGO = frozenset(
     [
         "_resource_closers",
@@ -61,16 +61,16 @@ _OF_DJANGO = frozenset(
 def _not_for_django(response: object) -> str:
     name = type(response).__name__
     return (
-        f"Django does not take syncstream.{name}: in a Django view"
-        f" use the one of syncstream.django (from syncstream.django import {name})"
+        f"Django does not accept syncstream.{name}: in a Django view, use the one of"
+        f" syncstream.django (from syncstream.django import {name})"
     )
 
 
 def session_watch() -> Callable[[], None] | None:
-    """Return what says, when a generator has ended, that it wrote to Flask's session.
+    """Return a callback for a stream's end that warns of lost session writes in Flask.
 
-    That is saved before the head is sent, when the generator has not begun. In the
-    request's context; ``None`` elsewhere.
+    Flask saves the session before it sends the head, and the generator begins after.
+    Call this in the request's context; elsewhere it returns ``None``.
     """
     flask: Any = sys.modules.get("flask")
     if flask is None or not flask.has_request_context():
@@ -87,9 +87,9 @@ def session_watch() -> Callable[[], None] | None:
         if not is_same or getattr(session, "modified", False) != was_modified:
             process().warn_once(
                 log,
-                "what a stream's generator writes to flask.session is lost: the session"
-                " has been saved, and its cookie sent, before the generator starts."
-                " Write to it in the view, and give the generator what it needs",
+                "a stream's generator has written to flask.session, and that is lost:"
+                " the session is saved, and its cookie sent, before the generator"
+                " starts. Write to the session in the view instead",
                 "session",
             )
 
@@ -104,11 +104,11 @@ def _joined(ours: Any, theirs: Any) -> Any:
 class _Streaming(Response):
     """A Werkzeug response whose body is a `Stream`."""
 
-    # Would run an endless source to its end. (So would get_data(), but by
-    # make_sequence(), which says so.)
+    # Computing the length would read an endless source to its end. (get_data() would,
+    # too, but it calls make_sequence(), which raises.)
     automatically_set_content_length = False
 
-    # Comments and last words are not in anybody's count.
+    # A given Content-Length does not count our comments and the end's event.
     _may_have_length = False
 
     def __init__(
@@ -128,10 +128,12 @@ class _Streaming(Response):
         super().__init__(response=stream, status=status, headers=Headers(merged))
         if not 200 <= self.status_code <= 599 or CONTROLS.search(self.status):
             raise ValueError(
-                f"status must be one of HTTP's, 200 to 599, got {status!r}"
+                f"status must be an HTTP status from 200 to 599, got {status!r}"
             )
         if "content-type" not in {name.lower() for name, _ in merged}:
-            del self.headers["Content-Type"]  # Werkzeug's default, not ours
+            del self.headers[
+                "Content-Type"
+            ]  # Werkzeug's default: the user removed ours
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_DJANGO:
@@ -147,8 +149,8 @@ class _Streaming(Response):
         raise TypeError(_not_for_django(self))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Werkzeug's force_type, and so Flask's make_response, gives a foreign
-        # response the application's class. It becomes one of both.
+        # Werkzeug's force_type, and so Flask's make_response, gives a foreign response
+        # the application's class. The response gets a class that inherits from both.
         if name == "__class__" and not issubclass(value, _Streaming):
             ours: Any = type(self)
             value = _joined(ours, value)
@@ -158,18 +160,18 @@ class _Streaming(Response):
         """Refuse to read a stream to its end, which may never come.
 
         Raises:
-            RuntimeError: It is a stream still, no plain data that a hook has set.
+            RuntimeError: The body is still a stream, not plain data set by a hook.
         """
         if not self.is_sequence:
             raise RuntimeError(
-                f"{type(self).__name__} is a stream, which may not end: its data cannot"
-                " be had before it is sent. Hooks, caches and ETags that read"
-                " response.data must leave out responses with is_streamed; a test reads"
-                ' a stream that ends by a test client: client.get("/events").data'
+                f"{type(self).__name__} is a stream, which may never end: its data"
+                " cannot be read before it is sent. Hooks, caches and ETags that read"
+                " response.data must skip responses with is_streamed. A test can read a"
+                ' stream that ends with a test client: client.get("/events").data'
             )
 
     def freeze(self) -> None:
-        """Do as `make_sequence`, and then as Werkzeug's."""
+        """Freeze plain data, as Werkzeug does; refuse a stream like `make_sequence`."""
         self.make_sequence()
         super().freeze()
 
@@ -179,7 +181,7 @@ class _Streaming(Response):
         return func
 
     def close(self) -> None:
-        """Close the source, once, and run what `call_on_close` was given."""
+        """Close the source, once, and run the functions given to `call_on_close`."""
         try:
             if self.response is not self._stream and hasattr(self.response, "close"):
                 self.response.close()
@@ -199,12 +201,12 @@ class _Streaming(Response):
     def get_wsgi_response(
         self, environ: WSGIEnvironment
     ) -> tuple[Iterable[bytes], str, list[tuple[str, str]]]:
-        """Return what a server needs for this request: body, status line, headers.
+        """Return the body, status line and headers for a request's server.
 
-        The body goes to the connection of that request, and may be taken once.
+        The stream is bound to that request's connection; call this once.
         """
         connection = Connection.of(environ)
-        self._connection = connection  # an environ holds it weakly
+        self._connection = connection  # the environ has a weak reference only
         if self._stream.is_over_for(connection):
             self.status_code = 204
         app_iter, status, headers = super().get_wsgi_response(environ)
@@ -225,7 +227,7 @@ class _Streaming(Response):
         app_iter, status, headers = self.get_wsgi_response(environ)
         try:
             write = start_response(status, headers)
-        except BaseException:  # a header that it refuses, say: nobody will close it
+        except BaseException:  # it refused a header, for example: no server closes us
             self.close()
             raise
         self._connection.started(write)
@@ -242,51 +244,52 @@ class SSEResponse(_Streaming):
     (and ``retry``) leaves at once, before the source has yielded anything.
 
     Args:
-        source: A generator or another iterable of events, or a `Subscription`. For
-            what it may yield see `syncstream.protocol.sse.encoder`. It runs in the
-            thread or greenlet of the request, and is closed exactly once, there,
+        source: A generator or another iterable of events, or a `Subscription`.
+            `syncstream.protocol.sse.encoder` lists the items that it may yield. It runs
+            in the thread or greenlet of the request, and is closed exactly once, there,
             when it ends, fails, or the client has left. For HEAD, and for a
             status without a body, it is closed without having run.
         status: The HTTP status.
-        headers: Headers on top of the defaults (``Content-Type:
+        headers: Headers that override or extend the defaults (``Content-Type:
             text/event-stream; charset=utf-8``, ``Cache-Control: no-cache,
-            no-transform``, ``X-Accel-Buffering: no``). Yours win; ``None`` removes
-            a default. Hop-by-hop headers are left to the server.
-        keepalive: After so many seconds of silence a comment is sent, which clients
-            skip and proxies count. ``None`` for none. Also while the source is busy
-            or waits, but not on uWSGI: there it is sent when the source yields
-            ``None``.
+            no-transform``, ``X-Accel-Buffering: no``). The value ``None`` removes a
+            default. Hop-by-hop headers are left to the server.
+        keepalive: Seconds of silence after which a comment is sent, which clients
+            ignore and proxies count as traffic; ``None`` sends none. It is sent even
+            while the source computes or waits, except on uWSGI: there, only when the
+            source yields ``None``.
         retry: The client's reconnection time, whole milliseconds; ``None`` leaves
-            it to the client (Chromium 3 s, Firefox 5 s). It goes to EventSources
-            alone: other clients make an event of it, see docs/clients.md.
-        send_timeout: A client that takes nothing for so many seconds, though there
-            is something for it, is dropped; also one that is gone without a word.
-            ``None``: the system decides (some 15 minutes, or never).
-        max_duration: The stream ends after so many seconds (up to a tenth less, by
-            chance), and the client comes back. ``None``: never.
-        drain: How many seconds a generator goes on after the server was told to stop;
-            then its response is cut, or, for an EventSource, ended. ``None``: not at
-            all for an EventSource, which comes back; for all others as long as the
-            server lets it (gunicorn's graceful timeout less 2.5 s; the variable
-            ``SYNCSTREAM_DRAIN`` of the environment says otherwise). ``0``: not at all.
-            A `Subscription` ends at once.
-        end: What a browser does when the source has finished. ``"stop"``: it stays
-            away (it gets the reserved id ``syncstream-end``, returns once with
-            that, and gets 204; the view has run once more, its source has not).
-            ``"reconnect"``: it comes back and the view runs again. ``None``: "stop",
-            but for a `Subscription` "reconnect".
-        handover: A `Subscription` needs no thread: where the server lets us, its
-            connection goes on without the request, which ends (``None``). ``False``
-            keeps it in the request's thread or greenlet. ``True`` is the same as
-            ``None``, and refuses other sources, which need their thread. See
-            docs/handover.md.
-        on_error: Called with the exception when the source has failed (an
-            ``Exception``, not ``SystemExit`` and its kin); what it returns is
-            encoded and sent as the last event, and the response ends in order behind
-            it: that event is the sign. ``None`` sends nothing. Without it the client
-            learns no more than that the stream broke.
-        dumps: Encodes what is sent as JSON, into ``str`` or ``bytes``. The default
-            is compact, and orjson with the ``fast`` extra.
+            it to the client (Chromium 3 s, Firefox 5 s). It is sent to EventSources
+            only: other clients take it for an event, see docs/clients.md.
+        send_timeout: Drops a client that has accepted no data for this many seconds
+            although data is waiting, or has vanished without closing. ``None`` leaves
+            it to the operating system (some 15 minutes, or never).
+        max_duration: Seconds after which the stream ends and the client reconnects; up
+            to a tenth less, at random, so that clients do not return all at once.
+            ``None``: no limit.
+        drain: Seconds for which a generator may continue after the server was told to
+            stop; then an EventSource's stream ends, and any other response is cut.
+            ``None``: an EventSource's stream ends at once, as the client reconnects;
+            any other continues for as long as the server allows (gunicorn: its graceful
+            timeout less 2.5 s, unless the environment variable ``SYNCSTREAM_DRAIN``
+            says otherwise). ``0``: all end at once. A `Subscription` always ends at
+            once.
+        end: The behaviour of browsers after the source has finished. ``"stop"``: they
+            do not come back. (A browser gets the reserved id ``syncstream-end``,
+            reconnects once with it, and gets 204; the view runs for that request, its
+            source does not.) ``"reconnect"``: they reconnect, and the view runs again.
+            ``None``: "reconnect" for a `Subscription`, else "stop".
+        handover: A `Subscription` needs no thread. With ``None``, its connection leaves
+            the server where that is possible, and the request ends. ``False`` keeps it
+            in the request's thread or greenlet. ``True`` is the same as ``None``, but
+            raises for other sources, which need their thread. See docs/handover.md.
+        on_error: Called with the exception when the source has failed with an
+            ``Exception`` (not with ``SystemExit`` and the like). Its result is encoded
+            and sent as the last event, and then the response ends normally: the event
+            tells the client of the failure. ``None`` sends no event. Without
+            ``on_error`` the client only sees that the stream was cut.
+        dumps: The JSON encoder; returns ``str`` or ``bytes``. The default writes
+            compact JSON, by orjson with the ``fast`` extra.
 
     Raises:
         TypeError: ``source`` cannot be iterated, or is asynchronous.
@@ -326,21 +329,22 @@ class SSEResponse(_Streaming):
 
 
 class NDJSONResponse(_Streaming):
-    """A stream of JSON values (``application/x-ndjson``), one compact one a line.
+    """A stream of JSON values (``application/x-ndjson``), one compact value a line.
 
-    Each line leaves at once. NDJSON has no comments: the response's head leaves
-    with the first line. A source that raises before it is answered with 500, or with
-    the status of a framework's error (``abort(404)``).
+    Each line leaves at once. NDJSON has no comments, so the response's head leaves
+    with the first line, and there is no keepalive. If the source raises before its
+    first line, the answer is 500, or the status of a framework's error
+    (``abort(404)``).
 
     Args:
-        source: A generator or another iterable of values. What becomes of them:
-            `syncstream.protocol.ndjson.encoder`.
+        source: A generator or another iterable of values;
+            `syncstream.protocol.ndjson.encoder` says how each is written.
         status, headers: As for `SSEResponse`.
-        send_timeout, max_duration, drain: As for `SSEResponse`. A response that is
-            ended by one of them is cut: this client does not come back.
-        on_error: Called with the exception when the source has failed; what it
-            returns is sent as the last value, ``None`` sends nothing.
-        dumps: Encodes a value into ``str`` or ``bytes`` without line ends.
+        send_timeout, max_duration, drain: As for `SSEResponse`, but they cut the
+            response: NDJSON clients do not reconnect by themselves.
+        on_error: Called with the exception when the source has failed; its result is
+            sent as the last value, and ``None`` sends nothing.
+        dumps: The JSON encoder; returns ``str`` or ``bytes`` without line ends.
 
     Raises:
         TypeError: ``source`` cannot be iterated, or is asynchronous.
@@ -367,17 +371,16 @@ class NDJSONResponse(_Streaming):
 class StreamResponse(_Streaming):
     """A stream of text or bytes; each chunk leaves at once.
 
-    The response's head leaves with the first chunk. A source that raises before it is
-    answered with 500, or with the status of a framework's error (``abort(404)``). One
-    that fails later is cut: there are no last words in a format that is not ours. For a
-    file behind nginx, whose buffering is of use there, remove the header
-    ``X-Accel-Buffering``.
+    The response's head leaves with the first chunk. If the source raises before that,
+    the answer is 500, or the status of a framework's error (``abort(404)``). If it
+    fails later, the response is cut: the format has no place for an error. For a file
+    behind nginx, whose buffering helps there, remove the header ``X-Accel-Buffering``.
 
     Args:
         source: A generator or another iterable of ``str`` (sent as UTF-8), bytes,
             or ``None`` (a checkpoint: nothing is sent).
-        status, headers: As for `SSEResponse`. Give a Content-Length where you know
-            it, and clients can show the progress of a download.
+        status, headers: As for `SSEResponse`. With a Content-Length, clients can show
+            the progress of a download.
         send_timeout, max_duration, drain: As for `NDJSONResponse`.
         content_type: The body's media type.
 

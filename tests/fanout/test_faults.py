@@ -434,7 +434,7 @@ def test_a_hook_that_raises_strands_nobody(channel, caplog):
     peer.read_until(lambda events: events)
     peer.leave()
     settle(loop)
-    assert "what gives back before a wait failed" in caplog.text
+    assert "a before_wait hook failed" in caplog.text
 
 
 def test_a_hook_that_raises_ends_no_generator(caplog):

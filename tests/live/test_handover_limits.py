@@ -44,7 +44,7 @@ def test_few_threads_are_not_given_to_who_chooses_to_stay(kind):
                 rest = client.rest()
                 assert not client.is_whole  # it is no EventSource, and not told more
             assert rest == OPENING
-        server.await_log("one of the server's few threads, for the method is OPTIONS")
+        server.await_log("one of the server's few threads: the method is OPTIONS")
         with Asker(server) as asker:
             asker.ask(f"/publish/{channel}", ["hello"])
         for other in others:

@@ -466,7 +466,7 @@ def test_ordinary_requests_go_on_beside_streams(key):
         for client in clients:
             if client.status == 503:
                 assert 2 <= int(client.headers["retry-after"]) <= 6
-                assert client.rest() == b"too many streams, come back a little later\n"
+                assert client.rest() == b"too many streams, please retry later\n"
         for _ in range(20):
             with server.get("/health") as ordinary:
                 assert ordinary.rest() == b"ok"

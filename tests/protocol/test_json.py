@@ -260,7 +260,8 @@ REFUSED = [
     refused("timedelta", datetime.timedelta(1), TypeError,
             "datetime.timedelta as JSON"),
     refused("own class", Record({"a": types.SimpleNamespace()}), TypeError,
-            "types.SimpleNamespace as JSON: yield its text, or give dumps="),
+            "types.SimpleNamespace as JSON: yield text or a dict instead, or pass"
+            " dumps="),
     refused("object next to NaN", [math.nan, object()], TypeError, "builtins.object"),
     refused("object next to a big int", [2**70, object()], TypeError,
             "builtins.object"),
@@ -312,7 +313,9 @@ def test_refuses(value: Any, error: type[Exception], message: str, dumps: Any) -
 def test_too_deep(dumps: Any) -> None:
     """A value nested too deep is a `ValueError`, not a crash; with a NaN in it, too."""
     for value in ([], [math.nan]):
-        with pytest.raises(ValueError, match="nested so deeply"):
+        with pytest.raises(
+            ValueError, match="cannot encode as JSON: nested too deeply"
+        ):
             dumps([value, nested(100_000, lambda value: [value])])
 
 

@@ -182,15 +182,17 @@ def test_dumps(item: Any, result: Any, line: bytes) -> None:
         ),
         pytest.param(5, TypeError, "dumps must return str or bytes, got 5", id="int"),
         pytest.param(
-            "[\n1]", ValueError, "dumps must write a value on one line", id="LF"
+            "[\n1]", ValueError, "dumps must write each value on one line", id="LF"
         ),
         pytest.param(
-            "[\r1]", ValueError, "dumps must write a value on one line", id="CR"
+            "[\r1]", ValueError, "dumps must write each value on one line", id="CR"
         ),
         pytest.param(
-            "1\n", ValueError, "dumps must write a value on one line", id="end"
+            "1\n", ValueError, "dumps must write each value on one line", id="end"
         ),
-        pytest.param(b"[\n1]", ValueError, "dumps must write a value on", id="bytes"),
+        pytest.param(
+            b"[\n1]", ValueError, "dumps must write each value on", id="bytes"
+        ),
     ],
 )
 def test_wrong_dumps(result: Any, error: type[Exception], message: str) -> None:

@@ -732,7 +732,7 @@ RAISING = [
     *(
         raising(f"{name} without data", item, ValueError,
                 "data must be given with event: without data a browser dispatches"
-                ' nothing (data="" will do), got event=\'done\'')
+                ' nothing (data="" is enough), got event=\'done\'')
         for name, item in (
             ("Event", Event(event="done")),
             ("Event with an id", Event(event="done", id=1, comment="c")),

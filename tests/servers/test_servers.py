@@ -317,7 +317,7 @@ def test_gevent_without_its_patches_is_warned_of(program):
     [
         (GEVENT, "patch_all"),
         ((*GEVENT, "--gevent-monkey-patch"), None),
-        (("--harakiri", "60"), "after 60 s"),
+        (("--harakiri", "60"), "older than 60 s"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
 )

@@ -349,7 +349,10 @@ def test_one_too_many_is_refused(app, headers, caplog):
         assert 2 <= int(second.headers["retry-after"]) <= 6
     assert "next" not in logs[1]
     assert logs[1].count("close") == 1
-    assert caplog.messages == ["a stream was refused: all places are taken"]
+    assert caplog.messages == [
+        "a stream was refused, the limits of StreamMiddleware are reached: raise them,"
+        " or add processes. Further refusals are logged at DEBUG"
+    ]
     first.close()
     third = Answer(limited, headers=headers)
     assert third.statuses == ["200 OK"]
