@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_MAX_DATA = 1 << 20  # bytes of an event: a hub's ``max_payload``, but for the framing
+_MAX_DATA = 1 << 20  # bytes of an event's data: the default ``max_payload`` of a hub
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status.
 
     Args:
-        argv: The words after the program's name; ``None`` takes ``sys.argv``'s.
+        argv: The words after the program's name; ``None`` takes them from ``sys.argv``.
 
     Raises:
-        SystemExit: From argparse, and at the end of a server.
+        SystemExit: An argument is wrong, or help or the version was printed.
     """
     parser = _parser()
     options = parser.parse_args(argv)
@@ -59,16 +59,16 @@ def _parser() -> Parser:
     demo = commands.add_parser(
         "demo",
         help="serve a page with a live chart, and its stream",
-        description="Serve a page with a live chart, by one gunicorn gevent worker.",
+        description="Serve a page with a live chart with one gunicorn gevent worker.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on, and name to answer to; 0.0.0.0: every address",
+        help="address to listen on, and accepted host name; 0.0.0.0: all addresses",
     )
     demo.add_argument(
-        "--port", type=_port, default=8000, help="port to listen on; 0: a free one"
+        "--port", type=_port, default=8000, help="port to listen on; 0: any free port"
     )
     demo.set_defaults(run=_demo)
     _add_doctor(commands)
@@ -123,13 +123,13 @@ def _add_publish(commands: _Commands) -> None:
     command = commands.add_parser(
         "publish",
         help="send an event to a channel",
-        description="Send an event to all who subscribe to a channel; print its id.",
-        epilog="Exit status: 0 stored, 1 nothing was stored, 2 something is wrong with"
-        " the arguments or the data, 3 it may have been stored. With --lines it is that"
-        " of the line named in the error, the last one read: those before are stored.",
+        description="Send an event to all subscribers of a channel; print its id.",
+        epilog="Exit status: 0 stored, 1 not stored, 2 the arguments or the data are"
+        " wrong, 3 perhaps stored. With --lines, the status and the error are about the"
+        " last line read; the lines before it are stored.",
     )
-    command.add_argument("url", help="the hub's: local:, redis://…, postgresql://…")
-    command.add_argument("channel", help="its name")
+    command.add_argument("url", help="the hub's URL: local:, redis://…, postgresql://…")
+    command.add_argument("channel", help="the channel's name")
     command.add_argument(
         "data",
         help="the event's data, UTF-8, 1 MiB at most; - reads it from standard input",
@@ -138,13 +138,13 @@ def _add_publish(commands: _Commands) -> None:
     command.add_argument(
         "--lines",
         action="store_true",
-        help="with -: each line is an event, published as it comes",
+        help="with -: publish each line as an event, as soon as it is read",
     )
     command.set_defaults(run=_publish)
 
 
 def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return parse with its reasons in argparse's messages."""
+    """Return a function that parses, and shows its ``ValueError`` through argparse."""
 
     def checked(text: str) -> Any:
         try:
@@ -160,7 +160,7 @@ def _seconds(text: str) -> float:
         if 0 < float(text) <= 86400:
             return float(text)
     raise argparse.ArgumentTypeError(
-        f"must be more than 0, at most a day, got {text!r}"
+        f"must be seconds, above 0 and at most 86400, got {text!r}"
     )
 
 
@@ -181,7 +181,7 @@ def _doctor(options: argparse.Namespace) -> int:
     findings = checks.judge(seen)
     try:
         print(report.report(seen, findings), end="", flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; the exit would flush again
+    except BrokenPipeError:  # `| head` has exited; avoid a second error at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return checks.exit_status(seen, findings)
 
@@ -192,21 +192,23 @@ def _publish(options: argparse.Namespace) -> int:
     try:
         if options.url.partition(":")[0] == "memory":
             raise ValueError(
-                "memory: is of one process alone, and nobody is in this one"
+                "url must be one that other processes share, got memory:, which is"
+                " only for this process"
             )
         if options.lines and options.data != "-":
-            raise ValueError("--lines needs - for the data")
+            raise ValueError("data must be - with --lines")
         with contextlib.closing(Hub(options.url)) as hub:
             for data in _data(options):
                 line += options.lines
                 text = _decoded(data)
                 id = hub.publish(options.channel, text, event=options.event)
                 if not _printed(id):
-                    return _fail(_at(line, "it is stored; its id cannot be printed"), 3)
+                    text = "the event is stored, but its id cannot be printed"
+                    return _fail(_at(line, text), 3)
     except (ValueError, TypeError, ImportError) as error:
         return _fail(_at(line, str(error)), 2)
     except Uncertain as error:
-        return _fail(_at(line, f"it may have been stored: {error}"), 3)
+        return _fail(_at(line, f"the event may have been stored: {error}"), 3)
     except (BrokerError, OSError) as error:
         return _fail(_at(line, str(error)))
     return 0
@@ -217,10 +219,10 @@ def _at(line: int, message: str) -> str:
 
 
 def _data(options: argparse.Namespace) -> Iterator[bytes]:
-    """Yield the data of each event: no more of it than an event may have, and one byte.
+    """Yield the data of each event, cut one byte above the limit.
 
-    Of bytes, which are read as they come: text is decoded in blocks, and one wrong
-    byte would keep back the lines before it.
+    Standard input is read as bytes: text is decoded in blocks, and one wrong byte would
+    hold back the lines before it.
     """
     if options.data != "-":
         yield os.fsencode(options.data)
@@ -246,7 +248,7 @@ def _decoded(data: bytes) -> str:
 def _printed(id: str | None) -> bool:
     try:
         print(id, flush=True)
-    except OSError:  # `| head` has seen enough; the exit would flush again
+    except OSError:  # `| head` has exited; avoid a second error at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True
@@ -259,7 +261,7 @@ def _port(text: str) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    """Become the demo's server, or say what is in the way."""
+    """Become the demo's server, or print why that is not possible."""
     missing = [n for n in ("flask", "gevent", "gunicorn") if find_spec(n) is None]
     if missing:
         return _fail(
@@ -269,9 +271,10 @@ def _demo(options: argparse.Namespace) -> int:
         sock = _bind(options.host, options.port)
     except OSError as error:
         where = f"port {options.port} of {options.host}"
-        return _fail(f"cannot listen on {where}: {error.strerror}; see --host, --port")
+        text = f"cannot listen on {where}: {error.strerror}; use --host or --port"
+        return _fail(text)
     print(f"syncstream demo: open {_url(sock)} (Ctrl-C stops it)", flush=True)
-    # In a process of its own making: gevent patches what nobody has imported yet.
+    # Replace this process: gevent must patch modules before they are imported.
     settings = Path(__file__).with_name("demo") / "settings.py"
     sock.set_inheritable(True)
     os.environ["SYNCSTREAM_DEMO_HOST"] = options.host
@@ -282,8 +285,8 @@ def _demo(options: argparse.Namespace) -> int:
 def _bind(host: str, port: int) -> socket.socket:
     """Return a listening socket.
 
-    It is bound here, so that a busy port is one clear error (gunicorn alone tries
-    five times, for five seconds) and port 0 takes a free one.
+    Binding it here gives one clear error for a busy port (gunicorn tries five times,
+    for five seconds), and the number of the port chosen for port 0.
 
     Raises:
         OSError: The port is taken or not allowed, or the host is not this machine.
@@ -295,7 +298,7 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-        sock.listen()  # with SO_REUSEADDR two may bind until one of them listens
+        sock.listen()  # with SO_REUSEADDR a busy port may show only here
     except BaseException:
         sock.close()
         raise
@@ -310,7 +313,7 @@ def _url(sock: socket.socket) -> str:
 
 
 def _fail(message: str, status: int = 1) -> int:
-    # A server's error may be in it: no escape sequence gets to the terminal.
+    # The message may quote a server: keep escape sequences off the terminal.
     shown = "".join(
         c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message
     )

@@ -108,8 +108,8 @@ def test_tags_choose_who_gets_it(hub, client):
         ("/a?event=a%0Ab", b"x", {}, 400, "event must"),
         ("/a", b"{}\n{", {"content_type": "application/x-ndjson"}, 400, "line 2"),
         ("/a", b"NaN", {"content_type": "application/x-ndjson"}, 400, "line 1"),
-        ("/a", b"\n", {"content_type": "application/x-ndjson"}, 400, "no line"),
-        ("/a?x=1", b"x", {}, 400, "the query may have"),
+        ("/a", b"\n", {"content_type": "application/x-ndjson"}, 400, "one line"),
+        ("/a?x=1", b"x", {}, 400, "the query may contain"),
         ("/a?retry=1&retry=2", b"x", {}, 400, "once"),
         ("/a?event=%FF", b"x", {}, 400, "UTF-8"),
         (f"/a?{'only=a&' * 1200}", b"x", {}, 400, "the query must have 8192"),
@@ -366,7 +366,9 @@ def test_ids_that_nobody_reads(url):
         process.stdin.write(b"a\nb\n")
         process.stdin.close()
         told = process.stderr.read().decode()
-    assert told == "syncstream: line 1: it is stored; its id cannot be printed\n"
+    assert told == (
+        "syncstream: line 1: the event is stored, but its id cannot be printed\n"
+    )
     assert process.returncode == 3
 
 

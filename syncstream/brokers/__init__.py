@@ -1,9 +1,10 @@
-"""Brokers store events and announce them: the contract, and where URLs lead.
+"""Brokers store events and announce them: the contract, and the brokers of URLs.
 
-An open set: one more broker is one more file here, and its line in `SCHEMES`. A
-broker appends, reads a range, and tells what is new. It knows no clients, and what
-it tells may come late, twice or not at all: the chain (see `log`) shows it, and the hub
-reads what is missing. `syncstream.testing.check_broker` proves one.
+An open set: to add a broker, add a file here and a line to `SCHEMES`. A broker appends
+events, reads a range of them, and announces new ones. It knows no clients.
+Announcements may be late, duplicated or lost: the hub detects this from the chain of
+ids (see `log`) and reads the missing events. `syncstream.testing.check_broker` tests a
+broker.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ __all__ = [
 
 
 def shown(url: str) -> str:
-    """Return a URL as errors, logs and terminals may show it: its scheme alone.
+    """Return the part of a URL that errors, logs and terminals may show: its scheme.
 
-    Passwords are found in every other part: a missing slash or a bad ``%`` moves them
-    into the path or the port. What has no scheme is not shown at all. Whoever parses a
-    URL raises ``from None``: a traceback prints chained errors, and those quote it.
+    Every other part may contain the password: a missing slash or a bad ``%`` moves it
+    into the path or the port. Text without a scheme is not shown at all. Code that
+    parses a URL raises ``from None``, because tracebacks print chained errors, which
+    quote the URL.
 
     Args:
         url: Any text.
@@ -60,16 +62,16 @@ def _memory(url: str, options: dict[str, Any]) -> Broker:
     from .memory import MemoryBroker
 
     if url != "memory:":
-        raise ValueError("url must be memory: alone: it has no name and no options")
+        raise ValueError("url must be just memory:, without a name or options")
     return MemoryBroker(**options)
 
 
 def _require_unix(url: str) -> None:
-    # Its file is locked by fcntl and told of by Unix sockets; PostgreSQL's threads wait
-    # for a pipe and a socket by poll.
+    # local: locks its file with fcntl and announces events by Unix sockets; threads of
+    # postgresql: wait for a pipe and a socket with poll.
     if not (hasattr(select, "poll") and hasattr(socket, "AF_UNIX")):
         raise OSError(
-            errno.ENOSYS, f"{url} needs a Unix system: use redis: or memory: here"
+            errno.ENOSYS, f"{url} needs a Unix system: use redis: or memory: instead"
         )
 
 
@@ -77,8 +79,8 @@ def _local(url: str, options: dict[str, Any]) -> Broker:
     _require_unix("local:")
     if "?" in url or "#" in url:
         raise ValueError(
-            "url must be local:, local:NAME or local:/PATH, without ? and #: it has no"
-            " options"
+            "url must be local:, local:NAME or local:/PATH, without ? and #, as it has"
+            " no options"
         )
     from .local.broker import LocalBroker
 
@@ -119,18 +121,19 @@ def open_broker(
     """Return the broker that a URL names.
 
     Args:
-        url: ``memory:``, this process; ``local:``, ``local:NAME`` or
-            ``local:/PATH``, the processes of this machine, see `local.LocalBroker`;
-            ``postgresql://USER@HOST/DATABASE``, who connects to that database, see
-            `postgresql.PostgreSQLBroker`;
-            ``redis:`` and its kin, many machines, see `redis.RedisBroker`.
-        capacity: So many events of each channel are kept.
-        max_age: Events are kept for so many seconds; ``None`` for no limit.
+        url: ``memory:`` for this process; ``local:``, ``local:NAME`` or
+            ``local:/PATH`` for the processes of this machine, see `local.LocalBroker`;
+            ``postgresql://USER@HOST/DATABASE`` for all processes that connect to that
+            database, see `postgresql.PostgreSQLBroker`; ``redis://HOST`` and its
+            variants for many machines, see `redis.RedisBroker`.
+        capacity: The maximum of kept events of each channel.
+        max_age: Seconds for which events are kept; ``None`` for no limit.
 
     Raises:
-        ValueError: There is no such broker.
-        OSError: It needs what this system has not (``local:`` and ``postgresql:`` on
-            Windows).
+        TypeError, ValueError: The URL or an option is wrong.
+        ImportError: The broker needs a package that is not installed.
+        OSError: The broker does not work on this system (``local:`` and
+            ``postgresql:`` on Windows).
     """
     scheme = url.partition(":")[0].strip().lower() if ":" in url else ""
     if scheme not in SCHEMES:

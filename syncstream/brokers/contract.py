@@ -11,36 +11,50 @@ __all__ = ["Broker", "Sink"]
 
 
 class Sink(Protocol):
-    """Who is told: the hub. It may be called from any thread, and does not block."""
+    """The receiver of a broker's announcements: the hub.
+
+    Its methods may be called from any thread, and do not block.
+    """
 
     def deliver(self, channel: str, entry: Entry) -> None:
-        """Take an entry; those of a channel come in their order."""
+        """Take a new entry; call this in the order of the channel's entries."""
 
     def resync(self, channels: Iterable[str] | None) -> None:
-        """Read these channels (``None``: all that are watched): some may be lost."""
-
-    def state(self, is_up: bool, reason: str) -> None:
-        """Take note that the broker can be reached, or cannot."""
-
-    def deny(self, name: str, reason: str) -> None:
-        """End those who subscribe to this name: the engine refuses to tell of it.
+        """Have the hub read these channels, because announcements may have been lost.
 
         Args:
-            name: A channel, or a pattern, as it was given to `Broker.watch`.
-            reason: For the log.
+            channels: Channel names; ``None`` for all that are watched.
+        """
+
+    def state(self, is_up: bool, reason: str) -> None:
+        """Report that the engine can be reached, or cannot.
+
+        Args:
+            is_up: Whether it can.
+            reason: The cause, for the log.
+        """
+
+    def deny(self, name: str, reason: str) -> None:
+        """End the subscriptions to this name, because the engine denies access to it.
+
+        Args:
+            name: A channel or a pattern, as given to `Broker.watch`.
+            reason: The cause, for the log.
         """
 
 
 class Broker(Protocol):
-    """Six methods. They may be called from any thread, and block.
+    """Six methods, which may be called from any thread and may block.
 
-    One may have a seventh, ``newest(channel, count)``, which returns two ids: the one
-    before so many of a channel's newest events, or before all that are kept, if they
-    are fewer (without any the head's), and the head's. It raises as `read` does.
-    Without it all that is kept is read for ``after=20``.
+    A broker may have a seventh, ``newest(channel, count)``, for ``after=20``. It
+    returns two ids: the id before the newest ``count`` events of the channel, or before
+    all kept events if there are fewer (the head's id if there are none), and the head's
+    id. It raises the same errors as `read`. Without this method the hub reads all kept
+    events.
 
     Attributes:
-        scope: Who shares it: this "process", this "machine", or a "cluster".
+        scope: The processes that share the broker's events: this "process", this
+            "machine", or a "cluster".
     """
 
     @property
@@ -54,79 +68,89 @@ class Broker(Protocol):
         Returns when the engine has acknowledged them.
 
         Args:
-            items: As `hub.Hub` makes them.
-            connection: A database's, in whose transaction to store them; then the
-                ids are ``None``. A ``ValueError`` where the engine has no such.
+            items: The channel and the payload of each event, as `hub.Hub` makes them.
+            connection: A database connection, in whose transaction the events are
+                stored; then the ids are ``None``. An engine without transactions
+                raises ``ValueError``.
 
         Raises:
             Unavailable: Nothing was stored.
             Uncertain: They may have been stored.
-            PayloadTooLarge: One is larger than the broker takes; nothing was stored.
+            PayloadTooLarge: An event is larger than the broker accepts; nothing was
+                stored.
         """
 
     def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
-        """Read what follows an id.
+        """Read the events after an id.
 
         Args:
-            channel: Its name.
-            after: An id, of any provenance; "0" for the oldest that is kept;
-                ``None`` for the head alone.
-            limit: So many entries at most.
+            channel: The channel's name.
+            after: An id from any source, perhaps a foreign one; "0" for the oldest
+                kept event; ``None`` for the head only.
+            limit: The maximum of entries.
 
         Returns:
-            If the id is known, what follows it, and ``complete``; else all that is
-            kept, from the oldest on. After one that is kept, but whose next was
-            removed, it is what follows, and not ``complete``. It may be less than
-            there is, but not nothing: a page should end with the entry by which its
-            payloads have `log.JOIN` bytes, for nobody takes more of it than that.
+            If the id is known, the events after it, as ``complete``; else all kept
+            events, from the oldest on. If the id is kept, but the next event was
+            removed, the later events, as not ``complete``. A page may have fewer events
+            than there are, but at least one if there are any: end it with the entry by
+            which its payloads have `log.JOIN` bytes, as the hub uses no more.
 
         Raises:
             Unavailable: The engine does not answer.
-            Denied: It refuses this name.
+            Denied: The engine denies access to this channel.
         """
 
     def attach(self, sink: Sink) -> None:
-        """Begin to tell what is new; once a process."""
+        """Begin to announce new events to this sink; called once in each process."""
 
     def watch(self, channel: str) -> None:
-        """Tell of a channel, or of all that match a pattern.
+        """Announce the events of a channel, or of all channels that match a pattern.
 
-        Returns when what is stored from now on will be told.
+        Returns when all events stored from now on will be announced.
 
         Raises:
             Unavailable: The engine does not answer.
-            Denied: It refuses this name; `Sink.deny` may say so later, too.
+            Denied: The engine denies access to this name; `Sink.deny` may report that
+                later, too.
         """
 
     def unwatch(self, channel: str) -> None:
-        """Tell of it no more."""
+        """Stop announcing a channel's or a pattern's events."""
 
     def close(self, timeout: float = 5.0) -> None:
-        """Stop, and leave no thread, descriptor or file behind."""
+        """Stop, and leave no thread, descriptor or file behind.
+
+        Args:
+            timeout: The maximum of seconds to wait for its threads.
+        """
 
 
 def refuse_connection(scheme: str, connection: Any) -> None:
-    """Refuse a transaction to an engine that has none.
+    """Refuse ``connection=`` for an engine without transactions.
 
-    It would store at once what the transaction may roll back.
+    The engine would store the events at once, even if the transaction rolls back.
 
     Args:
-        scheme: The broker's, as in its URL.
+        scheme: The broker's scheme, as in its URL.
         connection: As given to `Broker.publish`.
 
     Raises:
-        ValueError: There is one.
+        ValueError: ``connection`` is not ``None``.
     """
     if connection is not None:
-        raise ValueError(f"connection must be None: {scheme}: has no transactions")
+        raise ValueError(
+            f"connection must be None, as {scheme}: has no transactions, got"
+            f" {type(connection)!r}"
+        )
 
 
 def check_bounds(capacity: int, max_age: float | None) -> None:
-    """Check what a broker is to keep of each channel.
+    """Check the bounds of the events that a broker keeps of each channel.
 
     Raises:
-        TypeError: One is no number, or a capacity is no whole one.
-        ValueError: Engines cannot count so, or would keep nothing.
+        TypeError: ``capacity`` is not an ``int``, or ``max_age`` is not a number.
+        ValueError: A bound is not above 0, or is larger than engines can count.
     """
     if not isinstance(capacity, int) or isinstance(capacity, bool):
         raise TypeError(f"capacity must be int, got {capacity!r}")
@@ -136,12 +160,12 @@ def check_bounds(capacity: int, max_age: float | None) -> None:
         return
     if not isinstance(max_age, (int, float)) or isinstance(max_age, bool):
         raise TypeError(f"max_age must be seconds or None, got {max_age!r}")
-    if not 0 < max_age <= LONGEST_KEPT:  # NaN is not, either
+    if not 0 < max_age <= LONGEST_KEPT:  # False for NaN, too
         raise ValueError(
             f"max_age must be above 0, and {LONGEST_KEPT:.0f} seconds at most, or None"
             f" for no limit, got {max_age!r}"
         )
 
 
-MOST_KEPT = 1_000_000_000  # events of a channel: what any engine can count
+MOST_KEPT = 1_000_000_000  # events of a channel: every engine can count these
 LONGEST_KEPT = 1e9  # seconds, thirty years

@@ -1,16 +1,16 @@
 """One channel's events in order: a bounded window, and positions in it.
 
-History and live are the same log. A reader is a position in it, a number that only
-grows; to resume is to begin after an id; who fell off the tail is told. An entry is
-encoded once for all its readers, its id line included, and what several readers at
-one position are behind is joined once.
+History and live events are the same log. A reader is a position in it, a number that
+only grows. To resume is to begin after an id; a reader that fell off the tail is told.
+An entry is encoded once for all its readers, including its id line, and the chunk that
+follows a position is joined once for all readers there.
 
 **The chain**: each entry carries its own id and its predecessor's. Nothing is missing
-between an id and an entry if and only if the entry names that id. (Better than
-counters with an epoch: a failover that loses the newest events, and then stores
-others under the same numbers, shows.)
+between an id and an entry if and only if the entry names that id as its predecessor.
+(Counters with an epoch would not show a failover that loses the newest events and then
+stores others under the same numbers; the chain does.)
 
-Nothing here locks, waits or knows a clock: `Hub` does.
+Nothing here locks, waits or reads a clock: `Hub` does.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from collections.abc import Sequence
 __all__ = ["JOIN", "START", "Entry", "Log", "Page", "first_part", "flaw"]
 
 START = "0"
-"""Asks for the oldest entry that is kept. Brokers that outlive a restart have it as the
-id before a channel's first entry, too; for others it is the id of no place."""
+"""The id that asks for the oldest kept entry. Brokers that outlive a restart use it as
+the id before a channel's first entry, too; for others it names no position."""
 
 JOIN = 128 * 1024
-"""Bytes that are read or joined at once, but for the last entry among them."""
+"""Bytes that are read or joined at once; the last entry may exceed it."""
 
 
 class Entry:
-    """One event of one channel, as it is stored; not to be changed.
+    """One event of one channel, as it is stored; do not change it.
 
     Attributes:
-        id: Its id, `[0-9a-f]+-[0-9a-f]+`; what is set aside has that of the event
-            before it, see `Log.set_aside`.
-        prev: The id before it in its channel, `START` for the first.
-        payload: Its encoded fields without the id line; see `hub.Payload`.
-        time: When it came, seconds of `time.monotonic`.
+        id: The event's id, `[0-9a-f]+-[0-9a-f]+`; an entry that is set aside has the id
+            of the event before it, see `Log.set_aside`.
+        prev: The id of the event before it in its channel, `START` for the first.
+        payload: The encoded fields without the id line, perhaps after a line of tags.
+        time: The time of its arrival, `time.monotonic`.
     """
 
     __slots__ = ("_wire", "id", "payload", "prev", "time")
@@ -58,14 +58,14 @@ class Entry:
 
     @property
     def tags(self) -> bytes:
-        """What limits who gets it, ``b""`` for nothing."""
+        """The JSON of the tags that select its subscribers, ``b""`` for all."""
         if self.payload[:1] != b"\0":
             return b""
         return self.payload[1 : self.payload.index(b"\n")]
 
     @property
     def wire(self) -> bytes:
-        """The event as it is sent, id line and all; encoded once."""
+        """The event as it is sent, including the id line; encoded once."""
         wire = self._wire
         if wire is None:
             wire = self._wire = b"id: %b\n%b" % (self.id.encode(), self.fields)
@@ -73,12 +73,12 @@ class Entry:
 
     @property
     def is_aside(self) -> bool:
-        """It is told where it stands, and is no part of the channel's history."""
+        """Whether it is for present readers only and no part of the history."""
         return self.id == self.prev
 
     @property
     def size(self) -> int:
-        """Bytes that it counts for: what it holds, and Python's share, roughly."""
+        """The bytes of memory that it occupies, roughly."""
         return 2 * len(self.payload) + 250
 
     def __repr__(self) -> str:
@@ -86,13 +86,14 @@ class Entry:
 
 
 class Page:
-    """What a broker has read of a channel.
+    """The events that a broker has read from a channel.
 
     Attributes:
         entries: Oldest first, may be empty.
-        complete: Nothing is missing between the id asked for and the first of
-            them, or, where there are none, the head.
-        head: The id of the channel's newest entry, `START` if it never had one.
+        complete: Whether nothing is missing between the requested id and the first
+            entry or, without entries, the head.
+        head: The id of the channel's newest entry. A channel that never had one has
+            `START` or another id of its broker's choice.
     """
 
     __slots__ = ("complete", "entries", "head")
@@ -107,18 +108,18 @@ class Log:
     """A window on a channel: its newest entries.
 
     Attributes:
-        first: The position of the oldest entry that is kept.
-        end: The position that the next entry will have.
+        first: The position of the oldest kept entry.
+        end: The position of the next entry to come.
         head: The id of the newest entry, kept or not.
-        base: The id before the oldest entry that is kept.
-        size: Bytes that the entries count for.
+        base: The id before the oldest kept entry.
+        size: The sum of the entries' `Entry.size`, in bytes.
     """
 
     __slots__ = ("_entries", "_joined", "_skip", "base", "end", "first", "head", "size")
 
     def __init__(self, head: str = START) -> None:
         self._entries: list[Entry] = []
-        self._skip = 0  # entries at the list's beginning that are trimmed already
+        self._skip = 0  # trimmed entries at the list's beginning
         self._joined: tuple[int, int, bytes] | None = None
         self.first = self.end = 0
         self.head = self.base = head
@@ -137,17 +138,17 @@ class Log:
         self.size += entry.size
 
     def set_aside(self, payload: bytes, time: float) -> None:
-        """Add what is told to those who are here, and to nobody who comes later.
+        """Add an entry for present readers only; readers that come later skip it.
 
-        It carries the newest event's id: whoever comes back with that has missed
+        It has the newest event's id: a client that reconnects with that id has missed
         nothing of the channel's history.
         """
         self.append(Entry(self.head, self.head, payload, time))
 
     def restart(self, head: str) -> None:
-        """Forget all entries: what follows this id is not what followed them.
+        """Forget all entries, because the events after this id do not follow them.
 
-        No position of before is one of after: who was at the end is outside, too.
+        All earlier positions become invalid, even that of a reader at the end.
         """
         self.end += 1
         self.first = self.end
@@ -156,12 +157,12 @@ class Log:
         self.head = self.base = head
 
     def trim(self, count: int, since: float, size: float) -> None:
-        """Drop the oldest until these bounds hold.
+        """Drop the oldest entries until these bounds hold.
 
         Args:
-            count: Keep so many at most.
-            since: Keep none that is older than this time.
-            size: Keep so many bytes at most, and one entry.
+            count: The maximum of entries.
+            since: Drop entries that came before this `time.monotonic`.
+            size: The maximum of bytes; one entry stays even if it is larger.
         """
         entries, skip = self._entries, self._skip
         drop = skip
@@ -176,7 +177,7 @@ class Log:
             return
         self.base = entries[drop - 1].id
         self.first += drop - skip
-        # Not one by one: a list moves all its entries to drop the first.
+        # In batches: to delete its first entries, a list moves all others.
         if drop > 64 and drop > len(entries) // 4:
             del entries[:drop]
             drop = 0
@@ -189,41 +190,44 @@ class Log:
         self._skip = drop
 
     def after(self, id: str) -> int | None:
-        """Return the position after an id, ``None`` if it is not in this window.
+        """Return the position after an event's id, ``None`` if the window lacks it.
 
-        Of an event: what was set aside after it follows.
+        Entries that were set aside after the event come after that position, too.
         """
         if id == self.base:
             return self.first
         entries = self._entries
-        # From the end: who resumes has not been away for long.
+        # From the end: most readers resume after a short absence.
         for place in range(len(entries) - 1, self._skip - 1, -1):
             if entries[place].id == id and not entries[place].is_aside:
                 return self.first + place - self._skip + 1
         return None
 
     def entry(self, position: int) -> Entry:
-        """Return the entry at a position that is kept."""
+        """Return the entry at a position, which must be kept."""
         return self._entries[position - self.first + self._skip]
 
     def read(self, position: int, limit: int) -> list[Entry]:
-        """Return entries from a position on that is kept, oldest first.
+        """Return entries from a position on, oldest first, up to `JOIN` bytes.
 
         Args:
-            position: Where to begin.
-            limit: So many at most, and as many as have `JOIN` bytes.
+            position: The position of the first entry, which must be kept, or `end`.
+            limit: The maximum of entries.
         """
         place = position - self.first + self._skip
         return first_part(self._entries[place : place + limit])
 
     def joined(self, position: int) -> tuple[int, bytes]:
-        """Return what follows a position as one chunk, and the position after it.
+        """Return the position after the next chunk, and the chunk.
 
-        For all who are at one position it is the same object.
+        All readers at one position get the same object.
+
+        Args:
+            position: The position of the chunk's first entry, which must be kept.
         """
         joined = self._joined
         end = self.end
-        # A chunk that is full is the same, whatever has come since.
+        # A full chunk stays the same when new entries come.
         if (
             joined is not None
             and joined[0] == position
@@ -244,15 +248,15 @@ class Log:
                 break
         chunk = b"".join(parts)
         end = position + len(parts)
-        # One assignment: others may read while this one writes.
+        # One assignment: other threads may read it meanwhile.
         self._joined = position, end, chunk
         return end, chunk
 
 
 def first_part(entries: Sequence[Entry]) -> list[Entry]:
-    """Return the first of these entries, up to the one by which they have `JOIN` bytes.
+    """Return the first entries, up to the one with which they reach `JOIN` bytes.
 
-    Who reads holds that much, however many large ones there are.
+    This bounds a reader's memory, however large the entries are.
     """
     size = 0
     for count, entry in enumerate(entries, 1):
@@ -263,32 +267,32 @@ def first_part(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def flaw(entry: Entry) -> str | None:
-    """Return why an entry is none that a hub has stored; ``None`` if it is one.
+    """Return why no hub can have stored this entry; ``None`` for a valid one.
 
-    Whoever may write to the engine may tell anything. What is not an event can be
-    decoded by nobody; what has an id or a "reset" of its own deceives its readers.
+    Every program with access to the engine can write to it. An invalid event breaks its
+    readers, and one with its own id or the name "reset" deceives them.
     """
     id, prev, fields = entry.id, entry.prev, entry.payload
     if len(id) > _LONGEST_ID or not _ID.fullmatch(id):
-        return "its id is none"
+        return "its id is invalid"
     if prev != START and (len(prev) > _LONGEST_ID or not _ID.fullmatch(prev)):
-        return "the id before it is none"
+        return "its predecessor's id is invalid"
     if prev == id:
-        return "it follows itself"
+        return "it names itself as its predecessor"
     if fields[:1] == b"\0":
         tags, _, fields = fields[1:].partition(b"\n")
         if not _are_tags(tags):
-            return "its tags are none"
+            return "its tags are invalid"
     if fields.find(b"\n\n") != len(fields) - 2 or b"\r" in fields:
-        return "it is not one event"
+        return "it is not exactly one event"
     if not (fields.startswith(b"data: ") or b"\ndata: " in fields):
         return "it has no data"
     if fields.startswith(b"id") or b"\nid" in fields:
         return "it has a second id"
     if b"event" in fields and _RESET.search(fields):
-        return "it says that events are missing"
+        return "its name is reset, which is reserved for gaps"
     if b"\0" in fields and _NUL_NAME.search(fields):
-        return "its name is none"
+        return "its name contains NUL"
     if not fields.isascii():
         try:
             fields.decode()
@@ -308,7 +312,7 @@ def _are_tags(tags: bytes) -> bool:
     )
 
 
-# What a client may come back with: see `hub.Subscription`.
+# A client may come back with such an id: see `hub.Subscription`.
 _LONGEST_ID = 40
 _ID = re.compile(r"[0-9a-f]+-[0-9a-f]+")
 _RESET = re.compile(rb"^event: ?reset$", re.MULTILINE)

@@ -1,7 +1,7 @@
 """``memory:``, the broker for one process: nothing to install, nothing persistent.
 
-Ids are ``<number>-<nonce>`` in hexadecimal digits; the nonce is one of this broker's
-life and the entry's own, so that the ids of an earlier run are not taken for ours.
+Ids are ``<number>-<nonce>`` (see `ids`): the random nonce keeps this broker from taking
+the ids of an earlier run for its own.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["MemoryBroker"]
 
 log = logging.getLogger("syncstream.hub")
 
-_SWEEP = 1000  # publishes between two looks for what is idle
-_HEADS = 10_000  # heads of forgotten channels that are kept, and those of watched ones
+_SWEEP = 1000  # events published between two searches for outdated channels
+_HEADS = 10_000  # the maximum of kept heads of forgotten channels that nobody watches
 _UNSEEN = (
-    "memory: cannot see when a transaction ends, unless it is Django's: events that are"
-    " published with another connection are sent at once, even if that rolls back"
-    " (postgresql: waits for every commit)"
+    "memory: cannot see the commit of a connection that is not Django's: its events are"
+    " sent at once, even if the transaction rolls back (postgresql: waits for every"
+    " commit)"
 )
 
 
@@ -40,15 +40,17 @@ class MemoryBroker:
     """Events in this process's memory.
 
     Args:
-        capacity: So many events of each channel are kept.
-        max_age: Events are kept for so many seconds, and a channel without any is
-            forgotten; ``None`` for no limit.
-        max_size: So many bytes of memory are kept of all channels together (an event
-            takes twice its bytes, and 250), and an eighth of that of each: beyond
-            that the channels that were not written to for longest are emptied.
+        capacity: The maximum of kept events of each channel.
+        max_age: Seconds for which events are kept; a channel without events is
+            forgotten. ``None`` for no limit.
+        max_size: The maximum of bytes that all channels occupy together (an event
+            counts as twice its size plus 250 bytes); one channel may occupy an eighth
+            of it. Beyond the maximum, the channels with the oldest last event are
+            emptied.
 
     Raises:
-        ValueError: One of them is not above 0, or more than engines can count.
+        TypeError: ``capacity`` is not an ``int``, or ``max_age`` is not a number.
+        ValueError: An argument is not above 0, or is larger than engines can count.
     """
 
     scope: Literal["process"] = "process"
@@ -65,18 +67,18 @@ class MemoryBroker:
         self._capacity = capacity
         self._max_age = max_age
         self._max_size = max_size
-        # Reentrant, as all that a garbage collection may enter.
+        # Reentrant: a garbage collection while it is held may publish.
         self._lock = native(_thread, "RLock")()
-        # The one first that was not written to for longest.
+        # In the order of their last events, the oldest first.
         self._logs: OrderedDict[str, Log] = OrderedDict()
         self._size = 0
         self._published = 0
         self._pid = os.getpid()
-        # Of all channels: one that was forgotten has no id a second time.
+        # For all channels, so that a forgotten channel never repeats an id.
         self._next = 1
-        # The heads of channels that were forgotten, and that of all that never had an
-        # event: who has it has missed nothing. Another one in each life, and when
-        # heads are dropped.
+        # The heads of forgotten channels, and the common head of all channels that
+        # never had an event: a client with that id has missed nothing. The common head
+        # changes after a fork, and when kept heads are dropped.
         self._heads: dict[str, str] = {}
         self._room = _HEADS
         self._empty = _empty()
@@ -89,19 +91,19 @@ class MemoryBroker:
         """See `syncstream.brokers.Broker.publish`.
 
         Args:
-            items: Channel and payload of each.
-            connection: Any that `PostgreSQLBroker.publish` takes, to any database.
-                With Django's they are stored when its transaction commits, and only
-                then (`transaction.on_commit`). Others do not tell when they commit:
-                with them events are stored at once, and stay after a rollback, which
-                is logged as a warning, once.
+            items: The channel and the payload of each event.
+            connection: A connection as `PostgreSQLBroker.publish` takes it, to any
+                database. With Django's, the events are stored when its transaction
+                commits (`transaction.on_commit`), and dropped when it rolls back. Other
+                connections do not report their commit: their events are stored at
+                once and stay after a rollback. A warning says so, once a process.
         """
         if connection is not None:
             _at_commit(connection, partial(self.publish, list(items)))
             return [None] * len(items)
         ids: list[str | None] = []
         now = time.monotonic()
-        # The sink is told under the lock: what it gets is in order.
+        # Tell the sink under the lock, so that it gets the entries in order.
         with self._lock:
             self._live_here()
             for channel, payload in items:
@@ -113,7 +115,7 @@ class MemoryBroker:
                 before = log.size
                 log.append(entry)
                 self._size += log.size - before
-                # Each has a bound of its own, or a noisy one would be all there is.
+                # Each channel has its own bound: a noisy one must not displace all.
                 self._trim(log, now, self._max_size / 8)
                 self._logs.move_to_end(channel)
                 while self._size > self._max_size:
@@ -133,10 +135,10 @@ class MemoryBroker:
         return id
 
     def _live_here(self) -> None:
-        """Begin another life in a process that was forked, with the same events.
+        """Give all events new ids if this process has been forked.
 
-        Its siblings have them, too, and go on otherwise: under the same ids one of
-        them would take another's for its own, and miss what came there.
+        Parent and children continue the same events differently. With the same ids, a
+        client that moves from one process to another would miss events unnoticed.
         """
         if self._pid == os.getpid():
             return
@@ -162,12 +164,12 @@ class MemoryBroker:
         self._size += log.size - before
 
     def _empty_oldest(self) -> None:
-        """Drop the events of the channel that was not written to for longest."""
+        """Drop the events of the channel whose last event is the oldest."""
         channel, log = self._logs.popitem(last=False)
         self._size -= log.size
         self._heads[channel] = log.head
         if len(self._heads) > self._room:
-            # Who listens knows the head: it must go on from there.
+            # Keep the heads of watched channels: their subscribers go on from there.
             watched = self.watched.names.difference(self._logs)
             self._heads = {name: self._head(name) for name in watched}
             self._room = _HEADS + 2 * len(self._heads)
@@ -178,7 +180,7 @@ class MemoryBroker:
         return self._heads.get(channel, self._empty)
 
     def _sweep(self, now: float) -> None:
-        """Forget channels of which all is too old: those that come first."""
+        """Forget the channels, at the front, whose events are all too old."""
         since = self._since(now)
         for _ in range(len(self._logs)):
             log = next(iter(self._logs.values()))
@@ -203,11 +205,11 @@ class MemoryBroker:
             return Page(entries, position is not None and follows == after, log.head)
 
     def newest(self, channel: str, count: int) -> tuple[str, str]:
-        """Return the id before the newest events of a channel, and its head's.
+        """Return the id before a channel's newest events, and the head's id.
 
         Args:
-            channel: Its name.
-            count: Of so many of them, or all that are kept.
+            channel: The channel's name.
+            count: The number of newest events; all kept ones if there are fewer.
         """
         with self._lock:
             self._live_here()
@@ -224,7 +226,7 @@ class MemoryBroker:
         self._sink = sink
 
     def watch(self, channel: str) -> None:
-        # Not while somebody publishes: after it, all is told.
+        # Under the lock, so that every event published after this is told.
         with self._lock:
             self.watched.add(channel)
 
@@ -241,10 +243,10 @@ class MemoryBroker:
 
 
 def _at_commit(connection: Any, publish: Callable[[], object]) -> None:
-    """Publish when a connection's transaction commits, if it tells that; else now."""
+    """Publish when a connection's transaction commits; now if it reports no commit."""
     if not callable(getattr(connection, "cursor", None)):
         raise TypeError(
-            f"connection must be a database's connection, got {type(connection)!r}"
+            f"connection must be a database connection, got {type(connection)!r}"
         )
     if iscoroutinefunction(getattr(connection, "commit", None)):
         raise TypeError(f"connection must not be async, got {type(connection)!r}")

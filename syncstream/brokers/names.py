@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import (
-    Iterator,
-)
+from collections.abc import Iterator
 from typing import Any
 
 __all__ = ["NAME", "check_name", "is_name", "is_pattern", "matches", "patterns_of"]
@@ -19,8 +17,9 @@ def is_pattern(name: str) -> bool:
 def matches(pattern: str, channel: str) -> bool:
     """Tell whether a pattern matches a channel.
 
-    ``chat:*`` matches one level more (``chat:7``), ``logs:#`` any number of levels,
-    none included (``logs``, ``logs:a``, ``logs:a:b``); ``*`` and ``#`` alone likewise.
+    ``chat:*`` matches exactly one more level (``chat:7``); ``logs:#`` matches any
+    number of further levels, including none (``logs``, ``logs:a``, ``logs:a:b``). The
+    same holds for ``*`` and ``#`` alone: all names of one level, and all names.
     """
     prefix, _, last = pattern.rpartition(":")
     if last == "#":
@@ -30,7 +29,7 @@ def matches(pattern: str, channel: str) -> bool:
 
 
 def patterns_of(channel: str) -> Iterator[str]:
-    """Return the patterns that match a channel, as many as it has levels and two."""
+    """Yield all patterns that match a channel: two more than it has levels."""
     yield "#"
     place = channel.find(":")
     while place >= 0:
@@ -42,16 +41,22 @@ def patterns_of(channel: str) -> Iterator[str]:
 
 
 _MAX_NAME = 200  # characters of a channel's name
-NAME = re.compile(r"[^\s\x00-\x1f\x7f*#\ud800-\udfff]+")  # surrogates: no UTF-8
+NAME = re.compile(r"[^\s\x00-\x1f\x7f*#\ud800-\udfff]+")  # no UTF-8 has surrogates
 
 
 def check_name(name: Any) -> None:
+    """Check the name of a channel.
+
+    Raises:
+        TypeError: It is not a ``str``.
+        ValueError: It is empty, too long, or has a character that names cannot have.
+    """
     if not isinstance(name, str):
         raise TypeError(f"channel must be str, got {name!r}")
     if not is_name(name):
         raise ValueError(
-            f"channel must be 1 to {_MAX_NAME} characters, without white space, * and"
-            f" #, got {name!r}"
+            f"channel must be 1 to {_MAX_NAME} characters, without white space, control"
+            f" characters, * and #, got {name!r}"
         )
 
 

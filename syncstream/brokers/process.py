@@ -1,8 +1,8 @@
 """The part of a broker that belongs to one process: connections, threads, sockets.
 
-Made at its first use, when gevent has patched what it is going to, and after gunicorn
-has forked. The rule: what was open before a fork is not used after it. Most forks are
-seen as they happen; one that Python is not told of, such as uWSGI's, by the next use.
+It is made at its first use, after gevent has patched and gunicorn has forked. The rule:
+connections opened before a fork are not used after it. Python reports most forks as
+they happen; a fork that it does not see, such as uWSGI's, is noticed at the next use.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ B = TypeVar("B")  # the broker
 
 
 class PerProcess(Generic[B, P]):
-    """The parts of a broker, one for each process; from any thread, without waiting.
+    """The parts of a broker, one for each process; all methods from any thread.
+
+    No method waits.
 
     Args:
-        broker: Whose they are. Neither it nor ``forget`` may be kept by a part.
-        drop: Called with this process's part if the broker is dropped: it may be in
-            the middle of anything, and must neither wait nor raise.
-        forget: Called in a forked child, with the broker and the part of its parent,
-            ``None`` if that had none. Without it that part is kept, untouched.
+        broker: The broker. Its parts must keep no reference to it or to ``forget``.
+        drop: Called with this process's part when the broker is garbage-collected, at
+            any moment: it must neither wait nor raise.
+        forget: Called in a forked child with the broker and the parent's part, or
+            ``None`` if the parent had none. Without it, the parent's part is kept
+            untouched.
     """
 
     def __init__(
@@ -42,23 +45,23 @@ class PerProcess(Generic[B, P]):
         weakref.finalize(broker, _drop, self._parts, drop).atexit = False
 
     def get(self) -> P | None:
-        """Return this process's part; ``None``: it has none yet."""
+        """Return this process's part, ``None`` if there is none yet."""
         part = self._parts.get(os.getpid())
         if part is None and self._parts:
             self.leave_to_parent()
         return part
 
     def begin(self, part: P) -> P:
-        """Return this process's part: this one, unless another thread was faster."""
+        """Set this process's part unless it has one; return the part that it has."""
         return self._parts.setdefault(os.getpid(), part)
 
     def end(self) -> P | None:
-        """Return this process's part, and have none any more."""
+        """Remove this process's part and return it, ``None`` if there is none."""
         part = self.get()
         return None if part is None else self._parts.pop(os.getpid(), None)
 
     def leave_to_parent(self) -> None:
-        """Forget what others have; in a child."""
+        """Forget the parts of other processes; in a forked child."""
         here, broker = os.getpid(), self._broker()
         if self._forget is None or broker is None:
             return
@@ -68,7 +71,7 @@ class PerProcess(Generic[B, P]):
                 self._forget(broker, part)
 
     def forked(self) -> None:
-        """Take note of a fork, in the child."""
+        """Handle a fork, in the child."""
         broker = self._broker()
         if self._parts:
             self.leave_to_parent()

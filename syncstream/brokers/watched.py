@@ -1,7 +1,6 @@
-"""The names that a broker is asked to tell of: one set of them for all engines.
+"""The set of watched names, channels and patterns, as all brokers keep it.
 
-No lock: each change is one of a set's own, and so is each look; whoever looks while
-others change it finds it as it was before or after.
+It needs no lock: each change and each test is one atomic operation of a set.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ __all__ = ["Watched"]
 
 
 class Watched:
-    """Channels and patterns; ``channel in watched`` costs the same however many.
+    """Channels and patterns; ``channel in watched`` costs the same, however many.
 
     Attributes:
-        names: The channels.
-        patterns: The patterns.
+        names: The watched channels.
+        patterns: The watched patterns.
     """
 
     __slots__ = ("names", "patterns")
@@ -32,7 +31,7 @@ class Watched:
         (self.patterns if is_pattern(name) else self.names).discard(name)
 
     def __contains__(self, channel: str) -> bool:
-        # Not each pattern is tried: a channel has a few that match it.
+        # Look up the few patterns that match the channel, instead of trying all.
         return channel in self.names or (
             bool(self.patterns) and not self.patterns.isdisjoint(patterns_of(channel))
         )

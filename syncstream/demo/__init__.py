@@ -1,14 +1,14 @@
 """The demo of ``python -m syncstream demo``: a page, and the stream that feeds it.
 
-``/`` is the page (``page.html``, which asks nothing of any other host), ``/events``
-the stream, ``/health`` says ok. ``POST /wave`` sends an event to every viewer,
+``/`` is the page (``page.html``, which loads nothing from other hosts), ``/events`` the
+stream, and ``/health`` answers ok. ``POST /wave`` sends an event to every viewer.
 ``POST /drop?client=…`` ends the stream that was opened with the same ``client``, so
-that its browser comes back and goes on after the last id it has.
+that its browser reconnects and resumes after its last event id.
 
-It answers its own page only. A page of any other site may send a POST to 127.0.0.1
-from its visitor's browser, which says so by the header Origin; or have its own name
-resolve to 127.0.0.1, which the header Host then says (DNS rebinding). So a Host is an
-address, a name without a dot, this machine's, or the one of ``--host``.
+The demo answers its own page only. A page of another site could send a POST to
+127.0.0.1 from its visitor's browser, which the header Origin shows; or have its own
+name resolve to 127.0.0.1, which the header Host shows (DNS rebinding). So Host must be
+an address, a name without a dot, this machine's name, or that of ``--host``.
 
 Needs the ``demo`` extra; ``settings.py`` is for gunicorn, which serves it.
 """
@@ -37,7 +37,7 @@ from .room import TICK, Room
 __all__ = ["HOST", "app"]
 
 HOST = "SYNCSTREAM_DEMO_HOST"
-"""The environment variable of what ``--host`` says."""
+"""The environment variable that holds the value of ``--host``."""
 
 app = Flask(__name__, static_folder=None)
 room = Room()
@@ -45,13 +45,13 @@ room = Room()
 
 @app.before_request
 def refuse_other_sites() -> None:
-    """Answer 403 to who comes from another site, or by another site's name."""
+    """Answer 403 to requests from another site, or under another site's name."""
     if not is_local(request.host) or not is_same_site(request.origin, request.host):
         abort(403, "the demo answers its own page only: see --host")
 
 
 def is_local(host: str) -> bool:
-    """Tell a Host that no other site's page can have; its port may follow."""
+    """Tell whether no other site can have this Host, with or without a port."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -69,7 +69,7 @@ def is_local(host: str) -> bool:
 
 
 def is_same_site(origin: str | None, host: str) -> bool:
-    """Tell whether a request's Origin, if it has one, is what its Host says."""
+    """Tell whether a request's Origin, if there is one, equals its Host."""
     return origin is None or origin.partition("://")[2] == host
 
 

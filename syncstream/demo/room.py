@@ -1,8 +1,8 @@
-"""The state that the demo's viewers share: numbers, news, and who is here.
+"""The state that the demo's viewers share: numbers, news, and the viewers.
 
-A viewer is a position in the news, not a queue of its own: nobody has to deliver
-anything, and who leaves leaves nothing behind. One gevent worker runs all of this,
-and nothing here waits, so there is nothing to lock.
+A viewer is a position in the news, not a queue: nothing has to be delivered, and a
+viewer that leaves leaves nothing behind. One gevent worker runs all of this, and
+nothing here waits, so no lock is needed.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ __all__ = ["TICK", "Room", "Viewer"]
 TICK = 0.25
 """Seconds between two samples."""
 
-_BUSY, _CALM = 80.0, 50.0  # percent; apart, so that the edge does not chatter
+_BUSY, _CALM = 80.0, 50.0  # percent; different, so that the state does not flicker
 
 
 class Viewer:
     """One open stream.
 
     Attributes:
-        client: What the stream calls itself, ``""`` if it does not.
-        is_dropped: The stream is to end.
+        client: The name that the stream was opened with, ``""`` without one.
+        is_dropped: Whether the stream shall end.
     """
 
     def __init__(self, room: Room, client: str) -> None:
@@ -40,7 +40,7 @@ class Viewer:
         self._position = room.length
 
     def news(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the name and the data of what happened since the last call."""
+        """Yield the name and the data of each event since the last call."""
         missed = self._room.length - self._position
         self._position = self._room.length
         news = self._room.news
@@ -48,11 +48,11 @@ class Viewer:
 
 
 class Room:
-    """The viewers, and what they all see.
+    """The viewers, and the events that they all see.
 
     Attributes:
         news: Names and data of the latest events, oldest first.
-        length: How many events there have ever been.
+        length: The number of all events so far.
     """
 
     def __init__(self) -> None:
@@ -84,16 +84,16 @@ class Room:
         self._say("wave", count=self._waves)
 
     def drop(self, client: str) -> bool:
-        """End a client's streams; tell whether it had any."""
+        """End a client's streams; return whether there were any."""
         found = [v for v in self._viewers if client and v.client == client]
         for viewer in found:
             viewer.is_dropped = True
         return bool(found)
 
     def numbers(self) -> dict[str, float]:
-        """Return the series' names and values, 0 to 100, of about now.
+        """Return the current values of the series, 0 to 100, by name.
 
-        They are measured once a tick, however many viewers ask.
+        They are measured once a tick, however many viewers there are.
         """
         now = time.monotonic()
         if now - self._measured >= TICK * 0.8:
@@ -118,7 +118,7 @@ class Room:
 
 
 class _Cpu:
-    """This machine's processors: how busy they are, lightly smoothed."""
+    """The load of this machine's processors, lightly smoothed."""
 
     def __init__(self) -> None:
         self._before = self._times()
@@ -126,7 +126,7 @@ class _Cpu:
 
     @staticmethod
     def _times() -> tuple[int, int]:
-        """Return the busy and the total jiffies since boot; proc_stat(5)."""
+        """Return the busy and the total jiffies since boot; see proc_stat(5)."""
         try:
             first = Path("/proc/stat").read_text().partition("\n")[0]
         except OSError:
@@ -149,7 +149,7 @@ class _Cpu:
 
 
 def _memory() -> float | None:
-    """Return how much of this machine's memory is taken; proc_meminfo(5)."""
+    """Return the percentage of this machine's memory in use; see proc_meminfo(5)."""
     try:
         text = Path("/proc/meminfo").read_text()
     except OSError:

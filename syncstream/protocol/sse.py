@@ -158,7 +158,8 @@ class Event:
                 raise TypeError(f"id must be str or int, got {id!r}")
             if id.strip() in RESERVED_IDS:  # HTTP strips Last-Event-ID, too
                 raise ValueError(
-                    f"id must not be one that syncstream reserves, got {id.strip()!r}"
+                    f"id {id.strip()!r} is reserved for the end of a stream:"
+                    " use another id"
                 )
         if retry is not None:
             if isinstance(retry, bool) or not isinstance(retry, int):

@@ -1,8 +1,8 @@
 """`check_broker`: tests whether a broker keeps its contract.
 
-`check_broker` runs what a broker of your own must pass, by threads; in a process that
-gevent has patched, by greenlets. It looks at one process: what several make of one
-engine, and an engine that fails, are the broker's own tests.
+It tests a broker of your own with threads, or with greenlets in a process that gevent
+has patched. It tests one process only: write your own tests for several processes that
+share an engine, and for failures of the engine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..runtime.clock import time
 
 __all__ = ["check_broker"]
 
-LIMIT = 15.0  # seconds for what must happen; not what it may take
+LIMIT = 15.0  # seconds to wait for each condition, on a slow machine, too
 
 HOSTILE = (
     *("", "-", "x", "0-0", "1-", "-1", "1-2-3", "ffffffff-ffffffff"),
@@ -54,22 +54,25 @@ def check_broker(
     seed: int = 0,
     remove: Callable[[Broker, str, str], object] | None = None,
 ) -> None:
-    """Check that a broker keeps the contract; see `syncstream.brokers.Broker`.
+    """Check that a broker keeps the contract of `syncstream.brokers.Broker`.
 
     It blocks for some seconds.
 
     Args:
-        make: Returns a broker with nothing in it. Each is closed.
-        capacity: So many events of a channel they keep, exactly; 100 or more.
-        max_age: They keep them for so many seconds; ``None``: that is not looked at.
-            Give brokers that forget soon, in a call of its own.
-        rounds: How often races are run; 10,000 to be sure.
-        seed: Of the random choices.
-        remove: Removes an event of a channel, by its id, from a broker's store, as an
-            operator would (``DELETE``, ``XDEL``); ``None``: that is not looked at.
+        make: Returns a new broker without events. Each is closed.
+        capacity: The number of events that these brokers keep of each channel, exactly;
+            100 or more.
+        max_age: The seconds for which these brokers keep events; then this is the only
+            test, so call it once more, with brokers of a short ``max_age``. ``None``
+            runs all other tests.
+        rounds: The number of repetitions of each race; 10,000 to be sure.
+        seed: The seed of the random choices.
+        remove: Called with a broker, a channel and an id: removes that event from the
+            broker's store, as an operator would (``DELETE``, ``XDEL``). ``None`` skips
+            that test.
 
     Raises:
-        AssertionError: It does not; the message says what is broken.
+        AssertionError: The broker violates the contract; the message names the rule.
         ValueError: ``capacity`` is less than 100.
     """
     if capacity < 100:
@@ -104,7 +107,7 @@ def _require(holds: object, sentence: str) -> None:
 
 
 class _Told:
-    """A sink that keeps what it is told."""
+    """A sink that records its calls."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[str, Entry]] = []
@@ -116,7 +119,7 @@ class _Told:
         self.ids.add(entry.id)
 
     def resync(self, channels: Iterable[str] | None) -> None:
-        """Nothing was read."""
+        """Ignore it: this sink has read nothing."""
 
     def state(self, is_up: bool, reason: str) -> None:
         self.is_up = is_up
@@ -126,9 +129,10 @@ class _Told:
 
 
 class _Tap:
-    """A sink between a broker and a hub that knows what has come through.
+    """A sink between a broker and a hub that records the delivered ids.
 
-    What is published is told a moment later: only then windows have it.
+    A broker may deliver an event a moment after `publish` has returned; only then it is
+    in the hub's windows.
     """
 
     def __init__(self, sink: Sink) -> None:
@@ -149,9 +153,9 @@ class _Tap:
         self._sink.deny(name, reason)
 
     def wait_for(self, ids: Sequence[str | None]) -> None:
-        """Wait until the last is told, of a channel that is subscribed to.
+        """Wait until the last of these ids is delivered; its channel must be watched.
 
-        Those before it may have been trimmed by then.
+        The events before it may have been trimmed by then.
         """
         _wait_for(
             lambda: not ids or ids[-1] in self._ids, "what is published must be told"
@@ -159,7 +163,7 @@ class _Tap:
 
 
 class _Unreliable:
-    """A sink between a broker and a hub that drops, doubles and reorders."""
+    """A sink between a broker and a hub that drops, duplicates and reorders entries."""
 
     def __init__(self, sink: Sink, choose: random.Random) -> None:
         self._sink = sink
@@ -228,7 +232,7 @@ class _Suite:
         finally:
             hub.close()
 
-    # Points 1 to 5.
+    # Storing and resuming.
 
     def stores_bytes_as_they_are(self) -> None:
         payloads = [
@@ -255,7 +259,7 @@ class _Suite:
             )
             _wait_for(
                 lambda: len(told.entries) >= len(payloads),
-                "what is published must be told to who watches it",
+                "published events must be told to the sink of a watched channel",
             )
             _require(
                 [e.payload for _, e in told.entries] == payloads,
@@ -271,11 +275,11 @@ class _Suite:
             each = max(1, min(100, self._capacity // 8))
             start = broker.read("a", None).head
 
-            def publish(who: int) -> None:
+            def publish(publisher: int) -> None:
                 for number in range(each):
-                    broker.publish([("a", b"%d %d" % (who, number))])
+                    broker.publish([("a", b"%d %d" % (publisher, number))])
 
-            _beside(*(partial(publish, who) for who in range(8)))
+            _run_together(*(partial(publish, publisher) for publisher in range(8)))
             _wait_for(lambda: len(told.entries) >= 8 * each, "all must be told")
             entries = broker.read("a", START, 8 * each).entries
             ids = [entry.id for entry in entries]
@@ -289,10 +293,11 @@ class _Suite:
                 "prev must be the id before in its channel, for the first one the head"
                 " that the channel had without events",
             )
-            for who in range(8):
-                own = [e.payload for e in entries if e.payload.startswith(b"%d " % who)]
+            for publisher in range(8):
+                prefix = b"%d " % publisher
+                payloads = [e.payload for e in entries if e.payload.startswith(prefix)]
                 _require(
-                    own == [b"%d %d" % (who, n) for n in range(each)],
+                    payloads == [b"%d %d" % (publisher, n) for n in range(each)],
                     "a publisher's events must be in the order of its calls",
                 )
 
@@ -331,7 +336,7 @@ class _Suite:
                 "after the head of an empty channel its first event must follow",
             )
 
-    # Points 6 to 8, 21.
+    # Trimming, removing, unknown ids.
 
     def trims_by_capacity(self) -> None:
         with self._broker() as broker:
@@ -417,12 +422,12 @@ class _Suite:
     def finds_the_newest(self) -> None:
         with self._broker() as broker:
             newest: Any = getattr(broker, "newest", None)
-            if newest is None:  # it has not promised to
+            if newest is None:  # the method is optional
                 return
             head = broker.read("a", None).head
             _require(
                 tuple(newest("a", 3)) == (head, head),
-                "newest of a channel without events must return its head twice",
+                "newest must return the head twice for a channel without events",
             )
             ids: list[str | None] = [head]
             ids += broker.publish([("a", b"%d" % n) for n in range(5)])
@@ -431,7 +436,7 @@ class _Suite:
                 _require(
                     tuple(newest("a", count)) == (ids[place], ids[-1]),
                     "newest must return the id before so many events, or before all"
-                    " that are kept, and the head",
+                    " kept events, and the head",
                 )
             ids += broker.publish([("a", b"x")] * self._capacity)
             for count in (self._capacity, self._capacity + 3):
@@ -441,7 +446,7 @@ class _Suite:
                     page.complete
                     and [e.id for e in page.entries] == ids[-self._capacity :]
                     and head == ids[-1],
-                    "newest must return the id before those that are kept",
+                    "newest must return the id before the kept events",
                 )
 
     def reads_without_storing(self) -> None:
@@ -456,15 +461,15 @@ class _Suite:
                     page = broker.read(name, after)
                     _require(
                         not page.entries and page.head == head,
-                        "to read a channel must not write to it",
+                        "read must not write to a channel",
                     )
             broker.publish([("used", b"x")])
             _wait_for(lambda: told.entries, "what is published must be told")
             _require(
                 [name for name, _ in told.entries] == ["used"],
-                "to read a channel must not write to it, nor tell of it",
+                "read must not write to a channel, nor have it told",
             )
-            _require(told.is_up, "a broker that tells must be up, by state()")
+            _require(told.is_up, "a broker that tells events must be up, by state()")
 
     def forgets_by_age(self, max_age: float) -> None:
         with self._broker() as broker:
@@ -485,25 +490,25 @@ class _Suite:
                 )
             page = broker.read("a", first)
             kept = [e.id for e in page.entries]
-            # On a machine that is busy it may be too old by now.
+            # On a busy machine the event may be too old by now.
             is_old = time.monotonic() - began > max_age / 2
             _require(
                 not page.complete and (kept == [third] or (is_old and not kept)),
-                "after an id that is too old all that is kept must follow",
+                "after an id that is too old all kept events must follow",
             )
 
     def takes_any_id(self) -> None:
         with self._broker() as broker:
             ids = broker.publish([("a", b"1"), ("a", b"2")])
-            # What numbers are read from, and ids are not.
+            # Texts that int() accepts, but that are not ids.
             like = [f(str(id)) for id in ids for f in LIKE if f(str(id)) != id]
             others = map(str, broker.publish([("b", b"1"), ("b", b"2")]))
             for after in (*HOSTILE, *like, *others):
                 page = broker.read("a", after)
                 _require(
                     not page.complete and [e.id for e in page.entries] == ids,
-                    "after an id that it never gave all that is kept must follow, as"
-                    f" not complete: {after[:40]!r}",
+                    "after an id that the broker never gave all kept events must"
+                    f" follow, as not complete: {after[:40]!r}",
                 )
 
     def does_not_know_ids_of_others(self) -> None:
@@ -514,10 +519,10 @@ class _Suite:
                 page = new.read("a", id)
                 _require(
                     not page.complete or id in [e.id for e in page.entries],
-                    "an id of an earlier life must not be taken for one of this",
+                    "an id of an earlier broker must not be taken for one of this",
                 )
 
-    # Points 9 to 12.
+    # Delivering.
 
     def tells_what_comes_after_watch(self) -> None:
         with self._broker() as broker:
@@ -554,16 +559,17 @@ class _Suite:
                             subscription.read(LIMIT)
                             found = subscription.read(LIMIT)
                         if any(isinstance(event, Gap) for event in found):
-                            continue  # held up for long, and told so
+                            continue  # delayed for too long, and told so
                         numbers = [int(event.data or "") for event in found]
                         expected = list(range(numbers[0], numbers[0] + len(numbers)))
                         _require(
-                            numbers == expected, "nothing may be lost while one comes"
+                            numbers == expected,
+                            "no event may be lost while a subscriber arrives",
                         )
                 finally:
                     stop.append(None)
 
-            _beside(publish, subscribe)
+            _run_together(publish, subscribe)
             for number in range(count):
                 # Between the page's head and the stream that opens after it.
                 head = hub.head("b")
@@ -574,8 +580,8 @@ class _Suite:
                     found += [event.data for event in subscription.read(0)]
                 _require(
                     found == [str(number)],
-                    "one event after head() must be got once, whenever it comes, got"
-                    f" {found!r}",
+                    "an event after head() must be received once, whenever it is"
+                    f" published, got {found!r}",
                 )
 
     def can_be_watched_and_unwatched(self) -> None:
@@ -583,11 +589,11 @@ class _Suite:
             told = _Told()
             broker.attach(told)
             stop: list[None] = []
-            others: list[None] = []  # that came since what is awaited, or before
+            others: list[None] = []  # events published since the last watch
 
             def publish() -> None:
                 while not stop:
-                    # Not so many that what is awaited is trimmed before it is told.
+                    # Not too many: the awaited event must be told before it is trimmed.
                     if len(others) < self._capacity // 2:
                         others.append(None)
                         broker.publish([("a", b"x")])
@@ -601,20 +607,20 @@ class _Suite:
                         (id,) = broker.publish([("a", b"mine")])
                         _wait_for(
                             partial(told.ids.__contains__, id),
-                            "what comes after watch returned must be told",
+                            "events published after watch has returned must be told",
                         )
                         broker.unwatch("a")
                         told.entries.clear()
                 finally:
                     stop.append(None)
 
-            _beside(publish, churn)
+            _run_together(publish, churn)
             broker.unwatch("never watched")
 
     def has_many_channels(self) -> None:
         with self._hub() as hub:
             names = [f"c:{number}" for number in range(min(10_000, 10 * self._rounds))]
-            # Of this process: how busy the machine is is not the broker's doing.
+            # The process's time: the load of the machine must not count.
             began = time.process_time()
             subscriptions = [hub.subscribe(name) for name in names]
             for subscription in subscriptions:
@@ -624,7 +630,10 @@ class _Suite:
             hub.sink.resync(None)
             for name, subscription in zip(names, subscriptions, strict=True):
                 found = [event.data for event in subscription.read(LIMIT)]
-                _require(found == [name], f"each channel has its own, got {found!r}")
+                _require(
+                    found == [name],
+                    f"each channel must have its own events, got {found!r}",
+                )
             seconds = time.process_time() - began
             _require(
                 seconds < LIMIT,
@@ -642,22 +651,23 @@ class _Suite:
             found = _read_all(slow)
             _require(
                 [event.data for event in found] == [*map(str, range(count))],
-                "who is behind the window, but not behind what is kept, gets all",
+                "a subscriber behind the window, but not behind the kept events, must"
+                " get all",
             )
             more = max(count, WINDOW) + 1
             tap.wait_for(hub.publish_many("a", map(str, range(more))))
             reset, *found = _read_all(slow)
             _require(
                 isinstance(reset, Gap) and reset.json()["reason"] == "lagged",
-                "who falls behind what is kept must be told",
+                "a subscriber that falls behind the kept events must be told",
             )
             _require(
                 [event.data for event in found]
                 == [*map(str, range(more - count, more))],
-                "after a reset all that is kept must follow",
+                "after a reset all kept events must follow",
             )
 
-    # Points 22, 24, 30.
+    # Unreliable announcements, closing, and the whole.
 
     def needs_no_reliable_word(self) -> None:
         broker = self._make()
@@ -679,7 +689,7 @@ class _Suite:
                 mine += [event.data for event in _read_all(subscription)]
                 _require(
                     mine == [*map(str, range(count))],
-                    "whatever is told late, twice or not at all, nothing may be lost",
+                    "no event may be lost, even if it is told late, twice or never",
                 )
         finally:
             hub.close()
@@ -704,7 +714,7 @@ class _Suite:
         hub.close()
         for join in joins:
             join()
-        _require(len(ended) == 4, "close() must wake all")
+        _require(len(ended) == 4, "close() must wake all subscribers")
         left = set(threading.enumerate()) - before
         _require(not left, f"close() must leave no thread, got {left!r}")
         _wait_for(
@@ -712,7 +722,7 @@ class _Suite:
         )
 
     def accounts_for_all(self) -> None:
-        """Random publishes, drops, resumes: all is delivered, or a reset tells."""
+        """After random publishes, drops and resumes each event or a reset has come."""
         with self._tapped() as (hub, tap):
             published: list[str] = []
             last: list[str | None] = []
@@ -743,7 +753,7 @@ class _Suite:
 
 
 class _Client:
-    """Reads, is cut off anywhere, and comes back with the id it has."""
+    """Reads, loses its connection anywhere, and resumes after its last id."""
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
@@ -776,15 +786,15 @@ class _Client:
                 continue
             _require(
                 number == expected or (may_skip and number > expected),
-                f"each event must be got once, in order, or a reset before: expected"
-                f" {expected}, got {number}",
+                f"each event must be received once, in order, or a reset before it:"
+                f" expected {expected}, got {number}",
             )
             expected, may_skip = number + 1, False
-        _require(expected == len(published), "the newest events must be got")
+        _require(expected == len(published), "the newest events must be received")
 
 
 def _descriptors() -> int:
-    """Return how many are open, where the system tells."""
+    """Return the number of open descriptors; 0 if the system does not show it."""
     try:
         return len(os.listdir("/dev/fd"))
     except OSError:
@@ -814,7 +824,7 @@ def _wait_for(condition: Callable[[], object], sentence: str) -> None:
 
 
 def _start(function: Callable[[], object]) -> Callable[[], None]:
-    """Run something beside us; return what waits for its end."""
+    """Run a function in a thread; return a function that waits for its end."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -835,8 +845,8 @@ def _start(function: Callable[[], object]) -> Callable[[], None]:
     return join
 
 
-def _beside(*functions: Callable[[], object]) -> None:
-    """Run them side by side, to their ends."""
+def _run_together(*functions: Callable[[], object]) -> None:
+    """Run functions in threads at the same time, and wait for all."""
     joins = [_start(function) for function in functions]
     for join in joins:
         join()

@@ -159,7 +159,7 @@ class Leaking(MemoryBroker):
     ("broker", "sentence"),
     [
         (Generous, "id before so many events"),
-        (Hoarding, "id before those that are kept"),
+        (Hoarding, "id before the kept events"),
         (Scribbling, "must not write"),
         (Down, "must be up"),
         (Lenient, "never gave"),
@@ -416,7 +416,7 @@ assert len(broker.read("a", "0").entries) == 4
 def test_memory_says_that_it_cannot_follow_other_transactions():
     """Once; it publishes at once, and returns no ids, as in a transaction."""
     (line,) = check_script(BY_ANOTHER_CONNECTION).splitlines()
-    assert line.startswith("WARNING memory: cannot see when a transaction ends")
+    assert line.startswith("WARNING memory: cannot see the commit of a connection")
 
 
 class Async:

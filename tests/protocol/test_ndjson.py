@@ -410,7 +410,9 @@ def test_feed_after_close(chunk: bytes) -> None:
     """A closed decoder takes no bytes: ValueError."""
     decoder = Decoder()
     decoder.close()
-    with pytest.raises(ValueError, match=r"feed\(\) after close\(\)"):
+    with pytest.raises(
+        ValueError, match=r"feed\(\) must not be called after close\(\)"
+    ):
         decoder.feed(chunk)
 
 
