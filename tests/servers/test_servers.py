@@ -277,7 +277,7 @@ def test_the_sync_worker_is_warned_of():
     """With what ends its streams, and with what to do."""
     with serve("gunicorn-sync", "--timeout", "17") as server:
         (warning,) = ask(server, "/late")["warnings"]
-    assert "--timeout after 17 s" in warning
+    assert "--timeout kills it after 17 s" in warning
     assert "-k gthread" in warning
     with serve("gunicorn-sync", "--timeout", "0") as server:
         (warning,) = ask(server, "/late")["warnings"]
@@ -335,7 +335,7 @@ def test_bridges_of_asgi_servers_are_warned_of(program, kind):
     with program(kind) as server:
         facts = ask(server, "/late")
     assert facts["name"] == "ASGI bridge"
-    assert "a thread for ever" in facts["warnings"][0]
+    assert "keeps its thread for ever" in facts["warnings"][0]
     assert (facts["threads"], facts["stopping"], facts["unsent"]) == (None, None, 0)
 
 
