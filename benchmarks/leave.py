@@ -41,7 +41,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from statistics import median
 from typing import Any
 
-from tests.support.live import SERVERS, TIMEOUT, Client, LiveServer, unique_key
+from tests.support.live import SERVERS, Client, LiveServer, unique_key
+from tests.support.waits import TIMEOUT
 
 from .machine import describe, verdict
 

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from syncstream.protocol import sse
-from tests.support.live import LiveServer, await_true
+from tests.support.live import LiveServer
+from tests.support.waits import await_true
 
 KINDS = ["gunicorn-gevent", "gunicorn-gthread"]
 EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}

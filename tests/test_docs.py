@@ -15,10 +15,11 @@ import pytest
 from syncstream import Hub
 from syncstream.protocol import sse
 from tests import ROOT
-from tests.support.live import LiveServer, await_true
+from tests.support.live import LiveServer
 from tests.support.postgresql_server import PostgreSQL
 from tests.support.programs import program
 from tests.support.redis_server import RedisServer
+from tests.support.waits import await_true
 
 EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
 

@@ -16,8 +16,9 @@ import pytest
 
 from syncstream.protocol import sse
 from tests import ROOT
-from tests.support.live import TIMEOUT, LiveServer, await_true, free_port
+from tests.support.live import LiveServer, free_port
 from tests.support.programs import program
+from tests.support.waits import TIMEOUT, await_true
 
 FILES = sorted((ROOT / "examples").glob("*.py"))
 FAST = {"INTERVAL": "0.02", "PYTHONUNBUFFERED": "1"}  # prints reach the log at once

@@ -23,9 +23,9 @@ from syncstream.brokers.redis import RedisBroker
 from syncstream.brokers.redis import listener as redis_listener
 from syncstream.errors import Unavailable
 from syncstream.runtime.journal import journal
-from tests.support.live import TIMEOUT, await_true
 from tests.support.postgresql_server import PostgreSQL
 from tests.support.redis_server import RedisServer
+from tests.support.waits import TIMEOUT, await_true
 
 
 @pytest.fixture(scope="module")

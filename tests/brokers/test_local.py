@@ -28,9 +28,10 @@ from syncstream.errors import PayloadTooLarge, Unavailable
 from syncstream.runtime.journal import journal
 from syncstream.testing import check_broker
 from tests.brokers.processes import Node, Spread
-from tests.support.live import TIMEOUT, await_true, unique_key
+from tests.support.live import unique_key
 from tests.support.pairs import check_script, come_and_go, read_for_the_newest
 from tests.support.programs import lack, need_root
+from tests.support.waits import TIMEOUT, await_true
 
 FORMATS = Path(__file__).parent / "formats"
 
@@ -98,10 +99,6 @@ class Told:
 
     def deny(self, name, reason):
         raise AssertionError(f"{name} is refused: {reason}")
-
-
-def wait_until(condition):
-    await_true(condition, lambda: "")
 
 
 def kept(broker, channel="a"):
@@ -279,7 +276,7 @@ def test_a_path_is_taken_as_it_is(make, folder, name):
     broker.attach(told)
     broker.watch("a")
     broker.publish([("a", b"x")])
-    wait_until(lambda: told.payloads == [b"x"])
+    await_true(lambda: told.payloads == [b"x"])
     assert os.listdir(folder) == [name]
 
 
@@ -300,7 +297,7 @@ def test_what_is_stored_as_somebody_begins_to_watch(make, monkeypatch):
 
     monkeypatch.setattr(database.Database, "newest", begin)
     other.publish([("b", b"not told")])  # wakes it
-    wait_until(lambda: not is_armed and (told.payloads or told.resyncs))
+    await_true(lambda: not is_armed and (told.payloads or told.resyncs))
     assert told.payloads == [b"told"]
 
 
@@ -645,7 +642,7 @@ def test_a_locked_database(make, folder):
         assert payloads(broker) == [b"1"]
         waiting = threading.Thread(target=broker.publish, args=([("a", b"2")],))
         waiting.start()
-        wait_until(lambda: broker._own()._writer.jobs)
+        await_true(lambda: broker._own()._writer.jobs)
         connection.rollback()
         waiting.join(TIMEOUT)
     assert payloads(broker) == [b"1", b"2"]
@@ -721,6 +718,7 @@ def test_a_disk_that_fails(folder):
 STAYS_DOWN = """
 import os, resource, sys, time
 from syncstream.brokers.local import LocalBroker
+from tests.support.waits import await_true
 from syncstream.errors import Uncertain
 class Told:
     states = []
@@ -735,10 +733,7 @@ def statvfs(path, real=os.statvfs):
     tries.append(path)
     return real(path)
 def wait_until(condition):
-    deadline = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < deadline, (tries, Told.states)
-        time.sleep(0.01)
+    await_true(condition, lambda: (tries, Told.states))
 os.statvfs = statvfs
 broker = LocalBroker(sys.argv[1])
 broker.attach(Told())
@@ -853,7 +848,7 @@ def test_an_older_copy_is_another_log(make, folder):
     page = broker.read("a", ids[-1])
     assert page.entries[0].prev != ids[-1]
     assert [entry.id for entry in page.entries] == new
-    wait_until(lambda: told.resyncs)
+    await_true(lambda: told.resyncs)
 
 
 LISTENER = """
@@ -881,7 +876,7 @@ def test_a_listener_that_is_killed_leaves_nothing(make, folder):
         assert len(os.listdir(f"{folder}/log/wake")) == 2
     broker.publish([("a", b"data: 2\n\n")])
     assert len(os.listdir(f"{folder}/log/wake")) == 1
-    wait_until(lambda: len(told.payloads) == 2)
+    await_true(lambda: len(told.payloads) == 2)
 
 
 def test_who_is_not_woken_looks(make, folder):
@@ -893,8 +888,8 @@ def test_who_is_not_woken_looks(make, folder):
     for name in os.listdir(wake):
         os.unlink(f"{wake}/{name}")
     make().publish([("a", b"x")])
-    wait_until(lambda: told.payloads == [b"x"])
-    wait_until(lambda: os.listdir(wake))
+    await_true(lambda: told.payloads == [b"x"])
+    await_true(lambda: os.listdir(wake))
 
 
 def test_a_socket_that_cannot_be_made_is_tried_again(make, folder):
@@ -907,17 +902,18 @@ def test_a_socket_that_cannot_be_made_is_tried_again(make, folder):
         with contextlib.suppress(FileExistsError):  # the listener was faster
             os.symlink(f"{folder}/nowhere", f"{folder}/log/wake")
             break
-    wait_until(lambda: told.states == [False])
+    await_true(lambda: told.states == [False])
     os.unlink(f"{folder}/log/wake")
-    wait_until(lambda: told.states == [False, True])
+    await_true(lambda: told.states == [False, True])
     make().publish([("a", b"x")])
-    wait_until(lambda: told.payloads == [b"x"])
+    await_true(lambda: told.payloads == [b"x"])
     assert len(os.listdir(f"{folder}/log/wake")) == 1
 
 
 NO_DESCRIPTORS = """
 import contextlib, os, resource, sys, time
 from syncstream.brokers.local import LocalBroker
+from tests.support.waits import await_true
 from syncstream.errors import Unavailable
 class Told(list):
     states = []
@@ -928,10 +924,7 @@ class Told(list):
     def state(self, is_up, reason):
         self.states.append(is_up)
 def wait_until(condition):
-    deadline = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < deadline, (told, told.states)
-        time.sleep(0.01)
+    await_true(condition, lambda: (told, told.states))
 @contextlib.contextmanager
 def none_left():
     taken = []
@@ -997,7 +990,7 @@ def test_no_thread_is_left(make, folder):
     broker.watch("a")
     broker.publish([("a", b"x")])
     assert payloads(broker) == [b"x"]
-    wait_until(lambda: told.payloads == [b"x"])
+    await_true(lambda: told.payloads == [b"x"])
     broker.publish([("a", b"y")])
     assert told.states == [False, True]
 
@@ -1015,9 +1008,9 @@ def test_times_of_whole_seconds_hide_no_listener(make, folder, monkeypatch):
     listener.watch("a")
     os.utime(f"{folder}/log/wake", ns=(second, second))
     listener.publish([("a", b"3")])
-    wait_until(lambda: told.payloads == [b"3"])
+    await_true(lambda: told.payloads == [b"3"])
     publisher.publish([("a", b"4")])
-    wait_until(lambda: told.payloads == [b"3", b"4"])
+    await_true(lambda: told.payloads == [b"3", b"4"])
 
 
 def test_what_was_trimmed_before_it_was_told(make, monkeypatch):
@@ -1039,7 +1032,7 @@ def test_what_was_trimmed_before_it_was_told(make, monkeypatch):
     for _ in range(20):
         broker.publish([("a", b"x")] * 10)
     stop.set()
-    wait_until(lambda: told.resyncs)
+    await_true(lambda: told.resyncs)
 
 
 FORK = """
@@ -1291,7 +1284,7 @@ def test_many_publish_at_once_in_one_transaction(make, folder):
         threads = [threading.Thread(target=publish, args=(n,)) for n in range(20)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(broker._own()._writer.jobs) == 20)
+        await_true(lambda: len(broker._own()._writer.jobs) == 20)
     for thread in threads:
         thread.join(TIMEOUT)
     entries = {entry.id: entry.payload for entry in kept(broker)}
@@ -1311,13 +1304,13 @@ def test_a_listener_that_fails_says_so_and_goes_on(make, folder):
     broker.attach(told)
     broker.watch("a")
     os.rename(folder, f"{folder}-away")
-    wait_until(lambda: told.states == [False])
+    await_true(lambda: told.states == [False])
     with pytest.raises(Unavailable):
         broker.publish([("a", b"x")])
     os.rename(f"{folder}-away", folder)
-    wait_until(lambda: told.states == [False, True])
+    await_true(lambda: told.states == [False, True])
     broker.publish([("a", b"x")])
-    wait_until(lambda: told.payloads == [b"x"])
+    await_true(lambda: told.payloads == [b"x"])
 
 
 DATA = "x'646174613a20780a0a'"  # "data: x", as a hub stores it
@@ -1389,7 +1382,7 @@ def test_a_channel_that_is_damaged_is_named(folder, damage, caplog):
         assert hub.subscribe("a", after="start").read(0) == []
         assert read_to(hub.subscribe("b", after="start"), "1") == ["1"]
         assert hub.stats()["up"]
-        wait_until(lambda: "'a' cannot be read" in caplog.text)
+        await_true(lambda: "'a' cannot be read" in caplog.text)
 
 
 def test_wakes_without_end_hold_up_nobody(make):
@@ -1429,7 +1422,7 @@ def test_the_engine_may_come_later(make, folder):
     os.mkdir(folder)
     broker.watch("a")
     broker.publish([("a", b"x")])
-    wait_until(lambda: told.payloads == [b"x"])
+    await_true(lambda: told.payloads == [b"x"])
 
 
 # Whose it is, and what becomes of its files.
@@ -1570,7 +1563,7 @@ def test_what_is_deleted_before_it_is_told_is_announced(make, folder):
         other = make()
         other.publish([("a", b"x")])
         change(folder, "DELETE FROM event")
-    wait_until(lambda: told.resyncs)
+    await_true(lambda: told.resyncs)
     assert told.payloads == []
 
 
@@ -1586,12 +1579,12 @@ def test_an_older_copy_is_put_back_in_place(make, folder):
     ):
         log.backup(copy)
         broker.publish([("a", b"lost")] * 10)
-        wait_until(lambda: len(told.payloads) == 11)
+        await_true(lambda: len(told.payloads) == 11)
         assert told.resyncs == 0
         copy.backup(log)
-    wait_until(lambda: told.resyncs)
+    await_true(lambda: told.resyncs)
     broker.publish([("a", b"2")])
-    wait_until(lambda: told.payloads[11:] == [b"2"])
+    await_true(lambda: told.payloads[11:] == [b"2"])
     assert payloads(broker) == [b"1", b"2"]
 
 
@@ -1661,7 +1654,7 @@ def test_a_log_never_forks(make, folder, names, caplog):
         ids = [entry.id for entry in kept(broker)]
         assert ids[-4:] == [*theirs, *ours, last]
         assert ids[:-4] == (before if names == ["-shm"] else ids[:-4])
-        wait_until(lambda: told.resyncs)
+        await_true(lambda: told.resyncs)
         page = broker.read("a", before[1])
         assert page.complete is (before[1] in ids)
         process.stdin.close()
@@ -1757,7 +1750,7 @@ def test_the_times_of_files_are_fresh(make, folder, monkeypatch):
     paths = [f"{folder}/log{name}" for name in (*names, f"/wake/{name}")]
     for path in paths:
         os.utime(path, (1, 1))
-    wait_until(lambda: all(os.stat(path).st_mtime > 1e9 for path in paths))
+    await_true(lambda: all(os.stat(path).st_mtime > 1e9 for path in paths))
     assert all(os.stat(path).st_atime > 1e9 for path in paths)
 
 
@@ -2017,7 +2010,7 @@ def test_each_operation_judges(make, folder):
     assert told.states == [False]
     broker.read("a", None)
     broker.watch("a")
-    wait_until(lambda: told.states == [False, True])
+    await_true(lambda: told.states == [False, True])
 
 
 DROPPED = """
@@ -2027,13 +2020,13 @@ if sys.argv[2] == "gevent":
     monkey.patch_all()
 from syncstream import Hub
 from syncstream.brokers.local import LocalBroker
+from tests.support.waits import await_true
 folder, count = sys.argv[1], 100
-def wait_for(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, (descriptors(), threads())
+def wait_until(condition):
+    def holds():
         gc.collect()
-        time.sleep(0.01)
+        return condition()
+    await_true(holds, lambda: (descriptors(), threads()))
 def descriptors():
     return len(os.listdir("/proc/self/fd"))
 def threads():
@@ -2060,14 +2053,14 @@ for number in range(count):
         gc.collect()
 is_over.set()
 publisher.join()
-wait_for(lambda: threads() <= before[1] + 3)
+wait_until(lambda: threads() <= before[1] + 3)
 assert len(os.listdir(f"{folder}/log/wake")) == 1
 events = first.read("b", "0").entries
 assert len(events) == count, len(events)
 assert first.publish([("a", b"y")])
 first.close()
 # Not before: SQLite keeps a file's descriptors while the process has locks of it.
-wait_for(lambda: descriptors() <= before[0] and threads() <= before[1])
+wait_until(lambda: descriptors() <= before[0] and threads() <= before[1])
 assert sorted(os.listdir(f"{folder}/log")) == ["lock", "log.db", "wake"]
 """
 

@@ -38,10 +38,10 @@ from syncstream.protocol import sse
 from syncstream.runtime.journal import journal
 from tests import ROOT
 from tests.support.clock import Clock
-from tests.support.live import await_true
 from tests.support.pairs import check_script, come_and_go, read_for_the_newest
 from tests.support.postgresql_server import Line, PostgreSQL
 from tests.support.tcp_proxy import Proxy
+from tests.support.waits import await_true
 
 FORMATS = Path(__file__).parent / "formats"
 LIMIT = 20.0  # seconds for what must happen; not what it may take

@@ -41,8 +41,7 @@ from tests.support.pairs import check_script, come_and_go, read_for_the_newest
 from tests.support.programs import certificate
 from tests.support.redis_server import RedisServer, Sentinel
 from tests.support.tcp_proxy import Proxy
-
-TIMEOUT = 15.0  # seconds to wait for what must happen; not what it may take
+from tests.support.waits import TIMEOUT, await_true
 
 _prefixes = itertools.count()
 
@@ -94,13 +93,6 @@ def own(url):
 
 def at(port, *query):
     return f"redis://127.0.0.1:{port}?{'&'.join(query)}"
-
-
-def await_true(condition, explain=lambda: ""):
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {TIMEOUT} s in vain {explain()}"
-        time.sleep(0.005)
 
 
 @contextlib.contextmanager
@@ -856,6 +848,7 @@ if sys.argv[2] == "gevent":
     monkey.patch_all()
 import redis
 from syncstream.brokers.redis import RedisBroker
+from tests.support.waits import await_true
 
 class Sink:
     def deliver(self, *words): pass
@@ -876,10 +869,11 @@ for number in range(5):
     found.append(weakref.ref(broker))
     del broker
 assert [reference() for reference in found] == [None] * 5
-deadline = time.monotonic() + 15
-while len(client.client_list()) > before or threading.active_count() > threads:
-    assert time.monotonic() < deadline, client.client_list()
-    time.sleep(0.01)
+await_true(
+    lambda: len(client.client_list()) <= before
+    and threading.active_count() <= threads,
+    client.client_list,
+)
 client.close()
 """
 
@@ -1690,18 +1684,13 @@ if sys.argv[2] == "gevent":
     from gevent import monkey
     monkey.patch_all()
 from syncstream.brokers.redis import RedisBroker
+from tests.support.waits import await_true
 
 class Told(list):
     def deliver(self, channel, entry): self.append(entry.payload)
     def resync(self, channels): lost.append(list(channels))
     def state(self, is_up, reason): raise AssertionError(reason)
     def deny(self, name, reason): raise AssertionError(reason)
-
-def await_true(condition):
-    deadline = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 lost, told = [], Told()
 broker = RedisBroker(sys.argv[1])

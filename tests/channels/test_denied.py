@@ -10,7 +10,8 @@ from syncstream.brokers.memory import MemoryBroker
 from syncstream.channels import control
 from syncstream.channels.control import CONTROL, Kick
 from syncstream.runtime.journal import journal
-from tests.support.pairs import Threads, await_true
+from tests.support.pairs import Threads
+from tests.support.waits import await_true
 
 PLACE = Threads()
 
@@ -75,7 +76,7 @@ def said(caplog, name="'a'"):
         texts = [(record, record.getMessage()) for record in caplog.records]
         return [r for r, text in texts if f"refuses {name}," in text]
 
-    await_true(PLACE, lines)
+    await_true(lines)
     journal().flush()
     return lines()
 
@@ -121,7 +122,7 @@ def test_the_listener_is_refused(hub, names, caplog):
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    await_true(PLACE, lambda: any(c.record.waiters for c in denied[0]._named))
+    await_true(lambda: any(c.record.waiters for c in denied[0]._named))
     for _ in range(2):
         hub.sink.deny("a", "NOPERM")
     waiting.join(15)
@@ -183,7 +184,7 @@ def shared(broker):
 
 
 def await_kicked(subscription):
-    await_true(PLACE, lambda: subscription.is_closed)
+    await_true(lambda: subscription.is_closed)
     assert subscription.reason == "kicked"
 
 
@@ -200,7 +201,7 @@ def test_kicks_that_are_refused(shared, broker, what, caplog):
     assert ann.is_closed
     assert not bob.is_closed
     text = "kicks of other processes are not heard"
-    await_true(PLACE, lambda: text in caplog.text)
+    await_true(lambda: text in caplog.text)
     shared.close()
     journal().flush()
     assert caplog.text.count(text) == 1
@@ -219,7 +220,7 @@ def test_kicks_that_are_allowed_again(shared, broker, what, by, monkeypatch, cap
     elif by == "kick":
         assert shared.kick(who="bob") == 0
     await_kicked(ann)
-    await_true(PLACE, lambda: "kicks are heard again" in caplog.text)
+    await_true(lambda: "kicks are heard again" in caplog.text)
     newcomers = begun(shared, who="ann"), begun(shared, who="bob")
     assert shared.kick(who="bob") == 1
     assert not newcomers[0].is_closed
@@ -233,7 +234,7 @@ def test_kicks_that_were_refused_for_a_while(shared, broker, by, monkeypatch):
     """They are read on from the place of before: it ends whom it names."""
     monkeypatch.setattr(control, "ASK_AGAIN", 0.05 if by == "time" else 60)
     ann, bob = begun(shared, who="ann"), begun(shared, who="bob")
-    await_true(PLACE, lambda: not shared.subscribers.control.is_reading)
+    await_true(lambda: not shared.subscribers.control.is_reading)
     broker.watches.add(CONTROL)
     broker.unwatch(CONTROL)
     shared.sink.deny(CONTROL, "NOPERM")

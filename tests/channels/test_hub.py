@@ -39,14 +39,12 @@ from tests.support.pairs import (
     Browser,
     Greenlets,
     Threads,
-    await_true,
     check_script,
     serve,
     stream_of,
 )
 from tests.support.pairs import Line as PairsLine
-
-TIMEOUT = 15.0
+from tests.support.waits import TIMEOUT
 
 
 class Line(PairsLine):
@@ -144,7 +142,7 @@ def test_it_waits(hub, place):
         return [next(subscription).data, *data(subscription.read())]
 
     join = place.start(read)
-    await_true(place, lambda: hub.stats()["subscribers"] == 1)
+    place.await_true(lambda: hub.stats()["subscribers"] == 1)
     hub.publish("a", "1")
     place.pause(0.01)
     hub.publish("a", "2")
@@ -907,7 +905,7 @@ def test_a_pattern_wakes(hub, place):
         return data(hub.subscribe("chat:*").read())
 
     join = place.start(read)
-    await_true(place, lambda: hub.stats()["subscribers"] == 1)
+    place.await_true(lambda: hub.stats()["subscribers"] == 1)
     place.pause(0.02)
     hub.publish("chat:1", "x")
     assert join() == ["x"]
@@ -1217,7 +1215,7 @@ def test_an_authorize_that_hangs_ends_a_reader(
     with pytest.raises(Closed, match="denied"):
         place.start(read)()
     assert len(asked) == 1 if is_first else 2
-    await_true(place, lambda: hub.presence("a") == [])
+    place.await_true(lambda: hub.presence("a") == [])
     journal().flush()
     assert "has not answered" in caplog.text
 
@@ -1473,7 +1471,7 @@ def check_close(place):
         place.start(lambda: read("c:*")),
         place.start(lambda: read("a", throttle=100)),
     ]
-    await_true(place, lambda: hub.stats()["subscribers"] == 4)
+    place.await_true(lambda: hub.stats()["subscribers"] == 4)
     place.pause(0.02)
     began = time.monotonic()
     hub.close()
@@ -1521,7 +1519,7 @@ def test_close_of_a_subscription(hub, place):
         return caught.value.reason
 
     join = place.start(read)
-    await_true(place, lambda: hub.stats()["subscribers"] == 1)
+    place.await_true(lambda: hub.stats()["subscribers"] == 1)
     other.close("kicked")
     other.close()
     assert join() == "kicked"
@@ -2092,12 +2090,12 @@ def test_what_is_held_is_given_back_before_each_wait(hub, place, channels):
 
     join = place.start(run)
     for number in range(3):
-        await_true(place, lambda: b"so far" in b"".join(waits))
-        await_true(place, lambda: not held)
+        place.await_true(lambda: b"so far" in b"".join(waits))
+        place.await_true(lambda: not held)
         hub.publish("a", f"event {number}")
         text = b"event %d" % number
-        await_true(place, lambda text=text: text in b"".join(waits))
-    await_true(place, lambda: not held)
+        place.await_true(lambda text=text: text in b"".join(waits))
+    place.await_true(lambda: not held)
     hub.close()
     join()
 
@@ -2303,7 +2301,7 @@ def test_a_kick_while_the_broker_is_asked(place):
         return caught.value.reason
 
     join = place.start(read)
-    await_true(place, lambda: started)
+    place.await_true(lambda: started)
     hub.kick(lambda subscription: True)
     began = time.monotonic()
     assert join() == "kicked"

@@ -9,9 +9,10 @@ from syncstream import Closed, Hub, Unavailable, Uncertain
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.brokers.names import matches
 from syncstream.channels.control import CONTROL, Kick
-from tests.support.pairs import Threads, await_true, check_script
+from tests.support.pairs import Threads, check_script
 from tests.support.postgresql_server import PostgreSQL
 from tests.support.redis_server import RedisServer
+from tests.support.waits import await_true
 
 PLACE = Threads()
 
@@ -74,7 +75,7 @@ def test_kicks_that_cannot_be_read_are_named(hub, broker, monkeypatch, caplog):
     hub.publish("a", "1")
     for _ in range(2):
         assert hub.subscribe("a", who="ann", after="start").read(0) == []
-    await_true(PLACE, lines)
+    await_true(lines)
     assert lines() == 1
     monkeypatch.undo()
     assert hub.subscribe("a", who="ann", after="start").read(0)
@@ -88,7 +89,7 @@ def begun(hub, *channels, **options):
 
 
 def await_end(subscription):
-    await_true(PLACE, lambda: subscription.is_closed)
+    await_true(lambda: subscription.is_closed)
     assert subscription.reason == "kicked"
 
 
@@ -195,7 +196,7 @@ def test_kicks_that_are_gone_end_all_whom_they_may_have_named(is_whole, caplog):
         await_end(named)
         await_end(tagged)
         assert not plain.is_closed
-        await_true(PLACE, lambda: "kicks are missing" in caplog.text)
+        await_true(lambda: "kicks are missing" in caplog.text)
 
 
 def test_a_malformed_kick_ends_all_whom_it_may_have_named(hub, broker):
@@ -293,7 +294,7 @@ def test_it_is_listened_for_while_there_is_somebody(hub, broker):
     begun(hub)
     assert CONTROL not in broker.watched
     first, second = begun(hub, who="ann"), begun(hub, tags=["x"])
-    await_true(PLACE, lambda: not hub.subscribers.control.is_reading)
+    await_true(lambda: not hub.subscribers.control.is_reading)
     reads = broker.reads.count(CONTROL)
     for n in range(20):
         hub.publish("a", str(n))

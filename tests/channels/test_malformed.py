@@ -16,7 +16,8 @@ from syncstream.channels.control import _decoded as kicked
 from syncstream.channels.limits import MOST_SAID
 from syncstream.errors import Unavailable
 from syncstream.runtime.journal import journal
-from tests.support.pairs import Threads, await_true
+from tests.support.pairs import Threads
+from tests.support.waits import await_true
 
 PLACE = Threads()
 
@@ -125,7 +126,7 @@ def test_what_is_told_is_dropped(hub, caplog):
         text = "something in 'a' is no event"
         return [r for r in caplog.records if text in r.getMessage()]
 
-    await_true(PLACE, lines)
+    await_true(lines)
     assert [line.levelno for line in lines()] == [logging.ERROR]
 
 
@@ -186,7 +187,7 @@ def test_what_is_stored_is_passed(hub, broker, payload, caplog):
         assert shape(found) == expected
         assert not found or found[-1].id == last
         resumed.close()
-    await_true(PLACE, lambda: "is no event" in caplog.text)
+    await_true(lambda: "is no event" in caplog.text)
 
 
 def test_nothing_but_what_is_none(hub, broker):
@@ -224,7 +225,7 @@ def test_who_cannot_be_read_is_named(hub, broker, monkeypatch, caplog):
     monkeypatch.setattr(broker, "read", read)
     for _ in range(2):
         assert hub.subscribe("a", after="start").read(0) == []
-    await_true(PLACE, lambda: "'a' cannot be read: no stream" in caplog.text)
+    await_true(lambda: "'a' cannot be read: no stream" in caplog.text)
     journal().flush()
     assert caplog.text.count("cannot be read") == 1
 
@@ -242,6 +243,6 @@ def test_names_without_end_hide_no_line_of_the_hub_s_own(hub, caplog):
     for number in range(MOST_SAID + 1):
         hub.sink.deny(f"n{number}", "no")
     hub.sink.deny(CONTROL, "no")
-    await_true(PLACE, lambda: "kicks of other processes are not heard" in caplog.text)
+    await_true(lambda: "kicks of other processes are not heard" in caplog.text)
     assert "'n99'" in caplog.text
     assert "'n100'" not in caplog.text

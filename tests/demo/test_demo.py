@@ -14,7 +14,8 @@ import syncstream
 from syncstream.__main__ import main
 from tests import ROOT
 from tests.support.browser import await_page, chrome, evaluate, prefer, resize
-from tests.support.live import EVENT_SOURCE, TIMEOUT, Client, await_true, free_port
+from tests.support.live import EVENT_SOURCE, Client, free_port
+from tests.support.waits import TIMEOUT, await_true
 
 COMMAND = (sys.executable, "-m", "syncstream")
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}

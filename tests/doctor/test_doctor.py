@@ -22,8 +22,9 @@ from syncstream.doctor.report import report
 from syncstream.doctor.response import Response
 from syncstream.protocol.sse import END_ID
 from tests import ROOT
-from tests.support.live import LiveServer, await_true, free_port
+from tests.support.live import LiveServer, free_port
 from tests.support.programs import certificate, program
+from tests.support.waits import await_true
 
 # Seconds of listening: what ends by itself may take its time on a busy machine; to
 # what does not, in silence too, the test listens to the end.

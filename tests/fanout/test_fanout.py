@@ -34,16 +34,12 @@ from syncstream.runtime.sockets import native
 from syncstream.runtime.watch import watch
 from syncstream.streams.ends import REASONS
 from syncstream.streams.stream import Stream
-from tests.support.pairs import EVENTS, TIMEOUT, Threads, check_script, tcp_pair
-from tests.support.pairs import await_true as await_true_in
+from tests.support.pairs import EVENTS, Threads, check_script, tcp_pair
+from tests.support.waits import TIMEOUT, await_true
 
 PLACE = Threads()
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
 RETRY = re.compile(rb"retry: ([0-9]+)\n\n")
-
-
-def await_true(condition):
-    await_true_in(PLACE, condition)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -21,15 +21,8 @@ from syncstream.runtime.process import Process
 from syncstream.runtime.waiter import wake_all
 from tests.fanout.faults import Faults
 from tests.fanout.test_fanout import HEAD, Peer, settle
-from tests.support.pairs import (
-    TIMEOUT,
-    Line,
-    Threads,
-    await_true,
-    check_script,
-    serve,
-    stream_of,
-)
+from tests.support.pairs import Line, Threads, check_script, serve, stream_of
+from tests.support.waits import TIMEOUT, await_true
 
 PLACE = Threads()
 ERRORS = [MemoryError, SystemExit]
@@ -215,7 +208,7 @@ class Scene:
             return not any(left.values())
 
         try:
-            await_true(PLACE, is_clean)
+            await_true(is_clean)
         except AssertionError as failure:
             raise AssertionError(f"{left} is left") from failure
 
@@ -325,7 +318,7 @@ def test_a_log_that_takes_its_time_holds_up_nobody(channel, monkeypatch):
         hub.publish("a", "meanwhile")
         here.read_until(lambda events: events)
         other.client.stop("kicked")
-        await_true(PLACE, lambda: not other.served.parked)
+        await_true(lambda: not other.served.parked)
         assert not go_on.is_set()
     finally:
         go_on.set()
@@ -379,7 +372,7 @@ def test_a_descriptor_that_could_sleep(channel, caplog):
     other, peer = Peer(loop, hub), Peer(loop, hub, add=False)
     os.set_blocking(peer.client.fd, True)
     loop.add(peer.client, HEAD)
-    await_true(PLACE, lambda: peer.ends)
+    await_true(lambda: peer.ends)
     assert peer.ends == ["error"]
     hub.publish("a", "1")
     other.read_until(lambda events: events)
@@ -409,7 +402,7 @@ def test_a_sender_that_raises(channel):
         body, is_whole, _ = peer.read_all()
         assert not is_whole, body
         assert peer.texts() == []
-        await_true(PLACE, lambda peer=peer: peer.ends)
+        await_true(lambda peer=peer: peer.ends)
         assert peer.ends == ["error"]
         peer.leave()
     assert loop.sender.name == "write"
@@ -429,7 +422,7 @@ def test_a_hook_that_raises_strands_nobody(channel, caplog):
         before_wait=[broken],
         authorize=(lambda subscription: asked.append(1) or True, 0.05),
     )
-    await_true(PLACE, lambda: len(asked) > 3)
+    await_true(lambda: len(asked) > 3)
     hub.publish("a", "1")
     peer.read_until(lambda events: events)
     peer.leave()
@@ -462,9 +455,9 @@ def test_a_loop_that_cannot_go_on(channel, caplog, monkeypatch):
     loop.call(int)
     for peer in here:
         assert peer.read_all()[1] is False
-        await_true(PLACE, lambda peer=peer: peer.ends == ["error"])
+        await_true(lambda peer=peer: peer.ends == ["error"])
         peer.leave()
-    await_true(PLACE, lambda: loop.is_dead)
+    await_true(lambda: loop.is_dead)
     loop.add(late.client, b"")  # it was on its way
     assert late.socket.recv(10) == b""
     late.leave()
@@ -533,7 +526,7 @@ def test_a_timer_that_raises_comes_again(monkeypatch):
             broken()
 
     syncstream.runtime.watch.watch().call_at(0, call)
-    await_true(PLACE, lambda: len(calls) == 3)
+    await_true(lambda: len(calls) == 3)
 
 
 def test_a_waiter_that_cannot_be_woken():

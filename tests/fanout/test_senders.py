@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from syncstream.fanout.sender import open_sender
-from tests.support.pairs import TIMEOUT, check_script, leave, tcp_pair
+from tests.support.pairs import check_script, leave, tcp_pair
 from tests.support.programs import lack
+from tests.support.waits import TIMEOUT
 
 MANY = 1500
 NO_FD = 1_000_000  # beyond every limit: never open

@@ -22,9 +22,10 @@ import pytest
 from syncstream import Hub
 from syncstream.errors import Unavailable, Uncertain
 from syncstream.protocol import sse
-from tests.support.live import TIMEOUT, LiveServer, await_true, unique_key
+from tests.support.live import LiveServer, unique_key
 from tests.support.postgresql_server import PostgreSQL
 from tests.support.redis_server import RedisServer
+from tests.support.waits import TIMEOUT, await_true
 
 pytestmark = pytest.mark.matrix  # WAYS of serving by brokers
 

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from syncstream.protocol import sse
-from tests.support.live import TIMEOUT, LiveServer, await_true, unique_key
+from tests.support.live import LiveServer, unique_key
+from tests.support.waits import TIMEOUT, await_true
 
 SERVERS = ["gunicorn-gthread", "gunicorn-gevent", "gunicorn-sync", "waitress"]
 LIVE = [kind for kind in SERVERS if kind != "gunicorn-sync"]  # several at once

@@ -12,7 +12,8 @@ from collections import Counter
 import pytest
 
 from syncstream.protocol import sse
-from tests.support.live import LiveServer, await_true, unique_key
+from tests.support.live import LiveServer, unique_key
+from tests.support.waits import await_true
 
 KINDS = ("gunicorn-gthread", "gunicorn-gevent", "werkzeug")
 OPTIONS = {"gunicorn-gthread": ["--threads", "24"]}

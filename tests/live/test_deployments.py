@@ -27,10 +27,11 @@ from celery import Celery
 from syncstream import Hub
 from syncstream.protocol import sse
 from tests import ROOT
-from tests.support.live import TIMEOUT, LiveServer, await_true, unique_key
+from tests.support.live import LiveServer, unique_key
 from tests.support.nginx import Nginx
 from tests.support.programs import lack, program
 from tests.support.redis_server import RedisServer
+from tests.support.waits import TIMEOUT, await_true
 
 pytestmark = pytest.mark.matrix
 

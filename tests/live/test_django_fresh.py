@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tests.support.live import LiveServer, await_true, unique_key
+from tests.support.live import LiveServer, unique_key
+from tests.support.waits import await_true
 
 KINDS = ("gunicorn-sync", "gunicorn-gthread", "gunicorn-gevent")
 EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}

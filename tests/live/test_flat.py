@@ -5,7 +5,8 @@ import socket
 
 import pytest
 
-from tests.support.live import TIMEOUT, Client, LiveServer, await_true
+from tests.support.live import Client, LiveServer
+from tests.support.waits import TIMEOUT, await_true
 
 WARM, MORE = 400, 600
 

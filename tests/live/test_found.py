@@ -3,7 +3,8 @@
 import pytest
 
 from tests.live.test_live import LEFT
-from tests.support.live import LiveServer, await_true, unique_key
+from tests.support.live import LiveServer, unique_key
+from tests.support.waits import await_true
 
 KINDS = ("gunicorn-gthread", "gunicorn-gevent", "pywsgi", "cheroot", "runserver")
 BOTH = [(kind, app) for kind in KINDS for app in ("app", "wrapped")]

@@ -6,7 +6,8 @@ Each framework's application exists twice: as it is, and under the middleware.
 import pytest
 
 from tests.live.test_live import assert_cut, assert_gated
-from tests.support.live import LiveServer, await_true, unique_key
+from tests.support.live import LiveServer, unique_key
+from tests.support.waits import await_true
 
 FRAMEWORKS = ("flask", "django", "bottle", "falcon", "pyramid")
 DECORATED = ("flask", "django", "bottle")

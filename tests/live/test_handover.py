@@ -32,8 +32,9 @@ from tests.soak.handover import (
     warmed,
     wire,
 )
-from tests.support.live import EVENT_SOURCE, TABLE, UNMARKED, await_true, unique_key
+from tests.support.live import EVENT_SOURCE, TABLE, UNMARKED, unique_key
 from tests.support.programs import certificate
+from tests.support.waits import await_true
 
 KINDS = (*TABLE, *OPTIONS)
 GUNICORN = tuple(kind for kind in KINDS if kind.startswith("gunicorn"))

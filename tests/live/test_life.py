@@ -25,11 +25,11 @@ from tests.support.live import (
     TABLE,
     UNMARKED,
     LiveServer,
-    await_true,
     unique_key,
 )
 from tests.support.pairs import vanish
 from tests.support.programs import certificate
+from tests.support.waits import await_true
 
 GEVENT = ("gunicorn-gevent", "pywsgi")
 LEAVES = ("FIN", "RST", "bytes, FIN")

@@ -5,14 +5,8 @@ The table of docs/servers.md is made from this file.
 
 import pytest
 
-from tests.support.live import (
-    GUNICORN,
-    TABLE,
-    UNMARKED,
-    LiveServer,
-    await_true,
-    unique_key,
-)
+from tests.support.live import GUNICORN, TABLE, UNMARKED, LiveServer, unique_key
+from tests.support.waits import await_true
 
 EVENT = "text/event-stream; charset=utf-8"
 # At a yield, or (under gevent) wherever the generator waits; in its own thread.

@@ -15,9 +15,10 @@ import zlib
 import pytest
 
 from tests import ROOT
-from tests.support.live import TIMEOUT, LiveServer, unique_key
+from tests.support.live import LiveServer, unique_key
 from tests.support.nginx import Nginx
 from tests.support.programs import program
+from tests.support.waits import TIMEOUT
 
 EXAMPLE = ROOT / "examples" / "nginx.conf"
 KINDS = ("gunicorn-gthread", "gunicorn-gevent", "uwsgi")

@@ -10,8 +10,9 @@ import pytest
 
 from tests.apps.slow_app import SEND_TIMEOUT
 from tests.live.test_proxy import location
-from tests.support.live import TIMEOUT, Client, Control, LiveServer, unique_key
+from tests.support.live import Client, Control, LiveServer, unique_key
 from tests.support.nginx import Nginx
+from tests.support.waits import TIMEOUT
 
 SOURCES = ("flood", "hand", "chunk", "sub")
 KINDS = ("gunicorn-gthread", "gunicorn-gevent", "waitress")

@@ -14,15 +14,8 @@ import psutil
 import pytest
 
 from tests import ROOT
-from tests.support.live import (
-    EVENT_SOURCE,
-    GUNICORN,
-    TIMEOUT,
-    LiveServer,
-    await_true,
-    free_port,
-    unique_key,
-)
+from tests.support.live import EVENT_SOURCE, GUNICORN, LiveServer, free_port, unique_key
+from tests.support.waits import TIMEOUT, await_true
 
 ROWS = b"".join(b"row %d\n" % n for n in range(20))
 PATIENT = ("--graceful-timeout", "30")

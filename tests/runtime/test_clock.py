@@ -14,7 +14,8 @@ from syncstream import Hub, current_stream
 from syncstream.runtime.clock import time
 from syncstream.runtime.waiting import wait
 from syncstream.streams.contract import Life
-from tests.support.pairs import Line, Threads, await_true, serve, stream_of
+from tests.support.pairs import Line, Threads, serve, stream_of
+from tests.support.waits import await_true
 
 PLACE = Threads()
 
@@ -55,7 +56,7 @@ def test_what_falls_due_does(what):
     stream = stream_of(waits_for_ever(), Writing(), life=Life(**{what: 0.05}))
     join = PLACE.start(lambda: serve(stream))
     if what == "keepalive":
-        await_true(PLACE, lambda: len(written) >= 2)
+        await_true(lambda: len(written) >= 2)
         stream.stop()
     join()
     assert stream.reason == ("closed" if what == "keepalive" else "max_duration")

@@ -31,17 +31,16 @@ from syncstream.streams.ends import REASONS
 from syncstream.streams.monitor import jittered
 from tests import ROOT
 from tests.support.pairs import (
-    TIMEOUT,
     Browser,
     Line,
     Threads,
-    await_true,
     check_script,
     leave,
     serve,
     stream_of,
     tcp_pair,
 )
+from tests.support.waits import TIMEOUT, await_true
 
 PLACE = Threads()
 RETRY = re.compile(rb"retry: (\d+)\n\n")
@@ -320,7 +319,7 @@ def test_an_end_that_the_source_finds_out_first(caplog):
 
         def source():
             leave(client)
-            await_true(PLACE, line.is_hung_up)
+            await_true(line.is_hung_up)
             raise ClientDisconnected
             yield
 
@@ -503,7 +502,7 @@ def test_a_server_that_stops_ends_its_streams(own_record):
         assert b"".join(join()).count(b"retry: ") == 1
     assert [stream.reason for stream in streams] == ["shutdown", "shutdown"]
     # It rests when there are none, and looks again when there are.
-    await_true(PLACE, lambda: not own_record._is_looking)
+    await_true(lambda: not own_record._is_looking)
     flag.clear()
     waits = threading.Barrier(2)
     stream = stream_of(waiting(), line)

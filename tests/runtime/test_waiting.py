@@ -17,17 +17,16 @@ from syncstream.runtime.waiter import Waiter, wake_all
 from syncstream.runtime.waiting import ThreadWait, wait
 from syncstream.runtime.watch import Watch
 from tests.support.pairs import (
-    TIMEOUT,
     Greenlets,
     Line,
     Threads,
-    await_true,
     check_script,
     leave,
     serve,
     stream_of,
     tcp_pair,
 )
+from tests.support.waits import TIMEOUT, await_true
 
 PLACE = Threads()
 
@@ -55,7 +54,7 @@ class Waiting:
         assert self.entered.wait(TIMEOUT)
 
     def await_wait(self):
-        await_true(PLACE, lambda: self.stream.thread_wait)
+        await_true(lambda: self.stream.thread_wait)
 
 
 def waiter(stream_wait, waitable, timeout=None):
@@ -129,7 +128,7 @@ def test_a_wait_returns_what_it_waited_for(kind):
             join = waiting.join
         else:
             join = PLACE.start(waiter(wait, waitable))
-        await_true(PLACE, lambda condition=condition: condition._waiters)
+        await_true(lambda condition=condition: condition._waiters)
         give(waitable)
         got = join() if place == "thread" else (join(), waiting.seen[0])[1]
         assert got == (7 if hasattr(waitable, "put") else True)
@@ -197,7 +196,7 @@ def test_a_pulse_is_not_missed():
     event = threading.Event()
     waiting = Waiting(lambda: in_stream(event))
     waiting.await_wait()
-    await_true(PLACE, lambda: event._cond._waiters)
+    await_true(lambda: event._cond._waiters)
     with event._cond:  # what set() and clear() do
         event._flag = True
         event._cond.notify_all()
@@ -238,7 +237,7 @@ def test_a_dying_waiter_of_an_event_wakes_nobody():
     event = threading.Event()
     waiting = Waiting(lambda: in_stream(event))
     waiting.await_wait()
-    await_true(PLACE, lambda: event._cond._waiters)
+    await_true(lambda: event._cond._waiters)
     with event._cond:
         event._cond.notify_all()  # as set() does
         waiting.stream.stop("kicked")
@@ -259,10 +258,10 @@ def test_a_dying_waiter_passes_a_notification_on(how, monkeypatch):
         monkeypatch.setattr(Watch, "add", lambda self, fd, hung_up: None)
     with tcp_pair() as (server, client):
         waiting = Waiting(lambda: in_stream(items), Line(server))
-        await_true(PLACE, lambda: items.not_empty._waiters)
+        await_true(lambda: items.not_empty._waiters)
         got = []
         join = PLACE.start(lambda: got.append(items.get(timeout=TIMEOUT)))
-        await_true(PLACE, lambda: len(items.not_empty._waiters) == 2)
+        await_true(lambda: len(items.not_empty._waiters) == 2)
         if how == "ended":
             with items.mutex:
                 items._put("item")
@@ -279,7 +278,7 @@ def test_a_dying_waiter_passes_a_notification_on(how, monkeypatch):
             items.put("item")
         else:
             client.close()
-            await_true(PLACE, lambda: is_hung_up(server.fileno()))
+            await_true(lambda: is_hung_up(server.fileno()))
             items.put("item")
         waiting.join()
         join()
@@ -351,7 +350,7 @@ def test_items_are_neither_lost_nor_doubled(kind):
             PLACE.pause(0.001)
     for one in waiting:
         one.join()
-    await_true(PLACE, lambda: len(got) >= total)
+    await_true(lambda: len(got) >= total)
     for _ in joins:
         items.put(total)
     for join in joins:
@@ -367,7 +366,7 @@ def test_every_notification_is_somebodys():
         got = []
         join = PLACE.start(lambda got=got: got.append(items.get(timeout=TIMEOUT)))
         if n % 2:
-            await_true(PLACE, lambda: len(items.not_empty._waiters) == 2)
+            await_true(lambda: len(items.not_empty._waiters) == 2)
         stop = PLACE.start(waiting.stream.stop)
         items.put(n)
         stop()
@@ -390,10 +389,10 @@ def test_a_condition_may_be_held_twice():
             return first, in_stream(condition)
 
     waiting = Waiting(function)
-    await_true(PLACE, lambda: condition._waiters)
+    await_true(lambda: condition._waiters)
     with condition:
         condition.notify()
-    await_true(PLACE, lambda: condition._waiters)
+    await_true(lambda: condition._waiters)
     waiting.stream.stop()
     waiting.join()
     assert waiting.seen == [GeneratorExit]
@@ -410,7 +409,7 @@ def test_a_condition_that_somebody_holds_is_waited_for():
             return in_stream(condition)
 
     waiting = Waiting(function)
-    await_true(PLACE, lambda: condition._waiters)
+    await_true(lambda: condition._waiters)
     with condition:
         waiting.stream.stop()
         PLACE.pause(0.02)
@@ -449,7 +448,7 @@ def test_a_queue_that_is_shut_down(immediate):
         return "shut"
 
     waiting = Waiting(function)
-    await_true(PLACE, lambda: items.not_empty._waiters)
+    await_true(lambda: items.not_empty._waiters)
     items.shutdown(immediate)
     waiting.join()
     assert waiting.seen == ["shut"]
@@ -542,7 +541,7 @@ def test_gevents_in_a_hub():
 
     stream = stream_of(source(), Line())
     join = place.start(lambda: serve(stream))
-    await_true(place, lambda: "waits" in seen)
+    place.await_true(lambda: "waits" in seen)
     stream.stop()
     join()
     assert seen == [1, False, True, "waits"]
@@ -554,7 +553,8 @@ PATCHED = """
 import gevent.monkey
 gevent.monkey.patch_all()
 import gevent, queue, threading
-from tests.support.pairs import Greenlets, Line, await_true, serve, stream_of
+from tests.support.pairs import Greenlets, Line, serve, stream_of
+from tests.support.waits import await_true
 from syncstream import current_stream
 from tests.runtime.test_waiting import WAITABLES, in_stream, waiter
 
@@ -573,7 +573,7 @@ for name, make in WAITABLES.items():
 
         stream = stream_of(source(), Line())
         join = place.start(lambda: serve(stream))
-        await_true(place, lambda: seen)
+        place.await_true(lambda: seen)
         gevent.sleep(0)
         if timeout is None:
             stream.stop()
@@ -628,7 +628,7 @@ def test_waits_elsewhere_are_plain():
 
     stream = stream_of(source(), Line())
     join = PLACE.start(lambda: serve(stream))
-    await_true(PLACE, lambda: seen)
+    await_true(lambda: seen)
     stream.stop()
     join()
     assert sorted(map(str, seen)) == ["True", "helper", "waits"]
@@ -658,7 +658,7 @@ def test_an_interrupted_wait_leaves_no_waiter(kind):
         )
 
     def interrupt():
-        await_true(PLACE, is_waiting)
+        await_true(is_waiting)
         # More than one: what comes just before the system call does not end that.
         while not seen:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
@@ -719,7 +719,7 @@ def test_a_greenlet_that_fails_keeps_no_other_asleep():
     hub = Hub()
     waiters = [InHub(hub, fail), InHub(hub, lambda: woken.append(1))]
     wake_all(waiters)
-    await_true(Greenlets(), lambda: woken)
+    Greenlets().await_true(lambda: woken)
     assert told == [(waiters[0], LookupError)]
 
 

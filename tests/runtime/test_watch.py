@@ -23,17 +23,16 @@ from syncstream.runtime.journal import journal
 from syncstream.runtime.watch import Watch, watch
 from syncstream.streams.contract import Life
 from tests.support.pairs import (
-    TIMEOUT,
     Greenlets,
     Line,
     Threads,
-    await_true,
     check_script,
     leave,
     serve,
     stream_of,
     tcp_pair,
 )
+from tests.support.waits import TIMEOUT, await_true
 
 LEAVES = ("FIN", "RST", "bytes, FIN")
 PLACES = ("threads", "gevent")
@@ -65,7 +64,7 @@ def own_watches(monkeypatch):
     if thread_watch is not None:
         thread_watch._is_over = True
         thread_watch.call_at(0, lambda: None)  # wakes it, to end
-        await_true(Threads(), lambda: not is_looping(thread_watch))
+        await_true(lambda: not is_looping(thread_watch))
         if thread_watch._event_fd >= 0:
             os.close(thread_watch._event_fd)
 
@@ -114,7 +113,7 @@ def test_a_hang_up_is_told_once(any_place, how):
         any_place.pause(0.02)
         assert calls == []
         leave(client, how)
-        await_true(any_place, lambda: calls)
+        any_place.await_true(lambda: calls)
         any_place.pause(3 * syncstream.runtime.watch.LOOK_EVERY)
         fd = server.fileno()
         watch.remove(fd, watch._hung_up[fd])
@@ -140,7 +139,7 @@ def test_a_stream_ends_at_a_hang_up(any_place, how):
     with tcp_pair() as (server, client):
         stream = stream_of(source(), Line(server))
         join = any_place.start(lambda: serve(stream))
-        await_true(any_place, lambda: seen)
+        any_place.await_true(lambda: seen)
         leave(client, how)
         assert join() == [b": ok\n\n", b"data: a\n\n"]
     assert seen == ["waits", ClientDisconnected]
@@ -178,7 +177,7 @@ def test_a_hang_up_is_told_behind_tls(place, how):
                 place.pause(0.02)
                 assert calls == []
             leave(client, how)
-            await_true(place, lambda: calls)
+            place.await_true(lambda: calls)
 
 
 def test_bytes_do_not_wake_it(own_watches, monkeypatch):
@@ -218,8 +217,8 @@ def test_a_stranger_with_the_number_is_left_alone(any_place):
             watch.add(fd, lambda: calls.append("old"))
             os.dup2(stranger.fileno(), fd)
             leave(client)
-            await_true(
-                any_place, lambda: syncstream.runtime.sockets.is_hung_up(kept.fileno())
+            any_place.await_true(
+                lambda: syncstream.runtime.sockets.is_hung_up(kept.fileno())
             )
             any_place.pause(0.12)
             assert calls == []
@@ -246,7 +245,7 @@ def test_remove_leaves_a_stranger_watched(any_place):
         watch.add(fd, strangers)
         watch.remove(fd, mine)
         leave(client)
-        await_true(any_place, lambda: calls)
+        any_place.await_true(lambda: calls)
         watch.remove(fd, strangers)
         any_place.pause(0.06)
     assert calls == ["stranger's"]
@@ -268,7 +267,7 @@ def test_a_connection_is_watched_again(any_place):
             if n < 99:
                 watch.remove(server.fileno(), hung_up)
         leave(client)
-        await_true(any_place, lambda: calls)
+        any_place.await_true(lambda: calls)
         watch.remove(server.fileno(), hung_up)
     assert watch._hung_up == {}
 
@@ -289,7 +288,7 @@ def test_timers_come_in_order(any_place):
             watch.cancel(timers[when])
             watch.cancel(timers[when])
     expected = [when for when in times if when not in cancelled]
-    await_true(any_place, lambda: len(came) >= len(expected))
+    any_place.await_true(lambda: len(came) >= len(expected))
     any_place.pause(0.02)
     assert came == expected
 
@@ -307,7 +306,7 @@ def test_no_timer_comes_early(any_place):
                 early.append(when)
 
         watch.call_at(when, call)
-    await_true(any_place, lambda: len(came) == 50)
+    any_place.await_true(lambda: len(came) == 50)
     assert early == []
 
 
@@ -323,7 +322,7 @@ def test_a_timer_comes_again_until_it_is_cancelled(any_place):
 
     with watch._lock:  # it does not come before we know it
         timer = watch.call_at(time.monotonic(), call)
-    await_true(any_place, lambda: len(came) == 5)
+    any_place.await_true(lambda: len(came) == 5)
     any_place.pause(0.03)
     assert len(came) == 5
 
@@ -337,7 +336,7 @@ def test_a_sooner_timer_is_not_kept_waiting(any_place):
     ]
     any_place.pause(0.01)
     watch.call_at(time.monotonic() + 0.01, lambda: came.append("soon"))
-    await_true(any_place, lambda: came)
+    any_place.await_true(lambda: came)
     assert came == ["soon"]
     for timer in late:
         watch.cancel(timer)
@@ -351,7 +350,7 @@ def test_a_time_months_away_stops_no_clock(any_place):
         any_place.pause(0.02)
         watch.cancel(timer)
     watch.call_at(time.monotonic() + 0.01, lambda: came.append("soon"))
-    await_true(any_place, lambda: came)
+    any_place.await_true(lambda: came)
     assert came == ["soon"]
 
 
@@ -366,7 +365,7 @@ def test_cancelled_timers_are_dropped(place):
     for _ in range(100_000):
         watch.cancel(watch.call_at(later, lambda: came.append("cancelled")))
     assert len(watch._timers) < 3000
-    await_true(place, lambda: len(came) == len(keep))
+    place.await_true(lambda: len(came) == len(keep))
     assert came == list(range(100))
 
 
@@ -383,7 +382,7 @@ def test_a_busy_clock_starves_nobody(any_place):
         with tcp_pair() as (server, client):
             watch.add(server.fileno(), lambda: calls.append(1))
             leave(client)
-            await_true(any_place, lambda: calls)
+            any_place.await_true(lambda: calls)
     finally:
         timer.callback = None
 
@@ -396,12 +395,12 @@ def test_a_callback_that_fails_is_logged(any_place, caplog):
         watch.add(server.fileno(), lambda: 1 / 0)
         watch.add(server2.fileno(), lambda: calls.append("hung up"))
         leave(client)
-        await_true(any_place, lambda: caplog.text.count("ZeroDivisionError") >= 2)
+        any_place.await_true(lambda: caplog.text.count("ZeroDivisionError") >= 2)
         for fd in (server.fileno(),):
             watch._hung_up.pop(fd)
         leave(client2)
         watch.call_at(time.monotonic(), lambda: calls.append("timer"))
-        await_true(any_place, lambda: len(calls) >= 2)
+        any_place.await_true(lambda: len(calls) >= 2)
         watch._hung_up.pop(server2.fileno())
     assert sorted(set(calls)) == ["hung up", "timer"]
     text = "a callback of the watch failed: its stream may not notice an end"
@@ -427,7 +426,7 @@ def test_it_is_used_from_many_threads(own_watches, monkeypatch):
         joins = [place.start(lambda s=server: work(s)) for server, _ in pairs]
         for join in joins:
             join()
-        await_true(place, lambda: len(came) >= 8 * 300)
+        place.await_true(lambda: len(came) >= 8 * 300)
     assert came == [1] * 2400
     assert watch._hung_up == {}
 
@@ -471,7 +470,7 @@ def test_the_servers_own_time_out_is_given_back(own_watches, before):
         stream = stream_of(["a"], Line(server), life=Life(send_timeout=0.4))
         chunks = iter(stream)
         next(chunks), next(chunks)
-        await_true(Threads(), lambda: timeout_of(server) not in (0, before))
+        await_true(lambda: timeout_of(server) not in (0, before))
         assert list(chunks) == []
         stream.close()
         assert timeout_of(server) == before
@@ -484,9 +483,9 @@ def test_a_descriptor_may_be_added_twice(own_watches):
         watch = place.watch()
         watch.add(server.fileno(), lambda: told.append("first"))
         leave(client)
-        await_true(place, lambda: told)
+        place.await_true(lambda: told)
         watch.add(server.fileno(), second := lambda: told.append("second"))
-        await_true(place, lambda: len(told) == 2)
+        place.await_true(lambda: len(told) == 2)
         watch.remove(server.fileno(), second)
     assert told == ["first", "second"]
 
@@ -503,7 +502,7 @@ def test_a_forked_child_leaves_the_streams_alone(own_watches):
     with tcp_pair() as (server, client), tcp_pair() as (server2, client2):
         stream = stream_of(source(), Line(server))
         join = place.start(lambda: serve(stream))
-        await_true(place, lambda: seen)
+        place.await_true(lambda: seen)
         between = stream_of(iter(lambda: "a", None), Line(server2))
         chunks = iter(between)
         next(chunks), next(chunks)
@@ -522,7 +521,7 @@ def test_a_forked_child_leaves_the_streams_alone(own_watches):
                 own_stream = stream_of(source(), Line(own))
                 seen.clear()
                 own_join = place.start(lambda: serve(own_stream))
-                await_true(place, lambda: seen)
+                place.await_true(lambda: seen)
                 leave(peer)
                 own_join()
                 assert own_stream.reason == "disconnected"
@@ -533,7 +532,7 @@ def test_a_forked_child_leaves_the_streams_alone(own_watches):
         assert join() == [b": ok\n\n"]
         assert stream.reason == "disconnected"
         leave(client2)
-        await_true(place, lambda: between.reason)
+        place.await_true(lambda: between.reason)
         assert between.reason == "disconnected"
         chunks.close()
 
@@ -568,7 +567,8 @@ import gevent.monkey
 gevent.monkey.patch_all()
 import gc, os, sys, time
 import gevent
-from tests.support.pairs import Greenlets, Line, await_true, leave
+from tests.support.pairs import Greenlets, Line, leave
+from tests.support.waits import await_true
 from tests.support.pairs import serve, stream_of, tcp_pair
 from syncstream import sleep
 from syncstream.process import stats
@@ -589,7 +589,7 @@ with tcp_pair() as (server, client), tcp_pair() as (server2, client2):
     life = Life(keepalive=0.02, send_timeout=30, max_duration=None)
     stream = stream_of(source(), Written(server), life=life)
     join = place.start(lambda: serve(stream))
-    await_true(place, lambda: seen)
+    place.await_true(lambda: seen)
     between = stream_of(iter(lambda: "a", None), Line(server2))
     chunks = iter(between)
     place.start(lambda: [next(chunks), next(chunks)])()
@@ -612,7 +612,7 @@ with tcp_pair() as (server, client), tcp_pair() as (server2, client2):
                 own_stream = stream_of(source(), Line(own))
                 seen.clear()
                 own_join = place.start(lambda: serve(own_stream))
-                await_true(place, lambda: seen)
+                place.await_true(lambda: seen)
                 leave(peer)
                 own_join()
                 assert own_stream.reason == "disconnected"
@@ -631,7 +631,7 @@ with tcp_pair() as (server, client), tcp_pair() as (server2, client2):
     assert join() == [b": ok\\n\\n"]
     assert stream.reason == "disconnected"
     leave(client2)
-    await_true(place, lambda: between.reason)
+    place.await_true(lambda: between.reason)
     assert between.reason == "disconnected"
     between.close()
     print("parent", os.waitpid(pid, 0)[1])
@@ -651,7 +651,8 @@ def test_a_forked_hub_leaves_the_streams_alone(what):
 
 FULL = """
 import logging, os, resource, sys, threading
-from tests.support.pairs import Greenlets, Line, Threads, await_true, leave, serve
+from tests.support.pairs import Greenlets, Line, Threads, leave, serve
+from tests.support.waits import await_true
 from tests.support.pairs import stream_of, tcp_pair
 from syncstream import sleep
 
@@ -696,7 +697,7 @@ with tcp_pair() as (server, client), tcp_pair() as (server2, client2):
     sys.argv.pop()
     seen.clear()
     join = place.start(lambda: serve(second))
-    await_true(place, lambda: seen)
+    place.await_true(lambda: seen)
     leave(client2)
     assert join() == [b": ok\\n\\n"]
     assert second.reason == "disconnected"
@@ -730,7 +731,7 @@ def test_an_unwatched_stream_is_stopped(monkeypatch, caplog):
 
     stream = stream_of(source(), Line())
     join = place.start(lambda: serve(stream))
-    await_true(place, lambda: seen and stream.thread_wait)
+    place.await_true(lambda: seen and stream.thread_wait)
     stream.stop("shutdown")
     join()
     assert stream.reason == "shutdown"
@@ -989,7 +990,7 @@ def test_a_greenlet_is_interrupted_whatever_it_waits_in(own_watches):
             with tcp_pair() as (server, client):
                 stream = stream_of(source(), Line(server))
                 join = place.start(lambda stream=stream: serve(stream))
-                await_true(place, lambda seen=seen: seen)
+                place.await_true(lambda seen=seen: seen)
                 leave(client)
                 join()
                 assert seen == ["waits", "told"]
@@ -1036,7 +1037,7 @@ def test_stop_in_a_hub(own_watches, when):
             stream.close()
 
     join = place.start(server)
-    await_true(place, lambda: seen)
+    place.await_true(lambda: seen)
     place.pause(0.01)
     if when == "greenlet":
         gevent.spawn(stream.stop, "kicked")
@@ -1067,7 +1068,7 @@ def test_a_life_of_years(own_watches, seconds, caplog):
     with tcp_pair() as (server, client):
         stream = stream_of(source(), Line(server), life=life)
         join = place.start(lambda: serve(stream))
-        await_true(place, lambda: seen)
+        place.await_true(lambda: seen)
         leave(client)
         assert join() == [b": ok\n\n"]
     assert stream.reason == "disconnected"

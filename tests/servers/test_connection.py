@@ -14,7 +14,7 @@ from syncstream.runtime.sockets import acknowledged, give_up_after, is_hung_up, 
 from syncstream.servers import server_of
 from syncstream.servers.connection import Connection
 from syncstream.servers.swap import _check_descriptor
-from tests.support.live import await_true
+from tests.support.waits import await_true
 
 
 @pytest.fixture

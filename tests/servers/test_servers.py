@@ -15,6 +15,7 @@ from syncstream import servers
 from syncstream.servers import server_of
 from tests.support import live
 from tests.support.live import SERVERS, LiveServer, unique_key
+from tests.support.waits import await_true
 
 APP = "tests.apps.servers_app:app"
 PROMPT = 5  # seconds from the signal to the streams; usually 0.05
@@ -121,7 +122,7 @@ def test_what_tells_of_the_stop_keeps_no_request(server):
     with server.get("/leave", headers={"Connection": "close"}) as client:
         assert client.rest() == b"left\n"
     # The thread may still be on its way out of the request.
-    live.await_true(lambda: ask(server, "/left") == [True, [False, False]])
+    await_true(lambda: ask(server, "/left") == [True, [False, False]])
 
 
 def test_what_the_server_keeps_for_a_client_is_counted(server):

@@ -19,9 +19,10 @@ from syncstream.runtime.sockets import is_hung_up
 from syncstream.servers import server_of
 from syncstream.servers.swap import Refused, Swap, read_back
 from tests.apps.swap_app import JUNK, OPENING
-from tests.support.live import SERVERS, TIMEOUT, LiveServer, await_true, unique_key
+from tests.support.live import SERVERS, LiveServer, unique_key
 from tests.support.pairs import check_script, leave, tcp_pair
 from tests.support.programs import certificate
+from tests.support.waits import TIMEOUT, await_true
 
 KINDS = (*SERVERS, "gunicorn-gevent_pywsgi")
 KEEP_ALIVE = (

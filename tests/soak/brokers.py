@@ -53,10 +53,11 @@ from syncstream.errors import Unavailable, Uncertain
 from syncstream.protocol import sse
 from tests import ROOT
 from tests.apps import broker_soak_app
-from tests.support.live import TIMEOUT, LiveServer
+from tests.support.live import LiveServer
 from tests.support.postgresql_server import PostgreSQL
 from tests.support.redis_server import RedisServer
 from tests.support.tcp_proxy import Proxy
+from tests.support.waits import TIMEOUT
 
 MAX_AGE = broker_soak_app.MAX_AGE
 OLD = "99a5dc6"  # the commit whose package runs beside ours

@@ -24,7 +24,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.support.live import TIMEOUT, LiveServer, await_true, unique_key
+from tests.support.live import LiveServer, unique_key
+from tests.support.waits import TIMEOUT, await_true
 
 APP = "tests.apps.handover_app:served"
 OPENING = b": ok\n\n"

@@ -34,7 +34,8 @@ import sys
 import time
 from contextlib import ExitStack
 
-from tests.support.live import TIMEOUT, LiveServer
+from tests.support.live import LiveServer
+from tests.support.waits import TIMEOUT
 
 THREADS = 300  # for each client, for those that have just left, and some
 SERVERS = {

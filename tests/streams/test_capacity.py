@@ -14,7 +14,8 @@ import syncstream.runtime.process
 from syncstream import NDJSONResponse, SSEResponse, StreamMiddleware
 from syncstream.runtime.process import Process, stats
 from syncstream.streams.capacity import Capacity
-from tests.support.pairs import TIMEOUT, Threads, await_true, check_script
+from tests.support.pairs import Threads, check_script
+from tests.support.waits import TIMEOUT, await_true
 
 PLACE = Threads()
 EVENTS = [("Content-Type", "text/event-stream")]
@@ -162,7 +163,7 @@ def test_how_long_a_subscriber_waits(how, monkeypatch):
     places = capacity(reserve_threads=1)
     first = places.admit({}, lambda: 2, leaves=True)
     join = PLACE.start(lambda: places.admit({}, lambda: 2, leaves=True))
-    await_true(PLACE, lambda: places._waiters)
+    await_true(lambda: places._waiters)
     if how == "leaves":
         first.leave_thread()
     elif how == "stays":

@@ -11,15 +11,8 @@ from contextlib import nullcontext, suppress
 import pytest
 
 from syncstream import current_stream, sleep
-from tests.support.pairs import (
-    TIMEOUT,
-    Greenlets,
-    Line,
-    Threads,
-    await_true,
-    serve,
-    stream_of,
-)
+from tests.support.pairs import Greenlets, Line, Threads, serve, stream_of
+from tests.support.waits import TIMEOUT, await_true
 
 
 def queue_of(place):
@@ -109,12 +102,12 @@ def test_a_source_that_swallows_its_end_is_ended(line, caplog, loop, place):
 
     stream = stream_of(source(), line)
     join = place.start(lambda: serve(stream))
-    await_true(place, lambda: "waits" in seen)
+    place.await_true(lambda: "waits" in seen)
     stream.stop()
     assert join() == [b": ok\n\n", b"data: a\n\n"]
     assert seen[-1] == "cleaned up"
     assert sys.gettrace() is None
-    await_true(place, lambda: caplog.records)  # it is said beside the stream
+    place.await_true(lambda: caplog.records)  # it is said beside the stream
     (record,) = caplog.records
     message = record.getMessage()
     assert "source (" in message
@@ -245,8 +238,8 @@ def test_a_ghost_is_named_once(line, caplog, monkeypatch):
     assert left.wait(TIMEOUT)
     stopped = time.monotonic()
     stream.stop()
-    await_true(Threads(), lambda: caplog.records)
-    await_true(Threads(), lambda: time.monotonic() - stopped > 0.2)
+    await_true(lambda: caplog.records)
+    await_true(lambda: time.monotonic() - stopped > 0.2)
     go.set()
     join()
     (record,) = caplog.records
@@ -283,7 +276,7 @@ def test_a_stop_interrupts_no_cleaning_up(line, monkeypatch, tells):
     stream.stop()
     with mine, upstream:
         if not tells:
-            await_true(Threads(), lambda: time.monotonic() - since > 0.03)
+            await_true(lambda: time.monotonic() - since > 0.03)
             stream.shut_down(since, since + TIMEOUT)
             upstream.send(b"x")
         assert cleans.wait(TIMEOUT)

@@ -37,10 +37,8 @@ from syncstream.runtime.journal import journal
 from syncstream.streams import links
 from tests.runtime.test_waiting import Waiting
 from tests.support.pairs import (
-    TIMEOUT,
     Line,
     Threads,
-    await_true,
     check_script,
     leave,
     serve,
@@ -49,6 +47,7 @@ from tests.support.pairs import (
 )
 from tests.support.postgresql_server import PostgreSQL
 from tests.support.redis_server import RedisServer
+from tests.support.waits import TIMEOUT, await_true
 
 PLACE = Threads()
 
@@ -195,7 +194,7 @@ def ends_at_once(source, is_blocked):
     with tcp_pair() as (server, client):
         stream = stream_of(source, Line(server))
         join = PLACE.start(lambda: serve(stream))
-        await_true(PLACE, is_blocked)
+        await_true(is_blocked)
         # In the call itself, if it can be seen: nothing else tells that.
         PLACE.pause(0.02)
         left = time.monotonic()
@@ -242,7 +241,7 @@ def test_a_wait_for_postgresql_ends(what, waits_for, postgresql, caplog):
     ends_at_once(
         source(), lambda: backend and any(blocked in row[0] for row in state())
     )
-    await_true(PLACE, lambda: not state())  # nor does the server go on
+    await_true(lambda: not state())  # nor does the server go on
     journal().flush()
     assert caplog.records == []
 
@@ -390,7 +389,7 @@ def test_a_close_may_wait():
     waiting.await_wait()
     waiting.stream.stop()
     waiting.join()
-    await_true(PLACE, lambda: closed)
+    await_true(lambda: closed)
     assert waiting.stream in closed
 
 
@@ -535,7 +534,7 @@ def test_a_close_without_effect_is_said(monkeypatch, caplog):
     def source():
         current_stream().link(Useless())
         blocked.set()
-        await_true(PLACE, lambda: caplog.records)
+        await_true(lambda: caplog.records)
         yield "a"
 
     ends_at_once(source(), blocked.is_set)
@@ -776,7 +775,7 @@ def test_a_link_that_blocks_holds_nobody_up(blocks):
         second.join()
         go.set()
         first.join()
-        await_true(PLACE, lambda: len(closed_in) == 1 + (blocks == "close"))
+        await_true(lambda: len(closed_in) == 1 + (blocks == "close"))
     assert closed_in.count(first.final) == 1
 
 
@@ -845,7 +844,7 @@ def test_a_link_comes_too_late():
     def function():
         current_stream().stop("kicked")
         current_stream().link(Blocking())
-        await_true(PLACE, lambda: seen)
+        await_true(lambda: seen)
         sleep(60)
 
     waiting = Waiting(function)

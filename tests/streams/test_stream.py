@@ -32,7 +32,8 @@ from syncstream.streams.contract import Format, Life
 from syncstream.streams.output import Output
 from syncstream.streams.send_timeout import SendTimeout
 from tests.support.pairs import Line as PairsLine
-from tests.support.pairs import Threads, await_true, tcp_pair, vanish
+from tests.support.pairs import tcp_pair, vanish
+from tests.support.waits import await_true
 
 EVENTS = Format(sse.encoder(), sse.ends_blank, is_events=True)
 RAW = Format(raw.encode, lambda tail: False)
@@ -968,7 +969,7 @@ def test_who_takes_nothing_is_dropped(line):
         stream = stream_of(["large"], line, RAW, life=Life(send_timeout=0.1))
         chunks = iter(stream)
         next(chunks)
-        await_true(Threads(), lambda: drops)
+        await_true(lambda: drops)
         assert stream.reason == "send_timeout"
         assert list(chunks) == []
 

@@ -15,8 +15,8 @@ from typing import Any
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 
-from tests.support.live import await_true
 from tests.support.programs import program
+from tests.support.waits import await_true
 
 _FLAGS = (
     "--headless",

@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import ROOT
-
-TIMEOUT = 15.0  # seconds to wait for what must happen; not what it may take
+from tests.support.waits import TIMEOUT, await_true
 
 EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
 """What an EventSource asks with."""
@@ -267,17 +266,6 @@ class LiveServer:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-def await_true(
-    condition: Any, explain: Any = lambda: "", timeout: float = TIMEOUT
-) -> None:
-    """Wait until a condition holds, at most so many seconds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited {timeout} s in vain\n{explain()}")
-        time.sleep(0.005)
 
 
 class Control:

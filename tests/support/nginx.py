@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.support.live import TIMEOUT, Client, free_port
+from tests.support.live import Client, free_port
 from tests.support.programs import certificate, program
+from tests.support.waits import TIMEOUT
 
 # What is around a server block. Nothing of it changes how a stream is passed on:
 # one process in the foreground, all its files below its prefix.

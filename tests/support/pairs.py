@@ -20,8 +20,7 @@ from syncstream.runtime.watch import watch
 from syncstream.streams.contract import Format
 from syncstream.streams.stream import Stream
 from tests import ROOT
-
-TIMEOUT = 15.0  # seconds to wait for what must happen; not what it may take
+from tests.support.waits import TIMEOUT, await_true
 
 EVENTS = Format(sse.encoder(), sse.ends_blank, is_events=True)
 
@@ -133,6 +132,9 @@ class Threads:
     def pause(self, seconds: float = 0.002) -> None:
         time.sleep(seconds)
 
+    def await_true(self, condition: Callable[[], Any]) -> None:
+        await_true(condition)
+
     def watch(self) -> Any:
         return watch()
 
@@ -169,6 +171,11 @@ class Greenlets:
 
         gevent.sleep(seconds)
 
+    def await_true(self, condition: Callable[[], Any]) -> None:
+        import gevent
+
+        await_true(condition, pause=gevent.sleep)
+
     def watch(self) -> Any:
         import gevent
 
@@ -194,14 +201,6 @@ def _outcome(function: Callable[[], object]) -> tuple[object, BaseException | No
         return function(), None
     except BaseException as error:
         return None, error
-
-
-def await_true(place: Any, condition: Callable[[], Any]) -> None:
-    """Wait until a condition holds, at most `TIMEOUT` seconds."""
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {TIMEOUT} s in vain"
-        place.pause()
 
 
 def serve(stream: Any) -> list[bytes]:

@@ -22,8 +22,9 @@ from typing import Any
 import psutil
 import psycopg
 
-from tests.support.live import TIMEOUT, await_true, free_port
+from tests.support.live import free_port
 from tests.support.programs import program
+from tests.support.waits import TIMEOUT, await_true
 
 __all__ = ["Line", "PostgreSQL"]
 

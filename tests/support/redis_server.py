@@ -15,8 +15,9 @@ from typing import Any
 
 import redis
 
-from tests.support.live import TIMEOUT, free_port
+from tests.support.live import free_port
 from tests.support.programs import program
+from tests.support.waits import TIMEOUT
 
 
 class RedisServer:
