@@ -86,7 +86,7 @@ class _OpenCursors:
 
     def __init__(self, is_late: bool) -> None:
         self._cursors: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._is_late = is_late
+        self.is_late = is_late
 
     @classmethod
     def of(cls, connection: Any, *, is_late: bool = False) -> _OpenCursors:
@@ -99,7 +99,7 @@ class _OpenCursors:
         """
         for wrapper in connection.execute_wrappers:
             if isinstance(wrapper, cls):
-                wrapper._is_late &= is_late
+                wrapper.is_late &= is_late
                 return wrapper
         cursors = cls(is_late)
         # At the front: `connection.execute_wrapper` removes its own by popping the end.
@@ -127,10 +127,10 @@ class _OpenCursors:
         return closing
 
     def __bool__(self) -> bool:
-        return self._is_late or bool(self._cursors)
+        return self.is_late or bool(self._cursors)
 
     def clear(self) -> None:
-        self._is_late = False
+        self.is_late = False
         self._cursors.clear()
 
 
@@ -199,7 +199,7 @@ class _Streaming(StreamingHttpResponse):
         if _environ.get()[0] is None:
             _find_started()
         _, _, reason = response.status.partition(" ")
-        stream = response._stream
+        stream = wsgi.stream_of(response)
         super().__init__(_body(stream), status=response.status_code, reason=reason)
         self._stream_iterator = self._iterator
         self._resource_closers.append(stream.close)
@@ -229,7 +229,7 @@ class _Streaming(StreamingHttpResponse):
         if environ is None:
             self._response.close()
             raise RuntimeError(_ASGI)
-        stream, before = self._response._stream, self._connection
+        stream, before = wsgi.stream_of(self._response), self._connection
         if before is not None and before.environ is environ:
             return
         if before is not None and not (before.server.is_test and stream.leave()):

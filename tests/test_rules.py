@@ -56,7 +56,6 @@ LONG: dict[str, str] = {}
 KNOWN_READERS = {
     "brokers/postgresql/listener.py",
     "channels/subscription.py",
-    "django.py",
 }
 KNOWN_CLASSES = {
     ("brokers/local/database.py", "Database"),
@@ -140,12 +139,35 @@ def uses_of(file):
             yield node.args[1].value, node.args[0], node.lineno
 
 
+@cache
+def annotated(file):
+    """Return the uses of parameters that are annotated as of a class of this file."""
+    names = {kind.name for kind in classes_of(file)}
+    found = set()
+    for function in ast.walk(FILES[file]):
+        if isinstance(function, ast.FunctionDef):
+            parameters = [*function.args.args, *function.args.kwonlyargs]
+            ours = {p.arg for p in parameters if named(p.annotation) in names}
+            uses = (n for n in ast.walk(function) if isinstance(n, ast.Name))
+            found |= {use for use in uses if use.id in ours}
+    return found
+
+
+def named(annotation):
+    return annotation.id if isinstance(annotation, ast.Name) else None
+
+
 def is_own(value, file):
-    """Whether it is `self`, `cls`, ``super()``, or a class of this file by name."""
+    """Whether it is `self`, `cls`, ``super()``, or by its name of a class of this file.
+
+    That is the class itself, or a parameter that is annotated so.
+    """
     if isinstance(value, ast.Call):
         value = value.func
     names = {"self", "cls", "super", *(kind.name for kind in classes_of(file))}
-    return isinstance(value, ast.Name) and value.id in names
+    return isinstance(value, ast.Name) and (
+        value.id in names or value in annotated(file)
+    )
 
 
 @cache

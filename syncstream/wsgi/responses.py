@@ -237,6 +237,11 @@ class _Streaming(Response):
         return app_iter
 
 
+def stream_of(response: _Streaming) -> Stream:
+    """Return the stream that is a response's body, whatever `response` is now."""
+    return response._stream
+
+
 class SSEResponse(_Streaming):
     """An event stream: each item that the source yields leaves as one event.
 
