@@ -350,6 +350,13 @@ class Subscription:
             and not (mine.is_late() or theirs.is_late())
         )
 
+    def awaits(self, waiter: Wakeable) -> bool:
+        """Have the waiter woken by what is new, of a plain one; tell whether it will.
+
+        ``False``: something is there, or it has to be asked for by `step`.
+        """
+        return self.is_plain and self._is_begun and self._register(waiter)
+
     def poll(self) -> tuple[bytes, int] | None:
         """Return what is new, without waiting, of a plain one.
 

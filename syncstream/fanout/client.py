@@ -14,6 +14,7 @@ from ..channels import limits
 from ..channels.subscription import Subscription
 from ..runtime.clock import time
 from ..runtime.process import Process, Served
+from ..runtime.sockets import GRACE, give_up_after
 from ..streams.capacity import Place
 from .lanes import Job, Lanes, run_safely
 
@@ -84,7 +85,7 @@ class Client:
         *("_loop", "_offer", "acknowledged", "answer_by", "began", "bucket"),
         *("bytes", "callbacks"),
         *("deadline", "early", "events", "fd", "group", "is_chunked", "label"),
-        *("place", "reason", "rest", "since", "subscription", "terms"),
+        *("place", "reason", "rest", "settles_at", "since", "subscription", "terms"),
     )
 
     gevent_hub: None = None  # `wake_all` calls `wake`
@@ -121,9 +122,10 @@ class Client:
         self.early: str | None = None  # an end that came before the client itself
         self.group: Group | None = None  # always, from `_add` to its end
         self.rest: memoryview | None = None  # of a chunk that the kernel has not taken
-        self.since = 0.0  # it takes nothing
+        self.since = 0.0  # it took something then, or was seen to take nothing
         self.acknowledged: int | None = None
         self.answer_by: float | None = None  # the application's, while it is asked
+        self.settles_at = math.inf  # the kernel is to be told of its send timeout then
         self.bucket = 0
 
     @property
@@ -173,11 +175,15 @@ class Client:
     # Its times: see `Wheel`.
 
     def next_time(self) -> float:
-        return min(self.deadline, self.subscription.ask_again_at)
+        return min(self.deadline, self.subscription.ask_again_at, self.settles_at)
 
     def due(self, now: float) -> None:
         if self.reason is not None:
             return
+        if now >= self.settles_at:
+            # Not before: most of those who leave at once have left.
+            self.settles_at = math.inf
+            give_up_after(self.fd, (self.terms.send_timeout or 0.0) + GRACE)
         if now >= self.deadline:
             self._loop.end(self, "max_duration")
         elif self.answer_by is not None:

@@ -36,6 +36,7 @@ class Group:
         clients: By descriptor.
         key: Where others find it, ``None`` if nobody may join it.
         terms: Those of the first; in what matters here they are all the same.
+        moved: When its clients got something last, `time.monotonic`.
         events, bytes: What each of them would have got that was there from the
             beginning.
     """
@@ -49,7 +50,13 @@ class Group:
     gevent_hub: None = None
 
     def __init__(
-        self, loop: Fanout, leader: Subscription, client: Client, key: Hashable = None
+        self,
+        loop: Fanout,
+        leader: Subscription,
+        client: Client,
+        key: Hashable = None,
+        *,
+        moved: float | None = None,
     ) -> None:
         self._loop = loop
         self.leader = leader
@@ -63,7 +70,7 @@ class Group:
         self.retry_at = 0.0  # not before; 0: at any time
         self.lane: Lane | None = None  # the one that reads for it, or was the last to
         self.asked = 0.0  # when it was asked to
-        self.moved = time.monotonic()
+        self.moved = time.monotonic() if moved is None else moved
         self.bucket = 0
         loop.wheel.add(self, self.next_time())
 

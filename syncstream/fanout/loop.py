@@ -4,8 +4,10 @@ One native thread per process, also under gevent, owns them: it waits for all of
 at once, and sends each event's bytes, which were made once, to all who are at one
 place of a channel. A client costs an entry in a table, not a stack.
 
-**Who owns what.** A descriptor that came here is this loop's alone, and only the loop's
-thread writes to it or closes it. It is taken out of epoll before it is closed, and out
+**Who owns what.** `Fanout.add` sends the head, in the thread that brings the client, so
+that the loop need not wake for a client for whom nothing is there yet. From then on the
+descriptor is the loop's alone, and only the loop's thread writes to it or closes it. It
+is taken out of epoll before it is closed, and out
 of the table of clients before that, so no number is ever another's. What came by epoll
 for a client that ended in the same round finds no client.
 
@@ -33,6 +35,7 @@ from __future__ import annotations
 import _thread
 import errno
 import logging
+import math
 import os
 import select
 import socket
@@ -48,10 +51,8 @@ from ..runtime.journal import MOST, journal, report
 from ..runtime.process import EXIT_WAIT, Process, Served, process
 from ..runtime.signals import block_sigpipe
 from ..runtime.sockets import (
-    GRACE,
     acknowledged,
     borrowed,
-    give_up_after,
     has_timed_out,
     hold,
     native,
@@ -74,15 +75,20 @@ log = logging.getLogger("syncstream.fanout")
 
 SEND_BUFFER = 128 * 1024  # bytes; the kernel's own grows to megabytes, and hides a lag
 LAG_EVERY = 0.25  # seconds between two looks at those who lag
-_LONGEST = 60.0  # seconds between two rounds; epoll takes 24 days at most
+_LONGEST = 4.0  # seconds between two rounds: less than `SETTLE`
+SETTLE = 5.0  # seconds, at most, until the kernel is told of the send timeout
 _MOST_FAILURES = 10  # rounds in a row, 0.1 s after each other: then it cannot go on
 _DRAINED = 16 * 65536  # bytes of a client that nobody reads are dropped at its end
 
 # 0 where there is no epoll. (gevent takes select.epoll away, and leaves these.)
 _OUT: int = getattr(select, "EPOLLOUT", 0)
-_GONE: int = sum(
-    getattr(select, name, 0) for name in ("EPOLLRDHUP", "EPOLLERR", "EPOLLHUP")
+_ERROR: int = getattr(select, "EPOLLERR", 0)
+_GONE: int = _ERROR | sum(
+    getattr(select, name, 0) for name in ("EPOLLRDHUP", "EPOLLHUP")
 )
+_ONCE: int = getattr(select, "EPOLLONESHOT", 0)
+# EPIPE is told, whatever the application has made of SIGPIPE.
+_SENT: int = socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0)
 
 _END = b"0\r\n\r\n"
 
@@ -108,10 +114,12 @@ class Fanout:
         self._calls: deque[tuple[Owner, Callable[[], object]]] = deque()
         self._again: deque[tuple[Owner, Callable[[], object]]] = deque()
         self._is_woken = self._is_abandoned = False
+        self._next_look = 0.0  # `time.monotonic`: by then it looks at its calls
         self.is_dead = False  # it takes no one any more
         self._burying = native(_thread, "RLock")()
         self._clients: dict[int, Client] = {}
         self._lagging: dict[int, Client] = {}
+        self._early: set[int] = set()  # descriptors with events, and without a client
         self._looked_at = 0.0
         # By place, form and lanes: a shared group, or a client that is by itself there.
         self._meeting: dict[Hashable, Group] = {}
@@ -145,11 +153,18 @@ class Fanout:
         self.call(lambda: None)
         self._ended.acquire(True, EXIT_WAIT)
 
-    def call(self, function: Callable[[], object], owner: Owner = None) -> None:
+    def call(
+        self,
+        function: Callable[[], object],
+        owner: Owner = None,
+        *,
+        by: float = -math.inf,
+    ) -> None:
         """Call this in the loop, soon; not in a child that has been forked.
 
         Args:
             owner: Who is cut if it fails.
+            by: It may wait until then, `time.monotonic`, or until the loop wakes.
         """
         if self._is_abandoned:
             return
@@ -157,7 +172,11 @@ class Fanout:
         if self.is_dead:
             self._call_the_last()
         # Set by those who call, cleared by the loop before it looks: none is missed.
-        elif not self._is_woken:
+        elif by < self._next_look:
+            self._wake()
+
+    def _wake(self) -> None:
+        if not self._is_woken:
             self._is_woken = True
             try:
                 os.eventfd_write(self._event_fd, 1)
@@ -241,11 +260,26 @@ class Fanout:
                 is the loop's from now.
             head: What is to be sent before all else, framed.
         """
-        hold(client.fd)
-        parked = client.terms.served.parked
+        fd, terms = client.fd, client.terms
+        client.since = now = time.monotonic()
+        hold(fd)
+        rest, problem = _send_head(fd, head), None
+        try:
+            self._epoll.register(fd, _GONE | _ONCE)
+        except (OSError, ValueError) as error:  # ValueError: the loop is dead
+            problem = str(error)
+        if terms.send_timeout is not None:
+            client.settles_at = now + min(SETTLE, terms.send_timeout / 4)
+        by = -math.inf
+        if not rest and client.subscription.awaits(client):
+            by = min(client.next_time(), now + (terms.keepalive or math.inf))
+        parked = terms.served.parked
         parked.add(client)  # first: see `Client.is_given`
         try:
-            self.call(partial(self._add, client, head), client)
+            self.call(partial(self._add, client, rest, problem), client, by=by)
+            # It records these before it looks at its calls: none is missed.
+            if fd in self._early:
+                self._wake()
         except BaseException:
             if client.claim():  # the loop has not heard of it, or will not take it
                 parked.discard(client)
@@ -292,10 +326,11 @@ class Fanout:
             try:
                 if client is not None:
                     if events & _GONE:
-                        self.hung_up(client)
+                        self.hung_up(client, is_error=bool(events & _ERROR))
                     else:
                         self._flush(client)
-                # Else it has ended in this round, or somebody has a call.
+                elif fd != self._event_fd:  # it is on its way, or has ended just now
+                    self._early.add(fd)
             except BaseException as error:
                 self.cut(client, error)
         # After the wait, before the calls are looked at: who calls from here on
@@ -313,11 +348,16 @@ class Fanout:
             self._look_at_lagging()
 
     def _pause(self) -> float:
+        now = time.monotonic()
+        # First: who adds a call after this has looked wakes us, or need not.
+        self._next_look = now + _LONGEST
         if self._again or self._calls:
             return 0.0
         left = self.wheel.left()
         longest = LAG_EVERY if self._lagging else _LONGEST
-        return longest if left < 0 else min(left, longest)
+        pause = longest if left < 0 else min(left, longest)
+        self._next_look = now + pause
+        return pause
 
     def again(self, function: Callable[[], object], owner: Owner) -> None:
         """Call this in the next round."""
@@ -377,33 +417,28 @@ class Fanout:
                 owner, function = self._calls.popleft()
                 self.guard(owner, function)
 
-    def _add(self, client: Client, head: bytes) -> None:
+    def _add(self, client: Client, rest: bytes, problem: str | None) -> None:
         if not client.claim():
             return
         if self.is_dead:
             self._cut(client)
         if client.reason is not None:  # by a failure
             return
+        self._early.discard(client.fd)
         self._clients[client.fd] = client
-        group = Group(self, client.subscription, client)
+        group = Group(self, client.subscription, client, moved=client.since)
         group.add(client)
-        client.rest = memoryview(head)
-        try:
-            # Nothing else keeps a write to it from sleeping, with all others behind it.
-            if os.get_blocking(client.fd):
-                raise ValueError("a descriptor of the loop's must have O_NONBLOCK")
-            self._epoll.register(client.fd, _GONE)
-        except OSError as error:
+        # Nothing else keeps a write to it from sleeping, with all others behind it.
+        if os.get_blocking(client.fd):
+            raise ValueError("a descriptor of the loop's must have O_NONBLOCK")
+        if problem is not None:
             self.end(client, "error")
             text = "%s cannot be waited for: %s"
-            client.terms.lanes.say(logging.WARNING, text, client.label, error)
+            client.terms.lanes.say(logging.WARNING, text, client.label, problem)
             return
-        with suppress(OSError), borrowed(client.fd) as sock:  # Unix has no TCP_NODELAY
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if client.terms.send_timeout is not None:
-            give_up_after(client.fd, client.terms.send_timeout + GRACE)
+        self._epoll.modify(client.fd, _GONE)  # what it has told before is told again
         self.wheel.add(client, client.next_time())
+        client.rest = memoryview(rest)
         self._flush(client)
         if client.early is not None:
             self.end(client, client.early)
@@ -501,7 +536,7 @@ class Fanout:
         if rest is None or client.group is None:
             return
         try:
-            taken = os.write(client.fd, rest)
+            taken = os.write(client.fd, rest) if rest else 0
         except BlockingIOError:
             taken = 0
         except OSError:
@@ -557,8 +592,8 @@ class Fanout:
 
     # Ends.
 
-    def hung_up(self, client: Client) -> None:
-        timed_out = has_timed_out(client.fd)
+    def hung_up(self, client: Client, *, is_error: bool = True) -> None:
+        timed_out = is_error and has_timed_out(client.fd)
         self.end(client, "send_timeout" if timed_out else "disconnected")
 
     def fail(self, client: Client, error: BaseException) -> None:
@@ -650,6 +685,16 @@ class Fanout:
                 is_whole = os.write(client.fd, words) == len(words)
         if (not is_whole or is_cut) and not client.is_chunked:
             reset(client.fd)  # only that tells it that something is missing
+
+
+def _send_head(fd: int, head: bytes) -> bytes:
+    """Prepare a connection, and send what comes first; return what it did not take."""
+    with suppress(OSError), borrowed(fd) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        with suppress(OSError):  # Unix has no TCP_NODELAY
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return head[sock.send(head, _SENT) :] if head else b""
+    return head  # the loop finds out why
 
 
 def _close(fd: int) -> None:

@@ -291,13 +291,21 @@ def forget(epoll: int, fd: int) -> None:
 
 
 class borrowed:
-    """Lends a native socket object for a descriptor without closing it afterwards."""
+    """Lends a native socket object for a descriptor without closing it afterwards.
+
+    Args:
+        fd: The descriptor.
+        family: It matters only for names; -1 asks the kernel.
+        protocol: -1 asks the kernel.
+    """
 
     __slots__ = ("_socket",)
 
-    def __init__(self, fd: int, family: int = socket.AF_INET) -> None:
-        # Without gevent's and Python's subclasses. The family matters only for names.
-        self._socket: Any = _socket.socket(family, _STREAM, 0, fileno=fd)
+    def __init__(
+        self, fd: int, family: int = socket.AF_INET, protocol: int = 0
+    ) -> None:
+        # Without gevent's and Python's subclasses.
+        self._socket: Any = _socket.socket(family, _STREAM, protocol, fileno=fd)
 
     def __enter__(self) -> Any:
         return self._socket

@@ -183,7 +183,7 @@ def _threads(environ: Environ) -> int | None:
 
 def _stays(environ: Environ) -> str | None:
     # Not HTTP_VERSION: a request's header ``Version`` sets it, too.
-    if any(key.startswith("gunicorn.http2") for key in environ):
+    if "gunicorn.http2" in " ".join(environ):
         return "the connection is shared by the streams of HTTP/2"
     if _unreader(environ) is None:  # a pipelined request would be run
         return "gunicorn does not show what it has read ahead"

@@ -85,7 +85,7 @@ _MOST_DESCRIPTORS = 1 << 20
 _LOOK_EVERY = 0.25  # seconds: the server may write more than a pair holds
 _LOOK_AGAIN = 0.005  # seconds, after it did
 _MOST_WRITTEN = 16 << 20
-_FETCHED = 1 << 18  # bytes at once
+_FETCHED = 1 << 16  # bytes at once; for more, malloc would map memory each time
 _SEND_TIMEOUT = 10.0  # seconds, for bytes sent after `undo`
 
 _SWAPPED, _TAKEN, _CLOSED = range(3)
@@ -211,7 +211,9 @@ class Swap:
             # O_NONBLOCK is a flag of the open file, so dup2 does not carry it over. A
             # gevent socket on a blocking file stops the hub; any other socket fails on
             # a non-blocking one.
-            os.set_blocking(theirs.fileno(), os.get_blocking(fd))
+            self._is_blocking = os.get_blocking(fd)
+            if theirs.gettimeout() is not None or not self._is_blocking:
+                os.set_blocking(theirs.fileno(), self._is_blocking)
             _forget_in_hub(fd)
             inode = _inode(theirs.fileno())  # first: nothing may fail after dup2
             # Other programs would inherit the connection by default.
@@ -273,7 +275,8 @@ class Swap:
         self._server.drop_read_ahead(self._environ)
         if type(self._socket) not in self._server.plain_sockets:
             _handed_over.add(self._socket)
-        os.set_blocking(fd, False)
+        if self._is_blocking:
+            os.set_blocking(fd, False)
 
     def undo(self) -> None:
         """Put the connection back, and send the bytes that the server has written.
@@ -457,11 +460,9 @@ def _told(text: object) -> str:
 
 def _check_descriptor(fd: int) -> None:
     try:
-        with borrowed(fd) as sock:
-            kind, protocol, family = (
-                sock.getsockopt(socket.SOL_SOCKET, option)
-                for option in (socket.SO_TYPE, socket.SO_PROTOCOL, socket.SO_DOMAIN)
-            )
+        with borrowed(fd, family=-1, protocol=-1) as sock:
+            kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+            protocol, family = sock.proto, sock.family
     except OSError as error:
         raise Refused(f"not a socket: {error.strerror}") from error
     if kind != socket.SOCK_STREAM or protocol not in (0, socket.IPPROTO_TCP):
@@ -470,7 +471,7 @@ def _check_descriptor(fd: int) -> None:
         raise Refused("the socket is neither TCP nor Unix")
     if family == socket.AF_UNIX:
         try:
-            with borrowed(fd, socket.AF_UNIX) as sock:
+            with borrowed(fd, family=socket.AF_UNIX) as sock:
                 name = sock.getsockname()
         except OSError as error:
             reason = f"the client has left: {error.strerror}"
@@ -665,20 +666,35 @@ def read_back(
     head, blank, body = written.partition(b"\r\n\r\n")
     if not blank or not opening:
         return None
+    read = _read_head(head)
+    if read is None:
+        return None
+    kept, has_chunks = read
+    if (_unchunked(body) if has_chunks else body) != opening:
+        return None
+    # Werkzeug sends chunks to HTTP/1.0 clients, too (3.1).
+    is_chunked = has_chunks and not is_http_1_0
+    ours = b"\r\nConnection: close\r\n\r\n"
+    if is_chunked:
+        ours = b"\r\nTransfer-Encoding: chunked" + ours
+    framed = body if is_chunked else opening
+    return kept + ours + framed, is_chunked
+
+
+@functools.lru_cache(maxsize=16)  # those who come in the same second have the same head
+def _read_head(head: bytes) -> tuple[bytes, bool] | None:
+    """Return a head without what concerns its server's connection, and its framing.
+
+    Returns:
+        The head, and whether the body is chunked; ``None`` if it is no head of a body
+        that goes on until the connection closes, or is transformed.
+    """
     if not _HEAD.fullmatch(head) or _FOREIGN.search(head):
         return None
     codings = [value.strip(b" \t").lower() for value in _CODING.findall(head)]
     if codings not in ([], [b"chunked"]):
         return None
-    if (_unchunked(body) if codings else body) != opening:
-        return None
-    # Werkzeug sends chunks to HTTP/1.0 clients, too (3.1).
-    is_chunked = bool(codings) and not is_http_1_0
-    ours = b"\r\nConnection: close\r\n\r\n"
-    if is_chunked:
-        ours = b"\r\nTransfer-Encoding: chunked" + ours
-    framed = body if is_chunked else opening
-    return _HOP_BY_HOP.sub(b"", head) + ours + framed, is_chunked
+    return _HOP_BY_HOP.sub(b"", head), bool(codings)
 
 
 def _unchunked(body: bytes) -> bytes | None:
