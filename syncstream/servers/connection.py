@@ -85,7 +85,7 @@ def last_event_id(request: Any) -> str | None:
 
 def _environ_of(request: Any) -> Mapping[str, Any]:
     """Return a request's environ: Django keeps it in META, Falcon in env."""
-    if isinstance(request, Mapping):
+    if type(request) is dict or isinstance(request, Mapping):
         return request
     for name in ("environ", "META", "env"):
         environ = getattr(request, name, None)

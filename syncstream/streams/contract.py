@@ -59,7 +59,9 @@ class Life:
     def __post_init__(self) -> None:
         for name in ("keepalive", "send_timeout", "max_duration", "drain"):
             value = getattr(self, name)
-            if value is None or (name == "drain" and value == 0):
+            if value is None or (type(value) is float and 0 < value < math.inf):
+                continue  # most are
+            if name == "drain" and value == 0:
                 continue
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise TypeError(f"{name} must be seconds or None, got {value!r}")

@@ -101,6 +101,9 @@ def _joined(ours: Any, theirs: Any) -> Any:
     return type(ours.__name__, (ours, theirs), {})
 
 
+_CLASS: Any = object.__dict__["__class__"]
+
+
 class _Streaming(Response):
     """A Werkzeug response whose body is a `Stream`."""
 
@@ -126,14 +129,17 @@ class _Streaming(Response):
         if not isinstance(status, (int, str)) or isinstance(status, bool):
             raise TypeError(f"status must be int or str, got {status!r}")
         super().__init__(response=stream, status=status, headers=Headers(merged))
-        if not 200 <= self.status_code <= 599 or CONTROLS.search(self.status):
+        is_text = isinstance(status, str)
+        if not 200 <= self.status_code <= 599 or (
+            is_text and CONTROLS.search(self.status)
+        ):
             raise ValueError(
                 f"status must be an HTTP status from 200 to 599, got {status!r}"
             )
-        if "content-type" not in {name.lower() for name, _ in merged}:
-            del self.headers[
-                "Content-Type"
-            ]  # Werkzeug's default: the user removed ours
+        if headers is not None and not any(
+            n.lower() == "content-type" for n, _ in merged
+        ):
+            del self.headers["Content-Type"]  # Werkzeug's default, not ours
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_DJANGO:
@@ -148,13 +154,15 @@ class _Streaming(Response):
     def __setitem__(self, header: str, value: object) -> None:
         raise TypeError(_not_for_django(self))
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def _become(self, theirs: Any) -> None:
         # Werkzeug's force_type, and so Flask's make_response, gives a foreign response
         # the application's class. The response gets a class that inherits from both.
-        if name == "__class__" and not issubclass(value, _Streaming):
-            ours: Any = type(self)
-            value = _joined(ours, value)
-        super().__setattr__(name, value)
+        ours: Any = type(self)
+        is_ours = issubclass(theirs, _Streaming)
+        _CLASS.__set__(self, theirs if is_ours else _joined(ours, theirs))
+
+    # Not by __setattr__, which each attribute of Werkzeug's would go through.
+    __class__ = property(_CLASS.__get__, _become)
 
     def make_sequence(self) -> None:
         """Refuse to read a stream to its end, which may never come.
@@ -209,14 +217,17 @@ class _Streaming(Response):
         self._connection = connection  # the environ has a weak reference only
         if self._stream.is_over_for(connection):
             self.status_code = 204
+        is_sent = has_body(connection, self.status_code)
+        if is_sent and self.response is self._stream:
+            headers = self.get_wsgi_headers(environ).to_wsgi_list()
+            connection.take(self._stream, headers)
+            return self._stream, self.status, headers
         app_iter, status, headers = super().get_wsgi_response(environ)
-        if not has_body(connection, self.status_code):
+        if not is_sent:
             self._stream.close()
         elif not self.is_sequence:  # a hook may have set plain data instead
             connection.take(self._stream, headers)
-            if self.response is self._stream:
-                app_iter = self._stream
-            elif "content-encoding" in {name.lower() for name, _ in headers}:
+            if "content-encoding" in {name.lower() for name, _ in headers}:
                 warn_of_compression()
         return app_iter, status, headers
 
