@@ -138,8 +138,7 @@ class Waiter:
             self.gevent_hub.switch()
         finally:
             self._is_waiting = False
-            timer.stop()
-            timer.close()
+            timer.close()  # which stops it
 
     def switch(self) -> None:
         """Resume the greenlet, or end its next wait if it does not wait; in the hub."""

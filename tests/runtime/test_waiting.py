@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -307,9 +308,13 @@ def test_a_notification_at_the_last_moment_counts():
     condition = threading.Condition(threading.Lock())
     seen = []
 
+    other = threading.Lock()
+    other.acquire()
+
     def notify():
         with condition:
             condition.notify()
+            condition._waiters.append(other)  # who comes a moment later
 
     def source():
         from syncstream.runtime import waiting
@@ -322,7 +327,7 @@ def test_a_notification_at_the_last_moment_counts():
 
     serve(stream_of(source(), Line()))
     assert seen == [True]
-    assert not condition._waiters
+    assert [*condition._waiters] == [other]  # it was one notification
 
 
 @pytest.mark.parametrize("kind", ["Queue", "LifoQueue", "PriorityQueue"])
@@ -634,21 +639,17 @@ def test_waits_elsewhere_are_plain():
     assert sorted(map(str, seen)) == ["True", "helper", "waits"]
 
 
-@pytest.mark.parametrize("kind", WAITABLES)
-def test_an_interrupted_wait_leaves_no_waiter(kind):
-    """KeyboardInterrupt in the main thread: raised, and the condition is as before."""
+@contextmanager
+def interrupting(seen, ready=lambda: True, before=lambda: None):
+    """Raise KeyboardInterrupt in the wait of the main thread, once it is `ready`.
+
+    Args:
+        seen: Has something once the interrupt has been caught.
+        before: Called by the signal's handler, before it raises.
+    """
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals come to the main thread")
-    waitable = WAITABLES[kind]()
-    condition = getattr(waitable, "not_empty", getattr(waitable, "_cond", waitable))
-    seen, raised = [], []
-
-    def source():
-        try:
-            waiter(in_stream, waitable)()
-        except KeyboardInterrupt:
-            seen.append("interrupted")
-        yield "a"
+    raised = []
 
     def is_waiting():
         # In the system call, or just before it: nothing is half done there.
@@ -658,7 +659,7 @@ def test_an_interrupted_wait_leaves_no_waiter(kind):
         )
 
     def interrupt():
-        await_true(is_waiting)
+        await_true(lambda: is_waiting() and ready())
         # More than one: what comes just before the system call does not end that.
         while not seen:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
@@ -667,19 +668,72 @@ def test_an_interrupted_wait_leaves_no_waiter(kind):
     def raises(*args):
         if not raised:
             raised.append(True)
+            before()
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGUSR1, raises)
+    handler = signal.signal(signal.SIGUSR1, raises)
     try:
         join = PLACE.start(interrupt)
-        assert len(serve(stream_of(source(), Line()))) == 2
+        yield
         join()
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGUSR1, handler)
+
+
+@pytest.mark.parametrize("kind", WAITABLES)
+def test_an_interrupted_wait_leaves_no_waiter(kind):
+    """KeyboardInterrupt in the main thread: raised, and the condition is as before."""
+    waitable = WAITABLES[kind]()
+    condition = getattr(waitable, "not_empty", getattr(waitable, "_cond", waitable))
+    seen = []
+
+    def source():
+        try:
+            waiter(in_stream, waitable)()
+        except KeyboardInterrupt:
+            seen.append("interrupted")
+        yield "a"
+
+    with interrupting(seen):
+        assert len(serve(stream_of(source(), Line()))) == 2
     assert seen == ["interrupted"]
     assert not condition._waiters
     assert condition.acquire(blocking=False)
     condition.release()
+
+
+@pytest.mark.parametrize("how", ["notified", "stopped"])
+def test_an_interrupted_wait_passes_a_notification_on(how):
+    """One that came in the same moment: to the next waiter. An end is its own."""
+    condition, seen, others = threading.Condition(), [], []
+
+    def source():
+        with condition, pytest.raises(KeyboardInterrupt):
+            in_stream(condition)
+        seen.append("interrupted")
+        yield "a"
+
+    def other():
+        await_true(lambda: condition._waiters)
+        with condition:
+            others.append(condition.wait(TIMEOUT))
+
+    def notify():
+        with condition:
+            condition.notify()
+
+    def before():
+        notify() if how == "notified" else stream.thread_wait.wake()
+
+    stream = stream_of(source(), Line())
+    join = PLACE.start(other)
+    with interrupting(seen, lambda: len(condition._waiters) == 2, before):
+        assert len(serve(stream)) == 2
+    assert len(condition._waiters) == (0 if how == "notified" else 1)
+    if how == "stopped":
+        notify()
+    join()
+    assert others == [True]
 
 
 def test_waits_and_stops_race():
@@ -728,6 +782,42 @@ def test_a_wake_is_done_when_it_has_been_said():
     waiter = Waiter()
     assert waiter.wake() is True
     assert waiter.wake() is True
+
+
+@pytest.mark.parametrize("timeout", [60, None])
+def test_a_greenlets_wait_that_is_broken_off_can_be_gone_on_with(timeout):
+    """A wake that comes afterwards ends the next wait, not what it does meanwhile."""
+    gevent = pytest.importorskip("gevent")
+
+    def run():
+        waiter = Waiter()
+        with gevent.Timeout(0.01, False):
+            waiter.wait(timeout)
+        wake_all([waiter])
+        gevent.sleep(0.01)
+        waiter.wait(timeout)
+        return "woken"
+
+    assert gevent.spawn(run).get(timeout=TIMEOUT) == "woken"
+
+
+def test_a_greenlets_wait_has_no_time_left_when_it_was_woken():
+    """Its timer does not end a later wait."""
+    gevent = pytest.importorskip("gevent")
+
+    def run():
+        waiter = Waiter()
+        wake_all([waiter])
+        gevent.sleep(0)
+        waiter.wait(None)
+        gevent.spawn(wake_all, [waiter])
+        waiter.wait(0.03)
+        gevent.sleep(0.05)
+        start = time.monotonic()
+        waiter.wait(0.05)
+        return time.monotonic() - start
+
+    assert gevent.spawn(run).get(timeout=TIMEOUT) > 0.04
 
 
 def test_a_stopped_greenlet_passes_a_notification_on():
