@@ -1360,7 +1360,7 @@ def test_a_row_that_is_no_event_silences_nobody(folder, rows, caplog):
             assert read_to(subscription, "3").count("3") == 1
         assert hub.stats()["up"]
     journal().flush()
-    assert "the sink has failed" not in caplog.text
+    assert "has failed" not in caplog.text
     with contextlib.closing(Hub(url)) as hub:
         fresh = hub.subscribe("a", after="start")
         assert [text for text in read_to(fresh, "3") if text != "x"] == ["1", "3"]
@@ -1385,30 +1385,18 @@ def test_a_channel_that_is_damaged_is_named(folder, damage, caplog):
         await_true(lambda: "'a' cannot be read" in caplog.text)
 
 
-def test_wakes_without_end_hold_up_nobody(make):
+def test_wakes_without_end_hold_up_nobody():
     """Whoever may write to the folder may send them faster than they are taken."""
 
     class Flooded:
         taken = 0
-
-        def fileno(self):
-            return sending.fileno()
 
         def recv(self, size):
             self.taken += 1
             assert self.taken < 100_000
             return b"\0"
 
-    sending, receiving = socket.socketpair()
-    with sending, receiving:
-        broker = make()
-        broker.attach(Told())
-        broker.watch("a")
-        listener = broker.process._listener
-        broker.close()  # its own thread has ended
-        receiving.send(b"\0")
-        listener._socket = Flooded()
-        listener._wait()
+    listener_module.drain(Flooded())
 
 
 def test_the_engine_may_come_later(make, folder):

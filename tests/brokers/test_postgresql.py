@@ -24,8 +24,7 @@ import pytest
 
 from syncstream import Gap, Hub
 from syncstream.brokers import open_broker
-from syncstream.brokers.postgresql import PostgreSQLBroker, __main__, listener, process
-from syncstream.brokers.postgresql import connection as connection_module
+from syncstream.brokers.postgresql import PostgreSQLBroker, __main__, listener, pool
 from syncstream.brokers.postgresql.schema import install, install_sql
 from syncstream.errors import (
     Closed,
@@ -153,6 +152,16 @@ def backends(server, name="syncstream", query="%"):
     return count
 
 
+def waiting(server, name="syncstream"):
+    """Count those connections that wait for a lock."""
+    ((count,),) = server.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
+        " AND wait_event_type = 'Lock'",
+        name,
+    )
+    return count
+
+
 # The contract.
 
 CONTRACT = """
@@ -160,20 +169,23 @@ import sys
 if sys.argv[1] == "gevent":
     from gevent import monkey
     monkey.patch_all()
-import itertools
+import itertools, weakref
 import psycopg
 from syncstream.brokers.postgresql import PostgreSQLBroker
 from syncstream.testing import check_broker
 _, mode, url, prefix, capacity = sys.argv
-numbers = itertools.count()
+numbers, schemas = itertools.count(), weakref.WeakKeyDictionary()
 def make(**options):
     options["publish_timeout"] = 20.0  # the machine may be busy
-    return PostgreSQLBroker(url, schema=f"{prefix}_{next(numbers)}", **options)
+    schema = f"{prefix}_{next(numbers)}"
+    broker = PostgreSQLBroker(url, schema=schema, **options)
+    schemas[broker] = schema
+    return broker
 def remove(broker, channel, id):
     number = int(id.partition("-")[0], 16)
     with psycopg.connect(url) as connection:
         connection.execute(
-            f"DELETE FROM {broker._schema}.event WHERE channel = %s AND off = %s",
+            f"DELETE FROM {schemas[broker]}.event WHERE channel = %s AND off = %s",
             (channel, number),
         )
 capacity = int(capacity)
@@ -388,12 +400,11 @@ def test_a_dead_server_is_told_of_in_time(make, line, clock):
     assert told.resyncs == []
 
 
-def test_a_silent_server_is_told_of_in_time(make, line, clock):
+def test_a_silent_server_is_told_of_in_time(make, line, clock, monkeypatch):
     """A black hole: kept connections are asked first, so nothing was sent."""
     broker = make(f"postgresql://postgres@127.0.0.1:{line.port}/postgres")
+    monkeypatch.setattr(pool, "FRESH", 0.0)
     broker.publish([("a", b"1")])
-    for connection in broker._own().idle:
-        connection.used -= 10
     line.silence()
     began, began_here = time.monotonic(), clock()
     with pytest.raises(Unavailable):
@@ -406,12 +417,11 @@ def test_a_silent_server_is_told_of_in_time(make, line, clock):
     assert payloads == [b"1", b"2"]
 
 
-def test_a_lost_answer_is_uncertain(make, line):
+def test_a_lost_answer_is_uncertain(make, line, monkeypatch):
     """It was sent and not confirmed: it is stored once, and nobody tries again."""
     broker = make(f"postgresql://postgres@127.0.0.1:{line.port}/postgres")
+    monkeypatch.setattr(pool, "FRESH", LIMIT)  # it is not asked whether it lives
     broker.publish([("a", b"1")])
-    for connection in broker._own().idle:
-        connection.used += LIMIT  # it is not asked whether it lives
     line.silence("out")
     with pytest.raises(Uncertain):
         broker.publish([("a", b"2")])
@@ -458,7 +468,15 @@ def test_busy_connections_are_waited_for(make, server, schema):
             thread.join(LIMIT)
     assert len(errors) == 6
     assert sum(isinstance(error, Unavailable) for error in errors) >= 2
-    assert broker._own().permits.qsize() == 2
+    # As many as before can be lent.
+    with server.connect() as other, other.transaction():
+        other.execute(f"LOCK TABLE {schema}.channel")
+        threads = [threading.Thread(target=publish) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        await_true(lambda: waiting(server) == 2)
+    for thread in threads:
+        thread.join(LIMIT)
     broker.publish([("a", b"2")])
 
 
@@ -1503,11 +1521,13 @@ def test_urls(server, monkeypatch):
     monkeypatch.setenv("PGHOST", "127.0.0.1")
     monkeypatch.setenv("PGPORT", str(server.port))
     monkeypatch.setenv("PGUSER", "postgres")
-    for url in ("postgresql:", "postgres://", server.url):
+    for name, url in enumerate(("postgresql:", "postgres://", server.url)):
         with contextlib.closing(open_broker(url, capacity=7, max_age=None)) as broker:
-            assert broker._capacity == 7
             assert broker.scope == "cluster"
-            assert broker.read("a", None).head.startswith("0-")
+            channel = f"a{name}"
+            assert broker.read(channel, None).head.startswith("0-")
+            broker.publish([(channel, b"x")] * 8)
+            assert len(broker.read(channel, "0").entries) == 7
     with pytest.raises(ValueError, match="url must be as libpq takes it"):
         open_broker("postgresql://h/d?no_such_option=1")
     for host in ("a..b", "c" * 64):
@@ -1659,15 +1679,13 @@ def test_rights_of_the_docs(server, schema, make):
         f"REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} FROM PUBLIC;"
         "REVOKE EXECUTE ON FUNCTION pg_control_system FROM PUBLIC"
     )
-    both, publisher, reader = (
-        make(_role(server, schema, kind), create=False, capacity=10)
-        for kind in ("both", "publish", "subscribe")
-    )
+    urls = [_role(server, schema, kind) for kind in ("both", "publish", "subscribe")]
+    both, publisher, reader = (make(url, create=False, capacity=10) for url in urls)
     heard = [listening(broker, "a") for broker in (both, reader)]
-    for broker in (both, publisher):
+    for broker, url in zip((both, publisher), urls, strict=False):
         # Long enough to trim, by number and by age, of other channels, too.
         broker.publish([("a", b"x")] * 40)
-        with psycopg.connect(broker._dsn) as connection:
+        with psycopg.connect(url) as connection:
             broker.publish([("a", b"y")], connection=connection)
     for told in heard:
         await_true(lambda told=told: told.payloads().count(b"y") == 2)
@@ -1776,8 +1794,7 @@ def test_a_firewall_forgets_idle_connections(server, make, clock, monkeypatch):
         broker.publish([("a", b"2")])
         # Until the listener takes no answer for an end.
         monkeypatch.setattr(listener, "READ_TIMEOUT", 1.0)
-        for connection in broker._own().idle:
-            connection.used -= 10
+        monkeypatch.setattr(pool, "FRESH", 0.0)
         proxy.forget()
         began = clock()
         broker.publish([("a", b"3")])
@@ -1787,22 +1804,26 @@ def test_a_firewall_forgets_idle_connections(server, make, clock, monkeypatch):
     assert payloads == [b"1", b"2", b"3"]
 
 
-def test_connections_that_are_not_used_are_closed(server, make, monkeypatch):
+def test_connections_that_are_not_used_are_closed(server, schema, make, monkeypatch):
     """Some time after a burst, by whoever listens or publishes."""
     monkeypatch.setattr(listener, "HEARTBEAT", 0.05)
     broker = make(connections=4)
     listening(broker, "a")
     broker.publish([("a", b"1")])
-    own = broker._own()
-    for _ in range(3):
-        own.keep(
-            connection_module.Connection.open(broker._dsn, time.monotonic() + LIMIT)
-        )
-    assert len(own.idle) == 4
-    for connection in own.idle:
-        connection.used -= process.IDLE
+    with server.connect() as other, other.transaction():
+        other.execute(f"LOCK TABLE {schema}.channel")
+        threads = [
+            threading.Thread(target=broker.publish, args=([("a", b"x")],))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        await_true(lambda: waiting(server) == 4)
+    for thread in threads:
+        thread.join(LIMIT)
+    assert backends(server) == 5
+    monkeypatch.setattr(pool, "IDLE", 0.0)
     await_true(lambda: backends(server) == 1)  # who listens
-    assert own.idle == []
 
 
 DROPPED = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import errno
 import logging
 import os
@@ -10,26 +9,25 @@ import select
 import socket
 import sqlite3
 import stat
-import weakref
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ...errors import BrokerError
+from ...errors import Unavailable
 from ...runtime.clock import time
 from ...runtime.sockets import native
-from ...runtime.waiter import Turn
 from ...runtime.waiting import say
 from ..contract import Sink
+from ..tail import Stopped, Tail
 from ..watched import Watched
 from .database import Database, Row
 from .files import file_mode, make_wake, said, settle
 from .threads import start_thread
 
 if TYPE_CHECKING:
-    from .broker import LocalBroker
     from .process import Process
 
-__all__ = ["Listener", "Others"]
+__all__ = ["Listener", "Others", "drain"]
 
 log = logging.getLogger("syncstream.brokers.local")
 LOOK_EVERY = 0.5  # seconds, for what nobody has told of
@@ -109,25 +107,39 @@ def _is_socket(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def drain(sock: Any) -> None:
+    """Take the wakes that have come by now: what they tell of will be seen.
+
+    Not for ever: some may send them as fast.
+    """
+    with suppress(OSError):
+        for _ in range(_WAKES):
+            sock.recv(16)
+
+
 def _datagrams() -> Any:
     return native(socket, "socket")(socket.AF_UNIX, socket.SOCK_DGRAM)
 
 
 class Listener:
-    """The thread that tells the sink what is new, and the socket that wakes it."""
+    """What is told to the sink, by a thread, and the socket that wakes it.
 
-    def __init__(self, process: Process, broker: LocalBroker) -> None:
+    Args:
+        is_late: Something may have been stored since somebody counts on being told.
+    """
+
+    def __init__(self, process: Process, watched: Watched, is_late: bool) -> None:
         self._process = process
-        self._broker = weakref.ref(broker)
-        self._path = broker.path
-        self._folder = f"{broker.path}/wake"
+        self._health = process.health
+        self._watched = watched
+        self._path = process.path
+        self._folder = f"{process.path}/wake"
         self._name = ""
         self._socket: Any = None
         self._position = 0  # up to this place all was told
-        self._is_doubtful = broker.is_heir  # some may not have been told
+        self._is_doubtful = is_late  # some may not have been
         self._is_closed = False
-        self._ended: list[Turn] = []
-        self._lock = native(_thread, "RLock")()
+        self._tail = Tail(process.path, process.health, log)
 
     def start(self, database: Database) -> None:
         """Tell what is stored from now on; with the guard.
@@ -140,7 +152,7 @@ class Listener:
         try:
             # After it: what is stored from now on is looked for.
             self._position = database.newest()
-            start_thread(self._run)
+            start_thread(partial(self._tail.run, self))
         except BaseException:
             self._unbind()
             raise
@@ -172,62 +184,52 @@ class Listener:
             os.unlink(self._name)
         self._socket.close()
 
-    def _run(self) -> None:
-        while not self._is_closed:
+    # Its thread.
+
+    def listen(self) -> None:
+        while True:
             try:
                 self._tell()
-            except Exception as error:
-                self._process.health.fails("listen", said(self._path, error))
-                if not isinstance(error, (BrokerError, sqlite3.Error, OSError)):
-                    self._is_doubtful = True
-                    text = "%s: the sink has failed"
-                    say(log, logging.ERROR, text, self._path, error=error)
-                native(time, "sleep")(LOOK_EVERY / 5)
-            else:
-                self._process.freshen(self._name)
-            self._wait()
-        self._unbind()
-        try:
-            self._process.finish_news()
-        finally:
-            with self._lock:
-                ended, self._ended = self._ended, []
-                self._socket = None
-            for turn in ended:
-                turn.end()
+            except (sqlite3.Error, OSError) as error:
+                raise Unavailable(said(self._path, error)) from error
+            self._process.freshen(self._name)
+            self._wait(LOOK_EVERY)
 
-    def _wait(self) -> None:
+    def lose(self) -> None:
+        """Nothing: the files are opened anew if need be, and the position is known."""
+
+    def rest(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            self._wait(left)
+
+    def _wait(self, seconds: float) -> None:
         """Wait to be woken, or for the time to look anyhow."""
         poll = native(select, "poll")()
         poll.register(self._socket, select.POLLIN)
-        poll.poll(LOOK_EVERY * 1000)
-        # All that have come by now: what they tell of will be seen. Not for ever: some
-        # may send them as fast.
-        with suppress(OSError):
-            for _ in range(_WAKES):
-                self._socket.recv(16)
+        poll.poll(seconds * 1000)
+        drain(self._socket)
+        if self._is_closed:
+            raise Stopped
 
     def _tell(self) -> None:
         """Tell what has come since the last time."""
-        broker = self._broker()
-        health = self._process.health
-        while broker is not None and not self._is_closed:
-            began = health.moment()
-            rows, newest = self._look(broker)
-            sink = health.sink
+        while not self._is_closed:
+            began = self._health.moment()
+            rows, newest = self._look()
+            sink = self._health.sink
             if sink is not None:
-                self._pass_on(rows, newest, sink, broker.watched)
+                self._pass_on(rows, newest, sink)
             if sink is None or not rows:
-                health.works("listen", "read", since=began)
+                self._health.works("read", since=began)
+                self._tail.serves(since=began)
                 return
 
-    def _pass_on(
-        self, rows: list[Row], newest: int, sink: Sink, watched: Watched
-    ) -> None:
+    def _pass_on(self, rows: list[Row], newest: int, sink: Sink) -> None:
         """Tell what was found, and go on from there."""
         if self._is_doubtful:
-            self._is_doubtful = False
             sink.resync(None)
+            self._is_doubtful = False
         if not rows:
             # They were deleted before they were read; or an operator has put an older
             # copy in this one's place, and numbers begin anew.
@@ -241,11 +243,13 @@ class Listener:
             # their channels.
             sink.resync(None)
         self._position = last
+        self._is_doubtful = True  # if the sink fails
         for _, channel, entry in rows:
-            if channel in watched:
+            if channel in self._watched:
                 sink.deliver(channel, entry)
+        self._is_doubtful = False
 
-    def _look(self, broker: LocalBroker) -> tuple[list[Row], int]:
+    def _look(self) -> tuple[list[Row], int]:
         """Return what follows our position, and the newest's place.
 
         Notices that files were replaced.
@@ -258,31 +262,33 @@ class Listener:
                 self._is_doubtful = True
             # In this order: what is stored once somebody watches is behind it.
             newest = database.newest()
-            if not broker.watched:
+            if not self._watched:
                 self._position = newest
             # First: what comes between the two is there for the next look.
             newest = database.newest()
             self._process.try_to_store(database)
             return database.tail(self._position), newest
 
-    def close(self, deadline: float) -> bool:
-        turn = Turn()
-        return not self.end(turn) or turn.wait(deadline)
+    def leave(self) -> None:
+        self._unbind()
+        self._process.finish_news()
 
-    def end(self, *turns: Turn) -> bool:
-        """Have it end, and end these turns then; ``False``: it has ended."""
-        with self._lock:
-            self._is_closed = True
-            if self._socket is None:
-                return False
-            self._ended.extend(turns)
-        with suppress(OSError):  # it ends within half a second anyhow
+    # From any thread.
+
+    def end(self) -> None:
+        """Have it end; some time soon."""
+        self._is_closed = True
+        with suppress(OSError):  # it has ended, or will within half a second
             sender = _datagrams()
             try:
                 sender.sendto(b"\0", self._name)
             finally:
                 sender.close()
-        return True
+
+    def close(self, deadline: float) -> bool:
+        """Have it end, and wait for that; ``False``: not in time."""
+        self.end()
+        return self._tail.await_end(deadline)
 
     def let_go(self) -> None:
         if self._socket is not None:

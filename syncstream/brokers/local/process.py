@@ -47,7 +47,7 @@ class Process:
     def __init__(self, broker: LocalBroker) -> None:
         self.pid = os.getpid()
         self._broker = weakref.ref(broker)  # it ends with that: see `drop`
-        self._path = broker.path
+        self.path = broker.path
         self._is_private = broker.is_private
         self._timeout = broker.timeout
         self._bounds = broker.bounds
@@ -91,7 +91,7 @@ class Process:
         if not lock.try_acquire():
             return
         try:
-            disk = os.statvfs(self._path)
+            disk = os.statvfs(self.path)
             if disk.f_bavail * disk.f_frsize < _GROUP or not database.is_current():
                 return
             execute = database.connection.execute
@@ -115,11 +115,11 @@ class Process:
             return
         self._freshened = now
         files = [f"log.db{suffix}" for suffix in SUFFIXES]
-        paths = [f"{self._path}/{name}" for name in (*files, "lock", "wake")]
+        paths = [f"{self.path}/{name}" for name in (*files, "lock", "wake")]
         if self._is_private:
-            paths.append(os.path.dirname(self._path))
+            paths.append(os.path.dirname(self.path))
         # "/.": the folder's own name may be a link; in it a member may have put one.
-        for path in (f"{self._path}/.", *paths, *others):
+        for path in (f"{self.path}/.", *paths, *others):
             with suppress(OSError):  # another user's; or it is missed when it is used
                 os.utime(path, follow_symlinks=False)
 
@@ -158,7 +158,7 @@ class Process:
             raise
         if is_done:
             return
-        message = f"{self._path} was not to be had within {self._timeout} s"
+        message = f"{self.path} was not to be had within {self._timeout} s"
         if thread.give_up(job) or job.call is not None:
             raise Unavailable(message)
         raise Uncertain(f"{message}: the events may be stored")
@@ -173,7 +173,7 @@ class Process:
                     # Those who do not want to wait any longer go.
                     native(time, "sleep")(LOCK_TRY)
                     continue
-                failed = Unavailable(said(self._path, error))
+                failed = Unavailable(said(self.path, error))
                 failed.__cause__ = error
                 while (job := self._writer.take()) is not None:
                     job.end(error=error if isinstance(error, BrokerError) else failed)
@@ -216,7 +216,7 @@ class Process:
             # whole. Of other errors it may be.
             is_stored = has_ended and "is full" not in str(error)
             kind = Uncertain if is_stored else Unavailable
-            failed = kind(said(self._path, error))
+            failed = kind(said(self.path, error))
             failed.__cause__ = error
             for job in jobs:
                 job.end(error=failed)
@@ -233,7 +233,7 @@ class Process:
             database.checkpoint()
         except (sqlite3.Error, OSError) as error:
             # Of what is stored nothing is lost; the next one tries again.
-            say(log, logging.WARNING, "%s: no checkpoint: %s", self._path, error)
+            say(log, logging.WARNING, "%s: no checkpoint: %s", self.path, error)
 
     def _roll_back(self) -> None:
         database = self._log
@@ -290,7 +290,7 @@ class Process:
                 except (TypeError, ValueError) as error:
                     failure = error  # one channel's: others can be read
             raise Unavailable(
-                f"{self._path}: a row has other types than ours: {failure}"
+                f"{self.path}: a row has other types than ours: {failure}"
             ) from failure
         finally:
             self._reading.release()
@@ -302,7 +302,7 @@ class Process:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            failed = Unavailable(said(self._path, error))
+            failed = Unavailable(said(self.path, error))
             self.health.fails(way, str(failed))
             raise failed from error
         except BrokerError as error:
@@ -353,7 +353,7 @@ class Process:
             if broker is None:
                 return
             with self._judged("listen"), self.news() as (news, _):
-                listener = Listener(self, broker)
+                listener = Listener(self, broker.watched, broker.is_heir)
                 listener.start(news)
             self._listener = listener
 
@@ -381,7 +381,7 @@ class Process:
         is_done = self._reader.close(deadline) and is_done
         if not (self._writer.close(deadline) and is_done):
             text = "%s: not closed within %s s"
-            report(log, logging.WARNING, text, self._path, timeout)
+            report(log, logging.WARNING, text, self.path, timeout)
 
     def drop(self) -> None:
         """Have all end and be closed, some time soon; waits for nothing."""
@@ -423,7 +423,7 @@ class Process:
 
     def _acquire(self, lock: Any, timeout: float | None) -> None:
         if not lock.acquire(True, -1.0 if timeout is None else timeout):
-            raise Unavailable(f"{self._path} was not to be had within {timeout} s")
+            raise Unavailable(f"{self.path} was not to be had within {timeout} s")
 
     def _leave(self) -> None:
         with self._writing:
@@ -436,7 +436,7 @@ class Process:
         """Close the files, once nobody is using them; nobody opens them any more."""
         databases = self._log, self._history, self._news
         # Another one than those that our own threads may be waiting for just now.
-        lock = Lock(self._path, self._is_private)
+        lock = Lock(self.path, self._is_private)
         is_held = False
         if self.has_files:
             with suppress(OSError, Unavailable):  # without it, as in `finish`
@@ -449,7 +449,7 @@ class Process:
                     database.close()
                 except sqlite3.Error as error:
                     text = "%s: not closed before a fork"
-                    report(log, logging.ERROR, text, self._path, error=error)
+                    report(log, logging.ERROR, text, self.path, error=error)
         finally:
             if is_held:
                 lock.release()

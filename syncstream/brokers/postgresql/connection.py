@@ -16,13 +16,13 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from ...runtime.clock import time
 from ...runtime.sockets import native
 from .. import shown
+from ..tail import Stopped
 
 __all__ = [
     "Connection",
     "DENIED",
     "Lost",
     "Refused",
-    "Stopped",
     "array",
     "number_of",
     "parse_url",
@@ -34,10 +34,6 @@ __all__ = [
 READ_TIMEOUT = 5.0  # seconds, also to connect, and for the listener's answers
 _PORTS = re.compile(r"[0-9,]*")
 DENIED = "42501"  # a right is missing, or a policy forbids it
-
-
-class Stopped(Exception):
-    """The listener is to end."""
 
 
 class Refused(Exception):

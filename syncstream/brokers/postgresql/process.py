@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
-import _queue
 import _thread
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
+from ...errors import Unavailable
 from ...runtime import waiting
 from ...runtime.clock import time
 from ...runtime.sockets import native
-from .connection import Connection, Lost, Refused
+from ..health import Health
+from ..watched import Watched
+from .listener import Listener
+from .pool import Pool
+from .schema import Schema
 
-if TYPE_CHECKING:
-    from .listener import Listener
+__all__ = ["Process"]
 
-__all__ = ["Own", "Stopper", "living"]
-IDLE = 30.0  # seconds after which a connection that nobody has used is closed
-FRESH = 1.0  # seconds for which a connection that was used is not asked if it lives
+T = TypeVar("T")
 
 
-class Own:
-    """What one process has of a broker."""
+class Process:
+    """What one process has of a broker, which it does not keep."""
 
-    def __init__(self, connections: int) -> None:
-        self.lock = native(_thread, "allocate_lock")()
-        self.listener: Listener | None = None
-        self.stopper: Stopper | None = None
-        self.idle: list[Connection] = []  # the one last that was used last
-        # The C one: gevent patches the name in `queue`, not this.
-        self.permits: _queue.SimpleQueue[None] = _queue.SimpleQueue()
-        for _ in range(connections):
-            self.permits.put(None)
-        self.is_installed = False
-        self.identity = ""
+    def __init__(
+        self, dsn: str, schema: Schema, health: Health, connections: int
+    ) -> None:
+        self.pool = Pool(dsn, schema, health, connections)
+        self._dsn = dsn
+        self._schema = schema
+        self._health = health
         self._connections = connections
+        self._lock = native(_thread, "allocate_lock")()
+        self._listener: Listener | None = None
+        self._stopper: Stopper | None = None
+        self._is_closing = False
         self._threads: dict[Any, tuple[Any, Any]] = {}
 
-    def threads(self, hub: Any) -> tuple[Any, Any]:
+    # What may block.
+
+    def call(self, function: Callable[[], T], deadline: float) -> T:
+        """Call it: in this thread, or for a greenlet in another one."""
+        hub = waiting.gevent_hub()
+        if hub is None:
+            return function()
+        threads, places = self._of_hub(hub)
+        if not places.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise Unavailable(self.pool.busy)
+        try:
+            value, error = threads.apply(_outcome, (function,))
+        finally:
+            places.release()
+        if error is not None:
+            raise error
+        result: T = value
+        return result
+
+    def _of_hub(self, hub: Any) -> tuple[Any, Any]:
         """Return the threads that work for the greenlets of a hub, and their places.
 
         Who waits for a place has a time limit; who waits within the pool has none.
@@ -49,35 +70,50 @@ class Own:
             from gevent.lock import Semaphore
             from gevent.threadpool import ThreadPool
 
-            # One more than work at once: someone waits for the listener.
-            count = self._connections + 1
+            count = self._connections
             found = ThreadPool(count, hub), Semaphore(count)
             found = self._threads.setdefault(hub, found)
         return found
 
-    def keep(self, connection: Connection) -> None:
-        """Keep a connection for whoever comes next."""
-        connection.used = time.monotonic()
-        with self.lock:
-            self.idle.append(connection)
-        self.release()
+    # To listen.
 
-    def take(self) -> Connection | None:
-        with self.lock:
-            return self.idle.pop() if self.idle else None
+    def listen(self, dsn: str, watched: Watched, *, is_late: bool) -> Listener | None:
+        """Return who listens in this process; ``None``: it is closed.
 
-    def release(self, seconds: float = IDLE) -> None:
-        """Close the connections that nobody has used for so long."""
-        since = time.monotonic() - seconds
-        while True:
-            with self.lock:
-                if not self.idle or self.idle[0].used > since:
-                    return
-                connection = self.idle.pop(0)
-            connection.close()
+        Args:
+            dsn: Where to.
+            watched: What is told.
+            is_late: Somebody counts on being told what has come before.
+        """
+        with self._lock:
+            if self._listener is None and not self._is_closing:
+                stop, stopper = os.pipe()
+                self._stopper = Stopper(stopper)
+                self._listener = Listener(
+                    dsn,
+                    self._schema,
+                    self._health,
+                    watched,
+                    self.pool,
+                    stop,
+                    is_home=dsn == self._dsn,
+                    is_late=is_late,
+                )
+                self._listener.start()
+            return self._listener
 
-    def close(self) -> None:
-        self.release(0)
+    # Its end.
+
+    def close(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            self._is_closing = True
+            listener, self._listener = self._listener, None
+            stopper, self._stopper = self._stopper, None
+        if listener is not None and stopper is not None:
+            stopper.stop()
+            listener.await_end(deadline)
+        self.pool.close()
         self._end_threads(waiting.gevent_hub())
 
     def drop(self) -> None:
@@ -110,21 +146,9 @@ class Stopper:
         os.close(self._fd)
 
 
-def living(own: Own, deadline: float) -> Connection | None:
-    """Return a connection that was kept and still lives."""
-    while (connection := own.take()) is not None:
-        if connection.is_readable():  # nobody asked it: it has ended
-            connection.close()
-            continue
-        now = time.monotonic()
-        if now - connection.used < FRESH:
-            return connection
-        # It may have died without a word; while nothing is sent that is no harm.
-        try:
-            connection.run("", deadline=now + (deadline - now) / 2)
-        except (Lost, Refused):
-            connection.close()
-            own.release(0)  # as old as this one
-            break
-        return connection
-    return None
+def _outcome(function: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    # gevent prints the traceback of what a thread raises.
+    try:
+        return function(), None
+    except BaseException as error:
+        return None, error

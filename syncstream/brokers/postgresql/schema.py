@@ -7,9 +7,17 @@ from importlib.resources import files
 
 from ...errors import Unavailable
 from ...runtime.clock import time
-from .connection import READ_TIMEOUT, Connection, Lost, Refused, number_of, parse_url
+from .connection import (
+    DENIED,
+    READ_TIMEOUT,
+    Connection,
+    Lost,
+    Refused,
+    number_of,
+    parse_url,
+)
 
-__all__ = ["check_schema", "install", "install_sql"]
+__all__ = ["HOW_TO", "MISSING", "Schema", "install", "install_sql"]
 
 VERSION = 1  # of the schema: who needs another one cannot use it
 REVISION = 2  # what else it has by now: who needs less of it can
@@ -67,6 +75,52 @@ def install(dsn: str = "", *, schema: str = "syncstream") -> None:
         raise Unavailable(f"the schema {schema!r} is not installed: {error}") from error
 
 
+class Schema:
+    """The schema that a broker uses.
+
+    Args:
+        name: Its name.
+        create: Install it when it is missing, or of an older release.
+
+    Raises:
+        ValueError: The name is no plain lower-case one.
+    """
+
+    def __init__(self, name: str, create: bool) -> None:
+        self._sql = install_sql(name)
+        self.name = name
+        self._create = create
+
+    def ensure(self, connection: Connection, deadline: float) -> str:
+        """Install the schema if it is missing or old; check it; return its identity."""
+        try:
+            return check_schema(connection, self.name, deadline)
+        except Refused as error:
+            if error.sqlstate not in MISSING:
+                raise
+            missing = error
+        sql = f"SELECT to_regclass('{self.name}.state') IS NOT NULL"
+        (result,) = connection.run(sql, (), deadline=deadline)
+        is_old = result.get_value(0, 0) == b"\1"
+        what = (
+            f"the schema {self.name!r} in the database is of an older release"
+            if is_old
+            else f"there is no schema {self.name!r} in the database"
+        )
+        if not self._create:
+            raise Unavailable(f"{what}. {HOW_TO}") from missing
+        try:
+            connection.run(self._sql, deadline=deadline)
+        except Refused as error:
+            if error.sqlstate != DENIED:
+                raise
+            may = "renew" if is_old else "create"
+            raise Unavailable(
+                f"{what}, and this role may not {may} it: {error}. {HOW_TO}"
+            ) from error
+        return check_schema(connection, self.name, deadline)
+
+
 def check_schema(connection: Connection, schema: str, deadline: float) -> str:
     """Check that a schema can be used; return which one it is, of all databases."""
     sql = (
@@ -84,3 +138,10 @@ def check_schema(connection: Connection, schema: str, deadline: float) -> str:
         )
     identity: bytes = result.get_value(0, 2)
     return identity.decode()
+
+
+MISSING = ("42P01", "3F000", "42883")  # no such table, schema, function
+HOW_TO = (
+    'Let a role that may install it: "python -m syncstream.brokers.postgresql URL", or'
+    ' in Django "syncstream" in INSTALLED_APPS and "manage.py migrate"'
+)

@@ -1,0 +1,158 @@
+"""The connections of one process that publish and read: lent, kept, and closed."""
+
+from __future__ import annotations
+
+import _queue
+import _thread
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ...errors import BrokerError, Unavailable
+from ...runtime.clock import time
+from ...runtime.sockets import native
+from ..health import Health
+from .connection import Connection, Lost, Refused
+from .schema import Schema
+
+__all__ = ["Pool"]
+
+IDLE = 30.0  # seconds after which a connection that nobody has used is closed
+FRESH = 1.0  # seconds for which a connection that was used is not asked if it lives
+
+
+class Pool:
+    """From any native thread; a connection is one thread's while it is lent.
+
+    Args:
+        dsn: As from `parse_url`.
+        schema: Is ensured in the database before the first connection is lent.
+        health: Is told when none can be had.
+        connections: That are lent at once, at most.
+
+    Attributes:
+        identity: That of the schema, of all databases; empty until `check`.
+    """
+
+    def __init__(
+        self, dsn: str, schema: Schema, health: Health, connections: int
+    ) -> None:
+        self._dsn = dsn
+        self._schema = schema
+        self._health = health
+        self._connections = connections
+        self._lock = native(_thread, "allocate_lock")()
+        self._idle: list[Connection] = []  # the one last that was used last
+        # The C one: gevent patches the name in `queue`, not this.
+        self._permits: _queue.SimpleQueue[None] = _queue.SimpleQueue()
+        for _ in range(connections):
+            self._permits.put(None)
+        self._is_installed = False
+        self._is_closed = False
+        self.identity = ""
+
+    @property
+    def busy(self) -> str:
+        return f"all {self._connections} connections were busy for all of its time"
+
+    @contextmanager
+    def lent(self, deadline: float) -> Iterator[Connection]:
+        """Lend a connection; it is kept if nothing went wrong with it.
+
+        Raises:
+            Unavailable: All are busy, or the server cannot be used.
+        """
+        try:
+            self._permits.get(True, max(0.0, deadline - time.monotonic()))
+        except _queue.Empty:
+            raise Unavailable(self.busy) from None
+        try:
+            connection = self._ready(deadline)
+            is_sound = False
+            try:
+                yield connection
+                is_sound = True
+            finally:
+                if is_sound and connection.is_idle() and not self._is_closed:
+                    self._keep(connection)
+                else:
+                    connection.close()
+                    self._is_installed = False  # or is it gone?
+        finally:
+            self._permits.put(None)
+
+    def check(self, deadline: float, *, anew: bool = False) -> None:
+        """See that the schema is there, and which it is.
+
+        Args:
+            anew: Also if it was there before.
+        """
+        if anew:
+            self._is_installed = False
+        if not self._is_installed:
+            with self.lent(deadline):
+                pass
+
+    def _ready(self, deadline: float) -> Connection:
+        try:
+            connection = self._living(deadline)
+            if connection is None:
+                connection = Connection.open(self._dsn, deadline)
+            if not self._is_installed:
+                try:
+                    self.identity = self._schema.ensure(connection, deadline)
+                except BaseException:
+                    connection.close()
+                    raise
+                self._is_installed = True
+        except (Lost, Refused) as error:
+            reason = f"the server cannot be used: {error}"
+            self._health.fails("connect", reason)
+            raise Unavailable(reason) from error
+        except BrokerError as error:
+            self._health.fails("connect", str(error))
+            raise
+        return connection
+
+    def _living(self, deadline: float) -> Connection | None:
+        """Return a connection that was kept and still lives."""
+        while (connection := self._take()) is not None:
+            if connection.is_readable():  # nobody asked it: it has ended
+                connection.close()
+                continue
+            now = time.monotonic()
+            if now - connection.used < FRESH:
+                return connection
+            # It may have died without a word; while nothing is sent that is no harm.
+            try:
+                connection.run("", deadline=now + (deadline - now) / 2)
+            except (Lost, Refused):
+                connection.close()
+                self.release(0)  # as old as this one
+                break
+            return connection
+        return None
+
+    def _take(self) -> Connection | None:
+        with self._lock:
+            return self._idle.pop() if self._idle else None
+
+    def _keep(self, connection: Connection) -> None:
+        connection.used = time.monotonic()
+        with self._lock:
+            self._idle.append(connection)
+        self.release()
+
+    def release(self, seconds: float | None = None) -> None:
+        """Close the connections that nobody has used for so long; `IDLE` by default."""
+        since = time.monotonic() - (IDLE if seconds is None else seconds)
+        while True:
+            with self._lock:
+                if not self._idle or self._idle[0].used > since:
+                    return
+                connection = self._idle.pop(0)
+            connection.close()
+
+    def close(self) -> None:
+        """Close those that are not lent; the others are when they come back."""
+        self._is_closed = True
+        self.release(0)
