@@ -19,8 +19,7 @@ from syncstream.brokers.health import Health
 from syncstream.brokers.local import LocalBroker
 from syncstream.brokers.local import listener as local_listener
 from syncstream.brokers.postgresql import PostgreSQLBroker
-from syncstream.brokers.redis import RedisBroker
-from syncstream.brokers.redis import listener as redis_listener
+from syncstream.brokers.redis import RedisBroker, beats
 from syncstream.errors import Unavailable
 from syncstream.runtime.journal import journal
 from tests.support.postgresql_server import PostgreSQL
@@ -246,7 +245,7 @@ def test_postgresql_finds_an_older_event(server):
 
 def test_redis_brings_an_older_event(monkeypatch):
     """Of one that comes after the failure it is said that publishing works again."""
-    monkeypatch.setattr(redis_listener, "BEAT", 0.2)
+    monkeypatch.setattr(beats, "BEAT", 0.2)
     told = Held(b"0")
     with (
         RedisServer() as server,

@@ -23,9 +23,8 @@ import redis
 
 from syncstream.brokers import open_broker
 from syncstream.brokers.log import JOIN
-from syncstream.brokers.redis import RedisBroker
+from syncstream.brokers.redis import RedisBroker, beats
 from syncstream.brokers.redis import broker as module
-from syncstream.brokers.redis import listener as listener_module
 from syncstream.brokers.redis import server as server_module
 from syncstream.channels import control as control_module
 from syncstream.channels.control import CONTROL
@@ -76,14 +75,14 @@ def clock():
 @pytest.fixture
 def quick(monkeypatch):
     """Beats, and what is found out by them, in a tenth of the time."""
-    monkeypatch.setattr(listener_module, "BEAT", 0.2)
-    monkeypatch.setattr(listener_module, "ROUND", 1.0)
+    monkeypatch.setattr(beats, "BEAT", 0.2)
+    monkeypatch.setattr(beats, "ROUND", 1.0)
 
 
 @pytest.fixture
 def hasty(quick, monkeypatch):
     """Likewise, and a line is given up that soon; maybe one that is only slow."""
-    monkeypatch.setattr(listener_module, "DEAF", 0.7)
+    monkeypatch.setattr(beats, "DEAF", 0.7)
 
 
 def own(url):
@@ -1744,7 +1743,7 @@ monkey.patch_all()
 import logging, os, signal, sys, time, gevent
 from tests.support.clock import Clock
 from syncstream import Hub, Unavailable, Uncertain
-from syncstream.brokers.redis import listener as redis
+from syncstream.brokers.redis import beats as redis
 redis.DEAF = 60.0  # it would say that the server is silent
 hub = Hub(sys.argv[1] + "?publish_timeout=2")
 clock = Clock()

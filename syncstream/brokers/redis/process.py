@@ -21,9 +21,9 @@ class Process:
     """What one process has of a broker, which it does not keep."""
 
     def __init__(self, broker: RedisBroker, servers: list[Server]) -> None:
-        self.health = broker.health
-        self.ttl = broker.ttl
-        self.timeout = broker.timeout
+        self._health = broker.health
+        self._ttl = broker.ttl
+        self._timeout = broker.timeout
         self.servers = servers
         self._listeners: dict[Server, Listener] = {}
         # Native, here and in the listener: threads of several hubs meet in them.
@@ -55,7 +55,9 @@ class Process:
                 return None
             listener = self._listeners.get(server)
             if listener is None:
-                listener = self._listeners[server] = Listener(server, self)
+                listener = self._listeners[server] = Listener(
+                    server, self._health, ttl=self._ttl, timeout=self._timeout
+                )
                 listener.start()
             return listener
 
@@ -74,8 +76,8 @@ class Process:
             listeners = list(self._listeners.values())
         for listener in listeners:
             listener.stop()
-        for listener in listeners:
-            listener.join(max(0.0, deadline - time.monotonic()))
+        for listener in listeners if timeout else ():
+            listener.join(deadline)
         for server in self.servers:
             server.close()
 

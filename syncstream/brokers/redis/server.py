@@ -44,6 +44,7 @@ __all__ = [
     "main_hub",
     "options_of",
     "seconds_of",
+    "socket_of",
 ]
 
 TIMEOUT = 2.0  # seconds for a request, if the URL does not say
@@ -342,7 +343,7 @@ class Server:
         packed = connection.pack_commands(commands)
         try:
             # For sending alone: redis-py sets it again with each wait for an answer.
-            connection._sock.settimeout(max(0.001, deadline - time.monotonic()))
+            socket_of(connection).settimeout(max(0.001, deadline - time.monotonic()))
             connection.send_packed_command(packed, check_health=False)
         except (RedisError, OSError) as error:
             reason = f"the connection to {self.name} was lost: {error}"
@@ -397,6 +398,11 @@ class _Idle(NamedTuple):
 
     connection: Any
     since: float
+
+
+def socket_of(connection: Any) -> Any:
+    """Return a connection's socket, for which redis-py has no public name."""
+    return connection._sock
 
 
 def is_patched() -> bool:
