@@ -17,6 +17,7 @@ from syncstream.brokers.memory import MemoryBroker
 from syncstream.brokers.names import is_pattern, matches, patterns_of
 from syncstream.brokers.watched import Watched
 from syncstream.testing import check_broker
+from syncstream.testing.brokers import bench, stored, told
 from tests.channels.test_holes import remove
 from tests.support.pairs import check_script
 
@@ -25,6 +26,7 @@ from gevent import monkey
 monkey.patch_all()
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.testing import check_broker
+from syncstream.testing.brokers import bench, stored, told
 check_broker(MemoryBroker, rounds=300)
 check_broker(lambda: MemoryBroker(capacity=100), capacity=100, rounds=100)
 check_broker(lambda: MemoryBroker(max_age=0.2), max_age=0.2)
@@ -155,6 +157,12 @@ class Leaking(MemoryBroker):
         Leaking.opened += (os.open(os.devnull, os.O_RDONLY),)
 
 
+def have_patience(monkeypatch, seconds):
+    """Have the suite wait for so long, for what must happen."""
+    for module in (bench, stored, told):
+        monkeypatch.setattr(module, "LIMIT", seconds)
+
+
 @pytest.mark.parametrize(
     ("broker", "sentence"),
     [
@@ -175,9 +183,9 @@ class Leaking(MemoryBroker):
 def test_the_suite_sees_what_is_broken(broker, sentence, monkeypatch):
     """It is no suite if all pass."""
     if broker is Silent:  # the others are found out without a wait
-        monkeypatch.setattr("syncstream.testing.brokers.LIMIT", 0.3)
+        have_patience(monkeypatch, 0.3)
     if broker is Leaking:  # at the end
-        monkeypatch.setattr("syncstream.testing.brokers.LIMIT", 3.0)
+        have_patience(monkeypatch, 3.0)
     with pytest.raises(AssertionError, match=sentence):
         check_broker(broker, rounds=10, remove=remove)
     for descriptor in Leaking.opened:

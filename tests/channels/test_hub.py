@@ -33,7 +33,7 @@ from syncstream.channels.presence import PRESENCE
 from syncstream.protocol import sse
 from syncstream.runtime.journal import journal
 from syncstream.runtime.waiter import Waiter, wake_all
-from syncstream.testing.brokers import HOSTILE
+from syncstream.testing.brokers.stored import HOSTILE
 from tests.channels.test_holes import remove
 from tests.support.pairs import (
     Browser,
