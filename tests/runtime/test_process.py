@@ -1,5 +1,6 @@
 """A process and its streams: how they end, what is counted, what holds at its exit."""
 
+import atexit
 import contextlib
 import logging
 import math
@@ -747,3 +748,27 @@ def test_a_broken_handler_does_not_break_a_warning(monkeypatch, capsys):
     monkeypatch.setattr(log, "filters", [lambda record: 1 / 0])
     Process().warn_once(log, "take note")
     assert "take note" in capsys.readouterr().err
+
+
+def test_what_is_remembered_is_found_once(own_record):
+    """Each of a few; a cache that clients could fill begins anew."""
+    found = []
+
+    def remembered(key):
+        return own_record.memo(key, lambda: found.append(key) or key)
+
+    assert [remembered(key) for key in "abab"] == ["a", "b", "a", "b"]
+    assert found == ["a", "b"]
+    for key in range(1000):
+        remembered(key)
+    assert remembered("a") == "a"
+    assert found.count("a") == 2
+
+
+def test_the_exit_is_registered_once(own_record, monkeypatch):
+    """However many callbacks and streams there are: each would be kept for ever."""
+    registered = []
+    monkeypatch.setattr(atexit, "register", registered.append)
+    for _ in range(3):
+        own_record.at_exit(lambda: None)
+    assert len(registered) == 1

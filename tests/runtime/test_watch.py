@@ -1,17 +1,20 @@
 """The watch: it sees those who leave, and only them, costs nothing, and lives on."""
 
+import _thread
 import contextlib
 import gc
 import itertools
 import logging
 import os
 import random
+import select
 import socket
 import ssl
 import sys
 import threading
 import time
 import warnings
+import weakref
 
 import pytest
 
@@ -20,7 +23,8 @@ import syncstream.runtime.watch
 from syncstream import ClientDisconnected, current_stream, sleep
 from syncstream.process import stats
 from syncstream.runtime.journal import journal
-from syncstream.runtime.watch import Watch, watch
+from syncstream.runtime.sockets import is_hung_up, is_unix
+from syncstream.runtime.watch import Watch, elsewhere, watch
 from syncstream.streams.contract import Life
 from tests.support.pairs import (
     Greenlets,
@@ -488,6 +492,90 @@ def test_a_descriptor_may_be_added_twice(own_watches):
         place.await_true(lambda: len(told) == 2)
         watch.remove(server.fileno(), second)
     assert told == ["first", "second"]
+
+
+def test_a_number_is_removed_and_added_at_once(own_watches, monkeypatch):
+    """By two owners: the new one is told, whichever comes first."""
+    removing, added = threading.Event(), threading.Event()
+
+    class Slow:
+        """An epoll that removes when something else has been added, if that can be."""
+
+        def __init__(self):
+            self._epoll = select.epoll()
+
+        def __getattr__(self, name):
+            return getattr(self._epoll, name)
+
+        def unregister(self, fd):
+            removing.set()
+            added.wait(0.2)
+            self._epoll.unregister(fd)
+
+    monkeypatch.setattr(syncstream.runtime.watch, "native_epoll", lambda: Slow)
+    place, told = Threads(), []
+    with tcp_pair() as (server, client):
+        watch = place.watch()
+        watch.add(server.fileno(), first := lambda: told.append("first"))
+        join = place.start(lambda: watch.remove(server.fileno(), first))
+        assert removing.wait(TIMEOUT)
+        watch.add(server.fileno(), second := lambda: told.append("second"))
+        added.set()
+        join()
+        leave(client)
+        place.await_true(lambda: told)
+        watch.remove(server.fileno(), second)
+    assert told == ["second"]
+
+
+def test_what_was_told_is_kept_no_longer_than_watched(own_watches, monkeypatch):
+    """Without epoll, too, where the watch notes whom it has told."""
+    place, told = place_of("threads without epoll", monkeypatch), []
+
+    def hung_up():
+        told.append(1)
+
+    reference = weakref.ref(hung_up)
+    with tcp_pair() as (server, client):
+        watch = place.watch()
+        watch.add(server.fileno(), hung_up)
+        leave(client)
+        place.await_true(lambda: told)
+        watch.remove(server.fileno(), hung_up)
+        del hung_up
+        place.await_true(lambda: gc.collect() >= 0 and reference() is None)
+
+
+def test_a_socket_may_have_the_number_0():
+    """Where standard input was closed, as a daemon's is."""
+    before = os.dup(0)
+    with tcp_pair() as (server, client):
+        try:
+            os.dup2(server.fileno(), 0)
+            assert not is_hung_up(0)
+        finally:
+            os.dup2(before, 0)
+            os.close(before)
+
+
+def test_an_unknown_family_is_no_unix_socket(monkeypatch):
+    """Systems other than Linux do not tell it."""
+    monkeypatch.setattr(syncstream.runtime.sockets, "_SO_DOMAIN", None)
+    with tcp_pair() as (server, client):
+        assert not is_unix(server.fileno())
+
+
+def test_what_may_block_is_done_even_without_a_thread(own_watches, monkeypatch):
+    """In the watch then, which is better than not at all."""
+    done = []
+    watch = Threads().watch()
+
+    def start(function, args):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_thread, "start_new_thread", start)
+    elsewhere(watch, lambda: done.append(1))
+    assert done == [1]
 
 
 def test_a_forked_child_leaves_the_streams_alone(own_watches):
