@@ -549,7 +549,7 @@ def test_what_was_told_is_kept_no_longer_than_watched(own_watches, monkeypatch):
 def test_a_socket_may_have_the_number_0():
     """Where standard input was closed, as a daemon's is."""
     before = os.dup(0)
-    with tcp_pair() as (server, client):
+    with tcp_pair() as (server, _):
         try:
             os.dup2(server.fileno(), 0)
             assert not is_hung_up(0)
@@ -561,7 +561,7 @@ def test_a_socket_may_have_the_number_0():
 def test_an_unknown_family_is_no_unix_socket(monkeypatch):
     """Systems other than Linux do not tell it."""
     monkeypatch.setattr(syncstream.runtime.sockets, "_SO_DOMAIN", None)
-    with tcp_pair() as (server, client):
+    with tcp_pair() as (server, _):
         assert not is_unix(server.fileno())
 
 
