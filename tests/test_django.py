@@ -52,13 +52,20 @@ def test_without_a_request(caplog):
 
     No request is invented for it.
     """
-    process()._warned.clear()
-    view = sse(lambda request: (n for n in range(2)))
+    process().said.clear()
+    streams = []
+
+    @sse
+    def view(request):
+        streams.append(current_stream())
+        yield 0
+        yield 1
+
     response = view(RequestFactory().get("/"))
     assert isinstance(response, SSEResponse)
     assert response.streaming
     assert b"".join(response).endswith(b"data: 1\n\n")
-    assert not response._response._stream.has_connection
+    assert not streams[0].has_connection
     assert b"".join(SSEResponse(["a"])) == b": ok\n\ndata: a\n\n"
     assert caplog.text.count("its request was not found") == 1
 
@@ -205,7 +212,7 @@ def test_a_response_that_is_kept_answers_one_request(middleware):
 @pytest.mark.parametrize("how", ["decorated", "middleware", "own", "none"])
 def test_who_compresses_a_stream_is_told(how, caplog):
     """A decorator or a middleware holds back events; a view's own encoding does not."""
-    process()._warned.clear()
+    process().said.clear()
 
     def view(request):
         own = {"Content-Encoding": "gzip"} if how == "own" else {}

@@ -21,7 +21,6 @@ PUBLIC = {
 }
 OTHERS = {
     "__main__.py": {"_SubParsersAction": "argparse has no other name for the type"},
-    "brokers/redis/listener.py": {"_sock": "redis-py's socket: to wait for it"},
     "brokers/redis/server.py": {"_sock": "redis-py's socket: to set its time-outs"},
     "protocol/json.py": {"_meta": "Django's mark of a model"},
     "runtime/waiting.py": {

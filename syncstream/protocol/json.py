@@ -135,7 +135,7 @@ _encode = json.JSONEncoder(
 _encode_nan = json.JSONEncoder(ensure_ascii=False, default=_plain).encode
 
 
-def _dumps_standard(value: Any) -> str:
+def dumps_standard(value: Any) -> str:
     try:
         try:
             return _encode(value)
@@ -159,14 +159,14 @@ _OPTIONS = (
 )
 
 
-def _dumps_orjson(value: Any) -> bytes:
+def dumps_orjson(value: Any) -> bytes:
     try:
         return orjson.dumps(value, _plain, _OPTIONS)
     except TypeError:
-        return _dumps_standard(value).encode()
+        return dumps_standard(value).encode()
 
 
-default_dumps: Dumps = _dumps_standard if orjson is None else _dumps_orjson
+default_dumps: Dumps = dumps_standard if orjson is None else dumps_orjson
 
 
 def dumps_or_default(dumps: Dumps | None) -> Dumps:

@@ -132,15 +132,21 @@ class Served:
 
 
 class Process:
-    """The streams of one process. Get it from `process`."""
+    """The streams of one process. Get it from `process`.
+
+    Attributes:
+        said: The keys of the lines that are logged once and have been.
+        is_looking: Whether a watch calls `look`: while there are streams.
+        lock: Held while ends are added up.
+    """
 
     def __init__(self) -> None:
-        self._warned: dict[str, object] = {}
+        self.said: dict[str, object] = {}
         self._memo: dict[Hashable, Any] = {}
         self._labels: dict[str, str] = {}
         # Reentrant: a garbage collection in here may end a stream, whose callback
         # asks for these numbers; so may a signal's.
-        self._lock = native(_thread, "RLock")()
+        self.lock = native(_thread, "RLock")()
         self._served: dict[Hashable, Served] = {}  # by server, the one that is now
         self._all: dict[int, Served] = {}  # all that have streams
         self._totals: dict[str, Total] = {}
@@ -148,7 +154,7 @@ class Process:
         # middle of counting, too.
         self._news: deque[tuple[str, float, int, int]] = deque()
         self._stopping: Stopping | None = None
-        self._is_looking = False
+        self.is_looking = False
         self._has_exit = False
         self._last: list[Callable[[], object]] = []
 
@@ -161,7 +167,7 @@ class Process:
             key: Distinguishes warnings, if texts of one warning differ.
         """
         token = object()
-        if self._warned.setdefault(key or text, token) is token:
+        if self.said.setdefault(key or text, token) is token:
             report(log, logging.WARNING, text)
 
     def say_once(
@@ -169,7 +175,7 @@ class Process:
     ) -> None:
         """Log a line soon, unless this process has logged its message before."""
         token = object()
-        if self._warned.setdefault(message, token) is token:
+        if self.said.setdefault(message, token) is token:
             say(log, level, message, *args)
 
     def memo(self, key: Hashable, find: Callable[[], Any]) -> Any:
@@ -232,22 +238,23 @@ class Process:
         if served is None or served.until() is not None:
             # A new server may have replaced one that has stopped.
             served = self._served[server] = Served(find())
-        self._have_exit()
+        self.have_exit()
         key = id(stream)
         served.open[key] = weakref.ref(stream, partial(served.open.pop, key))
         self._all[id(served)] = served
         is_told = served.stopping is not None or self._stopping is not None
-        if watch is not None and is_told and not self._is_looking:
-            self._is_looking = True
+        if watch is not None and is_told and not self.is_looking:
+            self.is_looking = True
             try:
-                watch.call_at(on_grid(time.monotonic()), self._look)
+                watch.call_at(on_grid(time.monotonic()), self.look)
             except BaseException:
-                self._is_looking = False  # the next stream tries again
+                self.is_looking = False  # the next stream tries again
                 served.open.pop(key, None)
                 raise
         return served
 
-    def _have_exit(self) -> None:
+    def have_exit(self) -> None:
+        """Have the interpreter's exit end the streams."""
         if not self._has_exit:
             atexit.register(_at_exit)
             self._has_exit = True
@@ -255,7 +262,7 @@ class Process:
     def at_exit(self, callback: Callable[[], object]) -> None:
         """Register a call for the interpreter's exit, after the streams have ended."""
         self._last.append(callback)
-        self._have_exit()
+        self.have_exit()
 
     def closed(self, stream: Attached, served: Served) -> None:
         """Remove a stream."""
@@ -266,11 +273,11 @@ class Process:
     ) -> None:
         """Count the end of a stream, even of one that never began."""
         self._news.append((reason, seconds, events, bytes))
-        if len(self._news) > 100 and self._lock.acquire(False):
+        if len(self._news) > 100 and self.lock.acquire(False):
             try:
                 self._add_up()
             finally:
-                self._lock.release()
+                self.lock.release()
 
     def _add_up(self) -> None:
         while self._news:
@@ -306,7 +313,11 @@ class Process:
         for served in list(self._all.values()):
             served.stop()
 
-    def _look(self) -> float | None:
+    def look(self) -> float | None:
+        """Tell the streams of servers that stop; return when to look again.
+
+        ``None`` for not again: there are no streams.
+        """
         for key, served in list(self._all.items()):
             if served.count():
                 until = self.until(served)
@@ -320,10 +331,10 @@ class Process:
             if served.count():  # a stream was added meanwhile
                 self._all[key] = served
         if not self._all:
-            self._is_looking = False
+            self.is_looking = False
             if not self._all:
                 return None
-            self._is_looking = True
+            self.is_looking = True
         return on_grid(time.monotonic() + GRID / 2)
 
     def end(self, limit: float) -> None:
@@ -340,22 +351,22 @@ class Process:
             _try(self._last.pop(), "a clean-up at the interpreter's exit failed")
 
     def stats(self) -> dict[str, Any]:
-        with self._lock:
+        with self.lock:
             self._add_up()
             totals = self._totals.copy()
             ended = {reason: asdict(total) for reason, total in totals.items()}
         return {"open": self.open_streams, "ended": ended}
 
 
-_processes: dict[int, Process] = {}  # by pid; a forked child also has its parents'
+processes: dict[int, Process] = {}  # by pid; a forked child also has its parents'
 
 
 def process() -> Process:
     """Return this process's record; a forked child begins with an empty one."""
     pid = os.getpid()
-    found = _processes.get(pid)
+    found = processes.get(pid)
     # setdefault: all threads get the same one.
-    return found if found is not None else _processes.setdefault(pid, Process())
+    return found if found is not None else processes.setdefault(pid, Process())
 
 
 def _try(function: Callable[[], object], complaint: str) -> None:

@@ -68,18 +68,24 @@ class Watch:
 
     All methods may be called from any thread of a process of threads, and under
     gevent from the greenlets of its hub; `run` from any thread.
+
+    Attributes:
+        ran_at: When a hub's watch last ran timers (`time.monotonic`).
+        watched: The callbacks of hang-ups, by descriptor.
+        timers: A heap of the timers that are set, the cancelled ones among them.
+        lock: Held while either changes, and by no callback.
     """
 
     def __init__(self) -> None:
-        self.ran_at = 0.0  # when a hub's watch last ran timers (`time.monotonic`)
-        self._hung_up: dict[int, Callback] = {}  # by descriptor
+        self.ran_at = 0.0
+        self.watched: dict[int, Callback] = {}
         self._told: dict[int, Callback] = {}  # hang-ups reported, without epoll
-        self._timers: list[tuple[float, int, Timer]] = []  # a heap
+        self.timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._cancelled = 0
         self._pid = os.getpid()
         # Reentrant: a garbage collection while it is held may close a stream.
-        self._lock = native(_thread, "RLock")()
+        self.lock = native(_thread, "RLock")()
         epoll = native_epoll()
         self._epoll = epoll() if epoll is not None else None
         if self._epoll is None:
@@ -92,9 +98,9 @@ class Watch:
 
         Remove it before its server closes it: the number may then be another's.
         """
-        with self._lock:
-            known = fd in self._hung_up
-            self._hung_up[fd] = hung_up
+        with self.lock:
+            known = fd in self.watched
+            self.watched[fd] = hung_up
             if self._epoll is None:
                 self._told.pop(fd, None)
                 return
@@ -105,7 +111,7 @@ class Watch:
                 self._epoll.modify(fd, mask)
             except BaseException:
                 if not known:
-                    del self._hung_up[fd]
+                    del self.watched[fd]
                 raise
 
     def remove(self, fd: int, hung_up: Callback) -> None:
@@ -114,10 +120,10 @@ class Watch:
         # the lock may be held by a thread that does not exist in the child.
         if self._is_foreign:
             return
-        with self._lock:
-            if self._hung_up.get(fd) is not hung_up:
+        with self.lock:
+            if self.watched.get(fd) is not hung_up:
                 return
-            del self._hung_up[fd]
+            del self.watched[fd]
             if self._epoll is None:
                 self._told.pop(fd, None)
                 return
@@ -130,12 +136,12 @@ class Watch:
         return self._pid != os.getpid()
 
     def _look(self) -> float:
-        for fd in tuple(self._hung_up):
-            hung_up = self._hung_up.get(fd)
+        for fd in tuple(self.watched):
+            hung_up = self.watched.get(fd)
             if hung_up is None or self._told.get(fd) is hung_up or not is_hung_up(fd):
                 continue
-            with self._lock:
-                if self._hung_up.get(fd) is not hung_up:  # removed meanwhile
+            with self.lock:
+                if self.watched.get(fd) is not hung_up:  # removed meanwhile
                     continue
                 self._told[fd] = hung_up
             self._guarded(hung_up)
@@ -143,16 +149,16 @@ class Watch:
 
     def _look_at(self, fd: int) -> None:
         # Check the socket: the number may refer to another one by now.
-        hung_up = self._hung_up.get(fd)
+        hung_up = self.watched.get(fd)
         if hung_up is not None and is_hung_up(fd):
             self._guarded(hung_up)
 
-    def _read(self, timeout: float) -> None:
+    def read(self, timeout: float) -> None:
         """Wait for epoll, for at most this many seconds, and report hang-ups."""
         assert self._epoll is not None
         for fd, _ in self._epoll.poll(timeout):
             try:
-                if fd in self._hung_up:
+                if fd in self.watched:
                     self._look_at(fd)
                 else:
                     self._woken(fd)
@@ -164,7 +170,7 @@ class Watch:
 
     def _do_without_epoll(self, error: BaseException) -> None:
         """Check each socket from now on: other code has closed our epoll descriptor."""
-        with self._lock:
+        with self.lock:
             if self._epoll is None:
                 return
             self._epoll = None  # not closed: its number may be another file's
@@ -192,9 +198,9 @@ class Watch:
         if self._is_foreign:  # no thread runs it, and its lock may stay held
             return timer
         when = _shared(when)
-        with self._lock:
-            is_first = not self._timers or when < self._timers[0][0]
-            heapq.heappush(self._timers, (when, next(self._order), timer))
+        with self.lock:
+            is_first = not self.timers or when < self.timers[0][0]
+            heapq.heappush(self.timers, (when, next(self._order), timer))
         if is_first:
             self._wake()
         return timer
@@ -206,31 +212,31 @@ class Watch:
         timer.callback = None
         if self._is_foreign:
             return
-        with self._lock:
+        with self.lock:
             self._cancelled += 1
-            if self._cancelled > max(_COMPACT, len(self._timers) // 2):
+            if self._cancelled > max(_COMPACT, len(self.timers) // 2):
                 self._cancelled = 0
-                timers, self._timers = self._timers, []
+                timers, self.timers = self.timers, []
                 live = [t for t in timers if t[2].callback is not None]
-                self._timers += live  # a garbage collection may have added some
-                heapq.heapify(self._timers)
+                self.timers += live  # a garbage collection may have added some
+                heapq.heapify(self.timers)
 
     def _run_timers(self) -> float | None:
         """Make the calls that are due; return the time of the next one."""
         now = time.monotonic()  # calls that become due later wait for the next round
         while True:
-            with self._lock:
-                if not self._timers:
+            with self.lock:
+                if not self.timers:
                     return None
-                when, _, timer = self._timers[0]
+                when, _, timer = self.timers[0]
                 callback = timer.callback
                 if callback is None:  # cancelled
-                    heapq.heappop(self._timers)
+                    heapq.heappop(self.timers)
                     self._cancelled -= 1
                     continue
                 if when > now:
                     return when
-                heapq.heappop(self._timers)
+                heapq.heappop(self.timers)
             again: float | None = now + AGAIN  # if even a BaseException ends the call
             try:
                 again = self._guarded(callback, timer)
@@ -238,9 +244,9 @@ class Watch:
                 if again is not None and timer.callback is not None:
                     # Not in this round: a time in the past would loop for ever.
                     again = max(again, time.monotonic())
-                    with self._lock:
+                    with self.lock:
                         entry = _shared(again), next(self._order), timer
-                        heapq.heappush(self._timers, entry)
+                        heapq.heappush(self.timers, entry)
 
     def _wake(self) -> None:
         """Wake the watch: its first timer has changed."""
@@ -276,6 +282,11 @@ class Watch:
         """Run a callback that may block briefly, soon, one after the other."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """End it, and close its descriptors. (A process keeps its own to its exit.)"""
+        if self._epoll is not None:
+            self._epoll.close()
+
 
 class _ThreadWatch(Watch):
     """The watch of a process of threads: it runs in a thread of its own."""
@@ -290,9 +301,9 @@ class _ThreadWatch(Watch):
         try:
             if self._epoll is not None:
                 self._epoll.register(self._event_fd, select.EPOLLIN)
-            thread = threading.Thread(target=self._loop, name="syncstream-watch")
-            thread.daemon = True
-            thread.start()
+            self._thread = threading.Thread(target=self._loop, name="syncstream-watch")
+            self._thread.daemon = True
+            self._thread.start()
         except BaseException:  # no thread can be started: the next call tries again
             if self._epoll is not None:
                 self._epoll.close()
@@ -316,7 +327,7 @@ class _ThreadWatch(Watch):
             self._ready.acquire(True, left)
             return
         try:
-            self._read(left)
+            self.read(left)
         except (OSError, ValueError) as error:  # ValueError: closed
             self._event_fd = -1
             self._do_without_epoll(error)
@@ -338,6 +349,14 @@ class _ThreadWatch(Watch):
 
     def spawn(self, callback: Callback) -> None:
         self._guarded(callback)
+
+    def close(self) -> None:
+        self._is_over = True
+        self._wake()
+        self._thread.join()
+        super().close()
+        if self._event_fd >= 0:
+            os.close(self._event_fd)
 
 
 class Worker:
@@ -397,16 +416,16 @@ class _HubWatch(Watch):
             self._io.stop()
             return
         try:
-            self._read(0)
+            self.read(0)
         except (OSError, ValueError) as error:
             self._io.stop()
             self._do_without_epoll(error)
 
     def _wake(self) -> None:
         hub = self._hub()
-        if hub is None or not self._timers:
+        if hub is None or not self.timers:
             return
-        when = self._timers[0][0]
+        when = self.timers[0][0]
         if when >= self._timer_at:
             return
         self._set_timer(hub, when)
@@ -462,6 +481,13 @@ class _HubWatch(Watch):
 
         gevent.spawn(self._guarded, callback)
 
+    def close(self) -> None:
+        for watcher in (self._io, self._timer, self._async):
+            if watcher is not None:
+                watcher.stop()
+                watcher.close()
+        super().close()
+
 
 def _left(when: float) -> float:
     """Return the longest time to wait, so that the next timer is checked in time."""
@@ -513,7 +539,7 @@ def native_epoll() -> Any:
         return None
 
 
-class _Watches:
+class Watches:
     """The watches of one process."""
 
     def __init__(self) -> None:
@@ -524,8 +550,14 @@ class _Watches:
             weakref.WeakKeyDictionary()
         )
 
+    def close(self) -> None:
+        """End them all."""
+        for one in (self.of_threads, *self.of_hubs.values()):
+            if one is not None:
+                one.close()
 
-_watches = _Watches()
+
+watches = Watches()
 
 
 def watch() -> Watch:
@@ -533,16 +565,16 @@ def watch() -> Watch:
 
     It is made, and its thread started, by the first call.
     """
-    global _watches
-    if _watches.pid != os.getpid():  # forked: the others are the parent's
-        _watches = _Watches()
+    global watches
+    if watches.pid != os.getpid():  # forked: the others are the parent's
+        watches = Watches()
     here = gevent_hub()
-    with _watches.lock:
+    with watches.lock:
         if here is None:
-            if _watches.of_threads is None:
-                _watches.of_threads = _ThreadWatch()
-            return _watches.of_threads
-        found = _watches.of_hubs.get(here)
+            if watches.of_threads is None:
+                watches.of_threads = _ThreadWatch()
+            return watches.of_threads
+        found = watches.of_hubs.get(here)
         if found is None:
-            found = _watches.of_hubs[here] = _HubWatch(here)
+            found = watches.of_hubs[here] = _HubWatch(here)
         return found

@@ -60,6 +60,13 @@ class Capacity:
         max_per_key: So many at once for each.
         warn: Called with what an operator should change, in one sentence.
 
+    Attributes:
+        count: The streams that have a place.
+        threads: The threads that they hold.
+        leaving: How many of these are about to be left by a hand-over.
+        counts: The streams by key; those of no key are not among them.
+        waiters: Who waits for a thread.
+
     Raises:
         TypeError, ValueError: A number is no whole number of 1 or more; one of
             ``limit_by`` and ``max_per_key`` is given without the other.
@@ -100,10 +107,10 @@ class Capacity:
         self._is_limited = any(number is not None for number in numbers.values())
         # Reentrant: a garbage collection in here may close a stream.
         self._lock = native(_thread, "RLock")()
-        self._count = self._threads = 0
-        self._leaving = 0  # of the threads: their streams are being handed over
-        self._waiters: list[Waiter] = []
-        self._counts: dict[Hashable, int] = {}
+        self.count = self.threads = 0
+        self.leaving = 0
+        self.waiters: list[Waiter] = []
+        self.counts: dict[Hashable, int] = {}
 
     def admit(
         self,
@@ -133,22 +140,22 @@ class Capacity:
         if leaves and most is not None:
             self._await_thread(most)
         with self._lock:
-            if self._max_streams is not None and self._count >= self._max_streams:
+            if self._max_streams is not None and self.count >= self._max_streams:
                 return None
-            if most is not None and self._threads >= most:
+            if most is not None and self.threads >= most:
                 return None
             if key is not None:
                 assert self._max_per_key is not None
-                held = self._counts.get(key, 0)
+                held = self.counts.get(key, 0)
                 is_theirs = held >= self._max_per_key
                 if not is_theirs:
-                    self._counts[key] = held + 1
+                    self.counts[key] = held + 1
             else:
                 is_theirs = False
             if not is_theirs:
-                self._count += 1
-                self._threads += 1
-                self._leaving += leaves
+                self.count += 1
+                self.threads += 1
+                self.leaving += leaves
         if is_theirs:
             if _is_proxy_s(key, environ):
                 self._warn(_PROXY)
@@ -174,37 +181,37 @@ class Capacity:
         while True:
             with self._lock:
                 left = until - time.monotonic()
-                if self._threads < most or not self._leaving or left <= 0:
+                if self.threads < most or not self.leaving or left <= 0:
                     return
                 waiter = Waiter()
-                self._waiters.append(waiter)
+                self.waiters.append(waiter)
             waiter.wait(left)
 
     def leave(self, key: Hashable) -> None:
         """Give a place back: by `Place`, once."""
         with self._lock:
-            self._count -= 1
+            self.count -= 1
             if key is not None:
-                self._counts[key] -= 1
-                if not self._counts[key]:
-                    del self._counts[key]
+                self.counts[key] -= 1
+                if not self.counts[key]:
+                    del self.counts[key]
 
     def leave_thread(self) -> None:
         """Give a thread back: by `Place`, once."""
         with self._lock:
-            self._threads -= 1
+            self.threads -= 1
         self._wake()
 
     def stay(self) -> None:
         """One that was about to leave its thread is so no more: by `Place`, once."""
         with self._lock:
-            self._leaving -= 1
+            self.leaving -= 1
         self._wake()
 
     def _wake(self) -> None:
-        if self._waiters:
+        if self.waiters:
             with self._lock:
-                waiters, self._waiters = self._waiters, []
+                waiters, self.waiters = self.waiters, []
             wake_all(waiters)
 
 

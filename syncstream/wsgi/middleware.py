@@ -87,7 +87,7 @@ class StreamMiddleware:
             raise TypeError(f"app must be a WSGI application, got {app!r}")
         self.app = app
         self._life = Life(keepalive, send_timeout, max_duration, drain)
-        self._capacity = Capacity(
+        self.capacity = Capacity(
             max_streams,
             reserve_threads,
             limit_by,
@@ -106,7 +106,7 @@ class StreamMiddleware:
         connection = Connection.of(environ)
         if not self._may_hand_over:
             environ[HANDOVER] = False
-        head = _Head(connection, start_response, self._life, self._capacity)
+        head = _Head(connection, start_response, self._life, self.capacity)
         token = answering.set(weakref.ref(connection))
         try:
             app_iter = self.app(environ, head.start_response)

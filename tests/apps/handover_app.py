@@ -119,10 +119,10 @@ def subscribe(kind, name, query):
             options["handover"] = False
         response = SSEResponse(subscription, **options)
     if "note" in query:
-        key, stream = query["note"], response._stream
+        key, stream = query["note"], response.response
         stream.on_close(lambda: note(f"{key}-closed", stream.reason))
     if "say" in query:
-        word, stream = query["say"], response._stream
+        word, stream = query["say"], response.response
         stream.on_close(lambda: os.write(2, f"{word}: {stream.reason}\n".encode()))
     return response
 

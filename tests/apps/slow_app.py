@@ -47,7 +47,7 @@ def subscriber(key):
     response = SSEResponse(
         hub.subscribe("all", after="start"), send_timeout=SEND_TIMEOUT
     )
-    stream = response._stream
+    stream = response.response
     stream.on_close(lambda: note(f"{key}-ended", stream.reason))
     return response
 

@@ -129,6 +129,6 @@ def held():
         "ended_sources": ended.total(),
         "streams": sum(isinstance(item, Stream) for item in objects),
         "greenlets": len(alive),
-        "watched": len(mine._hung_up),
-        "timers": sum(timer.callback is not None for _, _, timer in mine._timers),
+        "watched": len(mine.watched),
+        "timers": sum(timer.callback is not None for _, _, timer in mine.timers),
     }

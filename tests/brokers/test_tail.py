@@ -12,7 +12,7 @@ from syncstream.brokers.tail import Mark, Stopped, Tail, jitter
 from syncstream.errors import Unavailable
 from syncstream.runtime.clock import time
 from syncstream.runtime.journal import journal
-from tests.support.live import TIMEOUT
+from tests.support.waits import TIMEOUT
 
 log = logging.getLogger("syncstream.brokers")
 

@@ -504,10 +504,10 @@ def test_a_stream_that_cannot_be_stopped_keeps_no_other():
     is_stopping = []
     for key, stream in enumerate(streams):
         record.opened(stream, None, key, lambda: lambda: is_stopping[0])
-    record._look()
+    record.look()
     assert stopped == []
     is_stopping.append(0.0)
-    record._look()
+    record.look()
     assert stopped == ["shutdown"]
     record.at_exit(lambda: stopped.append("exit"))
     record.at_exit(broken)

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from werkzeug.datastructures import MultiDict
 
-from syncstream.protocol.json import _dumps_orjson, _dumps_standard, default_dumps
+from syncstream.protocol.json import default_dumps, dumps_orjson, dumps_standard
 
 pytest.importorskip("orjson", reason="compares with orjson: pip install orjson")
 
@@ -283,11 +283,11 @@ REFUSED = [
 
 def standard(value: Any) -> str:
     """Encode without orjson, up to the wire: a lone surrogate fails there."""
-    return _dumps_standard(value).encode().decode()  # type: ignore[attr-defined]
+    return dumps_standard(value).encode().decode()  # type: ignore[attr-defined]
 
 
 def fast(value: Any) -> str:
-    return _dumps_orjson(value).decode()
+    return dumps_orjson(value).decode()
 
 
 BOTH = pytest.mark.parametrize("dumps", [standard, fast])
@@ -329,7 +329,7 @@ def test_exponents(value: float, dumps: Any) -> None:
 
 def test_default_is_orjson_where_it_is_installed() -> None:
     """`default_dumps` uses orjson where that is installed."""
-    assert default_dumps is _dumps_orjson
+    assert default_dumps is dumps_orjson
 
 
 def test_works_without_orjson() -> None:
@@ -337,7 +337,7 @@ def test_works_without_orjson() -> None:
     program = (
         "import sys; sys.modules['orjson'] = None\n"
         "from syncstream.protocol import json, sse\n"
-        "assert json.default_dumps is json._dumps_standard\n"
+        "assert json.default_dumps is json.dumps_standard\n"
         "assert sse.encoder()({'a': [1, 2]}) == b'data: {\"a\":[1,2]}\\n\\n'\n"
         "assert sse.Event({'a': float('nan')}).json() == {'a': None}\n"
     )

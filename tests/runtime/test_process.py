@@ -51,7 +51,7 @@ RETRY = re.compile(rb"retry: (\d+)\n\n")
 def own_record(monkeypatch):
     """Each test begins with a process that has had no streams."""
     own = {os.getpid(): Process()}
-    monkeypatch.setattr(syncstream.runtime.process, "_processes", own)
+    monkeypatch.setattr(syncstream.runtime.process, "processes", own)
     return own[os.getpid()]
 
 
@@ -448,7 +448,7 @@ def test_the_open_ones_are_counted():
 
 def test_a_callback_may_ask(own_record):
     """Inside of the counting, too, where a collection has brought it."""
-    with own_record._lock:
+    with own_record.lock:
         assert stats() == {"open": 0, "ended": {}}
 
 
@@ -469,7 +469,7 @@ def test_a_warning_comes_once(caplog):
 def test_all_threads_have_one_record(monkeypatch):
     """Whichever asks first in a forked child."""
     for _ in range(50):
-        monkeypatch.setattr(syncstream.runtime.process, "_processes", {})
+        monkeypatch.setattr(syncstream.runtime.process, "processes", {})
         together = threading.Barrier(8)
 
         def ask(together=together):
@@ -503,13 +503,13 @@ def test_a_server_that_stops_ends_its_streams(own_record):
         assert b"".join(join()).count(b"retry: ") == 1
     assert [stream.reason for stream in streams] == ["shutdown", "shutdown"]
     # It rests when there are none, and looks again when there are.
-    await_true(lambda: not own_record._is_looking)
+    await_true(lambda: not own_record.is_looking)
     flag.clear()
     waits = threading.Barrier(2)
     stream = stream_of(waiting(), line)
     join = PLACE.start(lambda: serve(stream))
     waits.wait(TIMEOUT)
-    assert own_record._is_looking
+    assert own_record.is_looking
     flag.append(1)
     join()
     assert stream.reason == "shutdown"

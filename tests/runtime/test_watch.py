@@ -56,28 +56,10 @@ def place_of(kind, monkeypatch):
 @pytest.fixture
 def own_watches(monkeypatch):
     """A test with watches of its own, which end with it."""
-    own = syncstream.runtime.watch._Watches()
-    monkeypatch.setattr(syncstream.runtime.watch, "_watches", own)
+    own = syncstream.runtime.watch.Watches()
+    monkeypatch.setattr(syncstream.runtime.watch, "watches", own)
     yield
-    for hub_watch in own.of_hubs.values():
-        for watcher in (hub_watch._io, hub_watch._timer):
-            if watcher is not None:
-                watcher.stop()
-                watcher.close()
-    thread_watch = own.of_threads
-    if thread_watch is not None:
-        thread_watch._is_over = True
-        thread_watch.call_at(0, lambda: None)  # wakes it, to end
-        await_true(lambda: not is_looping(thread_watch))
-        if thread_watch._event_fd >= 0:
-            os.close(thread_watch._event_fd)
-
-
-def is_looping(thread_watch):
-    return any(
-        getattr(thread, "_target", None) == thread_watch._loop
-        for thread in threading.enumerate()
-    )
+    own.close()
 
 
 @pytest.fixture(
@@ -120,7 +102,7 @@ def test_a_hang_up_is_told_once(any_place, how):
         any_place.await_true(lambda: calls)
         any_place.pause(3 * syncstream.runtime.watch.LOOK_EVERY)
         fd = server.fileno()
-        watch.remove(fd, watch._hung_up[fd])
+        watch.remove(fd, watch.watched[fd])
         assert len(calls) == 1
 
 
@@ -188,14 +170,14 @@ def test_bytes_do_not_wake_it(own_watches, monkeypatch):
     """A client that pipelines, or floods, costs the watch nothing."""
     for kind in PLACES:
         place, reads = place_of(kind, monkeypatch), []
-        read = Watch._read
+        read = Watch.read
 
         def counted(self, timeout, read=read, reads=reads):
             reads.append(timeout)
             return read(self, timeout)
 
         with monkeypatch.context() as patch, tcp_pair() as (server, client):
-            patch.setattr(Watch, "_read", counted)
+            patch.setattr(Watch, "read", counted)
             watch = place.watch()
             watch.add(server.fileno(), lambda: None)
             place.pause(0.02)
@@ -207,7 +189,7 @@ def test_bytes_do_not_wake_it(own_watches, monkeypatch):
             client.sendall(b"x" * 10_000)
             place.pause(0.05)
             assert len(reads) < 5  # a timer's, at most; 400 came
-            hung_up = watch._hung_up[server.fileno()]
+            hung_up = watch.watched[server.fileno()]
             watch.remove(server.fileno(), hung_up)
 
 
@@ -226,7 +208,7 @@ def test_a_stranger_with_the_number_is_left_alone(any_place):
             )
             any_place.pause(0.12)
             assert calls == []
-            assert watch._hung_up.pop(fd)
+            assert watch.watched.pop(fd)
         assert not syncstream.runtime.sockets.is_hung_up(stranger.fileno())
         other.close()
 
@@ -273,7 +255,7 @@ def test_a_connection_is_watched_again(any_place):
         leave(client)
         any_place.await_true(lambda: calls)
         watch.remove(server.fileno(), hung_up)
-    assert watch._hung_up == {}
+    assert watch.watched == {}
 
 
 # The clock.
@@ -282,7 +264,7 @@ def test_a_connection_is_watched_again(any_place):
 def test_timers_come_in_order(any_place):
     """2,000 of them, set in any order; the cancelled ones do not come."""
     watch, came, timers = any_place.watch(), [], {}
-    with watch._lock:  # none comes before all are set, however busy the machine is
+    with watch.lock:  # none comes before all are set, however busy the machine is
         now = time.monotonic() + 0.05
         times = [now + n / 10_000 for n in range(2000)]
         for when in random.sample(times, len(times)):
@@ -324,7 +306,7 @@ def test_a_timer_comes_again_until_it_is_cancelled(any_place):
             watch.cancel(timer)
         return time.monotonic() + 0.003
 
-    with watch._lock:  # it does not come before we know it
+    with watch.lock:  # it does not come before we know it
         timer = watch.call_at(time.monotonic(), call)
     any_place.await_true(lambda: len(came) == 5)
     any_place.pause(0.03)
@@ -368,7 +350,7 @@ def test_cancelled_timers_are_dropped(place):
     ]
     for _ in range(100_000):
         watch.cancel(watch.call_at(later, lambda: came.append("cancelled")))
-    assert len(watch._timers) < 3000
+    assert len(watch.timers) < 3000
     place.await_true(lambda: len(came) == len(keep))
     assert came == list(range(100))
 
@@ -401,11 +383,11 @@ def test_a_callback_that_fails_is_logged(any_place, caplog):
         leave(client)
         any_place.await_true(lambda: caplog.text.count("ZeroDivisionError") >= 2)
         for fd in (server.fileno(),):
-            watch._hung_up.pop(fd)
+            watch.watched.pop(fd)
         leave(client2)
         watch.call_at(time.monotonic(), lambda: calls.append("timer"))
         any_place.await_true(lambda: len(calls) >= 2)
-        watch._hung_up.pop(server2.fileno())
+        watch.watched.pop(server2.fileno())
     assert sorted(set(calls)) == ["hung up", "timer"]
     text = "a callback of the watch failed: its stream may not notice an end"
     assert text in caplog.messages
@@ -424,7 +406,7 @@ def test_it_is_used_from_many_threads(own_watches, monkeypatch):
                 gone = watch.call_at(time.monotonic() + 60, came.append)
                 watch.call_at(time.monotonic(), lambda: came.append(1))
                 watch.cancel(gone)
-                hung_up = watch._hung_up[server.fileno()]
+                hung_up = watch.watched[server.fileno()]
                 watch.remove(server.fileno(), hung_up)
 
         joins = [place.start(lambda s=server: work(s)) for server, _ in pairs]
@@ -432,7 +414,7 @@ def test_it_is_used_from_many_threads(own_watches, monkeypatch):
             join()
         place.await_true(lambda: len(came) >= 8 * 300)
     assert came == [1] * 2400
-    assert watch._hung_up == {}
+    assert watch.watched == {}
 
 
 # Forks.
@@ -635,7 +617,7 @@ def test_a_fork_inside_of_the_lock_hangs_no_child(own_watches):
         held, go = threading.Event(), threading.Event()
 
         def hold():
-            with watch()._lock:
+            with watch().lock:
                 held.set()
                 go.wait(TIMEOUT)
 
@@ -765,7 +747,7 @@ with tcp_pair() as (server, client), tcp_pair() as (server2, client2):
     second = stream_of(source(), Line(server2))
     serve(stream_of(["imports"], Line()))
     import syncstream.runtime.watch as module
-    module._watches = module._Watches()
+    module.watches = module.Watches()
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
     full = []
     try:

@@ -125,7 +125,7 @@ def test_what_a_server_keeps_makes_a_connection_full(pair):
 
 def test_a_server_that_shows_no_socket_is_warned_of(caplog):
     """Once; not so a test client, which names no server."""
-    process()._warned.pop("no socket", None)
+    process().said.pop("no socket", None)
     Connection({"REQUEST_METHOD": "GET"}).warn()
     assert caplog.text == ""
     for _ in range(2):
@@ -232,7 +232,7 @@ def test_where_no_cut_can_be_seen_it_is_said(pair, is_unix, protocol, caplog):
     with theirs, ours:
         environ = environ_of(ours if is_unix else pair[0], protocol)
         environ["wsgi.multithread"] = True
-        process()._warned.pop("unmarked", None)
+        process().said.pop("unmarked", None)
         for _ in range(2):
             Connection(environ).warn()
     is_said = is_unix and protocol == "HTTP/1.0"

@@ -15,6 +15,7 @@ import pytest
 from syncstream import Hub, SSEResponse, StreamMiddleware, StreamResponse
 from syncstream.fanout import loop as fanout_module
 from syncstream.fanout.loop import Fanout, fanout
+from syncstream.runtime import process as process_module
 from syncstream.runtime import watch as watch_module
 from syncstream.runtime.process import Process, process
 from syncstream.runtime.watch import Watch, watch
@@ -109,10 +110,10 @@ def run(app, environ, start_response=start_response):
 def assert_nothing_is_left(middleware, environ):
     """Nothing is counted, and there is a place for the next one."""
     gc.collect()
-    capacity = middleware._capacity
-    assert (capacity._count, capacity._threads, capacity._counts) == (0, 0, {})
+    capacity = middleware.capacity
+    assert (capacity.count, capacity.threads, capacity.counts) == (0, 0, {})
     assert process().open_streams <= environ["test.before"]
-    assert environ["gunicorn.socket"].fileno() not in watch()._hung_up
+    assert environ["gunicorn.socket"].fileno() not in watch().watched
     fresh = dict(environ)
     fresh.pop("syncstream.connection", None)
     middleware.app = SSEResponse(["a"])
@@ -186,7 +187,7 @@ def test_another_answer_after_a_head_that_was_refused(connection):
         (Watch, "add"),
         (Watch, "call_at"),
         (Process, "opened"),
-        (Process, "_have_exit"),
+        (Process, "have_exit"),
         (Monitor, "observe"),
         (Stream, "hold"),
     ],
@@ -194,15 +195,15 @@ def test_another_answer_after_a_head_that_was_refused(connection):
 def test_a_step_of_the_stream_that_fails(connection, monkeypatch, app, owner, step):
     """Whatever the stream begins with; and what was half done is tried again."""
     watch()
-    record = process()
-    record._has_exit = record._is_looking = False
+    record = Process()
+    monkeypatch.setattr(process_module, "processes", {os.getpid(): record})
     middleware = limited(app(["a"]))
     with monkeypatch.context() as patch:
         patch.setattr(owner, step, fail)
         with pytest.raises(Failure):
             run(middleware, connection)
     assert_nothing_is_left(middleware, connection)
-    assert not record._is_looking
+    assert not record.is_looking
 
 
 def test_a_swap_that_is_not_watched_is_undone(connection, monkeypatch):

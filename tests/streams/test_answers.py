@@ -109,7 +109,7 @@ def test_a_returned_answer_is_refused(value, count, reason, logged):
     response = SSEResponse(redirecting(value, count))
     answer = get(response)
     assert answer.data.endswith(b"id: syncstream-end\n\n")
-    assert response._stream.reason == reason
+    assert response.response.reason == reason
     [record] = logged()
     assert type(record.exc_info[1]).__mro__[1] is TypeError
     assert re.search("returned a [a-zA-Z]+ of status [34]0", str(record.exc_info[1]))

@@ -26,7 +26,7 @@ def own_record(monkeypatch):
     """Each test begins with a process that has warned of nothing."""
 
     own = {os.getpid(): Process()}
-    monkeypatch.setattr(syncstream.runtime.process, "_processes", own)
+    monkeypatch.setattr(syncstream.runtime.process, "processes", own)
 
 
 def capacity(**options):
@@ -54,7 +54,7 @@ def test_places_are_exact(limit):
 
     for join in [PLACE.start(work) for _ in range(20)]:
         join()
-    assert places._count == 0
+    assert places.count == 0
     assert limit is None or max(most) <= limit
     assert len(most) + len(refused) == 6000
     all_free = [places.admit({}, lambda: None) for _ in range(limit or 5)]
@@ -95,7 +95,7 @@ def test_keys_are_exact_and_forgotten():
     for join in [PLACE.start(work) for _ in range(20)]:
         join()
     assert too_many == []
-    assert (places._count, places._counts) == (0, {})
+    assert (places.count, places.counts) == (0, {})
 
 
 def test_one_release_from_two_threads():
@@ -105,7 +105,7 @@ def test_one_release_from_two_threads():
         first, second = (places.admit({}, lambda: None) for _ in range(2))
         for join in [PLACE.start(first.release), PLACE.start(first.release)]:
             join()
-        assert places._count == 1
+        assert places.count == 1
         second.release()
 
 
@@ -140,7 +140,7 @@ def test_who_leaves_waits_for_who_leaves(monkeypatch):
 
     for join in [PLACE.start(work) for _ in range(50)]:
         join()
-    assert (places._threads, places._leaving) == (0, 0)
+    assert (places.threads, places.leaving) == (0, 0)
     assert max(most) <= 3
     stays = [places.admit({}, lambda: 4, leaves=leaves) for leaves in (0, 1, 1)]
     for place in stays:
@@ -151,7 +151,7 @@ def test_who_leaves_waits_for_who_leaves(monkeypatch):
     assert time.monotonic() - start < 60
     for place in stays:
         place.release()
-    assert (places._threads, places._leaving, places._count) == (0, 0, 50)
+    assert (places.threads, places.leaving, places.count) == (0, 0, 50)
 
 
 @pytest.mark.parametrize("how", ["leaves", "stays", "neither"])
@@ -163,7 +163,7 @@ def test_how_long_a_subscriber_waits(how, monkeypatch):
     places = capacity(reserve_threads=1)
     first = places.admit({}, lambda: 2, leaves=True)
     join = PLACE.start(lambda: places.admit({}, lambda: 2, leaves=True))
-    await_true(lambda: places._waiters)
+    await_true(lambda: places.waiters)
     if how == "leaves":
         first.leave_thread()
     elif how == "stays":
@@ -208,7 +208,7 @@ def test_a_thread_is_given_back_before_its_place():
     for place in (first, second, third):
         place.release()
         place.leave_thread()
-    assert (places._count, places._threads) == (0, 0)
+    assert (places.count, places.threads) == (0, 0)
 
 
 @pytest.mark.parametrize("key", [[], {}])
@@ -217,7 +217,7 @@ def test_a_key_that_cannot_be_one_takes_no_place(key):
     places = capacity(limit_by=lambda environ: key, max_per_key=1)
     with pytest.raises(TypeError):
         places.admit({}, lambda: None)
-    assert (places._count, places._counts) == (0, {})
+    assert (places.count, places.counts) == (0, {})
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "1", True])
@@ -359,7 +359,7 @@ def test_one_too_many_is_refused(app, headers, caplog):
     assert third.statuses == ["200 OK"]
     assert "content-length" not in third.headers
     third.close()
-    assert limited._capacity._count == 0
+    assert limited.capacity.count == 0
     assert len(caplog.messages) == 1
 
 
@@ -377,7 +377,7 @@ def test_every_end_frees_the_place(app, end):
             answer.close()
         del answer
         gc.collect()
-        assert limited._capacity._count == 0
+        assert limited.capacity.count == 0
 
 
 def test_head_takes_no_place():
@@ -398,14 +398,14 @@ def test_head_takes_no_place():
     for app in (plain, empty, sized):
         limited = StreamMiddleware(app, max_streams=1)
         answers = [Answer(limited) for _ in range(3)]
-        assert limited._capacity._count == 0
+        assert limited.capacity.count == 0
         for answer in answers:
             answer.close()
     for app in (ours, hand_written, lazy):
         log = []
         limited = StreamMiddleware(app(log), max_streams=1)
         answers = [Answer(limited, "HEAD") for _ in range(3)]
-        assert limited._capacity._count == 0
+        assert limited.capacity.count == 0
         for answer in answers:
             assert answer.statuses == ["200 OK"]
             answer.close()
@@ -453,7 +453,7 @@ def test_an_application_that_fails_frees_its_place(when):
                     list(answer.chunks)
                 answer.close()
             gc.collect()
-            assert limited._capacity._count == 0
+            assert limited.capacity.count == 0
 
 
 @pytest.mark.parametrize("is_full", [False, True])
@@ -477,20 +477,20 @@ def test_start_response_called_twice(second, is_full):
             return [b"sorry"]
 
     limited = StreamMiddleware(app, max_streams=1)
-    held = limited._capacity.admit({}, lambda: None) if is_full else None
+    held = limited.capacity.admit({}, lambda: None) if is_full else None
     answer = Answer(limited)
     if second == "error page":
-        assert limited._capacity._count == (1 if is_full else 0)
+        assert limited.capacity.count == (1 if is_full else 0)
         assert answer.statuses[-1] == "500 Internal Server Error"
         assert answer.rest() == b"sorry"
     else:
-        assert limited._capacity._count == 1
+        assert limited.capacity.count == 1
         assert answer.statuses[-1].startswith("503" if is_full else "200")
         assert (b"data: sorry\n\n" in answer.rest()) is not is_full
     answer.close()
     if held is not None:
         held.release()
-    assert limited._capacity._count == 0
+    assert limited.capacity.count == 0
 
 
 UNIX = ["", b"", (), "localhost", "<local>"]
@@ -575,7 +575,7 @@ def test_a_limit_for_each_client():
     for answer in answers:
         answer.rest()
         answer.close()
-    assert limited._capacity._counts == {}
+    assert limited.capacity.counts == {}
 
 
 def test_what_was_refused_is_counted():
@@ -605,7 +605,7 @@ def test_many_come_at_once(app, caplog):
             codes.append(answer.statuses[-1][:3])
             if codes[-1] == "200":
                 held.append(1)
-                most.append(limited._capacity._count)
+                most.append(limited.capacity.count)
                 held.pop()
             answer.close()
 
@@ -613,7 +613,7 @@ def test_many_come_at_once(app, caplog):
         join()
     assert max(most) <= 4
     assert len(codes) == 400
-    assert limited._capacity._count == 0
+    assert limited.capacity.count == 0
     assert len(caplog.messages) <= 1
 
 

@@ -22,7 +22,7 @@ assert callable(django_app.app)  # it configures Django
 def _own_record(monkeypatch):
     """Each test begins with a process that has warned of nothing."""
     own = {os.getpid(): Process()}
-    monkeypatch.setattr(syncstream.runtime.process, "_processes", own)
+    monkeypatch.setattr(syncstream.runtime.process, "processes", own)
 
 
 def write(session, how):

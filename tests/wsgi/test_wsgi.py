@@ -98,7 +98,7 @@ def compressing_hook(response):
 @pytest.mark.parametrize("make", [SSEResponse, NDJSONResponse, StreamResponse])
 def test_who_compresses_streams_is_warned_of(make, caplog):
     """Once, with the cure; not so who sends what is compressed already."""
-    process()._warned.pop("compressed", None)
+    process().said.pop("compressed", None)
     with get(make(["a"], headers={"Content-Encoding": "br"})) as answer:
         assert answer.data
     assert "COMPRESS_STREAMS" not in caplog.text
@@ -623,7 +623,7 @@ def test_the_middleware_passes_exc_info(app):
 )
 def test_bytes_that_fire_nothing_are_warned_of(make, request, caplog, monkeypatch):
     """Bytes that no client takes for an event are passed, and told of once."""
-    monkeypatch.setattr(process(), "_warned", {})
+    monkeypatch.setattr(process(), "said", {})
     assert get(make(), headers=ASK).data
     is_told = request.node.callspec.id in ("response", "middleware", "lazy")
     assert [r.levelname for r in caplog.records] == ["WARNING"] * is_told
@@ -635,7 +635,7 @@ def test_bytes_that_fire_nothing_are_warned_of(make, request, caplog, monkeypatc
 
 def test_text_that_was_framed_by_hand_is_warned_of(caplog, monkeypatch):
     """A recipe's `yield f"data: {x}\\n\\n"` sends "data:", too: told of once."""
-    monkeypatch.setattr(process(), "_warned", {})
+    monkeypatch.setattr(process(), "said", {})
     assert get(SSEResponse(["data: a\n\n"] * 2), headers=ASK).data
     [record] = caplog.records
     assert record.levelname == "WARNING"
