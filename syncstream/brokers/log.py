@@ -19,11 +19,15 @@ import json
 import re
 from collections.abc import Sequence
 
-__all__ = ["JOIN", "START", "Entry", "Log", "Page", "first_part", "flaw"]
+__all__ = ["JOIN", "START", "UNKNOWN", "Entry", "Log", "Page", "first_part", "flaw"]
 
 START = "0"
 """The id that asks for the oldest kept entry. Brokers that outlive a restart use it as
 the id before a channel's first entry, too; for others it names no position."""
+
+UNKNOWN = ""
+"""The head of a log of whose channel nothing is known: its first entry says what it
+follows."""
 
 JOIN = 128 * 1024
 """Bytes that are read or joined at once; the last entry may exceed it."""

@@ -21,7 +21,6 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import pairwise
 from typing import Any, Protocol
 
 from ..brokers.contract import Broker
@@ -32,6 +31,7 @@ from ..runtime.clock import time
 from ..runtime.sockets import native
 from ..runtime.waiting import say
 from ..runtime.watch import Watch, elsewhere, watch
+from .chain import is_whole
 
 __all__ = ["CONTROL", "Control", "Kick"]
 
@@ -272,12 +272,8 @@ class Control:
                 say(log, logging.ERROR, "a kick failed", error=error)
 
     def _apply(self, hub: Kicker, last: str, page: Page) -> None:
-        entries = page.entries
-        is_whole = page.complete or (bool(entries) and entries[0].prev == last)
-        for before, entry in pairwise(entries):
-            is_whole = is_whole and entry.prev == before.id
-        kicks = [*map(_decoded, entries)]
-        if is_whole and None not in kicks:
+        kicks = [*map(_decoded, page.entries)]
+        if is_whole(page, last) and None not in kicks:
             others = [kick for kick in kicks if kick and kick[1] != self._origin]
             attempt(partial(hub.end, kick) for kick, _ in others)
             return

@@ -1,40 +1,58 @@
-"""A reader's position in a channel, and the ids that stand for several positions."""
+"""`Cursor`: a reader's place in one channel.
+
+A place is one of two values (see `places`): `InWindow`, at a position of the channel's
+window, or `InStore`, after the cursor's id as the broker has it. `Cursor.find` moves a
+cursor from the store to the window, as soon as the window has its id; a window that was
+trimmed or begun anew sends it to the store.
+
+What a gap means depends on where the cursor began, its *origin*: `FROM_OUTSIDE`, with
+an id that a client has presented; `Since`, with entries that were kept at that time; or
+`FOUND`, because it has been in the channel's history once.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections import deque
-from collections.abc import (
-    Iterable,
-)
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Final
 
 from ..brokers.log import Entry
 from ..protocol.sse import Event
-from . import limits
+from .places import UNREAD, InStore, InWindow
 from .windows import Channel
 
 __all__ = [
-    "Brought",
+    "FOUND",
+    "FROM_OUTSIDE",
     "Cursor",
-    "MAX_ID",
-    "NOWHERE",
-    "OUTSIDE",
-    "composite",
-    "hash_of",
-    "is_id",
-    "overheard_item",
+    "Item",
+    "Origin",
+    "Since",
 ]
-MAX_ID = 4096  # characters of an id that are looked at
-_ID = re.compile(r"[0-9a-f]+(-[0-9a-f]+)?")
-NOWHERE = "-"  # an id that no broker has
-OUTSIDE = -1  # a position that no window has
 
 
-def is_id(id: str) -> bool:
-    return len(id) <= 40 and _ID.fullmatch(id) is not None
+class _Origin(Enum):
+    FROM_OUTSIDE = "its id came from a client, and was not looked up yet"
+    FOUND = "it was found once: a gap is one of a lag"
+
+
+FROM_OUTSIDE: Final = _Origin.FROM_OUTSIDE
+FOUND: Final = _Origin.FOUND
+
+
+class Since:
+    """It began before this head, with entries that nobody has promised.
+
+    If they are trimmed before they are read, that is no gap.
+    """
+
+    __slots__ = ("head",)
+
+    def __init__(self, head: str) -> None:
+        self.head = head
+
+
+Origin = _Origin | Since
 
 
 @dataclass(slots=True)
@@ -42,62 +60,55 @@ class Cursor:
     """A subscription's place in one channel.
 
     Attributes:
-        last: The id after which it goes on.
-        sent: The id of what was given out last; it may be behind.
-        position: The same in the window, or `OUTSIDE`: it is read from the broker.
-        seen: The window's end before the broker was asked, and had nothing more, or
-            `OUTSIDE` if it may have. While the window's end is that, nothing is new.
-        is_begun: It was found once, so that a gap is one of a lag.
+        last: The id after which it goes on; ``None``: none that a broker may have.
+        place: The same, in the window or in the store.
+        origin: What a gap means.
         since: The window's end when it began: what was set aside before that is not
-            for it. A pattern's gets none of it there, see `Subscription.overhear`.
-        start: The head when it began, if it began before that, with entries that it
-            was not promised; ``""`` otherwise, and later.
+            for it. A pattern's gets none of it there, see `Patterns.overhear`.
+        sent: The id of what was given out last; it may be behind.
     """
 
     name: str
     record: Channel
-    last: str
-    position: int = OUTSIDE
-    seen: int = OUTSIDE
-    is_begun: bool = False
-    sent: str = ""
-    start: str = ""
+    last: str | None
+    origin: Origin = FROM_OUTSIDE
     since: int = 0
+    place: InWindow | InStore = UNREAD
+    sent: str | None = None
 
     def __post_init__(self) -> None:
         self.sent = self.last
 
+    # All of it under the hub's lock.
+
     def is_at_end(self) -> bool:
-        """Tell whether there is nothing new; under the hub's lock."""
-        # Outside of the window it is read from the broker, to its end.
-        is_outside = self.position < 0 or self.record.is_doubtful
-        return self.record.log.end == (self.seen if is_outside else self.position)
+        """Tell whether there is nothing new."""
+        place, record = self.place, self.record
+        if isinstance(place, InStore):
+            return place.end == record.log.end
+        return place.position == record.log.end and not record.is_doubtful
 
-    def is_late(self) -> bool:
-        """Tell whether there may be what is not for it; under the hub's lock."""
-        return self.position < self.since and self.record.aside >= self.position
+    def find(self) -> int | None:
+        """Return its position in the window; ``None``: it goes on in the store."""
+        window, place = self.record.log, self.place
+        if isinstance(place, InWindow):
+            if place.position >= window.first:
+                return place.position
+            self.place = UNREAD  # it was trimmed, or begun anew
+        position = None if self.last is None else window.after(self.last)
+        if position is not None:
+            self.place = self.record.place_at(position)
+        return position
 
-    def find(self) -> bool:
-        """Tell whether its place is in the window; under the hub's lock."""
-        window = self.record.log
-        if self.position < window.first:  # it was trimmed, or begun anew
-            place = window.after(self.last) if self.last else None
-            self.position = OUTSIDE if place is None else place
-        return self.position >= 0
+    def is_late(self, position: int) -> bool:
+        """Tell whether there may be, from here on, what is not for it."""
+        return position < self.since and self.record.aside >= position
 
-    def advance(self, end: int) -> None:
-        """Go on to a position in the window; under the hub's lock."""
-        window = self.record.log
-        self.position = end
-        self.last = window.head if end == window.end else window.entry(end - 1).id
-        self.is_begun, self.start = True, ""
-
-    def read(self, limit: int) -> tuple[list[Entry], int]:
-        """Return what there is for it in the window, and the position after that."""
-        position, window = self.position, self.record.log
-        entries = window.read(position, limit)
+    def read(self, position: int, limit: int) -> tuple[list[Entry], int]:
+        """Return what there is for it from a position on, and the position after it."""
+        entries = self.record.log.read(position, limit)
         end = position + len(entries)
-        if self.is_late():
+        if self.is_late(position):
             entries = [
                 entry
                 for place, entry in enumerate(entries, position)
@@ -105,53 +116,21 @@ class Cursor:
             ]
         return entries, end
 
-    def place(self) -> tuple[Any, ...]:
+    def advance(self, end: int) -> None:
+        """Go on to a position in the window."""
+        record, window = self.record, self.record.log
+        self.place = record.place_at(end)
+        self.last = window.head if end == window.end else window.entry(end - 1).id
+        self.origin = FOUND
+
+    def mark(self) -> Mark:
         """Return what reading changes, for `go_back`."""
-        place = self.last, self.position, self.seen
-        return *place, self.is_begun, self.sent, self.start
+        return self.last, self.place, self.origin, self.sent
 
-    def go_back(self, place: tuple[Any, ...]) -> None:
-        """Undo all reading since that place."""
-        self.last, self.position, self.seen = place[:3]
-        self.is_begun, self.sent, self.start = place[3:]
+    def go_back(self, mark: Mark) -> None:
+        """Undo all reading since that mark."""
+        self.last, self.place, self.origin, self.sent = mark
 
 
-class Brought:
-    """What a subscription's patterns have brought; all of it under the hub's lock.
-
-    Attributes:
-        cursors: Of each channel, as long as it has a window.
-        news: Channels with something new, and the id before that.
-        behind: Cursors that may not be at their ends, whose turn is next first.
-        overheard: Channels, and fields of who came or went there.
-        room: So many cursors are kept before those without windows are looked for.
-    """
-
-    __slots__ = ("behind", "cursors", "news", "overheard", "room")
-
-    def __init__(self) -> None:
-        self.cursors: dict[str, Cursor] = {}
-        self.news: dict[str, str] = {}
-        self.behind: dict[str, Cursor] = {}
-        self.overheard: deque[tuple[str, bytes]] = deque(maxlen=limits.WINDOW)
-        self.room = 64
-
-
-Item = tuple["Cursor", "Entry | Event"]
-
-
-def overheard_item(channel: str, fields: bytes) -> Item:
-    """Return who came to a pattern's channel, or went; it has no place there."""
-    cursor = Cursor(channel, Channel(), NOWHERE)
-    return cursor, Entry(NOWHERE, NOWHERE, fields)
-
-
-def composite(names: Iterable[str], ids: Iterable[str]) -> str:
-    """Return one id for several channels; `Subscription._places` takes it apart."""
-    pairs = zip(names, ids, strict=True)
-    return ",".join(f"{hash_of(name)}.{id}" for name, id in pairs)
-
-
-def hash_of(name: str) -> str:
-    # So long that no two names have the same, not even of who looks for such.
-    return hashlib.blake2b(name.encode(), digest_size=10).hexdigest()
+Mark = tuple[str | None, InWindow | InStore, Origin, str | None]
+Item = tuple[Cursor, Entry | Event]

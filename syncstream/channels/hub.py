@@ -35,7 +35,7 @@ from ..protocol.sse import Event
 from ..runtime.process import process
 from . import limits
 from .control import Kick
-from .cursor import composite
+from .ids import composite
 from .options import Authorize, Options
 from .payloads import Payloads
 from .sink import HubSink

@@ -1,8 +1,7 @@
-"""What follows a cursor at the broker: pages, and a reset where something is missing.
+"""What follows a cursor in the store: pages, and a reset where something is missing.
 
-The chain rule, once: nothing is missing between an id and an entry if and only if the
-entry names that id as the one before it (see `brokers.log`). A window keeps to it as it
-is told (`Windows.deliver`); what is read outside of a window is held to it here.
+Where that is, the `chain` tells. Whether it is a gap depends on the options, and on
+where the cursor began: what was trimmed may be what nobody has promised.
 """
 
 from __future__ import annotations
@@ -13,10 +12,13 @@ from collections.abc import Sequence
 from ..brokers.log import START, Entry, Page, first_part, flaw
 from ..protocol.sse import Event
 from . import limits
-from .cursor import NOWHERE, OUTSIDE, Cursor, Item, is_id
+from .chain import follows
+from .cursor import FOUND, FROM_OUTSIDE, Cursor, Item, Since
 from .gap import gap
+from .ids import NOWHERE, is_id
 from .options import Options
 from .payloads import Payloads
+from .places import UNREAD, InStore
 from .windows import Channel, Windows
 
 __all__ = ["Pages"]
@@ -61,13 +63,13 @@ class Pages:
         elif len(entries) == limit < limits.READ:
             cursor.record.limit = min(2 * limit, limits.READ)
         last = entries[-1].id if entries else page.head
-        cursor.seen = end if last == page.head else OUTSIDE
         if cursor.record.is_doubtful:
             self._windows.settle(cursor.record, page.head, end)
-        if entries or not page.complete:  # it goes elsewhere
-            cursor.position = OUTSIDE
+        is_moved = bool(entries) or not page.complete
+        if is_moved or isinstance(cursor.place, InStore):
+            cursor.place = InStore(end) if last == page.head else UNREAD
         items = self._chained(cursor, page, entries)
-        cursor.is_begun, cursor.start = True, ""
+        cursor.origin = FOUND
         return items
 
     def oldest(self, name: str, count: int | None) -> tuple[str, str]:
@@ -117,7 +119,7 @@ class Pages:
         is_replay = self._options.on_gap == "replay"
         reason = "unknown"
         # What the next entry must name; `None` where something is missing for certain.
-        last: str | None = cursor.last
+        last = cursor.last
         if not page.complete:
             following = self._following(cursor, page, entries)
             if following is not None:
@@ -126,9 +128,8 @@ class Pages:
                 last = cursor.sent = entries[0].prev if entries else page.head
             else:
                 last = None
-                if (cursor.is_begun or cursor.start) and not self._is_kept(
-                    cursor.name, cursor.last
-                ):
+                is_known = cursor.origin is not FROM_OUTSIDE
+                if is_known and not self._is_kept(cursor.name, cursor.last):
                     reason = "lagged"
         items: list[Item] = []
         for entry in entries:
@@ -137,7 +138,7 @@ class Pages:
                 self._windows.say_malformed(cursor.name, problem)
                 last = None
                 continue
-            if entry.prev != last:
+            if not follows(entry, last):
                 if not is_replay:
                     last = None
                     break
@@ -149,7 +150,7 @@ class Pages:
             is_past = is_replay and bool(entries) and is_id(entries[-1].id)
             last = entries[-1].id if is_past else page.head
             if not is_replay:
-                cursor.seen = OUTSIDE  # more may have come
+                cursor.place = UNREAD  # more may have come
             items += self._reset(cursor, reason, last)
         cursor.last = last
         return items
@@ -158,14 +159,15 @@ class Pages:
         self, cursor: Cursor, page: Page, entries: Sequence[Entry]
     ) -> Sequence[Entry] | None:
         """Return what follows an id that was removed, if something names it."""
-        if cursor.last in ("", START):
+        if cursor.last in (None, START):
             return None
         while entries:
             for place, entry in enumerate(entries):
-                if entry.prev == cursor.last:
+                if follows(entry, cursor.last):
                     return entries[place:]
             # Of so many of the newest the first may come after the first page.
-            if not (cursor.start and isinstance(self._options.after, int)):
+            is_newest = isinstance(self._options.after, int)
+            if not (is_newest and isinstance(cursor.origin, Since)):
                 break
             last = entries[-1].id
             if last == page.head:
@@ -174,10 +176,10 @@ class Pages:
             if not page.complete and not self._is_kept(cursor.name, last):
                 break  # it has been trimmed meanwhile, and is read from the oldest on
             entries = first_part(page.entries)
-            cursor.seen = OUTSIDE  # more may have come
+            cursor.place = UNREAD  # more may have come
         return None
 
-    def _is_kept(self, name: str, last: str) -> bool:
+    def _is_kept(self, name: str, last: str | None) -> bool:
         """Tell whether an event is kept, though its next is not.
 
         Then that was removed, and nobody was too slow: only the oldest are trimmed.
@@ -200,13 +202,14 @@ class Pages:
         "All that is kept" and "the newest" are less on a busy channel by the time
         when they are read. That is no gap, as long as nothing newer is missing.
         """
-        if not cursor.start:
+        origin = cursor.origin
+        if not isinstance(origin, Since):
             return False
-        return self._windows.read(cursor.name, cursor.start, 1).complete
+        return self._windows.read(cursor.name, origin.head, 1).complete
 
     def lost(self, name: str) -> list[Item]:
         """Return the reset of a pattern; its cursor stands for all its channels."""
-        cursor = Cursor(name, Channel(), NOWHERE, is_begun=True)
+        cursor = Cursor(name, Channel(), NOWHERE)
         return self._reset(cursor, "unknown", NOWHERE)
 
     def _reset(self, cursor: Cursor, reason: str, before: str) -> list[Item]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from ..errors import PayloadTooLarge
 from ..protocol.json import Dumps, dumps_or_default
-from ..protocol.sse import Event
+from ..protocol.sse import Decoder, Event
 from .gap import GAP_EVENT
 
-__all__ = ["Payloads"]
+__all__ = ["Payloads", "decoder_of"]
 
 
 class Payloads:
@@ -95,3 +95,8 @@ class Payloads:
         if isinstance(data, (bytes, bytearray)):
             data = data.decode()
         return self.event(data, event.event, event.retry)
+
+
+def decoder_of() -> Decoder:
+    """Return one for an event of the broker's, which may be as large as it takes."""
+    return Decoder(max_line=None, max_event=None)

@@ -18,9 +18,9 @@ from ..runtime.waiting import say
 from .control import CONTROL, Control, Kick, attempt
 from .payloads import Payloads
 from .presence import PRESENCE, encoded
-from .windows import Reader, Windows
+from .windows import Channel, Reader, Windows
 
-__all__ = ["Subscriber", "Subscribers"]
+__all__ = ["Attendance", "Subscriber", "Subscribers"]
 
 log = logging.getLogger("syncstream.hub")
 
@@ -45,6 +45,23 @@ class Subscriber(Reader, Protocol):
     def forget(self) -> None: ...
 
 
+class Attendance:
+    """What is done for a subscription that is present, and undone at its end.
+
+    Attributes:
+        watched: How many of its channels the broker tells of, the first ones.
+        announced: Channels that were told that it has come.
+        is_listed: Kicks are listened for, for its sake.
+    """
+
+    __slots__ = ("announced", "is_listed", "watched")
+
+    def __init__(self) -> None:
+        self.watched = 0
+        self.announced: Sequence[str] = ()
+        self.is_listed = False
+
+
 class Subscribers:
     """The subscriptions of a hub in this process.
 
@@ -64,8 +81,7 @@ class Subscribers:
         self.control = Control(self)
         # What was dropped, not closed. Maybe by a garbage collection, anywhere, under
         # any lock: to call the broker there is to wait for oneself.
-        self._dropped: deque[tuple[Sequence[str], Sequence[str], str | None, bool]]
-        self._dropped = deque()
+        self._dropped: deque[tuple[Sequence[str], Attendance, str | None]] = deque()
         self._hears_presence = False
         _all.add(self)
 
@@ -86,36 +102,49 @@ class Subscribers:
 
     # Who comes and goes.
 
-    def enter(self, subscription: Subscriber) -> None:
+    def enter(self, subscription: Subscriber) -> Attendance:
         """Count a subscription as present."""
         if self._dropped:
             self.clear()
         self.windows.enter(subscription)
+        return Attendance()
 
-    def drop(
-        self,
-        subscription: Subscriber,
-        watched: Sequence[str],
-        announced: Sequence[str],
-        is_listed: bool,
-    ) -> None:
+    def watch(self, attendance: Attendance, name: str) -> Channel | None:
+        """Have the broker tell of the next of a subscription's channels.
+
+        Returns, Raises: As `Windows.watch`.
+        """
+        attendance.watched += 1
+        return self.windows.watch(name)
+
+    def leave(self, subscription: Subscriber, attendance: Attendance) -> None:
+        """Count a subscription no more, and undo what was done for it."""
+        self.windows.leave(subscription)
+        self._undo(subscription.channels, attendance, subscription.announcement)
+
+    def drop(self, subscription: Subscriber, attendance: Attendance) -> None:
         """Take note of one that is gone without a `close`; calls nobody."""
         self.windows.leave(subscription)
-        data = subscription.announcement
-        self._dropped.append((watched, announced, data, is_listed))
+        dropped = subscription.channels, attendance, subscription.announcement
+        self._dropped.append(dropped)
 
     def clear(self) -> None:
         """Do what is left to do for those that were dropped."""
         while self._dropped:
             try:
-                watched, announced, data, is_listed = self._dropped.popleft()
+                dropped = self._dropped.popleft()
             except IndexError:  # another thread was faster
                 return
-            for name in watched:
-                self.windows.unwatch(name)
-            if is_listed:
-                self.control.leave()
-            self.announce(announced, data, "leave")
+            self._undo(*dropped)
+
+    def _undo(
+        self, channels: Sequence[str], attendance: Attendance, data: str | None
+    ) -> None:
+        for name in channels[: attendance.watched]:
+            self.windows.unwatch(name)
+        if attendance.is_listed:
+            self.control.leave()
+        self.announce(attendance.announced, data, "leave")
 
     def hear_presence(self) -> None:
         """Have the broker tell who comes and goes, from the first subscription on.

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from ..brokers.contract import Broker
-from ..brokers.log import Entry, Log, Page
+from ..brokers.log import UNKNOWN, Entry, Log, Page
 from ..brokers.names import is_name, is_pattern, patterns_of
 from ..errors import BrokerError, Closed, Denied
 from ..runtime.clock import time
@@ -23,6 +23,8 @@ from ..runtime.sockets import native
 from ..runtime.waiter import Wakeable, wake_all
 from ..runtime.waiting import say
 from . import limits
+from .chain import follows
+from .places import InWindow
 from .presence import PRESENCE
 from .presence import decoded as decoded_presence
 from .said import Said
@@ -36,13 +38,12 @@ class Channel:
     """A channel that has, or had a moment ago, subscribers."""
 
     __slots__ = (
-        *("aside", "counted", "held", "idle_since", "is_doubtful", "is_watched"),
-        *("limit", "log", "subscriptions", "tagged", "waiters"),
+        *("_place", "aside", "counted", "held", "idle_since", "is_doubtful"),
+        *("is_watched", "limit", "log", "subscriptions", "tagged", "waiters"),
     )
 
     def __init__(self) -> None:
-        # The head is unknown: the first entry says what it follows.
-        self.log = Log("")
+        self.log = Log(UNKNOWN)
         self.counted = 0  # bytes of it that are in `Budget.size`
         # Fields of who came and went, until it is known after which event.
         self.held: tuple[bytes, ...] = ()
@@ -56,11 +57,19 @@ class Channel:
         self.tagged = -1  # the last position whose entry is not for everybody
         self.aside = -1  # the last one whose entry is set aside
         self.idle_since = time.monotonic()
+        self._place = InWindow(0)  # where the last reader has come to
+
+    def place_at(self, position: int) -> InWindow:
+        """Return a place in the window; all who come to its end have the same one."""
+        place = self._place
+        if place.position != position:
+            place = self._place = InWindow(position)
+        return place
 
     def begin(self, head: str) -> None:
-        """Let the window begin anew after an id; ``""``: after one that is unknown."""
+        """Let the window begin anew after an id, or `UNKNOWN`."""
         self.log.restart(head)
-        if head:
+        if head != UNKNOWN:
             held, self.held = self.held, ()
             for fields in held:
                 self.set_aside(fields, time.monotonic())
@@ -188,7 +197,7 @@ class Windows:
                 record = self.channels[channel] = Channel()
                 record.is_doubtful = False  # to who listens from now on
             window = record.log
-            if window.head and entry.prev != window.head:
+            if window.head != UNKNOWN and not follows(entry, window.head):
                 if window.after(entry.id) is not None:
                     return  # told twice
                 window.restart(entry.prev)
@@ -225,7 +234,7 @@ class Windows:
                 return
             record = self.channels.get(channel)
             if record is not None and record.subscriptions:
-                if record.log.head:
+                if record.log.head != UNKNOWN:
                     record.set_aside(fields, entry.time)
                     self.budget.spend(record, entry.time)
                 else:
@@ -243,7 +252,7 @@ class Windows:
                 record = self.channels.get(name)
                 if record is not None:
                     # Readers find themselves outside of it, and ask the broker.
-                    waiters.update(self._restart(record, ""))
+                    waiters.update(self._restart(record, UNKNOWN))
                     record.is_doubtful = True
                 for reader in self._listening(name):
                     waiters |= reader.lose(name)

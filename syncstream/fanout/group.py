@@ -132,7 +132,7 @@ class Group:
             self.lane, self.asked = lane, time.monotonic()
             self._loop.wheel.add(self, self.next_time())
             return
-        chunk, count = found
+        chunk, count, _ = found
         if chunk:
             self.send(chunk, count)
             self._loop.again(self.turn, self)

@@ -32,7 +32,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
-from ..channels.subscription import Frames, Subscription
+from ..channels.frames import Frames
+from ..channels.subscription import Subscription
 from ..errors import ClientDisconnected, Closed, Unavailable
 from ..fanout.client import Client
 from ..fanout.loop import fanout

@@ -122,7 +122,7 @@ def test_the_listener_is_refused(hub, names, caplog):
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    await_true(lambda: any(c.record.waiters for c in denied[0]._named))
+    await_true(lambda: hub.windows.channels["a"].waiters)
     for _ in range(2):
         hub.sink.deny("a", "NOPERM")
     waiting.join(15)

@@ -8,7 +8,8 @@ import pytest
 from syncstream import Gap, Hub
 from syncstream.brokers.log import START
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.channels import cursor, limits
+from syncstream.channels import limits
+from syncstream.channels.ids import composite
 
 COUNT = 5
 
@@ -268,7 +269,7 @@ def test_of_several_channels(hub, broker, holed):
     """Each has its own; the ids of a reset have the others' places."""
     hub.publish_many("b", "xy")
     oldest = broker.read("b", START).entries[0].prev
-    after = cursor.composite("ab", [holed[0], oldest])
+    after = composite("ab", [holed[0], oldest])
     found = read_all(hub.subscribe("a", "b", after=after))
     assert shape(found) == ["2", "reset", "4", "reset", "6", "x", "y"]
     for place, event in enumerate(found):

@@ -1141,7 +1141,7 @@ def test_a_group_whose_timer_is_not_removed_at_once(
     assert sorted(peer.ends for peer in two) == [[], ["error"]]
     (group,) = left
     assert not group.bucket
-    await_true(lambda: group.leader._waiter is None)
+    await_true(lambda: group.leader.waiter is None)
 
 
 def test_an_end_that_comes_first(hub, peers, loop):

@@ -1,0 +1,371 @@
+"""`Reading`: a subscription's position in all of its channels, and what follows it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+
+from ..brokers.log import JOIN, UNKNOWN, Entry
+from ..errors import Unavailable
+from ..protocol.sse import Event
+from ..runtime.waiter import Wakeable
+from . import limits
+from .cursor import FOUND, Cursor, Item, Mark, Since
+from .ids import composite, is_id, parts_of
+from .options import Options
+from .pages import Pages
+from .patterns import Patterns, overheard_item
+from .payloads import Payloads, decoder_of
+from .places import InWindow
+from .windows import Channel, Windows
+
+__all__ = ["Reading"]
+
+
+class Reading:
+    """A position: a cursor for each channel, and one for each that a pattern brings.
+
+    One thread or greenlet reads; the broker tells from any.
+
+    Args:
+        windows, payloads: The hub's.
+        options, tags: The subscription's.
+        patterns: The subscription's, if it has any.
+
+    Attributes:
+        windows: As given.
+        cursors: Of the channels that it has by their names, in their order; empty
+            before it has begun.
+        patterns: As given.
+    """
+
+    __slots__ = (
+        *("_options", "_payloads", "_tags", "_turn", "cursors", "patterns"),
+        "windows",
+    )
+
+    def __init__(
+        self,
+        windows: Windows,
+        payloads: Payloads,
+        options: Options,
+        tags: frozenset[str],
+        patterns: Patterns | None = None,
+    ) -> None:
+        self.windows = windows
+        self._payloads = payloads
+        self._options = options
+        self._tags = tags
+        self._turn = 0  # which cursor comes first, when there is much
+        self.cursors: tuple[Cursor, ...] = ()
+        self.patterns = patterns
+
+    # Its position.
+
+    def begin(
+        self,
+        channels: tuple[str, ...],
+        given: str | None,
+        watch: Callable[[str], Channel | None],
+    ) -> None:
+        """Fix the position.
+
+        Args:
+            channels: Names and patterns.
+            given: The Last-Event-ID after which it goes on; ``None`` for a first
+                connection, which begins where the options say.
+            watch: Has the broker tell of a name or a pattern, as `Windows.watch`.
+
+        Raises:
+            Closed, Denied, BrokerError: As from `Windows.read`, and from ``watch``.
+        """
+        after = self._options.after
+        is_place = isinstance(after, str) and after not in ("now", "start")
+        id = str(after) if given is None and is_place else given
+        ids = None if id is None else parts_of(id, channels)
+        cursors: list[Cursor] = []
+        for name in channels:
+            record = watch(name)
+            if record is not None:
+                since = record.log.end
+                cursor = self._cursor(name, record, ids)
+                cursor.since = since
+                cursors.append(cursor)
+            elif given is not None and self.patterns is not None:
+                # No broker can tell which channels there have been since.
+                with self.windows.lock:
+                    self.patterns.lose(name)
+        self.cursors = tuple(cursors)
+
+    def _cursor(self, name: str, record: Channel, ids: dict[str, str] | None) -> Cursor:
+        if ids is not None:
+            # Whatever it says, it comes from outside.
+            id = ids.get(name, "")
+            return Cursor(name, record, id if is_id(id) else None)
+        after = self._options.after
+        if after == "now":
+            head = self.windows.read(name, None).head
+            return Cursor(name, record, head, FOUND)
+        count = after if isinstance(after, int) else None
+        last, head = self._pages().oldest(name, count)
+        return Cursor(name, record, last, Since(head))
+
+    def copy(self, options: Options, tags: frozenset[str]) -> Reading:
+        """Return one at the same place, of names alone, for another subscription."""
+        copy = Reading(self.windows, self._payloads, options, tags)
+        copy.cursors = tuple(replace(cursor) for cursor in self.cursors)
+        return copy
+
+    def is_where(self, other: Reading) -> bool:
+        """Tell whether both are at one place for certain; of one channel, by its name.
+
+        Under the hub's lock, or where nobody reads either of them.
+        """
+        (mine,), (theirs,) = self.cursors, other.cursors
+        here, there = mine.place, theirs.place
+        return (
+            mine.record is theirs.record
+            and isinstance(here, InWindow)
+            and isinstance(there, InWindow)
+            and here.position == there.position
+            and not (mine.is_late(here.position) or theirs.is_late(here.position))
+        )
+
+    def id_at(self, cursor: Cursor, id: str) -> str:
+        """Return the id under which a client comes back that has got this one.
+
+        The other channels' are what it has got of them, not what was read. Patterns
+        have none: who comes back to one gets a reset.
+        """
+        cursor.sent = id
+        cursors = self.cursors
+        return composite([c.name for c in cursors], [c.sent for c in cursors]) or id
+
+    def last_id(self) -> str | None:
+        """Return the id after which it goes on; ``None``: it has none."""
+        cursors = self.cursors
+        if len(cursors) == 1 and self.patterns is None:
+            return cursors[0].last or ""
+        if not cursors:
+            return None
+        return composite([c.name for c in cursors], [c.last for c in cursors])
+
+    # Who is woken.
+
+    def register(self, waiter: Wakeable) -> bool:
+        """Have a waiter woken by what is new; ``False`` if something is there.
+
+        Under the hub's lock.
+        """
+        if self.patterns is not None and not self.patterns.is_at_end():
+            return False
+        if not all(cursor.is_at_end() for cursor in self.cursors):
+            return False
+        for cursor in self.cursors:
+            cursor.record.waiters[waiter] = None
+        return True
+
+    def withdraw(self, waiter: Wakeable) -> None:
+        """Have a waiter woken by nothing more."""
+        with self.windows.lock:
+            for cursor in self.cursors:
+                cursor.record.waiters.pop(waiter, None)
+
+    # What follows.
+
+    def poll(
+        self, waiter: Wakeable, *, is_eager: bool = False
+    ) -> tuple[bytes, int, bool] | None:
+        """Return what is new without asking the broker; of one channel, by its name.
+
+        The path of each event, for all who need nothing but the bytes.
+
+        Args:
+            waiter: Is woken by what is new, where nothing is.
+            is_eager: Register it, too, where what is returned is all there is: one
+                call the less for each event.
+
+        Returns:
+            Bytes, which others at this place share; how many events they are; and
+            whether the waiter is registered, as it is if there are no bytes. ``None``:
+            it takes more than that, see `take`.
+        """
+        if not self.cursors:
+            return None
+        (cursor,) = self.cursors
+        record = cursor.record
+        window = record.log
+        with self.windows.lock:
+            position: int | None
+            place = cursor.place
+            if type(place) is InWindow and place.position >= window.first:
+                position = place.position
+            else:
+                position = cursor.find()
+                if position is None:
+                    return None
+            while position < window.end:
+                if record.tagged >= position or (
+                    record.aside >= position and cursor.is_late(position)
+                ):
+                    entries, end = cursor.read(position, limits.READ)
+                    ours = [e.wire for e in entries if self._is_for_us(e)]
+                    chunk, count = b"".join(ours), len(ours)
+                else:
+                    end, chunk = window.joined(position)
+                    count = end - position
+                cursor.advance(end)
+                if count:
+                    is_last = is_eager and end == window.end and not record.is_doubtful
+                    if is_last:
+                        record.waiters[waiter] = None
+                    return chunk, count, is_last
+                position = end
+            if record.is_doubtful:
+                return None
+            record.waiters[waiter] = None
+            return b"", 0, True
+
+    def take(self) -> list[Item]:
+        """Return what is there, or a part of it: entries, and gaps.
+
+        Raises:
+            Unavailable: The broker has to be asked, does not answer, and nothing else
+                is there.
+            Closed: The hub is.
+            Denied: The engine refuses one of its channels.
+        """
+        items: list[Item] = []
+        patterns, lock = self.patterns, self.windows.lock
+        lost: list[str] = []
+        overheard: list[tuple[str, bytes]] = []
+        marks: list[tuple[Cursor, Mark]] = []
+        try:
+            if patterns is not None:
+                with lock:
+                    lost, overheard = patterns.take_lost(), patterns.take_overheard()
+                for name in lost:
+                    items += self._pages().lost(name)
+                items += [overheard_item(*told) for told in overheard]
+            size = 0
+            for cursor in self._turns():
+                marks.append((cursor, cursor.mark()))
+                try:
+                    if self._options.conflate is not None:
+                        items += self._conflated(cursor)
+                        continue
+                    found = self._take_from(cursor)
+                except Unavailable:
+                    if not items:
+                        raise
+                    cursor.go_back(marks.pop()[1])
+                    break  # the others' are given out first
+                for item in found:
+                    entry = item[1]
+                    if isinstance(entry, Entry):
+                        size += len(entry.payload)
+                        if not self._is_for_us(entry):
+                            continue
+                    items.append(item)
+                if size >= JOIN:
+                    break
+        except BaseException:
+            # Of `conflate`, `on_gap`, the broker, or from outside. Nothing was given
+            # out: the next read begins where this one did, with the one after this.
+            with lock:
+                if patterns is not None:
+                    patterns.give_back(lost, overheard)
+                for cursor, mark in marks:
+                    cursor.go_back(mark)
+            raise
+        finally:
+            self._end_turns([cursor for cursor, _ in marks])
+        return items
+
+    def _turns(self) -> Sequence[Cursor]:
+        """Return the cursors that may have something new, in their order.
+
+        Who was not reached the last time comes first: a busy channel holds up none.
+        """
+        cursors, turn = self.cursors, self._turn
+        if self.patterns is None:
+            return cursors if not turn else (*cursors[turn:], *cursors[:turn])
+        with self.windows.lock:
+            behind = self.patterns.turns(self.windows)
+        return [*cursors[turn:], *behind, *cursors[:turn]]
+
+    def _end_turns(self, had: Sequence[Cursor]) -> None:
+        """Take note of who had a turn: the next is whoever comes after the last."""
+        if not had or (self.patterns is None and len(self.cursors) == 1):
+            return
+        last = had[-1]
+        self._turn = next((n for n, c in enumerate(self.cursors, 1) if c is last), 0)
+        if self.patterns is not None:
+            with self.windows.lock:
+                self.patterns.end_turns(had)
+
+    def _take_from(self, cursor: Cursor) -> list[Item]:
+        """Return what follows a cursor: entries of anybody's, and resets."""
+        record = cursor.record
+        with self.windows.lock:
+            position = cursor.find()
+            if position is not None:
+                entries, end = cursor.read(position, limits.READ)
+                if end > position:
+                    cursor.advance(end)
+                cursor.origin = FOUND
+                if entries or not record.is_doubtful:
+                    return [(cursor, entry) for entry in entries]
+            end, limit = record.log.end, record.limit
+        return self._pages().after(cursor, end, limit)
+
+    def _pages(self) -> Pages:
+        """Return what reads the broker for it: made anew, for that is rare."""
+        return Pages(self.windows, self._payloads, self._options)
+
+    def _is_for_us(self, entry: Entry) -> bool:
+        if entry.payload[:1] != b"\0":
+            return True
+        tags = json.loads(entry.tags)
+        only, exclude = tags.get("only"), tags.get("exclude")
+        if only is not None and self._tags.isdisjoint(only):
+            return False
+        return exclude is None or self._tags.isdisjoint(exclude)
+
+    def _conflated(self, cursor: Cursor) -> list[Item]:
+        """Return the newest of each key, and gaps, of all that is there by now.
+
+        Not of what comes meanwhile: it may come as fast as it is read.
+        """
+        assert self._options.conflate is not None
+        record = cursor.record
+        with self.windows.lock:
+            end, head = record.log.end, record.log.head
+            is_known = head != UNKNOWN and not record.is_doubtful
+        if not is_known:
+            head = self.windows.read(cursor.name, None).head
+        kept: dict[Hashable, Item] = {}
+        while True:
+            found = self._take_from(cursor)
+            is_gap = False
+            for item in found:
+                entry = item[1]
+                if isinstance(entry, Event):  # of a reset
+                    kept[object()], is_gap = item, True
+                    continue
+                if not self._is_for_us(entry):
+                    continue
+                # Decoded as it is stored: it is not given out yet.
+                (event,) = decoder_of().feed(entry.wire)
+                key = self._options.conflate(event)
+                kept.pop(key, None)
+                kept[key] = item
+            place = cursor.place
+            if (
+                is_gap
+                or not found
+                or (isinstance(place, InWindow) and place.position >= end)
+                or any(entry.id == head for _, entry in found)
+            ):
+                return [*kept.values()]
