@@ -1,14 +1,16 @@
 """Kicks, passed between the processes of a hub.
 
-A channel of the hub's own, stored by the broker like any other, under a name that no
-application can use. A process watches it while somebody is there whom a kick could
-name. What is told live is only a sign to read on, from the place of before: so nothing
-is missed while the listener was down. If some of it cannot be read any more, all whom
-it could have named are kicked, and come back through their view, which decides anew.
+Kicks are events of a channel of the hub's own, which the broker stores like any other,
+under a name that no application can use. A process watches the channel while it has
+subscriptions that a kick could name. An announcement only makes it read on from its
+last position, so that no kick is missed while the listener was down. If some kicks
+cannot be read any more, the process kicks all subscriptions that they could have named;
+their clients reconnect through their view, which decides anew.
 
-An engine may refuse the channel to a process (an ACL of Redis). Its subscribers stay:
-most applications kick nobody. But it is said, `Hub.kick` raises there, and the engine
-is asked again; once it allows the channel, those who were there unheard are kicked.
+An engine may deny access to this channel (an ACL of Redis). The process keeps its
+subscriptions, because most applications kick nobody. But it logs an error, `Hub.kick`
+raises there, and the engine is asked again. Once it allows the channel, the
+subscriptions that missed kicks could have named are kicked.
 """
 
 from __future__ import annotations
@@ -37,21 +39,21 @@ __all__ = ["CONTROL", "Control", "Kick"]
 
 log = logging.getLogger("syncstream.control")
 
-CONTROL = "syncstream control"  # a space: no application's, no pattern's
-READ = 500  # entries that are read at once
+CONTROL = "syncstream control"  # with a space: no application and no pattern has it
+READ = 500  # entries read from the broker at once
 RETRY = 1.0  # seconds until a broker that did not answer is asked again
 ASK_AGAIN = 5.0  # seconds until an engine that refuses the channel is asked again
 
-# Workers of a version without this deliver it to nobody, though they have "#".
+# Workers of a version without kicks deliver it to nobody, even through "#".
 _FOR_NOBODY = b'\0{"only": []}\n'
 
 
 class Kick:
-    """Whom to end: all that is given holds for them.
+    """The subscriptions to end: those that match both attributes.
 
     Attributes:
-        who: The JSON of their ``who``, in one form; ``None`` for any.
-        tags: They have one of these; ``None`` for any.
+        who: The JSON of their ``who`` in normal form; ``None`` for any.
+        tags: Tags of which they have at least one; ``None`` for any.
     """
 
     __slots__ = ("tags", "who")
@@ -66,7 +68,7 @@ class Kick:
 
 
 class Kicker(Protocol):
-    """The hub, as far as this module needs to know."""
+    """The hub's part that this module uses."""
 
     @property
     def broker(self) -> Broker: ...
@@ -84,11 +86,12 @@ class Control:
     """One process's end of a hub's control channel.
 
     Args:
-        hub: It is held weakly.
+        hub: The hub, which is referenced weakly.
 
     Attributes:
-        is_reading: What there is to read is being read, or will be.
-        refusal: Why the engine refuses the channel; ``None``: it allows it.
+        is_reading: Whether new kicks are being read, or about to be.
+        refusal: The engine's reason for denying access to the channel; ``None`` if it
+            allows access.
     """
 
     def __init__(self, hub: Kicker) -> None:
@@ -96,22 +99,22 @@ class Control:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """Forget what is a parent's, in a forked child."""
+        """Forget the parent's state, in a forked child."""
         self._lock = native(_thread, "RLock")()
         self._origin = os.urandom(8).hex()
         self._count = 0  # subscriptions that a kick may name
-        self._last: str | None = None  # read up to here; `None`: nobody listens
+        self._last: str | None = None  # the last id read; ``None``: not listening
         self._is_news = self.is_reading = False
         self._watch: Watch | None = None
-        self.refusal: str | None = None  # the engine's; `None`: it allows the channel
+        self.refusal: str | None = None
 
     def tell(self, kick: Kick) -> None:
-        """Tell the other processes.
+        """Publish a kick to the other processes.
 
         Raises:
-            Denied: They were told, but the engine does not let this one hear kicks,
-                nor others that have the same rights.
-            BrokerError: They are not told, or may not be.
+            Denied: It was published, but the engine denies access to the channel to
+                this process, and so to others with the same rights.
+            BrokerError: It was not published, or may not have been.
         """
         hub = self._hub()
         if hub is None or hub.broker.scope == "process":
@@ -120,10 +123,13 @@ class Control:
         if self.refusal is not None and self._count:
             self._listen(hub)  # it may be allowed by now
             if self.refusal is not None:
-                raise Denied(f"kicks are not heard: {self.refusal}")
+                raise Denied(f"kicks cannot be received: {self.refusal}")
 
     def enter(self, newcomer: object) -> None:
-        """Listen for one more; the first fixes the place from which it is read.
+        """Count one more subscription; the first one begins to listen.
+
+        Args:
+            newcomer: The subscription.
 
         Raises:
             BrokerError: The broker does not answer.
@@ -136,10 +142,10 @@ class Control:
             self._listen(hub, newcomer)
 
     def _listen(self, hub: Kicker, newcomer: object = None) -> None:
-        """Have the broker tell of kicks, or take note that the engine refuses that.
+        """Have the broker announce kicks; if the engine denies that, remember it.
 
         Args:
-            newcomer: Comes just now, and has missed no kick.
+            newcomer: A subscription that has just come and cannot have missed a kick.
 
         Raises:
             BrokerError: The broker does not answer.
@@ -155,18 +161,21 @@ class Control:
             raise
         watcher = watch()
         with self._lock:
-            # From the old place on all is read: then nobody has missed anything.
+            # With an old position all kicks since then are read, and none is missed.
             was_deaf = self.refusal is not None and self._last is None
             self.refusal = None
             if self._last is None and self._count:
                 self._last, self._watch = head, watcher
         if was_deaf and (count := hub.end_nameable(but=newcomer)):
-            text = "kicks are heard again: all whom they may have named are kicked, %d"
+            text = (
+                "kicks are received again; %d streams that a missed kick could have"
+                " named are ended, and their clients reconnect"
+            )
             say(log, logging.WARNING, text, count)
         self.look()
 
     def refuse(self, reason: str) -> None:
-        """Take note that the engine refuses the channel; ask again, until it does not.
+        """Remember that the engine denies access, and ask again until it allows it.
 
         From any thread, without waiting.
         """
@@ -179,7 +188,7 @@ class Control:
             watcher.call_at(time.monotonic() + ASK_AGAIN, again)
 
     def listen_again(self, watcher: Watch) -> float | None:
-        """Ask an engine that has refused; return when to do so again. In a watch."""
+        """Ask the engine again; return the time to do so next. Called by a watch."""
         with self._lock:
             if not self._count:
                 self.refusal = None
@@ -191,11 +200,11 @@ class Control:
     def _ask_again(self) -> None:
         hub = self._hub()
         if hub is not None:
-            with suppress(Unavailable):  # it is asked again
+            with suppress(Unavailable):  # the next try comes in ASK_AGAIN seconds
                 self._listen(hub)
 
     def leave(self) -> None:
-        """Listen for one less."""
+        """Count one subscription less; the last one ends the listening."""
         hub = self._hub()
         with self._lock:
             self._count -= 1
@@ -205,22 +214,26 @@ class Control:
         broker = hub.broker
         try:
             broker.unwatch(CONTROL)
-        except BrokerError as error:  # it goes on to tell what nobody wants
-            say(log, logging.WARNING, "kicks could not be unwatched: %s", error)
+        except BrokerError as error:  # unneeded announcements do no harm
+            text = "%r could not be unwatched, which costs a little traffic: %s"
+            say(log, logging.WARNING, text, CONTROL, error)
         with self._lock:
             is_back = self._count > 0
         if not is_back:
             return
-        try:  # somebody has come in between, and had it watched before this
+        try:  # a subscription came meanwhile; its watch was before this unwatch
             self._listen(hub)
-        except Exception as error:  # they believe that they are listened for
+        except Exception as error:  # that subscription relies on kicks
             count = hub.end_nameable()
-            text = "kicks cannot be watched, and who could be kicked is, %d: %s"
+            text = (
+                "kicks cannot be received, so the %d streams that a kick could name are"
+                " ended, and their clients reconnect: %s"
+            )
             say(log, logging.ERROR, text, count, error)
             self.look()
 
     def look(self) -> None:
-        """Read what there is, soon; from any thread, without waiting."""
+        """Read new kicks soon; from any thread, without waiting."""
         with self._lock:
             self._is_news = True
             if self.is_reading or self._last is None or self._watch is None:
@@ -244,7 +257,7 @@ class Control:
                 self._is_news = False
             try:
                 page = hub.broker.read(CONTROL, last, READ)
-                if last == page.head:  # nothing follows it, known to the engine or not
+                if last == page.head:  # nothing is new, even if the engine forgot it
                     page = Page((), True, last)
             except BaseException as error:
                 with self._lock:
@@ -255,13 +268,14 @@ class Control:
                 if isinstance(error, Unavailable):
                     hub.say_unreadable(CONTROL, error)
                 else:
-                    say(log, logging.ERROR, "kicks cannot be read", error=error)
+                    text = "kicks cannot be read: trying again in %.0f s"
+                    say(log, logging.ERROR, text, RETRY, error=error)
                 if watcher is not None:
                     again = partial(_look, weakref.ref(self))
                     watcher.call_at(time.monotonic() + RETRY, again)
                 return
             with self._lock:
-                if self._last != last:  # all have left, and others have come
+                if self._last != last:  # all left meanwhile, and others came
                     self._is_news = True
                     continue
                 self._last = page.entries[-1].id if page.entries else page.head
@@ -269,7 +283,8 @@ class Control:
             try:
                 self._apply(hub, last, page)
             except Exception as error:
-                say(log, logging.ERROR, "a kick failed", error=error)
+                text = "a kick failed: some of its streams may go on"
+                say(log, logging.ERROR, text, error=error)
 
     def _apply(self, hub: Kicker, last: str, page: Page) -> None:
         kicks = [*map(_decoded, page.entries)]
@@ -278,7 +293,11 @@ class Control:
             attempt(partial(hub.end, kick) for kick, _ in others)
             return
         count = hub.end_nameable()
-        text = "kicks are missing: all whom they may have named are kicked, %d"
+        text = (
+            "kicks are missing: the broker dropped them before this process read them;"
+            " %d streams that they could have named are ended, and their clients"
+            " reconnect"
+        )
         say(log, logging.WARNING, text, count)
 
 
@@ -294,7 +313,7 @@ def _look(reference: weakref.ref[Control]) -> None:
 
 
 def _decoded(entry: Entry) -> tuple[Kick, str] | None:
-    """Return a kick and its origin; ``None`` for what is none."""
+    """Return a kick and its origin, ``None`` if the entry is not a kick."""
     try:
         (event,) = Decoder(max_line=None, max_event=None).feed(entry.wire)
         fields: Any = json.loads(str(event.data))
@@ -309,7 +328,7 @@ def _decoded(entry: Entry) -> tuple[Kick, str] | None:
 
 
 def attempt(calls: Iterable[Callable[[], object]]) -> None:
-    """Call all of them; then raise what the first that failed has raised."""
+    """Call all of them; then raise the first exception that one has raised."""
     failure: BaseException | None = None
     for call in calls:
         try:

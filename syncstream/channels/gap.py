@@ -12,12 +12,12 @@ GAP_EVENT = "reset"
 
 
 class Gap(Event):
-    """Events are missing: what a client has, it should fetch anew.
+    """The event that reports missing events: the client should fetch its data anew.
 
-    An event as others: ``event`` is "reset", ``data`` is JSON with the ``channel``
-    and the ``reason`` ("lagged": the reader was too slow; "unknown": the id is not one
-    that is kept, or what followed was removed), and ``id`` the one before what follows,
-    so that nothing is lost if the connection ends in between.
+    ``event`` is "reset". ``data`` is JSON with the ``channel`` and the ``reason``:
+    "lagged" if the reader was too slow, "unknown" if the id is not kept, or the event
+    after it was removed. ``id`` is the id before the next event, so that nothing is
+    lost if the connection ends in between.
     """
 
     __slots__ = ()

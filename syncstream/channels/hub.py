@@ -1,10 +1,10 @@
 """`Hub`: publish to channels, subscribe to them, resume.
 
-A `Hub` keeps a window of each channel that has subscribers, a `Log`; a broker stores
-events and tells of new ones. A `Subscription` is a position in one log or several: to
-be behind is to have a lower one, to resume is to begin after an id. What is no more in
-the window is read from the broker; what is no more there either is announced by a
-`Gap`, never passed over.
+A `Hub` keeps a window, a `Log`, of each channel that has subscribers; a broker stores
+events and announces new ones. A `Subscription` is a position in one or more logs: a
+slow reader has a lower position, and resuming means to begin after an id. Events that
+have left the window are read from the broker. Events that the broker has dropped too
+are reported as a `Gap`.
 
 The one promise: after the id that a client presents it gets every later event, once
 and in order, or a reset first.
@@ -15,21 +15,13 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import (
-    Callable,
-    Hashable,
-    Iterable,
-)
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from ..brokers import open_broker, shown
 from ..brokers.contract import Broker, check_bounds
 from ..brokers.names import NAME, check_name
-from ..errors import (
-    BrokerError,
-    Unavailable,
-    Uncertain,
-)
+from ..errors import BrokerError, Unavailable, Uncertain
 from ..protocol.json import Dumps
 from ..protocol.sse import Event
 from ..runtime.process import process
@@ -52,34 +44,36 @@ _ANYBODY: Any = object()  # `who` was not given
 
 
 class Hub:
-    """Channels, and those who subscribe to them.
+    """Channels, to publish and to subscribe to.
 
-    One of it in an application is enough; it is started by its first use. All
-    methods may be called from any thread or greenlet. One that is dropped, not closed,
-    is freed with what its URL has made.
+    One hub is enough for an application; its first use starts it. All methods may be
+    called from any thread or greenlet. A hub that is dropped without `close` is freed,
+    and so is the broker that it made of its URL.
 
     Args:
-        url: Where events are kept: ``memory:``, this process; ``local:``,
-            ``local:NAME`` or ``local:/PATH``, the processes of this machine;
-            ``redis://HOST`` or ``postgresql://USER@HOST/DATABASE``, all who reach it.
-            See `brokers.open_broker`, and docs/brokers.md.
-        broker: A broker, in place of ``url``, ``capacity`` and ``max_age``, which are
-            its own; see `syncstream.brokers`.
-        capacity: So many events of each channel are kept, for those who resume,
-            1000 by default: fewer, if they are large (``memory:`` has 256 MiB for all
-            channels, an eighth of it for one, see `brokers.memory.MemoryBroker`).
-        max_age: Events are kept for so many seconds, an hour by default, ``None`` for
-            no limit.
-        max_payload: So many bytes an event may have, encoded.
-        dumps: Encodes what is not text, as in `SSEResponse`.
+        url: The place where events are kept: ``memory:``, this process; ``local:``,
+            ``local:NAME`` or ``local:/PATH``, shared by the processes of this machine;
+            ``redis://HOST`` or ``postgresql://USER@HOST/DATABASE``, shared by all
+            processes that reach the server. See `brokers.open_broker` and
+            docs/brokers.md.
+        broker: A broker, in place of ``url``, ``capacity`` and ``max_age``, which
+            belong to it; see `syncstream.brokers`.
+        capacity: The maximum of kept events of each channel, 1000 by default; fewer if
+            they are large (``memory:`` has 256 MiB for all channels and an eighth of
+            it for each, see `brokers.memory.MemoryBroker`).
+        max_age: Seconds for which events are kept, an hour by default; ``None`` for no
+            limit.
+        max_payload: The maximum of bytes of an encoded event, 1 MiB by default.
+        dumps: The JSON encoder for data that is not text, as in `SSEResponse`.
 
     Attributes:
-        broker: What stores the events.
-        sink: What the broker tells; for tests of brokers.
-        windows, subscribers, payloads: Its parts, which are no public API.
+        broker: The broker, which stores the events.
+        sink: The side that the broker calls; for tests of brokers.
+        windows, subscribers, payloads: Its parts, which are not public API.
 
     Raises:
-        TypeError, ValueError: An argument is not what it should be.
+        TypeError, ValueError: An argument has a wrong type or value.
+        ImportError, OSError: As from `brokers.open_broker`.
     """
 
     def __init__(
@@ -95,9 +89,13 @@ class Hub:
         if broker is not None:
             for name, given in (("url", url), ("capacity", capacity)):
                 if given is not _DEFAULT:
-                    raise ValueError(f"{name} must not be given with broker: it has it")
+                    raise ValueError(
+                        f"{name} must not be given with broker: pass it to the broker"
+                    )
             if max_age is not _DEFAULT:
-                raise ValueError("max_age must not be given with broker: it has it")
+                raise ValueError(
+                    "max_age must not be given with broker: pass it to the broker"
+                )
         url = "memory:" if url is _DEFAULT else url
         capacity = 1000 if capacity is _DEFAULT else capacity
         max_age = 3600.0 if max_age is _DEFAULT else max_age
@@ -111,7 +109,7 @@ class Hub:
         if not isinstance(url, str):
             raise TypeError(f"url must be str, got {type(url).__name__}")
         if broker is not None and not callable(getattr(broker, "attach", None)):
-            # Not itself: it may be a URL, which is the other argument.
+            # Do not show the value: it may be a URL in the wrong argument.
             raise TypeError(f"broker must be a Broker, got {type(broker).__name__}")
         self._url = url if broker is None else None
         if broker is None:
@@ -126,17 +124,17 @@ class Hub:
         broker.attach(self.sink)
 
     def _warn_of_many(self) -> None:
-        """Say, once, that hubs are made by the dozen: for each call, maybe."""
+        """Warn once of many hubs, perhaps one for each call."""
         if self._url is None:
             return
         if sum(hub._url == self._url for hub in list(_hubs)) > limits.MANY:
             process().warn_once(
                 log,
-                f"more than {limits.MANY} hubs of one {shown(self._url)} are in use:"
-                " make one for the whole application, each has connections and threads",
+                f"more than {limits.MANY} hubs of one {shown(self._url)} are in use,"
+                " each with connections and threads: make one for the application",
             )
 
-    # To publish.
+    # Publishing.
 
     def publish(
         self,
@@ -149,32 +147,36 @@ class Hub:
         exclude: Iterable[str] = (),
         connection: Any = None,
     ) -> str | None:
-        """Send an event to all who subscribe to a channel, now or later.
+        """Publish an event to the present and later subscribers of a channel.
+
+        It blocks until the event is stored, not until it is delivered.
 
         Args:
-            channel: Its name: levels with ``:`` between them, no white space.
-            data: Text, or what becomes JSON; or an `Event` without an id.
-            event: Its name, as in `Event`; not "reset".
+            channel: The channel's name: levels separated by ``:``, without white space.
+            data: The event's data: text, or any other value, which is sent as JSON; or
+                an `Event` without an id.
+            event: The event's name, as in `Event`; not "reset".
             retry: As in `Event`.
-            only: Tags: it is for subscriptions that have one of them, and an empty
-                list for nobody; ``None``, the default, for everybody.
-            exclude: Tags: it is not for subscriptions that have one of them.
-            connection: A database's: the event is stored if its transaction commits.
-                For ``postgresql:``; ``memory:`` takes it, too, and can follow Django's
-                transactions. Other brokers refuse it.
+            only: Tags: only subscriptions with one of them get the event, and with an
+                empty list none. ``None``, the default: all get it.
+            exclude: Tags: subscriptions with one of them do not get the event.
+            connection: A database connection: the event is stored if its transaction
+                commits. For ``postgresql:``; ``memory:`` accepts it for tests, and
+                follows Django's transactions. Other brokers raise ``ValueError``.
 
         Returns:
-            Its id; ``None`` within a transaction.
+            The event's id; ``None`` with a ``connection``.
 
         Raises:
             Unavailable: Nothing was stored.
-            Uncertain: It may have been stored.
-            PayloadTooLarge: It is larger than ``max_payload``.
-            TypeError, ValueError: An argument is not what it should be.
+            Uncertain: The event may have been stored.
+            PayloadTooLarge: The event is larger than ``max_payload``.
+            TypeError, ValueError: An argument has a wrong type or value, or the hub is
+                closed.
         """
         if isinstance(data, Event):
             if event is not None or retry is not None:
-                raise ValueError("event and retry must be the Event's own")
+                raise ValueError("event and retry must be None with an Event as data")
             item = data
         else:
             item = self.payloads.event(data, event, retry)
@@ -191,18 +193,18 @@ class Hub:
         exclude: Iterable[str] = (),
         connection: Any = None,
     ) -> list[str | None]:
-        """Send events to a channel, in one go and in this order.
+        """Publish several events to a channel in one call, in this order.
 
         Args:
             channel, only, exclude, connection: As for `publish`.
-            items: What `publish` takes as data, `Event` included.
+            items: The data of each event, or an `Event`, as for `publish`.
 
         Returns:
-            Their ids.
+            The events' ids, in the same order.
 
         Raises:
             Unavailable, Uncertain, PayloadTooLarge, TypeError, ValueError: As from
-                `publish`; then it holds for all of them.
+                `publish`, about all of the events.
         """
         self._check_open("publish")
         check_name(channel)
@@ -223,9 +225,9 @@ class Hub:
 
     def _check_open(self, what: str) -> None:
         if self.windows.is_closed:
-            raise ValueError(f"{what} after close()")
+            raise ValueError(f"{what}() must not be called after close()")
 
-    # To subscribe.
+    # Subscribing.
 
     def subscribe(
         self,
@@ -242,40 +244,41 @@ class Hub:
         """Return a subscription: the events of these channels from a position on.
 
         Args:
-            channels: Names; or patterns: ``chat:*`` for one level more, ``logs:#``
-                for all levels. A name that is not all yours may be one: make it by
-                `channel`. Who comes back to a pattern gets a reset of it, then
-                what comes from now on: no broker knows which channels there were
-                in between.
-            after: Where a first connection begins: "now", "start" (the oldest that
-                is kept), an id, or a number: so many of the newest of each. With
-                a pattern only "now". A client that comes back with a Last-Event-ID
-                begins there.
-            on_gap: What follows a reset, when that id is not kept any more or the
-                reader has fallen behind: "replay", all that is kept; "live", what
-                comes from now on; or a callable, which returns events that make a
-                client whole again (a snapshot, without ids), and what came since it
-                was called follows. Who is cut off before its end gets another one.
-                It is called for each channel that has a gap.
-            conflate: Returns an event's key, a price's symbol for one: of all events
-                that are waiting when it is read, only the newest of each key is
-                delivered. ``None``: all are. What it raises `read` raises, and
-                reads the same once more.
-            throttle: Seconds between two deliveries, at least.
-            tags: What `publish` may select it by.
-            who: What `presence` shows of it; a user's name, say.
-            announce: Tell those who are there, by "join" and "leave" events in its
-                channels, with ``who`` as it is now; not in those of a pattern. They
-                are not kept, and have the id of the event before them.
-            authorize: A function, called when the subscription is first read; or
-                ``(function, 60)``, which is called again every 60 seconds. When it
-                returns false, or has not answered within 5 seconds (`ANSWER`), the
-                stream ends ("denied"), and a late answer changes nothing. What it
-                raises `read` raises, and nothing is read. A plain function: an answer
-                that is to be awaited, iterated or called is an error.
+            channels: Names, or patterns: ``chat:*`` for one more level, ``logs:#`` for
+                all levels. An untrusted name may be a pattern: make it with `channel`.
+                A client that reconnects to a pattern gets a reset, then new events: no
+                broker knows which channels there were meanwhile.
+            after: The position at which a first connection begins: "now", "start" (the
+                oldest kept event), an id, or a number: that many of the newest events
+                of each channel. With a pattern only "now". A client that reconnects
+                with a Last-Event-ID begins there instead.
+            on_gap: The events after a reset, which is sent if the id is not kept any
+                more or the reader has fallen behind: "replay", all kept events;
+                "live", new events; or a function that returns events which make the
+                client complete again (a snapshot, without ids), followed by the events
+                since it was called. A client that is cut off during a snapshot gets
+                another one. The function is called for each channel that has a gap.
+            conflate: A function that returns an event's key, for example the symbol of
+                a price. Of the events that wait when the subscription is read, only the
+                newest of each key is delivered. ``None`` delivers all. If it raises,
+                `read` raises that, and the next `read` begins at the same event.
+            throttle: The minimum of seconds between two deliveries; ``None`` for no
+                limit.
+            tags: Tags by which `publish` and `kick` select the subscription.
+            who: The name that `presence` shows and `kick` takes, such as a user's.
+            announce: Announce the subscription to its channels, except patterns, with
+                "join" and "leave" events that contain ``who``. These are not kept, and
+                have the id of the event before them.
+            authorize: A function of the subscription, called when it is first read; or
+                ``(function, 60)``, to call it again every 60 seconds. If it returns
+                false, or has not answered within 5 seconds, the stream ends ("denied"),
+                and a late answer changes nothing. If it raises, `read` raises that, and
+                nothing is read. It must be a plain function: a result that has to be
+                awaited, iterated or called is an error.
 
         Raises:
-            TypeError, ValueError: An argument is not what it should be.
+            TypeError, ValueError: An argument has a wrong type or value, or the hub is
+                closed.
         """
         self._check_open("subscribe")
         options = Options(
@@ -291,19 +294,19 @@ class Hub:
 
     @staticmethod
     def channel(*levels: str | int) -> str:
-        """Return a channel's name, of levels that may come from outside.
+        """Return a channel's name, built from levels that may be untrusted.
 
-        ``hub.channel("user", name)`` is one user's channel, whatever the name:
-        ``f"user:{name}"`` is everybody's if that is ``*``, and another's channel if
-        it is ``ann:mail``.
+        ``hub.channel("user", name)`` is the channel of one user, whatever the name.
+        ``f"user:{name}"`` would be a pattern for ``*``, and another channel for
+        ``ann:mail``.
 
         Args:
-            levels: What stands between the colons.
+            levels: The text of each level.
 
         Raises:
-            ValueError: One is empty, or has a colon, ``*``, ``#`` or white space; or
-                the name is too long.
-            TypeError: One is neither text nor a whole number.
+            ValueError: A level is empty, or has a colon, ``*``, ``#`` or white space;
+                or the name is too long.
+            TypeError: A level is neither ``str`` nor ``int``.
         """
         for level in levels:
             if isinstance(level, bool) or not isinstance(level, (str, int)):
@@ -318,28 +321,33 @@ class Hub:
         return name
 
     def head(self, *channels: str) -> str:
-        """Return the id of a channel's newest event; of several, one for all.
+        """Return the id of a channel's newest event; one id for several channels.
 
-        For the page that is rendered before its stream opens: ``after=`` that id, or
-        ``?lastEventId=``, and nothing is missed in between.
+        It is for a page that is rendered before its stream opens: with ``after=`` that
+        id, or ``?lastEventId=``, no event in between is missed.
 
         Args:
-            channels: As for `subscribe`, but names only, and the same ones: an id of
-                two channels is not one of the first alone.
+            channels: The same names as for `subscribe`, without patterns: the id of two
+                channels is not an id of the first alone.
+
+        Raises:
+            Unavailable: The broker does not answer.
+            Denied: The engine denies access to a channel.
+            TypeError, ValueError: A name is wrong, or the hub is closed.
         """
         self._check_open("head")
         names = tuple(dict.fromkeys(channels))
         if not names:
-            raise ValueError("channels must be given, at least one")
+            raise ValueError("channels must be at least one, got none")
         for name in names:
             check_name(name)
         heads = [self.broker.read(name, None).head for name in names]
         return heads[0] if len(names) == 1 else composite(names, heads)
 
-    # Who is there.
+    # Presence and kicks.
 
     def presence(self, channel: str) -> list[Any]:
-        """Return the ``who`` of each subscription of this process to a channel."""
+        """Return the ``who`` of each of this process's subscriptions to a channel."""
         self.subscribers.clear()
         return [s.who for s in self.subscribers.all() if s.hears(channel)]
 
@@ -350,53 +358,54 @@ class Hub:
         who: Any = _ANYBODY,
         tags: Iterable[str] | None = None,
     ) -> int:
-        """End subscriptions: by name in all processes of the hub, or here by a test.
+        """End subscriptions, by name in all processes, or by a function in this one.
 
-        ``kick(who="ann")`` ends those whose ``who`` is the same JSON,
-        ``kick(tags=["user:7"])`` those that have one of the tags, in every process;
-        with both, those for which both hold. One that is just being opened may be
-        missed: give it an ``authorize``.
+        ``kick(who="ann")`` ends the subscriptions whose ``who`` is the same JSON, and
+        ``kick(tags=["user:7"])`` those with one of the tags, in every process of the
+        hub; with both arguments, those that match both. A subscription that is just
+        being opened may be missed: give it an ``authorize``.
 
         Args:
-            predicate: Tells which subscriptions of this process to end, and no
-                others; in place of a name. If it raises, the others are asked all the
-                same, and then this raises it.
-            who: As given to `subscribe`; not ``None``, which nobody is called.
-            tags: Several strings; an empty list is nobody.
+            predicate: A function of a subscription, in place of a name: those of this
+                process for which it returns true are ended. If it raises, the others
+                are asked all the same, and then ``kick`` raises that.
+            who: As given to `subscribe`; not ``None``.
+            tags: A list of tags; an empty list ends none.
 
         Returns:
-            How many were ended in this process.
+            The number of subscriptions ended in this process.
 
         Raises:
-            Unavailable, Uncertain: Those of this process were ended, and the others
-                could not be told, or may not have been. Do it again.
-            Denied: Those of this process were ended; the engine does not allow it to
-                tell the others, or to hear their kicks: then others may be as deaf.
-            PayloadTooLarge, TypeError, ValueError: An argument is not what it should
-                be; nobody was ended.
+            Unavailable, Uncertain: Those of this process were ended, but the other
+                processes were not reached, or perhaps not. Call it again.
+            Denied: Those of this process were ended, but the engine denies it to tell
+                the other processes, or to receive kicks; then the others may not
+                receive them either.
+            PayloadTooLarge, TypeError, ValueError: An argument has a wrong type or
+                value, or the hub is closed; none was ended.
         """
         if predicate is not None:
             if who is not _ANYBODY or tags is not None:
-                raise ValueError("predicate and who or tags must not be given together")
+                raise ValueError("predicate must not be given with who or tags")
             if not callable(predicate):
                 raise TypeError(f"predicate must be callable, got {predicate!r}")
             return self.subscribers.end_where(predicate)
         if who is None or (who is _ANYBODY and tags is None):
-            raise ValueError("who or tags must be given, or a predicate")
+            raise ValueError("who, tags or predicate must be given")
         self._check_open("kick")
         kick = Kick(
             None if who is _ANYBODY else self.payloads.name_of(who),
             None if tags is None else check_tags("tags", tags),
         )
-        if kick.who == "null":  # as JSON it would be all who have no name
-            raise ValueError(f"who must not be null as JSON, got {who!r}")
+        if kick.who == "null":  # it would match all subscriptions without a name
+            raise ValueError(f"who must not be null in JSON, got {who!r}")
         if kick.tags == []:
             return 0
         self.payloads.check_size(kick.encoded(""))
         count, told = 0, None
         try:
             count = self.subscribers.end(kick)
-        finally:  # whatever has failed here
+        finally:  # tell the others even if this process failed
             try:
                 self.subscribers.control.tell(kick)
             except BrokerError as error:
@@ -404,18 +413,19 @@ class Hub:
         if told is not None:
             kind = type(told) if isinstance(told, Unavailable) else Uncertain
             raise kind(
-                f"{count} were ended in this process, and those of others may go on:"
-                f" {told}"
+                f"streams ended in this process: {count}; those of other processes may"
+                f" go on, so call kick() again: {told}"
             ) from told
         return count
 
     def stats(self) -> dict[str, Any]:
-        """Return counts: of this process, and since it began.
+        """Return the hub's numbers in this process.
 
         Returns:
             ``{"subscribers": 12, "channels": 3, "entries": 120, "bytes": 40320,
-            "published": 1000, "delivered": 12000, "up": True}``; channels, entries
-            and bytes are those of the windows that it keeps.
+            "published": 1000, "delivered": 12000, "up": True}``. Channels, entries and
+            bytes are those of the windows in memory; published and delivered are events
+            since the process began; up is ``False`` while the broker is down.
         """
         self.subscribers.clear()
         windows = self.windows
@@ -432,7 +442,7 @@ class Hub:
             }
 
     def close(self) -> None:
-        """End all subscriptions, and the broker."""
+        """End all subscriptions, and close the broker; a second call does nothing."""
         if self.windows.is_closed:
             return
         self.windows.is_closed = True

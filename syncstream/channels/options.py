@@ -1,4 +1,4 @@
-"""What `Hub.subscribe` may be told about how to read: validated once, shared."""
+"""The options of `Hub.subscribe` that say how to read: validated once, then shared."""
 
 from __future__ import annotations
 
@@ -12,33 +12,38 @@ from . import limits
 if TYPE_CHECKING:
     from .subscription import Subscription
 
-__all__ = ["Apart", "Authorize", "Options", "check_channels", "read_apart"]
+__all__ = ["Authorize", "NotShared", "Options", "check_channels", "refuse_to_share"]
 
-# Says whether a subscription may be read.
+# Tells whether a subscription may be read.
 Authorize: TypeAlias = "Callable[[Subscription], bool]"
 
 
-class Apart(Exception):
-    """Those who are at one place do not go on together: each asks its application."""
+class NotShared(Exception):
+    """A group has met a gap: each of its members must call its own ``on_gap``."""
 
 
-def read_apart() -> Iterable[Any]:
-    """Stand for the ``on_gap`` of others."""
-    raise Apart
+def refuse_to_share() -> Iterable[Any]:
+    """Serve as ``on_gap`` of a group's subscription, in place of the members' own.
+
+    Raises:
+        NotShared: Always.
+    """
+    raise NotShared
 
 
 class Options:
-    """How a subscription reads; not to be changed.
+    """How a subscription reads; do not change it.
 
     Args, Raises: As for `Hub.subscribe`.
 
     Attributes:
         after, on_gap, conflate, throttle: As given.
-        authorize: The function alone.
-        recheck: Seconds after which it is called again; ``None``: never.
+        authorize: The function, without its interval.
+        recheck: The seconds after which ``authorize`` is called again, ``None`` for
+            never.
     """
 
-    # No dataclass: a frozen one takes three times as long to make.
+    # Not a dataclass: creating a frozen one takes three times as long.
     __slots__ = ("after", "authorize", "conflate", "on_gap", "recheck", "throttle")
 
     def __init__(
@@ -56,7 +61,7 @@ class Options:
             raise ValueError(f"after must be 1 or more events, got {after!r}")
         if on_gap not in ("replay", "live") and not callable(on_gap):
             raise ValueError(
-                f"on_gap must be 'replay', 'live' or a callable, got {on_gap!r}"
+                f"on_gap must be 'replay', 'live' or a function, got {on_gap!r}"
             )
         if conflate is not None and not callable(conflate):
             raise TypeError(
@@ -75,46 +80,47 @@ class Options:
             self.authorize, self.recheck = _asked_when(authorize)
 
     def check_fit(self, channels: Iterable[str]) -> None:
-        """Refuse what cannot be had of these channels.
+        """Check that the options fit the channels.
 
         Raises:
-            ValueError: A pattern has no history to begin in.
+            ValueError: ``after`` is given with a pattern, which has no history.
         """
         if self.after != "now" and any(map(is_pattern, channels)):
             raise ValueError(
-                f"after must be 'now' where a channel is a pattern, got {self.after!r}"
+                f"after must be 'now' if a channel is a pattern, got {self.after!r}"
             )
 
     @property
     def kind(self) -> str:
-        """What those have in common who may get the same bytes."""
-        return "apart" if callable(self.on_gap) else self.on_gap
+        """The part of a group's key: readers of one kind may get the same bytes."""
+        return "function" if callable(self.on_gap) else self.on_gap
 
     @property
     def is_shareable(self) -> bool:
-        """Others get the same bytes at the same time."""
+        """Whether other subscriptions get the same bytes at the same time."""
         return self.conflate is None and self.throttle is None
 
     @property
     def has_user_code(self) -> bool:
-        """To read may call what the application has given."""
+        """Whether reading may call a function of the application."""
         return self.conflate is not None or (
-            callable(self.on_gap) and self.on_gap is not read_apart
+            callable(self.on_gap) and self.on_gap is not refuse_to_share
         )
 
-    def of_a_twin(self) -> Options:
-        """Return those of one that reads for several at one place."""
-        return Options(on_gap=read_apart if callable(self.on_gap) else self.on_gap)
+    def for_group(self) -> Options:
+        """Return the options of a subscription that reads for a group."""
+        return Options(on_gap=refuse_to_share if callable(self.on_gap) else self.on_gap)
 
 
 def check_channels(channels: tuple[str, ...]) -> None:
-    """Check what a subscription is to read.
+    """Check the channels of a subscription.
 
     Raises:
-        TypeError, ValueError: There are none, or too many, or one is no name.
+        TypeError: A channel is not a ``str``.
+        ValueError: There are none, or too many, or one is neither a name nor a pattern.
     """
     if not channels:
-        raise ValueError("channels must be given, at least one")
+        raise ValueError("channels must be at least one, got none")
     for name in channels:
         if isinstance(name, str) and is_pattern(name):
             if name not in ("*", "#"):
@@ -124,14 +130,15 @@ def check_channels(channels: tuple[str, ...]) -> None:
     most = limits.MAX_CHANNELS
     if len(channels) > most and len(set(channels)) > most:
         raise ValueError(
-            f"channels must be {most} at most, got {len(channels)}: use a pattern"
+            f"channels must be {most} at most, got {len(channels)}: use a pattern, or"
+            " several streams"
         )
 
 
 def _asked_when(
     authorize: Authorize | tuple[Authorize, float],
 ) -> tuple[Authorize, float | None]:
-    """Return whom to ask, and every how many seconds; ``None`` for only once."""
+    """Return the function, and its interval in seconds; ``None``: it is called once."""
     if isinstance(authorize, tuple) and len(authorize) == 2:
         asked, recheck = authorize
         _check_seconds("authorize", recheck)
@@ -140,13 +147,14 @@ def _asked_when(
     elif callable(authorize):
         return authorize, None
     raise TypeError(
-        f"authorize must be a function, or a function and seconds, got {authorize!r}"
+        "authorize must be a function, or a pair of a function and seconds, got"
+        f" {authorize!r}"
     )
 
 
 def _check_seconds(name: str, value: object) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must have seconds as a number, got {value!r}")
+        raise TypeError(f"{name} must have a number of seconds, got {value!r}")
     if not 0 < value <= limits.LONGEST:
         raise ValueError(
             f"{name} must have seconds above 0, and {limits.LONGEST:.0f} at most, got"

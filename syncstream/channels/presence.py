@@ -1,9 +1,9 @@
 """Join and leave announcements, which take no place in a channel's history.
 
 The "join" and "leave" events of all channels are stored under one name of the hub's
-own, so that however many connections there are, they evict no event of a channel. Each
-process of a hub watches it, and sets what it is told aside in the window of the channel
-(`Log.set_aside`): whoever is there gets it, and nobody who comes later.
+own, so that they displace no event of a channel, however many connections come and go.
+Each process of a hub watches that name, and sets each announcement aside in the window
+of its channel (`Log.set_aside`): present subscribers get it, later ones do not.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from ..brokers.log import Entry
 
 __all__ = ["PRESENCE", "decoded", "encoded"]
 
-PRESENCE = "syncstream presence"  # a space: no application's, no pattern's
+PRESENCE = "syncstream presence"  # with a space: no application and no pattern has it
 _BEGINNINGS = b"event: join\n", b"event: leave\n"
 
 
 def encoded(channel: str, fields: bytes) -> bytes:
-    """Return what is stored of an event; ``fields`` are its, without an id."""
-    # Workers of a version without this deliver it to nobody, though they have "#".
+    """Return the payload of an announcement; ``fields`` are the event's, without id."""
+    # Workers of a version without announcements deliver it to nobody, even through "#".
     return b"\0%b\n%b" % (json.dumps({"only": [], "in": [channel]}).encode(), fields)
 
 
 def decoded(entry: Entry) -> tuple[str, bytes]:
-    """Return the channel and the fields of an event in which `log.flaw` found none.
+    """Return the channel and the fields of an announcement that `log.flaw` has passed.
 
     Raises:
-        ValueError: It tells of nobody.
+        ValueError: It is not an announcement.
     """
     found = json.loads(entry.tags or b"{}").get("in", ())
     if len(found) != 1 or not entry.fields.startswith(_BEGINNINGS):
-        raise ValueError("it tells of nobody")
+        raise ValueError("it is neither a join nor a leave")
     return found[0], entry.fields

@@ -1,4 +1,4 @@
-"""Log lines about names that clients may choose: each once an hour, and not many."""
+"""Log lines about names that clients may choose: each once an hour, for a few names."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ log = logging.getLogger("syncstream.hub")
 
 
 class Said:
-    """What a hub has logged of each name within the hour."""
+    """The lines that a hub has logged about each name within the hour."""
 
     __slots__ = ("_at", "_lock")
 
     def __init__(self) -> None:
-        # Reentrant: a garbage collection in here may run anybody's code.
+        # Reentrant: a garbage collection while it is held may run any code.
         self._lock = native(_thread, "RLock")()
         self._at: dict[tuple[str, str], float] = {}
 
     def once(self, name: str, level: int, text: str, *args: object) -> None:
-        """Log a line of a name, unless that was done within the hour."""
+        """Log a line about a name unless it was logged within the hour."""
         now = time.monotonic()
         with self._lock:
             if len(self._at) >= limits.MOST_SAID:
@@ -37,7 +37,7 @@ class Said:
                     key: at for key, at in self._at.items() if now - at < limits.SAID
                 }
             at = self._at.get((name, text), -math.inf)
-            # Clients' names hide no line of the hub's own channels.
+            # Many names of clients must not hide lines about the hub's own channels.
             is_full = len(self._at) >= limits.MOST_SAID and name not in (
                 CONTROL,
                 PRESENCE,

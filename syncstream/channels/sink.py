@@ -1,4 +1,4 @@
-"""What a broker holds of a hub."""
+"""`HubSink`: the side of a hub that its broker calls."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["HubSink"]
 
 
 class HubSink:
-    """A `Sink` that tells a hub, and does not keep it alive.
+    """A `Sink` that passes announcements to a hub without keeping it alive.
 
-    What is told of the hub's own channels goes to its subscribers, the rest to its
+    Announcements of the hub's own channels go to its subscribers, all others to its
     windows.
     """
 
@@ -33,8 +33,8 @@ class HubSink:
         problem = flaw(entry)
         if problem is not None:
             windows.say_malformed(channel, problem)
-            self.resync([channel])  # it may have come in place of another
-        elif channel == CONTROL:  # by its name, or by a pattern of all
+            self.resync([channel])  # it may have replaced a valid one
+        elif channel == CONTROL:  # also through the pattern "#"
             subscribers.control.look()
         elif channel == PRESENCE:
             windows.tell_presence(entry)

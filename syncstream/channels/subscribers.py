@@ -1,4 +1,4 @@
-"""Who subscribes in this process: who comes, who goes, who is kicked."""
+"""A hub's subscriptions in this process: entering, leaving, announcing, kicking."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger("syncstream.hub")
 
 
 class Subscriber(Reader, Protocol):
-    """A subscription, as far as others need to know who it is."""
+    """A subscription, with the attributes by which it is announced and kicked."""
 
     who: Any
     tags: frozenset[str]
@@ -66,28 +66,26 @@ class Subscribers:
     """The subscriptions of a hub in this process.
 
     Args:
-        windows: The hub's.
-        payloads: As the hub encodes.
+        windows: The hub's windows.
+        payloads: The hub's encoder.
 
     Attributes:
-        windows: As given.
-        payloads: As given.
-        control: What tells the hub's processes of kicks.
+        windows, payloads: As given.
+        control: The channel by which the hub's processes pass kicks.
     """
 
     def __init__(self, windows: Windows, payloads: Payloads) -> None:
         self.windows = windows
         self.payloads = payloads
         self.control = Control(self)
-        # What was dropped, not closed. Maybe by a garbage collection, anywhere, under
-        # any lock: to call the broker there is to wait for oneself.
+        # Subscriptions that were dropped without close(), perhaps by a garbage
+        # collection under any lock: calling the broker there could deadlock.
         self._dropped: deque[tuple[Sequence[str], Attendance, str | None]] = deque()
         self._hears_presence = False
         _all.add(self)
 
     def begin_anew(self) -> None:
-        """Forget, in a forked child, what is its parent's: who subscribes, and all
-        that was told. Nobody here listens for it."""
+        """Forget the parent's subscriptions and windows, in a forked child."""
         for subscription in self.all():
             subscription.forget()
         self.windows.begin_anew()
@@ -96,11 +94,11 @@ class Subscribers:
         self._hears_presence = False
 
     def all(self) -> list[Subscriber]:
-        """Return those that count as present."""
+        """Return the subscriptions that count as present."""
         found = [reference() for reference in list(self.windows.open.values())]
         return [cast(Subscriber, reader) for reader in found if reader is not None]
 
-    # Who comes and goes.
+    # Entering and leaving.
 
     def enter(self, subscription: Subscriber) -> Attendance:
         """Count a subscription as present."""
@@ -110,7 +108,7 @@ class Subscribers:
         return Attendance()
 
     def watch(self, attendance: Attendance, name: str) -> Channel | None:
-        """Have the broker tell of the next of a subscription's channels.
+        """Have the broker announce the next one of a subscription's channels.
 
         Returns, Raises: As `Windows.watch`.
         """
@@ -118,22 +116,22 @@ class Subscribers:
         return self.windows.watch(name)
 
     def leave(self, subscription: Subscriber, attendance: Attendance) -> None:
-        """Count a subscription no more, and undo what was done for it."""
+        """Stop counting a subscription, and unwatch and announce for it."""
         self.windows.leave(subscription)
         self._undo(subscription.channels, attendance, subscription.announcement)
 
     def drop(self, subscription: Subscriber, attendance: Attendance) -> None:
-        """Take note of one that is gone without a `close`; calls nobody."""
+        """Remember a subscription that was dropped without `close`; call no broker."""
         self.windows.leave(subscription)
         dropped = subscription.channels, attendance, subscription.announcement
         self._dropped.append(dropped)
 
     def clear(self) -> None:
-        """Do what is left to do for those that were dropped."""
+        """Clean up after the subscriptions that were dropped without `close`."""
         while self._dropped:
             try:
                 dropped = self._dropped.popleft()
-            except IndexError:  # another thread was faster
+            except IndexError:  # another thread took it
                 return
             self._undo(*dropped)
 
@@ -147,7 +145,7 @@ class Subscribers:
         self.announce(attendance.announced, data, "leave")
 
     def hear_presence(self) -> None:
-        """Have the broker tell who comes and goes, from the first subscription on.
+        """Have the broker announce joins and leaves; at the first subscription.
 
         Raises:
             Unavailable: The broker does not answer.
@@ -161,7 +159,7 @@ class Subscribers:
         self._hears_presence = True
 
     def announce(self, channels: Iterable[str], data: str | None, name: str) -> None:
-        """Tell channels who has come or gone."""
+        """Publish a "join" or "leave" to channels; a failure is logged only."""
         for channel in channels:
             if self.windows.is_closed:
                 return
@@ -170,23 +168,23 @@ class Subscribers:
                 self.broker.publish([(PRESENCE, encoded(channel, fields))])
                 self.windows.published += 1
             except BrokerError as error:
-                text = "%r could not be announced in %r: %s"
+                text = "a %s could not be announced in %r, so its list may be wrong: %s"
                 say(log, logging.WARNING, text, name, channel, error)
-            except Exception as error:  # the broker's own; others are not to end by it
-                text = "%r could not be announced in %r"
+            except Exception as error:  # a broker's fault must not affect the others
+                text = "a %s could not be announced in %r, so its list may be wrong"
                 say(log, logging.ERROR, text, name, channel, error=error)
 
     def warn_of_processes(self) -> None:
-        """Say, once, that other processes have channels of their own."""
+        """Warn once that other processes do not share this hub's channels."""
         if self.broker.scope == "process":
             process().warn_once(
                 log,
-                "this hub's channels are those of one process, and the server runs"
-                " several: what is published in one is not seen in the others. Use"
-                ' Hub("local:") or Hub("redis://…"), or run one worker',
+                "this hub belongs to one process, but the server runs several: events"
+                " published in one process do not reach the subscribers of the others."
+                ' Use Hub("local:") or Hub("redis://…"), or run one worker',
             )
 
-    # Who is kicked: a `control.Kicker`.
+    # Kicking: the methods of a `control.Kicker`.
 
     @property
     def broker(self) -> Broker:
@@ -200,15 +198,17 @@ class Subscribers:
         """End the subscriptions of this process that some kick may have named.
 
         Args:
-            but: One that it cannot have named.
+            but: A subscription that it cannot have named.
         """
         return self.end_where(lambda s: s.is_nameable and s is not but)
 
     def end_where(self, predicate: Callable[[Any], bool]) -> int:
-        """End those a predicate holds for; one that fails keeps no other from it.
+        """End the subscriptions for which a predicate is true.
+
+        If it raises for one, the others are asked all the same.
 
         Returns:
-            How many were ended.
+            The number of ended subscriptions.
         """
         ended: list[Subscriber] = []
 
@@ -227,22 +227,22 @@ class Subscribers:
             return True
         try:
             return kick.who == self.payloads.name_of(subscription.who)
-        except (TypeError, ValueError):  # it is no JSON: nobody can name it
+        except (TypeError, ValueError):  # it is not JSON: no kick can name it
             return False
 
     def deny(self, name: str, reason: str) -> None:
-        """Take note that the engine refuses one of the hub's own channels."""
-        text = "who comes and goes in other processes is not heard: %s"
+        """Handle that the engine denies access to one of the hub's own channels."""
+        text = "joins and leaves of other processes are not received: %s"
         if name == CONTROL:
             self.control.refuse(reason)
-            text = "kicks of other processes are not heard: %s"
+            text = "kicks of other processes are not received: %s"
         self.windows.said.once(name, logging.ERROR, text, reason)
 
     def say_unreadable(self, name: str, error: BrokerError) -> None:
         self.windows.say_unreadable(name, error)
 
 
-_all: weakref.WeakSet[Subscribers] = weakref.WeakSet()  # for their children
+_all: weakref.WeakSet[Subscribers] = weakref.WeakSet()  # cleared in forked children
 
 
 def _forked() -> None:

@@ -510,7 +510,7 @@ class Subscription:
         twin = Subscription(
             self._subscribers,
             self.channels,
-            self._options.of_a_twin(),
+            self._options.for_group(),
             tags=self.tags,
             who=None,
             announce=False,

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import (
-    Iterable,
-)
+from collections.abc import Iterable
 
 __all__ = ["NO_TAGS", "check_tags", "tag_prefix"]
 
 
 def check_tags(name: str, tags: Iterable[str]) -> list[str]:
-    # The characters of a text are no tags.
+    """Return tags as a list.
+
+    Raises:
+        TypeError: They are not an iterable of ``str``, or a single ``str``.
+    """
+    # A string is an iterable, too, but its characters are not meant as tags.
     if isinstance(tags, (str, bytes)) or not isinstance(tags, Iterable):
-        raise TypeError(f"{name} must be several strings, got {tags!r}")
+        raise TypeError(f"{name} must be a list of strings, got {tags!r}")
     listed = list(tags)
     for tag in listed:
         if not isinstance(tag, str):
-            raise TypeError(f"{name} must be strings, got {tag!r}")
+            raise TypeError(f"{name} must be a list of strings, got {tag!r} in it")
     return listed
 
 
 def tag_prefix(only: Iterable[str] | None, exclude: Iterable[str]) -> bytes:
-    """Return what stands before an event that is not for everybody."""
+    """Return the line of tags before an event's fields, ``b""`` for all subscribers."""
     tags: dict[str, list[str]] = {}
-    if only is not None:  # a computed list that is empty is nobody
+    if only is not None:  # an empty list, often a computed one, selects nobody
         tags["only"] = check_tags("only", only)
     excluded = check_tags("exclude", exclude)
     if excluded:

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
-from ..channels.options import Apart
+from ..channels.options import NotShared
 from ..channels.subscription import Subscription
 from ..errors import Unavailable
 from ..runtime.clock import time
@@ -168,9 +168,9 @@ class Group:
             self._retry(time.monotonic() + RETRY_EVERY)
             self.terms.lanes.say(logging.DEBUG, "a channel cannot be read: %s", told)
             return
-        if isinstance(told, Apart):
+        if isinstance(told, NotShared):
             for client in tuple(self.clients.values()):
-                self._loop.guard(client, partial(self._go_apart, client))
+                self._loop.guard(client, partial(self._leave_group, client))
             return
         if isinstance(told, BaseException):
             for client in tuple(self.clients.values()):
@@ -187,7 +187,7 @@ class Group:
         elif not self.is_shared:
             self._loop.merge(self)
 
-    def _go_apart(self, client: Client) -> None:
+    def _leave_group(self, client: Client) -> None:
         alone = self._loop.part(client)
         self._loop.again(alone.turn, alone)
 

@@ -1,7 +1,7 @@
-"""Responses and errors of frameworks that a source yields by mistake.
+"""Responses and errors of frameworks that a source raises or returns by mistake.
 
-``abort(404)``, ``raise Http404`` and ``return redirect(...)`` decide what the head of
-a response says. In a generator they come too late: an event stream's head has left
+``abort(404)``, ``raise Http404`` and ``return redirect(...)`` choose a response's
+status and headers. In a generator they come too late: an event stream's head has left
 before its generator begins.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["Returned", "checked_return", "is_answer", "status_of"]
 
-# By the modules that define them: none is imported for this.
+# By the modules that define them, none of which is imported for this.
 _ANSWERS = {
     "werkzeug.exceptions": ("HTTPException",),
     "werkzeug.sansio.response": ("Response",),
@@ -28,11 +28,11 @@ _DJANGO["BadRequest"] = 400
 
 
 class Returned(TypeError):
-    """A generator has returned what only a plain view can answer by."""
+    """A generator has returned a response, which only a plain view can return."""
 
 
 def is_answer(value: object) -> bool:
-    """Tell a framework's response, or an exception that it answers by a status."""
+    """Tell whether a value is a framework's response, or an exception with a status."""
     for name, types in _ANSWERS.items():
         module = sys.modules.get(name)
         if module is None:
@@ -45,9 +45,9 @@ def is_answer(value: object) -> bool:
 
 
 def checked_return(value: Any) -> Returned | None:
-    """Return what is wrong with a generator's return value, ``None`` if nothing is.
+    """Return an error if a generator's return value is a response, else ``None``.
 
-    Most say nothing by it, or return what another generator takes by ``yield from``.
+    Other values are fine: another generator may take them with ``yield from``.
     """
     is_pair = (  # Flask's body, status, headers
         isinstance(value, tuple)
@@ -57,10 +57,13 @@ def checked_return(value: Any) -> Returned | None:
     )
     if not (is_pair or is_answer(value)):
         return None
-    # Not the value: what it says is the user's, and this is for the log.
+    # Do not show the value: it holds the user's data, and this goes to the log.
     status = value[1] if is_pair else getattr(value, "status_code", "?")
     what = f"a {type(value).__name__} of status {status}"
-    return Returned(f"a stream's generator returned {what}, which nobody receives")
+    return Returned(
+        f"a stream's generator returned {what}, which no client receives: return it"
+        " from a plain view, before the stream"
+    )
 
 
 def status_of(error: BaseException) -> int:

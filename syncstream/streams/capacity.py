@@ -1,9 +1,8 @@
-"""Limits on open streams, in total and per client.
+"""Limits on open streams, in total and for each client.
 
-A stream holds its thread, or its greenlet, unless it is handed over. Where all of
-them are held, ordinary requests wait, and so does the health check. So there are
-limits; what is beyond them is refused at once, in the way in which each client
-understands it.
+A stream holds its thread or greenlet unless it is handed over. When streams hold all of
+them, ordinary requests wait, including the health check. The limits prevent that:
+streams over a limit are refused at once, in a form that each client understands.
 """
 
 from __future__ import annotations
@@ -23,53 +22,53 @@ __all__ = ["Capacity", "Full", "Place"]
 Environ = dict[str, Any]
 
 MOMENT = 1.0
-"""Seconds that a stream may wait for a thread that another one is about to leave."""
+"""Seconds that a stream may wait for another stream to leave its thread."""
 
 
 _UNIX = frozenset(("localhost", "<local>"))  # waitress' and Werkzeug's REMOTE_ADDR
 _FORWARDED = frozenset(("HTTP_X_FORWARDED_FOR", "HTTP_FORWARDED", "HTTP_X_REAL_IP"))
 _SEPARATORS = re.compile(r'[\s,;="\[\]]+')
 _ADDRESS = (
-    "take the address that your proxy reports, by Werkzeug's ProxyFix or as the last of"
-    " X-Forwarded-For (docs/proxies.md)"
+    "use the address that your proxy reports, with Werkzeug's ProxyFix or as the last"
+    " one of X-Forwarded-For (docs/proxies.md)"
 )
 _EMPTY = (
-    "limit_by returned no address or an empty key, as REMOTE_ADDR is on a Unix socket:"
-    f" max_per_key limits nobody; {_ADDRESS}"
+    "limit_by returned an empty key (REMOTE_ADDR is empty on a Unix socket), so"
+    f" max_per_key limits no client: {_ADDRESS}"
 )
 _PROXY = (
-    "max_per_key refused a stream whose key is REMOTE_ADDR and whose request was"
-    " forwarded: behind a proxy that is the proxy's, the same for all of its clients;"
-    f" {_ADDRESS}"
+    "max_per_key refused a stream whose key is the proxy's address, which is the same"
+    f" for all clients behind the proxy: {_ADDRESS}"
 )
 
 
 class Full(Exception):
-    """There is no room for a stream, whatever the limits say; its text says why."""
+    """A stream must be refused although the limits allow it; the text says why."""
 
 
 class Capacity:
-    """The limits, and who counts towards them.
+    """The limits, and the streams that count towards them.
 
     Args:
-        max_streams: So many at once in this process; ``None`` for no limit.
-        reserve_threads: So many of the server's threads stay free of streams;
-            ``None`` for none. No limit where the server has none.
-        limit_by: Returns, for an environ, whose stream this is; ``None``: nobody's
-            in particular.
-        max_per_key: So many at once for each.
-        warn: Called with what an operator should change, in one sentence.
+        max_streams: The maximum of open streams in this process; ``None`` for no limit.
+        reserve_threads: The minimum of the server's threads that stay free of streams;
+            ``None`` for no limit. Without effect on a server without a fixed number.
+        limit_by: Returns the key for a request's environ; streams with the key ``None``
+            are not limited by key.
+        max_per_key: The maximum of open streams with the same key.
+        warn: Called with one sentence of advice for the operator.
 
     Attributes:
-        count: The streams that have a place.
-        threads: The threads that they hold.
-        leaving: How many of these are about to be left by a hand-over.
-        counts: The streams by key; those of no key are not among them.
-        waiters: Who waits for a thread.
+        count: The number of streams that have a place.
+        threads: The number of threads that they hold.
+        leaving: The number of these threads that a hand-over is about to free.
+        counts: The number of streams with each key, without those that have no key.
+        waiters: The streams that wait for a thread.
 
     Raises:
-        TypeError, ValueError: A number is no whole number of 1 or more; one of
-            ``limit_by`` and ``max_per_key`` is given without the other.
+        TypeError: A number is not an ``int``, or ``limit_by`` is not callable.
+        ValueError: A number is below 1, or only one of ``limit_by`` and ``max_per_key``
+            is given.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class Capacity:
         self._max_per_key = max_per_key
         self._warn = warn
         self._is_limited = any(number is not None for number in numbers.values())
-        # Reentrant: a garbage collection in here may close a stream.
+        # Reentrant: a garbage collection while it is held may close a stream.
         self._lock = native(_thread, "RLock")()
         self.count = self.threads = 0
         self.leaving = 0
@@ -119,15 +118,15 @@ class Capacity:
         *,
         leaves: bool = False,
     ) -> Place | None:
-        """Take a stream on; return its place, ``None`` if there is none.
+        """Return a place for a stream, ``None`` if a limit is reached.
 
         Args:
-            environ: The request's.
-            threads: How many the server has; asked only if it matters.
-            leaves: It gives its thread back in a moment: it is to be handed over.
-                Where others are about to do so, too, it waits for the first of them,
-                for up to `MOMENT`. (So never on a server of one thread: the others
-                are there to go.)
+            environ: The request's environ.
+            threads: Returns the server's number of threads; called only if needed.
+            leaves: The stream is about to be handed over and to leave its thread. If
+                all threads are taken, and other streams are about to leave theirs, it
+                waits for the first of them, for up to `MOMENT`. (Never on a server with
+                one thread, where no other stream can be about to leave.)
         """
         if not self._is_limited:
             return Place(None, None)
@@ -157,26 +156,25 @@ class Capacity:
                 self.threads += 1
                 self.leaving += leaves
         if is_theirs:
-            if _is_proxy_s(key, environ):
+            if _is_of_proxy(key, environ):
                 self._warn(_PROXY)
             return None
         return Place(self, key, leaves=leaves)
 
     def _key(self, environ: Environ) -> Hashable:
-        """Return whose stream this is, ``None`` for nobody's."""
+        """Return the key of a request's stream, ``None`` if no key limits it."""
         key = self._limit_by(environ) if self._limit_by is not None else None
         if key is None:
             return None
         is_unix = key in _UNIX and key == environ.get("REMOTE_ADDR")
         if is_unix or (isinstance(key, (str, bytes, tuple)) and not key):
-            # It would be one client's for all: who has all of its places locks out
-            # everybody.
+            # All clients would share this key, and one of them could take all places.
             self._warn(_EMPTY)
             return None
         return key
 
     def _await_thread(self, most: int) -> None:
-        """Wait while all threads are held, and one is about to be left."""
+        """Wait while all threads are taken and a stream is about to leave one."""
         until = time.monotonic() + MOMENT
         while True:
             with self._lock:
@@ -188,7 +186,7 @@ class Capacity:
             waiter.wait(left)
 
     def leave(self, key: Hashable) -> None:
-        """Give a place back: by `Place`, once."""
+        """Free a place; `Place` calls this once."""
         with self._lock:
             self.count -= 1
             if key is not None:
@@ -197,13 +195,13 @@ class Capacity:
                     del self.counts[key]
 
     def leave_thread(self) -> None:
-        """Give a thread back: by `Place`, once."""
+        """Free a thread; `Place` calls this once."""
         with self._lock:
             self.threads -= 1
         self._wake()
 
     def stay(self) -> None:
-        """One that was about to leave its thread is so no more: by `Place`, once."""
+        """Count one stream less that is about to leave; `Place` calls this once."""
         with self._lock:
             self.leaving -= 1
         self._wake()
@@ -215,10 +213,10 @@ class Capacity:
             wake_all(waiters)
 
 
-def _is_proxy_s(key: Hashable, environ: Environ) -> bool:
+def _is_of_proxy(key: Hashable, environ: Environ) -> bool:
     """Tell whether a key is the address of a proxy.
 
-    It is not where ProxyFix, say, has put what the proxy reports into REMOTE_ADDR.
+    It is not if ProxyFix, for example, has put the client's address into REMOTE_ADDR.
     """
     reported = [environ[name] for name in _FORWARDED if name in environ]
     return (
@@ -229,7 +227,7 @@ def _is_proxy_s(key: Hashable, environ: Environ) -> bool:
 
 
 class Place:
-    """A stream's place, and its thread's; each is given back once, by whom ever."""
+    """A stream's place and thread; each is freed once, even if several threads try."""
 
     __slots__ = ("_keys", "_leaving", "_threads")
 
@@ -242,18 +240,18 @@ class Place:
         self._threads = held
 
     def leave_thread(self) -> None:
-        """The stream goes on without its thread."""
+        """Free the thread: the stream goes on without it."""
         with suppress(IndexError):
             self._threads.pop().leave_thread()
         self.stay()
 
     def stay(self) -> None:
-        """The stream does not leave its thread, though it was to."""
+        """Say that the stream keeps its thread after all."""
         with suppress(IndexError):
             self._leaving.pop().stay()
 
     def release(self) -> None:
-        """The stream has ended."""
+        """Free the place and the thread: the stream has ended."""
         self.leave_thread()
         with suppress(IndexError):
             capacity, key = self._keys.pop()

@@ -19,14 +19,15 @@ log = logging.getLogger("syncstream.stream")
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How items become chunks, and where one chunk may follow another.
+    """The way items become chunks, and the places where a new chunk may begin.
 
     Attributes:
-        encode: An item of the source to its chunk, ``None`` for a checkpoint.
-        dumps: Encodes the lines of a subscription, in a format without events.
-        is_whole: Tells from the last bytes written (4 or more, or all there were)
-            whether a new event or value may begin.
-        is_events: Comments, ``retry:`` and ids exist in this format.
+        encode: Turns an item of the source into its chunk, or ``None`` for a
+            checkpoint.
+        dumps: The JSON encoder for a subscription's lines, in a format without events.
+        is_whole: Tells from the last bytes written (4 or more, or all if there were
+            fewer) whether a new event or value may begin.
+        is_events: Whether this format has comments, ``retry:`` and ids.
     """
 
     encode: Callable[[Any], bytes | None]
@@ -37,18 +38,19 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """How long a stream waits, and lives: seconds, ``None`` for no limit.
+    """A stream's durations in seconds; ``None`` for no limit.
 
     Attributes:
-        keepalive: After so much silence a comment is sent.
-        send_timeout: A client that takes nothing for so long is dropped.
-        max_duration: The stream ends after that, and the client comes back.
-        drain: For so long a generator goes on after its server was told to stop; 0 is
-            not at all. ``None``: as long as the server lets it, but for a client that
-            comes back not at all.
+        keepalive: The silence after which a comment is sent.
+        send_timeout: The time after which a client that accepts no data is dropped.
+        max_duration: The time after which the stream ends and the client reconnects.
+        drain: The time for which a generator continues after its server was told to
+            stop; 0 for none. ``None``: as long as the server allows, but not at all
+            for a client that reconnects.
 
     Raises:
-        TypeError, ValueError: A duration is no number, or not above 0.
+        TypeError: A duration is not a number.
+        ValueError: A duration is not above 0 (``drain``: is negative), or not finite.
     """
 
     keepalive: float | None = 15.0

@@ -1,4 +1,4 @@
-"""The reasons for an end, and the last bytes that a client gets."""
+"""The reasons for an end, and the ``retry:`` that asks clients to come back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import random
 from ..protocol.sse import Event
 
 __all__ = ["OPENING", "come_back"]
-_COME_BACK = {  # milliseconds; browsers' own 3 to 5 s would hammer a broken view
+# Milliseconds by reason. A browser's own 3 to 5 s would hammer a broken view.
+_COME_BACK = {
     "shutdown": 1000,
     "max_duration": 1000,
     "refused": 2000,
@@ -18,14 +19,14 @@ _COME_BACK = {  # milliseconds; browsers' own 3 to 5 s would hammer a broken vie
 
 
 def come_back(reason: str, retry: int) -> bytes:
-    """Return what asks a client to come back, after an end in good order or not.
+    """Return the ``retry:`` block for a stream's end; ``b""`` for a reason without one.
 
-    Jittered, or all the clients that were here return together. Those that are not
-    wanted come back, too, for ever: let it be seldom, at least.
+    The time has a random part, so that clients do not all return together. Unwanted
+    clients (kicked, denied) come back, too, for ever, but only rarely.
 
     Args:
-        reason: Why the stream has ended.
-        retry: Milliseconds, at least.
+        reason: The reason for the end.
+        retry: The minimum, in milliseconds.
     """
     least = _COME_BACK.get(reason)
     if least is None:
@@ -34,5 +35,5 @@ def come_back(reason: str, retry: int) -> bytes:
 
 
 REASONS = frozenset(("closed", "finished", "kicked", "denied", "shutdown"))
-"""Why an application may stop a stream."""
+"""The reasons for which an application may stop a stream."""
 OPENING = "ok"

@@ -1,18 +1,19 @@
-"""Links: how a thread gets out of a call that blocks it.
+"""Links: ending a blocked read when a stream's client leaves.
 
-Closing what a thread reads does not end its read: ``close(2)`` wakes nobody, and a
-buffered reader cannot be closed while one goes on. So each kind has its own way:
+Closing the object that a thread reads from does not end the read: ``close(2)`` wakes no
+reader, and a buffered reader cannot be closed during a read. So each kind of object has
+its own way:
 
 - A socket is shut down, wherever it is found: in a response of requests, httpx,
   urllib3 or ``http.client``, in a stream of the openai SDK, in a pubsub of redis-py.
-- A database connection, or its cursor, is cancelled (``cancel()``, ``interrupt()``).
-  One that runs no query, but waits (for a notification), is shut down besides.
-- A process is terminated: a read of its output ends with it.
-- Whatever else has a ``close()`` is closed from another thread. Where that is known
-  to be without effect the link is refused; where it proves to be, the log says so.
+- A database connection, or its cursor, is cancelled (``cancel()``, ``interrupt()``). A
+  connection that runs no query, but waits for a notification, is also shut down.
+- A process is terminated, which ends a read of its output.
+- Any other object with a ``close()`` is closed from another thread. If that is known to
+  have no effect, the link is refused; if it turns out so, the log says it.
 
-A proxy that is something else in each thread (Django's ``connection``, Werkzeug's
-``LocalProxy``) stands for what it is in the thread that links it.
+A proxy for a different object in each thread (Django's ``connection``, Werkzeug's
+``LocalProxy``) stands for the object of the thread that links it.
 """
 
 from __future__ import annotations
@@ -39,30 +40,32 @@ __all__ = ["AGAIN", "USELESS", "Link", "place_of", "unblock"]
 
 log = logging.getLogger("syncstream.links")
 
-AGAIN = 0.25  # seconds; what was connecting at the end has its socket then
-KILL_AFTER = 2.0  # seconds in which a process may end by itself
-USELESS = 5.0  # seconds after which a link has had no effect
+AGAIN = (
+    0.25  # seconds until another try: a client that was connecting has a socket then
+)
+KILL_AFTER = 2.0  # seconds between terminating and killing a process
+USELESS = 5.0  # seconds after which a link counts as without effect
 
-# Where responses, streams and connections keep what they read from, down to a socket:
+# Attributes that lead from responses, streams and connections to their socket, in
 # requests, urllib3 and http.client; redis-py and PyMySQL; the openai and anthropic
-# SDKs; httpx, its clients, and the pool of httpcore.
+# SDKs; httpx, its clients, and httpcore's pool.
 _INSIDE = (
     *("raw", "fp", "_fp", "sock", "_sock", "socket"),
     *("response", "http_response", "_response", "_raw_stream", "_client"),
     *("_transport", "_pool", "_connection", "_network_stream"),
 )
-_DEPTH = 7  # of a socket in a client of the openai SDK
-_MOST = 1000  # a mock has whatever it is asked for
+_DEPTH = 7  # attributes between a client of the openai SDK and its socket
+_MOST = 1000  # objects to look at: a mock has every attribute
 
 
 class Link:
-    """One thing that a generator may be blocked in.
+    """One object that a generator may block on.
 
     Args:
-        closable: It has a ``close()``, or is a process.
+        closable: An object with a ``close()``, or a process.
 
     Raises:
-        TypeError: Nothing could end a read of it, for the reason that is given.
+        TypeError: Nothing could end a read of it; the message says why.
     """
 
     def __init__(self, closable: Any) -> None:
@@ -70,7 +73,7 @@ class Link:
         try:
             closable = _of_this_thread(closable)
             problem, self._is_process = _problem(closable), _is_process(closable)
-        except Exception as error:  # it does not like to be looked at
+        except Exception as error:  # one of its attributes raises
             text = "a linked object could not be inspected: %r"
             report(log, logging.DEBUG, text, error)
         if problem is not None:
@@ -78,14 +81,14 @@ class Link:
         self.closable = closable
         self.thread_id = threading.get_ident()
         self._thread: threading.Thread | None = None
-        self._since = 0.0  # the first try to unblock it
+        self._since = 0.0  # the time of the first try to unblock it
         self._retries: list[tuple[Any, int]] = []
 
     def unblock(self, *, is_waiting: bool = False) -> None:
-        """Get a thread out of a call that it makes on it; from another thread.
+        """End a call that a thread makes on the object; from another thread.
 
         Args:
-            is_waiting: The thread is in one of our waits, which is ended anyway.
+            is_waiting: The thread is in one of our waits, which ends anyway.
         """
         is_first = not self._since
         now = time.monotonic()
@@ -94,7 +97,7 @@ class Link:
             self._end_process(kill=now - self._since >= KILL_AFTER)
         elif (cancelable := _cancelable(self.closable)) is not None:
             target, method = cancelable
-            # It may connect to its server, which takes its time.
+            # In a thread: cancelling may connect to the server, which takes time.
             self._in_a_thread(method)
             if not is_waiting and not (is_first and _runs_query(target)):
                 self._hang_up(target)
@@ -102,9 +105,9 @@ class Link:
             self._in_a_thread(self.closable.close)
 
     def close(self) -> None:
-        """Close it, in the generator's thread or greenlet."""
+        """Close the object, in the generator's thread or greenlet."""
         for retry, number in self._retries:
-            retry.update_retries(number)  # its connection goes back to a pool
+            retry.update_retries(number)  # the connection goes back to a pool
         if self._is_process:
             self._close_process()
             return
@@ -113,12 +116,12 @@ class Link:
             close()
 
     def _hang_up(self, target: Any) -> bool:
-        """Shut its sockets down; tell whether there was any."""
+        """Shut the object's sockets down; return whether there was any."""
         found = False
         for fd, holder in _sockets(target):
             retry: Any = getattr(holder, "retry", None)
             if callable(getattr(retry, "update_retries", None)):
-                # redis-py would connect and wait again.
+                # Otherwise redis-py would connect and wait again.
                 if not any(retry is other for other, _ in self._retries):
                     self._retries.append((retry, retry.get_retries()))
                 retry.update_retries(0)
@@ -142,11 +145,11 @@ class Link:
 
     def _end_process(self, *, kill: bool) -> None:
         process = self.closable
-        with suppress(ProcessLookupError):  # it has ended
+        with suppress(ProcessLookupError):  # it has ended already
             process.kill() if kill else process.terminate()
 
     def _close_process(self) -> None:
-        """End it and wait for it, so that it leaves no zombie; close its pipes."""
+        """End the process, wait for it, to leave no zombie, and close its pipes."""
         process = self.closable
         is_popen = hasattr(process, "poll")
 
@@ -168,29 +171,29 @@ class Link:
         for name in ("stdin", "stdout", "stderr"):
             pipe = getattr(process, name, None)
             if pipe is not None:
-                with suppress(BrokenPipeError):  # what it has not read
+                with suppress(BrokenPipeError):  # input that it has not read
                     pipe.close()
 
 
 def unblock(links: Sequence[Link], *, is_waiting: bool) -> None:
-    """Get a thread out of what it reads, whichever of these that is.
+    """End a thread's read, whichever of its links it reads from.
 
     Args:
-        links: Linked by its generator.
+        links: The links of its generator.
         is_waiting: As for `Link.unblock`.
     """
     for link in links:
         try:
             link.unblock(is_waiting=is_waiting)
-        except Exception as error:  # the others, and the wait, must end too
+        except Exception as error:  # the other links and the wait must end, too
             say(log, logging.DEBUG, "a linked object could not be unblocked: %r", error)
 
 
 def place_of(links: Sequence[Link]) -> tuple[object, ...]:
-    """Return where the thread that made links is, in its generators' code.
+    """Return the positions of the links' threads in the code of their generators.
 
-    It stays the same while a statement of a generator goes on, and is another one in
-    a ``finally``: what that does with the links is not to be disturbed.
+    A position stays the same while a statement of a generator runs, and differs in a
+    ``finally``, whose use of the links must not be disturbed.
     """
     frames = sys._current_frames()
     place = []
@@ -204,7 +207,7 @@ def place_of(links: Sequence[Link]) -> tuple[object, ...]:
 
 
 def _of_this_thread(closable: Any) -> Any:
-    """Return what a proxy stands for here: in the watch's thread it is another one."""
+    """Return the object behind a proxy, which would differ in the watch's thread."""
     kind = type(closable)
     if hasattr(kind, "_get_current_object"):  # Werkzeug's
         return closable._get_current_object()
@@ -215,26 +218,26 @@ def _of_this_thread(closable: Any) -> Any:
 
 
 def _problem(closable: Any) -> str | None:
-    """Return what is wrong with a link, after "closable must"."""
+    """Return the error of a link, continuing "closable must"; ``None`` for none."""
     if _is_process(closable):
         return None
     close = getattr(closable, "close", None)
     if not callable(close):
         if hasattr(closable, "__enter__"):
-            return "have a close(): enter it by `with`, and link what that gives"
+            return "have a close(): enter it with `with`, and link the result"
         return "have a close(), or be a process"
     if inspect.iscoroutinefunction(close):
         return "be synchronous: its close() would not be awaited"
     if inspect.isgenerator(closable):
         return (
-            "not be a generator, which nobody can close while it runs: link what"
-            " it reads from"
+            "not be a generator, which cannot be closed while it runs: link the object"
+            " that it reads from"
         )
     return _shared(closable) or _closed_in_vain(closable)
 
 
 def _shared(closable: Any) -> str | None:
-    """Refuse what reads by connections that it does not show, or that others use."""
+    """Return an error for objects whose connections are hidden, or used by others."""
     names = {
         f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
         for cls in type(closable).__mro__
@@ -248,10 +251,10 @@ def _shared(closable: Any) -> str | None:
             " with single_connection_client=True"
         )
     if inspect.ismethod(getattr(closable, "connection", None)):
-        # SQLAlchemy's Session and db.session, peewee's Database, a pool of psycopg's.
+        # SQLAlchemy's Session and db.session, peewee's Database, psycopg's pools.
         return (
-            "not take its connections as it needs them, as a session or a pool does:"
-            " link the connection itself (session.connection())"
+            "not be a session or a pool, which takes connections as it needs them: link"
+            " the connection itself (session.connection())"
         )
     response = closable
     for name in ("response", "_response", "http_response"):
@@ -259,24 +262,27 @@ def _shared(closable: Any) -> str | None:
     version = getattr(response, "http_version", None)
     if isinstance(version, str) and version.startswith("HTTP/2"):
         return (
-            "not be a response over HTTP/2, whose connection others use: ask by a"
+            "not be a response over HTTP/2, whose connection other requests use: use a"
             " client without http2=True"
         )
     return None
 
 
 def _closed_in_vain(closable: Any) -> str | None:
-    """Refuse what can be closed, but whose close() ends nobody's wait."""
+    """Return an error for objects whose close() does not end a read or a wait."""
     pools = sys.modules.get("multiprocessing.pool")
     if pools is not None and isinstance(closable, pools.Pool):
-        return "not be a pool, whose close() lets its work go on: link what that reads"
+        return (
+            "not be a pool, whose close() lets its work go on: link the object that its"
+            " work reads from"
+        )
     queues = sys.modules.get("multiprocessing.queues")
     if queues is not None and isinstance(closable, queues.Queue):
         return "not be a queue of processes, whose get() does not end: link the process"
     pipes = sys.modules.get("multiprocessing.connection")
     is_pipe = pipes is not None and isinstance(closable, pipes._ConnectionBase)
     is_file = isinstance(closable, io.IOBase) or (
-        # gevent's, for one. (A terminal of pexpect's is a process.)
+        # Such as gevent's. (pexpect's terminal is a process.)
         hasattr(closable, "read") and not hasattr(closable, "terminate")
     )
     is_selector = isinstance(closable, selectors.BaseSelector) or hasattr(
@@ -289,17 +295,20 @@ def _closed_in_vain(closable: Any) -> str | None:
         return None
     kind = os.fstat(fd).st_mode
     if stat.S_ISREG(kind) or stat.S_ISDIR(kind) or stat.S_ISBLK(kind):
-        return None  # no read of these waits for somebody
+        return None  # a read of these does not wait for another process
     if stat.S_ISFIFO(kind):
         return (
             "not be a pipe, whose close() ends no read of it: link the process that"
             " writes to it (a subprocess.Popen)"
         )
-    return "be what another thread can close with effect: a read or wait of it goes on"
+    return (
+        "be an object that another thread can close with effect, but a read or wait of"
+        " this one would go on"
+    )
 
 
 def _is_process(closable: Any) -> bool:
-    # Of what nobody has imported there is none: nor is it imported here.
+    # Without importing a module: if nothing has imported it, no object of it exists.
     kinds = (("multiprocessing.process", "BaseProcess"), ("psutil", "Popen"))
     classes = [getattr(sys.modules.get(module), name, None) for module, name in kinds]
     known = [subprocess.Popen, *(cls for cls in classes if cls is not None)]
@@ -307,9 +316,9 @@ def _is_process(closable: Any) -> bool:
 
 
 def _cancelable(closable: Any) -> tuple[Any, Callable[[], object]] | None:
-    """Return what can be cancelled, and how: a connection, a cursor's, or a call."""
+    """Return the object to cancel, and its method: a connection, or a call."""
     target = closable
-    for _ in range(3):  # a result of SQLAlchemy's, its connection, the driver's
+    for _ in range(3):  # SQLAlchemy's result, its connection, the driver's connection
         for name in ("cancel", "interrupt"):
             method = getattr(target, name, None)
             if callable(method):
@@ -319,23 +328,23 @@ def _cancelable(closable: Any) -> tuple[Any, Callable[[], object]] | None:
 
 
 def _connection_of(target: Any) -> Any:
-    # What SQLAlchemy's pool gives out deprecates its `connection`.
+    # The connections of SQLAlchemy's pool deprecate their `connection`.
     is_pooled = hasattr(type(target), "driver_connection")
     name = "driver_connection" if is_pooled else "connection"
     return getattr(target, name, None)
 
 
 def _runs_query(connection: Any) -> bool:
-    """Tell whether a connection of psycopg has something that can be cancelled."""
+    """Tell whether a connection of psycopg runs a query that can be cancelled."""
     connection = getattr(connection, "driver_connection", connection)  # SQLAlchemy's
     status = getattr(getattr(connection, "info", None), "transaction_status", None)
     return status is not None and status == 1  # PQTRANS_ACTIVE
 
 
 def _sockets(target: Any) -> list[tuple[int, Any]]:
-    """Return the sockets that something reads: descriptors, and who holds each.
+    """Return the sockets that an object reads: descriptors, each with its holder.
 
-    The nearest ones: behind those there may be others', which are left alone.
+    Only the nearest ones: sockets further away may belong to other objects.
     """
     level, seen, found = [(target, None)], {id(target)}, []
     for _ in range(_DEPTH + 1):
@@ -372,18 +381,18 @@ def _inside(target: Any) -> Iterator[Any]:
 
 
 def _is_unconnected(fd: int) -> bool:
-    """Tell a socket that has no peer: one that listens, or waits for datagrams.
+    """Tell whether a socket has no peer: it listens, or waits for datagrams.
 
-    Its shutdown fails, on Linux, and ends its wait all the same.
+    On Linux its shutdown fails, but ends a wait all the same.
     """
     try:
         return stat.S_ISSOCK(os.fstat(fd).st_mode)
-    except OSError:  # closed, or a system where a socket is no descriptor
+    except OSError:  # closed, or Windows, where sockets are no descriptors
         return False
 
 
 def _socket_of(stream: Any) -> Any:
-    """Return the socket of a network stream of httpcore's."""
+    """Return the socket of httpcore's network stream."""
     extra = getattr(stream, "get_extra_info", None)
     return extra("socket") if callable(extra) else None
 
@@ -394,6 +403,6 @@ def _fd(target: Any) -> int | None:
         return None
     try:
         fd = fileno()
-    except Exception:  # each library has its own for "it is closed"
+    except Exception:  # each library raises its own error for a closed object
         return None
     return fd if isinstance(fd, int) and fd >= 0 else None

@@ -196,11 +196,11 @@ def test_kicks_that_are_refused(shared, broker, what, caplog):
     shared.publish("a", "1")
     for subscription in (ann, bob):
         assert [event.data for event in subscription.read(5)] == ["1"]
-    with pytest.raises(Denied, match=r"1 were ended in this process.*not heard"):
+    with pytest.raises(Denied, match=r"ended in this process: 1.*cannot be received"):
         shared.kick(who="ann")
     assert ann.is_closed
     assert not bob.is_closed
-    text = "kicks of other processes are not heard"
+    text = "kicks of other processes are not received"
     await_true(lambda: text in caplog.text)
     shared.close()
     journal().flush()
@@ -220,7 +220,7 @@ def test_kicks_that_are_allowed_again(shared, broker, what, by, monkeypatch, cap
     elif by == "kick":
         assert shared.kick(who="bob") == 0
     await_kicked(ann)
-    await_true(lambda: "kicks are heard again" in caplog.text)
+    await_true(lambda: "kicks are received again" in caplog.text)
     newcomers = begun(shared, who="ann"), begun(shared, who="bob")
     assert shared.kick(who="bob") == 1
     assert not newcomers[0].is_closed

@@ -243,6 +243,6 @@ def test_names_without_end_hide_no_line_of_the_hub_s_own(hub, caplog):
     for number in range(MOST_SAID + 1):
         hub.sink.deny(f"n{number}", "no")
     hub.sink.deny(CONTROL, "no")
-    await_true(lambda: "kicks of other processes are not heard" in caplog.text)
+    await_true(lambda: "kicks of other processes are not received" in caplog.text)
     assert "'n99'" in caplog.text
     assert "'n100'" not in caplog.text

@@ -360,7 +360,7 @@ def test_several_workers_are_warned_of(kind):
         for _ in range(10):
             with follow(server, "/sse/a") as client:
                 client.block()
-        words = "this hub's channels are those of one process"
+        words = "this hub belongs to one process, but the server runs several"
         await_true(lambda: server.log().count(words) == 2, server.log)
         assert 'Hub("local:")' in server.log()
         assert "run one worker" in server.log()

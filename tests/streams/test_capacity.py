@@ -507,7 +507,7 @@ def test_an_empty_key_is_nobody_s_and_said_once(address, caplog):
     for answer in answers:
         answer.close()
     [record] = caplog.records
-    assert "max_per_key limits nobody" in record.message
+    assert "max_per_key limits no client" in record.message
     assert "ProxyFix" in record.message
 
 
