@@ -25,8 +25,14 @@ if TYPE_CHECKING:
 __all__ = ["Client", "Terms"]
 
 
+class _Referable:
+    """Has room for weak references, as Python 3.10's dataclasses with slots have not."""
+
+    __slots__ = ("__weakref__",)
+
+
 @dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(_Referable):
     """What many clients have in common; equal ones are kept once.
 
     Attributes:

@@ -44,6 +44,7 @@ from collections.abc import Callable, Hashable
 from contextlib import suppress
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ..errors import Closed
 from ..runtime.clock import time
@@ -123,7 +124,8 @@ class Fanout:
         self._looked_at = 0.0
         # By place, form and lanes: a shared group, or a client that is by itself there.
         self._meeting: dict[Hashable, Group] = {}
-        self._terms: dict[tuple[Any, ...], Terms] = {}
+        # Weak: a hook of a request, or a server that has gone, is not kept by them.
+        self._terms: WeakValueDictionary[tuple[Any, ...], Terms] = WeakValueDictionary()
         self._lanes: dict[Any, Lanes] = {}
         self._lanes_lock = native_lock()
         self._epoll = epoll()
@@ -243,14 +245,14 @@ class Fanout:
         """
         lanes, life = self.lanes(), (keepalive, send_timeout, retry, comes_back)
         values = (lanes, process, served, *life, reasons, before_wait, comment)
-        if len(self._terms) > 1000:  # an application makes a hook for each request
-            self._terms.clear()
         try:
             found = self._terms.get(values)
         except Exception as error:  # its hooks need not be comparable
             report(log, logging.DEBUG, "terms are not shared: %r", error)
             return Terms(*values)
-        return found or self._terms.setdefault(values, Terms(*values))
+        if found is None:
+            found = self._terms[values] = Terms(*values)
+        return found
 
     def add(self, client: Client, head: bytes) -> None:
         """Take a client on.

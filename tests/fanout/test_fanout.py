@@ -25,7 +25,7 @@ from syncstream.channels import limits
 from syncstream.fanout import group as group_module
 from syncstream.fanout import lanes as lanes_module
 from syncstream.fanout import loop as fanout_module
-from syncstream.fanout.client import Client
+from syncstream.fanout.client import Client, Terms
 from syncstream.fanout.group import Group
 from syncstream.fanout.loop import fanout
 from syncstream.protocol import sse
@@ -1051,9 +1051,9 @@ def test_a_hub_that_closes_while_a_client_comes(hub, peers):
 
 @pytest.mark.parametrize("channels", ["a", "ab"])
 def test_nothing_stays_until_a_collection(hub, peers, loop, channels):
-    """What has ended is freed at once, with what it had not sent."""
+    """What has ended is freed at once, with what it had not sent, and its server."""
     alive = weakref.WeakSet()
-    kinds = (Client, group_module.Group, type(hub.subscribe("a")))
+    kinds = (Client, group_module.Group, type(hub.subscribe("a")), Terms, Served)
     gc.collect()
     others = {id(o): o for o in gc.get_objects() if type(o) in kinds}
     gc.disable()

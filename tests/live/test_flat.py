@@ -37,11 +37,11 @@ def come(server, n):
         assert kind == "sub" or client.block()
 
 
-def blocks(server):
-    """Return how many blocks are in use, when the streams have ended."""
+def entries(server):
+    """Return how many entries there are, when the streams have ended."""
 
     def look():
-        with server.get("/blocks", headers={"Connection": "close"}) as client:
+        with server.get("/entries", headers={"Connection": "close"}) as client:
             return ast.literal_eval(client.rest().decode())
 
     await_true(lambda: look()[1] == 0)
@@ -52,8 +52,8 @@ def test_hosts_paths_channels_ids_and_queries(server):
     """After some hundred clients, each of its own kind, hundreds more add nothing."""
     for n in range(WARM):
         come(server, n)
-    before = blocks(server)
+    before = entries(server)
     for n in range(WARM, WARM + MORE):
         come(server, n)
-    # One block for each client would be MORE. What ends takes a moment.
-    await_true(lambda: blocks(server) - before < MORE / 4)
+    # One entry for each client would be MORE. What ends takes a moment.
+    await_true(lambda: entries(server) - before < MORE / 4)
