@@ -123,8 +123,13 @@ def note_moment(key):
 
 @lived
 def pieces(key, query):
-    """Yield numbered events, some of them in pieces, with pauses of a plain kind."""
+    """Yield numbered events, some of them in pieces, with pauses of a plain kind.
+
+    Each time after a dozen of them the gate must be opened.
+    """
     for n in range(int(query["n"])):
+        if n % 12 == 11:
+            gate(key)
         event = f"id: {n}\ndata: event {n}\n\n".encode()
         if n % 3 == 0:
             yield event
