@@ -26,7 +26,7 @@ __all__ = ["Client", "Terms"]
 
 
 class _Referable:
-    """Has room for weak references, as Python 3.10's dataclasses with slots have not."""
+    """Has room for weak references: Python 3.10 makes none for a class with slots."""
 
     __slots__ = ("__weakref__",)
 
