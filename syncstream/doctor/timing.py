@@ -72,7 +72,7 @@ def opening(seen: Observation, head: Head) -> Iterator[Finding]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _Cluster:
     """Reads that came close together."""
 
     silence: float  # seconds without a byte before it
@@ -83,52 +83,52 @@ class _Group:
     pause: float  # seconds without a byte after it
 
 
-def _groups(seen: Observation) -> list[_Group]:
-    groups: list[list[Arrival]] = []
+def _clusters(seen: Observation) -> list[_Cluster]:
+    clusters: list[list[Arrival]] = []
     for arrival in seen.arrivals:
-        if not groups or arrival.at - groups[-1][0].at > TOGETHER:
-            groups.append([])
-        groups[-1].append(arrival)
-    starts = [*(group[0].at for group in groups[1:]), seen.listened]
-    ends = [0.0, *(group[-1].at for group in groups)]
+        if not clusters or arrival.at - clusters[-1][0].at > TOGETHER:
+            clusters.append([])
+        clusters[-1].append(arrival)
+    starts = [*(cluster[0].at for cluster in clusters[1:]), seen.listened]
+    ends = [0.0, *(cluster[-1].at for cluster in clusters)]
     return [
-        _Group(
-            silence=group[0].at - before,
-            at=group[0].at,
-            size=sum(a.size for a in group),
-            events=sum(a.events for a in group),
-            is_torn=group[-1].is_torn,
-            pause=after - group[-1].at,
+        _Cluster(
+            silence=cluster[0].at - before,
+            at=cluster[0].at,
+            size=sum(a.size for a in cluster),
+            events=sum(a.events for a in cluster),
+            is_torn=cluster[-1].is_torn,
+            pause=after - cluster[-1].at,
         )
-        for group, before, after in zip(groups, ends, starts, strict=False)
+        for cluster, before, after in zip(clusters, ends, starts, strict=False)
     ]
 
 
 def buffering(seen: Observation, head: Head) -> Iterator[Finding]:
-    groups = _groups(seen)
+    clusters = _clusters(seen)
     # An application yields whole events. A pause within one means a buffer that
     # counts bytes, unless the event is still being generated, word by word.
     torn = [
-        g
-        for g in groups
-        if g.is_torn and g.pause >= SILENCE and (g.events > 1 or g.size >= 1024)
+        c
+        for c in clusters
+        if c.is_torn and c.pause >= SILENCE and (c.events > 1 or c.size >= 1024)
     ]
-    bursts = [g for g in groups if g.silence >= SILENCE and g.events >= BURST]
-    inside = sum(g.events for g in bursts)
+    bursts = [c for c in clusters if c.silence >= SILENCE and c.events >= BURST]
+    inside = sum(c.events for c in bursts)
     cure = f"switch buffering off: {proxy_cure(head)}"
     if torn:
-        size = f"{statistics.median_low(g.size for g in torn)} bytes"
+        size = f"{statistics.median_low(c.size for c in torn)} bytes"
         yield Finding(
             "buffering",
-            f"{len(torn)} pauses of up to {span(max(g.pause for g in torn))} began in"
+            f"{len(torn)} pauses of up to {span(max(c.pause for c in torn))} began in"
             f" the middle of an event (after {size}): a proxy or middleware collects"
             " bytes and sends them when its buffer is full",
             cure,
         )
-    elif bursts and bursts[0] is groups[0] and inside == seen.events:
+    elif bursts and bursts[0] is clusters[0] and inside == seen.events:
         yield Finding(
             "buffering",
-            f"nothing came for {span(groups[0].at)}, then {groups[0].events} events"
+            f"nothing came for {span(clusters[0].at)}, then {clusters[0].events} events"
             " at once: a proxy or middleware collects them",
             cure,
         )
@@ -136,7 +136,7 @@ def buffering(seen: Observation, head: Head) -> Iterator[Finding]:
         yield Finding(
             "bursts",
             f"{inside} of {seen.events} events came in {len(bursts)} bursts, after"
-            f" silences of up to {span(max(g.silence for g in bursts))}",
+            f" silences of up to {span(max(c.silence for c in bursts))}",
             f"if the application did not send them together, {cure}",
             "note",
         )

@@ -389,11 +389,11 @@ class Worker:
             self.begin()  # the greenlet was killed before it ran all callbacks
 
 
-class _HubWatch(Watch):
+class _GeventWatch(Watch):
     """The watch of a gevent hub: it runs in the hub's loop, without a thread."""
 
     def __init__(self, hub: Any) -> None:
-        self._hub = weakref.ref(hub)
+        self._gevent_hub = weakref.ref(hub)
         self._timer: Any = None
         self._timer_at = float("inf")
         self._io: Any = None
@@ -422,7 +422,7 @@ class _HubWatch(Watch):
             self._do_without_epoll(error)
 
     def _wake(self) -> None:
-        hub = self._hub()
+        hub = self._gevent_hub()
         if hub is None or not self.timers:
             return
         when = self.timers[0][0]
@@ -452,12 +452,12 @@ class _HubWatch(Watch):
 
     @property
     def is_over(self) -> bool:
-        return getattr(self._hub(), "loop", None) is None
+        return getattr(self._gevent_hub(), "loop", None) is None
 
     @property
     def is_home(self) -> bool:
         """Whether its hub is the main thread's, which lives as long as the program."""
-        return not self.is_over and bool(getattr(self._hub(), "main_hub", False))
+        return not self.is_over and bool(getattr(self._gevent_hub(), "main_hub", False))
 
     def run(self, callback: Callback) -> None:
         self._calls.append(callback)
@@ -515,7 +515,7 @@ def elsewhere(watch: Watch, job: Callback) -> None:
     a new thread: other threads' hubs may be gone, or run only while something waits in
     them.
     """
-    if isinstance(watch, _HubWatch) and watch.is_home:
+    if isinstance(watch, _GeventWatch) and watch.is_home:
         watch.run(partial(watch.start, job))
         return
     try:
@@ -576,5 +576,5 @@ def watch() -> Watch:
             return watches.of_threads
         found = watches.of_hubs.get(here)
         if found is None:
-            found = watches.of_hubs[here] = _HubWatch(here)
+            found = watches.of_hubs[here] = _GeventWatch(here)
         return found

@@ -65,14 +65,14 @@ def _forget_head(environ: Environ, write: Write | None) -> bool:
 def worker() -> Any:
     """Return the gunicorn worker that serves the running request, else ``None``."""
     found = running("gunicorn.workers", "alive")
-    if found is None and (hub := _hub()) is not None:
+    if found is None and (hub := _gevent_hub()) is not None:
         # gevent_pywsgi serves in greenlets without a reference to the worker, which
         # waits in the main greenlet, the hub's parent.
         found = running("gunicorn.workers", "alive", hub.parent.gr_frame)
     return found
 
 
-def _hub() -> Any:
+def _gevent_hub() -> Any:
     gevent = sys.modules.get("gevent")
     # If the main greenlet is running, it has no frame to search.
     if gevent is None or gevent.getcurrent().parent is None:
@@ -80,7 +80,7 @@ def _hub() -> Any:
     return gevent.get_hub()
 
 
-class _Stop:
+class _WorkerStopping:
     """The `Stopping` of a worker: until when its work may continue.
 
     All workers check ``alive`` (gunicorn 22 to 27). It becomes false with SIGTERM,
@@ -125,14 +125,14 @@ def _is_sync(worker: Any) -> bool:
     return any(c.__module__ == "gunicorn.workers.sync" for c in type(worker).__mro__)
 
 
-class _Quit:
+class _QuitHook:
     """A gunicorn hook: the worker must end at once.
 
     ``worker_int`` is called for SIGINT and SIGQUIT, with 0.1 s left; ``worker_abort``
     for SIGABRT, which the master sends to kill, with no time left.
     """
 
-    def __init__(self, stop: _Stop, before: Callable[[Any], object]) -> None:
+    def __init__(self, stop: _WorkerStopping, before: Callable[[Any], object]) -> None:
         self.stop = stop
         self._before = before
 
@@ -151,11 +151,11 @@ def stopping(worker: Any) -> Stopping | None:
     if worker is None:
         return None
     hook = worker.cfg.worker_int
-    if isinstance(hook, _Quit):
+    if isinstance(hook, _QuitHook):
         return hook.stop
-    stop = _Stop(worker)
+    stop = _WorkerStopping(worker)
     for name in ("worker_int", "worker_abort"):
-        worker.cfg.set(name, _Quit(stop, getattr(worker.cfg, name)))
+        worker.cfg.set(name, _QuitHook(stop, getattr(worker.cfg, name)))
     return stop
 
 

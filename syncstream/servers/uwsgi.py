@@ -14,8 +14,8 @@ from .contract import Environ, Server, SocketLike, unpatched
 __all__ = ["SERVER"]
 
 
-class _Connection:
-    """The running request's connection, by the descriptor that uWSGI shows.
+class _Descriptor:
+    """The descriptor of the running request's connection.
 
     uWSGI shows it only in the request's thread, so it is read once, there.
     """
@@ -30,7 +30,7 @@ class _Connection:
 
 
 def _socket(environ: Environ) -> SocketLike | None:
-    return _Connection()
+    return _Descriptor()
 
 
 def _is_tls(environ: Environ) -> bool:
@@ -73,5 +73,5 @@ SERVER = Server(
     is_tls=_is_tls,
     threads=_threads,
     warnings=_warnings,
-    plain_sockets=(_Connection,),
+    plain_sockets=(_Descriptor,),
 )

@@ -218,6 +218,7 @@ PARTS = 6  # of the walk: they run beside each other
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.timeout(300)  # some 200 scenes in all
+@pytest.mark.matrix  # the calls are the same on each Python
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_call_of_the_loop_raises(quiet, part):
     """In turn: those whom it concerns are cut, everybody else gets every event."""
