@@ -21,13 +21,17 @@ def framework(request):
 @pytest.fixture(scope="module", params=["app", "wrapped"])
 def server(request, framework):
     """A framework's application, without and with the middleware."""
-    with LiveServer("gunicorn-gthread", f"tests.apps.{framework}_app:{request.param}") as s:
+    with LiveServer(
+        "gunicorn-gthread", f"tests.apps.{framework}_app:{request.param}"
+    ) as s:
         yield s
 
 
 @pytest.fixture(scope="module")
 def wrapped(framework):
-    with LiveServer("gunicorn-gthread", f"tests.apps.{framework}_app:wrapped") as server:
+    with LiveServer(
+        "gunicorn-gthread", f"tests.apps.{framework}_app:wrapped"
+    ) as server:
         yield server
 
 
