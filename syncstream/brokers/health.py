@@ -1,9 +1,9 @@
-"""Whether a broker works, told to its sink: once that it is down, once that it is up.
+"""Tells a broker's sink once when the broker goes down, and once when it is back.
 
-A broker works in several ways: it is published to, read, listened to, each by a server
-or more. It is down while one of them fails. A way that has failed works again when
-something shows it that began after the failure was noted: an answer, or an event, that
-was under way by then may be of a time before.
+A broker works in several ways: publishing, reading and listening, each with one or more
+servers. It is down while one of these ways fails. A failed way works again when an
+operation succeeds that began after the failure was recorded: an answer or event that
+was under way before proves nothing.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ __all__ = ["Health"]
 
 
 class Health:
-    """From any thread, without waiting; each process has failures of its own.
+    """The state of a broker; all methods from any thread, without waiting.
 
-    What the sink was told is known to forked children, too: one whose parent was down
-    says so when it works.
+    Each process has its own failures. Forked children know the state that the sink was
+    told: if the parent's broker was down, a child reports when it is back.
 
     Args:
-        log: For a sink that fails.
+        log: The logger for a sink that fails.
 
     Attributes:
-        sink: Who is told; ``None``: nobody yet, or any more.
+        sink: The sink, ``None`` before `Broker.attach` and after the end.
     """
 
     def __init__(self, log: logging.Logger) -> None:
         self.sink: Sink | None = None
         self._log = log
-        self._is_up = True  # as the sink was told, here or in the parent of a fork
-        self._noted = 0  # failures so far
+        self._is_up = True  # as told to the sink, here or in the parent of a fork
+        self._noted = 0  # the number of failures so far
         self._parts: PerProcess[Health, _Failing] = PerProcess(self, lambda part: None)
 
     def moment(self) -> int:
-        """Return now, for `works`; before that begins which is to show it."""
+        """Return the argument ``since`` for `works`; call it before the operation."""
         return self._noted
 
     def fails(self, way: str, reason: str, *, server: str = "") -> None:
-        """Take note that a way fails.
+        """Record that a way has failed.
 
         Args:
             way: "publish", "read", "listen", "connect" …
-            reason: For the log.
-            server: The one that fails, if the broker has several.
+            reason: The cause, for the log.
+            server: The server that failed, if the broker has several.
         """
         here = self._here()
         with here.lock:
@@ -58,13 +58,12 @@ class Health:
             self._tell(False, reason)
 
     def works(self, *ways: str, since: int, server: str = "") -> None:
-        """Take note that ways work.
+        """Record that an operation has succeeded, which shows that ways work.
 
         Args:
-            ways: As given to `fails`.
-            since: The `moment` before that began which shows it: what has failed later
-                may fail yet.
-            server: Likewise.
+            ways: The ways, as given to `fails`.
+            since: The `moment` before the operation began; later failures stay.
+            server: The server, as given to `fails`.
         """
         here = self._here()
         if self._is_up and not here.failures:
@@ -74,7 +73,7 @@ class Health:
                 if here.failures.get((way, server), since) <= since:
                     here.failures.pop((way, server), None)
             if not here.failures:
-                self._tell(True, "all that is asked for works")
+                self._tell(True, "all requests succeed again")
 
     def is_failing(self, way: str, *, server: str = "") -> bool:
         return (way, server) in self._here().failures
@@ -83,25 +82,26 @@ class Health:
         return self._parts.get() or self._parts.begin(_Failing())
 
     def _tell(self, is_up: bool, reason: str) -> None:
-        """Tell the sink, if it has not been told so; under the lock."""
+        """Tell the sink of a change, under the lock."""
         if is_up == self._is_up or self.sink is None:
             return
         self._is_up = is_up
         try:
             self.sink.state(is_up, reason)
-        except Exception as error:  # ours goes on, whoever is told
-            say(self._log, logging.ERROR, "the sink has failed", error=error)
+        except Exception as error:  # the broker must go on
+            text = "the hub could not be told whether its broker is up"
+            say(self._log, logging.ERROR, text, error=error)
 
 
 class _Failing:
-    """What fails in one process.
+    """The failures of one process.
 
     Attributes:
-        failures: The number of each one's last failure, by way and server.
+        failures: The number of the last failure, by way and server.
     """
 
     def __init__(self) -> None:
-        # Reentrant: a garbage collection may enter it. Native: threads of several
-        # hubs meet in it.
+        # Reentrant: a garbage collection while it is held may take it. Native: threads
+        # with different gevent hubs share it.
         self.lock = native(_thread, "RLock")()
         self.failures: dict[tuple[str, str], int] = {}

@@ -1,7 +1,7 @@
-"""The loop of a listener: it listens until that fails, pauses, and listens anew.
+"""The loop of a listener: it listens until that fails, pauses, and listens again.
 
-It is the same for every engine: how long the pauses are, what is said of a failure, how
-it ends, and who waits for that. What the engine does of it is a `Source`.
+The pauses, the log lines, the end and the wait for it are the same for all engines. The
+engine's part is a `Source`.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ from .health import Health
 
 __all__ = ["Mark", "Source", "Stopped", "Tail", "jitter"]
 
-BACKOFF = 0.05, 2.0  # seconds: the pause after a failure, and the longest of a row
+BACKOFF = 0.05, 2.0  # seconds: the first pause after a failure, and the longest
 
-# Neither the application's random numbers, which it may have seeded, nor those of the
-# process that forked: workers of one seed would all ask at the same moments.
+# Not from `random`: the application may have seeded it, or forked with its state, and
+# all workers would ask at the same moments.
 jitter = SystemRandom().uniform
 
 
 class Stopped(Exception):
-    """The listener is to end."""
+    """The listener has been told to end."""
 
 
 class Source(Protocol):
-    """An engine's part of a listener: all but the last are called by its thread."""
+    """An engine's part of a listener; the listener's thread calls its methods."""
 
     def listen(self) -> None:
-        """Connect, and tell the sink what comes, until that fails.
+        """Connect, and announce new events to the sink, until that fails.
 
         Raises:
-            Stopped: It is to end.
-            BrokerError: The engine fails.
-            Exception: The sink does, or we.
+            Stopped: The listener has been told to end.
+            BrokerError: The engine failed.
+            Exception: The sink or our own code failed.
         """
 
     def lose(self) -> None:
-        """Let go of what was connected: what comes now is not told."""
+        """Handle the lost connection: events are not announced from now on."""
 
     def rest(self, seconds: float) -> None:
-        """Wait.
+        """Wait before the next attempt.
 
         Raises:
-            Stopped: It is to end.
+            Stopped: The listener has been told to end.
         """
 
     def leave(self) -> None:
-        """Close all that it has: it ends."""
+        """Close everything, because the listener ends."""
 
 
 class Tail:
-    """The loop of one listener, and those who wait for its end.
+    """The loop of one listener.
 
     Args:
-        name: Of what it listens to, for log lines.
-        health: Is told whether it listens.
-        log: For what fails unexpectedly.
+        name: The name of the engine's server or file, for log lines.
+        health: Records whether the listener works.
+        log: The logger for unexpected failures.
         server: As for `Health`.
     """
 
@@ -72,7 +72,7 @@ class Tail:
         self._health = health
         self._log = log
         self._server = server
-        self._serves_since: float | None = None  # in this attempt
+        self._serves_since: float | None = None  # when this attempt first worked
         self._end = Mark()
 
     def run(self, source: Source) -> None:
@@ -95,25 +95,25 @@ class Tail:
             reason = self._listen(source)
             try:
                 source.lose()
-            except Exception as error:  # it listens anew without that, too
-                text = "%s: the listener could not let go"
+            except Exception as error:  # it can listen again all the same
+                text = "%s: the listener could not clean up, and listens again"
                 say(self._log, logging.ERROR, text, self._name, error=error)
             self._health.fails("listen", reason, server=self._server)
-            if self._has_served(longest):  # then it asks no more often than without
+            if self._has_served(longest):  # a short pause is no burden after that long
                 pause = first
             source.rest(jitter(pause / 2, pause))
             pause = min(2 * pause, longest)
 
     def _listen(self, source: Source) -> str:
-        """Listen; return why it does not any more."""
+        """Listen; return the reason why that has ended."""
         try:
             source.listen()
         except Stopped:
             raise
         except BrokerError as error:
             return str(error)
-        except Exception as error:  # or it would be the end of all news
-            text = "%s: the listener has failed, and begins anew"
+        except Exception as error:  # go on: without a listener no event is announced
+            text = "%s: the listener failed, and listens again after a pause"
             say(self._log, logging.ERROR, text, self._name, error=error)
             return repr(error)
         raise AssertionError("a source ends by Stopped")
@@ -123,22 +123,29 @@ class Tail:
         return since is not None and time.monotonic() - since >= seconds
 
     def serves(self, since: int) -> None:
-        """Take note that all that has come was told.
+        """Record that all events so far were announced.
 
         Args:
-            since: The `Health.moment` before it was looked for.
+            since: The `Health.moment` before the engine was asked for them.
         """
         if self._serves_since is None:
             self._serves_since = time.monotonic()
         self._health.works("listen", since=since, server=self._server)
 
     def await_end(self, deadline: float | None) -> bool:
-        """Wait for its end, of a source that was told to; ``False``: not in time."""
+        """Wait for the listener's end, after its source was told to stop.
+
+        Args:
+            deadline: Until this `time.monotonic`, ``None`` for no limit.
+
+        Returns:
+            ``False`` if it did not end in time.
+        """
         return self._end.wait(deadline)
 
 
 class Mark:
-    """A point that is reached once, and whoever waits for that; from any thread."""
+    """An event that happens once, and its waiters; from any thread."""
 
     def __init__(self) -> None:
         self.is_set = False
@@ -151,10 +158,10 @@ class Mark:
             turn.end()
 
     def wait(self, deadline: float | None) -> bool:
-        """Wait, until a time of `time.monotonic`; ``False``: it was not reached."""
+        """Wait until it is set, or until a `time.monotonic`: ``False`` then."""
         if self.is_set:
             return True
         turn = Turn()
         self._turns.append(turn)
-        # Looked at after that: it ends those who wait after it is set.
+        # Check again: `set` may have run just before the append.
         return self.is_set or turn.wait(deadline)

@@ -319,7 +319,7 @@ def test_tls_is_checked_for_the_host_name(tmp_path, monkeypatch):
 
         lax = "ssl_check_hostname=no", "ssl_cert_reqs=none"
         # It knows no Sentinel's commands: so one is told by whom it trusts.
-        with pytest.raises(Unavailable, match="no Sentinel has its master"):
+        with pytest.raises(Unavailable, match="no Sentinel knows a master"):
             publish(master)
         for word in lax:
             with pytest.raises(Unavailable, match="unknown command"):
@@ -656,7 +656,7 @@ def test_a_name_that_is_refused_ends_its_subscribers_alone(server, quick):
                 heard.read(TIMEOUT)
             await_true(lambda: told.states[-1][0] and hub.stats()["up"])
             for name in ("b", "d:*"):
-                with pytest.raises(Denied, match="does not allow it"):
+                with pytest.raises(Denied, match="denies it"):
                     broker.watch(name)
             direct.publish([(name, b"data: 1\n\n") for name in ("b", "a", "c")])
             await_true(lambda: len(told.entries) == 2)

@@ -1,9 +1,10 @@
-"""Messages to oneself, which show that what is told comes, and that nothing was lost.
+"""Beats: messages to oneself, which show that announcements arrive and none was lost.
 
-Every `BEAT` seconds a listener sends one, by another connection than the one that it is
-told by: what does not come back shows a connection that is dead, or leads elsewhere.
-With each it asks for some channels' heads. All that was told of before these were read
-has come when the message comes back: a head that is another one shows a loss.
+Every `BEAT` seconds a listener publishes a message to itself, over another connection
+than the one that it listens on. If the message does not arrive, the listening
+connection is dead, or leads to another server. With each beat the listener asks for
+some channels' heads. When the message arrives, all announcements from before those
+heads were read have arrived, too: a different head shows a loss.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ from .watches import Check, Watch, Watches
 
 __all__ = ["Beats", "Compared"]
 
-BEAT = 2.0  # seconds between two messages to oneself
-DEAF = 5.0  # seconds without them, and the connection is given up
-ROUND = 30.0  # seconds in which the heads of all channels are compared
-KEYS = 100  # of one request for heads
+BEAT = 2.0  # seconds between two beats
+DEAF = 5.0  # seconds without a beat until the connection is abandoned
+ROUND = 30.0  # seconds within which the heads of all channels are compared
+KEYS = 100  # keys in one request for heads
 
 
 class Compared(NamedTuple):
-    """What the heads of a beat have shown.
+    """The result of comparing the heads of a beat.
 
     Attributes:
-        lost: The names of which something may be lost.
-        denied: The names that the server refuses, and why.
-        refusal: Why it tells no heads, whatever the name; empty: it does.
-        was_asked: It was asked for some.
-        since: When it began, as `Health.moment`.
+        lost: The names whose announcements may have been lost.
+        denied: The watches that the server denies, each with its reason.
+        refusal: The reason why the server denies heads of any name; ``""`` if it does
+            not.
+        was_asked: Whether heads were requested.
+        since: The `Health.moment` at which the beat began.
     """
 
     lost: list[str]
@@ -47,12 +49,12 @@ class Compared(NamedTuple):
 
 
 class Beats:
-    """Those of one listener, by its thread.
+    """The beats of one listener, for its thread.
 
     Attributes:
-        own: The Pub/Sub channel of the messages.
-        fresh: When the one began that has come back last, as `Health.moment`: what
-            comes after it was published since then.
+        own: The Pub/Sub channel of the beats' messages.
+        fresh: The `Health.moment` at which the last arrived beat began: later messages
+            were published after it.
     """
 
     def __init__(self, server: Server, watches: Watches, ttl: bytes) -> None:
@@ -61,19 +63,19 @@ class Beats:
         self._ttl = ttl
         self.own = server.own()
         self.fresh = 0
-        self._connection: Any = None  # by which the one that is out was sent
-        self._sent_at: float | None = None  # when that was
+        self._connection: Any = None  # the connection by which a beat was sent
+        self._sent_at: float | None = None  # when; ``None``: no beat is under way
         self._began = 0
         self._next = 0.0
-        self._has_come = False  # one of this connection
+        self._has_come = False  # a beat of this connection has arrived
         self._token = b""
-        self._checked: list[list[Check]] = []  # a request for heads each
+        self._checked: list[list[Check]] = []  # the checks of each request for heads
         self._answers: list[Any] = []
-        self._replies: list[Any] | None = None  # `None`: they have not come
+        self._replies: list[Any] | None = None  # ``None``: not complete yet
         self._is_echoed = False
 
     def begin(self) -> None:
-        """Begin, on a connection that was made just now."""
+        """Begin anew on a new connection."""
         self._sent_at = None
         self._next = time.monotonic() + BEAT
         self._has_come = False
@@ -85,11 +87,11 @@ class Beats:
 
     @property
     def sockets(self) -> list[Any]:
-        """Where replies are waited for."""
+        """The sockets on which replies arrive."""
         return [] if self._connection is None else [socket_of(self._connection)]
 
     def left(self) -> float:
-        """Return the seconds until the next one, or until that which is out is late."""
+        """Return the seconds until the next beat, or until the current one is late."""
         ends = self._next if self._sent_at is None else self._deaf_at()
         return max(0.0, ends - time.monotonic())
 
@@ -102,7 +104,7 @@ class Beats:
         return self._sent_at + DEAF - BEAT
 
     def go_on(self) -> None:
-        """Send one, if it is time; at once if something may be lost."""
+        """Send a beat if it is time, or at once if announcements may be lost."""
         now = time.monotonic()
         if self._sent_at is None and (
             now >= self._next
@@ -114,15 +116,15 @@ class Beats:
             self._send(now)
 
     def _send(self, now: float) -> None:
-        """Ask for heads, then send a message to ourselves."""
+        """Ask for heads, then publish the message to ourselves."""
         checks = self._watches.due(BEAT / ROUND)
         named = [check for check in checks if not check.watch.is_pattern]
-        apart = [[check] for check in named if check.watch.is_apart]
-        named = [check for check in named if not check.watch.is_apart]
+        alone = [[check] for check in named if check.watch.is_asked_alone]
+        named = [check for check in named if not check.watch.is_asked_alone]
         self._checked = [
             [check for check in checks if check.watch.is_pattern],
             *(named[start : start + KEYS] for start in range(0, len(named), KEYS)),
-            *apart,
+            *alone,
         ]
         commands: list[tuple[bytes, ...]] = []
         for some in self._checked[1:]:
@@ -140,20 +142,20 @@ class Beats:
         packed = self._connection.pack_commands(commands)
         self._connection.send_packed_command(packed, check_health=False)
         self._sent_at = now
-        # All of one moment would ask at one moment, ever after.
+        # Jitter: listeners that began together must not beat together for ever.
         self._next = now + BEAT * jitter(0.9, 1.1)
 
     def echo(self, data: bytes) -> None:
-        """Take a message that has come in `own`; anybody may send others there."""
+        """Take a message that has arrived on `own`, where others may publish, too."""
         if data == self._token:
             self._is_echoed = True
             self.fresh = self._began
 
     def take(self) -> Compared | None:
-        """Take the replies, as far as they have come; compare the heads once all have.
+        """Take the replies so far; compare the heads when all have arrived.
 
         Raises:
-            BrokerError: The server does not let us hear ourselves.
+            BrokerError: The server denies publishing to `own`.
         """
         while (
             self._connection is not None
@@ -165,13 +167,13 @@ class Beats:
             except ResponseError as error:
                 reply = error
             self._answers.append(reply)
-            # The message's own is the last; the patterns have none.
+            # The last reply is that of PUBLISH; patterns have no reply.
             if len(self._answers) < len(self._checked):
                 continue
             if isinstance(reply, Exception):
                 raise BrokerError(
-                    f"{self._server.name} does not let us hear ourselves:"
-                    f" {reply}; {RIGHTS}"
+                    f"{self._server.name} denies publishing to the listener's own"
+                    f" channel, by which it detects losses: {reply}; {RIGHTS}"
                 )
             self._replies = self._answers[:-1]
         if not self._is_echoed or self._replies is None:
@@ -179,18 +181,18 @@ class Beats:
         return self._compare(self._replies)
 
     def _compare(self, replies: list[Any]) -> Compared:
-        """Compare the heads: all that was told of before has come."""
+        """Compare the heads: all announcements from before have arrived."""
         self._server.give_back(self._connection)
         self._connection = None
         patterns, *named = self._checked
-        # Nobody can say which channels it would have brought.
+        # Nothing shows which channels a pattern's lost announcements were of.
         lost = [check.watch.name for check in patterns if check.is_doubtful]
         denied: list[tuple[Watch, str]] = []
         refusal = ""
         for checks, reply in zip(named, replies, strict=True):
             if isinstance(reply, list) and len(reply) == len(checks):
                 for check, head in zip(checks, reply, strict=True):
-                    check.watch.is_apart = False
+                    check.watch.is_asked_alone = False
                     lost += _lost(check, head)
             elif not OF_NAME.search(str(reply)):
                 refusal = refusal or str(reply)
@@ -208,10 +210,10 @@ class Beats:
 
 
 def _lost(check: Check, reply: Any) -> list[str]:
-    """Compare a head; return the name if something may be lost."""
+    """Compare a head; return the name if announcements may be lost, else nothing."""
     watch, last, is_doubtful = check
     head = reply.decode(errors="replace") if isinstance(reply, bytes) else None
-    # What has come meanwhile names what it follows.
+    # An event has arrived meanwhile, and names its predecessor.
     if watch.last != last:
         return []
     watch.last = head

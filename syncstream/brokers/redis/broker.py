@@ -10,9 +10,7 @@ from contextlib import suppress
 from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
-from redis.exceptions import (
-    RedisError,
-)
+from redis.exceptions import RedisError
 
 from ...errors import Denied, Unavailable, Uncertain
 from ...runtime.clock import time
@@ -28,13 +26,14 @@ from .server import Server, options_of, seconds_of
 __all__ = ["RedisBroker"]
 
 log = logging.getLogger("syncstream.brokers.redis")
-_MIN_TTL = 300.0  # seconds that a key lives at least: several rounds
-# Seconds that an empty channel's key does, without `max_age`; earlier versions made it.
+_MIN_TTL = 300.0  # seconds: the minimum life of a key, several rounds of `Beats`
+# Seconds: the life of an empty channel's key, as earlier versions made it, without
+# `max_age`.
 _EMPTY_TTL = 86400.0
 
 
 class RedisBroker:
-    """Events on a Redis or Valkey server, or each channel's on one of several.
+    """Events on a Redis or Valkey server, or on several, with each channel on one.
 
     Args:
         url: ``redis://[[user]:password@]host[:port][/database]``, several hosts with
@@ -43,11 +42,11 @@ class RedisBroker:
             ``rediss+sentinel:``. ``valkey:`` and ``valkeys:`` are other names. Its
             query takes redis-py's options (``ssl_ca_certs=…``), and ``prefix``
             ("ss:") and ``publish_timeout`` (2 seconds).
-        capacity: So many events of each channel are kept.
-        max_age: Events are kept for so many seconds; ``None`` for no limit.
+        capacity: The maximum of kept events of each channel.
+        max_age: Seconds for which events are kept; ``None`` for no limit.
 
     Raises:
-        ValueError: The URL is not such.
+        TypeError, ValueError: The URL or an argument is wrong.
     """
 
     scope: Literal["cluster"] = "cluster"
@@ -66,9 +65,9 @@ class RedisBroker:
             raise ValueError("db must be the number of a database")
         self._urls = _split(parts, query)
         try:
-            self._servers()  # what is wrong with a URL is said in the caller's frame
+            self._servers()  # to raise errors of the URL here
         except (ValueError, TypeError, RedisError):
-            # They quote it; a traceback would show them.
+            # These errors quote the URL, and a traceback would show them.
             names = ", ".join(sorted(query)) or "none"
             raise ValueError(
                 f"url has an option whose value cannot be used, one of {names}"
@@ -79,7 +78,7 @@ class RedisBroker:
         self._ttl = b"%d" % round(ttl * 1000)
         self._is_closed = False
         self._parts = PerProcess(self, Process.let_go, RedisBroker._leave_to_parent)
-        self._inherited: list[str] = []  # what the parent watched
+        self._inherited: list[str] = []  # the names that the parent watched
 
     def _servers(self) -> list[Server]:
         return [
@@ -87,7 +86,11 @@ class RedisBroker:
         ]
 
     def _process(self) -> Process:
-        """Return what this process has; once closed that is ``Unavailable``."""
+        """Return this process's part.
+
+        Raises:
+            Unavailable: The broker is closed.
+        """
         here = self._parts.get()
         if here is None:
             here = self._parts.begin(Process(self, self._servers()))
@@ -100,7 +103,7 @@ class RedisBroker:
         if parents is not None:
             self._inherited = parents.abandon()
 
-    # To publish and to read.
+    # Publishing and reading.
 
     def publish(
         self, items: Sequence[tuple[str, bytes]], *, connection: Any = None
@@ -144,7 +147,7 @@ class RedisBroker:
         )
         now = time.monotonic()
         triples = zip(fields[::3], fields[1::3], fields[2::3], strict=True)
-        # An entry that is not ours follows nothing: the chain shows it.
+        # A foreign entry names no predecessor of the chain, which shows it.
         entries = [
             Entry(id.decode(), prev.decode(errors="replace"), data, now)
             for id, prev, data in triples
@@ -152,11 +155,13 @@ class RedisBroker:
         return Page(entries, bool(complete), head.decode(errors="replace"))
 
     def newest(self, channel: str, count: int) -> tuple[str, str]:
-        """Return the id before the newest events of a channel, and its head's.
+        """Return the id before a channel's newest events, and the head's id.
+
+        The server sends no events for it.
 
         Args:
-            channel: Its name.
-            count: Of so many of them, or all that are kept. None of them is sent.
+            channel: The channel's name.
+            count: The number of newest events; all kept ones if there are fewer.
 
         Raises:
             Unavailable: As from `read`.
@@ -172,19 +177,19 @@ class RedisBroker:
         )
         return before.decode(errors="replace"), head.decode(errors="replace")
 
-    # To tell.
+    # Announcing.
 
     def attach(self, sink: Sink) -> None:
         self.health.sink = sink
 
     @property
     def ttl(self) -> bytes:
-        """How long a key lives from its last use on, milliseconds."""
+        """Milliseconds that a key lives after its last use."""
         return self._ttl
 
     @property
     def timeout(self) -> float:
-        """How long a request may take, seconds."""
+        """The maximum of seconds for a request."""
         return self._timeout
 
     def watch(self, channel: str) -> None:
@@ -192,7 +197,7 @@ class RedisBroker:
             self._listening().watch(channel, self._timeout)
         except Denied:
             raise
-        except Unavailable:  # closed; the read that follows says so
+        except Unavailable:  # closed; the following read raises it
             pass
 
     def unwatch(self, channel: str) -> None:
@@ -203,7 +208,7 @@ class RedisBroker:
 
     def _listening(self) -> Process:
         here = self._process()
-        # Who asks for them in this process, a hub, believes them to be watched.
+        # The hub, copied by the fork, relies on these names being watched.
         while self._inherited:
             here.watch(self._inherited.pop(), 0)
         return here
@@ -216,28 +221,28 @@ class RedisBroker:
 
 
 def _nonce() -> bytes:
-    # Not of `random`: an application that seeds it would have the same ids again.
+    # Not from `random`: an application that seeds it would get the same ids again.
     return b"%d" % secrets.randbits(48)
 
 
 def _parse(url: str) -> tuple[SplitResult, dict[str, str]]:
     """Return the parts of a URL, and its options.
 
-    What is wrong with it is not quoted: a "/", "?" or "#" in a password that is not
-    escaped moves it into any part.
+    Errors do not quote the URL: an unescaped "/", "?" or "#" in a password moves the
+    password into any part.
 
     Raises:
-        ValueError: It is not one of ours.
+        ValueError: The URL is wrong.
     """
     try:
-        url.encode()  # else the login fails, by an error whose repr has all of it
+        url.encode()  # otherwise the login fails with an error that shows the URL
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         hosts = parts.netloc.rpartition("@")[2].split(",")
         names = [urlsplit(f"//{host}") for host in hosts if host]
         for name in names:
-            (name.hostname or "").encode("idna")  # as whoever looks it up does
-        # The ports are parsed when they are asked for.
+            (name.hostname or "").encode("idna")  # as the DNS lookup does
+        # Reading `port` parses it.
         is_sound = all(name.port != 0 for name in names) and not parts.fragment
     except ValueError:
         is_sound = False
@@ -251,16 +256,18 @@ def _parse(url: str) -> tuple[SplitResult, dict[str, str]]:
         is_sound = bool(re.fullmatch("(/[0-9]*)?", parts.path))
     if not is_sound:
         raise ValueError(
-            "url must be redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], a unix: or"
-            " a redis+sentinel: one, with %40 for @, %2F for /, %3F for ? and %23 for #"
-            f" in a password, got {shown(url)}"
+            "url must be redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], unix:///PATH"
+            " or redis+sentinel://HOST/SERVICE, with %40 for @, %2F for /, %3F for ?"
+            f" and %23 for # in a password, got {shown(url)}"
         )
     known = options_of(parts.scheme)
     if not known.issuperset(query):
-        # A "?" in a password would be quoted; "@" then follows it.
+        # With an "@" after it, a "?" may be part of a password: do not quote that.
         others = sorted(query.keys() - known) if "@" not in parts.query else []
         text = f", got {', '.join(map(repr, others))}" if others else ""
-        raise ValueError(f"url's options must be of {', '.join(sorted(known))}{text}")
+        raise ValueError(
+            f"url may have the options {', '.join(sorted(known))} only{text}"
+        )
     return parts, query
 
 

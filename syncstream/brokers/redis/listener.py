@@ -28,18 +28,18 @@ from .watches import Command, Watch, Watches
 __all__ = ["Listener"]
 
 log = logging.getLogger("syncstream.brokers.redis")
-_AT_ONCE = 64  # messages until others may run
+_AT_ONCE = 64  # messages taken before others may run
 
 
 class Listener:
-    """Who is told by one server, in one process: a thread; a greenlet under gevent.
+    """The listener to one server in one process: a thread, or a greenlet under gevent.
 
-    It is told over one connection, which nobody else touches; see `Beats` for what
-    shows that it lives, and that nothing was lost.
+    It listens on one connection, which nothing else uses; `Beats` show that the
+    connection lives and that nothing was lost.
 
     Args:
-        ttl: How long a key lives from its last use on, milliseconds.
-        timeout: How long to connect may take, seconds.
+        ttl: Milliseconds that a key lives after its last use.
+        timeout: The maximum of seconds to connect.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Listener:
         self._watches = Watches(server)
         self._beats = Beats(server, self._watches, ttl)
         self._tail = Tail(server.name, health, log, server=server.name)
-        # gevent's sockets would wait in the hub of whoever makes this.
+        # Native: gevent's sockets would wait in the hub of the creating thread.
         self._waker, self._woken = _socket.socketpair()
         self._waker.setblocking(False)
         self._woken.setblocking(False)
@@ -60,7 +60,7 @@ class Listener:
         self._connection: Any = None
         self._has_more = False
         self._told: tuple[bytes, bytes] | None = None
-        self._spoilt: dict[str, None] = {}  # channels that had what is no event
+        self._spoilt: dict[str, None] = {}  # channels with a malformed message
         self._has_warned = False
 
     # From any thread.
@@ -70,15 +70,15 @@ class Listener:
             run, name = self._tail.run, "syncstream-redis"
             threading.Thread(target=run, args=(self,), name=name, daemon=True).start()
             return
-        # No patched thread: a forked child has this greenlet, too, and does not know
-        # the thread that would end there. In the main hub, whoever asks: others run
-        # only while somebody waits in them.
+        # No patched thread: it is a greenlet, which a forked child would inherit,
+        # without the thread that ends it. Always in the main thread's hub: other hubs
+        # run only while something waits in them.
         home = sys.modules["gevent"].get_hub() if is_at_home() else main_hub()
         spawn = sys.modules["gevent"].spawn
         home.loop.run_callback_threadsafe(spawn, self._tail.run, self)
 
     def abandon(self) -> None:
-        """Leave it to the parent of a fork, all of whose threads are not here."""
+        """Leave the connection to the parent, in a forked child."""
         self._is_closed = True
         self._watches.abandon()
 
@@ -88,17 +88,19 @@ class Listener:
 
     def join(self, deadline: float) -> None:
         if not self._tail.await_end(deadline):
-            text = "the listener of %s did not end"
+            text = (
+                "the listener of %s did not end in time: its connection may stay open"
+            )
             report(log, logging.WARNING, text, self._server.name)
 
     def watched(self) -> list[str]:
         return self._watches.names()
 
     def watch(self, name: str, timeout: float) -> None:
-        """Have it told of; wait until it is, at most so many seconds.
+        """Have a name announced; wait until it is, or for ``timeout`` seconds.
 
         Raises:
-            Denied: The server refuses it.
+            Denied: The server denies access to it.
         """
         self._watches.watch(name, timeout, self._wake)
 
@@ -107,10 +109,10 @@ class Listener:
         self._wake()
 
     def _wake(self) -> None:
-        # It clears the mark before it looks at what there is to do.
+        # The listener clears this mark before it looks for changes: none is missed.
         if not self._is_woken:
             self._is_woken = True
-            with suppress(OSError):  # it is awake, or closed
+            with suppress(OSError):  # it has been woken already, or is closed
                 self._waker.send(b"\0")
 
     # Its thread.
@@ -167,13 +169,13 @@ class Listener:
             self._woken.close()
 
     def _wait(self, seconds: float, socks: list[Any]) -> None:
-        """Wait until one of them can be read, or it is woken, or the time is over.
+        """Wait until a socket is readable, a wake, or the time-out.
 
         Raises:
-            Stopped: It is to end.
+            Stopped: The listener has been told to end.
         """
         socks = [self._woken, *socks]
-        if hasattr(select, "poll"):  # gevent's, where that has patched it
+        if hasattr(select, "poll"):  # gevent's in a patched process
             poll = select.poll()
             for sock in socks:
                 poll.register(sock, select.POLLIN)
@@ -188,7 +190,7 @@ class Listener:
             raise Stopped
 
     def _ask(self) -> None:
-        """Tell the server what is wanted now."""
+        """Send the commands for changed watches."""
         for command in self._watches.commands():
             self._send(command)
 
@@ -230,10 +232,10 @@ class Listener:
                 self._watches.acknowledged()
 
     def _refused(self, reason: str) -> None:
-        """Take note that a command is not allowed."""
+        """Handle a command that the server denies."""
         found = self._watches.refused()
         if found is None:
-            raise BrokerError(f"{self._server.name} has refused it: {reason}; {RIGHTS}")
+            raise BrokerError(f"{self._server.name} denies it: {reason}; {RIGHTS}")
         again, denied = found
         for command in again:
             self._send(command)
@@ -241,8 +243,8 @@ class Listener:
             self._deny(watch, reason)
 
     def _deny(self, watch: Watch, reason: str) -> None:
-        """Give a name up, and say so to those who wait for it, and to the sink."""
-        reason = f"{self._server.name} does not allow it: {reason}; {RIGHTS}"
+        """Give a name up; tell its waiters and the sink."""
+        reason = f"{self._server.name} denies it: {reason}; {RIGHTS}"
         sink = self._health.sink
         if self._watches.deny(watch, reason) and sink is not None:
             sink.deny(watch.name, reason)
@@ -252,11 +254,11 @@ class Listener:
     ) -> None:
         id, _, rest = data.partition(b" ")
         prev, space, payload = rest.partition(b" ")
-        # One message comes once for the channel, and once for each of its patterns.
+        # A message arrives once for its channel, and once for each matching pattern.
         if space and self._told == (topic, id):
             return
         if not (space and ID_BYTES.fullmatch(id) and ID_BYTES.fullmatch(prev)):
-            self._spoil(channel, "it is no event")
+            self._spoil(channel, "it is not an event")
             return
         self._told = topic, id
         entry = Entry(id.decode(), prev.decode(), payload, time.monotonic())
@@ -270,30 +272,34 @@ class Listener:
         except Exception as error:
             self._spoil(channel, repr(error))
         else:
-            self._server.works("publish", since=self._beats.fresh)  # somebody can
+            # Another process could publish.
+            self._server.works("publish", since=self._beats.fresh)
 
     def _spoil(self, channel: str, problem: str) -> None:
-        """Drop a message, and have its channel read anew, with the next beat.
+        """Drop a malformed message, and have its channel read after the next beat.
 
-        Anybody whom the server allows to may send such, as often as he likes, and
-        under names without end that a pattern matches.
+        Others may send such messages without limit, under any name that a pattern
+        matches: so only some names are kept, and only the first message is logged.
         """
         if channel in self._watches or len(self._spoilt) < KEYS:
             self._spoilt[channel] = None
         if not self._has_warned:
             self._has_warned = True
-            text = "a message of %s to %r is dropped, and more such may be: %s"
+            text = (
+                "%s: a malformed message to %r was dropped and the channel is read"
+                " instead; later ones are not logged: %s"
+            )
             say(log, logging.WARNING, text, self._server.name, channel, problem)
 
     def _heard(self, compared: Compared) -> None:
-        """Take note that all has come, but for what may be lost."""
+        """Handle an arrived beat: report losses, denials and the server's health."""
         for watch, reason in compared.denied:
             self._deny(watch, reason)
         self._watches.found()
         self._server.works("connect", since=compared.since)
         self._tail.serves(since=compared.since)
         if compared.refusal:
-            reason = f"{self._server.name} tells no heads: {compared.refusal}; {RIGHTS}"
+            reason = f"{self._server.name} denies heads: {compared.refusal}; {RIGHTS}"
             self._server.fails("heads", reason)
         elif compared.was_asked:
             self._server.works("heads", since=compared.since)

@@ -1,4 +1,4 @@
-"""One process's share of a broker: its servers and their listeners."""
+"""One process's part of a broker: its servers and their listeners."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Process"]
 
 
 class Process:
-    """What one process has of a broker, which it does not keep."""
+    """One process's part of a broker; it keeps no reference to the broker."""
 
     def __init__(self, broker: RedisBroker, servers: list[Server]) -> None:
         self._health = broker.health
@@ -26,12 +26,12 @@ class Process:
         self._timeout = broker.timeout
         self.servers = servers
         self._listeners: dict[Server, Listener] = {}
-        # Native, here and in the listener: threads of several hubs meet in them.
+        # Native, here and in the listener: threads with different gevent hubs share it.
         self._lock = native(_thread, "allocate_lock")()
         self._is_closed = False
 
     def server(self, channel: str) -> Server:
-        """Return the one that has a channel: for all processes the same."""
+        """Return the server of a channel, which is the same in all processes."""
         if len(self.servers) == 1:
             return self.servers[0]
         return max(self.servers, key=lambda server: server.weight(channel))
@@ -49,7 +49,7 @@ class Process:
                 listener.unwatch(name)
 
     def _listener(self, server: Server) -> Listener | None:
-        """Return who listens to a server; ``None``: the broker is closed."""
+        """Return the listener of a server, ``None`` if the broker is closed."""
         with self._lock:
             if self._is_closed:
                 return None
@@ -62,7 +62,7 @@ class Process:
             return listener
 
     def abandon(self) -> list[str]:
-        """Leave it to the parent; return what is watched."""
+        """Leave all connections to the parent; return the watched names."""
         names: dict[str, None] = {}
         for listener in self._listeners.values():
             listener.abandon()
@@ -82,9 +82,9 @@ class Process:
             server.close()
 
     def let_go(self) -> None:
-        """Have it end, without waiting: nobody asks for anything any more.
+        """End the listeners without waiting, because the broker was dropped.
 
-        From any thread, in the middle of anything: no lock is taken.
+        From any thread, at any moment: it takes no lock.
         """
         self._is_closed = True
         listeners = [*self._listeners.values()]

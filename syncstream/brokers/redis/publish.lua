@@ -1,20 +1,21 @@
 local key, marks = KEYS[1], KEYS[2]
 local topic, payload, nonce, capacity, age, ttl = unpack(ARGV)
 local prev = newest(key)
--- After an id that is none of ours, and that has no room for another, it begins anew.
+-- A foreign id may leave no room for a larger one: begin the stream anew.
 if prev and not is_ours(prev) then
   redis.call('UNLINK', key)
   prev = false
 end
 local id, ms = next_id(prev, nonce)
 local found = redis.call('HMGET', marks, field_of(key), 'epoch')
--- A key that has no mark was made by an earlier version, or the marks were evicted:
--- what was the head before it must not be the head after it, either. Those have half
--- of the room: many channels that live have not all marks forgotten again and again.
+-- A key without a mark was made by an earlier version, or the marks were evicted: the
+-- head from before the key must not be the head after it, too. Such keys get marks only
+-- up to half of the maximum: otherwise many live channels would have all marks forgotten
+-- again and again.
 if not prev or (not found[1] and redis.call('HLEN', marks) < 50000) then
   prev = prev or '0-' .. (found[1] or found[2] or nonce)
   local has_epoch = found[2]
-  -- All is forgotten now and then: the empty channels' readers are reset.
+  -- Above the maximum forget all marks: readers of empty channels get a reset.
   if redis.call('HLEN', marks) > 100000 then
     redis.call('UNLINK', marks)
     has_epoch = false

@@ -12,7 +12,7 @@ local function read(start, prev)
     for place, entry in ipairs(piece) do
       local fields = entry[2]
       found[#found + 1] = entry[1]
-      local payload = fields[4] or ''  -- there may be what is none of ours
+      local payload = fields[4] or ''  -- a foreign entry may have no payload
       found[#found + 1] = fields[2]
       found[#found + 1] = payload
       size = size + #payload
@@ -30,7 +30,7 @@ if after ~= '0' then
   if tonumber(string.match(after, '%d+')) < oldest then start = from_oldest end
   local found = read(start, after)
   if found[2] == 1 then return found end
-  -- What follows it is gone, it is not: the rest follows.
+  -- The id is kept but its next entry was removed: return the later entries.
   if start ~= from_oldest and redis.call('XRANGE', key, after, after)[1] then
     return found
   end

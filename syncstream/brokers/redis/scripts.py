@@ -7,20 +7,20 @@ import re
 from importlib.resources import files
 
 __all__ = ["HEADS", "ID", "ID_BYTES", "NEWEST", "PUBLISH", "READ", "Script"]
-# What Redis takes, with room to count on. Ids come from outside.
+# Clients send ids: accept no larger numbers than Redis can count on from.
 ID = re.compile(r"[0-9]{1,15}-[0-9]{1,16}")
 ID_BYTES = re.compile(ID.pattern.encode())
 
 
 class Script:
-    """A script of a file, after what it has in common with the others.
+    """A script from a file, with the common functions before it.
 
     Args:
-        name: The file's, without its ending.
+        name: The file's name without its ending.
 
     Attributes:
-        text: What the server is sent once.
-        sha: What stands for it from then on.
+        text: The script, which is sent to a server once.
+        sha: Its hash, which is sent from then on.
     """
 
     def __init__(self, name: str) -> None:
@@ -31,17 +31,17 @@ class Script:
         self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode()
 
 
-# What is refused, for want of memory, say, is refused at its first write; what fails
-# after that, for want of rights, is stored.
+# A call that is refused, for example for want of memory, fails at its first write. If
+# it fails later, for want of rights, its event is stored, and the error says so.
 PUBLISH = Script("publish")
 
-# Returns the head, whether nothing is missing, then id, prev and payload of each. In
-# pieces, because payloads may be large and nobody takes more than `log.JOIN` of them:
-# hundreds of MiB would hold up the server for all.
+# Returns the head, 1 if nothing is missing, then id, prev and payload of each entry. It
+# reads in pieces up to `log.JOIN` bytes of payload: reading hundreds of MiB at once
+# would block the server for all clients.
 READ = Script("read")
 
-# Returns the id before the newest of a channel that are not too old, and its head.
+# Returns the id before the newest entries that are not too old, and the head.
 NEWEST = Script("newest")
 
-# Returns the heads of channels, "" of those without one, and keeps their keys alive.
+# Returns the heads of channels, "" for those without one, and keeps their keys alive.
 HEADS = Script("heads")

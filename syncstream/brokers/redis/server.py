@@ -47,11 +47,11 @@ __all__ = [
     "socket_of",
 ]
 
-TIMEOUT = 2.0  # seconds for a request, if the URL does not say
-CONNECTIONS = 32  # for requests, of one process to one server; likewise
-FRESH = 3.0  # seconds for which a connection that was used is not asked if it lives
-IDLE = 30.0  # seconds after which a connection that nobody has used is closed
-# A peer that is gone without a word: tried after 30 s, given up 30 s later.
+TIMEOUT = 2.0  # seconds for a request, unless the URL has ``publish_timeout``
+CONNECTIONS = 32  # of one process to one server, unless the URL has ``max_connections``
+FRESH = 3.0  # seconds after its use for which a connection is trusted without a PING
+IDLE = 30.0  # seconds after which an unused connection is closed
+# A vanished peer is probed after 30 s and abandoned 30 s later.
 _ALIVE = {
     getattr(socket, name): seconds
     for name, seconds in (
@@ -62,12 +62,12 @@ _ALIVE = {
     if hasattr(socket, name)
 }
 _GLOB = re.compile(rb"([\\?*\[\]])")
-# What ACLs of 6.2 to 8 say of one key or channel, and of all that they refuse.
+# Errors of ACLs (Redis 6.2 to 8): about one key or channel, and all of them.
 OF_NAME = re.compile(r"access (a|(at least )?one of the) (key|channel)|to the channel")
 _OF_RIGHTS = re.compile(
     r"(?i)no permission|NOPERM|The user executing the script can't|ACL failure"
 )
-RIGHTS = "docs/brokers.md has the rights that a user needs"
+RIGHTS = "docs/brokers.md lists the rights that a user needs"
 
 
 def seconds_of(name: str, query: dict[str, str]) -> float:
@@ -82,7 +82,7 @@ def seconds_of(name: str, query: dict[str, str]) -> float:
 
 
 def options_of(scheme: str) -> set[str]:
-    """Return the options that a URL may have, ours and redis-py's."""
+    """Return the options that a URL may have: ours and redis-py's."""
     known = {"prefix", "publish_timeout", "max_connections"}
     known |= {"db", "username", "password", "client_name"}
     if scheme != "unix":
@@ -101,8 +101,8 @@ def options_of(scheme: str) -> set[str]:
 class Server:
     """One server, as one process uses it: names, and connections for requests.
 
-    redis-py's connections, not its clients: these send again what was not answered,
-    ten times by default, and an event would be stored twice (measured, 8.1).
+    It uses redis-py's connections, not its clients: a client repeats unanswered
+    commands, ten times by default, which would store an event twice (measured, 8.1).
     """
 
     def __init__(self, url: str, timeout: float, prefix: str, health: Health) -> None:
@@ -126,20 +126,20 @@ class Server:
         }
         database = int(given.get("db", 0))
         self._key = f"{prefix}{{"
-        self.marks = f"{prefix}empty".encode()  # the key of those of empty channels
-        # Keys are a database's, but Pub/Sub is the whole server's.
+        self.marks = f"{prefix}empty".encode()  # the key of empty channels' marks
+        # Keys belong to a database, but Pub/Sub spans the whole server.
         self._topic = f"{prefix}{database}:{{" if database else self._key
         self._topic_bytes = self._topic.encode()
         self._name = self.name.encode()
         self._health = health
-        self._idle: deque[_Idle] = deque()  # the one last that was used last
-        self._home: Any = None  # the hub in which those wait
+        self._idle: deque[_Idle] = deque()  # the most recently used one last
+        self._home: Any = None  # the gevent hub in which those wait
         self._is_closed = False
         self._free = threading.BoundedSemaphore(most)
         self._class(**self._options)
 
     def weight(self, channel: str) -> bytes:
-        """Return by what a channel chooses among servers (rendezvous hashing)."""
+        """Return this server's weight for a channel (rendezvous hashing)."""
         text = self._name + b"\0" + channel.encode()
         return hashlib.blake2b(text, digest_size=8).digest()
 
@@ -147,11 +147,11 @@ class Server:
         return f"{self._key}{channel}}}".encode()
 
     def topic(self, channel: str) -> bytes:
-        """Return the Pub/Sub channel of one of ours."""
+        """Return the Pub/Sub channel of a channel."""
         return f"{self._topic}{channel}}}".encode()
 
     def glob(self, pattern: str) -> bytes:
-        """Return the glob for a pattern, another for each; it may match more."""
+        """Return a pattern's glob, which is unique to it, and may match more."""
         prefix, _, last = pattern.rpartition(":")
         text = _GLOB.sub(rb"\\\1", f"{self._topic}{prefix}".encode())
         if last == "*":
@@ -159,27 +159,27 @@ class Server:
         return text + (b"[:}]*" if prefix else b"?*}")
 
     def channel(self, topic: bytes) -> str:
-        """Return the channel of a topic; an empty one: it is none of ours."""
+        """Return the channel of a topic, ``""`` for a foreign topic."""
         if not topic.startswith(self._topic_bytes) or not topic.endswith(b"}"):
             return ""
         return topic[len(self._topic_bytes) : -1].decode(errors="replace")
 
     def own(self) -> bytes:
-        """Return the name of a Pub/Sub channel that nobody else has."""
+        """Return the name of a new Pub/Sub channel for this process only."""
         return f"{self._topic[:-1]}ctl:{secrets.randbits(64):x}".encode()
 
-    # Whether it works, see `Health`.
+    # Health.
 
     def moment(self) -> int:
         return self._health.moment()
 
     def fails(self, way: str, reason: str) -> None:
-        """Take note that a way fails.
+        """Record that a way has failed, see `Health.fails`.
 
         Args:
-            way: "listen", "connect" for requests, "publish", "read" and "heads" for
-                what it refuses whatever the channel.
-            reason: For the log.
+            way: "listen"; "connect" for requests; "publish", "read" and "heads" for
+                commands that the server denies for all channels.
+            reason: The cause, for the log.
         """
         self._health.fails(way, reason, server=self.name)
 
@@ -189,10 +189,10 @@ class Server:
     # Requests.
 
     def publish(self, calls: Sequence[tuple[bytes, ...]], deadline: float) -> list[str]:
-        """Run the script for each; return the ids."""
+        """Run the script for each call; return the ids."""
         began = self._health.moment()
         try:
-            replies = self._run(PUBLISH, calls, deadline)
+            replies = self._run_script(PUBLISH, calls, deadline)
         except Uncertain as error:
             self.fails("connect", str(error))
             raise
@@ -206,11 +206,11 @@ class Server:
         raise refusal
 
     def _refusal(self, way: str, reply: Exception) -> Unavailable:
-        """Return what to raise; what concerns more than one name is a failure."""
-        reason = f"{self.name} has refused it: {reply}"
+        """Return the error to raise; record a failure if it concerns all channels."""
+        reason = f"{self.name} denies it: {reply}"
         if _OF_RIGHTS.search(str(reply)):
             reason = f"{reason}; {RIGHTS}"
-            # Who may not publish at all may well subscribe, and is not cut off.
+            # A user without the right to publish may still subscribe: not a failure.
             if way == "publish" or OF_NAME.search(str(reply)):
                 return Denied(reason)
         if "WRONGTYPE" not in str(reply):
@@ -220,11 +220,11 @@ class Server:
     def read(
         self, call: tuple[bytes, ...], deadline: float, script: Script = READ
     ) -> Any:
-        """Run a script that reads; once more if a connection is lost meanwhile."""
+        """Run a script that reads, and again if the connection is lost meanwhile."""
         for is_last in (False, True):
             began = self._health.moment()
             try:
-                (reply,) = self._run(script, [call], deadline)
+                (reply,) = self._run_script(script, [call], deadline)
             except Uncertain as error:
                 if is_last or time.monotonic() >= deadline:
                     self.fails("connect", str(error))
@@ -236,15 +236,15 @@ class Server:
             return reply
         raise AssertionError
 
-    def _run(
+    def _run_script(
         self, script: Script, calls: Sequence[tuple[bytes, ...]], deadline: float
     ) -> list[Any]:
-        """Run a script for each call, in this order; return replies, and refusals."""
+        """Run a script for each call, in order; return the replies, errors included."""
         named = [(b"EVALSHA", script.sha, b"2", *call) for call in calls]
         in_full = (b"EVAL", script.text, b"2", *calls[0])
         if len(calls) > 1:
-            # The first teaches the script: else some may be refused, and later ones
-            # stored when somebody else has done so.
+            # The first call loads the script. Otherwise some calls could fail without
+            # it, and later ones succeed after another client has loaded it.
             return self._ask([in_full, *named[1:]], deadline)
         replies = self._ask(named, deadline)
         if isinstance(replies[0], NoScriptError):
@@ -252,18 +252,21 @@ class Server:
         return replies
 
     def _ask(self, commands: list[Any], deadline: float) -> list[Any]:
-        """Send commands, and return their replies, refusals among them.
+        """Send commands; return their replies, errors included.
 
         Raises:
             Unavailable: They were not sent.
-            Uncertain: They were sent, and a reply did not come.
+            Uncertain: They were sent, but a reply is missing.
         """
-        # Nor do hubs wait for each other well: others have no more than threads.
+        # Only at home: gevent hubs cannot wait for each other, and other hubs have few
+        # greenlets that use Redis.
         is_home = is_at_home()
         began = self._health.moment()
         left = max(0.0, deadline - time.monotonic())
         if is_home and not self._free.acquire(timeout=left):
-            raise Unavailable(f"all connections to {self.name} are in use")
+            raise Unavailable(
+                f"all connections to {self.name} are in use: raise max_connections"
+            )
         try:
             try:
                 connection = self.take(deadline)
@@ -278,7 +281,7 @@ class Server:
                 raise
             self.works("connect", since=began)
             if any("read only" in str(r) for r in replies if isinstance(r, Exception)):
-                # Its name may lead to another server by now, that is the master.
+                # The server is a replica now: its name may lead to the new master.
                 connection.disconnect()
                 if is_at_home():
                     self.forget_idle()
@@ -290,7 +293,7 @@ class Server:
                 self._free.release()
 
     def give_back(self, connection: Any) -> None:
-        # One that was made in a hurry has not much patience.
+        # A connection made just before a deadline has a short time-out: drop it.
         if not is_at_home() or connection.socket_timeout < self._timeout / 4:
             connection.disconnect()
             return
@@ -299,17 +302,17 @@ class Server:
         self.forget_idle(0 if self._is_closed else IDLE)
 
     def take(self, deadline: float) -> Any:
-        """Return a connection that is known to live."""
+        """Return a connection that is known to be alive."""
         while self._idle and is_at_home():
             self.forget_idle(IDLE)
             try:
                 idle = self._idle.pop()
-            except IndexError:  # another thread was faster, or they were too old
+            except IndexError:  # another thread took it, or it was too old
                 break
             if _is_living(idle, deadline):
                 return idle.connection
             idle.connection.disconnect()
-            # Others are as old, and there is no time to ask each.
+            # The others are as old, and there is no time to test each.
             self.forget_idle(FRESH)
         return self.connect(deadline)
 
@@ -321,10 +324,10 @@ class Server:
             if self._service is not None:
                 host, port = self._service.master(deadline)
                 options = {**options, "host": host, "port": port}
-            # It is two waits: to connect, and for the answer to what is sent first.
+            # Two waits: to connect, and for the answer to the first commands.
             left = max(0.001, deadline - time.monotonic()) / 2
             connection = self._class(**options)
-            # No options: redis-py 5.0 forgets one, for Unix sockets.
+            # Not as options: redis-py 5.0 ignores one of them for Unix sockets.
             connection.socket_connect_timeout = connection.socket_timeout = left
             connection.connect()
             if time.monotonic() >= deadline:
@@ -342,12 +345,12 @@ class Server:
     def _send(self, connection: Any, commands: list[Any], deadline: float) -> None:
         packed = connection.pack_commands(commands)
         try:
-            # For sending alone: redis-py sets it again with each wait for an answer.
+            # For sending only: redis-py sets it anew for each wait for an answer.
             socket_of(connection).settimeout(max(0.001, deadline - time.monotonic()))
             connection.send_packed_command(packed, check_health=False)
         except (RedisError, OSError) as error:
             reason = f"the connection to {self.name} was lost: {error}"
-            # A command that was not sent to its end is none.
+            # The server ignores a single command that was not sent completely.
             kind = Unavailable if len(commands) == 1 else Uncertain
             raise kind(reason) from error
 
@@ -356,24 +359,24 @@ class Server:
             left = max(0.0, deadline - time.monotonic())
             if not connection.can_read(timeout=left):
                 raise Uncertain(f"no answer from {self.name}")
-            # Not to be closed for LOADING: there may be more replies.
+            # Keep the connection after LOADING: more replies may follow.
             return connection.read_response(disconnect_on_error=False)
         except (ResponseError, BusyLoadingError, AuthenticationError) as error:
-            # Not the traceback: it keeps all that calls this.
+            # Without the traceback, which would keep all callers' frames.
             return error.with_traceback(None)
         except (RedisError, OSError) as error:
             raise Uncertain(f"no answer from {self.name}: {error}") from error
 
     def forget_idle(self, seconds: float = 0) -> None:
-        """Close what nobody has used for so long.
+        """Close the connections that have not been used for this many seconds.
 
-        What has just been used, too, may lead to a server that is no more.
+        With 0 even those just used, which may lead to a server that is gone.
         """
         since = time.monotonic() - seconds
         while self._idle:
             try:
                 idle = self._idle.popleft()
-            except IndexError:  # another thread was faster
+            except IndexError:  # another thread took it
                 return
             if idle.since > since:
                 self._idle.appendleft(idle)
@@ -381,7 +384,7 @@ class Server:
             idle.connection.disconnect()
 
     def close(self) -> None:
-        """Close what is not in use; from any thread."""
+        """Close the idle connections; from any thread."""
         self._is_closed = True
         if is_at_home():
             self.forget_idle()
@@ -393,7 +396,7 @@ class _Idle(NamedTuple):
     """A connection that is not in use.
 
     Attributes:
-        since: When it was used last, seconds of `time.monotonic`.
+        since: The `time.monotonic` of its last use.
     """
 
     connection: Any
@@ -406,45 +409,48 @@ def socket_of(connection: Any) -> Any:
 
 
 def is_patched() -> bool:
-    """Tell whether sockets are gevent's, each of which waits in one hub alone."""
+    """Tell whether sockets are gevent's, each of which belongs to one hub."""
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched("socket"))
 
 
 def is_at_home() -> bool:
-    """Tell whether connections that are kept may be used, and closed, here.
+    """Tell whether this thread may use and close the kept connections.
 
-    Under gevent they are the main thread's. Not asked of a hub: a thread that has none
-    would be given one.
+    Under gevent they belong to the main thread. (Asking for the thread's hub would
+    create one.)
     """
     here = native(_thread, "get_ident")()
     return not is_patched() or here == sys.modules["gevent.hub"].MAIN_THREAD_IDENT
 
 
 def main_hub() -> Any:
-    """Return the main thread's hub, in another thread; gevent gives it no name.
+    """Return the main thread's hub from another thread; gevent has no function for it.
 
     Raises:
-        RuntimeError: It has none.
+        RuntimeError: The main thread has no hub yet.
     """
     for one in gc.get_objects():  # as `gevent.util.GreenletTree` looks for greenlets
         if issubclass(type(one), sys.modules["gevent"].hub.Hub) and one.main_hub:
             return one
-    raise RuntimeError("the main thread has no gevent hub yet, which is to listen")
+    raise RuntimeError(
+        "the main thread has no gevent hub, in which the listener must run: publish or"
+        " subscribe in the main thread first"
+    )
 
 
 def _is_living(idle: _Idle, deadline: float) -> bool:
     """Tell whether a connection can be trusted with an event."""
     connection = idle.connection
     try:
-        # What the server has closed is readable, too.
+        # A connection that the server has closed is readable, too.
         if connection.can_read(timeout=0):
             return False
         now = time.monotonic()
         if now - idle.since < FRESH:
             return True
-        # A firewall may have forgotten it without a word; a PING that is lost is no
-        # harm. Half of the time is for the connection that replaces it.
+        # A firewall may have forgotten it silently; a lost PING does no harm. Half of
+        # the time is left for a new connection.
         packed = connection.pack_commands([(b"PING",)])
         connection.send_packed_command(packed, check_health=False)
         if not connection.can_read(timeout=max(0.0, deadline - now) / 2):
@@ -465,8 +471,8 @@ def _address(options: dict[str, Any]) -> str:
 def _given(url: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return a connection's options, ours and those of a URL that redis-py takes."""
     given = {**options, **parse_url(url)}
-    # By default releases before 6 take any host's certificate; and 6 fails to connect
-    # where no certificate is asked for.
+    # By default redis-py before 6 accepts the certificate of any host, and 6 fails to
+    # connect if certificates are not checked.
     if url.startswith("rediss:"):
         is_checked = given.get("ssl_cert_reqs") != "none"
         given.setdefault("ssl_check_hostname", is_checked)
@@ -474,12 +480,12 @@ def _given(url: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Service:
-    """A service whose master Sentinels name.
+    """A service whose master the Sentinels name.
 
     Args:
-        name: As the Sentinels know it.
-        addresses: Theirs, host and port of each.
-        options: For connections to them.
+        name: The service's name, as the Sentinels know it.
+        addresses: The host and port of each Sentinel.
+        options: The options of connections to them.
     """
 
     def __init__(
@@ -490,13 +496,13 @@ class _Service:
         self._options = options
 
     def master(self, deadline: float) -> tuple[str, int]:
-        """Return the master's host and port, as the first Sentinel that answers says.
+        """Return the master's host and port from the first Sentinel that answers.
 
-        Each call has its own connections: a firewall has forgotten them by the next
-        one, and that may come from another hub.
+        Each call opens its own connections: until the next call a firewall could have
+        forgotten them, and that call may come from another gevent hub.
 
         Raises:
-            RedisError: None has named it.
+            RedisError: No Sentinel has named it.
         """
         known = self._addresses
         for place, address in enumerate(known):
@@ -508,28 +514,28 @@ class _Service:
             try:
                 found: tuple[str, int] = sentinel.discover_master(self._name)
             except MasterNotFoundError:
-                # It quotes the connection, in redis-py 6 and 7 with its password.
+                # Its message quotes the connection, in redis-py 6 and 7 with password.
                 continue
             except (RedisError, OSError):
                 if place == len(known) - 1:
                     raise
             else:
-                # Who has answered is asked first from now on.
+                # Ask the one that has answered first from now on.
                 rest = [other for other in known if other != address]
                 self._addresses = [address, *rest]
                 return found
             finally:
                 for client in sentinel.sentinels:
                     client.close()
-        raise RedisError("no Sentinel has its master")
+        raise RedisError(f"no Sentinel knows a master of the service {self._name!r}")
 
 
 def _of_sentinel(
     url: str, options: dict[str, Any]
 ) -> tuple[dict[str, Any], str, _Service]:
-    """Return a connection's options, a name, and the service it leads to the master of.
+    """Return the options of connections to the master, a name, and the service.
 
-    redis-py has no URL for it.
+    redis-py has no URLs for Sentinels.
     """
     parts = urlsplit(url)
     is_tls = parts.scheme == "rediss+sentinel"

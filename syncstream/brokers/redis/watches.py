@@ -1,8 +1,8 @@
-"""What one listener tells of: what is wanted, and what was asked of the server.
+"""The watched names of one listener: wanted by the hub, requested from the server.
 
-The server acknowledges each topic of a command by itself, in their order, and refuses a
-command as a whole for one of its topics. An acknowledgement says nothing while another
-one of the same topic is to come: what was asked last counts.
+The server acknowledges each topic of a command separately, in order, but denies a
+whole command because of one topic. Only the last acknowledgement of a topic counts: an
+earlier one says nothing while another is to come.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from .server import Server
 
 __all__ = ["Check", "Command", "Watch", "Watches"]
 
-_TOPICS = 500  # of one SUBSCRIBE
+_TOPICS = 500  # topics in one SUBSCRIBE
 
 
 class Watch:
     """A channel or pattern that is watched, or was a moment ago.
 
     Attributes:
-        topic: Its Pub/Sub channel, or glob.
-        pending: So many acknowledgements are to come.
-        is_asked: The server was asked to tell of it, later than not to.
-        is_settled: It has said that it does.
-        is_doubtful: Something may have been lost.
-        is_apart: Its head is asked for by itself: the server has refused some.
-        last: The id of what was told last, or was the head once; ``None``: neither.
-        refusal: Why the server does not tell of it, if so.
-        waiters: Are ended when it is settled, or refused.
+        topic: The Pub/Sub channel or glob.
+        pending: The number of acknowledgements still to come.
+        is_asked: The last command about it was a SUBSCRIBE, not an UNSUBSCRIBE.
+        is_settled: The server has acknowledged that.
+        is_doubtful: Announcements may have been lost.
+        is_asked_alone: Its head is requested alone, because the server has denied a
+            request for several.
+        last: The id of the last announced event, or of a head; ``None`` for neither.
+        refusal: The server's reason for denying it, ``""`` without one.
+        waiters: Threads that wait until it is settled or denied.
     """
 
     __slots__ = (
-        *("is_apart", "is_asked", "is_doubtful", "is_pattern", "is_settled"),
+        *("is_asked_alone", "is_asked", "is_doubtful", "is_pattern", "is_settled"),
         *("is_wanted", "last", "name", "pending", "refusal", "topic", "waiters"),
     )
 
@@ -51,7 +52,7 @@ class Watch:
         self.topic = topic
         self.pending = 0
         self.is_wanted = True
-        self.is_asked = self.is_settled = self.is_doubtful = self.is_apart = False
+        self.is_asked = self.is_settled = self.is_doubtful = self.is_asked_alone = False
         self.refusal = ""
         self.last: str | None = None
         self.waiters: list[Turn] = []
@@ -63,11 +64,11 @@ class Watch:
 
 
 class Command:
-    """What the server is told, until it has acknowledged all of it.
+    """A command to the server, until all of it is acknowledged.
 
     Attributes:
-        watches: Whose topics it names; none: it is the listener's own.
-        left: So many acknowledgements are to come.
+        watches: The watches whose topics it has; empty for the listener's own topic.
+        left: The number of acknowledgements still to come.
     """
 
     __slots__ = ("left", "topics", "verb", "watches")
@@ -82,7 +83,7 @@ class Command:
 
 
 class Check(NamedTuple):
-    """A name that is looked at with a beat, as it was when that was sent."""
+    """A watch that is checked with a beat, as it was when the beat was sent."""
 
     watch: Watch
     last: str | None
@@ -90,32 +91,34 @@ class Check(NamedTuple):
 
 
 class Watches:
-    """All of one listener; `watch` and `unwatch` are for any thread."""
+    """All watches of one listener; `watch` and `unwatch` may run in any thread."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        # Native: threads of several hubs meet in it.
+        # Native: threads with different gevent hubs share it.
         self._lock = native(_thread, "allocate_lock")()
         self._watches: dict[str, Watch] = {}
         self._by_topic: dict[tuple[bool, bytes], Watch] = {}
         self._changes: deque[Watch] = deque()
-        self._sent: deque[Command] = deque()  # they are answered in their order
+        self._sent: deque[Command] = deque()  # answered in this order
         self._doubtful: list[Watch] = []
-        self._round: deque[Watch] = deque()  # whose heads are to be compared
+        self._round: deque[Watch] = deque()  # watches to check in this round
         self._is_down = False
 
     # From any thread.
 
     def watch(self, name: str, timeout: float, wake: Callable[[], None]) -> None:
-        """Have it told of; wait until it is, at most so many seconds.
+        """Have a name announced; wait until it is, or for ``timeout`` seconds.
 
-        What was not in time is looked at later, as after a loss.
+        A name that is not settled in time is checked later, as after a loss.
 
         Args:
+            name: A channel or a pattern.
+            timeout: The maximum of seconds; 0 does not wait.
             wake: Wakes the listener.
 
         Raises:
-            Denied: The server refuses it.
+            Denied: The server denies access to it.
         """
         waiter = None
         with self._lock:
@@ -157,14 +160,14 @@ class Watches:
             self._changes.append(watch)
 
     def names(self) -> list[str]:
-        """Return what is wanted; in a forked child, too, whoever has the lock."""
+        """Return the wanted names; without the lock, as a forked child calls this."""
         return [watch.name for watch in self._watches.values() if watch.is_wanted]
 
     def abandon(self) -> None:
-        """Go on without those who have the lock: they are in the parent of a fork."""
+        """Replace the lock in a forked child: a thread of the parent may hold it."""
         self._lock = native(_thread, "allocate_lock")()
 
-    # From here on by the listener alone.
+    # The methods from here on are for the listener only.
 
     def __contains__(self, name: str) -> bool:
         return name in self._watches
@@ -175,18 +178,18 @@ class Watches:
     def of_glob(self, glob: bytes) -> Watch | None:
         return self._by_topic.get((True, glob))
 
-    # What the server is told, and answers.
+    # Commands and their answers.
 
     def ask(
         self, verb: bytes, watches: Sequence[Watch], topics: Sequence[bytes] = ()
     ) -> Command:
-        """Return a command that is to be sent now."""
+        """Return a command, to be sent at once."""
         command = Command(verb, watches, topics)
         self._sent.append(command)
         return command
 
     def commands(self) -> list[Command]:
-        """Return what is to be sent for what has changed."""
+        """Return the commands for the watches that have changed."""
         groups: list[tuple[bytes, list[Watch]]] = []
         with self._lock:
             while self._changes:
@@ -213,11 +216,11 @@ class Watches:
 
     @property
     def is_answered(self) -> bool:
-        """The server has answered all that it was told."""
+        """Whether the server has answered all commands."""
         return not self._sent
 
     def acknowledged(self) -> None:
-        """Take note that the server does what it was asked for the next topic."""
+        """Handle the acknowledgement of the next topic."""
         command = self._sent[0]
         command.left -= 1
         if not command.left:
@@ -227,11 +230,11 @@ class Watches:
                 self._done(command.watches[-1 - command.left])
 
     def refused(self) -> tuple[list[Command], list[Watch]] | None:
-        """Take note that it does not, for one of the next command's topics.
+        """Handle the denial of the next command, because of one of its topics.
 
         Returns:
-            The commands to send instead, and the names that are refused; ``None``:
-            it was the listener's own, or none at all.
+            The commands to send instead, and the denied watches; ``None`` if the
+            listener's own topic was denied, or no command was sent.
         """
         if not self._sent or not self._sent[0].watches:
             return None
@@ -241,7 +244,7 @@ class Watches:
         with self._lock:
             for watch in command.watches:
                 if watch.pending > 1 or command.verb.endswith(b"UNSUBSCRIBE"):
-                    # Another command has the last word; or it may tell for ever.
+                    # A later command decides; a denied UNSUBSCRIBE does no harm.
                     self._done(watch)
                 elif len(command.watches) > 1:
                     again.append(watch)
@@ -252,12 +255,12 @@ class Watches:
         return [self.ask(command.verb, some) for some in halves], denied
 
     def deny(self, watch: Watch, reason: str) -> bool:
-        """Give a name up; return whether it was wanted."""
+        """Give a denied name up; return whether it was wanted."""
         with self._lock:
             was_wanted, watch.is_wanted = watch.is_wanted, False
             watch.refusal = reason
             if self._watches.get(watch.name) is watch:
-                del self._watches[watch.name]  # who asks again has the server asked
+                del self._watches[watch.name]  # the next `watch` asks the server again
             if watch.is_settled:
                 self._changes.append(watch)
             else:
@@ -267,7 +270,7 @@ class Watches:
         return was_wanted
 
     def lose(self) -> None:
-        """Take note that the server tells of nothing any more."""
+        """Handle the lost connection: nothing is announced any more."""
         with self._lock:
             self._is_down = True
             self._sent.clear()
@@ -286,18 +289,18 @@ class Watches:
                 watch.end_waits()
 
     def found(self) -> None:
-        """Take note that it answers: who watches waits for it again."""
+        """Record that the server answers, so that `watch` waits for it again."""
         self._is_down = False
 
     def _done(self, watch: Watch) -> None:
-        """Take note of an answer; under the lock."""
+        """Handle an answer, under the lock."""
         watch.pending -= 1
         if watch.is_asked and not watch.pending:
             self._settle(watch)
         self._forget(watch)
 
     def _settle(self, watch: Watch) -> None:
-        """Take note that what is stored from now on is told; under the lock."""
+        """Record that all events stored from now on are announced; under the lock."""
         if not watch.is_settled:
             watch.is_settled = True
             if watch.is_doubtful:
@@ -314,15 +317,15 @@ class Watches:
             if self._watches.get(watch.name) is watch:
                 del self._watches[watch.name]
 
-    # Whose heads are compared.
+    # Comparing heads.
 
     @property
     def are_doubtful(self) -> bool:
-        """Something of one that is told of by now may have been lost."""
+        """Whether a settled watch may have lost announcements."""
         return bool(self._doubtful)
 
     def due(self, part: float) -> list[Check]:
-        """Return those to be looked at now: what is doubtful, and a part of all."""
+        """Return the watches to check now: the doubtful ones, and a part of all."""
         with self._lock:
             due, self._doubtful = self._doubtful, []
             if not self._round:
@@ -336,9 +339,9 @@ class Watches:
             return checks
 
     def look_again(self, checks: list[Check]) -> None:
-        """Have each of them asked for by itself: the server has refused one."""
+        """Have each of these requested alone, as the server has denied one of them."""
         with self._lock:
             for watch, _, is_doubtful in checks:
-                watch.is_apart = True
+                watch.is_asked_alone = True
                 watch.is_doubtful = watch.is_doubtful or is_doubtful
                 self._doubtful.append(watch)
