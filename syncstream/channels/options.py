@@ -43,7 +43,8 @@ class Options:
             never.
     """
 
-    # Not a dataclass: creating a frozen one takes three times as long.
+    # Not a dataclass: creating a frozen one takes 2.2 times as long on Python 3.13, 2.9
+    # times on 3.10, and each subscription creates one.
     __slots__ = ("after", "authorize", "conflate", "on_gap", "recheck", "throttle")
 
     def __init__(
