@@ -35,7 +35,7 @@ from ..runtime.waiting import say
 from ..runtime.watch import Watch, elsewhere, watch
 from .chain import is_whole
 
-__all__ = ["CONTROL", "Control", "Kick"]
+__all__ = ["CONTROL", "Control", "Kick", "decoded"]
 
 log = logging.getLogger("syncstream.control")
 
@@ -287,7 +287,7 @@ class Control:
                 say(log, logging.ERROR, text, error=error)
 
     def _apply(self, hub: Kicker, last: str, page: Page) -> None:
-        kicks = [*map(_decoded, page.entries)]
+        kicks = [*map(decoded, page.entries)]
         if is_whole(page, last) and None not in kicks:
             others = [kick for kick in kicks if kick and kick[1] != self._origin]
             attempt(partial(hub.end, kick) for kick, _ in others)
@@ -312,7 +312,7 @@ def _look(reference: weakref.ref[Control]) -> None:
         control.look()
 
 
-def _decoded(entry: Entry) -> tuple[Kick, str] | None:
+def decoded(entry: Entry) -> tuple[Kick, str] | None:
     """Return a kick and its origin, ``None`` if the entry is not a kick."""
     try:
         (event,) = Decoder(max_line=None, max_event=None).feed(entry.wire)

@@ -18,7 +18,6 @@ from syncstream.brokers.names import is_pattern, matches, patterns_of
 from syncstream.brokers.watched import Watched
 from syncstream.testing import check_broker
 from syncstream.testing.brokers import bench, stored, told
-from tests.channels.test_holes import remove
 from tests.support.pairs import check_script
 
 BY_GREENLETS = """
@@ -31,6 +30,14 @@ check_broker(MemoryBroker, rounds=300)
 check_broker(lambda: MemoryBroker(capacity=100), capacity=100, rounds=100)
 check_broker(lambda: MemoryBroker(max_age=0.2), max_age=0.2)
 """
+
+
+def remove(broker, channel, *ids):
+    """Remove events of a `MemoryBroker`, as an operator may from a database."""
+    log = broker._logs[channel]
+    entries = log._entries[log._skip :]
+    log._entries = [entry for entry in entries if entry.id not in ids]
+    log._skip, log.end = 0, log.first + len(log._entries)
 
 
 @pytest.mark.parametrize("capacity", [1000, 100])

@@ -37,7 +37,6 @@ from syncstream.protocol import sse
 from syncstream.runtime.journal import journal
 from syncstream.runtime.waiter import Waiter, wake_all
 from syncstream.testing.brokers.stored import HOSTILE
-from tests.channels.test_holes import remove
 from tests.support.pairs import (
     Browser,
     Greenlets,
@@ -47,6 +46,7 @@ from tests.support.pairs import (
     stream_of,
 )
 from tests.support.pairs import Line as PairsLine
+from tests.support.removable import Removable, untold
 from tests.support.waits import TIMEOUT
 
 
@@ -1034,9 +1034,8 @@ def test_a_channel_that_may_have_lost_word_is_read(hub):
     subscription.read(0)
     late = hub.subscribe("c:*")
     late.read(0)
-    sink, hub.broker._sink = hub.broker._sink, None
-    hub.publish("c:1", "untold")
-    hub.broker._sink = sink
+    with untold(hub):
+        hub.publish("c:1", "untold")
     hub.sink.resync(["c:1"])
     assert data(subscription.read(0)) == ["untold"]
     (reset,) = late.read(0)
@@ -1447,8 +1446,9 @@ def test_what_was_told_in_disorder_is_not_waited_for(hub, place):
     hub.publish("a", "0")
     subscription = hub.subscribe("a")
     subscription.begin()
-    sink, hub.broker._sink = hub.broker._sink, None
-    hub.publish_many("a", "1234")
+    sink = hub.sink
+    with untold(hub):
+        hub.publish_many("a", "1234")
     entries = hub.broker.read("a", START).entries
 
     def read():
@@ -2242,7 +2242,8 @@ STEPS = st.lists(
 @given(STEPS)
 def test_all_is_delivered_or_announced(steps):
     """Whatever happens in whatever order: delivered once, in order, or announced."""
-    hub = Hub(capacity=20)
+    broker = Removable(capacity=20)
+    hub = Hub(broker=broker)
     published = {"a": 0, "b": 0}
     removed = set()
     clients = [
@@ -2260,14 +2261,11 @@ def test_all_is_delivered_or_announced(steps):
         elif action == "cut":
             clients[what].cut(value)
         elif action == "trim":
-            log = hub.broker._logs.get(what)
-            if log is not None:
-                log.trim(value, float("-inf"), float("inf"))
+            broker.trim(what, value)
         elif action == "remove":
-            log = hub.broker._logs.get(what)
-            if log is not None and len(log):
-                entry = log.entry(max(log.first, log.end - 1 - value))
-                remove(hub.broker, what, entry.id)
+            kept = broker.kept(what)
+            if kept:
+                broker.remove(what, kept[max(0, len(kept) - 1 - value)].id)
                 removed.add(what)
         elif action == "resync":
             hub.sink.resync(None)

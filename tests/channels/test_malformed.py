@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from syncstream import Event, Gap, Hub
 from syncstream.brokers.log import Entry, flaw
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.channels.control import CONTROL, Kick
-from syncstream.channels.control import _decoded as kicked
+from syncstream.channels.control import CONTROL, Kick, decoded
 from syncstream.channels.limits import MOST_SAID
 from syncstream.errors import Unavailable
 from syncstream.runtime.journal import journal
 from tests.support.pairs import Threads
+from tests.support.removable import untold
 from tests.support.waits import await_true
 
 PLACE = Threads()
@@ -134,9 +134,8 @@ def test_what_came_in_place_of_another_is_read(hub, broker):
     """The event whose message was damaged on its way is delivered."""
     subscription = hub.subscribe("a")
     assert subscription.read(0) == []
-    broker._sink = None
-    hub.publish("a", "1")
-    broker._sink = hub
+    with untold(hub):
+        hub.publish("a", "1")
     hub.sink.deliver("a", Entry("7-7", "0", b"\0nope"))
     assert shape(subscription.read(5)) == ["1"]
 
@@ -213,7 +212,7 @@ def test_an_event_is_as_large_as_its_hub_allows(data):
 def test_a_large_kick_hides_no_other(hub):
     """It is one of the hub's own, whatever its size."""
     kick = Kick(None, ["x" * (5 << 20)])
-    assert kicked(Entry("7-7", "0", kick.encoded("other")))[0].tags == kick.tags
+    assert decoded(Entry("7-7", "0", kick.encoded("other")))[0].tags == kick.tags
 
 
 def test_who_cannot_be_read_is_named(hub, broker, monkeypatch, caplog):
