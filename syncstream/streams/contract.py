@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..protocol.json import Dumps
 from ..runtime.process import Stopping
+from ..runtime.waiter import Wakeable
+from ..runtime.waiting import Scope
 from ..servers.swap import Swap
 
-__all__ = ["Connection", "Format", "Life"]
+__all__ = [
+    "Connection",
+    "Departed",
+    "Departure",
+    "Feed",
+    "Format",
+    "Frames",
+    "Life",
+]
 
 log = logging.getLogger("syncstream.stream")
 
@@ -74,6 +84,118 @@ class Life:
             if not 0 < seconds < math.inf:
                 least = "0 seconds or more" if name == "drain" else "above 0 seconds"
                 raise ValueError(f"{name} must be {least}, or None, got {value!r}")
+
+
+class Frames(Protocol):
+    """A feed's chunks, all that is there in one; they end by `Closed`.
+
+    Attributes:
+        events: So many have been in them.
+    """
+
+    @property
+    def events(self) -> int: ...
+
+    def __next__(self) -> bytes:
+        """Return the next; wait for it in the stream's scope."""
+
+
+@runtime_checkable
+class Feed(Protocol):
+    """A source that needs no thread of its own: it says what there is, and wakes.
+
+    It is an iterable of its items, too. `Subscription` is one.
+    """
+
+    @property
+    def begins_with_user_code(self) -> bool:
+        """Whether `begin` may call what the application has given."""
+
+    def begin(self) -> None:
+        """Fix where it begins, before it is read.
+
+        Raises:
+            Closed: It has ended.
+            Unavailable: That cannot be had now; the first read tries again.
+        """
+
+    def step(self) -> tuple[bytes, int, float | None]:
+        """Return what is there, without waiting for it.
+
+        Returns:
+            Bytes, and how many events they are. No bytes: when to come again
+            (`time.monotonic`), or ``None``: its waiter will be woken, if it has one.
+        """
+
+    def frames(self, is_events: bool, dumps: Dumps, scope: Scope | None) -> Frames:
+        """Return its chunks for a response.
+
+        Args:
+            is_events: As an event stream; else as lines of JSON.
+            dumps: Encodes these.
+            scope: The response's stream.
+        """
+
+    def detach(self, waiter: Wakeable | None) -> None:
+        """Have this woken by what is new, in place of the thread that has read it."""
+
+    def count(self, events: int) -> None:
+        """Count what `step` has returned as sent."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class Departed(Protocol):
+    """A client that goes on without its server, and without the response.
+
+    Attributes:
+        reason: Why it has ended, ``None`` while it lives.
+    """
+
+    @property
+    def reason(self) -> str | None: ...
+
+    def stop(self, reason: str = ...) -> None:
+        """End it; from any thread."""
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Call this, too, when it has ended; from any thread."""
+
+
+class Departure(Protocol):
+    """Takes a feed's client from its server, so that no thread is held for it.
+
+    Attributes:
+        client: The client, once it has gone.
+    """
+
+    @property
+    def client(self) -> Departed | None: ...
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the client is to leave as soon as its head is out."""
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the connection is withheld from its server."""
+
+    def begin(self) -> None:
+        """Withhold the connection from its server until that has written.
+
+        Where that cannot be, the client stays, or its stream's end is decided.
+        """
+
+    def finish(self, first: bytes, events: int) -> bool:
+        """Take the connection for good; tell whether it goes on elsewhere.
+
+        Args:
+            first: What follows the opening, unframed; it may be empty.
+            events: So many are in it.
+        """
+
+    def close(self) -> None:
+        """Give the connection back, if it is withheld."""
 
 
 class Connection(Protocol):

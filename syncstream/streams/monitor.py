@@ -30,7 +30,7 @@ from .keepalive import Keepalive
 from .links import AGAIN, USELESS, Link, place_of, unblock
 from .outcome import Once, Outcome
 from .output import PIECE, Output
-from .send_timeout import Progress, SendTimeout, progress_of
+from .send_timeout import LOOKS, Progress, SendTimeout, progress_of
 from .source import Source
 
 __all__ = ["CUT", "Monitor", "jittered"]
@@ -101,7 +101,6 @@ class Monitor:
         self._hung_up: Callable[[], object] | None = None
         self._fd = -1
         self._kernel_timeout: float | None = None  # what held before ours
-        self._is_limited = False  # by ours
         self._thread = 0
         self._look_at = 0.0
         self._stuck_since = 0.0  # it takes nothing, while its server is to stop
@@ -317,7 +316,7 @@ class Monitor:
             self._output.connection.leave_write()
         self.leave_connection()
         # The connection may serve other requests after this one.
-        if self._is_limited and fd >= 0 and self._has_socket(fd):
+        if self._send_timeout is not None and fd >= 0 and self._has_socket(fd):
             give_up_after(fd, self._kernel_timeout)
         self.watch = None
 
@@ -363,8 +362,10 @@ class Monitor:
             tick = self.deadline if due is None else min(self.deadline, due)
         if self._life.send_timeout is not None and self._fd >= 0:
             if self._send_timeout is None:
-                self._send_timeout = SendTimeout(self._output, self._life.send_timeout)
-            tick = min(tick, self._send_timeout.next_time(now))
+                due = now + self._life.send_timeout / LOOKS
+            else:
+                due = self._send_timeout.next_time(now)
+            tick = min(tick, due)
         connection = self._output.connection
         if connection is not None and connection.may_vanish:
             tick = min(tick, now + VANISH_EVERY)
@@ -383,24 +384,21 @@ class Monitor:
             return None
         if now >= self.deadline:
             self.end("max_duration")
-        if self._fd >= 0 and self._send_timeout is not None:
-            self._look_at_the_client(now, self._send_timeout)
+        if self._fd >= 0 and self._life.send_timeout is not None:
+            self._look_at_the_client(now, self._life.send_timeout)
         if self.keepalive.is_due(now) and not self._outcome.ended:
             self.watch.spawn(self.keepalive.write)
         tick = self._next_tick(time.monotonic())
         return None if tick == math.inf else tick
 
-    def _look_at_the_client(self, now: float, send_timeout: SendTimeout) -> None:
+    def _look_at_the_client(self, now: float, seconds: float) -> None:
         """Drop a client to which nothing has gone for a time, though it should."""
-        if not self._is_limited:  # now: most streams have ended before
-            assert self._life.send_timeout is not None
-            self._kernel_timeout = give_up_after(
-                self._fd, self._life.send_timeout + GRACE
-            )
-            self._is_limited = True
+        if self._send_timeout is None:  # now: most streams have ended before
+            self._send_timeout = SendTimeout(self._output, seconds)
+            self._kernel_timeout = give_up_after(self._fd, seconds + GRACE)
         scope = self._scope()
         is_running = scope is not None and scope.is_running
-        if send_timeout.look(now, self._fd, is_running=is_running):
+        if self._send_timeout.look(now, self._fd, is_running=is_running):
             self.end("send_timeout")
             self._drop()
 

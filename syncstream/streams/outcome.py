@@ -10,11 +10,11 @@ decide     `Outcome.decide`. By whoever learns of an end: the body from its sour
 wake       `Monitor.wake`. By whoever has decided outside of the source, in any thread;
            it acts in the watch. Gets the source out of the wait, the linked read or,
            under gevent, whatever else it is in.
-close      `Ending.close_source` and, when the last words are said, `Ending.settle`. By
-           the body, or by the server's close where the body does not run: in the
+close      `Closing.close_source` and, when the last words are said, `Closing.settle`.
+           By the body, or by the server's close where the body does not run: in the
            thread or greenlet that iterates, and there alone. Closes the iterator, the
            source and what was linked, runs the callbacks, gives the place back, counts.
-forget     `Ending.forget`. By the server's close, or when the stream is dropped: the
+forget     `Monitor.forget`. By the server's close, or when the stream is dropped: the
            server is done with the connection. Takes it out of the watch and of the
            process's open streams.
 =========  ==========================================================================

@@ -97,6 +97,11 @@ class Output:
         id = connection.last_event_id
         return id == sse.REFUSED_ID or (self._stops and id == sse.END_ID)
 
+    @property
+    def is_hung_up(self) -> bool:
+        """Whether its client has gone: one look, now; ``False`` where unknown."""
+        return self.connection is not None and self.connection.is_hung_up()
+
     # While it goes on.
 
     def open(self) -> bytes:

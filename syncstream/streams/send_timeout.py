@@ -6,7 +6,11 @@ from ..runtime.sockets import acknowledged, queued
 from .contract import Connection
 from .output import Output
 
-__all__ = ["Progress", "SendTimeout", "progress_of"]
+__all__ = ["LOOKS", "Progress", "SendTimeout", "progress_of"]
+
+LOOKS = 4
+"""So often, in the time of a time-out, a client is looked at: by a part of that, at
+most, it is dropped too late."""
 
 Progress = tuple[int | None, int]
 """What changes, and what grows, when a client takes something."""
@@ -75,8 +79,8 @@ class SendTimeout:
         return False
 
     def next_time(self, now: float) -> float:
-        """Return when to look next: by so much, at most, a client is dropped late."""
-        tick = now + self._seconds / 4
+        """Return when to look next, `time.monotonic`."""
+        tick = now + self._seconds / LOOKS
         if self._full_since:
             tick = min(tick, max(now + 0.01, self._full_since + self._seconds))
         return tick

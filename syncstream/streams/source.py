@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
-from ..channels.subscription import Subscription
 from ..protocol.sse import Event
+from .contract import Feed
 
 __all__ = ["Source", "check_source"]
 
@@ -28,7 +28,10 @@ class Source:
 
     def __init__(self, given: Iterable[Any]) -> None:
         self.given: Iterable[Any] | None = given
-        self.feed = given if isinstance(given, Subscription) else None
+        self.feed: Feed | None = None
+        # Most are generators, which are none.
+        if not isinstance(given, Generator) and isinstance(given, Feed):
+            self.feed = given
         self.to_close: list[Any] = [given]
 
     def iterate(self, given: Iterable[Any]) -> Iterator[Any]:
@@ -58,7 +61,7 @@ def check_source(source: Any) -> None:
     Raises:
         TypeError: Always for a reason that its message names.
     """
-    if isinstance(source, (Generator, Subscription)):
+    if isinstance(source, (Generator, Feed)):
         return  # most are
     problem = None
     if hasattr(source, "__aiter__") and not hasattr(source, "__iter__"):

@@ -21,71 +21,43 @@ called it for us, by letting the error leave, an `Exception` and nothing else.
 
 from __future__ import annotations
 
-import inspect
-import logging
-import signal
 import sys
-import threading
-import traceback
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
-from ..channels.frames import Frames
-from ..channels.subscription import Subscription
-from ..errors import ClientDisconnected, Closed, Unavailable
-from ..fanout.client import Client
-from ..fanout.loop import fanout
 from ..protocol import sse
-from ..protocol.json import dumps_or_default
-from ..runtime.clock import time
 from ..runtime.process import process
-from ..runtime.sockets import (
-    release,
-)
 from ..runtime.waiter import Waiter
 from ..runtime.waiting import (
     ThreadWait,
     current,
     current_scope,
-    entered,
     insist,
     is_greenlet_exit,
     refuse_eventlet,
-    runner_function,
     sleep,
     wait,
 )
-from ..runtime.watch import native_epoll
-from ..servers.swap import Swap
-from .answers import Returned, checked_return, is_answer, status_of
-from .capacity import Full, Place
-from .contract import Connection, Format, Life
+from .capacity import Place
+from .closing import Closing
+from .contract import Connection, Departed, Departure, Format, Life
 from .ends import REASONS
+from .feed import chunks_of_feed
+from .items import chunks_of_items
+from .iteration import Iteration
 from .links import Link
-from .monitor import CUT, Monitor
-from .outcome import Once, Outcome
-from .output import PIECE, Output
+from .monitor import Monitor
+from .outcome import GONE, Outcome
+from .output import Output, log
+from .parts import Parts
 from .source import Source, check_source
 
 __all__ = ["ANSWERED", "Stream", "current_stream", "warn_framed", "warn_unframed"]
 
 T = TypeVar("T")
-R = TypeVar("R")
-
-log = logging.getLogger("syncstream.stream")
-
-LOOK_EVERY = 0.1
-"""At most every so many seconds a busy stream looks for an end by itself."""
-WATCHED_LOOK_EVERY = 1.0  # the same for what costs more, where it is watched
 
 ANSWERED = "a stream answers one request: make a new response for each"
-_TOO_LATE = (
-    ": the response's head has left before the generator began, and the status with it."
-    " Decide in a plain view, which returns SSEResponse(...) or another response"
-)
-_CLOSE_TRIES = 10
 
 
 def current_stream() -> Stream | None:
@@ -130,6 +102,11 @@ class Stream:
 
     Applications get streams from the response classes; they do not make them.
 
+    More than 25 methods, for it has a side for each of those who have to do with it:
+    its generator, the waits in that, the response that sends it, and the process that
+    ends it. They do little: what a stream does is done by its `Parts`, and the bodies
+    in `items` and `feed` iterate it.
+
     Attributes:
         reason: ``None`` while the stream lives, then why it ended: "finished",
             "disconnected", "send_timeout", "max_duration", "shutdown", "error",
@@ -146,18 +123,20 @@ class Stream:
         end: str | None = "reconnect",
         handover: bool | None = None,
         on_error: Callable[[Exception], Any] | None = None,
+        departure: Callable[[Parts], Departure] | None = None,
     ) -> None:
         refuse_eventlet()
         check_source(source)
-        if end is None:  # a subscription never ends by itself
-            end = "reconnect" if isinstance(source, Subscription) else "stop"
+        made = Source(source)
+        if end is None:  # a feed never ends by itself
+            end = "stop" if made.feed is None else "reconnect"
         if end not in ("stop", "reconnect"):
             raise ValueError(f"end must be 'stop' or 'reconnect', got {end!r}")
         if on_error is not None and not callable(on_error):
             raise TypeError(f"on_error must be callable, got {on_error!r}")
         if handover is not None and not isinstance(handover, bool):
             raise TypeError(f"handover must be True, False or None, got {handover!r}")
-        if handover and not isinstance(source, Subscription):
+        if handover and made.feed is None:
             raise ValueError(
                 "handover=True needs a Subscription as the source: others need the"
                 f" thread of their request, got {type(source).__name__}"
@@ -165,33 +144,29 @@ class Stream:
         self.runner: Any = None  # see waiting.py
         self.reference: Callable[[], Any] = weakref.ref(self)
         self.thread_wait: ThreadWait | Waiter | None = None
-        self._out = Output(format, retry, end)
-        self._life = life or Life()
-        self._on_error = on_error
-        self._source = Source(source)
-        self._outcome = outcome = Outcome()
-        self._monitor = Monitor(
-            self.reference, outcome, self._out, self._source, self._life
-        )
-        self._counted = Once()
-        self._callbacks: deque[Callable[[], object]] = deque()
         self.is_running = False  # inside the source; see waiting.py
         self.has_waited = False  # since the last look
         self.has_resumed = False  # a subscription has taken the Last-Event-ID
         self.was_told = False  # of its end, by an exception; see waiting.py
-        self._exits: list[BaseException] = []  # the process's own, to be raised last
-        self._is_dropped = False  # by who iterates, before its end
-        self._is_to_cut = False  # when the server closes it
-        self._is_closed = False
-        self._frames: Frames | None = None  # their chunks may hold several events
-        self._may_hand_over = handover is not False
-        self._swap: Swap | None = None
-        self._client: Client | None = None  # its connection is the loop's
-        self._response_callbacks: deque[Callable[[], object]] = deque()
-        self._place: Place | None = None
+        self._source, self._out = made, Output(format, retry, end)
+        self._outcome, life = Outcome(), life or Life()
+        self._monitor = Monitor(self.reference, self._outcome, self._out, made, life)
+        self._closing = Closing(self._outcome, self._out, self._monitor, made)
+        self._parts = Parts(
+            made, self._out, life, self._outcome, self._monitor, self._closing
+        )
+        self._on_error = on_error
+        self._departure: Departure | None = None
+        if departure is not None and made.feed is not None and handover is not False:
+            self._departure = departure(self._parts)
         # Weak, for its frame refers to us: who drops both ends the stream.
         self._body: weakref.ref[Iterator[bytes]] | None = None
         self._pulled: Iterator[bytes] | None = None  # by __next__
+
+    @property
+    def _client(self) -> Departed | None:
+        """Who goes on with its connection, without this response; mostly nobody."""
+        return None if self._departure is None else self._departure.client
 
     # For whoever writes it to a client.
 
@@ -246,14 +221,19 @@ class Stream:
         """
         return self._out.is_over_for(connection)
 
+    @property
+    def will_leave(self) -> bool:
+        """Whether its thread is to be given back as soon as its head is out."""
+        return self._departure is not None and self._departure.is_possible
+
     def __iter__(self) -> Iterator[bytes]:
-        source = self._source
-        if self._body is None and source.given is not None:
-            body = (
-                self._chunks(source.given)
-                if source.feed is None
-                else self._subscribed(source.feed)
-            )
+        given, feed = self._source.given, self._source.feed
+        if self._body is None and given is not None:
+            run = Iteration(self, self._parts, self._on_error)
+            if feed is None:
+                body = chunks_of_items(run, given)
+            else:
+                body = chunks_of_feed(run, feed, self._departure)
             self._body = weakref.ref(body)
             return body
         running = self._body() if self._body is not None else None
@@ -270,49 +250,44 @@ class Stream:
         Called while the source is running, be it from another thread, this leaves
         the closing to the thread that runs it. Calling it again does nothing.
         """
-        swap, self._swap = self._swap, None
-        if swap is not None:
-            swap.close()
-        if self._client is not None:  # it goes on, without this response
-            self._settle_response()
-            self._let_go()
-            return
+        closing = self._closing
+        if self._departure is not None:
+            self._departure.close()
+            if self._departure.client is not None:  # it goes on, without this response
+                closing.settle_response()
+                self._monitor.forget(self)
+                return
         if isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit)):
             # The exit came between two steps, or in the server, which sends no more.
             # The server's frame may have dropped the iterator already.
-            is_partial = not self._outcome.ended or self._is_dropped
-            self._is_to_cut |= is_partial and self._monitor.process is not None
+            is_partial = not self._outcome.ended or closing.is_dropped
+            closing.is_to_cut |= is_partial and self._monitor.process is not None
         if not self._outcome.ended:
-            gone = (
-                self._out.connection is not None and self._out.connection.is_hung_up()
-            )
-            self._monitor.end(self._monitor.how_gone() if gone else "closed")
+            is_gone = self._out.is_hung_up
+            self._monitor.end(self._monitor.how_gone() if is_gone else "closed")
         # The other side sets is_running before it looks for an end: one of the two
         # sees the other, and whoever pops the source closes it.
         if self.is_running:
             return
-        if self._is_to_cut and self._out.connection is not None:
-            self._is_to_cut = False
-            self._out.connection.cut()
-        if self._is_closed:
-            self._let_go()
+        closing.cut_late()
+        if closing.is_closed:
+            self._monitor.forget(self)
             return
-        self._close_source()
-        self._settle()
-        self._let_go()
-        self._raise_exit()
+        closing.close_source(self)
+        self._pulled = None
+        closing.settle()
+        self._monitor.forget(self)
+        closing.exits.leave()
 
     def __del__(self) -> None:
+        if not hasattr(self, "_pulled"):  # it could not be made
+            return
         # A server that does not close what it has read to the end.
-        if getattr(self, "_swap", None) is not None:
+        if self._departure is not None and self._departure.is_begun:
             self.close()
-        if (
-            getattr(self, "_monitor", None) is not None
-            and self._monitor.served is not None
-        ):
-            self._let_go()
-        if getattr(self, "_place", None) is not None and self._client is None:
-            self._leave_place()
+        self._monitor.forget(self)
+        if self._client is None:
+            self._closing.leave_place()
 
     def stop(self, reason: str = "closed") -> None:
         """End the stream, from any thread or greenlet.
@@ -387,9 +362,9 @@ class Stream:
         ``True`` where the server hides its socket, ``False`` once the stream has
         been closed.
         """
-        if self._is_closed or self.reason in ("disconnected", "send_timeout"):
+        if self._closing.is_closed or self.reason in GONE:
             return False
-        if self._out.connection is None or not self._out.connection.is_hung_up():
+        if not self._out.is_hung_up:
             return True
         if current_scope() is self:
             # Its generator knows now, and may clean up: it is not interrupted.
@@ -494,9 +469,7 @@ class Stream:
         if self._client is not None:
             self._client.on_close(callback)
             return
-        self._callbacks.append(callback)
-        if self._is_closed:
-            self._run_callbacks(self._callbacks)
+        self._closing.on_close(callback)
 
     def on_response_close(self, callback: Callable[[], object]) -> None:
         """Call this once when the server is done with the response.
@@ -508,13 +481,11 @@ class Stream:
         """
         if not callable(callback):
             raise TypeError(f"callback must be callable, got {callback!r}")
-        self._response_callbacks.append(callback)
-        if self._is_closed:
-            self._settle_response()
+        self._closing.on_response_close(callback)
 
     def hold(self, place: Place) -> None:
         """Take a place, to be released at the end, also if nobody closes it."""
-        self._place = place
+        self._closing.place = place
         if self._monitor.process is not None or not self.will_leave:
             place.stay()
 
@@ -536,12 +507,7 @@ class Stream:
                 )
                 insist(self._outcome.error())
             return
-        connection = self._out.connection
-        if (
-            not self._outcome.ended
-            and connection is not None
-            and connection.is_hung_up()
-        ):
+        if not self._outcome.ended and self._out.is_hung_up:
             self._outcome.decide(self._monitor.how_gone())
         if self._outcome.ended:
             self._outcome.is_closing = self.was_told = True
@@ -552,671 +518,6 @@ class Stream:
         self.has_waited = True
         if self._out.connection is not None:
             self._out.connection.before_wait()
-
-    # The life itself.
-
-    def _chunks(self, source: Iterable[Any]) -> Iterator[bytes]:
-        """Yield the response's chunks; the one place that runs the source."""
-        try:
-            self._monitor.begin(self)
-            failed: list[BaseException] = []  # lists: a name here would keep an error
-            refused: list[BaseException] = []  # alive by its own traceback
-            if self._out.opening is not None and not self._outcome.ended:
-                yield self._out.open()
-            if self._outcome.ended:
-                yield from self._finish()
-                return
-            self._out.warn()
-            try:
-                with entered(self):
-                    self.before_wait()
-                    iterator = self._source.iterate(source)
-                    advance: Callable[[], Any] = iterator.__next__
-                    throw = getattr(iterator, "throw", None)
-            except BaseException as error:
-                failed.append(error)
-            if failed:
-                yield from self._fail(failed)
-                return
-            out, monitor, ended = self._out, self._monitor, self._outcome.ended
-            keepalive = monitor.keepalive
-            encode = out.format.encode
-            reference = self.reference
-            monotonic, running, runner = time.monotonic, current.get, runner_function()
-            look_at = 0.0
-            while True:
-                # What entered(self) does, for the path of every event: the scope
-                # stays ours after the step, unless another running stream's was.
-                outer = running()
-                if outer is not reference:
-                    current.set(reference)
-                self.runner = runner()  # a copied context may have moved us
-                self.is_running = True
-                try:
-                    if ended:
-                        break
-                    item = throw(refused.pop()) if refused and throw else advance()
-                except StopIteration as stop:
-                    if stop.value is not None and not ended:
-                        returned = checked_return(stop.value)
-                        if returned is not None:
-                            failed.append(returned)
-                            del returned
-                    if not failed:
-                        self._outcome.decide("finished")
-                        break
-                except BaseException as error:
-                    if ended or self._is_end(error):
-                        self._after_end(error)
-                        break
-                    failed.append(error)
-                finally:
-                    self.is_running = False
-                    if keepalive.is_writing:
-                        keepalive.await_writer()
-                    if outer is not reference and _is_running(outer):
-                        current.set(outer)
-                if ended:
-                    break
-                chunk = None
-                if not failed:
-                    try:
-                        chunk = encode(item)
-                    except BaseException as error:
-                        # Thrown at the yield, the user's line is in its traceback.
-                        (failed if throw is None else refused).append(error)
-                if failed:
-                    yield from self._fail(failed)
-                    return
-                now = monotonic()
-                if now >= look_at:
-                    look_at = now + LOOK_EVERY
-                    self._monitor.look(now)
-                    if ended:
-                        break
-                if chunk is not None:
-                    # What begins with neither a colon nor a line end says by itself
-                    # how it ends; most begin with a letter.
-                    if chunk > b";" or (len(chunk) > 3 and chunk[0] != 58):
-                        out.tail = chunk
-                    else:
-                        chunk = out.note(item, chunk)
-                    out.moved = now
-                    out.events += 1
-                    if len(chunk) > PIECE:
-                        yield from out.pieces(chunk, monitor.piece(len(chunk)))
-                        continue
-                    out.bytes += len(chunk)
-                    yield chunk
-                elif keepalive.is_due(now) and out.is_whole:
-                    out.moved = now
-                    out.bytes += len(out.comment)
-                    yield out.comment
-            yield from self._finish()
-        except GeneratorExit:
-            # Whoever wraps us by `yield from`, or just drops us, closes the stream.
-            self._is_dropped = not self._outcome.ended
-            self.close()
-            if not self._monitor.thrown_at:
-                raise
-            # Ours, which has hit a moment too late: it would end the server's thread.
-            raised = self._cut()
-            if raised is not None:
-                raise raised from None
-
-    def _subscribed(self, source: Subscription) -> Iterator[bytes]:
-        """Do the same for a subscription; until it is handed over, if it can be.
-
-        No code of the application's runs in the steps, nor is there anything to
-        encode: less is to be done for each of them.
-        """
-        try:
-            self._monitor.begin(self, is_leaving=self._is_about_to_leave())
-            failed: list[BaseException] = []
-            # Before the client hears that it is open: it may publish then.
-            first, events = b"", 0
-            try:
-                if not self._outcome.ended:
-                    first, events = self._first_step(source)
-            except BaseException as error:
-                if not self._is_end(error):
-                    failed.append(error)
-            if self._out.opening is not None and not self._outcome.ended:
-                if not failed:
-                    self._begin_hand_over()
-                yield self._out.open()
-                if self._swap is not None and self._is_handed_over(first, events):
-                    return
-            if failed and not self._outcome.ended:
-                yield from self._fail(failed)
-                return
-            ended, watched = self._outcome.ended, self._monitor.is_watching
-            if not ended:
-                self._out.warn()
-                if first:
-                    self._out.moved = time.monotonic()
-                    self._out.events += events
-                    yield from self._out.pieces(first, self._monitor.piece(len(first)))
-            # What it sends is whole events, or lines, as no bytes at all are.
-            out, monitor = self._out, self._monitor
-            keepalive = monitor.keepalive
-            out.tail = b"\n\n" if out.is_event_stream else b""
-            dumps = dumps_or_default(out.format.dumps)
-            self._frames = frames = source.frames(out.is_event_stream, dumps, self)
-            advance, reference = frames.__next__, self.reference
-            monotonic, running, runner = time.monotonic, current.get, runner_function()
-            look_at = 0.0
-            while not ended:
-                outer = running()
-                if outer is not reference:
-                    current.set(reference)
-                self.runner = runner()
-                self.is_running = True
-                try:
-                    if ended:
-                        break
-                    chunk = advance()
-                except BaseException as error:
-                    if ended or self._is_end(error):
-                        self._after_end(error)
-                        break
-                    failed.append(error)
-                finally:
-                    self.is_running = False
-                    if keepalive.is_writing:
-                        keepalive.await_writer()
-                    if outer is not reference and _is_running(outer):
-                        current.set(outer)
-                if ended:
-                    break
-                if failed:
-                    yield from self._fail(failed)
-                    return
-                out.moved = now = monotonic()
-                if now >= look_at:
-                    look_at = now + (WATCHED_LOOK_EVERY if watched else LOOK_EVERY)
-                    self._monitor.look(now)
-                    if ended:
-                        break
-                if len(chunk) > PIECE:
-                    yield from out.pieces(chunk, monitor.piece(len(chunk)))
-                    continue
-                out.bytes += len(chunk)
-                yield chunk
-            yield from self._finish()
-        except GeneratorExit:
-            self._is_dropped = not self._outcome.ended
-            self.close()
-            raise
-
-    # Without the server.
-
-    def _is_to_hand_over(self) -> bool:
-        return (
-            self._may_hand_over
-            and native_epoll() is not None  # without it there is no loop
-            and self._out.is_event_stream
-            and self._out.opening is not None
-            and self._out.connection is not None
-        )
-
-    @property
-    def will_leave(self) -> bool:
-        """Whether its thread is to be given back as soon as its head is out."""
-        return self._source.feed is not None and self._is_to_hand_over()
-
-    def _is_about_to_leave(self) -> bool:
-        """Tell whether its connection's number is to be another's in a moment.
-
-        Not if the application's code runs before, which may take its time.
-        """
-        feed = self._source.feed
-        is_quick = feed is not None and not feed.begins_with_user_code
-        return is_quick and self._is_to_hand_over()
-
-    def _first_step(self, source: Subscription) -> tuple[bytes, int]:
-        """Begin; return what there is for a client that is to be handed over."""
-        with entered(self):
-            try:
-                source.begin()
-                if not self._is_to_hand_over():
-                    return b"", 0
-                self.before_wait()
-                chunk, events, _ = source.step()
-            except Unavailable:
-                return b"", 0  # it waits for the broker, as those who are there do
-            source.count(events)
-        return chunk, events
-
-    def _begin_hand_over(self) -> None:
-        """Take the connection from its server, if it can be, until it has written."""
-        if not self._is_to_hand_over():
-            return
-        assert self._out.connection is not None
-        # Its number will soon be another's.
-        self._monitor.leave_connection()
-        try:
-            self._swap = self._out.connection.swap()
-        except Full as error:
-            self._out.report(logging.DEBUG, f"%s is refused: {error}")
-            self._outcome.decide("refused")
-        except ClientDisconnected:
-            self._outcome.decide("disconnected")
-        if self._swap is None:
-            self._stay()
-
-    def _stay(self) -> None:
-        """Stay in the thread or greenlet of the request, and be watched there."""
-        if self._place is not None:
-            self._place.stay()
-        self._monitor.observe()
-
-    def _is_handed_over(self, first: bytes, events: int) -> bool:
-        """Take the connection for good, and let the loop go on with it."""
-        connection, process, served = (
-            self._out.connection,
-            self._monitor.process,
-            self._monitor.served,
-        )
-        source = self._source.feed
-        assert source is not None
-        assert connection is not None
-        assert self._swap is not None
-        assert self._out.opening is not None
-        assert process is not None
-        assert served is not None
-        life, is_ready = self._life, False
-        try:
-            # All that may fail comes before the connection is taken.
-            loop = fanout()
-            terms = loop.prepare(
-                process,
-                served,
-                keepalive=life.keepalive,
-                send_timeout=life.send_timeout,
-                retry=self._out.retry,
-                comes_back=self._out.comes_back,
-                reasons=REASONS,
-                before_wait=connection.hooks,
-                comment=self._out.comment,
-            )
-            client = Client(
-                loop,
-                -1,
-                source,
-                terms,
-                label=process.shared_label(self._out.label),
-                began=self._monitor.began,
-                deadline=self._monitor.deadline,
-                events=events,
-                bytes=len(self._out.opening) + len(first),
-            )
-            source.detach(client)
-            is_ready = True
-        except (OSError, RuntimeError, MemoryError) as error:
-            text = f"clients stay with their server: {error!r}"
-            process.warn_once(log, text, "no loop")
-        taken = None
-        if is_ready and not self._outcome.ended:
-            taken = self._swap.take(self._out.opening)
-        if taken is None:
-            self._swap.undo()
-            self._swap = None
-            if is_ready:
-                source.detach(None)
-            self._stay()
-            return False
-        callbacks = tuple(self._callbacks)
-        try:
-            client.fd, client.is_chunked = taken.fd, taken.is_chunked
-            head = taken.head
-            if first:
-                chunk = b"%x\r\n%b\r\n" % (len(first), first)
-                head += chunk if taken.is_chunked else first
-            client.place, self._place = self._place, None
-            if client.place is not None:
-                client.place.leave_thread()
-            self._client = client
-            client.callbacks = callbacks
-            self._callbacks.clear()
-            self._source.to_close.clear()
-            self._source.forget()
-            loop.add(client, head)
-        except BaseException:  # of a signal's handler, say
-            if not client.is_given:  # it ends here, with all that it has
-                release(taken.fd)
-                self._client = None
-                self._source.to_close[:] = [source]
-                self._place = self._place or client.place
-                if not self._callbacks:
-                    self._callbacks.extend(callbacks)
-                self._outcome.decide("error")
-            raise
-        reason = self._outcome.reason
-        if reason is not None:  # it came while this was done
-            client.stop(reason)
-        return True
-
-    def _is_end(self, error: BaseException) -> bool:
-        """Tell an end of which we did not know yet from a failure."""
-        if isinstance(error, ClientDisconnected) and not self.connected:
-            self._outcome.decide("disconnected")
-        elif isinstance(error, Closed):
-            self._outcome.decide(error.reason if error.reason in REASONS else "closed")
-        # gunicorn's handlers of SIGQUIT and SIGABRT exit, wherever that hits.
-        elif self._is_exit(error) or (
-            isinstance(error, SystemExit) and self._monitor.until() is not None
-        ):
-            self._outcome.decide("shutdown")
-        return bool(self._outcome.ended)
-
-    def _is_exit(self, error: BaseException) -> bool:
-        """Tell the end of the whole process from a source that calls sys.exit().
-
-        Ctrl-C in the main thread, and what a signal's handler raises there, belong to
-        a server that serves in that thread. Anywhere else it must not get them: a
-        SystemExit ends gevent's hub, or a thread of a pool, for everybody.
-        """
-        return (
-            isinstance(error, (KeyboardInterrupt, SystemExit))
-            and not self._monitor.in_hub
-            and threading.current_thread() is threading.main_thread()
-            and (
-                self._out.connection is None or self._out.connection.lets_exits_through
-            )
-            and (
-                isinstance(error, KeyboardInterrupt)
-                or self._monitor.until() is not None
-                or _is_of_a_signal(error)
-            )
-        )
-
-    def _keep_exit(self, error: BaseException | None) -> bool:
-        """Keep what ends the whole process until the stream has ended; tell if so."""
-        if error is None or not self._is_exit(error):
-            return False
-        if not self._exits:
-            self._exits.append(error)
-        return True
-
-    def _raise_exit(self) -> None:
-        """Raise what ends the whole process, if anything does."""
-        if self._exits:
-            raise self._exits.pop()
-
-    def _after_end(self, error: BaseException) -> None:
-        """Take what left the source after the stream had ended."""
-        # A ``finally`` that waits is told of the end instead.
-        if self._keep_exit(error) or self._keep_exit(error.__context__):
-            return
-        if isinstance(error, (GeneratorExit, Closed)) or is_greenlet_exit(error):
-            return
-        # What a link that was cut makes the source raise is not its fault, nor is
-        # the exit of a worker that stops.
-        expected = bool(self._outcome.links) or not isinstance(error, Exception)
-        level = logging.DEBUG if expected else logging.ERROR
-        self._out.report(
-            level, f"the source of %s failed at its end ({self.reason})", error
-        )
-
-    def _finish(self) -> Iterator[bytes]:
-        """Close the source, say a last word to the client, or cut the response."""
-        self._close_source()
-        raised = None
-        if self.reason in CUT and not self._out.comes_back:
-            last = self._out.answer_unsent(str(self.reason))
-            if not last:
-                raised = self._cut()
-        else:
-            last = self._out.last_block(str(self.reason))
-        if last:
-            self._out.bytes += len(last)
-            yield last
-        # Not every server, and not every middleware, calls close().
-        self._settle()
-        self._raise_exit()
-        if raised is not None:
-            raise raised
-
-    def _cut(self) -> BaseException | None:
-        """Make truncation visible; return what to raise, ``None`` to just end.
-
-        Beside an exit that is to get through, later: Werkzeug reads from its socket
-        before it is done, and takes what that raises then instead of the exit.
-        """
-        if self._out.connection is None:
-            return None
-        if self._exits:
-            self._is_to_cut = True
-            return None
-        return self._out.connection.cut()
-
-    def _fail(self, failed: list[BaseException]) -> Iterator[bytes]:
-        """Log a source's error, say a last word to the client, cut the response.
-
-        After an event of ``on_error`` it ends in order: that event is the sign, and
-        browsers' fetch loses what comes just before a cut (Chromium: 13 to 18 of 25).
-
-        Args:
-            failed: The error, alone; it is taken out.
-        """
-        if not self._out.is_out and not is_greenlet_exit(failed[0]):
-            yield from self._fail_unsent(failed)
-            return
-        block = self._refusal(failed[0])
-        last, is_told = self._bury(failed[0], block)
-        if last:
-            self._out.bytes += len(last)
-            yield last
-        if is_told or (block and last.endswith(block)):  # the end behind it is whole
-            failed.clear()
-            self._settle()
-            self._raise_exit()
-            return
-        raised = self._cut()
-        self._settle()
-        self._raise_exit()
-        if self._shows(failed[0]):
-            raised = failed[0]
-        failed.clear()
-        if raised is not None:
-            try:
-                raise raised
-            finally:
-                raised = None  # its traceback has this frame
-
-    def _shows(self, error: BaseException) -> bool:
-        """Tell whether the source's error goes to who iterates: a test, say."""
-        connection = self._out.connection
-        is_exit = isinstance(error, GeneratorExit) or is_greenlet_exit(error)
-        return not is_exit and (connection is None or connection.shows_errors)
-
-    def _refusal(self, error: BaseException) -> bytes:
-        """Return what keeps a browser away for good, if an error is to do that."""
-        if not (is_answer(error) or isinstance(error, Returned)):
-            return b""
-        return self._out.refusal()
-
-    def _fail_unsent(self, failed: list[BaseException]) -> Iterator[bytes]:
-        """Answer with an error's status instead of a stream: no byte has left."""
-        error, connection = failed.pop(), self._out.connection
-        raised: BaseException | None = None
-        try:
-            self._outcome.decide("error")
-            self._close_source()
-            (words, is_told), status = self._last_words(error), status_of(error)
-            body = None
-            if connection is not None:
-                body = connection.answer(error, status, words)
-            if body is not None:
-                level = logging.ERROR if status >= 500 else logging.DEBUG
-                self._out.report(level, "the source of %s failed", error)
-                self._out.bytes += len(body)
-                yield body
-            elif connection is None or words or not connection.answers_errors:
-                self._out.report(logging.ERROR, "the source of %s failed", error)
-                if words:
-                    self._out.bytes += len(words)
-                    yield words
-                if not is_told:
-                    raised = self._cut()
-                if self._shows(error) and not is_told:
-                    raised = error
-            else:
-                told = error if not connection.logs_errors else None
-                message = "the source of %s failed before its first item"
-                self._out.report(logging.ERROR, message, told)
-                raised = error
-                if not isinstance(error, Exception):  # GeneratorExit, for one
-                    raised = RuntimeError(f"a source raised {type(error).__name__}")
-                    raised.__cause__ = error
-            self._settle()
-            self._raise_exit()
-            if raised is not None:
-                raise raised
-        finally:
-            # Their tracebacks have this frame, and so what it names.
-            error, raised, failed = RuntimeError(), None, []
-
-    def _bury(self, error: BaseException, refusal: bytes = b"") -> tuple[bytes, bool]:
-        """Log a source's error, close the source.
-
-        Args:
-            error: It.
-            refusal: What comes last, instead of what asks a client to come back.
-
-        Returns:
-            The last words, and whether one of them is the application's own.
-        """
-        if is_greenlet_exit(error):
-            # gevent ends this greenlet, or the source ends itself in that way.
-            self._outcome.decide("shutdown")
-            self._close_source()
-            self._out.report(logging.WARNING, "the greenlet of %s was killed")
-            return b"", False
-        is_first = isinstance(error, Returned) and not self._out.events
-        self._outcome.decide("refused" if is_first else "error")
-        message = "the source of %s failed"
-        if self._out.is_event_stream and (
-            is_answer(error) or isinstance(error, Returned)
-        ):
-            message += _TOO_LATE
-        self._close_source()
-        self._out.report(logging.ERROR, message, error)
-        return self._last_words(error, refusal)
-
-    def _last_words(
-        self, error: BaseException, refusal: bytes = b""
-    ) -> tuple[bytes, bool]:
-        if not self._out.is_whole:
-            return b"", False
-        words = b""
-        if self._on_error is not None and isinstance(error, Exception):
-            try:
-                with entered(self):
-                    words = self._out.format.encode(self._on_error(error)) or b""
-            except BaseException as second:
-                if not self._keep_exit(second):
-                    self._out.report(logging.ERROR, "on_error of %s failed", second)
-        is_told = bool(words)
-        if self._out.format.is_events and self._out.format.is_whole(words):
-            words += refusal or self._out.come_back("error")
-        return words, is_told
-
-    # Its ends.
-
-    def _settle_response(self) -> None:
-        self._run_callbacks(self._response_callbacks)
-
-    def _leave_place(self) -> None:
-        place, self._place = self._place, None
-        if place is not None:
-            place.release()
-
-    def _settle(self) -> None:
-        """Finish: tell the callbacks, count it. The server may still be writing."""
-        self._is_closed = True
-        self._source.forget()
-        self._pulled = None
-        self._run_callbacks(self._callbacks)
-        self._settle_response()
-        self._leave_place()
-        if self._counted.set("counted"):
-            self._count()
-
-    def _let_go(self) -> None:
-        """Have the watch and the process forget it: the server is done with it."""
-        self._monitor.forget(self)
-
-    def _count(self) -> None:
-        reason, record = str(self.reason), self._monitor.process
-        if record is None and reason == "closed":  # HEAD, or never sent
-            self._out.report(logging.DEBUG, "%s was closed before it began")
-            return
-        seconds = time.monotonic() - self._monitor.began if record is not None else 0.0
-        if self._frames is not None:
-            self._out.events += self._frames.events
-            self._frames = None  # it has us as its scope, and the other way round
-        (record or process()).count(reason, seconds, self._out.events, self._out.bytes)
-        self._out.report(
-            logging.DEBUG,
-            f"%s ended: {reason}, {seconds:.3f} s, {self._out.events} events,"
-            f" {self._out.bytes} bytes",
-        )
-
-    # Closing.
-
-    def _close_source(self) -> None:
-        """Close what has not been closed: the iterator, then what it came from."""
-        self._outcome.is_closing = True
-        # A link may have been closed by the source itself, with what it hangs on: a
-        # sqlite3 cursor's close() fails after its connection's.
-        ours = (
-            (self._source.to_close, logging.ERROR),
-            (self._outcome.links, logging.DEBUG),
-        )
-        for closables, level in ours:
-            if closables is self._outcome.links:
-                self.was_told = False  # the source has gone; these may wait
-            while closables:
-                try:
-                    closable = closables.pop()
-                except IndexError:  # another thread was faster
-                    break
-                with entered(self):
-                    self._try_close(closable, level)
-
-    def _try_close(self, closable: Any, level: int) -> None:
-        for attempt in range(_CLOSE_TRIES):
-            try:
-                close = getattr(closable, "close", None)
-                if close is not None:
-                    self.was_told |= inspect.isgenerator(closable)
-                    close()
-            except BaseException as error:
-                if self._keep_exit(error):
-                    return
-                ignored = type(error) is RuntimeError and error.args == (
-                    "generator ignored GeneratorExit",
-                )
-                if not ignored or attempt == 0:
-                    self._out.report(level, "closing the source of %s failed", error)
-                if ignored:
-                    continue  # it yielded while it was closed: drop that, go on
-            return
-
-    def _run_callbacks(self, callbacks: deque[Callable[[], object]]) -> None:
-        while callbacks:
-            try:
-                callback = callbacks.popleft()
-            except IndexError:  # another thread was faster
-                return
-            try:
-                callback()
-            except BaseException as error:
-                message = "a callback at the end of %s failed"
-                if not self._keep_exit(error):
-                    self._out.report(logging.ERROR, message, error)
 
 
 def _is_unwinding() -> bool:
@@ -1231,19 +532,3 @@ def _is_unwinding() -> bool:
             return True
         error = error.__context__
     return False
-
-
-def _is_of_a_signal(error: BaseException) -> bool:
-    """Tell whether an exception was raised by a signal's handler."""
-    handlers = set()
-    for number in signal.valid_signals():
-        handler = signal.getsignal(number)
-        handlers.add(getattr(getattr(handler, "__func__", handler), "__code__", None))
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_code in handlers for frame, _ in frames)
-
-
-def _is_running(reference: Callable[[], Any] | None) -> bool:
-    """Tell whether a stream, by its reference, is inside its source."""
-    scope = reference() if reference is not None else None
-    return scope is not None and scope.is_running

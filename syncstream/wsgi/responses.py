@@ -17,6 +17,7 @@ from wsgiref.util import is_hop_by_hop
 from werkzeug.datastructures import Headers
 from werkzeug.wrappers import Response
 
+from ..fanout.departure import Departure
 from ..protocol import ndjson, raw, sse
 from ..protocol.json import Dumps
 from ..runtime.process import process
@@ -340,6 +341,7 @@ class SSEResponse(_Streaming):
             end=end,
             handover=handover,
             on_error=on_error,
+            departure=Departure,
         )
         super().__init__(stream, EVENT_HEADERS, status, headers)
 

@@ -24,6 +24,7 @@ from syncstream import (
     current_stream,
     sleep,
 )
+from syncstream.fanout.departure import Departure
 from syncstream.protocol import raw, sse
 from syncstream.runtime.journal import journal
 from syncstream.runtime.sockets import is_hung_up
@@ -85,7 +86,7 @@ def spawn(request):
 
 
 def stream_of(source, line=None, format=EVENTS, **options):
-    stream = Stream(source, format, **options)
+    stream = Stream(source, format, departure=Departure, **options)
     if line is not None:
         stream.connect(line)
     return stream
@@ -1032,7 +1033,7 @@ def test_a_loop_that_cannot_start_is_said_once(line, monkeypatch, caplog):
     def full():
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr("syncstream.streams.stream.fanout", full)
+    monkeypatch.setattr("syncstream.fanout.departure.fanout", full)
     swap = Unswapped()
     hub = Hub()
     line.swap = lambda: swap

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
+from syncstream.fanout.departure import Departure
 from syncstream.protocol import sse
 from syncstream.runtime.sockets import is_hung_up
 from syncstream.runtime.watch import watch
@@ -90,7 +91,7 @@ class Browser(Line):
 
 def stream_of(source: Any, line: Any = None, **options: Any) -> Stream:
     """Return a stream of events, to a line."""
-    stream = Stream(source, EVENTS, **options)
+    stream = Stream(source, EVENTS, departure=Departure, **options)
     if line is not None:
         stream.connect(line)
     return stream

@@ -1,0 +1,207 @@
+"""`Departure`: a client's way from its server to the loop.
+
+A response whose source is a subscription needs no thread once its head is out. The
+connection is withheld from its server while that writes the head and the opening; both
+are read back, and the connection, with all that was to be done at its stream's end,
+goes to the loop. Where anything is in the way the client stays, and is served in the
+thread or greenlet of its request.
+
+**Who owns what.** Until `Swap.take` has succeeded the connection is the server's. From
+there on it is this module's, until the loop has been given the client: whatever is
+raised in between, a signal's exit for one, ends the client here, with its callbacks and
+its place.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ..channels.subscription import Subscription
+from ..errors import ClientDisconnected
+from ..runtime.sockets import release
+from ..runtime.watch import native_epoll
+from ..servers.swap import Swap, Taken
+from ..streams.capacity import Full
+from ..streams.ends import REASONS
+from ..streams.parts import Parts
+from .client import Client
+from .group import chunked
+from .loop import Fanout, fanout
+
+__all__ = ["Departure"]
+
+log = logging.getLogger("syncstream.stream")
+
+
+class Departure:
+    """Takes one stream's client to the loop.
+
+    Its methods are called in the request's thread or greenlet.
+
+    Args:
+        parts: The stream's.
+
+    Attributes:
+        client: Once the loop has it; from then on its end is the stream's.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._swap: Swap | None = None
+        self.client: Client | None = None
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the client is to leave as soon as its head is out."""
+        output = self._parts.output
+        return (
+            isinstance(self._parts.source.feed, Subscription)
+            and native_epoll() is not None  # without it there is no loop
+            and output.is_event_stream
+            and output.opening is not None
+            and output.connection is not None
+        )
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the connection is withheld from its server."""
+        return self._swap is not None
+
+    def begin(self) -> None:
+        """Withhold the connection from its server until that has written.
+
+        Where that cannot be, the client stays; or has its stream's end decided, if it
+        must not stay either.
+        """
+        parts, connection = self._parts, self._parts.output.connection
+        assert connection is not None
+        # Its number will soon be another's.
+        parts.monitor.leave_connection()
+        try:
+            self._swap = connection.swap()
+        except Full as error:
+            parts.output.report(logging.DEBUG, f"%s is refused: {error}")
+            parts.outcome.decide("refused")
+        except ClientDisconnected:
+            parts.outcome.decide("disconnected")
+        if self._swap is None:
+            self._stay()
+
+    def _stay(self) -> None:
+        """Stay in the thread or greenlet of the request, and be watched there."""
+        place = self._parts.closing.place
+        if place is not None:
+            place.stay()
+        self._parts.monitor.observe()
+
+    def close(self) -> None:
+        """Give the connection back, if it is withheld; its response is not whole."""
+        swap, self._swap = self._swap, None
+        if swap is not None:
+            swap.close()
+
+    def finish(self, first: bytes, events: int) -> bool:
+        """Take the connection for good; tell whether the loop goes on with it.
+
+        Args:
+            first: What follows the opening, unframed; it may be empty.
+            events: So many are in it.
+        """
+        swap, parts = self._swap, self._parts
+        if swap is None:
+            return False
+        source, opening, taken = parts.source.feed, parts.output.opening, None
+        assert isinstance(source, Subscription)
+        assert opening is not None
+        ready = self._prepare(source, opening, first, events)
+        if ready is not None and not parts.outcome.ended:
+            taken = swap.take(opening)
+        if ready is None or taken is None:
+            swap.undo()
+            self._swap = None
+            if ready is not None:
+                source.detach(None)
+            self._stay()
+            return False
+        self._give(*ready, source, taken, first)
+        reason = parts.outcome.reason
+        if reason is not None:  # it came while this was done
+            ready[1].stop(reason)
+        return True
+
+    def _prepare(
+        self, source: Subscription, opening: bytes, first: bytes, events: int
+    ) -> tuple[Fanout, Client] | None:
+        """Do all that may fail, before the connection is taken; ``None`` if it did."""
+        parts, output = self._parts, self._parts.output
+        connection, life = output.connection, parts.life
+        process, served = parts.monitor.process, parts.monitor.served
+        assert connection is not None
+        assert process is not None
+        assert served is not None
+        try:
+            loop = fanout()
+            terms = loop.prepare(
+                process,
+                served,
+                keepalive=life.keepalive,
+                send_timeout=life.send_timeout,
+                retry=output.retry,
+                comes_back=output.comes_back,
+                reasons=REASONS,
+                before_wait=connection.hooks,
+                comment=output.comment,
+            )
+            client = Client(
+                loop,
+                -1,
+                source,
+                terms,
+                label=process.shared_label(output.label),
+                began=parts.monitor.began,
+                deadline=parts.monitor.deadline,
+                events=events,
+                bytes=len(opening) + len(first),
+            )
+            source.detach(client)
+        except (OSError, RuntimeError, MemoryError) as error:
+            text = f"clients stay with their server: {error!r}"
+            process.warn_once(log, text, "no loop")
+            return None
+        return loop, client
+
+    def _give(
+        self,
+        loop: Fanout,
+        client: Client,
+        source: Subscription,
+        taken: Taken,
+        first: bytes,
+    ) -> None:
+        """Give the loop the client, with all that is to be done at its end."""
+        closing, to_close = self._parts.closing, self._parts.source.to_close
+        callbacks = tuple(closing.callbacks)
+        try:
+            client.fd, client.is_chunked = taken.fd, taken.is_chunked
+            head = taken.head
+            if first:
+                head += chunked(first) if taken.is_chunked else first
+            client.place, closing.place = closing.place, None
+            if client.place is not None:
+                client.place.leave_thread()
+            self.client = client
+            client.callbacks = callbacks
+            closing.callbacks.clear()
+            to_close.clear()
+            self._parts.source.forget()
+            loop.add(client, head)
+        except BaseException:  # of a signal's handler, say
+            if not client.is_given:  # it ends here, with all that it has
+                release(taken.fd)
+                self.client = None
+                to_close[:] = [source]
+                closing.place = closing.place or client.place
+                if not closing.callbacks:
+                    closing.callbacks.extend(callbacks)
+                self._parts.outcome.decide("error")
+            raise

@@ -1,0 +1,189 @@
+"""`Closing`: closes a stream's source, tells its callbacks, gives back its place."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from ..runtime.clock import time
+from ..runtime.process import process
+from ..runtime.waiting import Scope, entered
+from .capacity import Place
+from .exits import Exits
+from .monitor import Monitor
+from .outcome import Once, Outcome
+from .output import Output
+from .source import Source
+
+__all__ = ["Closing"]
+
+CLOSE_TRIES = 10  # for a generator that yields while it is closed
+
+Callback = Callable[[], object]
+
+
+class Closing:
+    """The last things of one stream, each of which is done once.
+
+    In the thread or greenlet that iterates, or where the server closes the response:
+    never while the source runs.
+
+    Args:
+        outcome, output, monitor, source: The stream's.
+
+    Attributes:
+        exits: What the source, its close or a callback raised for the whole process.
+        callbacks: The application's, for the stream's end.
+        place: The stream's, ``None`` without limits, and once it is given back.
+        is_closed: The source is closed, and the callbacks were told.
+        is_dropped: Who iterates has dropped the iterator, before the stream's end.
+        is_to_cut: The response is to be cut when the server closes it.
+    """
+
+    def __init__(
+        self, outcome: Outcome, output: Output, monitor: Monitor, source: Source
+    ) -> None:
+        self._outcome = outcome
+        self._output = output
+        self._monitor = monitor
+        self._source = source
+        self.exits = Exits(output, monitor)
+        self.callbacks: deque[Callback] = deque()
+        self._response_callbacks: deque[Callback] = deque()
+        self.place: Place | None = None
+        self.is_closed = False
+        self.is_dropped = False
+        self.is_to_cut = False
+        self._counted = Once()
+
+    def on_close(self, callback: Callback) -> None:
+        """Call this at the stream's end, or now if that is over."""
+        self.callbacks.append(callback)
+        if self.is_closed:
+            self._run(self.callbacks)
+
+    def on_response_close(self, callback: Callback) -> None:
+        """Call this when the server is done with the response, or now if it is."""
+        self._response_callbacks.append(callback)
+        if self.is_closed:
+            self.settle_response()
+
+    # The source.
+
+    def close_source(self, scope: Scope) -> None:
+        """Close what has not been closed: the iterator, then what it came from.
+
+        Args:
+            scope: The stream, in which that runs.
+        """
+        self._outcome.is_closing = True
+        # A link may have been closed by the source itself, with what it hangs on: a
+        # sqlite3 cursor's close() fails after its connection's.
+        links = self._outcome.links
+        ours = (self._source.to_close, logging.ERROR), (links, logging.DEBUG)
+        for closables, level in ours:
+            if closables is links:
+                scope.was_told = False  # the source has gone; these may wait
+            while closables:
+                try:
+                    closable = closables.pop()
+                except IndexError:  # another thread was faster
+                    break
+                with entered(scope):
+                    self._try_close(scope, closable, level)
+
+    def _try_close(self, scope: Scope, closable: Any, level: int) -> None:
+        for attempt in range(CLOSE_TRIES):
+            try:
+                close = getattr(closable, "close", None)
+                if close is not None:
+                    scope.was_told |= inspect.isgenerator(closable)
+                    close()
+            except BaseException as error:
+                if self.exits.keep(error):
+                    return
+                ignored = type(error) is RuntimeError and error.args == (
+                    "generator ignored GeneratorExit",
+                )
+                if not ignored or attempt == 0:
+                    message = "closing the source of %s failed"
+                    self._output.report(level, message, error)
+                if ignored:
+                    continue  # it yielded while it was closed: drop that, go on
+            return
+
+    # Its response.
+
+    def cut(self) -> BaseException | None:
+        """Make truncation visible; return what to raise, ``None`` to just end.
+
+        Beside an exit that is to get through, later: Werkzeug reads from its socket
+        before it is done, and takes what that raises then instead of the exit.
+        """
+        connection = self._output.connection
+        if connection is None:
+            return None
+        if self.exits:
+            self.is_to_cut = True
+            return None
+        return connection.cut()
+
+    def cut_late(self) -> None:
+        """Make truncation visible, if that was put off until the server's close."""
+        if self.is_to_cut and self._output.connection is not None:
+            self.is_to_cut = False
+            self._output.connection.cut()
+
+    # All else.
+
+    def settle(self) -> None:
+        """Finish: tell the callbacks, count it. The server may still be writing."""
+        self.is_closed = True
+        self._source.forget()
+        self._run(self.callbacks)
+        self.settle_response()
+        self.leave_place()
+        if self._counted.set("counted"):
+            self._count()
+
+    def settle_response(self) -> None:
+        """Tell those who wait for the end of the response."""
+        self._run(self._response_callbacks)
+
+    def leave_place(self) -> None:
+        """Give the place back."""
+        place, self.place = self.place, None
+        if place is not None:
+            place.release()
+
+    def _run(self, callbacks: deque[Callback]) -> None:
+        while callbacks:
+            try:
+                callback = callbacks.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                callback()
+            except BaseException as error:
+                message = "a callback at the end of %s failed"
+                if not self.exits.keep(error):
+                    self._output.report(logging.ERROR, message, error)
+
+    def _count(self) -> None:
+        reason, record = str(self._outcome.reason), self._monitor.process
+        output = self._output
+        if record is None and reason == "closed":  # HEAD, or never sent
+            output.report(logging.DEBUG, "%s was closed before it began")
+            return
+        seconds = 0.0
+        if record is not None:
+            seconds = time.monotonic() - self._monitor.began
+        (record or process()).count(reason, seconds, output.events, output.bytes)
+        output.report(
+            logging.DEBUG,
+            f"%s ended: {reason}, {seconds:.3f} s, {output.events} events,"
+            f" {output.bytes} bytes",
+        )

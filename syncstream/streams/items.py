@@ -1,0 +1,103 @@
+"""The body of a stream whose source is a generator, or whatever else is iterated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from ..runtime.clock import time
+from ..runtime.waiting import entered
+from .iteration import LOOK_EVERY, Failure, Iteration
+from .output import PIECE
+
+__all__ = ["chunks_of_items"]
+
+
+def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
+    """Yield the response's chunks: each item of a source makes one.
+
+    Args:
+        run: Runs the source.
+        given: The source, as the application gave it.
+    """
+    stream, parts = run.stream, run.parts
+    output, monitor, ended = parts.output, parts.monitor, parts.outcome.ended
+    try:
+        monitor.begin(stream)
+        if output.opening is not None and not ended:
+            yield output.open()
+        if ended:
+            yield from run.finish()
+            return
+        output.warn()
+        failure = None
+        try:
+            with entered(stream):
+                stream.before_wait()
+                iterator = parts.source.iterate(given)
+                advance: Callable[[], Any] = iterator.__next__
+                throw = getattr(iterator, "throw", None)
+        except BaseException as error:
+            failure = Failure(error)
+        if failure is not None:
+            yield from run.fail(failure)
+            return
+        # Locals, for what is done for each event.
+        step, take, encode = run.stepper(), advance, output.format.encode
+        monotonic, keepalive, look_at = time.monotonic, monitor.keepalive, 0.0
+        while True:
+            item = step(take)
+            if ended:
+                break
+            if type(item) is Failure:
+                yield from run.fail(item)
+                return
+            take, refused = advance, None
+            try:
+                chunk = encode(item)
+            except BaseException as error:
+                chunk, refused = None, Failure(error)
+            if refused is not None:
+                if throw is None:
+                    yield from run.fail(refused)
+                    return
+                # Thrown at the yield, the user's line is in its traceback.
+                take = _thrown(throw, refused)
+            now = monotonic()
+            if now >= look_at:
+                look_at = now + LOOK_EVERY
+                monitor.look(now)
+                if ended:
+                    break
+            if chunk is not None:
+                # What begins with neither a colon nor a line end says by itself
+                # how it ends; most begin with a letter.
+                if chunk > b";" or (len(chunk) > 3 and chunk[0] != 58):
+                    output.tail = chunk
+                else:
+                    chunk = output.note(item, chunk)
+                output.moved = now
+                output.events += 1
+                if len(chunk) > PIECE:
+                    yield from output.pieces(chunk, monitor.piece(len(chunk)))
+                    continue
+                output.bytes += len(chunk)
+                yield chunk
+            elif keepalive.is_due(now) and output.is_whole:
+                output.moved = now
+                output.bytes += len(output.comment)
+                yield output.comment
+        yield from run.finish()
+    except GeneratorExit:
+        run.drop()
+        if not monitor.thrown_at:
+            raise
+        # Ours, which has hit a moment too late: it would end the server's thread.
+        raised = parts.closing.cut()
+        if raised is not None:
+            raise raised from None
+
+
+def _thrown(throw: Callable[[BaseException], Any], failure: Failure) -> Any:
+    """Return what throws an error into a source, and returns its next item."""
+    return lambda: throw(failure.take())

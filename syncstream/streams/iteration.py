@@ -1,0 +1,335 @@
+"""`Iteration`: runs a stream's source step by step, and takes what that raises.
+
+The one place that runs a source: see `items` and `feed` for what each kind of source
+needs around its steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from ..errors import ClientDisconnected, Closed
+from ..runtime.process import Attached
+from ..runtime.waiting import (
+    Scope,
+    current,
+    entered,
+    is_greenlet_exit,
+    runner_function,
+)
+from .answers import Returned, checked_return, is_answer, status_of
+from .ends import REASONS
+from .monitor import CUT
+from .parts import Parts
+
+__all__ = ["Failure", "Iterated", "Iteration", "OnError"]
+
+LOOK_EVERY = 0.1
+"""At most every so many seconds a busy stream looks for an end by itself."""
+
+OnError = Callable[[Exception], Any]
+
+_TOO_LATE = (
+    ": the response's head has left before the generator began, and the status with it."
+    " Decide in a plain view, which returns SSEResponse(...) or another response"
+)
+
+
+class Iterated(Scope, Attached, Protocol):
+    """The stream that is iterated."""
+
+    def close(self) -> None:
+        """End it and close its source, exactly once."""
+
+
+class Failure:
+    """A source's error, on its way to where it is told: it is taken out there.
+
+    A name for the error itself, in a frame that its traceback has, would keep both
+    alive until the next garbage collection, and all that those frames name.
+    """
+
+    __slots__ = ("_errors",)
+
+    def __init__(self, error: BaseException) -> None:
+        self._errors = [error]
+
+    def take(self) -> BaseException:
+        """Return the error; once."""
+        return self._errors.pop()
+
+
+class Iteration:
+    """What the bodies of all kinds of sources share.
+
+    Args:
+        stream: Whose source it is. What iterates has the stream, and not the other way
+            round: whoever drops both ends it.
+        parts: The stream's.
+        on_error: Returns what is sent at a failure, ``None`` for nothing.
+    """
+
+    def __init__(
+        self, stream: Iterated, parts: Parts, on_error: OnError | None
+    ) -> None:
+        self.stream = stream
+        self.parts = parts
+        self._on_error = on_error
+        self._outcome, self._output = parts.outcome, parts.output
+        self._monitor, self._closing = parts.monitor, parts.closing
+        self._ended = parts.outcome.ended
+        self._reference = stream.reference
+
+    def stepper(self) -> Callable[[Callable[[], Any]], Any]:
+        """Return the function that runs one step of the source, in its stream's scope.
+
+        It takes what returns the source's next item. It returns that, or a `Failure`;
+        look at ``outcome.ended`` first: what comes after the end is nothing.
+
+        A function, whose names are all its own: it is called for every event.
+        """
+        stream, reference, ended = self.stream, self._reference, self._ended
+        running, enter, runner = current.get, current.set, runner_function()
+        keepalive, judged = self._monitor.keepalive, self._judged
+
+        def step(advance: Callable[[], Any]) -> Any:
+            # What entered() does; but the scope stays ours after the step, unless
+            # another running stream's was.
+            outer = running()
+            if outer is not reference:
+                enter(reference)
+            stream.runner = runner()  # a copied context may have moved us
+            stream.is_running = True
+            try:
+                return None if ended else advance()
+            except BaseException as error:
+                return judged(error)
+            finally:
+                stream.is_running = False
+                if keepalive.is_writing:
+                    keepalive.await_writer()
+                if outer is not reference and _is_running(outer):
+                    enter(outer)
+
+        return step
+
+    def _judged(self, error: BaseException) -> Failure | None:
+        """Return what a step has failed by; ``None`` if it is an end."""
+        if isinstance(error, StopIteration):
+            value = None if self._ended else error.value
+            returned = None if value is None else checked_return(value)
+            if returned is not None:
+                return Failure(returned)
+            self._outcome.decide("finished")
+            return None
+        if not self._ended:
+            failure = self.judged(error)
+            if failure is not None:
+                return failure
+        self._take_late(error)
+        return None
+
+    def judged(self, error: BaseException) -> Failure | None:
+        """Return what the source has failed by; ``None`` if it is an end, and decided.
+
+        Args:
+            error: What it has raised.
+        """
+        reason = self._reason_in(error)
+        if reason is not None:
+            self._outcome.decide(reason)
+        return None if self._ended else Failure(error)
+
+    def _reason_in(self, error: BaseException) -> str | None:
+        """Return the end that an error tells of, ``None`` for a failure."""
+        if isinstance(error, Closed):
+            return error.reason if error.reason in REASONS else "closed"
+        if isinstance(error, ClientDisconnected):
+            connection = self._output.connection
+            is_gone = connection is not None and connection.is_hung_up()
+            return self._monitor.how_gone() if is_gone else None
+        # gunicorn's handlers of SIGQUIT and SIGABRT exit, wherever that hits.
+        is_exit = self._closing.exits.is_exit(error) or (
+            isinstance(error, SystemExit) and self._monitor.until() is not None
+        )
+        return "shutdown" if is_exit else None
+
+    def _take_late(self, error: BaseException) -> None:
+        """Take what left the source after the stream had ended."""
+        exits = self._closing.exits
+        # A ``finally`` that waits is told of the end instead.
+        if exits.keep(error) or exits.keep(error.__context__):
+            return
+        if isinstance(error, (GeneratorExit, Closed)) or is_greenlet_exit(error):
+            return
+        # What a link that was cut makes the source raise is not its fault, nor is
+        # the exit of a worker that stops.
+        expected = bool(self._outcome.links) or not isinstance(error, Exception)
+        level = logging.DEBUG if expected else logging.ERROR
+        message = f"the source of %s failed at its end ({self._outcome.reason})"
+        self._output.report(level, message, error)
+
+    # Its last chunks.
+
+    def finish(self) -> Iterator[bytes]:
+        """Close the source, say a last word to the client, or cut the response."""
+        self._closing.close_source(self.stream)
+        raised, reason = None, str(self._outcome.reason)
+        if reason in CUT and not self._output.comes_back:
+            last = self._output.answer_unsent(reason)
+            if not last:
+                raised = self._closing.cut()
+        else:
+            last = self._output.last_block(reason)
+        if last:
+            self._output.bytes += len(last)
+            yield last
+        # Not every server, and not every middleware, calls close().
+        self._settle()
+        if raised is not None:
+            raise raised
+
+    def drop(self) -> None:
+        """Close the stream: whoever wraps us by ``yield from``, or just drops us."""
+        self._closing.is_dropped = not self._ended
+        self.stream.close()
+
+    def fail(self, failure: Failure) -> Iterator[bytes]:
+        """Log a source's error, say a last word to the client, cut the response.
+
+        After an event of ``on_error`` it ends in order: that event is the sign, and
+        browsers' fetch loses what comes just before a cut (Chromium: 13 to 18 of 25).
+        """
+        error: BaseException | None = failure.take()
+        raised: BaseException | None = None
+        assert error is not None
+        try:
+            if not self._output.is_out and not is_greenlet_exit(error):
+                yield from self._fail_unsent(Failure(error))
+                return
+            block = b""
+            if is_answer(error) or isinstance(error, Returned):
+                block = self._output.refusal()
+            last, is_told = self._bury(error, block)
+            if last:
+                self._output.bytes += len(last)
+                yield last
+            # With one of those the end behind it is whole.
+            if not (is_told or (block and last.endswith(block))):
+                raised = self._closing.cut()
+            else:
+                error = None
+            self._settle()
+            if error is not None and self._shows(error):
+                raised = error
+            if raised is not None:
+                raise raised
+        finally:
+            error = raised = None  # their tracebacks have this frame
+
+    def _fail_unsent(self, failure: Failure) -> Iterator[bytes]:
+        """Answer with an error's status instead of a stream: no byte has left."""
+        error: BaseException | None = failure.take()
+        raised: BaseException | None = None
+        told: BaseException | None = None
+        assert error is not None
+        output, connection = self._output, self._output.connection
+        try:
+            self._outcome.decide("error")
+            self._closing.close_source(self.stream)
+            (words, is_told), status = self._last_words(error), status_of(error)
+            body = None
+            if connection is not None:
+                body = connection.answer(error, status, words)
+            if body is not None:
+                level = logging.ERROR if status >= 500 else logging.DEBUG
+                output.report(level, "the source of %s failed", error)
+                output.bytes += len(body)
+                yield body
+            elif connection is None or words or not connection.answers_errors:
+                output.report(logging.ERROR, "the source of %s failed", error)
+                if words:
+                    output.bytes += len(words)
+                    yield words
+                if not is_told:
+                    raised = self._closing.cut()
+                if self._shows(error) and not is_told:
+                    raised = error
+            else:
+                told = error if not connection.logs_errors else None
+                message = "the source of %s failed before its first item"
+                output.report(logging.ERROR, message, told)
+                raised = error
+                if not isinstance(error, Exception):  # GeneratorExit, for one
+                    raised = RuntimeError(f"a source raised {type(error).__name__}")
+                    raised.__cause__ = error
+            self._settle()
+            if raised is not None:
+                raise raised
+        finally:
+            # Their tracebacks have this frame, and so what it names.
+            error = raised = told = None
+
+    def _settle(self) -> None:
+        self._closing.settle()
+        self._closing.exits.leave()
+
+    def _shows(self, error: BaseException) -> bool:
+        """Tell whether the source's error goes to who iterates: a test, say."""
+        connection = self._output.connection
+        is_exit = isinstance(error, GeneratorExit) or is_greenlet_exit(error)
+        return not is_exit and (connection is None or connection.shows_errors)
+
+    def _bury(self, error: BaseException, refusal: bytes) -> tuple[bytes, bool]:
+        """Log a source's error, close the source.
+
+        Args:
+            error: It.
+            refusal: What comes last, instead of what asks a client to come back.
+
+        Returns:
+            The last words, and whether one of them is the application's own.
+        """
+        if is_greenlet_exit(error):
+            # gevent ends this greenlet, or the source ends itself in that way.
+            self._outcome.decide("shutdown")
+            self._closing.close_source(self.stream)
+            self._output.report(logging.WARNING, "the greenlet of %s was killed")
+            return b"", False
+        is_first = isinstance(error, Returned) and not self._output.events
+        self._outcome.decide("refused" if is_first else "error")
+        message, is_answered = "the source of %s failed", is_answer(error)
+        if self._output.is_event_stream and (
+            is_answered or isinstance(error, Returned)
+        ):
+            message += _TOO_LATE
+        self._closing.close_source(self.stream)
+        self._output.report(logging.ERROR, message, error)
+        return self._last_words(error, refusal)
+
+    def _last_words(
+        self, error: BaseException, refusal: bytes = b""
+    ) -> tuple[bytes, bool]:
+        output = self._output
+        if not output.is_whole:
+            return b"", False
+        words = b""
+        if self._on_error is not None and isinstance(error, Exception):
+            try:
+                with entered(self.stream):
+                    words = output.format.encode(self._on_error(error)) or b""
+            except BaseException as second:
+                if not self._closing.exits.keep(second):
+                    output.report(logging.ERROR, "on_error of %s failed", second)
+        is_told = bool(words)
+        if output.format.is_events and output.format.is_whole(words):
+            words += refusal or output.come_back("error")
+        return words, is_told
+
+
+def _is_running(reference: Callable[[], Any] | None) -> bool:
+    """Tell whether a stream, by its reference, is inside its source."""
+    scope = reference() if reference is not None else None
+    return scope is not None and scope.is_running
