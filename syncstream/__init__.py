@@ -23,9 +23,6 @@ The map of the package, from the bottom to the top; each line may import those a
 ``testing/``          what tests of brokers need
 ====================  ==========================================================
 
-Two modules look up: ``streams/stream`` hands its connection over to the loop, and
-``servers/connection`` knows the stream that is written to it.
-
 Importing the package starts no thread, sets no signal handler, patches nothing and
 imports no optional package.
 """
@@ -48,7 +45,7 @@ from .errors import (
 from .flask import sse
 from .protocol.sse import Event
 from .runtime.waiting import sleep
-from .servers.connection import last_event_id
+from .servers.request import last_event_id
 from .streams.stream import Stream, current_stream
 from .wsgi.middleware import StreamMiddleware
 from .wsgi.responses import NDJSONResponse, SSEResponse, StreamResponse

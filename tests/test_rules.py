@@ -57,16 +57,11 @@ KNOWN_CLASSES = {
     ("brokers/local/database.py", "Database"),
     ("brokers/local/process.py", "Process"),
     ("fanout/loop.py", "Fanout"),
-    ("servers/connection.py", "Connection"),
-    ("streams/contract.py", "Connection"),
-    ("streams/monitor.py", "Monitor"),
-    ("streams/stream.py", "Stream"),
 }
 KNOWN_LONG = {
     "brokers/local/database.py",
     "fanout/loop.py",
     "servers/swap.py",
-    "streams/stream.py",
 }
 
 

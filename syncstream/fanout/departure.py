@@ -20,8 +20,8 @@ from ..channels.subscription import Subscription
 from ..errors import ClientDisconnected
 from ..runtime.sockets import release
 from ..runtime.watch import native_epoll
+from ..servers.connection import Full
 from ..servers.swap import Swap, Taken
-from ..streams.capacity import Full
 from ..streams.ends import REASONS
 from ..streams.parts import Parts
 from .client import Client

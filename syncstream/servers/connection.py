@@ -7,9 +7,8 @@ import logging
 import os
 import re
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs
+from collections.abc import Callable, Hashable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from werkzeug.http import HTTP_STATUS_CODES
 
@@ -18,16 +17,19 @@ from ..runtime.journal import report
 from ..runtime.process import Stopping, process
 from ..runtime.sockets import hang_up, is_hung_up, is_unix, is_writable, release, reset
 from ..runtime.waiting import gevent_hub, say
-from ..streams.capacity import Full
-from ..streams.contract import Format
-from ..streams.stream import Stream
 from . import Counter, Server, SocketLike, connection_reset, server_of, takes_directly
+from .request import last_event_id, names_event_stream
 from .swap import Refused, Swap
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-__all__ = ["Connection", "EVENT_TYPE", "last_event_id", "warn_of_compression"]
+__all__ = [
+    "Connection",
+    "Full",
+    "Sent",
+    "warn_of_compression",
+]
 
 log = logging.getLogger("syncstream.wsgi")
 
@@ -41,61 +43,44 @@ connections, before a stream begins and whenever it waits."""
 HANDOVER = "syncstream.handover"
 """The environ key that is ``False`` if the connection must stay with its server."""
 
-EVENT_TYPE = "text/event-stream"
-
-_REFUSED = re.compile(r"q\s*=\s*0(?:\.0*)?")
 _DESCRIBES_BODY = re.compile(
     r"(content-.*|x-accel-.*|etag|last-modified|expires|cache-control|accept-ranges)$",
     re.I,
 )
 
 
-def last_event_id(request: Any) -> str | None:
-    """Return the id of the client's last event, ``None`` if it sends none.
+class Full(Exception):
+    """A stream must be refused although the limits allow it; the text says why."""
 
-    The header Last-Event-ID comes first. Clients that cannot set headers may send
-    ``last_event_id`` or ``lastEventId`` in the query. Blank values count as missing.
-    The id comes from outside: expect any text.
 
-    Args:
-        request: A request of Flask, Django, Bottle, Pyramid or Falcon, or a WSGI
-            environ.
+class Sent(Protocol):
+    """A stream, as the connection knows it that it is written to.
 
-    Raises:
-        TypeError: The argument is neither.
+    Attributes:
+        reference: A weak reference to it.
+        reason: Why it has ended, ``None`` while it lives.
     """
-    environ = _environ_of(request)
-    header: str = environ.get("HTTP_LAST_EVENT_ID", "")
-    if header and not header.isspace():
-        # Browsers send UTF-8, which PEP 3333 decodes as Latin-1.
-        return header.encode("latin-1", "replace").decode(errors="replace")
-    text: str = environ.get("QUERY_STRING", "")
-    if "last_event_id=" not in text and "lastEventId=" not in text:
-        return None
-    try:
-        query = parse_qs(text, errors="replace")  # without empty values
-    except ValueError:  # too many fields
-        return None
-    for name in ("last_event_id", "lastEventId"):
-        for id in query.get(name, ()):
-            if not id.isspace():  # as with the header, where HTTP strips blanks
-                return id
-    return None
 
+    @property
+    def reference(self) -> Callable[[], Any]: ...
 
-def _environ_of(request: Any) -> Mapping[str, Any]:
-    """Return a request's environ: Django keeps it in META, Falcon in env."""
-    if type(request) is dict or isinstance(request, Mapping):
-        return request
-    for name in ("environ", "META", "env"):
-        environ = getattr(request, name, None)
-        if isinstance(environ, Mapping):
-            return environ
-    raise TypeError(f"request must be a request or a WSGI environ, got {request!r}")
+    @property
+    def reason(self) -> str | None: ...
+
+    def connect(
+        self, connection: Connection, *, is_encoded: bool, written: bytes
+    ) -> None:
+        """Say which connection its chunks go to; see `Stream.connect`."""
+
+    def is_new(self, *, is_events: bool) -> bool:
+        """Tell whether it waits for a client, in a format of events or in another."""
 
 
 class Connection:
     """The request's connection, and the operations that its server allows.
+
+    Many methods: it answers what streams, responses and the middleware ask of one
+    request; most are one question to its server.
 
     Attributes:
         stream: The running stream of this connection, ``None`` before and after it.
@@ -107,7 +92,7 @@ class Connection:
         # request.params replaces it in the environ.
         self._input = environ.get("wsgi.input")
         # Weak references, here and in the environ: no cycle keeps either alive.
-        self._stream: weakref.ref[Stream] | None = None
+        self._stream: weakref.ref[Sent] | None = None
         self._write: Callable[[bytes], object] | None = None
         self._is_encoded = False  # by the application, on purpose
         self._sent_before: int | None = None  # bytes of the body, before the stream
@@ -129,13 +114,13 @@ class Connection:
         return connection
 
     @property
-    def stream(self) -> Stream | None:
+    def stream(self) -> Sent | None:
         stream = self._stream() if self._stream is not None else None
         return None if stream is None or stream.reason is not None else stream
 
     def take(
         self,
-        stream: Stream,
+        stream: Sent,
         headers: Iterable[tuple[str, str]] = (),
         written: bytes = b"",
     ) -> None:
@@ -145,19 +130,19 @@ class Connection:
         self._is_encoded = encoded
         stream.connect(self, is_encoded=encoded, written=written)
 
-    def made(self, stream: Stream) -> None:
+    def made(self, stream: Sent) -> None:
         """Remember a stream that was created during this request."""
         self._made.append(stream.reference)
 
-    def find_made(self, format: Format) -> Stream | None:
-        """Return the last stream created with this format, if it is still unsent.
+    def find_made(self, *, is_events: bool) -> Sent | None:
+        """Return the last stream made in a format of events or not, if it is unsent.
 
         The application returned another response, for instance one of a middleware
         that rewrites bodies; the stream's chunks pass through that one.
         """
         for reference in reversed(self._made):
-            stream: Stream | None = reference()
-            if stream is not None and stream.is_new(is_events=format.is_events):
+            stream: Sent | None = reference()
+            if stream is not None and stream.is_new(is_events=is_events):
                 return stream
         return None
 
@@ -218,6 +203,7 @@ class Connection:
 
     @property
     def label(self) -> str:
+        """Method and path, for the log."""
         # From outside: keep escape sequences and endless lines out of the log.
         environ = self.environ
         method = ascii(environ.get("REQUEST_METHOD", ""))[1:-1]
@@ -226,31 +212,35 @@ class Connection:
 
     @functools.cached_property
     def last_event_id(self) -> str | None:
+        """The id after which the client wants to go on."""
         return last_event_id(self.environ)
 
     @functools.cached_property
     def is_event_source(self) -> bool:
+        """The client asks as a browser's EventSource does, and obeys an end id."""
         # The headers of an EventSource (exactly those of Chromium 156 and npm's
         # eventsource 5). httpx-sse, which would turn the end block into an event,
         # sends no-store.
         environ = self.environ
         return (
             environ.get("REQUEST_METHOD") == "GET"
-            and _names_event_stream(environ.get("HTTP_ACCEPT", ""))
+            and names_event_stream(environ.get("HTTP_ACCEPT", ""))
             and environ.get("HTTP_CACHE_CONTROL", "").strip().lower() == "no-cache"
         )
 
     @functools.cached_property
     def parses_events(self) -> bool:
+        """The client reads an event stream line by line, as the standard does."""
         # SDKs generated by Stainless (OpenAI, Anthropic) parse lines with httpx-sse's
         # decoder, but accept application/json.
         environ = self.environ
-        return "HTTP_X_STAINLESS_LANG" in environ or _names_event_stream(
+        return "HTTP_X_STAINLESS_LANG" in environ or names_event_stream(
             environ.get("HTTP_ACCEPT", "")
         )
 
     @property
     def is_multiprocess(self) -> bool:
+        """The server has other processes that answer requests."""
         is_claimed = bool(self.environ.get("wsgi.multiprocess"))
         return is_claimed and not self.server.is_test
 
@@ -259,31 +249,49 @@ class Connection:
         return self.environ.get("REQUEST_METHOD") == "HEAD"
 
     def is_hung_up(self) -> bool:
+        """Tell at once whether the client has gone; ``False`` where unknown."""
         fd = self.fd
         return fd is not None and is_hung_up(fd)
 
     def is_full(self) -> bool:
+        """Tell at once whether the server or the kernel has bytes it cannot send."""
         fd = self.fd
         if fd is not None and not is_writable(fd):
             return True
         return self.unsent() > 0
 
     def unsent(self) -> int:
+        """Return how many bytes the server itself keeps for the client."""
         return self.server.unsent(self._given)
 
     @property
     def shows_errors(self) -> bool:
+        """What the source raises is to leave ``next()``: it goes to a test, or to a
+        server of which we do not know better."""
         return not self.server.is_known
 
     @property
     def answers_errors(self) -> bool:
+        """The server answers 500 for an `Exception` that leaves ``next()`` now,
+        before any byte."""
         return self.server.answers_errors or self.hides_errors
 
     @property
     def logs_errors(self) -> bool:
+        """And logs it, with its traceback."""
         return self.server.logs_errors and not self.hides_errors
 
     def answer(self, error: BaseException, status: int, body: bytes) -> bytes | None:
+        """Begin the response anew, by another head, while no byte of it is out.
+
+        Args:
+            error: Why.
+            status: What to answer instead, 400 to 599.
+            body: What to send, of the response's own type; ``b""`` for plain text.
+
+        Returns:
+            The body to send, all of it; ``None`` if the response has to stay.
+        """
         server, environ = self.server, self.environ
         start_response, headers = self._begun or (server.start_response(environ), [])
         if start_response is None or not server.forget_head(environ, self._write):
@@ -375,6 +383,8 @@ class Connection:
 
     @functools.cached_property
     def write(self) -> Callable[[bytes], object] | None:
+        """The server's own ``write``, if others than its thread may write by it, and
+        what they write reaches the client as it is."""
         # Cached: first read when there is a head, which no longer changes.
         write = self._write
         headers = self.server.headers(write) if write is not None else None
@@ -386,6 +396,7 @@ class Connection:
 
     @functools.cached_property
     def server_key(self) -> Hashable:
+        """What tells its server from others of this process."""
         # The server's own object, not SERVER_NAME: over a Unix socket, and behind
         # ProxyFix, that is the client's Host header. Weak: a key keeps no server
         # alive, and no later object at the same address equals it.
@@ -394,14 +405,17 @@ class Connection:
 
     @property
     def may_vanish(self) -> bool:
+        """The server may close its socket while the source runs."""
         return self.server.closes_early
 
     @property
     def stopping(self) -> Stopping | None:
+        """Tells whether the server has been told to stop; ``None`` if unknown."""
         return self.server.stopping(self._given)
 
     @property
     def lets_exits_through(self) -> bool:
+        """Whether an exit that the application raises in the main thread ends it."""
         return self.server.lets_exits_through
 
     @property
@@ -413,6 +427,7 @@ class Connection:
         return threads
 
     def before_wait(self) -> None:
+        """Give back what the application should not hold while the stream waits."""
         for give_back in self.environ.get(BEFORE_WAIT, ()):
             try:
                 give_back()
@@ -429,10 +444,12 @@ class Connection:
 
     @property
     def fd(self) -> int | None:
+        """The socket's descriptor, ``None`` where the server hides it."""
         return None if self._socket is None else self._socket.fileno()
 
     @property
     def hooks(self) -> tuple[Callable[[], object], ...]:
+        """What `before_wait` calls."""
         return tuple(self.environ.get(BEFORE_WAIT, ()))
 
     @property
@@ -441,6 +458,12 @@ class Connection:
         return gevent_hub() is None and self.threads is not None
 
     def swap(self) -> Swap | None:
+        """Take the connection from its server; ``None`` where that cannot be.
+
+        Raises:
+            Full: It cannot be, and must not stay there either.
+            ClientDisconnected: Nobody is there.
+        """
         if self.environ.get(HANDOVER) is False:
             return None
         try:
@@ -477,6 +500,7 @@ class Connection:
             return None
 
     def drop(self) -> None:
+        """Hang up, so that a write which waits for the client fails; any thread's."""
         fd = self.fd
         if fd is not None and fd >= 0:
             # As soon as its write fails, the server may close its own descriptor.
@@ -527,23 +551,6 @@ def warn_of_compression() -> None:
         " and let the proxy compress",
         "compressed",
     )
-
-
-@functools.lru_cache(maxsize=64)
-def _names_event_stream(accept: str) -> bool:
-    """Tell whether an Accept header asks for event streams by name (RFC 9110 §12.5.1).
-
-    ``*/*`` and ``text/*`` do not count: curl, fetch and requests send them with every
-    request. ``q=0`` is a refusal.
-    """
-    accept = accept.lower()
-    if EVENT_TYPE not in accept:
-        return False
-    for item in accept.split(","):
-        name, *parameters = (part.strip() for part in item.split(";"))
-        if name == EVENT_TYPE:
-            return not any(_REFUSED.fullmatch(each) for each in parameters)
-    return False
 
 
 def _short(text: str, length: int) -> str:

@@ -17,7 +17,7 @@ from ..runtime.clock import time
 from ..runtime.sockets import native
 from ..runtime.waiter import Waiter, wake_all
 
-__all__ = ["Capacity", "Full", "Place"]
+__all__ = ["Capacity", "Place"]
 
 Environ = dict[str, Any]
 
@@ -40,10 +40,6 @@ _PROXY = (
     "max_per_key refused a stream whose key is the proxy's address, which is the same"
     f" for all clients behind the proxy: {_ADDRESS}"
 )
-
-
-class Full(Exception):
-    """A stream must be refused although the limits allow it; the text says why."""
 
 
 class Capacity:

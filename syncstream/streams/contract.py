@@ -1,21 +1,18 @@
-"""The contract of a stream: its format, its life's options, its connection."""
+"""The contract of a stream: its format, its life's options, feeds, departures."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from ..protocol.json import Dumps
-from ..runtime.process import Stopping
 from ..runtime.waiter import Wakeable
 from ..runtime.waiting import Scope
-from ..servers.swap import Swap
 
 __all__ = [
-    "Connection",
     "Departed",
     "Departure",
     "Feed",
@@ -196,120 +193,3 @@ class Departure(Protocol):
 
     def close(self) -> None:
         """Give the connection back, if it is withheld."""
-
-
-class Connection(Protocol):
-    """What a stream needs to know of the connection that it is written to."""
-
-    @property
-    def label(self) -> str:
-        """Method and path, for the log."""
-
-    @property
-    def last_event_id(self) -> str | None:
-        """The id after which the client wants to go on."""
-
-    @property
-    def is_event_source(self) -> bool:
-        """The client asks as a browser's EventSource does, and obeys an end id."""
-
-    @property
-    def parses_events(self) -> bool:
-        """The client reads an event stream line by line, as the standard does."""
-
-    @property
-    def fd(self) -> int | None:
-        """The socket's descriptor, ``None`` where the server hides it."""
-
-    @property
-    def write(self) -> Callable[[bytes], object] | None:
-        """The server's own ``write``, if others than its thread may write by it, and
-        what they write reaches the client as it is."""
-
-    def find_write(self) -> None:
-        """Find it; in the thread or greenlet of the request, in the iteration."""
-
-    def leave_write(self) -> None:
-        """The stream has ended: leave the server's as it was."""
-
-    def has_got(self, size: int) -> bool:
-        """Tell whether the server has got all of so many bytes that were yielded."""
-
-    @property
-    def server_key(self) -> Hashable:
-        """What tells its server from others of this process."""
-
-    @property
-    def may_vanish(self) -> bool:
-        """The server may close its socket while the source runs."""
-
-    @property
-    def stopping(self) -> Stopping | None:
-        """Tells whether the server has been told to stop; ``None`` if unknown."""
-
-    def before_wait(self) -> None:
-        """Give back what the application should not hold while the stream waits."""
-
-    @property
-    def lets_exits_through(self) -> bool:
-        """Whether an exit that the application raises in the main thread ends it."""
-
-    def warn(self) -> None:
-        """Say, once a process, if a stream should not hold its thread there."""
-
-    @property
-    def is_multiprocess(self) -> bool:
-        """The server has other processes that answer requests."""
-
-    def is_hung_up(self) -> bool:
-        """Tell at once whether the client has gone; ``False`` where unknown."""
-
-    def is_full(self) -> bool:
-        """Tell at once whether the server or the kernel has bytes it cannot send."""
-
-    def unsent(self) -> int:
-        """Return how many bytes the server itself keeps for the client."""
-
-    @property
-    def hooks(self) -> tuple[Callable[[], object], ...]:
-        """What `before_wait` calls."""
-
-    def swap(self) -> Swap | None:
-        """Take the connection from its server; ``None`` where that cannot be.
-
-        Raises:
-            Full: It cannot be, and must not stay there either.
-            ClientDisconnected: Nobody is there.
-        """
-
-    def answer(self, error: BaseException, status: int, body: bytes) -> bytes | None:
-        """Begin the response anew, by another head, while no byte of it is out.
-
-        Args:
-            error: Why.
-            status: What to answer instead, 400 to 599.
-            body: What to send, of the response's own type; ``b""`` for plain text.
-
-        Returns:
-            The body to send, all of it; ``None`` if the response has to stay.
-        """
-
-    @property
-    def shows_errors(self) -> bool:
-        """What the source raises is to leave ``next()``: it goes to a test, or to a
-        server of which we do not know better."""
-
-    @property
-    def answers_errors(self) -> bool:
-        """The server answers 500 for an `Exception` that leaves ``next()`` now,
-        before any byte."""
-
-    @property
-    def logs_errors(self) -> bool:
-        """And logs it, with its traceback."""
-
-    def drop(self) -> None:
-        """Hang up, so that a write which waits for the client fails; any thread's."""
-
-    def cut(self) -> BaseException | None:
-        """Make truncation visible; return what to raise, ``None`` to just end."""

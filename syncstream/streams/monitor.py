@@ -58,8 +58,8 @@ break; to every other client they would look like the end of a whole answer."""
 class Monitor:
     """Watches one stream, from its first step until its server is done with it.
 
-    It has more than 25 methods, for three kinds of times (of a life, of a client that
-    takes nothing, of a server that stops) are looked at by one clock.
+    Many methods: one clock looks at three kinds of time limits, those of the stream's
+    life, of a client that takes nothing and of a server that stops.
 
     Args:
         scope: Returns the stream, ``None`` once it is gone.

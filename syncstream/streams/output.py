@@ -16,7 +16,8 @@ from ..protocol.sse import Event
 from ..runtime.journal import is_enabled, report
 from ..runtime.process import process
 from ..runtime.waiting import say
-from .contract import Connection, Format
+from ..servers.connection import Connection
+from .contract import Format
 from .ends import OPENING, come_back
 
 __all__ = ["PIECE", "Output"]

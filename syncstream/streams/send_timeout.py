@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..runtime.sockets import acknowledged, queued
-from .contract import Connection
+from ..servers.connection import Connection
 from .output import Output
 
 __all__ = ["LOOKS", "Progress", "SendTimeout", "progress_of"]

@@ -39,9 +39,10 @@ from ..runtime.waiting import (
     sleep,
     wait,
 )
+from ..servers.connection import Connection
 from .capacity import Place
 from .closing import Closing
-from .contract import Connection, Departed, Departure, Format, Life
+from .contract import Departed, Departure, Format, Life
 from .ends import REASONS
 from .feed import chunks_of_feed
 from .items import chunks_of_items
@@ -102,10 +103,9 @@ class Stream:
 
     Applications get streams from the response classes; they do not make them.
 
-    More than 25 methods, for it has a side for each of those who have to do with it:
-    its generator, the waits in that, the response that sends it, and the process that
-    ends it. They do little: what a stream does is done by its `Parts`, and the bodies
-    in `items` and `feed` iterate it.
+    Many methods: it has a side for each of those who use it, the generator, the waits
+    inside the generator, the response and the process. Each method does little: the
+    work is that of its `Parts`, and of the bodies in `items` and `feed`.
 
     Attributes:
         reason: ``None`` while the stream lives, then why it ended: "finished",

@@ -7,7 +7,7 @@ import math
 import random
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..protocol import ndjson, raw, sse
 from ..runtime.journal import report
@@ -18,7 +18,8 @@ from ..streams.stream import Stream, warn_unframed
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
-from ..servers.connection import CONNECTION, EVENT_TYPE, HANDOVER, Connection
+from ..servers.connection import CONNECTION, HANDOVER, Connection
+from ..servers.request import EVENT_TYPE
 from .headers import LIVE, answering, ends_line, has_body, merge_headers
 from .responses import session_watch
 
@@ -113,7 +114,7 @@ class StreamMiddleware:
             if head.refusal is not None:
                 return head.refuse(app_iter)
             if connection.stream is not None or _is_file(environ, app_iter):
-                head.leave_place_to(connection.stream)
+                head.leave_place_to(_stream_of(connection))
                 return app_iter
             if not head.is_started:
                 return _Lazy(app_iter, head)
@@ -188,10 +189,11 @@ class _Head:
         self.is_started = True
         self.refusal = None  # called again, for an error of a refused application
         self._status = _code(status)
-        ours = self.connection.stream
+        ours = _stream_of(self.connection)
         self.format = _format_of(headers) if ours is None else None
         if self.format is not None and self.has_body:
-            ours = self.connection.find_made(self.format)
+            found = self.connection.find_made(is_events=self.format.is_events)
+            ours = cast("Stream | None", found)
             if ours is not None and ours.is_over_for(self.connection):
                 ours.close()
                 return self._stay_away(exc_info)
@@ -259,7 +261,7 @@ class _Head:
 
     def abandon(self) -> None:
         """Close the stream after the application raised: no server will close it."""
-        stream = self.connection.stream
+        stream = _stream_of(self.connection)
         if stream is not None:
             stream.close()
         self.release()
@@ -315,7 +317,7 @@ class _Head:
     def refuse(self, app_iter: Iterable[bytes]) -> Iterable[bytes]:
         """Close the application's iterable; return the body of the refusal instead."""
         assert self.refusal is not None
-        stream = self.connection.stream
+        stream = _stream_of(self.connection)
         if stream is not None:
             stream.refuse()
         elif self.refusal:
@@ -332,6 +334,11 @@ def _code(status: Any) -> int:
         return int(status[:3])
     except (TypeError, ValueError):
         return 0
+
+
+def _stream_of(connection: Connection) -> Stream | None:
+    """Return the running stream of a connection, ``None`` before and after it."""
+    return cast("Stream | None", connection.stream)
 
 
 def _format_of(headers: Any) -> Format | None:
@@ -379,7 +386,7 @@ class _Lazy:
             first = next(iterator)
         except BaseException as error:
             if head.format is None and head.refusal is None:
-                head.leave_place_to(head.connection.stream)
+                head.leave_place_to(_stream_of(head.connection))
                 raise
             rest = _Rest(self._app_iter, iterator, error=error)
         else:
@@ -388,7 +395,9 @@ class _Lazy:
             self._app_iter = ()  # refuse() closes it
             return iter(head.refuse(rest))
         if head.format is None:
-            head.leave_place_to(head.connection.stream)  # a response of ours, or None
+            head.leave_place_to(
+                _stream_of(head.connection)
+            )  # a response of ours, or None
             return rest
         self._stream = head.respond(rest)
         return iter(self._stream)
