@@ -10,7 +10,7 @@ from ..runtime.clock import time
 from ..runtime.waiting import entered
 from .contract import Departure, Feed
 from .iteration import LOOK_EVERY, Failure, Iteration
-from .monitor import LOOK_EVERY as WATCHED_LOOK_EVERY
+from .monitor import WATCHED_LOOK_EVERY
 from .output import PIECE
 
 __all__ = ["chunks_of_feed"]
@@ -44,7 +44,7 @@ def chunks_of_feed(
             if not ended:
                 first, events = _first_step(run, feed, is_leaving=departure is not None)
         except BaseException as error:
-            failure = run.judged(error)
+            failure = run.failure_in(error)
         if output.opening is not None and not ended:
             if departure is not None and failure is None:
                 departure.begin()

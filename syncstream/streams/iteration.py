@@ -92,7 +92,7 @@ class Iteration:
         """
         stream, reference, ended = self.stream, self._reference, self._ended
         running, enter, runner = current.get, current.set, runner_function()
-        keepalive, judged = self._monitor.keepalive, self._judged
+        keepalive, taken = self._monitor.keepalive, self._take
 
         def step(advance: Callable[[], Any]) -> Any:
             # What entered() does; but the scope stays ours after the step, unless
@@ -105,7 +105,7 @@ class Iteration:
             try:
                 return None if ended else advance()
             except BaseException as error:
-                return judged(error)
+                return taken(error)
             finally:
                 stream.is_running = False
                 if keepalive.is_writing:
@@ -115,8 +115,8 @@ class Iteration:
 
         return step
 
-    def _judged(self, error: BaseException) -> Failure | None:
-        """Return what a step has failed by; ``None`` if it is an end."""
+    def _take(self, error: BaseException) -> Failure | None:
+        """Take what a step has raised; return a failure, ``None`` for an end."""
         if isinstance(error, StopIteration):
             value = None if self._ended else error.value
             returned = None if value is None else checked_return(value)
@@ -125,17 +125,17 @@ class Iteration:
             self._outcome.decide("finished")
             return None
         if not self._ended:
-            failure = self.judged(error)
+            failure = self.failure_in(error)
             if failure is not None:
                 return failure
         self._take_late(error)
         return None
 
-    def judged(self, error: BaseException) -> Failure | None:
-        """Return what the source has failed by; ``None`` if it is an end, and decided.
+    def failure_in(self, error: BaseException) -> Failure | None:
+        """Return what the source has failed by; ``None`` for an end, which is decided.
 
         Args:
-            error: What it has raised.
+            error: What the source has raised.
         """
         reason = self._reason_in(error)
         if reason is not None:

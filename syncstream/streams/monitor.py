@@ -33,13 +33,14 @@ from .output import PIECE, Output
 from .send_timeout import LOOKS, Progress, SendTimeout, progress_of
 from .source import Source
 
-__all__ = ["CUT", "Monitor", "jittered"]
+__all__ = ["CUT", "WATCHED_LOOK_EVERY", "Monitor", "jittered"]
 
 R = TypeVar("R")
 
 log = logging.getLogger("syncstream.stream")
 
-LOOK_EVERY = 1.0  # seconds between two looks of a busy stream, where it is watched
+WATCHED_LOOK_EVERY = 1.0
+"""At most every so many seconds a busy stream that is watched looks by itself."""
 VANISH_EVERY = 0.1  # seconds between two looks whether the server has closed a socket
 STARVED = 0.2  # seconds in which a hub has not run its watch
 STUCK = 1.0  # seconds that a write may block once the stream has ended
@@ -190,7 +191,7 @@ class Monitor:
             self._outcome.decide("max_duration")
         if self._hung_up is not None and now < self._look_at:
             return
-        self._look_at = now + LOOK_EVERY
+        self._look_at = now + WATCHED_LOOK_EVERY
         if connection is not None and connection.is_hung_up():
             self._outcome.decide(self.how_gone())
             return

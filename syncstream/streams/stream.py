@@ -360,7 +360,8 @@ class Stream:
         """Whether the client is there: one look at the socket, now.
 
         ``True`` where the server hides its socket, ``False`` once the stream has
-        been closed.
+        been closed. ``False`` tells the stream's own generator of its end, as a wait
+        does by an exception: it may clean up then, and waits do not interrupt it.
         """
         if self._closing.is_closed or self.reason in GONE:
             return False

@@ -1,0 +1,88 @@
+"""Sources that need no thread: whatever is a `Feed`, not subscriptions alone."""
+
+import pytest
+
+from syncstream.errors import Closed, Unavailable
+from syncstream.streams.contract import Feed
+from tests.support.pairs import Line, serve, stream_of
+
+
+class Frames:
+    """A feed's chunks, of some events each."""
+
+    def __init__(self, chunks):
+        self.chunks, self.events = iter(chunks), 0
+
+    def __next__(self):
+        for chunk in self.chunks:
+            self.events += chunk.count(b"\n\n")
+            return chunk
+        raise Closed("kicked")
+
+
+class Source:
+    """A feed that has all of its events from the beginning."""
+
+    begins_with_user_code = False
+
+    def __init__(self, chunks=(), begin=None):
+        self.chunks, self.failure = chunks, begin
+        self.begun = self.closed = 0
+
+    def begin(self):
+        self.begun += 1
+        if self.failure is not None:
+            raise self.failure
+
+    def step(self):
+        raise AssertionError("it does not leave its thread")
+
+    def frames(self, is_events, dumps, scope):
+        return Frames(self.chunks if is_events else ())
+
+    def detach(self, waiter):
+        raise AssertionError("it does not leave its thread")
+
+    def count(self, events):
+        raise AssertionError("its frames count for themselves")
+
+    def __iter__(self):
+        raise AssertionError("its frames are what is read")
+
+    def close(self):
+        self.closed += 1
+
+
+def test_what_is_a_feed():
+    """By what it can do: generators and lists are none."""
+    assert isinstance(Source(), Feed)
+    assert not isinstance(iter(()), Feed)
+    assert not isinstance([], Feed)
+
+
+def test_a_feed_is_sent_from_its_thread(caplog):
+    """The loop serves subscriptions: all others stay, and end as subscriptions do."""
+    source = Source([b"data: a\n\ndata: b\n\n", b"data: c\n\n"])
+    stream = stream_of(source, Line())
+    assert not stream.will_leave
+    with caplog.at_level("DEBUG", "syncstream.stream"):
+        *chunks, last = serve(stream)
+    assert chunks == [b": ok\n\n", *source.chunks]
+    assert last.startswith(b"retry: ")  # and comes back
+    assert (stream.reason, source.begun, source.closed) == ("kicked", 1, 1)
+    assert "3 events" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("failure", [Unavailable("down"), Closed("denied"), KeyError])
+def test_a_feed_that_cannot_begin(failure):
+    """It waits for its broker; or has ended, or failed, before its first chunk."""
+    source = Source([b"data: a\n\n"], begin=failure)
+    stream, chunks = stream_of(source, Line()), []
+    try:
+        chunks += serve(stream)
+    except ConnectionResetError:
+        assert failure is KeyError
+    begins = isinstance(failure, Unavailable)
+    assert (b"data: a\n\n" in chunks) == begins
+    reasons = {True: "kicked", False: "denied" if failure is not KeyError else "error"}
+    assert (stream.reason, source.closed) == (reasons[begins], 1)
