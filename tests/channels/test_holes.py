@@ -9,6 +9,7 @@ from syncstream import Gap, Hub
 from syncstream.brokers.log import START
 from syncstream.channels import limits
 from syncstream.channels.ids import composite
+from tests.channels.readers import read_all
 from tests.support.removable import Removable, untold
 
 COUNT = 5
@@ -37,13 +38,6 @@ def hub(broker):
     hub = Hub(broker=broker)
     yield hub
     hub.close()
-
-
-def read_all(subscription):
-    found = []
-    while events := subscription.read(0):
-        found += events
-    return found
 
 
 def shape(events):
