@@ -24,6 +24,7 @@ from syncstream.brokers.local import LocalBroker, database
 from syncstream.brokers.local import files as files_module
 from syncstream.brokers.local import listener as listener_module
 from syncstream.brokers.local import process as process_module
+from syncstream.brokers.local.threads import Job, Thread
 from syncstream.errors import PayloadTooLarge, Unavailable
 from syncstream.runtime.journal import journal
 from syncstream.testing import check_broker
@@ -482,6 +483,68 @@ def test_idle_channels_are_forgotten(make, monkeypatch):
     page = lasting.read("c0", old)
     assert not page.complete
     assert [entry.payload for entry in page.entries] == [b"y"]
+
+
+def test_idle_channels_are_forgotten_behind_busy_ones(make, monkeypatch):
+    """They are looked at a part at a time; the next part comes after the last one."""
+    monkeypatch.setattr(database, "MAX_CHANNELS", 1000)
+    monkeypatch.setattr(database, "_CHANNELS", 100)
+    broker = make(max_age=0.1)
+    deadline, number = time.monotonic() + TIMEOUT, 0
+    busy = [(f"busy{n}", b"x") for n in range(100)]
+    broker.publish(busy)
+    (old,) = broker.publish([("behind", b"x")])
+    while broker.read("behind", None).head == old:
+        assert time.monotonic() < deadline
+        broker.publish([*busy, *((f"d{number + n}", b"x") for n in range(100))])
+        number += 100
+
+
+def test_files_that_are_replaced_while_they_are_opened(make, folder, monkeypatch):
+    """Those that are there then are opened, not those that were."""
+    (id,) = make().publish([("a", b"x")])
+    path, connect, replaced = f"{folder}/log/log.db", sqlite3.connect, []
+
+    def replacing(*words, **options):
+        if not replaced:
+            replaced.append(shutil.copy2(path, f"{path}.copy"))
+            os.replace(f"{path}.copy", path)
+        return connect(*words, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", replacing)
+    assert make().read("a", None).head == id
+    assert replaced
+
+
+def test_a_sink_that_fails_is_told_that_some_are_missing(make, caplog):
+    """What it has not taken; others are told as before."""
+
+    class Failing(Told):
+        def deliver(self, channel, entry):
+            if not self.resyncs:
+                raise LookupError("broken")
+            super().deliver(channel, entry)
+
+    broker, sink = make(), Failing()
+    broker.attach(sink)
+    broker.watch("a")
+    broker.publish([("a", b"1")])
+    await_true(lambda: sink.resyncs)
+    broker.publish([("a", b"2")])
+    await_true(lambda: b"2" in sink.payloads)
+    assert "LookupError: broken" in caplog.text
+
+
+def test_a_thread_works_when_it_is_woken():
+    """Once for each time; and it tells that it has ended."""
+    served = []
+    thread = Thread(lambda: served.append(thread.take()))
+    job = Job()
+    thread.add(job)
+    await_true(lambda: served)
+    time.sleep(0.05)
+    assert served == [job]
+    assert thread.close(time.monotonic() + TIMEOUT)
 
 
 def test_a_clock_that_is_put_back_tears_no_hole(make, monkeypatch):

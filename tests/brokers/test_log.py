@@ -154,6 +154,22 @@ def test_the_first_part_ends_with_its_last_byte():
     assert first_part(entries) == entries[:2]
 
 
+def test_a_chunk_ends_with_its_last_byte():
+    """One that has just as many bytes as it may have is full, and stays the same."""
+    log = Log()
+
+    def add(id):
+        fields = b"x" * (JOIN // 2 - len(f"id: {id}\n"))
+        log.append(Entry(id, log.head, fields))
+
+    for id in ("1-0", "2-0", "3-0"):
+        add(id)
+    end, chunk = log.joined(0)
+    assert (end, len(chunk)) == (2, JOIN)
+    add("4-0")
+    assert log.joined(0)[1] is chunk
+
+
 def test_one_entry_is_never_cut():
     """A single one goes out whole, however large."""
     log = Log()

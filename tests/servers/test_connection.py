@@ -6,9 +6,14 @@ import socket
 import ssl
 import struct
 import sys
+import threading
+import urllib.request
+from dataclasses import replace
 
 import pytest
+from werkzeug.serving import make_server
 
+import syncstream.runtime.process
 from syncstream.runtime.process import process
 from syncstream.runtime.sockets import acknowledged, give_up_after, is_hung_up, queued
 from syncstream.servers import server_of
@@ -238,3 +243,61 @@ def test_where_no_cut_can_be_seen_it_is_said(pair, is_unix, protocol, caplog):
     is_said = is_unix and protocol == "HTTP/1.0"
     assert ("proxy_http_version 1.1" in caplog.text) == is_said
     assert len(caplog.records) == is_said
+
+
+class Response:
+    """A server's response, as cheroot's: its write may be replaced for a time."""
+
+    def write(self, data):
+        """It goes nowhere."""
+
+
+def connection_of(pair, write, headers=()):
+    """Return a connection whose server has this ``write``, and sends these headers."""
+    connection = Connection.of(environ_of(pair[0]))
+    connection.server = replace(
+        connection.server,
+        own_write=lambda environ: write,
+        sent=lambda write: None,
+        headers=lambda write: list(headers),
+        warnings=lambda environ: (),
+    )
+    connection.find_write()
+    return connection
+
+
+def test_a_server_s_write_is_counted_for_one_response(pair):
+    """The next one of the connection has it as it was."""
+    response = Response()
+    connection = connection_of(pair, response.write)
+    response.write(b"abc")
+    assert connection.has_got(3)
+    connection.leave_write()
+    assert "write" not in vars(response)
+
+
+def test_compression_by_the_server_s_side_is_warned_of(pair, monkeypatch, caplog):
+    """A middleware compresses what it passes on, and leaves ``write`` as it is."""
+    monkeypatch.setattr(syncstream.runtime.process, "processes", {})
+    encoded = [("content-encoding", "gzip")]
+    connection = connection_of(pair, Response().write, encoded)
+    assert connection.write is None
+    connection.warn()
+    assert "compresses streams" in caplog.text
+
+
+def test_werkzeug_shows_its_headers():
+    """Those that it sends, given its own ``write``."""
+    seen = []
+
+    def app(environ, start_response):
+        write = start_response("200 OK", [("X-A", "1")])
+        seen.append(server_of(environ).headers(write))
+        return [b""]
+
+    with make_server("127.0.0.1", 0, app) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        urllib.request.urlopen(f"http://127.0.0.1:{server.port}", timeout=10).close()
+        thread.join()
+    assert seen == [[("X-A", "1")]]

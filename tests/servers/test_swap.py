@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import ssl
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from syncstream.runtime.sockets import is_hung_up
+from syncstream.runtime.watch import watch
 from syncstream.servers import server_of
 from syncstream.servers.swap import Refused, Swap, read_back
 from tests.apps.swap_app import JUNK, OPENING
@@ -721,6 +723,70 @@ def test_no_other_thread_puts_a_connection_back(pair):
     os.close(taken.fd)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(swap.close).result()
+
+
+def test_nothing_is_swapped_before_it_is_sent(pair):
+    """Bytes that the server keeps would come after those of the new owner."""
+    server, client = pair
+    environ = environ_of(server)
+    waits = replace(server_of(environ), unsent=lambda environ: 1)
+    with pytest.raises(Refused, match="has not sent") as raised:
+        Swap(environ, waits)
+    assert raised.value.is_choice
+    server.sendall(b"late")
+    assert client.recv(100) == b"late"
+
+
+def test_undo_waits_for_the_server_s_lock(pair):
+    """A server with a thread that writes must not write into the pair just then."""
+    server, client = pair
+    environ, lock = environ_of(server), threading.Lock()
+    locked = replace(server_of(environ), lock=lambda environ: lock)
+    with ThreadPoolExecutor(1) as pool:
+        swap = pool.submit(Swap, environ, locked).result()
+        with lock:
+            server.sendall(b"first ")
+            undone = pool.submit(swap.undo)
+            with pytest.raises(TimeoutError):
+                undone.result(0.1)
+            server.sendall(b"second")
+        undone.result()
+    assert client.recv(12, socket.MSG_WAITALL) == b"first second"
+
+
+@pytest.fixture
+def gevent_with_a_watch():
+    """A hub and its watch stay: their descriptors are not a swap's."""
+    gevent = pytest.importorskip("gevent")
+    gevent.spawn(watch).get()
+    return gevent
+
+
+def test_undo_lets_the_hub_run(gevent_with_a_watch, pair, monkeypatch):
+    """Under gevent, where the slow client may wait for another greenlet."""
+    gevent = gevent_with_a_watch
+    monkeypatch.setattr("syncstream.servers.swap._SEND_TIMEOUT", 5.0)
+    server, client = pair
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    data, received = os.urandom(100_000), bytearray()
+
+    def put_back():
+        swap = swap_of(server)
+        server.sendall(data)
+        swap.undo()
+
+    def read():
+        while len(received) < len(data):
+            try:
+                received.extend(client.recv(65536) or data)
+            except BlockingIOError:
+                gevent.sleep(0.001)
+
+    greenlets = [gevent.spawn(read), gevent.spawn(put_back)]
+    gevent.joinall(greenlets, timeout=TIMEOUT, raise_error=True)
+    assert received == data
 
 
 def has_come_to(client):
