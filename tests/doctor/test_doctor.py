@@ -362,6 +362,9 @@ def _unhurried(monkeypatch):
     """A busy machine holds something back, too: that is no finding here."""
     monkeypatch.setattr(timing, "SLOW", PATIENCE)
     monkeypatch.setattr(timing, "SILENCE", PATIENCE)
+    # Nor has it the time for a flood up to the bounds.
+    monkeypatch.setattr(doctor, "MAX_BYTES", 2**22)
+    monkeypatch.setattr(doctor, "MAX_EVENTS", 20_000)
 
 
 def is_left(conn, pause=0.02):
