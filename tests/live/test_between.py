@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.live import TABLE, LiveServer, unique_key
 
-WARNING = "streams have no keepalive while their generators wait"
+WARNING = "streams send no keepalive while their generators wait"
 KINDS = [kind for kind in TABLE if kind != "uwsgi"]  # its write is not known
 
 

@@ -28,25 +28,23 @@ T = TypeVar("T")
 class LocalBroker:
     """Events in a file, for all processes of this machine.
 
-    Nothing is opened and no thread started before it is used. Durable as SQLite's
-    ``synchronous=NORMAL`` is: what was published survives any process that is
-    killed; a power cut may take the last moments.
+    It opens no file and starts no thread before its first use. It is as durable as
+    SQLite's ``synchronous=NORMAL``: published events survive killed processes; a power
+    cut may lose the last moments.
 
     Args:
-        url: ``local:``, or ``local:NAME`` to keep applications apart: a folder of
-            this user's own in the temporary directory. ``local:/PATH``: that folder;
-            it is made, but not the one it is in. What it may be read by is its
-            owner's care.
-        capacity: So many events of each channel are kept.
-        max_age: Events are kept for so many seconds; ``None`` for no limit.
-        max_size: So many bytes the file may have, roughly; beyond that the oldest
-            events of all channels go.
-        publish_timeout: Seconds until a publish gives up, and a read; ``None`` for
-            no limit.
+        url: ``local:``, or ``local:NAME`` to separate applications: a folder of this
+            user in the temporary directory. ``local:/PATH``: that folder, which is
+            made, but not its parent. Its rights are its owner's responsibility.
+        capacity: The maximum of kept events of each channel.
+        max_age: Seconds for which events are kept; ``None`` for no limit.
+        max_size: The maximum size of the file in bytes, roughly; beyond it the oldest
+            events of all channels are removed.
+        publish_timeout: Seconds after which a publish or read gives up; ``None`` for no
+            limit.
 
     Raises:
-        ValueError: The URL is not one of these, or the path is too long, or a bound
-            is none.
+        TypeError, ValueError: The URL, its path or another argument is wrong.
     """
 
     scope: Literal["machine"] = "machine"
@@ -76,12 +74,12 @@ class LocalBroker:
         self._is_closed = False
         self._is_heir = False
         self._is_spoilt = False
-        # Reentrant, as all that a garbage collection may enter.
+        # Reentrant: a garbage collection while it is held may take it.
         self._lock = native(_thread, "RLock")()
         self._parts = PerProcess(self, Process.drop, LocalBroker._leave_to_parent)
 
     def _leave_to_parent(self, parents: Process | None) -> None:
-        """Let go of what is the parent's; in the child, where no thread goes on."""
+        """Release the parent's part, in a forked child, which has no threads of it."""
         self._is_heir = bool(self.watched)
         self._lock = native(_thread, "RLock")()
         if parents is None:
@@ -89,22 +87,26 @@ class LocalBroker:
         parents.let_go()
         if parents.has_files:
             self._is_spoilt = True
-            spoilt.append(parents)  # a garbage collection would close them
+            spoilt.append(parents)  # keep it: a garbage collection would close files
 
     def _own(self) -> Process:
-        """Return this process's part; begun by its first use."""
+        """Return this process's part, and make it at its first use.
+
+        Raises:
+            Unavailable: The broker is closed, or unusable after a fork.
+        """
         with self._lock:
             if self._is_closed:
                 raise Unavailable("local: is closed")
             process = self._parts.get()
             if self._is_spoilt:
                 raise Unavailable(
-                    f"{self.path} was in use when this process was forked by what does"
-                    " not say so: use it only after that (uWSGI: lazy-apps, or"
-                    " @postfork)"
+                    f"{self.path} was in use when this process was forked without"
+                    " Python's knowledge: use the hub only after the fork (uWSGI:"
+                    " lazy-apps, or @postfork)"
                 )
             if process is None:
-                with _forking:  # not between a fork's beginning and the fork
+                with _forking:  # not while a fork is being prepared
                     process = self._parts.begin(Process(self))
             return process
 
@@ -117,7 +119,7 @@ class LocalBroker:
         refuse_connection("local", connection)
         _, _, max_size = self._bounds
         for channel, payload in items:
-            channel.encode()  # what SQLite does not take is the caller's error
+            channel.encode()  # raise here for names that SQLite does not accept
             if len(payload) > max_size // 4:
                 raise PayloadTooLarge(
                     f"an event must have {max_size // 4} bytes at most, a quarter of"
@@ -136,11 +138,13 @@ class LocalBroker:
         return process.read(channel, after, limit)
 
     def newest(self, channel: str, count: int) -> tuple[str, str]:
-        """Return the id before the newest events of a channel, and its head's.
+        """Return the id before a channel's newest events, and the head's id.
+
+        The events themselves are not read.
 
         Args:
-            channel: Its name.
-            count: Of so many of them, or all that are kept. None of them is read.
+            channel: The channel's name.
+            count: The number of newest events; all kept ones if there are fewer.
 
         Raises:
             Unavailable: As from `read`.
@@ -153,10 +157,10 @@ class LocalBroker:
         self.health.sink = sink
 
     def watch(self, channel: str) -> None:
-        # First: what is stored from now on is looked at with this in mind.
+        # First, so that every event stored from now on is announced.
         self.watched.add(channel)
         if self._is_closed:
-            return  # and there will be nothing to tell
+            return  # nothing will be announced any more
         try:
             self._own().listen()
         except BaseException:
@@ -168,7 +172,7 @@ class LocalBroker:
         self.watched.discard(channel)
 
     def _go_on(self, process: Process) -> None:
-        """Listen in a forked child, too, if its parent did."""
+        """Listen in a forked child if its parent did."""
         if self.watched and not process.is_listening:
             process.listen()
 
@@ -180,7 +184,7 @@ class LocalBroker:
         if process is not None:
             process.close(timeout)
 
-    # For the process's part.
+    # For this process's part.
 
     @property
     def bounds(self) -> Bounds:
@@ -196,16 +200,16 @@ class LocalBroker:
 
     @property
     def is_heir(self) -> bool:
-        """Its parent has listened, too: what came since the fork was not told."""
+        """Whether the parent has listened: events since the fork were not announced."""
         return self._is_heir
 
 
-_forking = native(_thread, "RLock")()  # one at a time
+_forking = native(_thread, "RLock")()  # held from a fork's preparation to its end
 
 
 def _forks() -> None:
     _forking.acquire()
-    for process in list(processes):  # of brokers that were dropped, too
+    for process in list(processes):  # including those of dropped brokers
         if process.pid == os.getpid():
             paused.append(process)
             process.pause()
@@ -221,13 +225,13 @@ def _forked() -> None:
     global _forking
     _forking = native(_thread, "RLock")()
     paused.clear()
-    for process in list(processes):  # of brokers that were just being dropped, too
+    for process in list(processes):  # including those of dropped brokers
         if process.pid != os.getpid():
             process.let_go()
             if process.has_files:
                 spoilt.append(process)
 
 
-# In the child at once, not at the next use: who has a lock's or a socket's descriptor,
-# too, keeps it held, or open, when its parent is killed.
+# In the child at once, not at its next use: a child with copies of descriptors would
+# keep locks held and sockets open after its parent was killed.
 os.register_at_fork(before=_forks, after_in_parent=_has_forked, after_in_child=_forked)

@@ -32,18 +32,21 @@ __all__ = [
 
 log = logging.getLogger("syncstream.brokers.local")
 
-VERSION = 1  # of the tables
-MAX_CHANNELS = 100_000  # that are remembered when all their events are gone
+VERSION = 1  # the version of the tables
+MAX_CHANNELS = 100_000  # the maximum of remembered channels, with or without events
 
-APPLICATION = 0x73796E63  # "sync": tells our databases from others
-_PAGE = 8 << 20  # bytes that are read at once
-_WAL, _WAL_MAX = 4 << 20, 16 << 20  # bytes, from which on it is checkpointed
-_SEEN = 2000  # milliseconds, within which listeners have seen an event
-_SWEEP = 64  # events between two looks for what is too old, or too much
-_CHANNELS = 5000  # that are looked at in one go, whether they can be forgotten
+APPLICATION = 0x73796E63  # "sync": distinguishes our databases from others
+_PAGE = 8 << 20  # bytes read at once
+_WAL, _WAL_MAX = (
+    4 << 20,
+    16 << 20,
+)  # bytes of the WAL for a passive checkpoint, and full
+_SEEN = 2000  # milliseconds after which all listeners have seen an event
+_SWEEP = 64  # events between two searches for old events
+_CHANNELS = 5000  # channels checked in one search for empty ones
 
 _TABLES = files(__package__).joinpath("tables.sql").read_text("utf-8")
-# secure_delete, Debian's default, overwrites with zeros what is trimmed.
+# secure_delete, Debian's default, overwrites trimmed events with zeros.
 _SETTINGS = (
     "synchronous=NORMAL",
     "wal_autocheckpoint=0",
@@ -57,8 +60,6 @@ Row = tuple[int, str, Entry]  # place, channel, event
 Bounds = tuple[int, "float | None", int]  # capacity, max_age, max_size
 
 
-# What is in them.
-
 _Identity = tuple[tuple[int, int], ...]  # device and inode of each file
 SUFFIXES = "", "-wal", "-shm"
 _ASIDE = "-aside"
@@ -66,7 +67,7 @@ _databases: weakref.WeakSet[Database] = weakref.WeakSet()
 
 
 def _close_all(known: _Identity | None) -> None:
-    """Close this process's connections to a database; by who has the lock."""
+    """Close this process's connections to a database; with the lock."""
     for database in list(_databases):
         identity = database.identity
         if known is None or identity is None or identity[0] != known[0]:
@@ -76,11 +77,11 @@ def _close_all(known: _Identity | None) -> None:
 
 
 class Database:
-    """A connection to the log, of one thread at a time.
+    """A connection to the log, for one thread at a time.
 
     Attributes:
-        guard: Held by who uses it, and by who forks, who has closed it. Who wants the
-            right to write, too, has that before.
+        guard: Held while a thread uses the connection, and during a fork, for which
+            the connection is closed. Take the `Lock` before it if you need both.
     """
 
     def __init__(self, path: str) -> None:
@@ -90,16 +91,16 @@ class Database:
         self._file = f"{path}/log.db"
         self.identity: _Identity | None = None
         self._connection: sqlite3.Connection | None = None
-        self._swept = 0  # events since old ones were looked for
-        self._swept_to = 0  # the channel that was looked at last
-        self._added = 0  # since channels were looked for
+        self._swept = 0  # events since the last search for old ones
+        self._swept_to = 0  # the last channel of the last search for empty ones
+        self._added = 0  # channels since that search
         self._commits = 0  # since the last checkpoint
-        self._stored = 0  # bytes since then
+        self._stored = 0  # bytes since the last checkpoint
         _databases.add(self)
 
     @property
     def connection(self) -> sqlite3.Connection:
-        if self._connection is None:  # the handler of a signal has forked
+        if self._connection is None:  # a signal handler has forked
             raise sqlite3.ProgrammingError("closed by a fork")
         return self._connection
 
@@ -108,22 +109,22 @@ class Database:
         return self._connection is not None
 
     def is_current(self) -> bool:
-        """Tell whether it is open, and all its files where they were."""
+        """Tell whether it is open and all its files are in place."""
         return self.identity is not None and self._find() == self.identity
 
     def _find(self) -> _Identity | None:
-        """Return what the files are now, if all are there."""
+        """Return the identity of the present files, ``None`` unless all are there."""
         try:
             found = [os.stat(self._file + suffix) for suffix in SUFFIXES]
-        except OSError:  # to open it again will say what it is
+        except OSError:  # opening them again will raise the error
             return None
         return tuple((file.st_dev, file.st_ino) for file in found)
 
     def _is_split(self) -> bool:
-        """Tell whether this process has another set of these files open.
+        """Tell whether this process has an older set of these files open.
 
-        What SQLite has of the index (-shm) it shares among a process's connections: a
-        new one would have that, too, wherever the name leads by now.
+        SQLite shares its index (-shm) among a process's connections: a new connection
+        would use the old index, whatever file has its name now.
         """
         found = [other.identity for other in list(_databases)]
         return any(
@@ -133,9 +134,9 @@ class Database:
         )
 
     def _has_stray_index(self) -> bool:
-        """Tell whether the index is of a WAL that was removed.
+        """Tell whether there is an index (-shm) whose WAL was removed.
 
-        SQLite makes it after the WAL, and removes it before.
+        SQLite makes the index after the WAL, and removes it before the WAL.
         """
         try:
             found = os.stat(f"{self._file}-shm")
@@ -145,41 +146,41 @@ class Database:
             return False
 
     def open_to_read(self) -> bool:
-        """Open the files if all are there; without the lock.
+        """Open the files if all are there, without the lock; return whether they were.
 
         Raises:
             Unavailable: It is not a log of this version.
         """
-        if self.is_open:  # to close it takes the lock
+        if self.is_open:  # closing it needs the lock
             return False
-        # Who makes some of them has the lock: others cannot use them until they have
-        # their rights.
+        # A process that makes files holds the lock: they are unusable for others until
+        # their rights are set.
         before = self._find()
         if before is None:
             return False
         try:
             self._connect()
         except (FileNotFoundError, sqlite3.OperationalError):
-            return False  # or it is just being made, or removed
+            return False  # perhaps it is being made or removed just now
         if before == self.identity and not self._is_split():
             return True
         self.close()
         return False
 
     def open(self) -> None:
-        """Open the files, or make them; by who has the lock, and not the guard.
+        """Open the files, or make them; with the lock, and without the guard.
 
         Raises:
             Unavailable: It is not a log of this version.
         """
         if not os.path.exists(self._file):
-            with suppress(FileNotFoundError):  # who was to move it back was killed
+            with suppress(FileNotFoundError):  # the process that moved it was killed
                 os.rename(f"{self._file}{_ASIDE}", self._file)
         known = self.identity
         if known is not None:
             self._leave_files(known)
         if not os.path.exists(self._file):
-            # Of a database that was removed, and maybe still is used.
+            # They belong to a removed database, which may still be in use.
             for suffix in SUFFIXES[1:]:
                 with suppress(FileNotFoundError):
                     os.unlink(self._file + suffix)
@@ -197,15 +198,15 @@ class Database:
             self._compare(known, is_made)
 
     def _compare(self, known: _Identity | None, is_made: bool) -> None:
-        """Break all chains if a WAL was removed: what was stored last is not there.
+        """Break all chains if a WAL was removed, and the last events with it.
 
-        Else those who had not got it yet would go on with what is stored now. Which
-        WAL is in use (its inode) stands in the lock's file, so that this is done
-        once, by any process; nothing stands there when the last one has closed it.
+        Otherwise readers that lack those events would continue with the new ones. The
+        lock's file contains the inode of the WAL in use, so that one process does this
+        once; it is empty after the last process has closed the log.
 
         Args:
-            known: What this process had until now.
-            is_made: This WAL is new; the number may have been another's.
+            known: The files that this process used until now.
+            is_made: This WAL is new, even if it has the inode of an older one.
         """
         assert self.identity is not None
         mine = str(self.identity[1][1]).encode()
@@ -215,7 +216,7 @@ class Database:
         if noted or (known is not None and (is_made or known[1] != self.identity[1])):
             execute = self.connection.execute
             execute("BEGIN IMMEDIATE")
-            # As if each channel's newest event had been stored, and deleted.
+            # As if one more event of each channel had been stored and deleted.
             execute(
                 "UPDATE channel SET last = last + 1, nonce = abs(random() % 4294967296)"
             )
@@ -239,11 +240,11 @@ class Database:
             os.close(fd)
 
     def _leave_files(self, known: _Identity | None) -> None:
-        """Close what this process has of files that are not where they were."""
+        """Close this process's connections to files that are not in place any more."""
         text = (
-            "%s: its files were removed or replaced while they were used; what was"
-            " stored meanwhile may be lost, and subscribers are told (a cleaner of"
-            " temporary files? use local:/PATH)"
+            "%s: its files were removed or replaced while in use, so recent events may"
+            " be lost; subscribers get a reset. If a cleaner of temporary files did it,"
+            " use local:/PATH"
         )
         say(log, logging.WARNING, text, self._path)
         try:
@@ -253,7 +254,8 @@ class Database:
             return
         here = found.st_dev, found.st_ino
         if known is not None and here != known[0]:
-            # SQLite sees that it was moved; but the WAL is not that of a new one.
+            # SQLite notices the moved database, but its WAL must not stay for the new
+            # one.
             for suffix, one in zip(SUFFIXES[1:], known[1:], strict=True):
                 with suppress(FileNotFoundError):
                     other = os.stat(self._file + suffix)
@@ -261,8 +263,8 @@ class Database:
                         os.unlink(self._file + suffix)
             _close_all(known)
             return
-        # To close the last connection is a checkpoint, and removes the WAL by its name:
-        # that of others, by now. Not so if the database has moved.
+        # Closing the last connection makes a checkpoint and removes the WAL by name,
+        # which is other processes' by now. SQLite does not if the database was moved.
         os.rename(self._file, f"{self._file}{_ASIDE}")
         try:
             _close_all((here,))
@@ -272,11 +274,11 @@ class Database:
     def _connect(self, may_make: bool = False) -> None:
         if os.stat(self._file).st_nlink > 1:
             raise Unavailable(
-                f"{self._file} has another name (a hard link), where SQLite would keep"
-                " another log: remove that name, or stop all processes and copy the"
-                " file (cp, and mv it back)"
+                f"{self._file} has a second name (a hard link), under which SQLite"
+                " would keep another log: remove that name, or stop all processes and"
+                " replace the file by a copy (cp, then mv)"
             )
-        connection = sqlite3.connect(  # never makes the file: wherever a link leads
+        connection = sqlite3.connect(  # mode=rw: a link must not make it create a file
             f"file:{quote(os.fsencode(self._file))}?mode=rw",
             uri=True,
             timeout=0.25,
@@ -290,10 +292,10 @@ class Database:
                 connection.execute(f"PRAGMA {setting}")
             identity = self._find()
             if identity is None:
-                raise sqlite3.OperationalError("its files are just being removed")
+                raise sqlite3.OperationalError("its files are being removed just now")
             folder = os.path.dirname(self._file)
             rights = file_mode(folder), os.stat(folder).st_gid
-            for suffix in SUFFIXES:  # what earlier releases have made
+            for suffix in SUFFIXES:  # files of earlier releases
                 settle(self._file + suffix, *rights)
         except BaseException:
             connection.close()
@@ -303,7 +305,7 @@ class Database:
 
     def _check(self, connection: sqlite3.Connection, may_make: bool) -> None:
         execute = connection.execute
-        execute("BEGIN")  # somebody may just be making it
+        execute("BEGIN")  # another process may be making the tables
         (version,) = execute("PRAGMA user_version").fetchone()
         (application,) = execute("PRAGMA application_id").fetchone()
         (tables,) = execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -312,17 +314,20 @@ class Database:
             raise Unavailable(f"{self._file} is another application's database")
         if version not in (0, VERSION):
             raise Unavailable(
-                f"{self._file} has tables of version {version}, this syncstream has"
-                f" {VERSION}: run one version of it, or give them a name each"
-                " (local:NAME), or stop them all and remove the folder"
+                f"{self._file} has tables of version {version}, but this syncstream"
+                f" needs {VERSION}: use one release everywhere, or a local:NAME for"
+                " each, or stop all processes and remove the folder"
             )
         if version:
             return
         if not may_make:
-            raise sqlite3.OperationalError("it is just being made")
+            raise sqlite3.OperationalError("its tables are being made just now")
         (mode,) = execute("PRAGMA journal_mode=WAL").fetchone()
         if mode != "wal":
-            raise Unavailable(f"{self._path} cannot have an SQLite log, mode {mode!r}")
+            raise Unavailable(
+                f"{self._path} is on a file system without SQLite's WAL mode, got mode"
+                f" {mode!r}: use another folder, with local:/PATH"
+            )
         execute("BEGIN IMMEDIATE")
         for statement in _TABLES.strip().rstrip(";").split(";"):
             execute(statement)
@@ -337,7 +342,7 @@ class Database:
         try:
             if is_held and self.identity is not None and not self.is_current():
                 self._leave_files(self.identity)
-            # Even so: the last one's close, a checkpoint, needs all others closed.
+            # Even without the lock: a checkpoint at the last close needs all closed.
             with self.guard:
                 self.close()
         finally:
@@ -346,23 +351,23 @@ class Database:
             lock.close()
 
     def close(self) -> None:
-        """Close it; by who has the lock: the last one's close is a checkpoint."""
+        """Close it; with the lock, as the last connection's close is a checkpoint."""
         connection, self._connection = self._connection, None
         is_current, self.identity = self.is_current(), None
         if connection is not None:
             connection.close()
             if is_current and not os.path.exists(f"{self._file}-wal"):
-                with suppress(OSError):  # then chains are broken that were whole
+                with suppress(OSError):  # then whole chains will be broken: harmless
                     self._note(b"")
 
-    # To write.
+    # Writing.
 
     def store(self, items: Items, bounds: Bounds) -> list[str]:
         """Add events, within a transaction; return their ids."""
         execute = self.connection.execute
         now = int(time.time() * 1000)
         capacity, _, _ = bounds
-        # Number and nonce of the newest, and its number when it was found.
+        # For each channel: id, number and nonce of its head, and the number at first.
         heads: dict[str, list[int]] = {}
         rows = []
         ids = []
@@ -387,8 +392,8 @@ class Database:
                 "UPDATE channel SET last = ?, nonce = ? WHERE id = ?",
                 (number, nonce, channel),
             )
-            # Not one by one: readers do not look at what is beyond. Nothing that has
-            # come just now: listeners, on a busy machine, are still to see it.
+            # In batches: readers ignore events beyond the capacity. Recent events stay:
+            # on a busy machine listeners may still have to see them.
             if number > capacity and number // 32 != before // 32:
                 execute(
                     "DELETE FROM event WHERE channel = ? AND number <= ? AND time < ?",
@@ -403,7 +408,7 @@ class Database:
 
     def _head(self, name: str) -> list[int]:
         execute = self.connection.execute
-        # There may be a row that is none of ours beyond the head: it is passed.
+        # A foreign row may be beyond the head: skip its number.
         row = execute(
             "SELECT id, max(last, ifnull((SELECT max(number) FROM event"
             " WHERE channel = channel.id AND number < 1 << 60), 0)), nonce"
@@ -424,7 +429,7 @@ class Database:
         return found
 
     def _sweep(self, now: int, bounds: Bounds) -> None:
-        """Delete what is too old or too much: more than came since the last time."""
+        """Delete old or surplus events, more than have come since the last sweep."""
         execute = self.connection.execute
         _, max_age, max_size = bounds
         count, self._swept = 2 * self._swept, 0
@@ -434,7 +439,7 @@ class Database:
                 " (SELECT seq, time FROM event ORDER BY seq LIMIT ?) WHERE time < ?)",
                 (count, now - int(max_age * 1000)),
             )
-        # What was stored by a clock that has since been put back ages from now on.
+        # Events from the future (the clock was put back) age from now on.
         execute(
             "UPDATE event SET time = ?1 WHERE time > ?1 AND seq <= (SELECT max(seq)"
             " FROM (SELECT seq FROM event ORDER BY seq LIMIT ?2))",
@@ -443,7 +448,7 @@ class Database:
         (page_size,) = execute("PRAGMA page_size").fetchone()
         (pages,) = execute("PRAGMA page_count").fetchone()
         (free,) = execute("PRAGMA freelist_count").fetchone()
-        # What is deleted makes room in the file; it does not shrink.
+        # Deleting frees pages; the file does not shrink.
         if (pages - free) * page_size > max_size:
             self._shrink(max_size // 16)
         if self._added > 1000:
@@ -451,7 +456,7 @@ class Database:
             self._forget_channels()
 
     def _shrink(self, size: int) -> None:
-        """Delete the oldest events of so many bytes."""
+        """Delete the oldest events, as many as have this many bytes."""
         last = 0
         rows = self.connection.execute(
             "SELECT seq, length(payload) FROM event ORDER BY seq"
@@ -465,10 +470,10 @@ class Database:
         self.connection.execute("DELETE FROM event WHERE seq <= ?", (last,))
 
     def _forget_channels(self) -> None:
-        """Forget channels of which nothing is left, if they are very many.
+        """Forget channels without events if there are very many channels.
 
-        Who has such a channel's empty head cannot be told any more whether it has
-        had events since: nobody's will be known.
+        A client with such a channel's head cannot be told any more whether events came
+        since, so the heads of all channels without events become unknown.
         """
         execute = self.connection.execute
         (channels,) = execute("SELECT count(*) FROM channel").fetchone()
@@ -478,7 +483,7 @@ class Database:
             "SELECT id FROM channel WHERE id > ? ORDER BY id LIMIT ?",
             (self._swept_to, _CHANNELS),
         ).fetchall()
-        # At the end it begins again.
+        # At the end, begin again.
         self._swept_to = rows[-1][0] if len(rows) == _CHANNELS else 0
         idle = (
             rows
@@ -492,7 +497,7 @@ class Database:
             execute("UPDATE life SET empty = ?", (make_nonce(),))
 
     def checkpoint(self) -> None:
-        """Move what was written to where it belongs, if it is much; with the lock."""
+        """Make a checkpoint if the WAL is large; with the lock."""
         self._commits += 1
         if self._commits < 64 and self._stored < _WAL:
             return
@@ -504,21 +509,21 @@ class Database:
         if size < _WAL_MAX:
             execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             return
-        # Readers are to be waited for, that it may begin anew; but not for long.
+        # Wait for readers, so that the WAL can restart, but not for long.
         execute("PRAGMA busy_timeout=20")
         execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
         execute("PRAGMA busy_timeout=250")
 
-    # To read.
+    # Reading.
 
     def page(self, name: str, after: str | None, limit: int, bounds: Bounds) -> Page:
-        """Read of a channel; see `Broker.read`."""
+        """Read a page of a channel; see `Broker.read`."""
         connection = self.connection
         connection.execute("BEGIN")
         try:
             return self._page(name, after, limit, bounds)
         finally:
-            # A snapshot that is kept keeps the WAL from beginning anew.
+            # An open snapshot would keep the WAL from restarting.
             connection.rollback()
 
     def _page(self, name: str, after: str | None, limit: int, bounds: Bounds) -> Page:
@@ -535,13 +540,13 @@ class Database:
             return Page((), True, head)
         capacity, max_age, _ = bounds
         since = 0 if max_age is None else int((time.time() - max_age) * 1000)
-        oldest = max(0, last - capacity)  # the number before the oldest one
+        oldest = max(0, last - capacity)  # the number before the oldest event
         number, _ = parse_id(after) or (-1, 0)
         if oldest <= number < last:
             entries = self._entries(channel, number, last, limit, since)
             if entries and entries[0].prev == after:
                 return Page(entries, True, head)
-            # The event itself is kept, the one after it is not: what follows that.
+            # The event is kept but the next one was removed: return the later events.
             row = execute(
                 "SELECT nonce, (SELECT min(number) FROM event WHERE channel = ?1 AND"
                 " number > ?2) FROM event WHERE channel = ?1 AND number = ?2",
@@ -549,8 +554,8 @@ class Database:
             ).fetchone()
             if row and spell_id(number, row[0]) == after and row[1] != number + 1:
                 oldest = number
-        # A clock that is put back does not tear holes: from the first one on that
-        # is new enough all are kept.
+        # From the first event that is new enough, all count as kept: a clock that was
+        # put back makes no holes.
         (first,) = execute(
             "SELECT min(number) FROM event WHERE channel = ? AND number > ?"
             " AND time >= ?",
@@ -564,9 +569,9 @@ class Database:
     def edge(
         self, name: str, count: int, capacity: int, max_age: float | None
     ) -> tuple[str, str]:
-        """Return the id before so many of the newest events, and the head's."""
+        """Return the id before the newest ``count`` events, and the head's id."""
         since = 0 if max_age is None else int((time.time() - max_age) * 1000)
-        # Of one statement: of one moment.
+        # One statement, for one consistent moment.
         row = self.connection.execute(
             "SELECT last, channel.nonce, number - 1, prev FROM channel"
             " LEFT JOIN (SELECT channel, number, prev FROM event WHERE time >= ?1 AND"
@@ -586,7 +591,7 @@ class Database:
     def _entries(
         self, channel: int, number: int, last: int, limit: int, since: int
     ) -> list[Entry]:
-        """Return what follows a number up to the head's, unless that is too old."""
+        """Return the events after a number, unless the first one is too old."""
         rows = self.connection.execute(
             "SELECT number, nonce, prev, time, payload FROM event"
             " WHERE channel = ? AND number > ? AND number <= ?"
@@ -607,14 +612,14 @@ class Database:
         return entries
 
     def newest(self) -> int:
-        """Return the place of the newest event of all."""
+        """Return the place of the newest event of all channels."""
         row = self.connection.execute(
             "SELECT seq FROM sqlite_sequence WHERE name = 'event'"
         ).fetchone()
         return row[0] if row else 0
 
     def tail(self, after: int) -> list[Row]:
-        """Return what follows a place: place, channel, entry each."""
+        """Return the place, channel and entry of each event after a place."""
         rows = self.connection.execute(
             "SELECT seq, name, number, event.nonce, prev, payload"
             " FROM event JOIN channel ON channel.id = event.channel"
@@ -635,9 +640,9 @@ class Database:
 
 
 def entry_of(number: Any, nonce: Any, prev: Any, payload: Any, now: float) -> Entry:
-    """Return a row's event; for a row that is none of ours, one that `flaw` refuses.
+    """Return a row's event; for a foreign row, an event that `flaw` refuses.
 
-    SQLite takes any type in any column.
+    SQLite accepts any type in any column.
     """
     try:
         ids = spell_id(number, nonce), spell_id(number - 1, prev)
@@ -647,4 +652,4 @@ def entry_of(number: Any, nonce: Any, prev: Any, payload: Any, now: float) -> En
 
 
 def text_of(data: bytes) -> str:
-    return data.decode(errors="replace")  # SQLite takes any bytes, too
+    return data.decode(errors="replace")  # SQLite accepts any bytes as text

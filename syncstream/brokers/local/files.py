@@ -25,12 +25,12 @@ __all__ = [
     "said",
     "settle",
 ]
-LOCK_TRY = 0.002  # seconds between two tries
+LOCK_TRY = 0.002  # seconds between two tries to lock
 SAFE = os.O_CLOEXEC | os.O_NOFOLLOW  # the folder may be a group's
-_SHARED = stat.S_ISGID | stat.S_IRWXG  # a folder that a group shares
+_SHARED = stat.S_ISGID | stat.S_IRWXG  # the mode of a folder shared by a group
 _MAX_PATH = 80  # bytes: sun_path takes 104 (macOS), with /wake/<pid>-<random>
 _MOUNTS = "/proc/self/mounts"
-# flock or shared memory do not reach what others of these have, or not reliably.
+# On these, locks and shared memory do not work between machines, or not reliably.
 _NETWORK = (
     *("9p", "afs", "beegfs", "ceph", "cifs", "coda", "fuse", "glusterfs", "gpfs"),
     *("gfs2", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "orangefs", "prl_fs"),
@@ -54,43 +54,46 @@ def path_of(url: str) -> tuple[str, bool]:
         path = os.path.normpath(rest)
         if path == "/" or "\0" in path:
             raise ValueError(
-                f"url's path must name a folder of its own, got {path!r}: use"
-                " local:/PATH"
+                f"url must name a folder below /, as in local:/PATH, got {path!r}"
             )
     elif not rest or _NAME.fullmatch(rest):
-        # Not XDG_RUNTIME_DIR: what logins have, services and cron have not, and
-        # they would not meet.
+        # Not XDG_RUNTIME_DIR: logins have it, services and cron do not, and they would
+        # not share a folder.
         name = f"syncstream-{os.geteuid()}"
         path = os.path.join(tempfile.gettempdir(), name, rest or "default")
     else:
         raise ValueError(
-            "url must be local:NAME, of 40 letters, digits and . _ - at most, or"
-            f" local:/PATH, got {shown(url)} with something else"
+            "url must be local:NAME, with at most 40 letters, digits and . _ -, or"
+            f" local:/PATH, got {shown(url)} with other text"
         )
     if len(os.fsencode(path)) > _MAX_PATH:
         raise ValueError(
-            f"url's path must have {_MAX_PATH} bytes at most, so that sockets can be"
-            f" in it, got {path!r}"
+            f"url must have a path of {_MAX_PATH} bytes at most, as Unix sockets are in"
+            f" it, got {path!r}"
         )
     return path, not rest.startswith("/")
 
 
 def _make(path: str, is_private: bool) -> None:
-    """Make a folder if it is not there; refuse what is not safe."""
+    """Make a folder if it is missing; refuse an unsafe one.
+
+    Raises:
+        Unavailable: The folder is unsafe, or on a network file system.
+    """
     if is_private:
         parent = os.path.dirname(path)
         with suppress(FileExistsError):
             os.mkdir(parent, 0o700)
-        found = os.lstat(parent)  # not of what a link leads to
+        found = os.lstat(parent)  # do not follow a link
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             raise Unavailable(
-                f"{parent} must be a directory of user {os.geteuid()}: use"
-                " local:/PATH, another one"
+                f"{parent} must be a directory of user {os.geteuid()}: use another"
+                " folder, with local:/PATH"
             )
         if found.st_mode & 0o077:
             raise Unavailable(
-                f"{parent} must be its owner's only: chmod 700 {parent}, or use"
-                " local:/PATH, another one"
+                f"{parent} must be closed to other users: chmod 700 {parent}, or use"
+                " another folder, with local:/PATH"
             )
     with suppress(FileExistsError):
         os.mkdir(path, 0o700)
@@ -98,31 +101,31 @@ def _make(path: str, is_private: bool) -> None:
     kind = _network_kind(path)
     if kind is not None:
         raise Unavailable(
-            f"{path} is on a network file system ({kind}), whose locks do not hold"
+            f"{path} is on a network file system ({kind}), whose locks do not work"
             " between machines: use local:/PATH on a disk of this machine, or redis:"
-            " for several"
+            " for several machines"
         )
     make_wake(path)
 
 
 def _refuse_others(path: str) -> None:
-    """Refuse a folder in which users that nobody has named could read and forge."""
+    """Refuse a folder in which other users could read and forge events."""
     user = os.geteuid()
     link, found = os.lstat(path), os.stat(path)
     if not stat.S_ISDIR(found.st_mode):
         raise Unavailable(f"{path} must be a directory, and is not one")
     if found.st_mode & stat.S_IWOTH:
         raise Unavailable(
-            f"{path} can be written to by every user: chmod o-w {path}, or use"
-            " local:/PATH, another one"
+            f"{path} is writable for every user: chmod o-w {path}, or use another"
+            " folder, with local:/PATH"
         )
     is_ours = not user or found.st_gid in {os.getegid(), *os.getgroups()}
     is_shared = found.st_mode & _SHARED == _SHARED and is_ours
     for owner in {link.st_uid, found.st_uid} - {0, user}:
         if not is_shared:
             raise Unavailable(
-                f"{path} belongs to user {owner}, this is user {user}: run as that"
-                f" user, or share it by a group that both are in (chgrp GROUP {path};"
+                f"{path} belongs to user {owner}, but this is user {user}: run as that"
+                f" user, or share the folder with a group of both (chgrp GROUP {path};"
                 f" chmod 2770 {path})"
             )
 
@@ -133,7 +136,7 @@ def file_mode(path: str) -> int:
 
 
 def make_wake(path: str) -> None:
-    """Make the folder of the sockets, with the rights of the one it is in."""
+    """Make the folder of the sockets, with the rights of its parent."""
     wake = f"{path}/wake"
     with suppress(FileExistsError):
         os.mkdir(wake, 0o700)
@@ -142,7 +145,7 @@ def make_wake(path: str) -> None:
 
 
 def settle(path: str, mode: int, group: int) -> None:
-    """Give a file of ours its mode, and the folder's group where that shares it."""
+    """Set the mode of a file of ours, and its group if a group shares the folder."""
     found = os.lstat(path)
     if os.geteuid() not in (0, found.st_uid) or stat.S_ISLNK(found.st_mode):
         return
@@ -153,11 +156,11 @@ def settle(path: str, mode: int, group: int) -> None:
 
 
 def _change_mode(path: str, mode: int) -> None:
-    """Change a file's mode, and not that of what a link in its place leads to."""
+    """Change a file's mode without following a link in its place."""
     if not hasattr(os, "O_PATH"):  # macOS, which has lchmod
         os.chmod(path, mode, follow_symlinks=False)
         return
-    # Without opening it: to close a file of SQLite's drops its locks.
+    # Without opening it: closing a file of SQLite's drops SQLite's locks.
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if not stat.S_ISLNK(os.fstat(fd).st_mode):
@@ -167,7 +170,7 @@ def _change_mode(path: str, mode: int) -> None:
 
 
 def make_file(folder: str, name: str) -> None:
-    """Make an empty file if it is not there; whoever sees it sees its final mode."""
+    """Make an empty file if it is missing; it appears with its final mode."""
     path = f"{folder}/{name}"
     mode, group = file_mode(folder), os.stat(folder).st_gid
     if not os.path.lexists(path):
@@ -182,7 +185,7 @@ def make_file(folder: str, name: str) -> None:
                 os.unlink(new)
     with suppress(FileNotFoundError):
         found = os.lstat(path)
-        if not stat.S_ISREG(found.st_mode):  # a link leads anywhere
+        if not stat.S_ISREG(found.st_mode):  # a link could lead anywhere
             raise Unavailable(f"{path} must be a plain file, and is not one")
         if found.st_nlink > 1:
             _remove_first_names(path, found)
@@ -190,7 +193,7 @@ def make_file(folder: str, name: str) -> None:
 
 
 def _remove_first_names(path: str, found: os.stat_result) -> None:
-    """Remove the name by which a file was made, if who made it was killed."""
+    """Remove the temporary name of a file whose maker was killed."""
     prefix = f"{os.path.basename(path)}-"
     for name in os.listdir(os.path.dirname(path)):
         first = f"{os.path.dirname(path)}/{name}"
@@ -201,19 +204,19 @@ def _remove_first_names(path: str, found: os.stat_result) -> None:
 
 
 def said(path: str, error: Exception) -> str:
-    """Return what has failed, and what to do if it is a matter of rights."""
+    """Return an error's message, with advice if rights are missing."""
     text = f"{path}: {error}"
     rights = "unable to open database file", "readonly database", "read-only"
     if isinstance(error, PermissionError) or any(word in str(error) for word in rights):
         text += (
-            " (several users share a folder by a group that all are in: chgrp -R GROUP"
-            f" {path}; chmod 2770 {path}; its files are made again if you remove them)"
+            " (to share the folder among users of one group: chgrp -R GROUP"
+            f" {path}; chmod 2770 {path}; removed files are made again)"
         )
     return text
 
 
 def _network_kind(path: str) -> str | None:
-    """Return the type of a path's file system if that is one of a network."""
+    """Return the type of a path's file system if it is a network file system."""
     try:
         with open(_MOUNTS, "rb") as file:
             mounts = file.read()
@@ -226,24 +229,29 @@ def _network_kind(path: str) -> str | None:
 
 
 def _kind(path: str, mounts: str) -> str:
-    """Return the type of the file system that a path is on, of those in mounts."""
+    """Return the type of the file system that contains a path.
+
+    Args:
+        path: The path, without links.
+        mounts: The text of /proc/self/mounts.
+    """
     found = best = ""
-    # Whoever may mount chooses names: other ends of lines than this are not escaped.
+    # Split at LF only: names of mounts may contain other line ends, unescaped.
     for line in mounts.removesuffix("\n").split("\n"):
         _, mount, kind, *_ = line.split(" ")
         mount = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), mount)
         is_in = path == mount or path.startswith(mount.rstrip("/") + "/")
-        # Of two on one mount point the later one is seen.
+        # Of two mounts on one point, the later one is visible.
         if is_in and len(mount) >= len(best):
             best, found = mount, kind
     return found
 
 
 class Lock:
-    """The right to write; one thread of one process has it.
+    """The right to write, which one thread of one process has.
 
-    Its file is its own: to close any descriptor of SQLite's files drops SQLite's
-    locks. Nobody writes beside a lock whose file was removed: that is looked at.
+    It is a flock of a separate file, because closing any descriptor of SQLite's files
+    drops SQLite's locks. A lock counts only while its file is in place.
     """
 
     def __init__(self, path: str, is_private: bool) -> None:
@@ -252,10 +260,10 @@ class Lock:
         self._fd = self._folder = -1
 
     def acquire(self, timeout: float | None = None) -> None:
-        """Wait for it; blocks the thread.
+        """Wait for the lock; this blocks the thread.
 
         Raises:
-            Unavailable: The time is over.
+            Unavailable: It was not free within ``timeout`` seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -266,7 +274,7 @@ class Lock:
             self.close()
 
     def try_acquire(self) -> bool:
-        """Have it at once or not at all; not either if it is not open yet."""
+        """Take the lock if it is free and its file open; return whether it was."""
         if self._fd < 0:
             return False
         try:
@@ -279,14 +287,14 @@ class Lock:
         return False
 
     def open(self) -> None:
-        """Make the folder if it is not there, and the lock's file in it."""
+        """Open the lock's file; make it, and the folder, if they are missing."""
         if self._fd >= 0:
             return
         _make(self._path, self._is_private)
-        # systemd-tmpfiles leaves a directory alone whose lock is held.
+        # systemd-tmpfiles spares a directory with a lock.
         self._folder = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            with suppress(BlockingIOError):  # it is just being looked at
+            with suppress(BlockingIOError):  # a cleaner is checking it just now
                 fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
             make_file(self._path, "lock")
             self._fd = os.open(f"{self._path}/lock", os.O_RDWR | SAFE)
@@ -312,18 +320,22 @@ class Lock:
     def _is_current(self) -> bool:
         try:
             found = os.stat(f"{self._path}/lock")
-        except OSError:  # to open it again will say what it is
+        except OSError:  # opening it again will raise the error
             return False
         return os.path.samestat(found, os.fstat(self._fd))
 
     def hold(self, timeout: float) -> bool:
-        """Wait for it, or if its file is gone for that, to close what it opened."""
+        """Wait for the lock to close files, even if the lock's own file is gone.
+
+        Returns:
+            ``False`` if the lock could not be taken within ``timeout`` seconds.
+        """
         if self._fd < 0:
             return False
         try:
             self._wait(time.monotonic() + timeout)
             if not self._is_current() and os.path.exists(f"{self._path}/lock"):
-                self.close()  # others have the one that took its place
+                self.close()  # other processes use the new file
                 self.acquire(timeout)
         except (BrokerError, OSError):
             return False

@@ -1,4 +1,4 @@
-"""Waking the other processes, and the thread that reads when it is woken."""
+"""Waking the listeners of all processes, and this process's own listener."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from .threads import start_thread
 if TYPE_CHECKING:
     from .process import Process
 
-__all__ = ["Listener", "Others", "drain"]
+__all__ = ["Listener", "Peers", "drain"]
 
 log = logging.getLogger("syncstream.brokers.local")
-LOOK_EVERY = 0.5  # seconds, for what nobody has told of
-_WAKES = 1000  # that are taken before it looks, be there more or not
+LOOK_EVERY = 0.5  # seconds between two looks without a wake
+_WAKES = 1000  # wakes taken at once, before looking for events
 
 
-class Others:
-    """The processes that listen: a socket each in one folder, their own among them."""
+class Peers:
+    """The listening processes, including this one: sockets in one folder."""
 
     def __init__(self, path: str) -> None:
         self._folder = f"{path}/wake"
-        self._socket: Any = None  # from its first use on
+        self._socket: Any = None  # made at the first wake
         self._names: list[str] = []
         self._changed: int | None = None
-        self._identity: tuple[int, int] | None = None  # of the folder
+        self._identity: tuple[int, int] | None = None  # the folder's device and inode
 
     def wake(self) -> None:
-        """Wake them all; blocks for nothing."""
+        """Wake them all, without blocking."""
         try:
             self._look()
             if self._socket is None:
@@ -57,19 +57,21 @@ class Others:
             try:
                 self._socket.sendto(b"\0", name)
             except BlockingIOError:
-                pass  # its queue is full: it has been woken
+                pass  # its queue is full: it has been woken already
             except ConnectionRefusedError:
-                # Nobody has it open any more: it was killed.
+                # No process has it open: its process was killed.
                 with suppress(OSError):
                     self._remove(os.path.basename(name))
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ENOBUFS):
-                    say(log, logging.DEBUG, "%s: not woken: %s", name, error)
+                    text = "the listener of %s could not be woken: %s"
+                    say(log, logging.DEBUG, text, name, error)
 
     def _remove(self, name: str) -> None:
-        """Remove a socket, and nothing else, wherever the folder's name leads.
+        """Remove a socket from the folder, and nothing else.
 
-        Whoever shares the folder may have put a link in its place, or a file into it.
+        Users that share the folder may have replaced it by a link, or put other files
+        into it.
         """
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         folder = os.open(self._folder, flags)
@@ -81,7 +83,7 @@ class Others:
             os.close(folder)
 
     def _look(self) -> None:
-        found = os.lstat(self._folder)  # not of what a link leads to
+        found = os.lstat(self._folder)  # do not follow a link
         if not stat.S_ISDIR(found.st_mode):
             raise NotADirectoryError(f"{self._folder} must be a directory")
         changed, folder = found.st_mtime_ns, (found.st_dev, found.st_ino)
@@ -90,8 +92,8 @@ class Others:
         self._identity = folder
         with os.scandir(self._folder) as entries:
             self._names = [entry.path for entry in entries if _is_socket(entry)]
-        # One that comes in the same tick of the clock will not change it. Some file
-        # systems have whole seconds (ext4 with inodes of 128 bytes).
+        # A socket made in the same tick of the clock does not change the folder's time,
+        # and some file systems have whole seconds (ext4 with inodes of 128 bytes).
         is_settled = abs(time.time_ns() - changed) > 1_500_000_000
         self._changed = changed if is_settled else None
 
@@ -108,9 +110,9 @@ def _is_socket(entry: os.DirEntry[str]) -> bool:
 
 
 def drain(sock: Any) -> None:
-    """Take the wakes that have come by now: what they tell of will be seen.
+    """Take the wakes so far, before their events are looked for.
 
-    Not for ever: some may send them as fast.
+    The number is limited: peers may send wakes as fast as this takes them.
     """
     with suppress(OSError):
         for _ in range(_WAKES):
@@ -122,10 +124,12 @@ def _datagrams() -> Any:
 
 
 class Listener:
-    """What is told to the sink, by a thread, and the socket that wakes it.
+    """The thread that announces new events to the sink, and the socket that wakes it.
 
     Args:
-        is_late: Something may have been stored since somebody counts on being told.
+        process: The process's part of the broker.
+        watched: The watched names.
+        is_late: Events may have been stored unannounced since names are watched.
     """
 
     def __init__(self, process: Process, watched: Watched, is_late: bool) -> None:
@@ -136,21 +140,21 @@ class Listener:
         self._folder = f"{process.path}/wake"
         self._name = ""
         self._socket: Any = None
-        self._position = 0  # up to this place all was told
-        self._is_doubtful = is_late  # some may not have been
+        self._position = 0  # all events up to this place were announced
+        self._is_doubtful = is_late  # except perhaps some
         self._is_closed = False
         self._tail = Tail(process.path, process.health, log)
 
     def start(self, database: Database) -> None:
-        """Tell what is stored from now on; with the guard.
+        """Announce the events stored from now on; with the guard.
 
         Raises:
-            Unavailable: No thread is left.
-            OSError, sqlite3.Error: It cannot be woken, or cannot read.
+            Unavailable: No thread can be started.
+            OSError, sqlite3.Error: Its socket or its database fails.
         """
         self._bind()
         try:
-            # After it: what is stored from now on is looked for.
+            # After binding: every event stored from now on wakes this listener.
             self._position = database.newest()
             start_thread(partial(self._tail.run, self))
         except BaseException:
@@ -158,10 +162,7 @@ class Listener:
             raise
 
     def _bind(self) -> None:
-        """Make a socket in place of the one before; with the guard.
-
-        Without a new one there is still the old one to wait by.
-        """
+        """Replace the socket; with the guard. If that fails, the old one stays."""
         path = self._path
         make_wake(path)
         before = self._socket, self._name
@@ -169,7 +170,7 @@ class Listener:
         try:
             self._name = f"{self._folder}/{os.getpid():x}-{os.urandom(4).hex()}"
             self._socket.bind(self._name)
-            # Who may wake it must be able to write to it.
+            # Peers must be able to write to it.
             settle(self._name, file_mode(path), os.stat(path).st_gid)
             self._socket.setblocking(False)
         except BaseException:
@@ -196,7 +197,7 @@ class Listener:
             self._wait(LOOK_EVERY)
 
     def lose(self) -> None:
-        """Nothing: the files are opened anew if need be, and the position is known."""
+        """Do nothing: files are reopened when needed, and the position stays."""
 
     def rest(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -204,7 +205,7 @@ class Listener:
             self._wait(left)
 
     def _wait(self, seconds: float) -> None:
-        """Wait to be woken, or for the time to look anyhow."""
+        """Wait for a wake or the time-out."""
         poll = native(select, "poll")()
         poll.register(self._socket, select.POLLIN)
         poll.poll(seconds * 1000)
@@ -213,7 +214,7 @@ class Listener:
             raise Stopped
 
     def _tell(self) -> None:
-        """Tell what has come since the last time."""
+        """Announce the events since the last time."""
         while not self._is_closed:
             began = self._health.moment()
             rows, newest = self._look()
@@ -226,20 +227,20 @@ class Listener:
                 return
 
     def _pass_on(self, rows: list[Row], newest: int, sink: Sink) -> None:
-        """Tell what was found, and go on from there."""
+        """Announce the events found, and advance the position."""
         if self._is_doubtful:
             sink.resync(None)
             self._is_doubtful = False
         if not rows:
-            # They were deleted before they were read; or an operator has put an older
-            # copy in this one's place, and numbers begin anew.
+            # Events were deleted before they were read, or an operator has restored an
+            # older copy, where numbers begin lower.
             if newest != self._position:
                 self._position = newest
                 sink.resync(None)
             return
         last = rows[-1][0]
         if last - self._position != len(rows):
-            # Some were trimmed before they were read here, maybe the last ones of
+            # Some were trimmed before they were read here, perhaps the last ones of
             # their channels.
             sink.resync(None)
         self._position = last
@@ -250,9 +251,9 @@ class Listener:
         self._is_doubtful = False
 
     def _look(self) -> tuple[list[Row], int]:
-        """Return what follows our position, and the newest's place.
+        """Return the events after our position, and the place of the newest one.
 
-        Notices that files were replaced.
+        It notices replaced files.
         """
         with self._process.news() as (database, is_new):
             if not os.path.exists(self._name):
@@ -260,11 +261,12 @@ class Listener:
             if is_new:
                 self._position = database.newest()
                 self._is_doubtful = True
-            # In this order: what is stored once somebody watches is behind it.
+            # Read the place before `_watched`: events stored after a `watch` are behind
+            # it.
             newest = database.newest()
             if not self._watched:
                 self._position = newest
-            # First: what comes between the two is there for the next look.
+            # Before the events: those that come in between are found by the next look.
             newest = database.newest()
             self._process.try_to_store(database)
             return database.tail(self._position), newest
@@ -276,9 +278,9 @@ class Listener:
     # From any thread.
 
     def end(self) -> None:
-        """Have it end; some time soon."""
+        """Tell the listener to end, without waiting."""
         self._is_closed = True
-        with suppress(OSError):  # it has ended, or will within half a second
+        with suppress(OSError):  # it has ended, or ends at its next look
             sender = _datagrams()
             try:
                 sender.sendto(b"\0", self._name)
@@ -286,7 +288,7 @@ class Listener:
                 sender.close()
 
     def close(self, deadline: float) -> bool:
-        """Have it end, and wait for that; ``False``: not in time."""
+        """Tell the listener to end, and wait; ``False``: it did not end in time."""
         self.end()
         return self._tail.await_end(deadline)
 

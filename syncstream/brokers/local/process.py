@@ -1,4 +1,4 @@
-"""One process's share of a broker: its threads, connections and sockets."""
+"""One process's part of a broker: its threads, connections and sockets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ...runtime.waiting import gevent_hub, say
 from ..log import Page
 from .database import APPLICATION, SUFFIXES, Database, Items
 from .files import LOCK_TRY, Lock, said
-from .listener import Listener, Others
+from .listener import Listener, Peers
 from .threads import Job, Thread
 
 if TYPE_CHECKING:
@@ -33,20 +33,20 @@ __all__ = ["Process", "paused", "processes", "spoilt"]
 T = TypeVar("T")
 
 log = logging.getLogger("syncstream.brokers.local")
-_GROUP = 1 << 20  # bytes of several publishers that one transaction takes
+_GROUP = 1 << 20  # bytes of several publishers' events in one transaction
 _FRESHEN = 60.0  # seconds between two updates of the files' times
-_CLOSE = 1.0  # seconds, to have the lock when files are closed
+_CLOSE = 1.0  # seconds to wait for the lock when files are closed
 processes: weakref.WeakSet[Process] = weakref.WeakSet()
 spoilt: list[Process] = []
 paused: list[Process] = []
 
 
 class Process:
-    """What one process has of a broker: threads, connections, sockets."""
+    """One process's part of a broker: threads, connections, sockets."""
 
     def __init__(self, broker: LocalBroker) -> None:
         self.pid = os.getpid()
-        self._broker = weakref.ref(broker)  # it ends with that: see `drop`
+        self._broker = weakref.ref(broker)  # `drop` is called when it is gone
         self.path = broker.path
         self._is_private = broker.is_private
         self._timeout = broker.timeout
@@ -54,7 +54,7 @@ class Process:
         self.health = broker.health
         self._locks = [Lock(broker.path, broker.is_private) for _ in range(3)]
         self._log, self._history, self._news = (Database(broker.path) for _ in range(3))
-        self._others = Others(broker.path)
+        self._peers = Peers(broker.path)
         self._writing = native(_thread, "allocate_lock")()
         self._writer = Thread(self._write, self._leave)
         self._reader = Thread(self._answer)
@@ -65,7 +65,7 @@ class Process:
         self._freshened = -inf
         processes.add(self)
 
-    # To write.
+    # Writing.
 
     def publish(self, items: Items) -> list[str]:
         with self._judged("publish"):
@@ -76,13 +76,13 @@ class Process:
         if not self._write_here(job):
             self._await(job, self._writer)
         if job.error is not None:
-            # Several may have got this one: each raises its own.
+            # Several publishers may share this error: each raises its own copy.
             raise type(job.error)(*job.error.args) from job.error.__cause__
         ids: list[str] = job.result
         return ids
 
     def try_to_store(self, database: Database) -> None:
-        """If publishing has failed, see whether it would again; with the guard."""
+        """If publishing has failed, test whether it works again; with the guard."""
         if not self.health.is_failing("publish"):
             return
         began = self.health.moment()
@@ -97,19 +97,19 @@ class Process:
             execute = database.connection.execute
             execute("BEGIN IMMEDIATE")
             try:
-                # Not an UPDATE to what is there: SQLite would write nothing.
+                # Not an UPDATE to the present values, for which SQLite writes nothing.
                 execute(f"PRAGMA application_id={APPLICATION}")
                 execute("COMMIT")
             finally:
                 database.connection.rollback()
         except (sqlite3.Error, OSError):
-            return  # as before
+            return  # it still fails
         finally:
             lock.release()
         self.health.works("publish", since=began)
 
     def freshen(self, *others: str) -> None:
-        """Keep the files' times from ageing: by those, cleaners judge what is used."""
+        """Keep the files' times fresh: cleaners take old files for unused ones."""
         now = time.monotonic()
         if now - self._freshened < _FRESHEN:
             return
@@ -118,14 +118,15 @@ class Process:
         paths = [f"{self.path}/{name}" for name in (*files, "lock", "wake")]
         if self._is_private:
             paths.append(os.path.dirname(self.path))
-        # "/.": the folder's own name may be a link; in it a member may have put one.
+        # "/.", as the folder's name may be a link. Links inside are not followed: a
+        # member of the group may have put them there.
         for path in (f"{self.path}/.", *paths, *others):
-            with suppress(OSError):  # another user's; or it is missed when it is used
+            with suppress(OSError):  # another user's file, or a missing one
                 os.utime(path, follow_symlinks=False)
 
     def _write_here(self, job: Job) -> bool:
-        """Store it in this thread, if it is one and nobody else writes."""
-        # Who waits goes first.
+        """Store a job in this thread, if it is a thread and no other one writes."""
+        # Waiting jobs go first.
         if self._writer.jobs or gevent_hub() is not None or self._is_closed:
             return False
         if not self._writing.acquire(False):
@@ -143,7 +144,7 @@ class Process:
             finally:
                 lock.release()
         except (sqlite3.Error, OSError):
-            return False  # nothing is stored: the writer will see what it is
+            return False  # nothing is stored: the writer will raise the error
         finally:
             self._writing.release()
         return True
@@ -153,24 +154,24 @@ class Process:
         turn = thread.add(job)
         try:
             is_done = turn.wait(deadline)
-        except BaseException:  # a gevent.Timeout, say
+        except BaseException:  # such as gevent.Timeout
             thread.give_up(job)
             raise
         if is_done:
             return
-        message = f"{self.path} was not to be had within {self._timeout} s"
+        message = f"{self.path} was not available within {self._timeout} s"
         if thread.give_up(job) or job.call is not None:
             raise Unavailable(message)
         raise Uncertain(f"{message}: the events may be stored")
 
     def _write(self) -> None:
-        """Store what is there to be stored; in the writer's thread."""
+        """Store all waiting jobs; in the writer's thread."""
         while self._writer.jobs:
             try:
                 self._write_some()
             except Exception as error:
                 if _is_busy(error):
-                    # Those who do not want to wait any longer go.
+                    # Try again: publishers take their jobs back at their time-outs.
                     native(time, "sleep")(LOCK_TRY)
                     continue
                 failed = Unavailable(said(self.path, error))
@@ -179,10 +180,10 @@ class Process:
                     job.end(error=error if isinstance(error, BrokerError) else failed)
 
     def _write_some(self) -> None:
-        """Store some, in one transaction.
+        """Store waiting jobs in one transaction.
 
         Raises:
-            Exception: None was taken.
+            Exception: It failed before a job was taken.
         """
         lock, database = self._locks[0], self._log
         with self._writing:
@@ -202,7 +203,7 @@ class Process:
                 lock.release()
 
     def _store(self, jobs: list[Job]) -> None:
-        """Store and commit, and tell of it; if that fails, tell these."""
+        """Store jobs, commit, and wake the listeners; or end the jobs with an error."""
         database = self._log
         has_ended = False
         try:
@@ -210,10 +211,10 @@ class Process:
             has_ended = True
             database.connection.execute("COMMIT")
             if not database.is_current():
-                raise OSError("its files were removed or replaced meanwhile")
+                raise OSError("the files were removed or replaced meanwhile")
         except Exception as error:
-            # Of a disk that is full the last frame, which is the commit, is not
-            # whole. Of other errors it may be.
+            # On a full disk the last frame, which is the commit, is incomplete. After
+            # other errors it may be complete.
             is_stored = has_ended and "is full" not in str(error)
             kind = Uncertain if is_stored else Unavailable
             failed = kind(said(self.path, error))
@@ -222,9 +223,9 @@ class Process:
                 job.end(error=failed)
             return
         finally:
-            # An interrupt's, too.
+            # After an interrupt, too.
             self._roll_back()
-        self._others.wake()
+        self._peers.wake()
         self.freshen()
         for job in jobs:
             job.end(ids[: len(job.items)])
@@ -232,8 +233,9 @@ class Process:
         try:
             database.checkpoint()
         except (sqlite3.Error, OSError) as error:
-            # Of what is stored nothing is lost; the next one tries again.
-            say(log, logging.WARNING, "%s: no checkpoint: %s", self.path, error)
+            # Stored events are not lost, and the next publish tries again.
+            text = "%s: a checkpoint failed, so its WAL grows until one succeeds: %s"
+            say(log, logging.WARNING, text, self.path, error)
 
     def _roll_back(self) -> None:
         database = self._log
@@ -244,10 +246,10 @@ class Process:
         except sqlite3.Error:
             database.close()
 
-    # To read.
+    # Reading.
 
     def _call(self, call: Callable[[], T]) -> T:
-        """Do what may block; in a thread that a hub does not wait for."""
+        """Make a call that may block; under gevent, in the reader's thread."""
         if gevent_hub() is None:
             return call()
         job = Job(call=call)
@@ -288,16 +290,16 @@ class Process:
                 try:
                     return read(self._history)
                 except (TypeError, ValueError) as error:
-                    failure = error  # one channel's: others can be read
+                    failure = error  # of one channel: others can be read
             raise Unavailable(
-                f"{self.path}: a row has other types than ours: {failure}"
+                f"{self.path}: a row has foreign types, and must be removed: {failure}"
             ) from failure
         finally:
             self._reading.release()
 
     @contextmanager
     def _judged(self, way: str) -> Iterator[None]:
-        """Take note whether what is done here works; raise what fails as ours."""
+        """Record whether a block succeeds; raise its errors as `BrokerError`."""
         began = self.health.moment()
         try:
             yield
@@ -312,7 +314,7 @@ class Process:
 
     @contextmanager
     def _opened(self, database: Database, lock: Lock) -> Iterator[bool]:
-        """Open what is not open, or not there any more; yield whether it was so."""
+        """Open a database unless it is current already; yield whether it was opened."""
         is_new = False
         while True:
             with database.guard:
@@ -326,20 +328,20 @@ class Process:
                     return
             lock.acquire(self._timeout)
             try:
-                # It may have been moved for a moment.
+                # It may be back: another process moves it aside for a moment.
                 if not database.is_current():
                     database.open()
             finally:
                 lock.release()
 
-    # To listen.
+    # Listening.
 
     @property
     def is_listening(self) -> bool:
         return self._listener is not None
 
     def listen(self) -> None:
-        """Begin to tell what is stored from now on, unless that is done already."""
+        """Begin to announce new events, unless that has begun already."""
         if self._listener is None:
             self._call(self._listen)
 
@@ -359,12 +361,12 @@ class Process:
 
     @contextmanager
     def news(self) -> Iterator[tuple[Database, bool]]:
-        """Open what the listener reads; yield it, and whether that was necessary."""
+        """Open the listener's database; yield it, and whether it was opened now."""
         with self._opened(self._news, self._locks[2]) as is_new:
             yield self._news, is_new
 
     def finish_news(self) -> None:
-        """Close it; in the listener's thread, its end."""
+        """Close the listener's database, at the end of the listener's thread."""
         self._news.finish(self._locks[2], _CLOSE)
 
     # Its end.
@@ -380,16 +382,16 @@ class Process:
             is_done = listener is None or listener.close(deadline)
         is_done = self._reader.close(deadline) and is_done
         if not (self._writer.close(deadline) and is_done):
-            text = "%s: not closed within %s s"
+            text = "%s was not closed within %s s: its threads end later"
             report(log, logging.WARNING, text, self.path, timeout)
 
     def drop(self) -> None:
-        """Have all end and be closed, some time soon; waits for nothing."""
+        """Have all threads end and all files closed soon; without waiting."""
         self._is_closed = True
         if sys.is_finalizing():
             return
-        # Not here, where a garbage collection may be in the midst of anything. If no
-        # thread can be had the process is at its end, as far as we know.
+        # In a thread: this may be a garbage collection under any lock. If no thread can
+        # be started, the process is most likely ending.
         with suppress(RuntimeError):
             native(_thread, "start_new_thread")(self._drop, ())
 
@@ -406,7 +408,7 @@ class Process:
         self._writer.end()
 
     def _stop(self, timeout: float) -> Listener | None:
-        """Close what is read; return the listener: there will be no other."""
+        """Close the databases for reading; return the listener, which is the last."""
         self._acquire(self._begins, timeout)
         try:
             listener = self._listener
@@ -423,23 +425,23 @@ class Process:
 
     def _acquire(self, lock: Any, timeout: float | None) -> None:
         if not lock.acquire(True, -1.0 if timeout is None else timeout):
-            raise Unavailable(f"{self.path} was not to be had within {timeout} s")
+            raise Unavailable(f"{self.path} was not available within {timeout} s")
 
     def _leave(self) -> None:
         with self._writing:
             self._log.finish(self._locks[0], _CLOSE)
-            self._others.close()
+            self._peers.close()
 
     # Forks.
 
     def pause(self) -> None:
-        """Close the files, once nobody is using them; nobody opens them any more."""
+        """Close the files when no thread uses them, and keep them closed."""
         databases = self._log, self._history, self._news
-        # Another one than those that our own threads may be waiting for just now.
+        # A lock of its own: our threads may be waiting for the others.
         lock = Lock(self.path, self._is_private)
         is_held = False
         if self.has_files:
-            with suppress(OSError, Unavailable):  # without it, as in `finish`
+            with suppress(OSError, Unavailable):  # close without it, as `finish` does
                 lock.open()
                 is_held = lock.hold(_CLOSE)
         try:
@@ -448,7 +450,9 @@ class Process:
                 try:
                     database.close()
                 except sqlite3.Error as error:
-                    text = "%s: not closed before a fork"
+                    text = (
+                        "%s could not be closed before a fork: the child cannot use it"
+                    )
                     report(log, logging.ERROR, text, self.path, error=error)
         finally:
             if is_held:
@@ -456,21 +460,21 @@ class Process:
             lock.close()
 
     def resume(self) -> None:
-        """Let them be opened again, by the thread that has paused it."""
+        """Let the files be opened again, in the thread that called `pause`."""
         for database in (self._log, self._history, self._news):
-            with suppress(RuntimeError):  # it was interrupted before it had this one
+            with suppress(RuntimeError):  # `pause` was interrupted before this guard
                 database.guard.release()
 
     @property
     def has_files(self) -> bool:
-        """SQLite has some of them open."""
+        """Whether SQLite has some of the files open."""
         return any(d.is_open for d in (self._log, self._history, self._news))
 
     def let_go(self) -> None:
         """Close all descriptors but SQLite's."""
         for lock in self._locks:
             lock.close()
-        self._others.close()
+        self._peers.close()
         if self._listener is not None:
             self._listener.let_go()
 

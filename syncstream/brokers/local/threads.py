@@ -20,18 +20,15 @@ __all__ = ["Job", "Thread", "start_thread"]
 log = logging.getLogger("syncstream.brokers.local")
 
 
-# Who does it.
-
-
 class Job:
-    """A call that waits to be made, or a publish; and what has come of it."""
+    """A waiting publish or call, and its result."""
 
     __slots__ = ("call", "error", "is_taken", "items", "result", "turn")
 
     def __init__(self, items: Items = (), call: Callable[[], Any] | None = None):
         self.items = items
         self.call = call
-        self.turn: Turn | None = None  # of who waits, if somebody does
+        self.turn: Turn | None = None  # the caller's wait
         self.is_taken = False
         self.result: Any = None
         self.error: Exception | None = None
@@ -42,28 +39,28 @@ class Job:
             return
         try:
             self.turn.end()
-        except Exception as problem:  # its hub was destroyed: nobody waits there
-            say(log, logging.DEBUG, "nobody waits for what was done", error=problem)
+        except Exception as problem:  # the caller's hub was destroyed
+            say(log, logging.DEBUG, "the caller of a job is gone", error=problem)
 
 
 def start_thread(run: Callable[[], None]) -> None:
     """Start a native thread.
 
     Raises:
-        Unavailable: The system has none left.
+        Unavailable: No thread can be started.
     """
     try:
         native(_thread, "start_new_thread")(run, ())
     except (RuntimeError, MemoryError) as error:
-        raise Unavailable(f"local: needs a thread: {error}") from error
+        raise Unavailable(f"local: cannot start a thread: {error}") from error
 
 
 class Thread:
     """A native thread that is woken to do jobs.
 
     Args:
-        serve: Does those that are there; it must not raise.
-        leave: Is called at its end.
+        serve: Does all waiting jobs; it must not raise.
+        leave: Called at the thread's end.
     """
 
     def __init__(
@@ -95,11 +92,11 @@ class Thread:
             self._is_running = True
 
     def ring(self) -> None:
-        with suppress(RuntimeError):  # it is awake
+        with suppress(RuntimeError):  # it has been woken already
             self._bell.release()
 
     def give_up(self, job: Job) -> bool:
-        """Take a job back; ``False``: it has been taken."""
+        """Take a job back; ``False``: the thread has taken it already."""
         with self.lock:
             if job.is_taken:
                 return False
@@ -120,8 +117,11 @@ class Thread:
             is_last = self._is_closed
             try:
                 self._serve()
-            except BaseException as error:  # others wait for this thread, from now on
-                say(log, logging.ERROR, "work of local: failed", error=error)
+            except BaseException as error:  # go on: later jobs need this thread
+                text = (
+                    "a job of local: failed unexpectedly; its caller may wait in vain"
+                )
+                say(log, logging.ERROR, text, error=error)
             if is_last:
                 break
         try:
@@ -135,22 +135,22 @@ class Thread:
                 turn.end()
 
     def close(self, deadline: float) -> bool:
-        """Let it do what is there, and end; ``False``: not within this time."""
+        """Have the thread finish its jobs and end; ``False``: it did not in time."""
         turn = Turn()
         return not self.end(turn) or turn.wait(deadline)
 
     def end(self, *turns: Turn) -> bool:
-        """Have it end, and end these turns then; ``False``: there is nothing to end."""
+        """Tell the thread to end, and end these turns then; ``False``: none runs."""
         with self.lock:
             self._is_closed = True
             if self._leave is not None:
                 with suppress(Unavailable):
-                    self._start()  # to leave as it should
+                    self._start()  # its thread calls `leave`
             is_running = self._is_running
             if is_running:
                 self._ended.extend(turns)
         if is_running:
             self.ring()
-        elif self._leave is not None:  # no thread is left for it
+        elif self._leave is not None:  # no thread could be started
             self._leave()
         return is_running
