@@ -7,7 +7,11 @@ import threading
 import pytest
 from hypothesis import settings
 
-from tests.support.live import TABLE
+# Their assertions are shown as those of tests are.
+for _room in ("support", "live", "fanout", "runtime"):
+    pytest.register_assert_rewrite(f"tests.{_room}")
+
+from tests.support.live import TABLE  # noqa: E402
 
 # A machine that is busy makes no example wrong.
 settings.register_profile("untimed", settings(), deadline=None)

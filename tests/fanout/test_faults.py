@@ -20,7 +20,7 @@ from syncstream.runtime.journal import MOST, Journal, journal
 from syncstream.runtime.process import Process
 from syncstream.runtime.waiter import wake_all
 from tests.fanout.faults import Faults
-from tests.fanout.test_fanout import HEAD, Peer, settle
+from tests.fanout.peers import HEAD, Peer, settle
 from tests.support.pairs import Line, Threads, check_script, serve, stream_of
 from tests.support.waits import TIMEOUT, await_true
 

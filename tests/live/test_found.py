@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.live.test_live import LEFT
+from tests.live.promises import LEFT
 from tests.support.live import LiveServer, unique_key
 from tests.support.waits import await_true
 

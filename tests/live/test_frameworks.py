@@ -5,7 +5,7 @@ Each framework's application exists twice: as it is, and under the middleware.
 
 import pytest
 
-from tests.live.test_live import assert_cut, assert_gated
+from tests.live.promises import assert_cut, assert_gated
 from tests.support.live import LiveServer, unique_key
 from tests.support.waits import await_true
 

@@ -5,8 +5,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.live.test_handover import Asker, Listener, await_state, state
-from tests.soak.handover import OPENING, serving
+from tests.live.listener import Listener
+from tests.soak.handover import OPENING, Asker, await_state, serving, state
 from tests.support.live import LiveServer, unique_key
 
 RETRY = re.compile(rb"retry: [0-9]+\n\n")

@@ -5,12 +5,12 @@ The table of docs/servers.md is made from this file.
 
 import pytest
 
+from tests.live.promises import LEFT, assert_cut, assert_gated
 from tests.support.live import GUNICORN, TABLE, UNMARKED, LiveServer, unique_key
 from tests.support.waits import await_true
 
 EVENT = "text/event-stream; charset=utf-8"
 # At a yield, or (under gevent) wherever the generator waits; in its own thread.
-LEFT = (["GeneratorExit", True], ["ClientDisconnected", True])
 
 
 @pytest.fixture(scope="module", params=TABLE)
@@ -30,24 +30,6 @@ def wrapped(request):
 @pytest.fixture
 def key():
     return unique_key()
-
-
-def assert_gated(server, path, key, version="1.1", opened=0):
-    """Step a gated generator: each event arrives before the next is made."""
-    server.control.open(key, opened)
-    with server.get(f"{path}?key={key}", version=version) as client:
-        client.read_head()
-        assert client.status == 200
-        assert client.block() == b": ok\n\n"
-        server.control.next(f"{key}-started")
-        for n in range(3):
-            assert server.control.pending(f"{key}-ended") == []
-            if n >= opened:
-                server.control.open(key)
-            assert client.block() == f"data: {n}\n\n".encode()
-    server.control.open(key, 50)
-    assert server.control.next(f"{key}-ended") in LEFT
-    return client
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
@@ -183,25 +165,6 @@ def test_a_client_that_leaves_closes_the_generator(server, key):
 
 
 ERRORS = ["GeneratorExit", "SystemExit", "KeyboardInterrupt", "RuntimeError"]
-
-
-def assert_cut(server, path, key, version, record=lambda name, value: None):
-    """Read a stream that breaks; return its body."""
-    with server.get(f"{path}?key={key}", version=version) as client:
-        client.read_head()
-        try:
-            body = b""
-            while chunk := client.chunk():
-                body += chunk
-            reset = False
-        except ConnectionResetError:
-            reset = True
-        assert not client.is_whole
-        chunked = "transfer-encoding" in client.headers
-        # Without chunks only a reset tells a cut from an end.
-        assert chunked or reset
-        record("cell", "by a reset" if reset else "yes")
-        return body
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])

@@ -16,7 +16,7 @@ import pytest
 
 from tests import ROOT
 from tests.support.live import LiveServer, unique_key
-from tests.support.nginx import Nginx
+from tests.support.nginx import Nginx, location
 from tests.support.programs import program
 from tests.support.waits import TIMEOUT
 
@@ -29,21 +29,6 @@ GZIP = """
 """
 HTTP_1_1 = 'proxy_http_version 1.1; proxy_set_header Connection "";'
 EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
-
-
-def location(to, settings="", listen=""):
-    """Return a server block whose only location passes everything on.
-
-    Args:
-        to: An upstream server's or another proxy's port, or what proxy_pass names.
-        settings: More directives for the location.
-        listen: More words for the listen directive.
-    """
-    to = f"http://127.0.0.1:{to}" if isinstance(to, int) else to
-    return (
-        f"server {{ listen 127.0.0.1:$PORT {listen};"
-        f" location / {{ proxy_pass {to}; {settings} }} }}"
-    )
 
 
 def example(port):

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import pytest
 
 from tests.apps.slow_app import SEND_TIMEOUT
-from tests.live.test_proxy import location
 from tests.support.live import Client, Control, LiveServer, unique_key
-from tests.support.nginx import Nginx
+from tests.support.nginx import Nginx, location
 from tests.support.waits import TIMEOUT
 
 SOURCES = ("flood", "hand", "chunk", "sub")

@@ -17,10 +17,10 @@ from syncstream.runtime.sockets import is_hung_up
 from syncstream.runtime.waiter import Waiter, wake_all
 from syncstream.runtime.waiting import ThreadWait, wait
 from syncstream.runtime.watch import Watch
+from tests.runtime.waitables import PLACE, WAITABLES, Waiting, in_stream, waiter
 from tests.support.pairs import (
     Greenlets,
     Line,
-    Threads,
     check_script,
     leave,
     serve,
@@ -28,60 +28,6 @@ from tests.support.pairs import (
     tcp_pair,
 )
 from tests.support.waits import TIMEOUT, await_true
-
-PLACE = Threads()
-
-
-class Waiting:
-    """A stream whose generator waits by a function, in a thread."""
-
-    def __init__(self, function, line=None, *, final=lambda: None):
-        self.seen = []
-        self.entered = threading.Event()
-
-        def source():
-            try:
-                self.entered.set()
-                self.seen.append(function())
-                yield "a"
-            except GeneratorExit as error:
-                self.seen.append(type(error))
-                raise
-            finally:
-                self.final = final()
-
-        self.stream = stream_of(source(), line or Line())
-        self.join = PLACE.start(lambda: serve(self.stream))
-        assert self.entered.wait(TIMEOUT)
-
-    def await_wait(self):
-        await_true(lambda: self.stream.thread_wait)
-
-
-def waiter(stream_wait, waitable, timeout=None):
-    """Return a wait for something; a condition is held meanwhile."""
-    if hasattr(waitable, "notify"):
-
-        def held():
-            with waitable:
-                return stream_wait(waitable, timeout)
-
-        return held
-    return lambda: stream_wait(waitable, timeout)
-
-
-def in_stream(waitable, timeout=None):
-    return current_stream().wait(waitable, timeout)
-
-
-WAITABLES = {
-    "Queue": queue.Queue,
-    "LifoQueue": queue.LifoQueue,
-    "PriorityQueue": queue.PriorityQueue,
-    "Event": threading.Event,
-    "Condition": threading.Condition,
-    "Condition, Lock": lambda: threading.Condition(threading.Lock()),
-}
 
 
 @pytest.mark.parametrize("end", ["hang-up", "stop", "close"])
@@ -561,7 +507,7 @@ import gevent, queue, threading
 from tests.support.pairs import Greenlets, Line, serve, stream_of
 from tests.support.waits import await_true
 from syncstream import current_stream
-from tests.runtime.test_waiting import WAITABLES, in_stream, waiter
+from tests.runtime.waitables import WAITABLES, in_stream, waiter
 
 place = Greenlets()
 for name, make in WAITABLES.items():

@@ -25,8 +25,8 @@ from syncstream.servers.swap import Swap
 from syncstream.streams.capacity import Place
 from syncstream.streams.monitor import Monitor
 from syncstream.streams.stream import Stream
-from tests.fanout.test_fanout import settle
-from tests.servers.test_swap import environ_of
+from tests.fanout.peers import settle
+from tests.servers.environs import environ_of
 from tests.support.live import LiveServer, unique_key
 from tests.support.pairs import tcp_pair
 

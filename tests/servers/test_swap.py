@@ -10,7 +10,6 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -21,6 +20,7 @@ from syncstream.runtime.watch import watch
 from syncstream.servers import server_of
 from syncstream.servers.swap import Refused, Swap, read_back
 from tests.apps.swap_app import JUNK, OPENING
+from tests.servers.environs import environ_of
 from tests.support.live import SERVERS, LiveServer, unique_key
 from tests.support.pairs import check_script, leave, tcp_pair
 from tests.support.programs import certificate
@@ -565,21 +565,6 @@ def test_no_byte_gets_into_another_connection(server, before, tag):
 
 
 # One connection, without a server.
-
-
-def gunicorn_body():
-    """Return as much of gunicorn's ``wsgi.input`` as is looked at."""
-    return SimpleNamespace(reader=SimpleNamespace(unreader=SimpleNamespace(buf=b"")))
-
-
-def environ_of(sock, **more):
-    return {
-        "REQUEST_METHOD": "GET",
-        "SERVER_PROTOCOL": "HTTP/1.1",
-        "gunicorn.socket": sock,
-        "wsgi.input": gunicorn_body(),
-        **more,
-    }
 
 
 def swap_of(sock, **more):

@@ -35,7 +35,7 @@ from werkzeug.local import LocalProxy
 from syncstream import current_stream, sleep
 from syncstream.runtime.journal import journal
 from syncstream.streams import links
-from tests.runtime.test_waiting import Waiting
+from tests.runtime.waitables import Waiting
 from tests.support.pairs import (
     Line,
     Threads,

@@ -111,3 +111,18 @@ class Nginx:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def location(to, settings="", listen=""):
+    """Return a server block whose only location passes everything on.
+
+    Args:
+        to: An upstream server's or another proxy's port, or what proxy_pass names.
+        settings: More directives for the location.
+        listen: More words for the listen directive.
+    """
+    to = f"http://127.0.0.1:{to}" if isinstance(to, int) else to
+    return (
+        f"server {{ listen 127.0.0.1:$PORT {listen};"
+        f" location / {{ proxy_pass {to}; {settings} }} }}"
+    )
