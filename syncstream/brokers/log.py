@@ -316,7 +316,7 @@ def _are_tags(tags: bytes) -> bool:
     )
 
 
-# A client may come back with such an id: see `hub.Subscription`.
+# A client may come back with such an id: see `channels.ids`.
 _LONGEST_ID = 40
 _ID = re.compile(r"[0-9a-f]+-[0-9a-f]+")
 _RESET = re.compile(rb"^event: ?reset$", re.MULTILINE)

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from syncstream import Closed
+from syncstream import Closed, Hub, Unavailable
+from syncstream.brokers.memory import MemoryBroker
 from syncstream.channels import limits
 from syncstream.runtime.journal import journal
 from tests.channels.readers import data
@@ -140,3 +141,24 @@ def test_authorize_on_a_busy_channel(hub):
 
     with pytest.raises(Closed, match="denied"):
         read()
+
+
+class Away(MemoryBroker):
+    """A broker of several processes that does not answer."""
+
+    scope = "machine"
+    asked = 0
+
+    def watch(self, channel):
+        self.asked += 1
+        raise Unavailable("down")
+
+
+def test_a_broker_that_is_away_is_asked_in_peace():
+    """Who may be kicked and is to be asked again begins later, and asks no faster."""
+    hub = Hub(broker=Away())
+    subscription = hub.subscribe("a", who="ann", authorize=(lambda s: True, 60))
+    assert subscription.read(0.1) == []
+    assert hub.broker.asked < 3
+    subscription.close()
+    hub.close()

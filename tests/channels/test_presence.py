@@ -8,6 +8,7 @@ from syncstream import Gap, Hub
 from syncstream.brokers.log import START, Entry, Log
 from syncstream.channels.presence import PRESENCE, decoded, encoded
 from syncstream.runtime.journal import journal
+from tests.channels.readers import read_all
 
 PLACE = "tests/channels/test_presence.py"
 JOIN = b'event: join\ndata: {"who":"eve"}\n\n'
@@ -24,13 +25,6 @@ def come_and_go(hub, *channels, who="ann"):
     subscription = hub.subscribe(*channels, who=who, announce=True)
     subscription.begin()
     subscription.close()
-
-
-def read_all(subscription):
-    found = []
-    while events := subscription.read(0):
-        found += events
-    return found
 
 
 def told(events):
