@@ -2,13 +2,14 @@
 
 import itertools
 import json
+from contextlib import closing
 
 import pytest
 
 from syncstream import Gap, Hub
 from syncstream.brokers.log import START
 from syncstream.channels import limits
-from syncstream.channels.ids import composite
+from syncstream.channels.ids import MAX_ID, composite, parts_of
 from tests.channels.readers import read_all
 from tests.support.removable import Removable, untold
 
@@ -283,3 +284,22 @@ def test_patterns(hub, broker):
     broker.remove("a", ids[1])
     hub.sink.resync(["a"])
     assert shape(read_all(subscription)) == ["1", "reset", "3"]
+
+
+def test_what_is_lost_of_a_pattern_is_no_named_channels(hub):
+    """Whose own events are all there."""
+    with closing(hub.subscribe("a", "b:#")) as reader:
+        assert reader.read(0) == []
+        hub.publish("a", "1")
+        hub.sink.resync(None)
+        events = read_all(reader)
+    assert sorted(shape(events)) == ["1", "reset"]
+
+
+def test_an_id_holds_the_places_in_all_channels():
+    """As many as there may be; what is behind them is not looked at."""
+    names = tuple(f"c{n}" for n in range(limits.MAX_CHANNELS))
+    places = dict.fromkeys(names, "f" * 40)
+    id = composite(names, places.values())
+    assert parts_of(id, names) == places
+    assert parts_of("," * MAX_ID + id, names) == {}

@@ -1,5 +1,6 @@
 """Kicks by name: all processes of a hub, and what becomes of those that are missed."""
 
+import gc
 import json
 from contextlib import closing, suppress
 
@@ -8,6 +9,7 @@ import pytest
 from syncstream import Closed, Hub, Unavailable, Uncertain
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.brokers.names import matches
+from syncstream.channels import control
 from syncstream.channels.control import CONTROL, Kick
 from tests.support.pairs import Threads, check_script
 from tests.support.postgresql_server import PostgreSQL
@@ -305,6 +307,47 @@ def test_it_is_listened_for_while_there_is_somebody(hub, broker):
     broker.kick('"ann"')
     assert not begun(hub, who="ann").is_closed
     assert reads <= 2
+
+
+def test_a_collected_subscription_is_listened_for_no_more(hub, broker):
+    """As if it had been closed; by the next one that comes."""
+    subscription = begun(hub, who="ann")
+    assert CONTROL in broker.watched
+    del subscription
+    gc.collect()
+    begun(hub)
+    assert CONTROL not in broker.watched
+
+
+def test_kicks_are_read_again_where_they_could_not_be(hub, broker, monkeypatch):
+    """A moment later, without another kick."""
+    monkeypatch.setattr(control, "RETRY", 0.01)
+    subscription, failed = begun(hub, who="ann"), []
+    await_true(lambda: not hub.subscribers.control.is_reading)
+
+    def read(channel, after, limit=1000):
+        if channel == CONTROL and not failed:
+            failed.append(after)
+            raise Unavailable("for a moment")
+        return MemoryBroker.read(broker, channel, after, limit)
+
+    monkeypatch.setattr(broker, "read", read)
+    broker.kick('"ann"')
+    await_end(subscription)
+    assert failed
+
+
+def test_a_hub_passes_over_its_own_kicks(hub, broker):
+    """It has done them at once: who has come since is not meant."""
+    other = begun(hub, who="bob")
+    await_true(lambda: not hub.subscribers.control.is_reading)
+    broker.is_mute = True
+    hub.kick(who="ann")
+    newcomer = begun(hub, who="ann")
+    broker.is_mute = False
+    broker.kick('"bob"')  # told after it
+    await_end(other)
+    assert not newcomer.is_closed
 
 
 def test_a_predicate_that_raises_ends_the_others_all_the_same(hub):

@@ -245,3 +245,14 @@ def test_names_without_end_hide_no_line_of_the_hub_s_own(hub, caplog):
     await_true(lambda: "kicks of other processes are not received" in caplog.text)
     assert "'n99'" in caplog.text
     assert "'n100'" not in caplog.text
+
+
+def test_a_name_that_no_hub_has_is_named(caplog):
+    """Others may write to the engine: to whatever channel they like."""
+    broker = MemoryBroker()
+    with closing(Hub(broker=broker)) as hub, closing(hub.subscribe("#")) as reader:
+        assert reader.read(0) == []
+        hub.sink.deliver("no\nchannel", Entry("2-2", "1-1", b"data: 1\n\n"))
+        assert reader.read(0) == []
+    journal().flush()
+    assert "it is in no channel of ours" in caplog.text
