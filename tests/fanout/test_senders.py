@@ -27,6 +27,7 @@ from tests.support.waits import TIMEOUT
 
 MANY = 1500
 NO_FD = 1_000_000  # beyond every limit: never open
+PYTHON = ctypes.PyDLL(None)  # before a test replaces it
 EPIPE, EBADF = -errno.EPIPE, -errno.EBADF
 
 OPENERS = {
@@ -853,7 +854,7 @@ class Queueing:
         self.queue, self.waits, self.made = [], [], 0
 
     def library(self, name, use_errno=False):
-        return {"syscall": Syscall(self)}
+        return {"syscall": Syscall(self), "write": PYTHON["write"]}
 
     def call(self, number, *args):
         name = ("setup", "destroy", "getevents", "submit")[CALLED.index(number.value)]
