@@ -19,8 +19,8 @@ from ..streams.capacity import Place
 from .lanes import Job, Lanes, run_safely
 
 if TYPE_CHECKING:
+    from .contract import Loop
     from .group import Group
-    from .loop import Fanout
 
 __all__ = ["Client", "Terms"]
 
@@ -98,7 +98,7 @@ class Client:
 
     def __init__(
         self,
-        loop: Fanout,
+        loop: Loop,
         fd: int,
         subscription: Subscription,
         terms: Terms,

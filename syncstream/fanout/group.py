@@ -14,19 +14,16 @@ from ..channels.options import NotShared
 from ..channels.subscription import Subscription
 from ..errors import Unavailable
 from ..runtime.clock import time
+from .connection import chunked
 from .lanes import Lane
 
 if TYPE_CHECKING:
     from .client import Client
-    from .loop import Fanout
+    from .contract import Loop
 
-__all__ = ["chunked"]
+__all__ = ["Group"]
 STUCK = 60.0  # seconds for one thing in a lane; then those who wait for it are ended
 RETRY_EVERY = 1.0  # seconds between two questions to a broker that is down
-
-
-def chunked(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 class Group:
@@ -51,7 +48,7 @@ class Group:
 
     def __init__(
         self,
-        loop: Fanout,
+        loop: Loop,
         leader: Subscription,
         client: Client,
         key: Hashable = None,
@@ -105,9 +102,9 @@ class Group:
         if self.clients:
             return
         try:
-            self._loop.drop(self)
+            self._loop.meeting.forget(self)
         except BaseException:  # twice, if need be: nobody else forgets it
-            self._loop.drop(self)
+            self._loop.meeting.forget(self)
             raise
 
     def let_go(self) -> None:
@@ -137,7 +134,7 @@ class Group:
             self.send(chunk, count)
             self._loop.again(self.turn, self)
         elif not self.is_shared:
-            self._loop.merge(self)
+            self._loop.meeting.join(self)
 
     def _may_send(self) -> bool:
         # While a lane reads, the leader's place is not yet its clients'.
@@ -185,10 +182,10 @@ class Group:
         elif self.is_woken:  # after the lane had looked
             self.turn()
         elif not self.is_shared:
-            self._loop.merge(self)
+            self._loop.meeting.join(self)
 
     def _leave_group(self, client: Client) -> None:
-        alone = self._loop.part(client)
+        alone = self._loop.meeting.part(client)
         self._loop.again(alone.turn, alone)
 
     def _retry(self, when: float) -> None:

@@ -38,9 +38,8 @@ import logging
 import math
 import os
 import select
-import socket
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -53,20 +52,18 @@ from ..runtime.process import EXIT_WAIT, Process, Served, process
 from ..runtime.signals import block_sigpipe
 from ..runtime.sockets import (
     acknowledged,
-    borrowed,
     has_timed_out,
     hold,
     native,
     queued,
-    release,
-    reset,
 )
 from ..runtime.waiting import gevent_hub
 from ..runtime.watch import native_epoll, native_lock, watch
-from ..streams.ends import come_back
 from .client import Client, Terms
-from .group import Group, chunked
+from .connection import close, say_goodbye, send_head
+from .group import Group
 from .lanes import Crew, Doer, HubCrew, HubLane, Job, Lane, Lanes, say_failed
+from .meeting import Meeting
 from .sender import Sender, open_sender
 from .wheel import Wheel
 
@@ -74,12 +71,10 @@ __all__ = ["Fanout", "fanout"]
 
 log = logging.getLogger("syncstream.fanout")
 
-SEND_BUFFER = 128 * 1024  # bytes; the kernel's own grows to megabytes, and hides a lag
 LAG_EVERY = 0.25  # seconds between two looks at those who lag
 _LONGEST = 4.0  # seconds between two rounds: less than `SETTLE`
 SETTLE = 5.0  # seconds, at most, until the kernel is told of the send timeout
 _MOST_FAILURES = 10  # rounds in a row, 0.1 s after each other: then it cannot go on
-_DRAINED = 16 * 65536  # bytes of a client that nobody reads are dropped at its end
 
 # 0 where there is no epoll. (gevent takes select.epoll away, and leaves these.)
 _OUT: int = getattr(select, "EPOLLOUT", 0)
@@ -88,14 +83,6 @@ _GONE: int = _ERROR | sum(
     getattr(select, name, 0) for name in ("EPOLLRDHUP", "EPOLLHUP")
 )
 _ONCE: int = getattr(select, "EPOLLONESHOT", 0)
-# EPIPE is told, whatever the application has made of SIGPIPE.
-_SENT: int = socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0)
-
-_END = b"0\r\n\r\n"
-
-
-_WHOLE = frozenset(("closed", "finished"))
-"""Ends that the application has asked for, and says are none of a failure's."""
 
 
 class Fanout:
@@ -122,10 +109,16 @@ class Fanout:
         self._lagging: dict[int, Client] = {}
         self._early: set[int] = set()  # descriptors with events, and without a client
         self._looked_at = 0.0
-        # By place, form and lanes: a shared group, or a client that is by itself there.
-        self._meeting: dict[Hashable, Group] = {}
+        self.meeting = Meeting(self)
         # Weak: a hook of a request, or a server that has gone, is not kept by them.
         self._terms: WeakValueDictionary[tuple[Any, ...], Terms] = WeakValueDictionary()
+        self._events: list[tuple[int, int]] = []  # of this round
+        self._duties = (
+            self._serve,
+            self._make_calls,
+            partial(self.wheel.run, self.cut),
+            self._look_at_lagging,
+        )
         self._lanes: dict[Any, Lanes] = {}
         self._lanes_lock = native_lock()
         self._epoll = epoll()
@@ -265,7 +258,7 @@ class Fanout:
         fd, terms = client.fd, client.terms
         client.since = now = time.monotonic()
         hold(fd)
-        rest, problem = _send_head(fd, head), None
+        rest, problem = send_head(fd, head), None
         try:
             self._epoll.register(fd, _GONE | _ONCE)
         except (OSError, ValueError) as error:  # ValueError: the loop is dead
@@ -323,18 +316,33 @@ class Fanout:
             say_failed("a sender could not be closed", error)
 
     def _round(self) -> None:
-        for fd, events in self._epoll.poll(self._pause(), 1024):
+        """Wait, then do what is due: each duty whatever becomes of the others."""
+        self._events = self._epoll.poll(self._pause(), 1024)
+        failure: BaseException | None = None
+        for duty in self._duties:
+            try:
+                duty()
+            except BaseException as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _serve(self) -> None:
+        """Send to those who have room again, and end those who have gone."""
+        for fd, mask in self._events:
             client = self._clients.get(fd)
             try:
                 if client is not None:
-                    if events & _GONE:
-                        self.hung_up(client, is_error=bool(events & _ERROR))
+                    if mask & _GONE:
+                        self.hung_up(client, is_error=bool(mask & _ERROR))
                     else:
                         self._flush(client)
                 elif fd != self._event_fd:  # it is on its way, or has ended just now
                     self._early.add(fd)
             except BaseException as error:
                 self.cut(client, error)
+
+    def _make_calls(self) -> None:
         # After the wait, before the calls are looked at: who calls from here on
         # finds it cleared, and wakes us.
         self._is_woken = False
@@ -345,9 +353,6 @@ class Fanout:
                     function()
                 except BaseException as error:
                     self.cut(owner, error)
-        self.wheel.run(self.cut)
-        if self._lagging:
-            self._look_at_lagging()
 
     def _pause(self) -> float:
         now = time.monotonic()
@@ -445,86 +450,12 @@ class Fanout:
         if client.early is not None:
             self.end(client, client.early)
 
-    def merge(self, group: Group) -> None:
-        """Have the only client of a group join the others who are where it is.
-
-        The first one only leaves word where it is. The second makes a shared group, so
-        a client alone at its place needs no leader.
-        """
-        (client,) = group.clients.values()
-        mine = client.subscription
-        if not mine.is_plain or client.rest is not None:
-            return
-        terms = client.terms
-        form = (client.is_chunked, terms.keepalive, terms.comment)
-        key = (*mine.kind, *form, id(terms.lanes))
-        found = self._meeting.get(key)
-        if found is not None and found.is_empty:
-            self.drop(found)  # a failure has left it, at a place where nobody comes
-            found = None
-        if (
-            found is None
-            or found is group
-            or not (found.is_shared or found.is_at(mine))
-        ):
-            self._meeting[key], group.key = group, key
-            return
-        if not found.is_shared:
-            found = self._share(found, key)
-        # Or it has not had its turn since: we come again with the next event.
-        if found.is_at(mine):
-            self._move(group, found)
-
-    def _share(self, first: Group, key: Hashable) -> Group:
-        """Make a group for several where a client is that is by itself, with it."""
-        (client,) = first.clients.values()
-        leader = client.subscription.twin()
-        shared = Group(self, leader, client, key)
-        leader.detach(shared)
-        self._meeting[key] = shared
-        self._move(first, shared)
-        try:
-            shared.turn()
-        except BaseException as error:  # not only of whom this turn is
-            self.cut(shared, error)
-        return shared
-
-    def _move(self, group: Group, shared: Group) -> None:
-        """Move the only client of a group to a shared one."""
-        (client,) = group.clients.values()
-        try:
-            group.remove(client)
-            client.subscription.lean_on(shared.leader)
-            shared.add(client)
-        except BaseException as error:  # it may be in neither
-            self.cut(client, error)
-            if not shared.clients:
-                self.drop(shared)
-
-    def drop(self, group: Group) -> None:
-        """Forget a group that is empty."""
-        if self._meeting.get(group.key) is group:
-            del self._meeting[group.key]
-        self.wheel.remove(group)
-        if not group.is_asking:
-            group.let_go()
-
-    def part(self, client: Client) -> Group:
-        """Have a client of a shared group be by itself, where that is."""
-        group = client.group
-        assert group is not None
-        client.subscription.go_where(group.leader)
-        group.remove(client)
-        alone = Group(self, client.subscription, client)
-        alone.add(client)
-        return alone
-
     def lag(self, client: Client, rest: memoryview) -> None:
         """Let a client go on by itself, as fast as it can."""
         group = client.group
         assert group is not None
         if group.is_shared:
-            self.part(client)
+            self.meeting.part(client)
         if client.rest is None:
             client.since = time.monotonic()
             client.acknowledged = None
@@ -559,7 +490,7 @@ class Fanout:
 
     def _look_at_lagging(self) -> None:
         now = time.monotonic()
-        if now - self._looked_at < LAG_EVERY:
+        if not self._lagging or now - self._looked_at < LAG_EVERY:
             return
         self._looked_at = now
         for client in tuple(self._lagging.values()):
@@ -650,12 +581,15 @@ class Fanout:
             group.left(client)
         except BaseException:
             if not group.clients:  # twice, if need be: nobody else forgets it
-                self.drop(group)
+                self.meeting.forget(group)
             raise
+
+    def _say_goodbye(self, client: Client) -> None:
+        say_goodbye(client)
 
     def _close(self, client: Client) -> None:
         client.rest = None
-        _close(client.fd)
+        close(client.fd)
 
     def _depart(self, client: Client) -> None:
         # Twice, if need be: its place is not to be lost.
@@ -665,54 +599,6 @@ class Fanout:
         except BaseException:
             journal().do(client.leave)
             raise
-
-    def _say_goodbye(self, client: Client) -> None:
-        """Write the last words, as far as the kernel takes them at once."""
-        reason, terms = client.reason, client.terms
-        if reason in ("disconnected", "send_timeout"):
-            if reason == "send_timeout" and not client.is_chunked:
-                reset(client.fd)  # or it reads on one day, and finds an end
-            return
-        # A subscription is never done: others would take it for a whole answer.
-        is_partial = reason not in _WHOLE
-        is_cut = reason == "error" or (is_partial and not terms.comes_back)
-        is_whole = client.rest is None  # not in the middle of a chunk
-        if is_whole:
-            words = come_back(str(reason), terms.retry) if terms.comes_back else b""
-            if client.is_chunked and words:
-                words = chunked(words)
-            if client.is_chunked and not is_cut:
-                words += _END
-            with suppress(OSError):
-                is_whole = os.write(client.fd, words) == len(words)
-        if (not is_whole or is_cut) and not client.is_chunked:
-            reset(client.fd)  # only that tells it that something is missing
-
-
-def _send_head(fd: int, head: bytes) -> bytes:
-    """Prepare a connection, and send what comes first; return what it did not take."""
-    with suppress(OSError), borrowed(fd) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        with suppress(OSError):  # Unix has no TCP_NODELAY
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return head[sock.send(head, _SENT) :] if head else b""
-    return head  # the loop finds out why
-
-
-def _close(fd: int) -> None:
-    """Close a connection so that what was sent arrives.
-
-    Shut down first: a forked child may have it, too. And read: what the client has
-    sent, and nobody has read, makes the kernel reset the connection at its close.
-    """
-    try:
-        with suppress(OSError), borrowed(fd) as sock:
-            sock.shutdown(socket.SHUT_WR)
-            for _ in range(_DRAINED // 65536):
-                if len(sock.recv(65536, socket.MSG_DONTWAIT)) < 65536:
-                    break
-    finally:
-        release(fd)
 
 
 Owner = Client | Group | None

@@ -21,9 +21,9 @@ from syncstream.brokers import log as log_module
 from syncstream.brokers.log import Entry
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.channels import limits
+from syncstream.fanout import connection as connection_module
 from syncstream.fanout import group as group_module
 from syncstream.fanout import lanes as lanes_module
-from syncstream.fanout import loop as fanout_module
 from syncstream.fanout.client import Client, Terms
 from syncstream.fanout.group import Group
 from syncstream.fanout.loop import fanout
@@ -55,7 +55,7 @@ def _nothing_is_left_behind(loop):
     before = len(os.listdir("/proc/self/fd"))
     yield
     settle(loop)
-    assert (loop._clients, loop._lagging, loop._meeting) == ({}, {}, {})
+    assert (loop._clients, loop._lagging, loop.meeting.groups) == ({}, {}, {})
     assert not any(loop.wheel._buckets.values())
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
@@ -1598,7 +1598,7 @@ def test_whatever_happens(seed, ops):
     """Given or announced is what was published: in order, once, by whatever way."""
     loop = fanout()
     before = {
-        (fanout_module, "SEND_BUFFER"): 4096,
+        (connection_module, "SEND_BUFFER"): 4096,
         (limits, "WINDOW"): 8,
         (limits, "READ"): 5,
         (log_module, "JOIN"): 6000,

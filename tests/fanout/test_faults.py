@@ -14,7 +14,7 @@ from werkzeug.test import create_environ, run_wsgi_app
 import syncstream.runtime.watch
 from syncstream import Hub, SSEResponse, Unavailable, sleep
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.fanout import client, group, lanes, loop, wheel
+from syncstream.fanout import client, connection, group, lanes, loop, meeting, wheel
 from syncstream.fanout.loop import fanout
 from syncstream.runtime.journal import MOST, Journal, journal
 from syncstream.runtime.process import Process
@@ -202,7 +202,7 @@ class Scene:
                 parked=[name for name, p in self.peers.items() if p.served.parked],
                 clients=list(loop._clients),
                 lagging=list(loop._lagging),
-                meeting=list(loop._meeting),
+                meeting=list(loop.meeting.groups),
                 timers=[bucket for bucket in loop.wheel._buckets.values() if bucket],
             )
             return not any(left.values())
@@ -222,7 +222,7 @@ PARTS = 6  # of the walk: they run beside each other
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_call_of_the_loop_raises(quiet, part):
     """In turn: those whom it concerns are cut, everybody else gets every event."""
-    faults = Faults(wheel, lanes, group, client, loop)
+    faults = Faults(wheel, lanes, connection, group, client, meeting, loop)
     scene = Scene(faults)
     faults.seen.clear()
     scene.act()
