@@ -249,22 +249,19 @@ class AioSender:
             self._recover()
         rest: Rest = []
         each = iter(pairs)
-        while columns := tuple(zip(*islice(each, _ENTRIES), strict=True)):
-            fds, chunks = columns
-            if len(fds) < _FEW:
-                rest += self._send_to_few(fds, chunks)
+        while batch := tuple(islice(each, _ENTRIES)):
+            if len(batch) < _FEW:
+                rest += self._send_to_few(batch)
             else:
+                fds, chunks = zip(*batch, strict=True)
                 rest += self._send(fds, chunks)
         return rest
 
-    def _send_to_few(self, fds: Sequence[int], chunks: Sequence[bytes]) -> Rest:
+    def _send_to_few(self, pairs: Sequence[Pair]) -> Rest:
         rest, write = Rest(), self._quick_write
-        before, length, size = None, 0, None
-        for fd, chunk in zip(fds, chunks, strict=True):
-            if chunk is not before:
-                before, length = chunk, len(chunk)
-                size = ctypes.c_size_t(length)
-            taken = write(fd, chunk, size)
+        for fd, chunk in pairs:
+            length = len(chunk)
+            taken = write(fd, chunk, length)
             if taken < 0:  # os.write tells why
                 rest += self._write.send([(fd, chunk)])
             elif taken != length:
