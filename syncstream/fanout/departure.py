@@ -25,7 +25,7 @@ from ..servers.swap import Swap, Taken
 from ..streams.ends import REASONS
 from ..streams.parts import Parts
 from .client import Client
-from .group import chunked
+from .connection import chunked
 from .loop import Fanout, fanout
 
 __all__ = ["Departure"]
