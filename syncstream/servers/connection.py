@@ -88,13 +88,13 @@ class Connection:
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         self.environ = environ
-        # Keep the server's own: the socket is found through it, and Bottle's
+        # Keep the server's own input: the socket is found through it, and Bottle's
         # request.params replaces it in the environ.
         self._input = environ.get("wsgi.input")
         # Weak references, here and in the environ: no cycle keeps either alive.
         self._stream: weakref.ref[Sent] | None = None
         self._write: Callable[[bytes], object] | None = None
-        self._is_encoded = False  # by the application, on purpose
+        self._is_encoded = False  # whether the application set Content-Encoding
         self._sent_before: int | None = None  # bytes of the body, before the stream
         self._counter: Counter | None = None
         self._begun: tuple[StartResponse, list[tuple[str, str]]] | None = None
@@ -150,7 +150,7 @@ class Connection:
         """Log advice for the operator about a stream that stays, once a process."""
         record, server, environ = process(), self.server, self._given
         write = self._write
-        # What may be written by is not encoded, see there.
+        # `write` is None if the head shows an encoding.
         if write is not None and self.write is None and not self._is_encoded:
             head = server.headers(write) or ()
             if any(name.lower() == "content-encoding" for name, _ in head):
@@ -166,26 +166,28 @@ class Connection:
         if self.fd is None and software and not warnings and not server.is_test:
             record.warn_once(
                 log,
-                f"{_short(ascii(software)[1:-1], 60)} shows no socket: a stream is not"
-                " told when its client leaves, until it yields, and has no keepalive"
-                " while its generator waits. Prefer one of docs/servers.md",
+                f"{_short(ascii(software)[1:-1], 60)} shows no socket: a stream does"
+                " not notice that its client has left until it yields, and sends no"
+                " keepalive while its generator waits. Prefer one of the servers in"
+                " docs/servers.md",
                 "no socket",
             )
         fd, is_old = self.fd, environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
         if is_old and fd is not None and not server.marks_end(environ) and is_unix(fd):
             record.warn_once(
                 log,
-                "a stream that is cut looks finished to a client of HTTP/1.0 over a"
-                " Unix socket, where nothing marks an end and no reset can be had: let"
-                " the proxy speak HTTP/1.1 (nginx: proxy_http_version 1.1)",
+                "a stream that is cut looks finished to the client: the proxy speaks"
+                " HTTP/1.0 over a Unix socket, where nothing marks a response's end and"
+                " no reset is possible. Let the proxy speak HTTP/1.1 (nginx:"
+                " proxy_http_version 1.1)",
                 "unmarked",
             )
         threads, streams = self.threads, record.attached_streams
         if threads is not None and threads > 1 and streams >= threads:
             record.warn_once(
                 log,
-                f"streams hold all of the {threads} requests that this server process"
-                " serves at once, the others wait: give it more threads (or greenlets),"
+                f"streams occupy all {threads} threads (or greenlets) of this server"
+                " process, so other requests wait: give it more threads (or greenlets),"
                 " or set StreamMiddleware(app, reserve_threads=…)",
             )
 
@@ -204,7 +206,7 @@ class Connection:
     @property
     def label(self) -> str:
         """Method and path, for the log."""
-        # From outside: keep escape sequences and endless lines out of the log.
+        # The client chose it: keep escape sequences and endless lines out of the log.
         environ = self.environ
         method = ascii(environ.get("REQUEST_METHOD", ""))[1:-1]
         path = ascii(environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", ""))
@@ -318,7 +320,7 @@ class Connection:
                 raise
             # start_response raises the error if a byte has been sent (PEP 3333), and
             # that of a middleware may accept no third argument.
-            text = "%s is cut, not answered by %s: %r"
+            text = "%s: the stream is cut, as %s cannot be sent: %r"
             report(log, logging.DEBUG, text, self.label, line, raised)
             return None
         finally:
@@ -360,10 +362,10 @@ class Connection:
             vars(self)["write"] = None
             process().warn_once(
                 log,
-                "streams have no keepalive while their generators wait: a WSGI"
-                f" middleware stands between them and {server.name}, and may hold back"
-                " parts of events. Leave it out where streams are, use another server,"
-                " or have the generators yield None now and then",
+                "streams send no keepalive while their generators wait: a WSGI"
+                f" middleware between them and {server.name} may hold back parts of"
+                " events. Exempt streams from that middleware, use another server, or"
+                " have the generators yield None now and then",
                 "no write",
             )
 
