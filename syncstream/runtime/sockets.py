@@ -44,7 +44,7 @@ __all__ = [
 GRACE = 1.5
 """Seconds that the kernel waits longer than we do for a client that reads nothing."""
 
-_SO_DOMAIN: int | None = getattr(socket, "SO_DOMAIN", None)
+SO_DOMAIN: int | None = getattr(socket, "SO_DOMAIN", None)
 POLLRDHUP: int = getattr(select, "POLLRDHUP", 0)
 """The peer has stopped writing; 0 if poll cannot report that (macOS)."""
 _POLLIN: int = getattr(select, "POLLIN", 1)  # Windows has no poll
@@ -274,10 +274,10 @@ def is_socket(fd: int) -> bool:
 
 def is_unix(fd: int) -> bool:
     """Return whether it is a Unix socket, which has no reset; ``False`` if unknown."""
-    if _SO_DOMAIN is None:
+    if SO_DOMAIN is None:
         return False
     with suppress(OSError), borrowed(fd) as sock:
-        family: int = sock.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN)
+        family: int = sock.getsockopt(socket.SOL_SOCKET, SO_DOMAIN)
         return family == socket.AF_UNIX
     return False
 

@@ -448,14 +448,19 @@ def make_lock() -> Any:
 
 
 class ThreadWait:
-    """A thread's wait, of its own or for a condition, which other threads can end."""
+    """A thread's wait, of its own or for a condition, which other threads can end.
 
-    __slots__ = ("_condition", "_lock", "is_woken")
+    Attributes:
+        lock: Taken while it waits; the condition's next notification releases it.
+        is_woken: Whether `wake` has ended it.
+    """
+
+    __slots__ = ("_condition", "is_woken", "lock")
 
     def __init__(self, condition: Any = None) -> None:
         self._condition = condition
-        self._lock = native(_thread, "allocate_lock")()
-        self._lock.acquire()
+        self.lock = native(_thread, "allocate_lock")()
+        self.lock.acquire()
         self.is_woken = False
 
     def wait(self, timeout: float | None) -> bool:
@@ -463,16 +468,16 @@ class ThreadWait:
         limit = -1.0 if timeout is None else min(timeout, threading.TIMEOUT_MAX)
         condition = self._condition
         if condition is None:
-            ended: bool = self._lock.acquire(True, limit)
+            ended: bool = self.lock.acquire(True, limit)
             return ended
         # The same as Condition.wait, but with our own lock, so that we can release it.
         if not condition._is_owned():
             raise RuntimeError("cannot wait on un-acquired lock")
-        condition._waiters.append(self._lock)
+        condition._waiters.append(self.lock)
         saved = condition._release_save()
         ended = has_failed = False
         try:
-            ended = self._lock.acquire(True, limit)
+            ended = self.lock.acquire(True, limit)
         except BaseException:  # from a signal handler, such as KeyboardInterrupt
             has_failed = True
             raise
@@ -480,7 +485,7 @@ class ThreadWait:
             condition._acquire_restore(saved)
             if not ended:
                 try:
-                    condition._waiters.remove(self._lock)
+                    condition._waiters.remove(self.lock)
                 except ValueError:  # woken or notified just now
                     ended = True
                     if has_failed and not self.is_woken:
@@ -494,16 +499,16 @@ class ThreadWait:
             if not self.is_woken:
                 self.is_woken = True
                 with suppress(RuntimeError):  # another thread was faster
-                    self._lock.release()
+                    self.lock.release()
             return True
         if not condition.acquire(False):
             return False
         try:
             # A waiter that was notified has left the list already.
-            if self._lock in condition._waiters:
-                condition._waiters.remove(self._lock)
+            if self.lock in condition._waiters:
+                condition._waiters.remove(self.lock)
                 self.is_woken = True
-                self._lock.release()
+                self.lock.release()
         finally:
             condition.release()
         return True

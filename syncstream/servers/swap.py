@@ -84,9 +84,9 @@ _RESERVE = 64  # descriptors that stay free for the server, and for everything e
 _MOST_DESCRIPTORS = 1 << 20
 _LOOK_EVERY = 0.25  # seconds: the server may write more than a pair holds
 _LOOK_AGAIN = 0.005  # seconds, after it did
-_MOST_WRITTEN = 16 << 20
+MOST_WRITTEN = 16 << 20
 _FETCHED = 1 << 16  # bytes at once; for more, malloc would map memory each time
-_SEND_TIMEOUT = 10.0  # seconds, for bytes sent after `undo`
+SEND_TIMEOUT = 10.0  # seconds, for bytes sent after `undo`
 
 _SWAPPED, _TAKEN, _CLOSED = range(3)
 
@@ -306,7 +306,7 @@ class Swap:
             if not is_theirs:
                 text = "a server has closed a connection that was swapped"
                 report(log, logging.DEBUG, text)
-            is_whole = len(self._written) <= _MOST_WRITTEN
+            is_whole = len(self._written) <= MOST_WRITTEN
             if is_theirs and not (is_whole and _send(self._fd, self._written)):
                 hang_up(self._fd)
         self._written.clear()
@@ -353,7 +353,7 @@ class Swap:
 
     def _fetch(self) -> None:
         """Read what the server has written so far."""
-        while len(self._written) <= _MOST_WRITTEN:
+        while len(self._written) <= MOST_WRITTEN:
             try:
                 data = self._ours.recv(_FETCHED)
             except BlockingIOError:
@@ -373,7 +373,7 @@ class Swap:
             before = len(self._written)
             self._fetch()
             after = len(self._written)
-            if after > _MOST_WRITTEN:
+            if after > MOST_WRITTEN:
                 with suppress(OSError):
                     self._ours.shutdown(socket.SHUT_RDWR)
                 return None
@@ -449,7 +449,7 @@ def _checked(environ: Environ, server: Server) -> SocketLike:
     fd = sock.fileno()
     if is_hung_up(fd):
         raise Refused("the client has left", is_gone=True)
-    _check_descriptor(fd)
+    check_descriptor(fd)
     return sock
 
 
@@ -458,7 +458,7 @@ def _told(text: object) -> str:
     return ascii(str(text)[:20])[1:-1]
 
 
-def _check_descriptor(fd: int) -> None:
+def check_descriptor(fd: int) -> None:
     try:
         with borrowed(fd, family=-1, protocol=-1) as sock:
             kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
@@ -599,7 +599,7 @@ def _inode(fd: int) -> tuple[int, int]:
 
 def _send(fd: int, data: bytearray) -> bool:
     """Send the client the missed bytes; return whether it accepted them in time."""
-    deadline = time.monotonic() + _SEND_TIMEOUT
+    deadline = time.monotonic() + SEND_TIMEOUT
     view = memoryview(data)
     while view:
         try:

@@ -27,6 +27,8 @@ from syncstream import (
     sleep,
 )
 from syncstream.process import stats
+from syncstream.runtime.process import process
+from syncstream.servers.connection import Connection
 from tests.apps.control import gate, note
 
 OPTIONS = {
@@ -184,8 +186,7 @@ def finishing(key, query):
     """Yield a row, wait until the server is to stop, and finish the others."""
     yield "row 0\n"
     note(f"{key}-waiting", True)
-    stream = current_stream()
-    while stream._until() is None:
+    while query["stopping"]() is None:
         time.sleep(0.01)
     for n in range(1, 20):
         time.sleep(0.01)
@@ -268,7 +269,7 @@ def subscribed(key):
 
     def ended():
         now = time.monotonic()
-        note(f"{key}-ended", [now, stream.reason, stream._client is not None])
+        note(f"{key}-ended", [now, stream.reason, process().parked_streams > 0])
 
     stream.on_close(ended)
     return response
@@ -285,6 +286,7 @@ def app(environ, start_response):
         return plain(repr(moments.get(query["key"])), start_response)
     if kind == "sub":
         return subscribed(query["key"])(environ, start_response)
+    query["stopping"] = lambda: Connection.of(environ).stopping()
     source = SOURCES[rest[0]](query.get("key"), query)
     if kind == "hand":
         start_response("200 OK", [("Content-Type", "text/event-stream")])

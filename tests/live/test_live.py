@@ -288,6 +288,6 @@ def test_next_request_on_the_connection_is_unharmed(kind, key):
         if kind == "gunicorn-sync":  # it always closes
             assert client.headers["connection"] == "close"
             return
-        client._body = None
+        client.body = None
         client.request("GET", "/health")
         assert client.rest() == b"ok"

@@ -266,7 +266,7 @@ def test_a_notification_at_the_last_moment_counts():
         from syncstream.runtime import waiting
 
         thread_wait = waiting.ThreadWait(condition)
-        thread_wait._lock = Late(notify)
+        thread_wait.lock = Late(notify)
         with condition:
             seen.append(thread_wait.wait(0.5))
         yield "a"

@@ -542,7 +542,7 @@ def test_a_socket_may_have_the_number_0():
 
 def test_an_unknown_family_is_no_unix_socket(monkeypatch):
     """Systems other than Linux do not tell it."""
-    monkeypatch.setattr(syncstream.runtime.sockets, "_SO_DOMAIN", None)
+    monkeypatch.setattr(syncstream.runtime.sockets, "SO_DOMAIN", None)
     with tcp_pair() as (server, _):
         assert not is_unix(server.fileno())
 

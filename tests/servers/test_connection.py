@@ -18,7 +18,7 @@ from syncstream.runtime.process import process
 from syncstream.runtime.sockets import acknowledged, give_up_after, is_hung_up, queued
 from syncstream.servers import server_of
 from syncstream.servers.connection import Connection
-from syncstream.servers.swap import _check_descriptor
+from syncstream.servers.swap import check_descriptor
 from tests.support.waits import await_true
 
 
@@ -77,7 +77,7 @@ def test_a_look_leaves_a_socket_blocking(pair):
     socket.setdefaulttimeout(60)
     try:
         assert not connection.is_hung_up()
-        _check_descriptor(server.fileno())
+        check_descriptor(server.fileno())
     finally:
         socket.setdefaulttimeout(None)
     assert os.get_blocking(server.fileno())

@@ -658,7 +658,7 @@ def test_undo_waits_for_a_slow_client(pair):
 
 def test_a_client_that_takes_nothing_is_hung_up(pair, monkeypatch):
     """Put back, but not for ever."""
-    monkeypatch.setattr("syncstream.servers.swap._SEND_TIMEOUT", 0.05)
+    monkeypatch.setattr("syncstream.servers.swap.SEND_TIMEOUT", 0.05)
     server, client = pair
     server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -671,7 +671,7 @@ def test_a_client_that_takes_nothing_is_hung_up(pair, monkeypatch):
 
 def test_a_server_cannot_fill_the_memory(pair, monkeypatch):
     """What it writes into a swap has an end: its next write fails."""
-    monkeypatch.setattr("syncstream.servers.swap._MOST_WRITTEN", 1_000_000)
+    monkeypatch.setattr("syncstream.servers.swap.MOST_WRITTEN", 1_000_000)
     server, _ = pair
     swap = swap_of(server)
     with pytest.raises(BrokenPipeError):
@@ -750,7 +750,7 @@ def gevent_with_a_watch():
 def test_undo_lets_the_hub_run(gevent_with_a_watch, pair, monkeypatch):
     """Under gevent, where the slow client may wait for another greenlet."""
     gevent = gevent_with_a_watch
-    monkeypatch.setattr("syncstream.servers.swap._SEND_TIMEOUT", 5.0)
+    monkeypatch.setattr("syncstream.servers.swap.SEND_TIMEOUT", 5.0)
     server, client = pair
     server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -356,7 +356,7 @@ class Client:
         self._buffer = b""
         self.status = 0
         self.headers: dict[str, str] = {}
-        self._body: Iterator[bytes] | None = None
+        self.body: Iterator[bytes] | None = None
         self._asks_for_events = False
         self.is_whole = False  # the body's end was marked, or it had a length
 
@@ -404,7 +404,7 @@ class Client:
         self.status = int(first.split()[1])
         pairs = (line.partition(":") for line in lines if line)
         self.headers = {name.lower(): value.strip() for name, _, value in pairs}
-        self._body = self._decode()
+        self.body = self._decode()
 
     def _decode(self) -> Iterator[bytes]:
         """Yield the body's pieces as they come, without the chunks' framing."""
@@ -436,10 +436,10 @@ class Client:
 
     def chunk(self) -> bytes:
         """Return the next piece of the body, ``b""`` at its end."""
-        if self._body is None:
+        if self.body is None:
             self.read_head()
-        assert self._body is not None
-        return next(self._body, b"")
+        assert self.body is not None
+        return next(self.body, b"")
 
     def block(self) -> bytes:
         """Return the body up to the next blank line, and not a byte more.
@@ -447,7 +447,7 @@ class Client:
         Or a comment's line alone, where the client has asked for an event stream: then
         no blank line follows. Whatever else has come is kept for the next call.
         """
-        if self._body is None:
+        if self.body is None:
             self.read_head()
         self._text = getattr(self, "_text", b"")
         while (mark := self._mark()) not in self._text:
@@ -464,12 +464,12 @@ class Client:
 
     def rest(self) -> bytes:
         """Return the body up to its end."""
-        if self._body is None:
+        if self.body is None:
             self.read_head()
-        assert self._body is not None
+        assert self.body is not None
         text = getattr(self, "_text", b"")
         self._text = b""
-        return text + b"".join(self._body)
+        return text + b"".join(self.body)
 
     def close(self) -> None:
         self.socket.close()
