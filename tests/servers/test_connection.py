@@ -261,6 +261,7 @@ def connection_of(pair, write, headers=()):
         sent=lambda write: None,
         headers=lambda write: list(headers),
         warnings=lambda environ: (),
+        threads=lambda environ: None,
     )
     connection.find_write()
     return connection
