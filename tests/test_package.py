@@ -180,8 +180,8 @@ except ImportError as error:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
     )
     assert done.stdout == (
-        f"{extra}: needs the package {package}:"
-        f" pip install 'syncstream-wsgi[{extra}]'\n"
+        f"{extra}: needs the package {package},"
+        f" run pip install 'syncstream-wsgi[{extra}]'\n"
     ), done.stderr
 
 

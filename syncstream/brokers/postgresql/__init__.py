@@ -29,8 +29,8 @@ try:
     import psycopg  # noqa: F401 (so that it is said here)
 except ImportError as error:
     raise ImportError(
-        "postgresql: needs the package psycopg:"
-        " pip install 'syncstream-wsgi[postgresql]'"
+        "postgresql: needs the package psycopg,"
+        " run pip install 'syncstream-wsgi[postgresql]'"
     ) from error
 
 from .broker import PostgreSQLBroker
