@@ -18,8 +18,9 @@ __all__ = ["chunked", "close", "say_goodbye", "send_head"]
 SEND_BUFFER = 128 * 1024  # bytes; the kernel's own grows to megabytes, and hides a lag
 _DRAINED = 16 * 65536  # bytes of a client that nobody reads are dropped at its end
 _END = b"0\r\n\r\n"
-# EPIPE is told, whatever the application has made of SIGPIPE.
-_SENT: int = socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0)
+# EPIPE is told, whatever the application has made of SIGPIPE. (Windows has neither
+# flag, nor the loop.)
+_SENT: int = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)
 
 _WHOLE = frozenset(("closed", "finished"))
 """Ends that the application has asked for, and says are none of a failure's."""
