@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,14 +28,17 @@ from syncstream import (
 from syncstream.fanout.departure import Departure
 from syncstream.protocol import raw, sse
 from syncstream.runtime.journal import journal
+from syncstream.runtime.process import AT_ONCE
 from syncstream.runtime.sockets import is_hung_up
 from syncstream.runtime.watch import Watch
 from syncstream.streams.contract import Format, Life
+from syncstream.streams.keepalive import Keepalive
+from syncstream.streams.outcome import Outcome
 from syncstream.streams.output import Output
 from syncstream.streams.send_timeout import SendTimeout
 from tests.support.pairs import Line as PairsLine
-from tests.support.pairs import tcp_pair, vanish
-from tests.support.waits import await_true
+from tests.support.pairs import Threads, tcp_pair, vanish
+from tests.support.waits import TIMEOUT, await_true
 
 EVENTS = Format(sse.encoder(), sse.ends_blank, is_events=True)
 RAW = Format(raw.encode, lambda tail: False)
@@ -907,6 +911,131 @@ def large(line):
             sent = Sent(line)
             sent.send(1 << 20)
             yield sent
+
+
+def test_a_busy_source_hides_no_full_client(line, large):
+    """What was sent before has not all gone, whatever the source does now."""
+    line.is_full = lambda: True
+    looks = [
+        large.send_timeout.look(large.began + at, line.fd, is_running=True)
+        for at in (1, 2, 15)
+    ]
+    assert looks == [False, False, True]
+
+
+def keepalive_of(line):
+    """Return one that is due, of a source that is at work."""
+    output = Output(EVENTS, None, "stop")
+    output.connect(line, is_encoded=False, written=b"")
+    busy = SimpleNamespace(is_running=True)
+    return Keepalive(lambda: busy, Outcome(), output, 1e-9)
+
+
+def test_who_has_left_is_written_no_keepalive(line):
+    """It would take the error that tells why."""
+    written = []
+    line.write = written.append
+    keepalive = keepalive_of(line)
+    keepalive.write()
+    assert len(written) == 1
+    line.hung_up = True
+    keepalive.write()
+    assert len(written) == 1
+
+
+def test_a_keepalive_is_awaited_while_it_is_written(line):
+    """The server's own write comes after it, not into it."""
+    began, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def write(data):
+        began.set()
+        assert may_end.wait(TIMEOUT)
+
+    line.write = write
+    keepalive = keepalive_of(line)
+    place = Threads()
+    join = place.start(keepalive.write)
+    assert began.wait(TIMEOUT)
+    assert keepalive.is_writing
+    awaits = place.start(lambda: (keepalive.await_writer(), ended.set()))
+    assert not ended.wait(0.05)
+    may_end.set()
+    join()
+    awaits()
+    assert not keepalive.is_writing
+
+
+def test_an_unwatched_stream_ends_with_its_server(monkeypatch):
+    """It looks for itself, between two items."""
+
+    def full():
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("syncstream.streams.monitor.watch", full)
+    line, told = Browser(), []
+    line.stopping = lambda: AT_ONCE if told else None
+
+    def source():
+        yield "a"
+        told.append(1)
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            yield "b"
+
+    stream = Stream(source(), EVENTS)
+    stream.connect(line)
+    for _ in stream:
+        """It is sent."""
+    stream.close()
+    assert stream.reason == "shutdown"
+
+
+def test_a_dropped_iterator_ends_its_stream(line):
+    """A middleware that drops its iterable, and closes nothing."""
+    seen = []
+
+    def source():
+        try:
+            yield "a"
+            yield "b"
+        finally:
+            seen.append("finally")
+
+    stream = Stream(source(), EVENTS)
+    stream.connect(line)
+    chunks = iter(stream)
+    assert [next(chunks), next(chunks)] == [b": ok\n\n", b"data: a\n\n"]
+    del chunks
+    gc.collect()
+    assert seen == ["finally"]
+    assert stream.reason is not None
+
+
+def test_a_closed_socket_is_noticed_where_epoll_forgets_it(monkeypatch):
+    """waitress closes from its own thread: its streams' numbers are looked at."""
+    monkeypatch.setattr("syncstream.streams.monitor.VANISH_EVERY", 0.01)
+    place, seen = Threads(), []
+
+    def source():
+        try:
+            sleep(60)
+            yield "a"
+        except ClientDisconnected:
+            seen.append("left")
+            raise
+
+    with tcp_pair() as (server, _):
+        line = PairsLine(server)
+        line.may_vanish = True
+        life = Life(keepalive=None, max_duration=None, send_timeout=None)
+        stream = Stream(source(), EVENTS, life=life)
+        stream.connect(line)
+        join = place.start(lambda: list(stream))
+        await_true(lambda: stream.thread_wait)
+        line.sock = None
+        join()
+        stream.close()
+    assert seen == ["left"]
 
 
 def test_a_client_that_is_slow_at_last_is_not_dropped(line, large):
