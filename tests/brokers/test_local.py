@@ -20,10 +20,9 @@ import pytest
 
 from syncstream import Gap, Hub
 from syncstream.brokers import open_broker
-from syncstream.brokers.local import LocalBroker, database
+from syncstream.brokers.local import LocalBroker, append
 from syncstream.brokers.local import files as files_module
 from syncstream.brokers.local import listener as listener_module
-from syncstream.brokers.local import process as process_module
 from syncstream.brokers.local.threads import Job, Thread
 from syncstream.errors import PayloadTooLarge, Unavailable
 from syncstream.runtime.journal import journal
@@ -287,16 +286,16 @@ def test_what_is_stored_as_somebody_begins_to_watch(make, monkeypatch):
     broker.attach(told)
     broker.watch("b")
     broker.unwatch("b")
-    newest, is_armed = database.Database.newest, [True]
+    newest, is_armed = listener_module.newest, [True]
 
-    def begin(self):
+    def begin(connection):
         if is_armed:
             is_armed.clear()
             broker.watch("a")
             other.publish([("a", b"told")])
-        return newest(self)
+        return newest(connection)
 
-    monkeypatch.setattr(database.Database, "newest", begin)
+    monkeypatch.setattr(listener_module, "newest", begin)
     other.publish([("b", b"not told")])  # wakes it
     await_true(lambda: not is_armed and (told.payloads or told.resyncs))
     assert told.payloads == [b"told"]
@@ -427,7 +426,7 @@ def size_of(folder, suffix=""):
 
 def test_the_log_is_bounded(make, folder, monkeypatch):
     """By capacity: 100,000 events leave what is kept, and a small WAL."""
-    monkeypatch.setattr(database, "_SEEN", 0)
+    monkeypatch.setattr(append, "_SEEN", 0)
     broker = make(capacity=100)
     for number in range(1000):
         broker.publish([(f"c{number % 10}", b"x" * 200)] * 100)
@@ -466,7 +465,7 @@ def test_what_is_too_old_goes(make, folder):
 
 def test_idle_channels_are_forgotten(make, monkeypatch):
     """When they are very many; heads of before are then unknown, not wrong."""
-    monkeypatch.setattr(database, "MAX_CHANNELS", 1000)
+    monkeypatch.setattr(append, "MAX_CHANNELS", 1000)
     broker = make(max_age=0.1)
     empty = broker.read("never", None).head
     (old,) = broker.publish([("c0", b"x")])
@@ -487,8 +486,8 @@ def test_idle_channels_are_forgotten(make, monkeypatch):
 
 def test_idle_channels_are_forgotten_behind_busy_ones(make, monkeypatch):
     """They are looked at a part at a time; the next part comes after the last one."""
-    monkeypatch.setattr(database, "MAX_CHANNELS", 1000)
-    monkeypatch.setattr(database, "_CHANNELS", 100)
+    monkeypatch.setattr(append, "MAX_CHANNELS", 1000)
+    monkeypatch.setattr(append, "_CHANNELS", 100)
     broker = make(max_age=0.1)
     deadline, number = time.monotonic() + TIMEOUT, 0
     busy = [(f"busy{n}", b"x") for n in range(100)]
@@ -538,7 +537,7 @@ def test_a_sink_that_fails_is_told_that_some_are_missing(make, caplog):
 def test_a_thread_works_when_it_is_woken():
     """Once for each time; and it tells that it has ended."""
     served = []
-    thread = Thread(lambda: served.append(thread.take()))
+    thread = Thread("the log", lambda: served.append(thread.take()))
     job = Job()
     thread.add(job)
     await_true(lambda: served)
@@ -609,16 +608,15 @@ def test_a_publisher_that_is_killed(make, folder):
 STOPS_WITHIN = """
 import sys
 from syncstream.brokers.local import LocalBroker
-from syncstream.brokers.local.database import Database
-class Stops(Database):
-    def store(self, items, bounds):
-        ids = super().store(items, bounds)
-        print("within", flush=True)
-        sys.stdin.read()
-        return ids
+from syncstream.brokers.local.append import Appender
+store = Appender.store
+def stop(self, items):
+    ids = store(self, items)
+    print("within", flush=True)
+    sys.stdin.read()
+    return ids
 broker = LocalBroker(sys.argv[1], publish_timeout=float(sys.argv[2]))
-process = broker._own()
-process._log = Stops(broker.path)
+Appender.store = stop
 try:
     broker.publish([("a", b"lost")])
 except Exception as error:
@@ -649,12 +647,12 @@ def in_haste(broker, timeout):
 
     From its first publish on it would have this time for what opens files, too.
     """
-    process = broker._own()
-    before, process._timeout = process._timeout, timeout
+    writer = broker.process.writer
+    before, writer.timeout = writer.timeout, timeout
     try:
         yield
     finally:
-        process._timeout = before
+        writer.timeout = before
 
 
 def test_who_is_held_up_gives_up(make, folder):
@@ -676,21 +674,27 @@ def test_who_is_held_up_gives_up(make, folder):
 
 def test_who_is_held_up_within_its_transaction_is_uncertain(folder):
     """It may be stored."""
-    script = STOPS_WITHIN.replace("_own()", "_own(); broker._own()._writing.acquire()")
-    script = script.replace("try:\n", RELEASE + "try:\n")
+    script = STOPS_WITHIN.replace("try:\n", BUSY + "try:\n")
     with running(script, f"local:{folder}/log", "3") as process:
         assert process.stdout.readline() == "within\n"
         assert process.stdout.readline() == "Uncertain\n"
 
 
-# So that the writer does it, who can be waited for with a limit.
-RELEASE = """
+# So that the writer's thread does it, which can be waited for with a limit: another one
+# is publishing, until somebody waits.
+BUSY = """
 import threading, time
-def release():
-    while not process._writer.jobs:
+writes = threading.Event()
+def wait(self, items):
+    ids = store(self, items)
+    writes.set()
+    while not broker.process.writer.waiting:
         time.sleep(0.001)
-    process._writing.release()
-threading.Thread(target=release).start()
+    Appender.store = stop
+    return ids
+Appender.store = wait
+threading.Thread(target=broker.publish, args=([("a", b"first")],)).start()
+writes.wait()
 """
 
 
@@ -705,7 +709,7 @@ def test_a_locked_database(make, folder):
         assert payloads(broker) == [b"1"]
         waiting = threading.Thread(target=broker.publish, args=([("a", b"2")],))
         waiting.start()
-        await_true(lambda: broker._own()._writer.jobs)
+        await_true(lambda: broker.process.writer.waiting)
         connection.rollback()
         waiting.join(TIMEOUT)
     assert payloads(broker) == [b"1", b"2"]
@@ -1078,7 +1082,7 @@ def test_times_of_whole_seconds_hide_no_listener(make, folder, monkeypatch):
 
 def test_what_was_trimmed_before_it_was_told(make, monkeypatch):
     """The sink is told that some are missing: others may have been the last."""
-    monkeypatch.setattr(database, "_SEEN", 0)
+    monkeypatch.setattr(append, "_SEEN", 0)
     broker, told = make(capacity=10), Told()
     broker.attach(told)
     broker.watch("#")
@@ -1266,12 +1270,21 @@ def test_a_fork_that_nobody_announces(make, folder):
 
 
 FORK_AND_DIE = """
-import os, sys
+import os, sys, threading
 from syncstream.brokers.local import LocalBroker
+from syncstream.brokers.local.files import Lock
 broker = LocalBroker(sys.argv[1])
 broker.publish([("a", b"1")])
 broker.watch("a")
-broker._own()._locks[0].acquire()
+acquire, is_held = Lock.acquire, threading.Event()
+def hold(self, timeout=None):
+    acquire(self, timeout)
+    is_held.set()
+    threading.Event().wait()
+Lock.acquire, Lock.try_acquire = hold, lambda self: False
+publish = threading.Thread(target=broker.publish, args=([("a", b"2")],), daemon=True)
+publish.start()
+is_held.wait()
 child = os.fork()
 if not child:
     print(os.getpid(), flush=True)
@@ -1347,7 +1360,7 @@ def test_many_publish_at_once_in_one_transaction(make, folder):
         threads = [threading.Thread(target=publish, args=(n,)) for n in range(20)]
         for thread in threads:
             thread.start()
-        await_true(lambda: len(broker._own()._writer.jobs) == 20)
+        await_true(lambda: broker.process.writer.waiting == 20)
     for thread in threads:
         thread.join(TIMEOUT)
     entries = {entry.id: entry.payload for entry in kept(broker)}
@@ -1610,7 +1623,7 @@ def test_what_is_deleted_before_it_is_told_is_announced(make, folder):
     broker, told = make(), Told()
     broker.attach(told)
     broker.watch("a")
-    with broker.process._news.guard:  # as one that is frozen
+    with broker.process.news():  # as one that is frozen
         other = make()
         other.publish([("a", b"x")])
         change(folder, "DELETE FROM event")
@@ -1654,7 +1667,7 @@ def test_what_a_fast_clock_has_stored_does_not_stay(make, monkeypatch):
 
 def test_a_fast_clock_lets_no_log_grow(make, folder, monkeypatch):
     """What is beyond the capacity goes as well when nothing ages."""
-    monkeypatch.setattr(database, "_SEEN", 0)
+    monkeypatch.setattr(append, "_SEEN", 0)
     broker = make(max_age=None, capacity=50)
     now = time.time()
     for number in range(30):
@@ -1791,7 +1804,7 @@ def test_closing_a_stale_log_waits_for_the_lock_of_now(make, folder, monkeypatch
 
 def test_the_times_of_files_are_fresh(make, folder, monkeypatch):
     """Cleaners go by them: of the log, its lock, its sockets and their folders."""
-    monkeypatch.setattr(process_module, "_FRESHEN", 0.0)
+    monkeypatch.setattr(files_module, "FRESHEN", 0.0)
     broker = make()
     broker.attach(Told())
     broker.watch("a")
@@ -1915,11 +1928,11 @@ def test_who_makes_a_file_has_the_lock(make, folder):
     first.publish([("a", b"x")])
     first.close()
     names = sorted(os.listdir(f"{folder}/log"))
-    reader = make()
-    with open(f"{folder}/log/lock") as lock, in_haste(reader, 0.1):
+    hasty, reader = make(publish_timeout=0.1), make()
+    with open(f"{folder}/log/lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(Unavailable, match="lock is held"):
-            reader.read("a", None)
+            hasty.read("a", None)
         assert sorted(os.listdir(f"{folder}/log")) == names
     assert payloads(reader) == [b"x"]
 
@@ -1983,7 +1996,7 @@ def test_who_makes_a_file_may_be_killed(make, folder, name):
 
 def test_links_lead_nowhere(make, folder, monkeypatch):
     """Those in a folder that a group shares: no times are changed, nobody is woken."""
-    monkeypatch.setattr(process_module, "_FRESHEN", 0.0)
+    monkeypatch.setattr(files_module, "FRESHEN", 0.0)
     broker = make()
     broker.publish([("a", b"1")])
     elsewhere = f"{folder}/elsewhere"

@@ -1,4 +1,4 @@
-"""The SQLite database: its tables, reads and writes."""
+"""The SQLite database: its files, which others may remove, and its tables."""
 
 from __future__ import annotations
 
@@ -7,61 +7,49 @@ import logging
 import os
 import sqlite3
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.resources import files
-from typing import Any
 from urllib.parse import quote
 
-from ...errors import Unavailable
-from ...runtime.clock import time
+from ...errors import BrokerError, Unavailable
 from ...runtime.sockets import native
 from ...runtime.waiting import say
-from ..ids import make_nonce, parse_id, spell_id
-from ..log import Entry, Page
-from .files import SAFE, Lock, file_mode, make_file, settle
+from ..health import Health
+from ..ids import make_nonce
+from .files import SAFE, SUFFIXES, Lock, file_mode, make_file, said, settle
 
 __all__ = [
     "APPLICATION",
+    "Bounds",
     "Database",
-    "Row",
-    "SUFFIXES",
-    "entry_of",
-    "text_of",
+    "Items",
+    "WAL",
+    "judged",
 ]
 
 log = logging.getLogger("syncstream.brokers.local")
 
 VERSION = 1  # the version of the tables
-MAX_CHANNELS = 100_000  # the maximum of remembered channels, with or without events
 
 APPLICATION = 0x73796E63  # "sync": distinguishes our databases from others
-_PAGE = 8 << 20  # bytes read at once
-_WAL, _WAL_MAX = (
-    4 << 20,
-    16 << 20,
-)  # bytes of the WAL for a passive checkpoint, and full
-_SEEN = 2000  # milliseconds after which all listeners have seen an event
-_SWEEP = 64  # events between two searches for old events
-_CHANNELS = 5000  # channels checked in one search for empty ones
+WAL = 4 << 20  # bytes of the WAL for a passive checkpoint
 
 _TABLES = files(__package__).joinpath("tables.sql").read_text("utf-8")
 # secure_delete, Debian's default, overwrites trimmed events with zeros.
 _SETTINGS = (
     "synchronous=NORMAL",
     "wal_autocheckpoint=0",
-    f"journal_size_limit={_WAL // 2}",
+    f"journal_size_limit={WAL // 2}",
     "mmap_size=0",
     "secure_delete=OFF",
 )
 
 Items = Sequence[tuple[str, bytes]]
-Row = tuple[int, str, Entry]  # place, channel, event
 Bounds = tuple[int, "float | None", int]  # capacity, max_age, max_size
 
 
 _Identity = tuple[tuple[int, int], ...]  # device and inode of each file
-SUFFIXES = "", "-wal", "-shm"
 _ASIDE = "-aside"
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()
 
@@ -91,11 +79,6 @@ class Database:
         self._file = f"{path}/log.db"
         self.identity: _Identity | None = None
         self._connection: sqlite3.Connection | None = None
-        self._swept = 0  # events since the last search for old ones
-        self._swept_to = 0  # the last channel of the last search for empty ones
-        self._added = 0  # channels since that search
-        self._commits = 0  # since the last checkpoint
-        self._stored = 0  # bytes since the last checkpoint
         _databases.add(self)
 
     @property
@@ -107,6 +90,10 @@ class Database:
     @property
     def is_open(self) -> bool:
         return self._connection is not None
+
+    def wal_size(self) -> int:
+        """Return the bytes that are not where they belong yet."""
+        return os.stat(f"{self._file}-wal").st_size
 
     def is_current(self) -> bool:
         """Tell whether it is open and all its files are in place."""
@@ -285,7 +272,7 @@ class Database:
             isolation_level=None,
             check_same_thread=False,
         )
-        connection.text_factory = text_of
+        connection.text_factory = _text
         try:
             self._check(connection, may_make=may_make)
             for setting in _SETTINGS:
@@ -360,296 +347,30 @@ class Database:
                 with suppress(OSError):  # then whole chains will be broken: harmless
                     self._note(b"")
 
-    # Writing.
 
-    def store(self, items: Items, bounds: Bounds) -> list[str]:
-        """Add events, within a transaction; return their ids."""
-        execute = self.connection.execute
-        now = int(time.time() * 1000)
-        capacity, _, _ = bounds
-        # For each channel: id, number and nonce of its head, and the number at first.
-        heads: dict[str, list[int]] = {}
-        rows = []
-        ids = []
-        nonces = os.urandom(4 * len(items))
-        for place, (name, payload) in enumerate(items):
-            head = heads.get(name)
-            if head is None:
-                head = heads[name] = self._head(name)
-            channel, number, prev, _ = head
-            number += 1
-            nonce = int.from_bytes(nonces[4 * place : 4 * place + 4], "big")
-            rows.append((channel, number, nonce, prev, now, payload))
-            head[1:3] = number, nonce
-            ids.append(spell_id(number, nonce))
-        self.connection.executemany(
-            "INSERT INTO event(channel, number, nonce, prev, time, payload)"
-            " VALUES (?, ?, ?, ?, ?, ?)",
-            rows,
-        )
-        for channel, number, nonce, before in heads.values():
-            execute(
-                "UPDATE channel SET last = ?, nonce = ? WHERE id = ?",
-                (number, nonce, channel),
-            )
-            # In batches: readers ignore events beyond the capacity. Recent events stay:
-            # on a busy machine listeners may still have to see them.
-            if number > capacity and number // 32 != before // 32:
-                execute(
-                    "DELETE FROM event WHERE channel = ? AND number <= ? AND time < ?",
-                    (channel, number - capacity, now - _SEEN),
-                )
-        size = sum(len(row[5]) for row in rows)
-        self._stored += size
-        self._swept += len(rows) + size // 4096
-        if self._swept >= _SWEEP:
-            self._sweep(now, bounds)
-        return ids
+@contextmanager
+def judged(health: Health, way: str, path: str) -> Iterator[None]:
+    """Record whether a block succeeds; raise its errors as `BrokerError`.
 
-    def _head(self, name: str) -> list[int]:
-        execute = self.connection.execute
-        # A foreign row may be beyond the head: skip its number.
-        row = execute(
-            "SELECT id, max(last, ifnull((SELECT max(number) FROM event"
-            " WHERE channel = channel.id AND number < 1 << 60), 0)), nonce"
-            " FROM channel WHERE name = ?",
-            (name,),
-        ).fetchone()
-        if row is not None:
-            return [*row, row[1]]
-        self._added += 1
-        channel = execute(
-            "INSERT INTO channel(name, last, nonce) VALUES (?, 0, 0)", (name,)
-        ).lastrowid
-        return [channel or 0, 0, self._empty(), 0]
+    Args:
+        way: As for `Health`.
+        path: The folder.
 
-    def _empty(self) -> int:
-        (empty,) = self.connection.execute("SELECT empty FROM life").fetchone()
-        found: int = empty
-        return found
-
-    def _sweep(self, now: int, bounds: Bounds) -> None:
-        """Delete old or surplus events, more than have come since the last sweep."""
-        execute = self.connection.execute
-        _, max_age, max_size = bounds
-        count, self._swept = 2 * self._swept, 0
-        if max_age is not None:
-            execute(
-                "DELETE FROM event WHERE seq <= (SELECT max(seq) FROM"
-                " (SELECT seq, time FROM event ORDER BY seq LIMIT ?) WHERE time < ?)",
-                (count, now - int(max_age * 1000)),
-            )
-        # Events from the future (the clock was put back) age from now on.
-        execute(
-            "UPDATE event SET time = ?1 WHERE time > ?1 AND seq <= (SELECT max(seq)"
-            " FROM (SELECT seq FROM event ORDER BY seq LIMIT ?2))",
-            (now, count),
-        )
-        (page_size,) = execute("PRAGMA page_size").fetchone()
-        (pages,) = execute("PRAGMA page_count").fetchone()
-        (free,) = execute("PRAGMA freelist_count").fetchone()
-        # Deleting frees pages; the file does not shrink.
-        if (pages - free) * page_size > max_size:
-            self._shrink(max_size // 16)
-        if self._added > 1000:
-            self._added = 0
-            self._forget_channels()
-
-    def _shrink(self, size: int) -> None:
-        """Delete the oldest events, as many as have this many bytes."""
-        last = 0
-        rows = self.connection.execute(
-            "SELECT seq, length(payload) FROM event ORDER BY seq"
-        )
-        for seq, length in rows:
-            last = seq
-            size -= length + 100
-            if size <= 0:
-                break
-        rows.close()
-        self.connection.execute("DELETE FROM event WHERE seq <= ?", (last,))
-
-    def _forget_channels(self) -> None:
-        """Forget channels without events if there are very many channels.
-
-        A client with such a channel's head cannot be told any more whether events came
-        since, so the heads of all channels without events become unknown.
-        """
-        execute = self.connection.execute
-        (channels,) = execute("SELECT count(*) FROM channel").fetchone()
-        if channels <= MAX_CHANNELS:
-            return
-        rows = execute(
-            "SELECT id FROM channel WHERE id > ? ORDER BY id LIMIT ?",
-            (self._swept_to, _CHANNELS),
-        ).fetchall()
-        # At the end, begin again.
-        self._swept_to = rows[-1][0] if len(rows) == _CHANNELS else 0
-        idle = (
-            rows
-            and execute(
-                "DELETE FROM channel WHERE id BETWEEN ? AND ? AND NOT EXISTS"
-                " (SELECT 1 FROM event WHERE event.channel = channel.id)",
-                (rows[0][0], rows[-1][0]),
-            ).rowcount
-        )
-        if idle:
-            execute("UPDATE life SET empty = ?", (make_nonce(),))
-
-    def checkpoint(self) -> None:
-        """Make a checkpoint if the WAL is large; with the lock."""
-        self._commits += 1
-        if self._commits < 64 and self._stored < _WAL:
-            return
-        self._commits = self._stored = 0
-        size = os.stat(f"{self._file}-wal").st_size
-        if size < _WAL:
-            return
-        execute = self.connection.execute
-        if size < _WAL_MAX:
-            execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            return
-        # Wait for readers, so that the WAL can restart, but not for long.
-        execute("PRAGMA busy_timeout=20")
-        execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
-        execute("PRAGMA busy_timeout=250")
-
-    # Reading.
-
-    def page(self, name: str, after: str | None, limit: int, bounds: Bounds) -> Page:
-        """Read a page of a channel; see `Broker.read`."""
-        connection = self.connection
-        connection.execute("BEGIN")
-        try:
-            return self._page(name, after, limit, bounds)
-        finally:
-            # An open snapshot would keep the WAL from restarting.
-            connection.rollback()
-
-    def _page(self, name: str, after: str | None, limit: int, bounds: Bounds) -> Page:
-        execute = self.connection.execute
-        row = execute(
-            "SELECT id, last, nonce FROM channel WHERE name = ?", (name,)
-        ).fetchone()
-        if row is None:
-            head = spell_id(0, self._empty())
-            return Page((), after in (None, head), head)
-        channel, last, nonce = row
-        head = spell_id(last, nonce)
-        if after is None or after == head:
-            return Page((), True, head)
-        capacity, max_age, _ = bounds
-        since = 0 if max_age is None else int((time.time() - max_age) * 1000)
-        oldest = max(0, last - capacity)  # the number before the oldest event
-        number, _ = parse_id(after) or (-1, 0)
-        if oldest <= number < last:
-            entries = self._entries(channel, number, last, limit, since)
-            if entries and entries[0].prev == after:
-                return Page(entries, True, head)
-            # The event is kept but the next one was removed: return the later events.
-            row = execute(
-                "SELECT nonce, (SELECT min(number) FROM event WHERE channel = ?1 AND"
-                " number > ?2) FROM event WHERE channel = ?1 AND number = ?2",
-                (channel, number),
-            ).fetchone()
-            if row and spell_id(number, row[0]) == after and row[1] != number + 1:
-                oldest = number
-        # From the first event that is new enough, all count as kept: a clock that was
-        # put back makes no holes.
-        (first,) = execute(
-            "SELECT min(number) FROM event WHERE channel = ? AND number > ?"
-            " AND time >= ?",
-            (channel, oldest, since),
-        ).fetchone()
-        if first is None:
-            return Page((), False, head)
-        entries = self._entries(channel, first - 1, last, limit, since)
-        return Page(entries, False, head)
-
-    def edge(
-        self, name: str, count: int, capacity: int, max_age: float | None
-    ) -> tuple[str, str]:
-        """Return the id before the newest ``count`` events, and the head's id."""
-        since = 0 if max_age is None else int((time.time() - max_age) * 1000)
-        # One statement, for one consistent moment.
-        row = self.connection.execute(
-            "SELECT last, channel.nonce, number - 1, prev FROM channel"
-            " LEFT JOIN (SELECT channel, number, prev FROM event WHERE time >= ?1 AND"
-            " channel = (SELECT id FROM channel WHERE name = ?2)"
-            " ORDER BY number DESC LIMIT ?3) AS e"
-            " ON e.channel = channel.id AND number > last - ?4"
-            " WHERE name = ?2 ORDER BY number LIMIT 1",
-            (since, name, count, capacity),
-        ).fetchone()
-        if row is None:
-            head = spell_id(0, self._empty())
-            return head, head
-        last, nonce, before, prev = row
-        head = spell_id(last, nonce)
-        return (head if before is None else spell_id(before, prev)), head
-
-    def _entries(
-        self, channel: int, number: int, last: int, limit: int, since: int
-    ) -> list[Entry]:
-        """Return the events after a number, unless the first one is too old."""
-        rows = self.connection.execute(
-            "SELECT number, nonce, prev, time, payload FROM event"
-            " WHERE channel = ? AND number > ? AND number <= ?"
-            " ORDER BY number LIMIT ?",
-            (channel, number, last, limit),
-        )
-        now = time.monotonic()
-        entries: list[Entry] = []
-        size = 0
-        for number, nonce, prev, at, payload in rows:
-            if not entries and at < since:
-                break
-            entries.append(entry_of(number, nonce, prev, payload, now))
-            size += len(entries[-1].payload)
-            if size > _PAGE:
-                break
-        rows.close()
-        return entries
-
-    def newest(self) -> int:
-        """Return the place of the newest event of all channels."""
-        row = self.connection.execute(
-            "SELECT seq FROM sqlite_sequence WHERE name = 'event'"
-        ).fetchone()
-        return row[0] if row else 0
-
-    def tail(self, after: int) -> list[Row]:
-        """Return the place, channel and entry of each event after a place."""
-        rows = self.connection.execute(
-            "SELECT seq, name, number, event.nonce, prev, payload"
-            " FROM event JOIN channel ON channel.id = event.channel"
-            " WHERE seq > ? ORDER BY seq LIMIT 500",
-            (after,),
-        )
-        now = time.monotonic()
-        found = []
-        size = 0
-        for seq, name, number, nonce, prev, payload in rows:
-            entry = entry_of(number, nonce, prev, payload, now)
-            found.append((seq, name if isinstance(name, str) else "", entry))
-            size += len(entry.payload)
-            if size > _PAGE:
-                break
-        rows.close()
-        return found
-
-
-def entry_of(number: Any, nonce: Any, prev: Any, payload: Any, now: float) -> Entry:
-    """Return a row's event; for a foreign row, an event that `flaw` refuses.
-
-    SQLite accepts any type in any column.
+    Raises:
+        Unavailable: For an error of SQLite's, or the system's.
     """
+    began = health.moment()
     try:
-        ids = spell_id(number, nonce), spell_id(number - 1, prev)
-    except (TypeError, ValueError):
-        return Entry("", "", b"", now)
-    return Entry(*ids, payload if isinstance(payload, bytes) else b"", now)
+        yield
+    except (sqlite3.Error, OSError) as error:
+        failed = Unavailable(said(path, error))
+        health.fails(way, str(failed))
+        raise failed from error
+    except BrokerError as error:
+        health.fails(way, str(error))
+        raise
+    health.works(way, since=began)
 
 
-def text_of(data: bytes) -> str:
+def _text(data: bytes) -> str:
     return data.decode(errors="replace")  # SQLite accepts any bytes as text

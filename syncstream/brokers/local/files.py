@@ -8,6 +8,7 @@ import re
 import stat
 import tempfile
 from contextlib import suppress
+from math import inf
 
 from ...errors import BrokerError, Unavailable
 from ...runtime.clock import time
@@ -15,9 +16,11 @@ from ...runtime.sockets import native
 from .. import shown
 
 __all__ = [
+    "FileTimes",
     "LOCK_TRY",
     "Lock",
     "SAFE",
+    "SUFFIXES",
     "file_mode",
     "make_file",
     "make_wake",
@@ -25,6 +28,8 @@ __all__ = [
     "said",
     "settle",
 ]
+FRESHEN = 60.0  # seconds between two updates of the files' times
+SUFFIXES = "", "-wal", "-shm"  # of the database's files
 LOCK_TRY = 0.002  # seconds between two tries to lock
 SAFE = os.O_CLOEXEC | os.O_NOFOLLOW  # the folder may be a group's
 _SHARED = stat.S_ISGID | stat.S_IRWXG  # the mode of a folder shared by a group
@@ -245,6 +250,29 @@ def _kind(path: str, mounts: str) -> str:
         if is_in and len(mount) >= len(best):
             best, found = mount, kind
     return found
+
+
+class FileTimes:
+    """The times of the files: cleaners take old files for unused ones."""
+
+    def __init__(self, path: str, is_private: bool) -> None:
+        files = [f"log.db{suffix}" for suffix in SUFFIXES]
+        # "/.", as the folder's name may be a link. Links inside are not followed: a
+        # member of the group may have put them there.
+        self._paths = [f"{path}/{name}" for name in (".", *files, "lock", "wake")]
+        if is_private:
+            self._paths.append(os.path.dirname(path))
+        self._freshened = -inf
+
+    def freshen(self, *others: str) -> None:
+        """Keep them from ageing, and those of other files."""
+        now = time.monotonic()
+        if now - self._freshened < FRESHEN:
+            return
+        self._freshened = now
+        for path in (*self._paths, *others):
+            with suppress(OSError):  # another user's file, or a missing one
+                os.utime(path, follow_symlinks=False)
 
 
 class Lock:

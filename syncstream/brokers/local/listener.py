@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import select
-import socket
 import sqlite3
-import stat
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,97 +13,23 @@ from typing import TYPE_CHECKING, Any
 from ...errors import Unavailable
 from ...runtime.clock import time
 from ...runtime.sockets import native
-from ...runtime.waiting import say
 from ..contract import Sink
 from ..tail import Stopped, Tail
 from ..watched import Watched
-from .database import Database, Row
+from .database import Database
 from .files import file_mode, make_wake, said, settle
+from .peers import datagrams
+from .read import Row, newest, tail
 from .threads import start_thread
 
 if TYPE_CHECKING:
     from .process import Process
 
-__all__ = ["Listener", "Peers", "drain"]
+__all__ = ["Listener", "drain"]
 
 log = logging.getLogger("syncstream.brokers.local")
 LOOK_EVERY = 0.5  # seconds between two looks without a wake
 _WAKES = 1000  # wakes taken at once, before looking for events
-
-
-class Peers:
-    """The listening processes, including this one: sockets in one folder."""
-
-    def __init__(self, path: str) -> None:
-        self._folder = f"{path}/wake"
-        self._socket: Any = None  # made at the first wake
-        self._names: list[str] = []
-        self._changed: int | None = None
-        self._identity: tuple[int, int] | None = None  # the folder's device and inode
-
-    def wake(self) -> None:
-        """Wake them all, without blocking."""
-        try:
-            self._look()
-            if self._socket is None:
-                self._socket = _datagrams()
-                self._socket.setblocking(False)
-        except OSError:  # the folder was removed, or no descriptor is left
-            return
-        for name in self._names:
-            try:
-                self._socket.sendto(b"\0", name)
-            except BlockingIOError:
-                pass  # its queue is full: it has been woken already
-            except ConnectionRefusedError:
-                # No process has it open: its process was killed.
-                with suppress(OSError):
-                    self._remove(os.path.basename(name))
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOBUFS):
-                    text = "the listener of %s could not be woken: %s"
-                    say(log, logging.DEBUG, text, name, error)
-
-    def _remove(self, name: str) -> None:
-        """Remove a socket from the folder, and nothing else.
-
-        Users that share the folder may have replaced it by a link, or put other files
-        into it.
-        """
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        folder = os.open(self._folder, flags)
-        try:
-            found = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            if stat.S_ISSOCK(found.st_mode):
-                os.unlink(name, dir_fd=folder)
-        finally:
-            os.close(folder)
-
-    def _look(self) -> None:
-        found = os.lstat(self._folder)  # do not follow a link
-        if not stat.S_ISDIR(found.st_mode):
-            raise NotADirectoryError(f"{self._folder} must be a directory")
-        changed, folder = found.st_mtime_ns, (found.st_dev, found.st_ino)
-        if (changed, folder) == (self._changed, self._identity):
-            return
-        self._identity = folder
-        with os.scandir(self._folder) as entries:
-            self._names = [entry.path for entry in entries if _is_socket(entry)]
-        # A socket made in the same tick of the clock does not change the folder's time,
-        # and some file systems have whole seconds (ext4 with inodes of 128 bytes).
-        is_settled = abs(time.time_ns() - changed) > 1_500_000_000
-        self._changed = changed if is_settled else None
-
-    def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-
-
-def _is_socket(entry: os.DirEntry[str]) -> bool:
-    try:
-        return stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode)
-    except FileNotFoundError:
-        return False
 
 
 def drain(sock: Any) -> None:
@@ -117,10 +40,6 @@ def drain(sock: Any) -> None:
     with suppress(OSError):
         for _ in range(_WAKES):
             sock.recv(16)
-
-
-def _datagrams() -> Any:
-    return native(socket, "socket")(socket.AF_UNIX, socket.SOCK_DGRAM)
 
 
 class Listener:
@@ -155,7 +74,7 @@ class Listener:
         self._bind()
         try:
             # After binding: every event stored from now on wakes this listener.
-            self._position = database.newest()
+            self._position = newest(database.connection)
             start_thread(partial(self._tail.run, self))
         except BaseException:
             self._unbind()
@@ -166,7 +85,7 @@ class Listener:
         path = self._path
         make_wake(path)
         before = self._socket, self._name
-        self._socket = _datagrams()
+        self._socket = datagrams()
         try:
             self._name = f"{self._folder}/{os.getpid():x}-{os.urandom(4).hex()}"
             self._socket.bind(self._name)
@@ -193,7 +112,7 @@ class Listener:
                 self._tell()
             except (sqlite3.Error, OSError) as error:
                 raise Unavailable(said(self._path, error)) from error
-            self._process.freshen(self._name)
+            self._process.times.freshen(self._name)
             self._wait(LOOK_EVERY)
 
     def lose(self) -> None:
@@ -217,16 +136,16 @@ class Listener:
         """Announce the events since the last time."""
         while not self._is_closed:
             began = self._health.moment()
-            rows, newest = self._look()
+            rows, place = self._look()
             sink = self._health.sink
             if sink is not None:
-                self._pass_on(rows, newest, sink)
+                self._pass_on(rows, place, sink)
             if sink is None or not rows:
                 self._health.works("read", since=began)
                 self._tail.serves(since=began)
                 return
 
-    def _pass_on(self, rows: list[Row], newest: int, sink: Sink) -> None:
+    def _pass_on(self, rows: list[Row], place: int, sink: Sink) -> None:
         """Announce the events found, and advance the position."""
         if self._is_doubtful:
             sink.resync(None)
@@ -234,8 +153,8 @@ class Listener:
         if not rows:
             # Events were deleted before they were read, or an operator has restored an
             # older copy, where numbers begin lower.
-            if newest != self._position:
-                self._position = newest
+            if place != self._position:
+                self._position = place
                 sink.resync(None)
             return
         last = rows[-1][0]
@@ -259,17 +178,17 @@ class Listener:
             if not os.path.exists(self._name):
                 self._bind()
             if is_new:
-                self._position = database.newest()
+                self._position = newest(database.connection)
                 self._is_doubtful = True
             # Read the place before `_watched`: events stored after a `watch` are behind
             # it.
-            newest = database.newest()
+            place = newest(database.connection)
             if not self._watched:
-                self._position = newest
+                self._position = place
             # Before the events: those that come in between are found by the next look.
-            newest = database.newest()
+            place = newest(database.connection)
             self._process.try_to_store(database)
-            return database.tail(self._position), newest
+            return tail(database.connection, self._position), place
 
     def leave(self) -> None:
         self._unbind()
@@ -281,7 +200,7 @@ class Listener:
         """Tell the listener to end, without waiting."""
         self._is_closed = True
         with suppress(OSError):  # it has ended, or ends at its next look
-            sender = _datagrams()
+            sender = datagrams()
             try:
                 sender.sendto(b"\0", self._name)
             finally:

@@ -11,19 +11,20 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ...errors import BrokerError, Unavailable, Uncertain
+from ...errors import Unavailable
 from ...runtime.clock import time
 from ...runtime.journal import report
 from ...runtime.sockets import native
-from ...runtime.waiting import gevent_hub, say
+from ...runtime.waiting import gevent_hub
 from ..log import Page
-from .database import APPLICATION, SUFFIXES, Database, Items
-from .files import LOCK_TRY, Lock, said
-from .listener import Listener, Peers
+from .database import Database, Items, judged
+from .files import FileTimes, Lock
+from .listener import Listener
+from .read import edge, page
 from .threads import Job, Thread
+from .writer import CLOSE, Writer, try_to_store
 
 if TYPE_CHECKING:
     from .broker import LocalBroker
@@ -33,9 +34,6 @@ __all__ = ["Process", "paused", "processes", "spoilt"]
 T = TypeVar("T")
 
 log = logging.getLogger("syncstream.brokers.local")
-_GROUP = 1 << 20  # bytes of several publishers' events in one transaction
-_FRESHEN = 60.0  # seconds between two updates of the files' times
-_CLOSE = 1.0  # seconds to wait for the lock when files are closed
 processes: weakref.WeakSet[Process] = weakref.WeakSet()
 spoilt: list[Process] = []
 paused: list[Process] = []
@@ -52,199 +50,32 @@ class Process:
         self._timeout = broker.timeout
         self._bounds = broker.bounds
         self.health = broker.health
-        self._locks = [Lock(broker.path, broker.is_private) for _ in range(3)]
-        self._log, self._history, self._news = (Database(broker.path) for _ in range(3))
-        self._peers = Peers(broker.path)
-        self._writing = native(_thread, "allocate_lock")()
-        self._writer = Thread(self._write, self._leave)
-        self._reader = Thread(self._answer)
+        self.times = FileTimes(broker.path, broker.is_private)
+        # A connection to write, to read, to hear what is new; and its lock each.
+        own, *self._locks = (Lock(broker.path, broker.is_private) for _ in range(3))
+        self.writer = Writer(
+            *(broker.path, own, broker.bounds, broker.health, self.times),
+            broker.timeout,
+        )
+        self._history, self._news = Database(broker.path), Database(broker.path)
+        self._reader = Thread(broker.path, self._answer)
         self._reading = native(_thread, "allocate_lock")()
         self._listener: Listener | None = None
         self._begins = native(_thread, "allocate_lock")()
         self._is_closed = False
-        self._freshened = -inf
         processes.add(self)
 
     # Writing.
 
     def publish(self, items: Items) -> list[str]:
-        with self._judged("publish"):
-            return self._publish(items)
-
-    def _publish(self, items: Items) -> list[str]:
-        job = Job(items)
-        if not self._write_here(job):
-            self._await(job, self._writer)
-        if job.error is not None:
-            # Several publishers may share this error: each raises its own copy.
-            raise type(job.error)(*job.error.args) from job.error.__cause__
-        ids: list[str] = job.result
-        return ids
+        return self.writer.publish(items)
 
     def try_to_store(self, database: Database) -> None:
         """If publishing has failed, test whether it works again; with the guard."""
-        if not self.health.is_failing("publish"):
-            return
-        began = self.health.moment()
-        lock = self._locks[2]
-        lock.open()
-        if not lock.try_acquire():
-            return
-        try:
-            disk = os.statvfs(self.path)
-            if disk.f_bavail * disk.f_frsize < _GROUP or not database.is_current():
-                return
-            execute = database.connection.execute
-            execute("BEGIN IMMEDIATE")
-            try:
-                # Not an UPDATE to the present values, for which SQLite writes nothing.
-                execute(f"PRAGMA application_id={APPLICATION}")
-                execute("COMMIT")
-            finally:
-                database.connection.rollback()
-        except (sqlite3.Error, OSError):
-            return  # it still fails
-        finally:
-            lock.release()
-        self.health.works("publish", since=began)
-
-    def freshen(self, *others: str) -> None:
-        """Keep the files' times fresh: cleaners take old files for unused ones."""
-        now = time.monotonic()
-        if now - self._freshened < _FRESHEN:
-            return
-        self._freshened = now
-        files = [f"log.db{suffix}" for suffix in SUFFIXES]
-        paths = [f"{self.path}/{name}" for name in (*files, "lock", "wake")]
-        if self._is_private:
-            paths.append(os.path.dirname(self.path))
-        # "/.", as the folder's name may be a link. Links inside are not followed: a
-        # member of the group may have put them there.
-        for path in (f"{self.path}/.", *paths, *others):
-            with suppress(OSError):  # another user's file, or a missing one
-                os.utime(path, follow_symlinks=False)
-
-    def _write_here(self, job: Job) -> bool:
-        """Store a job in this thread, if it is a thread and no other one writes."""
-        # Waiting jobs go first.
-        if self._writer.jobs or gevent_hub() is not None or self._is_closed:
-            return False
-        if not self._writing.acquire(False):
-            return False
-        lock, database = self._locks[0], self._log
-        try:
-            if not lock.try_acquire():
-                return False
-            try:
-                with database.guard:
-                    if not database.is_current():
-                        return False
-                    database.connection.execute("BEGIN IMMEDIATE")
-                    self._store([job])
-            finally:
-                lock.release()
-        except (sqlite3.Error, OSError):
-            return False  # nothing is stored: the writer will raise the error
-        finally:
-            self._writing.release()
-        return True
-
-    def _await(self, job: Job, thread: Thread) -> None:
-        deadline = None if self._timeout is None else time.monotonic() + self._timeout
-        turn = thread.add(job)
-        try:
-            is_done = turn.wait(deadline)
-        except BaseException:  # such as gevent.Timeout
-            thread.give_up(job)
-            raise
-        if is_done:
-            return
-        message = f"{self.path} was not available within {self._timeout} s"
-        if thread.give_up(job) or job.call is not None:
-            raise Unavailable(message)
-        raise Uncertain(f"{message}: the events may be stored")
-
-    def _write(self) -> None:
-        """Store all waiting jobs; in the writer's thread."""
-        while self._writer.jobs:
-            try:
-                self._write_some()
-            except Exception as error:
-                if _is_busy(error):
-                    # Try again: publishers take their jobs back at their time-outs.
-                    native(time, "sleep")(LOCK_TRY)
-                    continue
-                failed = Unavailable(said(self.path, error))
-                failed.__cause__ = error
-                while (job := self._writer.take()) is not None:
-                    job.end(error=error if isinstance(error, BrokerError) else failed)
-
-    def _write_some(self) -> None:
-        """Store waiting jobs in one transaction.
-
-        Raises:
-            Exception: It failed before a job was taken.
-        """
-        lock, database = self._locks[0], self._log
-        with self._writing:
-            lock.acquire()
-            try:
-                if not database.is_current():
-                    database.open()
-                with database.guard:
-                    database.connection.execute("BEGIN IMMEDIATE")
-                    jobs: list[Job] = []
-                    size = 0
-                    while size < _GROUP and (job := self._writer.take()) is not None:
-                        jobs.append(job)
-                        size += sum(1000 + len(payload) for _, payload in job.items)
-                    self._store(jobs)
-            finally:
-                lock.release()
-
-    def _store(self, jobs: list[Job]) -> None:
-        """Store jobs, commit, and wake the listeners; or end the jobs with an error."""
-        database = self._log
-        has_ended = False
-        try:
-            ids = database.store([i for job in jobs for i in job.items], self._bounds)
-            has_ended = True
-            database.connection.execute("COMMIT")
-            if not database.is_current():
-                raise OSError("the files were removed or replaced meanwhile")
-        except Exception as error:
-            # On a full disk the last frame, which is the commit, is incomplete. After
-            # other errors it may be complete.
-            is_stored = has_ended and "is full" not in str(error)
-            kind = Uncertain if is_stored else Unavailable
-            failed = kind(said(self.path, error))
-            failed.__cause__ = error
-            for job in jobs:
-                job.end(error=failed)
-            return
-        finally:
-            # After an interrupt, too.
-            self._roll_back()
-        self._peers.wake()
-        self.freshen()
-        for job in jobs:
-            job.end(ids[: len(job.items)])
-            ids = ids[len(job.items) :]
-        try:
-            database.checkpoint()
-        except (sqlite3.Error, OSError) as error:
-            # Stored events are not lost, and the next publish tries again.
-            text = "%s: a checkpoint failed, so its WAL grows until one succeeds: %s"
-            say(log, logging.WARNING, text, self.path, error)
-
-    def _roll_back(self) -> None:
-        database = self._log
-        if not database.connection.in_transaction:
-            return
-        try:
-            database.connection.rollback()
-        except sqlite3.Error:
-            database.close()
+        if self.health.is_failing("publish"):
+            began = self.health.moment()
+            if try_to_store(self.path, self._locks[1], database):
+                self.health.works("publish", since=began)
 
     # Reading.
 
@@ -253,7 +84,7 @@ class Process:
         if gevent_hub() is None:
             return call()
         job = Job(call=call)
-        self._await(job, self._reader)
+        self._reader.do(job, self._timeout)
         if job.error is not None:
             raise job.error
         result: T = job.result
@@ -270,25 +101,24 @@ class Process:
                 job.end(result)
 
     def read(self, channel: str, after: str | None, limit: int) -> Page:
-        def page(database: Database) -> Page:
-            return database.page(channel, after, limit, self._bounds)
-
-        return self._call(lambda: self._ask(page))
+        ask = partial(page, name=channel, after=after, limit=limit, bounds=self._bounds)
+        return self._call(lambda: self._ask(ask))
 
     def edge(self, channel: str, count: int) -> tuple[str, str]:
-        capacity, max_age, _ = self._bounds
-        read = partial(Database.edge, name=channel, count=count)
-        read = partial(read, capacity=capacity, max_age=max_age)
-        return self._call(lambda: self._ask(read))
+        ask = partial(edge, name=channel, count=count, bounds=self._bounds)
+        return self._call(lambda: self._ask(ask))
 
-    def _ask(self, read: Callable[[Database], T]) -> T:
+    def _ask(self, read: Callable[[sqlite3.Connection], T]) -> T:
         self._acquire(self._reading, self._timeout)
         try:
             if self._is_closed:
                 raise Unavailable("local: is closed")
-            with self._judged("read"), self._opened(self._history, self._locks[1]):
+            with (
+                judged(self.health, "read", self.path),
+                self._opened(self._history, self._locks[0]),
+            ):
                 try:
-                    return read(self._history)
+                    return read(self._history.connection)
                 except (TypeError, ValueError) as error:
                     failure = error  # of one channel: others can be read
             raise Unavailable(
@@ -296,21 +126,6 @@ class Process:
             ) from failure
         finally:
             self._reading.release()
-
-    @contextmanager
-    def _judged(self, way: str) -> Iterator[None]:
-        """Record whether a block succeeds; raise its errors as `BrokerError`."""
-        began = self.health.moment()
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            failed = Unavailable(said(self.path, error))
-            self.health.fails(way, str(failed))
-            raise failed from error
-        except BrokerError as error:
-            self.health.fails(way, str(error))
-            raise
-        self.health.works(way, since=began)
 
     @contextmanager
     def _opened(self, database: Database, lock: Lock) -> Iterator[bool]:
@@ -354,7 +169,7 @@ class Process:
             broker = self._broker()
             if broker is None:
                 return
-            with self._judged("listen"), self.news() as (news, _):
+            with judged(self.health, "listen", self.path), self.news() as (news, _):
                 listener = Listener(self, broker.watched, broker.is_heir)
                 listener.start(news)
             self._listener = listener
@@ -362,18 +177,19 @@ class Process:
     @contextmanager
     def news(self) -> Iterator[tuple[Database, bool]]:
         """Open the listener's database; yield it, and whether it was opened now."""
-        with self._opened(self._news, self._locks[2]) as is_new:
+        with self._opened(self._news, self._locks[1]) as is_new:
             yield self._news, is_new
 
     def finish_news(self) -> None:
         """Close the listener's database, at the end of the listener's thread."""
-        self._news.finish(self._locks[2], _CLOSE)
+        self._news.finish(self._locks[1], CLOSE)
 
     # Its end.
 
     def close(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         self._is_closed = True
+        self.writer.refuse()
         try:
             listener = self._call(lambda: self._stop(timeout))
         except Unavailable:
@@ -381,13 +197,14 @@ class Process:
         else:
             is_done = listener is None or listener.close(deadline)
         is_done = self._reader.close(deadline) and is_done
-        if not (self._writer.close(deadline) and is_done):
+        if not (self.writer.close(deadline) and is_done):
             text = "%s was not closed within %s s: its threads end later"
             report(log, logging.WARNING, text, self.path, timeout)
 
     def drop(self) -> None:
         """Have all threads end and all files closed soon; without waiting."""
         self._is_closed = True
+        self.writer.refuse()
         if sys.is_finalizing():
             return
         # In a thread: this may be a garbage collection under any lock. If no thread can
@@ -399,13 +216,13 @@ class Process:
         with self._begins:
             listener = self._listener
             if listener is None:
-                self._news.finish(self._locks[2], _CLOSE)
+                self._news.finish(self._locks[1], CLOSE)
         with self._reading:
-            self._history.finish(self._locks[1], _CLOSE)
+            self._history.finish(self._locks[0], CLOSE)
         if listener is not None:
             listener.end()
         self._reader.end()
-        self._writer.end()
+        self.writer.end()
 
     def _stop(self, timeout: float) -> Listener | None:
         """Close the databases for reading; return the listener, which is the last."""
@@ -413,12 +230,12 @@ class Process:
         try:
             listener = self._listener
             if listener is None:
-                self._news.finish(self._locks[2], _CLOSE)
+                self._news.finish(self._locks[1], CLOSE)
         finally:
             self._begins.release()
         self._acquire(self._reading, timeout)
         try:
-            self._history.finish(self._locks[1], _CLOSE)
+            self._history.finish(self._locks[0], CLOSE)
         finally:
             self._reading.release()
         return listener
@@ -427,25 +244,19 @@ class Process:
         if not lock.acquire(True, -1.0 if timeout is None else timeout):
             raise Unavailable(f"{self.path} was not available within {timeout} s")
 
-    def _leave(self) -> None:
-        with self._writing:
-            self._log.finish(self._locks[0], _CLOSE)
-            self._peers.close()
-
     # Forks.
 
     def pause(self) -> None:
         """Close the files when no thread uses them, and keep them closed."""
-        databases = self._log, self._history, self._news
         # A lock of its own: our threads may be waiting for the others.
         lock = Lock(self.path, self._is_private)
         is_held = False
         if self.has_files:
             with suppress(OSError, Unavailable):  # close without it, as `finish` does
                 lock.open()
-                is_held = lock.hold(_CLOSE)
+                is_held = lock.hold(CLOSE)
         try:
-            for database in databases:
+            for database in self._databases:
                 database.guard.acquire()
                 try:
                     database.close()
@@ -461,24 +272,23 @@ class Process:
 
     def resume(self) -> None:
         """Let the files be opened again, in the thread that called `pause`."""
-        for database in (self._log, self._history, self._news):
+        for database in self._databases:
             with suppress(RuntimeError):  # `pause` was interrupted before this guard
                 database.guard.release()
 
     @property
+    def _databases(self) -> tuple[Database, ...]:
+        return self.writer.database, self._history, self._news
+
+    @property
     def has_files(self) -> bool:
         """Whether SQLite has some of the files open."""
-        return any(d.is_open for d in (self._log, self._history, self._news))
+        return any(database.is_open for database in self._databases)
 
     def let_go(self) -> None:
         """Close all descriptors but SQLite's."""
         for lock in self._locks:
             lock.close()
-        self._peers.close()
+        self.writer.let_go()
         if self._listener is not None:
             self._listener.let_go()
-
-
-def _is_busy(error: Exception) -> bool:
-    # `sqlite_errorcode` came with Python 3.11.
-    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)

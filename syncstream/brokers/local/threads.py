@@ -9,7 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from ...errors import Unavailable
+from ...errors import Unavailable, Uncertain
+from ...runtime.clock import time
 from ...runtime.sockets import native
 from ...runtime.waiter import Turn
 from ...runtime.waiting import say
@@ -59,13 +60,18 @@ class Thread:
     """A native thread that is woken to do jobs.
 
     Args:
+        path: Of the log, for errors.
         serve: Does all waiting jobs; it must not raise.
         leave: Called at the thread's end.
     """
 
     def __init__(
-        self, serve: Callable[[], None], leave: Callable[[], None] | None = None
+        self,
+        path: str,
+        serve: Callable[[], None],
+        leave: Callable[[], None] | None = None,
     ) -> None:
+        self._path = path
         self._serve = serve
         self._leave = leave
         self.lock = native(_thread, "RLock")()
@@ -75,6 +81,27 @@ class Thread:
         self._is_running = False
         self._is_closed = False
         self._ended: list[Turn] = []
+
+    def do(self, job: Job, timeout: float | None) -> None:
+        """Have a job done, and wait for that.
+
+        Raises:
+            Unavailable: Not in time: it will not be, or it stores nothing.
+            Uncertain: It may have stored events.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        turn = self.add(job)
+        try:
+            is_done = turn.wait(deadline)
+        except BaseException:  # such as gevent.Timeout
+            self.give_up(job)
+            raise
+        if is_done:
+            return
+        message = f"{self._path} was not available within {timeout} s"
+        if self.give_up(job) or job.call is not None:
+            raise Unavailable(message)
+        raise Uncertain(f"{message}: the events may be stored")
 
     def add(self, job: Job) -> Turn:
         turn = job.turn = Turn()
