@@ -12,19 +12,10 @@ from syncstream.brokers.tail import Mark, Stopped, Tail, jitter
 from syncstream.errors import Unavailable
 from syncstream.runtime.clock import time
 from syncstream.runtime.journal import journal
+from tests.brokers.sinks import Told
 from tests.support.waits import TIMEOUT
 
 log = logging.getLogger("syncstream.brokers")
-
-
-class Told:
-    """A sink that keeps whether it is up."""
-
-    def __init__(self):
-        self.states = []
-
-    def state(self, is_up, reason):
-        self.states.append((is_up, reason))
 
 
 @pytest.fixture
@@ -131,8 +122,8 @@ def test_a_failure_is_told_once_and_so_is_its_end(tail, health, told, caplog):
 
     tail.run(Fails(3, third_serves))
     journal().flush()
-    assert [is_up for is_up, _ in told.states] == [False, True, False]
-    assert told.states[0] == (False, "no engine")
+    assert told.states == [False, True, False]
+    assert told.reasons[0] == "no engine"
     assert caplog.text == ""
 
 
@@ -147,7 +138,7 @@ def test_what_nobody_expects_is_logged(tail, told, caplog, step):
     tail.run(source)
     journal().flush()
     assert len(source.pauses) == 3
-    assert [is_up for is_up, _ in told.states] == [False]
+    assert told.states == [False]
     assert caplog.text.count("RuntimeError: a fault of ours") == 3
     assert "the engine: the listener" in caplog.text
 

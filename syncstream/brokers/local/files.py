@@ -24,6 +24,7 @@ __all__ = [
     "file_mode",
     "make_file",
     "make_wake",
+    "network_kind",
     "path_of",
     "said",
     "settle",
@@ -103,7 +104,7 @@ def _make(path: str, is_private: bool) -> None:
     with suppress(FileExistsError):
         os.mkdir(path, 0o700)
     _refuse_others(path)
-    kind = _network_kind(path)
+    kind = network_kind(path)
     if kind is not None:
         raise Unavailable(
             f"{path} is on a network file system ({kind}), whose locks do not work"
@@ -220,7 +221,7 @@ def said(path: str, error: Exception) -> str:
     return text
 
 
-def _network_kind(path: str) -> str | None:
+def network_kind(path: str) -> str | None:
     """Return the type of a path's file system if it is a network file system."""
     try:
         with open(_MOUNTS, "rb") as file:

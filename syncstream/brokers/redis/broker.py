@@ -85,6 +85,11 @@ class RedisBroker:
             Server(url, self._timeout, self._prefix, self.health) for url in self._urls
         ]
 
+    @property
+    def process(self) -> Process | None:
+        """This process's part, if it has begun."""
+        return self._parts.get()
+
     def _process(self) -> Process:
         """Return this process's part.
 

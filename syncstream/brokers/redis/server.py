@@ -103,6 +103,10 @@ class Server:
 
     It uses redis-py's connections, not its clients: a client repeats unanswered
     commands, ten times by default, which would store an event twice (measured, 8.1).
+
+    Attributes:
+        name: For errors, and for the choice of a channel's server among several.
+        turns: Permits for requests: the maximum at once.
     """
 
     def __init__(self, url: str, timeout: float, prefix: str, health: Health) -> None:
@@ -135,7 +139,7 @@ class Server:
         self._idle: deque[_Idle] = deque()  # the most recently used one last
         self._home: Any = None  # the gevent hub in which those wait
         self._is_closed = False
-        self._free = threading.BoundedSemaphore(most)
+        self.turns = threading.BoundedSemaphore(most)
         self._class(**self._options)
 
     def weight(self, channel: str) -> bytes:
@@ -263,7 +267,7 @@ class Server:
         is_home = is_at_home()
         began = self._health.moment()
         left = max(0.0, deadline - time.monotonic())
-        if is_home and not self._free.acquire(timeout=left):
+        if is_home and not self.turns.acquire(timeout=left):
             raise Unavailable(
                 f"all connections to {self.name} are in use: raise max_connections"
             )
@@ -290,7 +294,7 @@ class Server:
             return replies
         finally:
             if is_home:
-                self._free.release()
+                self.turns.release()
 
     def give_back(self, connection: Any) -> None:
         # A connection made just before a deadline has a short time-out: drop it.

@@ -1,0 +1,167 @@
+"""One process's part of a broker: threads, connections, forks, its end."""
+
+import psutil
+import pytest
+
+from syncstream import Hub
+from syncstream.errors import (
+    Unavailable,
+)
+from tests.brokers.postgresql.waits import LIMIT, backends
+from tests.brokers.sinks import listening
+from tests.support.pairs import check_script
+from tests.support.waits import await_true
+
+
+def test_one_connection_listens(server, schema, make):
+    """However many subscribe to a hub; each hub has its own."""
+    hub = Hub(broker=make())
+    subscriptions = [hub.subscribe(f"c:{number}") for number in range(50)]
+    for subscription in subscriptions:
+        subscription.read(0)
+    # They listen; a moment later they have looked for the first time.
+    tails = f"%{schema}.tail%"
+    await_true(lambda: backends(server, query=tails) == 1)
+    hubs = [Hub(broker=make(connections=1)) for _ in range(2)]
+    for each in hubs:
+        subscription = each.subscribe("a")
+        subscription.read(0)
+        subscriptions.append(subscription)
+    await_true(lambda: backends(server, query=tails) == 3)
+    hub.publish("a", "x")
+    for subscription in subscriptions[50:]:
+        assert [event.data for event in subscription.read(LIMIT)] == ["x"]
+    for each in (hub, *hubs):
+        each.close()
+    await_true(lambda: backends(server) == 0)
+
+
+def test_close_leaves_nothing(server, make):
+    """No thread, no descriptor, no connection; and nothing can be done after it."""
+    own = psutil.Process()
+    before = own.num_fds(), own.num_threads()
+    for _ in range(3):
+        broker = make()
+        listening(broker, "a")
+        broker.publish([("a", b"x")])
+        broker.close()
+        broker.close()
+        with pytest.raises(Unavailable, match="closed"):
+            broker.publish([("a", b"x")])
+        broker.watch("b")
+    # Fewer: what earlier tests have left may end meanwhile.
+    await_true(lambda: own.num_fds() <= before[0] and own.num_threads() <= before[1])
+    await_true(lambda: backends(server) == 0)
+
+
+FORK = """
+import os, sys
+mode, url, schema = sys.argv[1:4]
+if mode == "gevent":
+    from gevent import monkey
+    monkey.patch_all()
+import threading
+from syncstream import Hub
+from syncstream.brokers.postgresql import PostgreSQLBroker
+hub = Hub(broker=PostgreSQLBroker(url, schema=schema))
+mine = hub.subscribe("a")
+mine.read(0)
+hub.publish("a", "before")
+assert [e.data for e in mine.read(10)] == ["before"]
+children = []
+for number in range(3):
+    pid = os.fork()
+    if not pid:
+        # A subscription of its own, and the one that it has inherited.
+        other = hub.subscribe("a", after="start")
+        assert [e.data for e in other.read(10)][0] == "before"
+        hub.publish("a", f"child {number}")
+        found = []
+        while len(found) < 3:
+            found += [e.data for e in mine.read(10)]
+        assert sorted(found) == ["child 0", "child 1", "child 2"], found
+        hub.close()
+        sys.stdout.flush()
+        os._exit(0)
+    children.append(pid)
+found = []
+while len(found) < 3:
+    events = mine.read(10)
+    assert events
+    found += [e.data for e in events]
+assert sorted(found) == ["child 0", "child 1", "child 2"], found
+for pid in children:
+    assert os.waitpid(pid, 0)[1] == 0
+hub.publish("a", "after")
+assert [e.data for e in mine.read(10)] == ["after"]
+hub.close()
+"""
+
+
+@pytest.mark.parametrize("mode", ["threads", "gevent"])
+def test_forked_processes_have_their_own(server, schema, mode):
+    """A hub that was used before the fork is used after it, on both sides."""
+    check_script(FORK, mode, server.url, schema)
+
+
+IDLE = """
+import sys, threading, time
+from syncstream import Hub
+from syncstream.brokers.postgresql import PostgreSQLBroker
+hub = Hub(broker=PostgreSQLBroker(sys.argv[1], schema=sys.argv[2]))
+subscription = hub.subscribe("a")
+subscription.read(0)
+hub.publish("a", "x")
+assert [event.data for event in subscription.read(10)] == ["x"]
+before, began = time.process_time(), time.monotonic()
+threading.Event().wait(4)
+share = (time.process_time() - before) / (time.monotonic() - began)
+assert share < 0.005, share
+hub.close()
+"""
+
+
+def test_it_is_idle_when_nothing_happens(server, schema):
+    """Less than half a percent of a core; in a process that does nothing else."""
+    check_script(IDLE, server.url, schema)
+
+
+DROPPED = """
+import sys
+_, mode, url, schema = sys.argv
+if mode == "gevent":
+    from gevent import monkey
+    monkey.patch_all()
+import gc, time
+import psutil, psycopg
+from syncstream import Hub
+from syncstream.brokers.postgresql import PostgreSQLBroker
+def call():
+    hub = Hub(broker=PostgreSQLBroker(url, schema=schema))
+    hub.publish("a", "x")
+    hub.subscribe("a").read(0)
+    hub.publish("a", "y")
+    return hub
+call().close()
+own = psutil.Process()
+before = own.num_threads(), own.num_fds()
+for _ in range(5):
+    call()
+deadline = time.monotonic() + 10
+while own.num_threads() > before[0] or own.num_fds() > before[1]:
+    assert time.monotonic() < deadline, (before, own.num_threads(), own.num_fds())
+    gc.collect()  # the hub and its broker know each other
+    time.sleep(0.05)
+with psycopg.connect(url, autocommit=True) as connection:
+    sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dropped'"
+    while connection.execute(sql).fetchone() != (1,):  # this one
+        assert time.monotonic() < deadline, "connections must be closed"
+        gc.collect()
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("mode", ["threads", "gevent"])
+def test_what_is_dropped_leaves_nothing(server, schema, mode):
+    """A hub of each call, that nobody closes: no connection, thread or descriptor."""
+    check_script(DROPPED, mode, f"{server.url}?application_name=dropped", schema)
