@@ -151,6 +151,16 @@ class MemoryBroker:
                 log.append(Entry(self._id(), log.head, entry.payload, entry.time))
         self._size = sum(log.size for log in self._logs.values())
 
+    @property
+    def size(self) -> int:
+        """The bytes that all events take, as ``max_size`` counts them."""
+        return self._size
+
+    @property
+    def channels(self) -> set[str]:
+        """The channels that have events, or have had some until a moment ago."""
+        return set(self._logs)
+
     def is_watched(self, channel: str) -> bool:
         """Tell whether the sink is told of a channel."""
         return channel in self.watched

@@ -4,6 +4,7 @@ What is older than a failure does not end it. The sink here holds whoever listen
 that what it has found is told after the failure.
 """
 
+import contextlib
 import logging
 import os
 import sqlite3
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import threading
 from contextlib import closing
+from functools import partial
 
 import pytest
 
@@ -213,7 +215,7 @@ def test_a_child_has_failures_of_its_own(fork, is_held):
 
 def test_postgresql_finds_an_older_event(server):
     """Of one that comes after the failure it is said that publishing works again."""
-    make = PostgreSQLBroker
+    make = partial(PostgreSQLBroker, publish_timeout=TIMEOUT)  # it may be busy
     told, schema = Held(b"0", b"1"), "older"
     with (
         closing(make(server.url, schema=schema)) as broker,
@@ -246,12 +248,14 @@ def test_postgresql_finds_an_older_event(server):
 def test_redis_brings_an_older_event(monkeypatch):
     """Of one that comes after the failure it is said that publishing works again."""
     monkeypatch.setattr(beats, "BEAT", 0.2)
+    monkeypatch.setattr(beats, "DEAF", TIMEOUT)
     told = Held(b"0")
-    with (
-        RedisServer() as server,
-        closing(RedisBroker(server.url)) as broker,
-        closing(RedisBroker(server.url)) as other,
-    ):
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(RedisServer())
+        url = f"{server.url}?publish_timeout={TIMEOUT}"
+        broker, other = (
+            stack.enter_context(closing(RedisBroker(url))) for _ in range(2)
+        )
         broker.attach(told)
         broker.watch("a")
         broker.publish([("a", b"0")])
@@ -280,8 +284,8 @@ def test_local_ends_an_older_look(monkeypatch):
     monkeypatch.setattr(local_listener, "LOOK_EVERY", 3600.0)
     told = Held(b"0", "resync")
     with tempfile.TemporaryDirectory(prefix="ss-") as folder:
-        url = f"local:{folder}/log"
-        with closing(LocalBroker(url)) as broker, closing(LocalBroker(url)) as other:
+        make = partial(LocalBroker, f"local:{folder}/log", publish_timeout=TIMEOUT)
+        with closing(make()) as broker, closing(make()) as other:
             broker.attach(told)
             broker.watch("a")
             broker.publish([("a", b"0")])

@@ -1,0 +1,313 @@
+"""``memory:``: the contract, by threads and by greenlets, and what it keeps."""
+
+import threading
+
+import pytest
+
+from syncstream import Hub
+from syncstream.brokers.log import START
+from syncstream.brokers.memory import MemoryBroker
+from syncstream.testing import check_broker
+from tests.brokers.test_contract import remove
+from tests.support.pairs import check_script
+
+BY_GREENLETS = """
+from gevent import monkey
+monkey.patch_all()
+from syncstream.brokers.memory import MemoryBroker
+from syncstream.testing import check_broker
+check_broker(MemoryBroker, rounds=300)
+check_broker(lambda: MemoryBroker(capacity=100), capacity=100, rounds=100)
+check_broker(lambda: MemoryBroker(max_age=0.2), max_age=0.2)
+"""
+
+
+@pytest.mark.parametrize("capacity", [1000, 100])
+def test_memory_keeps_the_contract_by_threads(capacity):
+    """The whole suite, with much and with little room."""
+    check_broker(
+        lambda: MemoryBroker(capacity=capacity),
+        capacity=capacity,
+        rounds=1000,
+        remove=remove,
+    )
+
+
+def test_memory_keeps_the_contract_by_age():
+    """What is too old is not kept, and not taken for complete."""
+    check_broker(lambda: MemoryBroker(max_age=0.2), max_age=0.2)
+
+
+def test_memory_keeps_the_contract_by_greenlets():
+    """The whole suite, in a process that gevent has patched."""
+    pytest.importorskip("gevent")
+    check_script(BY_GREENLETS)
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"capacity": 0}, {"max_size": 0}, {"max_age": 0}, {"max_age": -1.0}]
+)
+def test_memory_refuses_bounds_that_keep_nothing(bounds):
+    """At its construction, in a sentence."""
+    with pytest.raises(ValueError, match=f"{next(iter(bounds))} must be"):
+        MemoryBroker(**bounds)
+
+
+def test_memory_keeps_nothing_of_what_is_read():
+    """However many names are read, watched and left."""
+    broker = MemoryBroker()
+    for number in range(1000):
+        name = f"unused:{number}"
+        broker.watch(name)
+        head = broker.read(name, None).head
+        assert broker.read(name, head).complete
+        assert broker.newest(name, 5) == (head, head)
+        broker.unwatch(name)
+    assert not broker.channels
+    assert not broker.watched
+    broker.close()
+
+
+def test_memory_is_bounded():
+    """100,000 events leave no more than what is kept, in count and in bytes."""
+    broker = MemoryBroker(capacity=100, max_size=1_000_000)
+    for number in range(1000):
+        broker.publish([(f"c{number % 200}", b"x" * 100)] * 100)
+    kept = sum(len(broker.read(f"c{n}", "0").entries) * (100 + 350) for n in range(200))
+    assert kept < 1_200_000
+    broker.close()
+
+
+@pytest.mark.parametrize(
+    ("heads", "names"),
+    [(0, ["never", "was:1"]), (10_000, ["never", "was:1", "was:*", "#"])],
+)
+def test_what_is_forgotten_is_no_reset(monkeypatch, heads, names):
+    """Whoever has the newest of what is too old has missed nothing."""
+    monkeypatch.setattr("syncstream.brokers.memory._SWEEP", 1)
+    monkeypatch.setattr("syncstream.brokers.memory._HEADS", heads)
+    hub = Hub(max_age=60)
+    head = hub.head("never")
+    subscriptions = [hub.subscribe(name) for name in names]
+    for subscription in subscriptions:
+        subscription.read(0)
+    ids = hub.publish_many("was:1", ["1", "2"])
+    for subscription in subscriptions[1:]:
+        assert len(subscription.read(0)) == 2
+    for log in hub.broker._logs.values():
+        for position in range(log.first, log.end):
+            log.entry(position).time -= 61
+    hub.publish("other", "x")
+    assert hub.broker.channels == {"other"}
+    resumed = [hub.subscribe("was:1", after=id).read(0) for id in ids]
+    assert [[event.event for event in found] for found in resumed] == [["reset"], []]
+    hub.publish("never", "3")
+    hub.publish("was:1", "3")
+    for subscription in subscriptions:
+        found = [event.event or event.data for event in subscription.read(0)]
+        assert "reset" not in found
+        assert found[-1] == "3"
+    assert [e.data for e in hub.subscribe("never", after=head).read(0)] == ["3"]
+    assert [e.data for e in hub.subscribe("was:1", after=ids[1]).read(0)] == ["3"]
+    hub.close()
+
+
+def test_memory_gives_no_channel_all_of_it():
+    """A noisy channel leaves the others theirs; what is quiet for longest goes."""
+    broker = MemoryBroker(capacity=10_000, max_size=1_000_000)
+    broker.watch("heard")
+    ids = {
+        name: broker.publish([(name, b"x" * 100)] * 10) for name in ("quiet", "heard")
+    }
+    broker.publish([("noisy", b"x" * 1000)] * 1000)
+    assert broker.size <= 1_000_000 / 8 + 10_000
+    assert len(broker.read("quiet", "0").entries) == 10
+    for number in range(20):
+        broker.publish([(f"c{number}", b"x" * 1000)] * 1000)
+    assert 800_000 < broker.size <= 1_000_000
+    kept = [broker.read(name, START, 10_000).entries for name in broker.channels]
+    assert broker.size == sum(entry.size for entries in kept for entry in entries)
+    for name in ids:
+        assert not broker.read(name, "0").entries
+        assert not broker.read(name, ids[name][-2]).complete
+        # Who has the newest has missed nothing, and goes on from there.
+        assert broker.read(name, ids[name][-1]).complete
+    broker.close()
+
+
+def test_memory_counts_what_reads_trim():
+    """What a read finds too old makes room again."""
+    broker = MemoryBroker(max_age=0.05)
+    broker.publish([("a", b"x" * 1000)] * 10)
+    assert broker.size > 10_000
+    deadline = threading.Event()
+    while broker.read("a", "0").entries:
+        deadline.wait(0.01)
+    assert broker.size == 0
+
+
+def test_memory_forgets_idle_channels(monkeypatch):
+    """Of channels without events some heads are kept, and those of who listens."""
+    monkeypatch.setattr("syncstream.brokers.memory._HEADS", 1)
+    broker = MemoryBroker(max_age=0.01)
+    broker.watch("heard")
+    broker.publish([("heard", b"x"), ("idle", b"x")])
+    head = broker.read("heard", None).head
+    threading.Event().wait(0.05)
+    broker.publish([("busy", b"x")] * 1000)
+    assert not broker.channels & {"idle", "heard"}
+    assert broker.read("idle", None).head.startswith("0-")
+    assert broker.read("heard", None).head == head
+
+
+IN_DJANGO = """
+import django
+from django.conf import settings
+from django.db import connection, transaction
+
+settings.configure(
+    DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}
+)
+django.setup()
+
+from syncstream import Hub
+
+hub = Hub()
+subscription = hub.subscribe("orders")
+
+def order(number, refuse=False):
+    with transaction.atomic():
+        assert hub.publish("orders", number, connection=connection) is None
+        if refuse:
+            raise ZeroDivisionError
+
+def refused(number):
+    try:
+        order(number, refuse=True)
+    except ZeroDivisionError:
+        pass
+
+def told():
+    return [event.json() for event in subscription.read(0)]
+
+assert told() == []
+order(1)
+refused(2)
+assert told() == [1]
+with transaction.atomic():
+    ids = hub.publish_many("orders", [3, 4], connection=connection)
+    assert ids == [None, None]
+    refused(5)
+    order(6)
+    hub.publish("orders", 0)  # no connection: at once
+    assert told() == [0]
+assert told() == [3, 4, 6]
+assert hub.publish("orders", 7, connection=connection) is None  # no transaction
+assert told() == [7]
+assert len(hub.broker.read("orders", "0").entries) == 6
+hub.close()
+connection.close()
+"""
+
+
+def test_memory_follows_the_transactions_of_django():
+    """As PostgreSQL would: told at the commit, and never after a rollback."""
+    check_script(IN_DJANGO)
+
+
+BY_ANOTHER_CONNECTION = """
+import logging, sqlite3, sys
+from contextlib import closing
+
+from syncstream.brokers.memory import MemoryBroker
+from syncstream.runtime.journal import journal
+
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+broker = MemoryBroker()
+with closing(sqlite3.connect(":memory:")) as connection:
+    for _ in range(2):
+        items = [("a", b"1"), ("a", b"2")]
+        assert broker.publish(items, connection=connection) == [None, None]
+        connection.rollback()
+journal().flush()
+assert len(broker.read("a", "0").entries) == 4
+"""
+
+
+def test_memory_says_that_it_cannot_follow_other_transactions():
+    """Once; it publishes at once, and returns no ids, as in a transaction."""
+    (line,) = check_script(BY_ANOTHER_CONNECTION).splitlines()
+    assert line.startswith("WARNING memory: cannot see the commit of a connection")
+
+
+class Async:
+    """A connection as psycopg's `AsyncConnection` is."""
+
+    def cursor(self):
+        return self
+
+    async def commit(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    "connection", ["sqlite://", object(), Async()], ids=["text", "object", "async"]
+)
+def test_memory_refuses_what_is_no_connection(connection):
+    """What no broker takes; nothing is stored."""
+    broker = MemoryBroker()
+    with pytest.raises(TypeError, match="connection must"):
+        broker.publish([("a", b"x")], connection=connection)
+    assert len(broker.read("a", "0").entries) == 0
+
+
+FORKED = """
+import json, os
+from syncstream import Hub
+hub = Hub()
+read, publish = hub.broker.read, hub.broker.publish
+before = [hub.head("empty"), hub.publish("a", "0"), hub.publish("a", "1")]
+reading, writing = os.pipe()
+if not os.fork():
+    heads = [read(name, None).head for name in ("empty", "a")]
+    assert not {*heads} & {*before}
+    assert not read("empty", before[0]).complete
+    assert not any(read("a", id).complete for id in before[1:])
+    found = hub.subscribe("a", after="start").read(0)
+    assert [event.data for event in found] == ["0", "1"]
+    os.write(writing, hub.publish("a", "2").encode())
+    os._exit(0)
+assert os.wait()[1] == 0
+assert not read("a", os.read(reading, 100).decode()).complete
+assert read("a", before[1]).complete
+hub.close()
+"""
+
+
+def test_a_fork_is_another_life():
+    """Siblings that share what was before do not know each other's ids."""
+    check_script(FORKED)
+
+
+def test_a_reader_takes_nothing_from_others():
+    """What is above the bound goes when something is published, not when it is read."""
+    broker = MemoryBroker(max_size=100_000)
+    for name in ("quiet", "noisy", "noisy", "noisy"):
+        broker.publish([(name, b"x" * 1000)] * 3)
+    ids = [entry.id for entry in broker.read("noisy", START).entries]
+    broker._max_size = 1000
+    for _ in range(2):
+        assert [entry.id for entry in broker.read("noisy", START).entries] == ids
+    assert len(broker.read("quiet", START).entries) == 3
+
+
+def test_a_noisy_channel_leaves_the_others_theirs():
+    """It has an eighth at most, so that quiet ones keep what they have."""
+    broker = MemoryBroker(max_size=100_000)
+    ids = broker.publish([("quiet", b"x")] * 50)
+    for _ in range(1000):
+        broker.publish([("noisy", b"x" * 1000)])
+    page = broker.read("quiet", ids[0])
+    assert page.complete
+    assert len(page.entries) == 49
+    assert len(broker.read("noisy", START).entries) == 12_500 // 2258
