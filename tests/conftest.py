@@ -1,6 +1,7 @@
 """What holds for every test."""
 
 import gc
+import os
 import signal
 import threading
 
@@ -11,6 +12,7 @@ from hypothesis import settings
 for _room in ("support", "live", "fanout", "runtime"):
     pytest.register_assert_rewrite(f"tests.{_room}")
 
+from syncstream.runtime import process as process_module  # noqa: E402
 from tests.support.live import TABLE  # noqa: E402
 
 # A machine that is busy makes no example wrong.
@@ -27,8 +29,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 def pytest_collection_modifyitems(items):
     """Mark as `matrix` what is less about Python than about servers and browsers.
 
-    That is each test with one of `live.TABLE` for a parameter, or a fixture's, and
-    with a browser, `driver`. Others of deployments say it by ``pytest.mark.matrix``.
+    That is each test in live/ and soak/, with one of `live.TABLE` for a parameter, or
+    a fixture's, and with a browser, `driver`. Others say it by ``pytest.mark.matrix``.
     See tests/run.
     """
     for item in items:
@@ -39,7 +41,8 @@ def pytest_collection_modifyitems(items):
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         names = [value for value in values if isinstance(value, str)]
         has_server = any(name.startswith(TABLE) for name in names)
-        if has_server or "driver" in item.fixturenames:
+        is_live = item.path.parent.name in ("live", "soak")
+        if is_live or has_server or "driver" in item.fixturenames:
             item.add_marker("matrix")
 
 
@@ -50,6 +53,14 @@ def pytest_collection_finish():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def own_record(monkeypatch):
+    """A process that has had no streams, and has warned of nothing."""
+    record = process_module.Process()
+    monkeypatch.setattr(process_module, "processes", {os.getpid(): record})
+    return record
 
 
 @pytest.fixture(autouse=True)

@@ -126,6 +126,7 @@ def take(client, count):
     return found
 
 
+@pytest.mark.matrix
 def test_the_chat_of_several_workers(chat):
     """All clients of all workers get each line; after a restart they miss none."""
     lines = [f"line {number}" for number in range(20)]

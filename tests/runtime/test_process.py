@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import logging
 import math
-import os
 import random
 import re
 import signal
@@ -47,12 +46,7 @@ PLACE = Threads()
 RETRY = re.compile(rb"retry: (\d+)\n\n")
 
 
-@pytest.fixture(autouse=True)
-def own_record(monkeypatch):
-    """Each test begins with a process that has had no streams."""
-    own = {os.getpid(): Process()}
-    monkeypatch.setattr(syncstream.runtime.process, "processes", own)
-    return own[os.getpid()]
+pytestmark = pytest.mark.usefixtures("own_record")
 
 
 def stopped(reason, *, line=None, while_waiting=True, yields=("a",), **options):

@@ -15,7 +15,6 @@ import pytest
 from syncstream import Hub, SSEResponse, StreamMiddleware, StreamResponse
 from syncstream.fanout import loop as fanout_module
 from syncstream.fanout.loop import Fanout, fanout
-from syncstream.runtime import process as process_module
 from syncstream.runtime import watch as watch_module
 from syncstream.runtime.process import Process, process
 from syncstream.runtime.watch import Watch, watch
@@ -192,18 +191,18 @@ def test_another_answer_after_a_head_that_was_refused(connection):
         (Stream, "hold"),
     ],
 )
-def test_a_step_of_the_stream_that_fails(connection, monkeypatch, app, owner, step):
+def test_a_step_of_the_stream_that_fails(
+    connection, own_record, monkeypatch, app, owner, step
+):
     """Whatever the stream begins with; and what was half done is tried again."""
     watch()
-    record = Process()
-    monkeypatch.setattr(process_module, "processes", {os.getpid(): record})
     middleware = limited(app(["a"]))
     with monkeypatch.context() as patch:
         patch.setattr(owner, step, fail)
         with pytest.raises(Failure):
             run(middleware, connection)
     assert_nothing_is_left(middleware, connection)
-    assert not record.is_looking
+    assert not own_record.is_looking
 
 
 def test_a_swap_that_is_not_watched_is_undone(connection, monkeypatch):

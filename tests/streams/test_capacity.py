@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import os
 import random
 import threading
 import time
@@ -10,9 +9,8 @@ import time
 import pytest
 from werkzeug.test import Client, EnvironBuilder
 
-import syncstream.runtime.process
 from syncstream import NDJSONResponse, SSEResponse, StreamMiddleware
-from syncstream.runtime.process import Process, stats
+from syncstream.runtime.process import stats
 from syncstream.streams.capacity import Capacity
 from tests.support.pairs import Threads, check_script
 from tests.support.waits import TIMEOUT, await_true
@@ -21,12 +19,7 @@ PLACE = Threads()
 EVENTS = [("Content-Type", "text/event-stream")]
 
 
-@pytest.fixture(autouse=True)
-def own_record(monkeypatch):
-    """Each test begins with a process that has warned of nothing."""
-
-    own = {os.getpid(): Process()}
-    monkeypatch.setattr(syncstream.runtime.process, "processes", own)
+pytestmark = pytest.mark.usefixtures("own_record")
 
 
 def capacity(**options):

@@ -1,7 +1,5 @@
 """A write to a session in a generator comes too late: said once, with the cure."""
 
-import os
-
 import flask
 import pytest
 from django.contrib.sessions.backends.file import SessionStore
@@ -9,20 +7,14 @@ from django.test import Client as DjangoClient
 from django.test import override_settings
 from django.urls import path
 
-import syncstream.runtime.process
 from syncstream import SSEResponse, StreamMiddleware, sse
 from syncstream import django as in_django
-from syncstream.runtime.process import Process
 from tests.apps import django_app
 
 assert callable(django_app.app)  # it configures Django
 
 
-@pytest.fixture(autouse=True)
-def _own_record(monkeypatch):
-    """Each test begins with a process that has warned of nothing."""
-    own = {os.getpid(): Process()}
-    monkeypatch.setattr(syncstream.runtime.process, "processes", own)
+pytestmark = pytest.mark.usefixtures("own_record")
 
 
 def write(session, how):

@@ -621,9 +621,8 @@ def test_the_middleware_passes_exc_info(app):
     ],
     ids=["response", "middleware", "lazy", "framed", "encoded", "lines"],
 )
-def test_bytes_that_fire_nothing_are_warned_of(make, request, caplog, monkeypatch):
+def test_bytes_that_fire_nothing_are_warned_of(make, request, caplog, own_record):
     """Bytes that no client takes for an event are passed, and told of once."""
-    monkeypatch.setattr(process(), "said", {})
     assert get(make(), headers=ASK).data
     is_told = request.node.callspec.id in ("response", "middleware", "lazy")
     assert [r.levelname for r in caplog.records] == ["WARNING"] * is_told
@@ -633,9 +632,8 @@ def test_bytes_that_fire_nothing_are_warned_of(make, request, caplog, monkeypatc
         assert '{"a"' not in record.message  # never what is sent
 
 
-def test_text_that_was_framed_by_hand_is_warned_of(caplog, monkeypatch):
+def test_text_that_was_framed_by_hand_is_warned_of(caplog, own_record):
     """A recipe's `yield f"data: {x}\\n\\n"` sends "data:", too: told of once."""
-    monkeypatch.setattr(process(), "said", {})
     assert get(SSEResponse(["data: a\n\n"] * 2), headers=ASK).data
     [record] = caplog.records
     assert record.levelname == "WARNING"
