@@ -26,21 +26,21 @@ Callback = Callable[[], object]
 
 
 class Closing:
-    """The last things of one stream, each of which is done once.
+    """Does the last things of one stream, each of them once.
 
-    In the thread or greenlet that iterates, or where the server closes the response:
-    never while the source runs.
+    Call its methods in the thread or greenlet that iterates, or in the server's close
+    of the response, but never while the source runs.
 
     Args:
-        outcome, output, monitor, source: The stream's.
+        outcome, output, monitor, source: The stream's parts.
 
     Attributes:
-        exits: What the source, its close or a callback raised for the whole process.
-        callbacks: The application's, for the stream's end.
-        place: The stream's, ``None`` without limits, and once it is given back.
-        is_closed: The source is closed, and the callbacks were told.
-        is_dropped: Who iterates has dropped the iterator, before the stream's end.
-        is_to_cut: The response is to be cut when the server closes it.
+        exits: The process's exits that the source, its close or a callback has raised.
+        callbacks: The application's callbacks for the stream's end.
+        place: The stream's place; ``None`` without limits, and once it is released.
+        is_closed: Whether the source is closed, and the callbacks have been called.
+        is_dropped: Whether the iterator was dropped before the stream's end.
+        is_to_cut: Whether the response must be cut when the server closes it.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Closing:
         self._counted = Once()
 
     def on_close(self, callback: Callback) -> None:
-        """Call this at the stream's end, or now if that is over."""
+        """Register a callback for the stream's end; call it now if that is over."""
         self.callbacks.append(callback)
         if self.is_closed:
             self._run(self.callbacks)
 
     def on_response_close(self, callback: Callback) -> None:
-        """Call this when the server is done with the response, or now if it is."""
+        """Register a callback for the response's end; call it now if that is over."""
         self._response_callbacks.append(callback)
         if self.is_closed:
             self.settle_response()
@@ -74,10 +74,10 @@ class Closing:
     # The source.
 
     def close_source(self, scope: Scope) -> None:
-        """Close what has not been closed: the iterator, then what it came from.
+        """Close the iterator, the source and the links, as far as they are still open.
 
         Args:
-            scope: The stream, in which that runs.
+            scope: The stream, whose scope the closes run in.
         """
         self._outcome.is_closing = True
         # A link may have been closed by the source itself, with what it hangs on: a
@@ -118,10 +118,10 @@ class Closing:
     # Its response.
 
     def cut(self) -> BaseException | None:
-        """Make truncation visible; return what to raise, ``None`` to just end.
+        """Make truncation visible; return the exception to raise, ``None`` to just end.
 
-        Beside an exit that is to get through, later: Werkzeug reads from its socket
-        before it is done, and takes what that raises then instead of the exit.
+        If an exit is kept, the cut is put off: Werkzeug reads from its socket before it
+        is done, and would raise the error of that instead of the exit.
         """
         connection = self._output.connection
         if connection is None:
@@ -132,15 +132,15 @@ class Closing:
         return connection.cut()
 
     def cut_late(self) -> None:
-        """Make truncation visible, if that was put off until the server's close."""
+        """Make truncation visible if that was put off; in the server's close."""
         if self.is_to_cut and self._output.connection is not None:
             self.is_to_cut = False
             self._output.connection.cut()
 
-    # All else.
+    # The rest.
 
     def settle(self) -> None:
-        """Finish: tell the callbacks, count it. The server may still be writing."""
+        """Call the callbacks, and count the stream. The server may still be writing."""
         self.is_closed = True
         self._source.forget()
         self._run(self.callbacks)
@@ -150,11 +150,11 @@ class Closing:
             self._count()
 
     def settle_response(self) -> None:
-        """Tell those who wait for the end of the response."""
+        """Call the callbacks for the response's end."""
         self._run(self._response_callbacks)
 
     def leave_place(self) -> None:
-        """Give the place back."""
+        """Release the place."""
         place, self.place = self.place, None
         if place is not None:
             place.release()

@@ -1,4 +1,4 @@
-"""`Exits`: what ends the whole process, where it hits in a stream's source."""
+"""`Exits`: exceptions that end the whole process, raised in a stream's source."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["Exits"]
 
 
 class Exits:
-    """One stream's: kept until it has ended, then raised where its server takes it.
+    """Keeps one stream's exit until the stream has ended, then raises it.
 
-    It is true while one is kept.
+    It is true while it keeps an exit.
     """
 
     def __init__(self, output: Output, monitor: Monitor) -> None:
@@ -29,9 +29,9 @@ class Exits:
     def is_exit(self, error: BaseException) -> bool:
         """Tell the end of the whole process from a source that calls sys.exit().
 
-        Ctrl-C in the main thread, and what a signal's handler raises there, belong to
-        a server that serves in that thread. Anywhere else it must not get them: a
-        SystemExit ends gevent's hub, or a thread of a pool, for everybody.
+        Ctrl-C and exceptions of signal handlers in the main thread belong to a server
+        that serves in that thread. Other servers must not get them: a SystemExit would
+        end gevent's hub, or a thread of a pool, with all that runs there.
         """
         connection = self._output.connection
         return (
@@ -55,7 +55,7 @@ class Exits:
         return True
 
     def leave(self) -> None:
-        """Raise the one that is kept, if there is one."""
+        """Raise the kept exit, if there is one."""
         if self._kept:
             raise self._kept.pop()
 

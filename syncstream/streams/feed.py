@@ -19,26 +19,26 @@ __all__ = ["chunks_of_feed"]
 def chunks_of_feed(
     run: Iteration, feed: Feed, departure: Departure | None
 ) -> Iterator[bytes]:
-    """Yield the response's chunks: all that is there makes one.
+    """Yield the response's chunks: all events that are ready make one.
 
-    No code of the application's runs in the steps, nor is there anything to encode:
-    less is to be done for each of them than for the items of a generator.
+    The steps run no code of the application and encode nothing, so they need less than
+    those of a generator.
 
     Args:
         run: Runs the feed.
-        feed: It.
-        departure: Takes its client along, where that can be; ``None``: it stays.
+        feed: The feed.
+        departure: Takes the client to the loop; ``None``: the client stays.
     """
     parts, stream = run.parts, run.stream
     output, monitor, ended = parts.output, parts.monitor, parts.outcome.ended
     try:
         if departure is not None and not departure.is_possible:
             departure = None
-        # The number of its connection is soon another's; but not if the application's
-        # code runs before, which may take its time.
+        # The descriptor will soon be another file's, unless code of the application
+        # runs before, which may take long.
         is_leaving = departure is not None and not feed.begins_with_user_code
         monitor.begin(stream, is_leaving=is_leaving)
-        # Before the client hears that it is open: it may publish then.
+        # Before the client sees the stream open: it may publish as soon as it does.
         first, events, failure = b"", 0, None
         try:
             if not ended:
@@ -60,7 +60,7 @@ def chunks_of_feed(
                 output.moved = time.monotonic()
                 output.events += events
                 yield from output.pieces(first, monitor.piece(len(first)))
-        # What it sends is whole events, or lines, as no bytes at all are.
+        # A feed sends whole events, or lines.
         output.tail = b"\n\n" if output.is_event_stream else b""
         dumps = dumps_or_default(output.format.dumps)
         frames = feed.frames(output.is_event_stream, dumps, stream)
@@ -93,10 +93,10 @@ def chunks_of_feed(
 
 
 def _first_step(run: Iteration, feed: Feed, *, is_leaving: bool) -> tuple[bytes, int]:
-    """Begin; return what there is for a client that is to leave, and how many events.
+    """Begin the feed; return the first bytes for the loop, and their number of events.
 
     Args:
-        is_leaving: It is.
+        is_leaving: Whether the client leaves; else the first bytes come later.
     """
     with entered(run.stream):
         try:
@@ -106,6 +106,6 @@ def _first_step(run: Iteration, feed: Feed, *, is_leaving: bool) -> tuple[bytes,
             run.stream.before_wait()
             chunk, events, _ = feed.step()
         except Unavailable:
-            return b"", 0  # it waits for the broker, as those who are there do
+            return b"", 0  # it waits for the broker, as open streams do
         feed.count(events)
     return chunk, events

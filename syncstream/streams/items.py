@@ -1,4 +1,4 @@
-"""The body of a stream whose source is a generator, or whatever else is iterated."""
+"""The body of a stream whose source is a generator or another iterable."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
         if failure is not None:
             yield from run.fail(failure)
             return
-        # Locals, for what is done for each event.
+        # Local variables, because all of this is done for every event.
         step, take, encode = run.stepper(), advance, output.format.encode
         monotonic, keepalive, look_at = time.monotonic, monitor.keepalive, 0.0
         while True:
@@ -99,5 +99,5 @@ def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
 
 
 def _thrown(throw: Callable[[BaseException], Any], failure: Failure) -> Any:
-    """Return what throws an error into a source, and returns its next item."""
+    """Return a function that throws an error into a source, for the next item."""
     return lambda: throw(failure.take())

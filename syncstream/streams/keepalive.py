@@ -1,4 +1,4 @@
-"""`Keepalive`: a comment that the watch writes while a stream's source is busy."""
+"""`Keepalive`: the comment that the watch writes while a stream's source is busy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Keepalive"]
 
 
 class Keepalive:
-    """Breaks a stream's silence, by the server's own ``write``.
+    """Breaks a stream's silence by the server's own ``write``.
 
     The source's side leaves ``is_running`` before it looks for `is_writing`; this side
     sets `is_writing` before it looks for ``is_running``: one of the two sees the other,
@@ -23,10 +23,10 @@ class Keepalive:
 
     Args:
         scope: Returns the stream, ``None`` once it is gone.
-        seconds: After so much silence; ``None`` for never.
+        seconds: The silence before a keepalive; ``None`` for no keepalives.
 
     Attributes:
-        is_writing: The watch is, under the lock: see `await_writer`.
+        is_writing: Whether the watch is writing, under the lock: see `await_writer`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Keepalive:
         self.is_writing = False
 
     def is_due(self, now: float) -> bool:
-        """Tell whether the silence has lasted for long enough."""
+        """Tell whether a keepalive is due."""
         return (
             self._seconds is not None
             and self._output.format.is_events
@@ -52,7 +52,7 @@ class Keepalive:
         )
 
     def next_time(self, now: float) -> float | None:
-        """Return when it is due, `time.monotonic`; ``None`` for never."""
+        """Return when a keepalive is due next, `time.monotonic`; ``None`` for never."""
         if self._seconds is None or not self._output.format.is_events:
             return None
         due = self._output.moved + self._seconds
@@ -60,7 +60,7 @@ class Keepalive:
         return due if due > now else now + self._seconds / 4
 
     def write(self) -> None:
-        """Write it, if that can be done now."""
+        """Write a keepalive, if that is possible now."""
         if self._lock is None:
             self._lock = make_lock()
         with self._lock:
@@ -97,6 +97,6 @@ class Keepalive:
         )
 
     def await_writer(self) -> None:
-        """Wait until what is being written is written; when `is_writing` was seen."""
+        """Wait until the keepalive is written; call it if `is_writing` is true."""
         with self._lock:
             pass

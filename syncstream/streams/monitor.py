@@ -1,11 +1,11 @@
 """`Monitor`: the watch's side of a stream: its descriptor, its clock, its time-outs.
 
-It notices what a source that waits does not: that the client has left, that a time is
-over, that the server is to stop. It decides then how the stream ends, and wakes the
-source; it never closes it.
+It notices what a waiting source cannot: the client has left, a time limit is over, the
+server is stopping. It then decides the stream's end and wakes the source, but never
+closes it.
 
-Where nothing else is said its methods run in the watch: in its thread, or in a callback
-of the hub. Its stream is referenced weakly: one that nobody has any more ends.
+Unless they say otherwise, its methods run in the watch: in its thread, or in a callback
+of the hub. The stream is referenced weakly: one that is dropped ends.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ THROW_EVERY = 2.5  # seconds: gunicorn leaves no more to a worker after its stre
 _WAKE_AGAIN = 0.005  # seconds; until then whoever holds a condition has let go of it
 
 CUT = frozenset(("shutdown", "max_duration", "kicked", "denied", "refused"))
-"""Ends that the source did not choose. Only a client that comes back reads them as a
-break; to every other client they would look like the end of a whole answer."""
+"""Reasons for an end that the source did not choose. A client that reconnects takes it
+for a break; for all others the response is cut, or it would look complete."""
 
 
 class Monitor:
@@ -64,16 +64,19 @@ class Monitor:
 
     Args:
         scope: Returns the stream, ``None`` once it is gone.
-        outcome, output, source, life: The stream's.
+        outcome, output, source, life: The stream's parts.
 
     Attributes:
-        watch: What watches it, ``None`` before and after, and where that failed.
-        in_hub: The source runs in a greenlet.
-        process, served: Where it is counted, ``None`` before its first step; `served`
-            also when the server is done with it.
-        began: When, `time.monotonic`.
-        deadline: When it ends, whatever it does; maybe never.
-        thrown_at: When its source's thread was interrupted; 0: it was not.
+        keepalive: Writes the stream's keepalives.
+        watch: The watch, ``None`` before the first step, at the end, and if no watch
+            can be started.
+        in_hub: Whether the source runs in a greenlet.
+        process: The process's record, ``None`` before the first step.
+        served: The server's open streams, which this one is among; ``None`` before the
+            first step, and once the server is done with it.
+        began: The time of the first step, `time.monotonic`.
+        deadline: When ``max_duration`` is over, `time.monotonic`; infinity for never.
+        thrown_at: When the source's thread was interrupted; 0 for never.
     """
 
     def __init__(
@@ -112,11 +115,12 @@ class Monitor:
     # From its first step on, in the thread or greenlet that iterates.
 
     def begin(self, stream: Attached, *, is_leaving: bool = False) -> None:
-        """Let the process and its watch know of a stream.
+        """Add the stream to its process's open streams, and have it watched.
 
         Args:
-            stream: It.
-            is_leaving: It leaves its server in a moment: have what ends it, no more.
+            stream: The stream.
+            is_leaving: Whether it leaves its server in a moment, so that neither its
+                descriptor nor its clock is watched.
         """
         self.began = self._output.moved = now = time.monotonic()
         self.in_hub = gevent_hub() is not None
@@ -144,7 +148,7 @@ class Monitor:
             raise
 
     def observe(self, *, is_leaving: bool = False) -> None:
-        """Have its connection watched, and its clock."""
+        """Have the connection and the clock watched."""
         connection = self._output.connection
         try:
             self.watch = watch()
@@ -164,7 +168,7 @@ class Monitor:
             )
 
     def leave_connection(self) -> None:
-        """Have it watched no more: its descriptor's number will soon be another's."""
+        """Stop watching the connection: its descriptor will be another file's."""
         watch = self.watch
         if watch is not None and self._timer is not None:
             watch.cancel(self._timer)
@@ -175,11 +179,11 @@ class Monitor:
 
     @property
     def is_watching(self) -> bool:
-        """Whether it is told of a hang-up."""
+        """Whether the watch reports a hang-up."""
         return self._hung_up is not None
 
     def look(self, now: float) -> None:
-        """See for ourselves what the watch would tell, if it came to run."""
+        """Check in the body for what the watch would report if it came to run."""
         watch, connection, scope = self.watch, self._output.connection, self._scope()
         # A generator that never waits never lets the hub run: nobody else is served,
         # and gunicorn's SIGQUIT comes to nothing.
@@ -203,33 +207,33 @@ class Monitor:
                 self._outcome.decide("shutdown")
 
     def until(self) -> float | None:
-        """Return until when work may go on, if the server has been told to stop."""
+        """Return until when work may go on; ``None`` if the server is not stopping."""
         process, served = self.process, self.served
         if process is None or served is None:
             return None
         return process.until(served)
 
     def piece(self, size: int) -> int:
-        """Return in pieces of which size a chunk shows that the client takes it."""
+        """Return the size of a chunk's pieces that shows the client's progress."""
         is_seen = self._fd < 0 or acknowledged(self._fd) is not None
         return size if is_seen else PIECE
 
     # Its end.
 
     def end(self, reason: str) -> None:
-        """End the stream from outside of its source, and wake that; in any thread."""
+        """Decide the end from outside of the source, and wake that; any thread."""
         if self._outcome.decide(reason):
             self.wake()
 
     def wake(self) -> None:
-        """Get the source out of what it waits in, soon; in any thread."""
+        """Interrupt the source's wait, soon; from any thread."""
         if self.watch is not None:
             self.watch.run(self._bring_through)
         elif not self.in_hub:
             self.interrupt()
 
     def _bring_through(self) -> None:
-        """End what the source waits in, and check soon whether the stream has ended."""
+        """Interrupt the source, and check soon whether it has ended."""
         watch, timer = self.watch, self._timer
         if watch is not None:
             if timer is not None:
@@ -239,7 +243,7 @@ class Monitor:
         self.interrupt()
 
     def interrupt(self) -> None:
-        """Get the source out of what it waits in: in a hub callback, or any thread.
+        """Interrupt the source's wait: in a hub callback or, for a thread, any thread.
 
         Under gevent the decision and the throw are one callback of the hub, so no
         other greenlet runs in between: thrown a moment later (`gevent.kill`), it
@@ -264,7 +268,7 @@ class Monitor:
             )
 
     def _unblock(self, scope: Scope, links: tuple[Link, ...]) -> None:
-        """Get the thread out of what it reads; again while that goes on."""
+        """End the reads of the links, again and again while the source is in one."""
         began, place = time.monotonic(), place_of(links)
         reference, outcome, output = self._scope, self._outcome, self._output
         self._unblocked = links, place
@@ -288,10 +292,10 @@ class Monitor:
             self.watch.call_at(began + AGAIN, unblock_again)
 
     def cut_off(self) -> None:
-        """Let the client go without its source, which may never come back.
+        """Cut the connection while the source may never return.
 
-        A greenlet has been told. A thread cannot be: the server finds out when that
-        goes on.
+        A greenlet has been interrupted. A thread cannot be: the server notices the cut
+        when the source goes on.
         """
         scope, connection = self._scope(), self._output.connection
         if (
@@ -304,7 +308,7 @@ class Monitor:
             connection.drop()
 
     def forget(self, stream: Attached) -> None:
-        """Have the watch and the process forget it: the server is done with it."""
+        """Remove the stream from the watch and the process: the server is done."""
         served, self.served = self.served, None
         if served is None or self.process is not process():
             return  # a forked child's copy: the socket is its parent's, too
@@ -324,7 +328,7 @@ class Monitor:
     # Its connection.
 
     def _has_socket(self, fd: int) -> bool:
-        """Tell whether a descriptor is still that of our connection."""
+        """Tell whether a descriptor is still our connection's."""
         connection = self._output.connection
         return connection is not None and connection.fd == fd
 
@@ -342,20 +346,20 @@ class Monitor:
         return "send_timeout" if timed_out else "disconnected"
 
     def _is_full(self) -> bool:
-        """Tell whether a write would have to wait for the client now."""
+        """Tell whether a write would block now."""
         connection = self._output.connection
         is_open = self._fd >= 0 and self._has_socket(self._fd)
         return is_open and connection is not None and connection.is_full()
 
     def _drop(self) -> None:
-        """Make a write that blocks fail."""
+        """Make a blocked write fail."""
         if self._output.connection is not None:
             self._output.connection.drop()
 
     # Its clock.
 
     def _next_tick(self, now: float) -> float:
-        """Return when the clock is to look at this stream next."""
+        """Return the time of the next tick, `time.monotonic`; infinity for never."""
         if self._outcome.ended:
             tick = now + STUCK
         else:
@@ -373,7 +377,7 @@ class Monitor:
         return tick
 
     def _tick(self) -> float | None:
-        """Look whether something is due."""
+        """Check what is due; return the time of the next tick."""
         if self.watch is None:
             return None
         now = time.monotonic()
@@ -393,7 +397,7 @@ class Monitor:
         return None if tick == math.inf else tick
 
     def _look_at_the_client(self, now: float, seconds: float) -> None:
-        """Drop a client to which nothing has gone for a time, though it should."""
+        """Drop a client that has accepted no data for ``send_timeout``."""
         if self._send_timeout is None:  # now: most streams have ended before
             self._send_timeout = SendTimeout(self._output, seconds)
             self._kernel_timeout = give_up_after(self._fd, seconds + GRACE)
@@ -406,7 +410,7 @@ class Monitor:
     # From its end until its server is done with it.
 
     def _look_after_the_end(self, now: float) -> None:
-        """Cut a write that blocks; name a source that does not notice its end."""
+        """Cut a blocked write; name a source that has not noticed its end."""
         scope, reason = self._scope(), self._outcome.reason
         since = now - self._outcome.at
         if scope is not None and scope.is_running:
@@ -420,21 +424,21 @@ class Monitor:
             self._drop()
 
     def name_source(self, what: str) -> None:
-        """Say, once a stream, what is wrong with its source, and where that is."""
+        """Log, once a stream, what is wrong with its source, with its place."""
         if self._named.set("named"):
             self._output.say(logging.WARNING, f"{self._source.name} of %s {what}")
 
     # While its server stops; in any thread.
 
     def shut_down(self, since: float, until: float) -> None:
-        """End it, or let it finish; the arguments are those of `Stream.shut_down`."""
+        """End the stream, or let it finish; arguments as for `Stream.shut_down`."""
         now = time.monotonic()
         if now >= self._drained_at(since, until):
             self.end("shutdown")
         self._hurry(now, until)
 
     def _drained_at(self, since: float, until: float) -> float:
-        """Return when this stream has to end, if its server stops."""
+        """Return when this stream must end, if its server is stopping."""
         drain = self._life.drain
         if self._source.feed is not None:
             return since  # it never ends by itself
@@ -443,9 +447,9 @@ class Monitor:
         return min(until, since + drain)
 
     def _hurry(self, now: float, until: float) -> None:
-        """Keep a stopping server from waiting for this stream, at each look.
+        """Keep a stopping server from waiting for this stream.
 
-        A client that takes nothing is cut, whether its stream has ended or not.
+        A client that accepts no data is cut, whether its stream has ended or not.
         """
         scope = self._scope()
         if scope is not None and scope.is_running:

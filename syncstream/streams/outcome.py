@@ -1,22 +1,22 @@
-"""`Outcome`: why a stream has ended, and what its source and its end are told.
+"""`Outcome`: why a stream has ended, and the things that its source may wait in.
 
-**Ending has four verbs.** Each cause of an end goes through all of them, in this order;
-whoever comes second finds the verb done.
+**Ending has four verbs.** Every cause of an end goes through all of them, in this
+order. Each is done once: a second caller finds it done.
 
 =========  ==========================================================================
-decide     `Outcome.decide`. By whoever learns of an end: the body from its source, the
-           monitor, `Stream.stop`, the server's close. In any thread or greenlet, and in
-           a signal's handler. Sets the reason, if there is none: nothing else.
-wake       `Monitor.wake`. By whoever has decided outside of the source, in any thread;
-           it acts in the watch. Gets the source out of the wait, the linked read or,
-           under gevent, whatever else it is in.
-close      `Closing.close_source` and, when the last words are said, `Closing.settle`.
-           By the body, or by the server's close where the body does not run: in the
-           thread or greenlet that iterates, and there alone. Closes the iterator, the
-           source and what was linked, runs the callbacks, gives the place back, counts.
-forget     `Monitor.forget`. By the server's close, or when the stream is dropped: the
-           server is done with the connection. Takes it out of the watch and of the
-           process's open streams.
+decide     `Outcome.decide`: sets the reason, unless there is one, and nothing else.
+           Called by the body, the monitor, `Stream.stop` and the server's close, in any
+           thread or greenlet, even in a signal handler.
+wake       `Monitor.wake`: interrupts the source's wait or linked read; under gevent,
+           any call. Called after a decision outside of the source, in any thread; it
+           acts in the watch.
+close      `Closing.close_source`, and after the last bytes `Closing.settle`: close the
+           iterator, the source and the links, run the callbacks, release the place, and
+           count. Called by the body, or by the server's close while the body does not
+           run; only in the thread or greenlet that iterates.
+forget     `Monitor.forget`: removes the stream from the watch and from the process's
+           open streams. Called by the server's close, or when the stream is dropped:
+           the server is done with the connection.
 =========  ==========================================================================
 """
 
@@ -31,11 +31,11 @@ from .links import Link
 __all__ = ["GONE", "Once", "Outcome"]
 
 GONE = frozenset(("disconnected", "send_timeout"))
-"""The reasons of a client that is not there any more."""
+"""The reasons for an end after which the client is no longer there."""
 
 
 class Once(dict[str, tuple[str]]):
-    """A word that is set once, whichever threads set one at once; then it is true."""
+    """A word that is set once, even if several threads try; true once it is set."""
 
     __slots__ = ()
 
@@ -52,13 +52,14 @@ class Once(dict[str, tuple[str]]):
 
 
 class Outcome:
-    """Why a stream has ended: what all who have to do with its end share.
+    """Why a stream has ended: shared by its body, its monitor and its closing.
 
     Attributes:
-        ended: True from the end on; what every step looks at.
-        at: When it ended, `time.monotonic`.
-        is_closing: Its source has been told, or is being closed: not to be interrupted.
-        links: What the source may be blocked in.
+        ended: True from the end on; every step checks it.
+        at: When the stream ended, `time.monotonic`.
+        is_closing: Whether the source knows of the end, or is being closed: it must not
+            be interrupted any more.
+        links: The objects that may block the source.
     """
 
     __slots__ = ("at", "ended", "is_closing", "links")
@@ -87,7 +88,7 @@ class Outcome:
         return self.reason in GONE
 
     def error(self) -> GeneratorExit:
-        """Return what tells the source of it."""
+        """Return the exception that tells the source."""
         if self.is_gone:
             return ClientDisconnected("the client has gone")
         return GeneratorExit(f"the stream has ended: {self.reason}")

@@ -1,8 +1,8 @@
-"""`Output`: what a stream has sent to its client, and what of ours may follow it.
+"""`Output`: the bytes a stream has sent, and the words of ours that may follow.
 
-A keepalive, the end block, ``retry:`` and an error's event may be added only where the
-bytes before them are whole, and where nothing between us and the client would corrupt
-them: a format with a Content-Encoding of the application's takes none.
+A keepalive, the end block, ``retry:`` and an error's event may be added only after
+whole events, and never to a response with a Content-Encoding of the application, which
+they would corrupt.
 """
 
 from __future__ import annotations
@@ -35,25 +35,26 @@ _KEEPALIVES, _OPENINGS = (
 
 
 class Output:
-    """The bytes that go to one client: counted, and continued where they may be.
+    """The bytes that one client gets: counts them, and adds what may be added.
 
-    The thread or greenlet that iterates writes all of it, but for the keepalives that
-    the stream's monitor adds, under its lock.
+    Only the thread or greenlet that iterates changes it, except for the keepalives,
+    which the watch adds under the lock of `Keepalive`.
 
     Args:
-        format: The source's.
-        retry: Milliseconds, ``None`` for none.
-        end: "stop" or "reconnect": what a client does after a normal end.
+        format: The format of the source's items.
+        retry: The client's reconnection time in milliseconds; ``None`` sends none.
+        end: "stop" or "reconnect": what the client does after a normal end.
 
     Attributes:
-        connection: To whom it goes, ``None`` while that is unknown.
-        format: How items become chunks; of an encoded response, how nothing is added.
-        is_event_stream: Its body is one, whatever may be added to it.
-        opening: What is to be sent before all else, ``None`` for nothing.
+        connection: The client's connection, ``None`` before `connect`.
+        format: The format, without its events if nothing may be added to the response.
+        is_event_stream: Whether the body is an event stream, encoded or not.
+        opening: The bytes to send before the first item, ``None`` for none.
         comment: The keepalive, in the form that this client reads.
-        tail: The last bytes sent: 4 or more, or all there were.
-        events, bytes: So many have been sent.
+        tail: The last bytes sent: 4 or more, or all if fewer were sent.
+        events, bytes: The numbers of events and bytes sent.
         moved: When the last chunk was sent, `time.monotonic`.
+        retry: The reconnection time in milliseconds, 0 for none.
     """
 
     def __init__(self, format: Format, retry: int | None, end: str) -> None:
@@ -75,7 +76,7 @@ class Output:
     def connect(
         self, connection: Connection, *, is_encoded: bool, written: bytes
     ) -> None:
-        """Say to whom it goes; the arguments are those of `Stream.connect`."""
+        """Set the connection; the arguments are those of `Stream.connect`."""
         self.connection = connection
         is_line = connection.parses_events
         self.comment = _KEEPALIVES[is_line]
@@ -90,9 +91,9 @@ class Output:
             self.format = Format(self.format.encode, lambda tail: False)
 
     def is_over_for(self, connection: Connection) -> bool:
-        """Tell whether this client has been told to stop, and came back.
+        """Tell whether this client was told to stop, and has come back.
 
-        Whoever asks answers it with 204, so it may be told to stop.
+        The caller answers such a client with 204, so clients may be told to stop.
         """
         self._is_asked = True
         id = connection.last_event_id
@@ -100,22 +101,23 @@ class Output:
 
     @property
     def is_hung_up(self) -> bool:
-        """Whether its client has gone: one look, now; ``False`` where unknown."""
+        """Whether a look at the socket shows that the client has left."""
         return self.connection is not None and self.connection.is_hung_up()
 
     # While it goes on.
 
     def open(self) -> bytes:
-        """Return the opening, which goes now."""
+        """Return the opening, and count it as sent."""
         assert self.opening is not None
         self.tail = sse.tail_after(b"", self.opening)
         self.bytes += len(self.opening)
         return self.opening
 
     def note(self, item: Any, chunk: bytes) -> bytes:
-        """Take note of a chunk that is short or a comment; return what to send.
+        """Record a chunk that is short or a comment; return the bytes to send.
 
-        The application's own comments go out as ours do; what it has framed, as it is.
+        Comments of the application get the same form as ours, except in bytes that it
+        has framed itself.
         """
         if (
             self.connection is not None
@@ -129,9 +131,9 @@ class Output:
         return chunk
 
     def pieces(self, chunk: bytes, size: int) -> Iterator[bytes]:
-        """Yield a chunk in pieces of at most this size, each counted as it goes.
+        """Yield a chunk in pieces of at most this size, counting each as it is sent.
 
-        Nothing is done between the pieces: they are one chunk.
+        Nothing else is done between the pieces of a chunk.
         """
         for start in range(0, len(chunk), size):
             piece = chunk[start : start + size]
@@ -152,7 +154,7 @@ class Output:
 
     @property
     def comes_back(self) -> bool:
-        """Whether the client takes an end in good order for a break."""
+        """Whether the client takes an orderly end for a break, and reconnects."""
         return (
             self.format.is_events
             and self.connection is not None
@@ -160,21 +162,21 @@ class Output:
         )
 
     def come_back(self, reason: str) -> bytes:
-        """Return what asks an EventSource to come back; others make events of it."""
+        """Return a ``retry:``, only for EventSources: others make an event of it."""
         return come_back(reason, self.retry) if self.comes_back else b""
 
     def last_block(self, reason: str) -> bytes:
-        """Return what the client is told at an end in good order."""
+        """Return the last bytes of a response that ends in order."""
         if not (self.format.is_events and self.is_whole):
             return b""
         return self._end_block() if reason == "finished" else self.come_back(reason)
 
     def refusal(self) -> bytes:
-        """Return what keeps a browser away for good after an error."""
+        """Return the bytes that keep a browser from reconnecting after an error."""
         return self._end_block(is_refused=True)
 
     def _end_block(self, *, is_refused: bool = False) -> bytes:
-        """Return the block after which a browser, coming back, gets 204."""
+        """Return the block after which a browser that reconnects gets 204."""
         stops = self._stops or (is_refused and self._is_asked)
         if not (
             stops and self.connection is not None and self.connection.is_event_source
@@ -185,17 +187,17 @@ class Output:
         return f"id: {id}\n\n".encode()
 
     def answer_unsent(self, reason: str) -> bytes:
-        """Answer by a status, if no byte has left; return the body, ``b""`` if not."""
+        """Answer by an error status if no byte was sent; return the body or ``b""``."""
         if self.is_out or self.connection is None:
             return b""
         status = 403 if reason in ("denied", "kicked") else 503
         error = RuntimeError(f"the stream has ended before it began: {reason}")
         return self.connection.answer(error, status, b"") or b""
 
-    # What is said of it.
+    # Its log lines.
 
     def warn(self) -> None:
-        """Tell the operator, once a process, what a stream lacks there."""
+        """Advise the operator, once a process, about a stream that is not watched."""
         if self.connection is not None:
             self.connection.warn()
             return
@@ -209,7 +211,7 @@ class Output:
 
     @property
     def label(self) -> str:
-        """What the log calls the stream."""
+        """The stream's name in the log."""
         return self.connection.label if self.connection else "a stream"
 
     def report(
@@ -220,6 +222,6 @@ class Output:
             report(log, level, message, self.label, error=error)
 
     def say(self, level: int, message: str, error: BaseException | None = None) -> None:
-        """Log a line, soon: on the watch's side, where a handler holds up all."""
+        """Log a line later: for the watch, which a log handler must not hold up."""
         if is_enabled(log, level):
             say(log, level, message, self.label, error=error)

@@ -1,4 +1,4 @@
-"""`Parts`: what one stream is made of."""
+"""`Parts`: the objects that one stream consists of."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["Parts"]
 
 @dataclass(slots=True)  # not frozen: one is made for each stream
 class Parts:
-    """One stream's parts, for those who run it. None of them has the stream.
+    """One stream's parts. None of them refers to the stream, but weakly.
 
     Attributes:
-        source: What it iterates.
-        output: What its client has got, and gets.
-        life: How long it waits, and lives.
-        outcome: Why it has ended.
-        monitor: Watches its client, its clock and its server.
-        closing: Closes the source, and all else at its end.
+        source: The iterable.
+        output: The bytes that the client gets.
+        life: The time limits.
+        outcome: The reason of the end.
+        monitor: Watches the client, the clock and the server.
+        closing: Closes the source, and finishes the stream.
     """
 
     source: Source

@@ -1,4 +1,4 @@
-"""`SendTimeout`: tells a client that takes nothing from one that is slow."""
+"""`SendTimeout`: tells a client that accepts no data from one that is slow."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from .output import Output
 __all__ = ["LOOKS", "Progress", "SendTimeout", "progress_of"]
 
 LOOKS = 4
-"""So often, in the time of a time-out, a client is looked at: by a part of that, at
-most, it is dropped too late."""
+"""The number of looks at a client in one time-out. A client is dropped late by one of
+these intervals at most."""
 
 Progress = tuple[int | None, int]
-"""What changes, and what grows, when a client takes something."""
+"""A value that changes, and one that grows, when a client accepts data."""
 
 
 def progress_of(connection: Connection, fd: int, sent: int) -> Progress:
     """Return a client's progress, to be compared with an earlier one.
 
-    TCP says what was acknowledged. Where nothing does (Unix sockets, other systems)
-    what the server's socket has accepted counts: not to know is no time-out.
+    TCP reports the acknowledged bytes. Elsewhere (Unix sockets, other systems) those
+    that the server's socket has accepted count: nobody is dropped by a guess.
 
     Args:
-        fd: The connection's.
-        sent: How many bytes its server was given.
+        fd: The connection's descriptor.
+        sent: The number of bytes passed to the server.
     """
     taken = acknowledged(fd)
     if taken:  # 0: nothing yet, or a kernel that does not count (gVisor)
@@ -33,11 +33,11 @@ def progress_of(connection: Connection, fd: int, sent: int) -> Progress:
 
 
 class SendTimeout:
-    """Notices a client to which nothing has gone for a time, though it should.
+    """Notices a client that has accepted no data for too long.
 
     Args:
-        output: What is sent to it.
-        seconds: How long it may take nothing.
+        output: The bytes sent to the client.
+        seconds: How long the client may accept nothing.
     """
 
     def __init__(self, output: Output, seconds: float) -> None:
@@ -49,12 +49,12 @@ class SendTimeout:
         self._all_sent = -1  # bytes sent when all of them had gone
 
     def look(self, now: float, fd: int, *, is_running: bool) -> bool:
-        """Look at the client; tell whether its time is over.
+        """Look at the client; tell whether the time-out is over.
 
         Args:
             now: `time.monotonic`.
-            fd: Its connection's.
-            is_running: The source is at work: there is no more to send for now.
+            fd: The connection's descriptor.
+            is_running: Whether the source is running, so that no more data is ready.
         """
         output, sent = self._output, self._output.bytes
         connection = output.connection
@@ -79,7 +79,7 @@ class SendTimeout:
         return False
 
     def next_time(self, now: float) -> float:
-        """Return when to look next, `time.monotonic`."""
+        """Return the time of the next look, `time.monotonic`."""
         tick = now + self._seconds / LOOKS
         if self._full_since:
             tick = min(tick, max(now + 0.01, self._full_since + self._seconds))

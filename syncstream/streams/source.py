@@ -1,4 +1,4 @@
-"""`Source`: what a stream iterates, and what of it is still to be closed."""
+"""`Source`: the iterable of a stream, and the objects that must still be closed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Source:
     """A stream's source, from its construction to its close.
 
     Args:
-        given: As the application gave it.
+        given: The source, as the application gave it.
 
     Attributes:
-        given: The same, ``None`` once it is closed, or is another's.
-        feed: The same, if it needs no thread.
-        to_close: What has to be closed, the first one last. Whoever pops it closes it.
+        given: The same; ``None`` once it is closed, or belongs to the loop.
+        feed: The same if it is a `Feed`, else ``None``.
+        to_close: The objects to close, the first one last. Whoever pops one closes it.
     """
 
     __slots__ = ("feed", "given", "to_close")
@@ -29,25 +29,25 @@ class Source:
     def __init__(self, given: Iterable[Any]) -> None:
         self.given: Iterable[Any] | None = given
         self.feed: Feed | None = None
-        # Most are generators, which are none.
+        # Most sources are generators, which are no feeds: skip the slow check.
         if not isinstance(given, Generator) and isinstance(given, Feed):
             self.feed = given
         self.to_close: list[Any] = [given]
 
     def iterate(self, given: Iterable[Any]) -> Iterator[Any]:
-        """Return the iterator of what was given, to be closed before that."""
+        """Return the iterator of the source, which is closed before the source."""
         iterator = iter(given)
         if iterator is not given:
             self.to_close.append(iterator)
         return iterator
 
     def forget(self) -> None:
-        """Have it no more: it is closed, or another closes it."""
+        """Drop the source: it is closed, or the loop closes it."""
         self.given = self.feed = None
 
     @property
     def name(self) -> str:
-        """What the log calls it, with its place in the code; ``%`` is doubled."""
+        """The source's name and place in the code, for the log; ``%`` is doubled."""
         given = self.given
         name = getattr(given, "__qualname__", None) or type(given).__qualname__
         code = getattr(given, "gi_code", None)
@@ -56,10 +56,10 @@ class Source:
 
 
 def check_source(source: Any) -> None:
-    """Refuse what cannot be the source of a stream, with the way to mend it.
+    """Refuse an object that cannot be a stream's source, and say how to mend it.
 
     Raises:
-        TypeError: Always for a reason that its message names.
+        TypeError: The object cannot be iterated, or is a single item.
     """
     if isinstance(source, (Generator, Feed)):
         return  # most are
