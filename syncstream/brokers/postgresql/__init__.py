@@ -1,32 +1,33 @@
 """``postgresql:``, a broker in your own database, shared by all its clients.
 
-Events are rows. They are numbered while a row is locked until the commit is visible
-(ids drawn from a sequence become visible out of order, and readers that go by them
-lose some: measured). Ids are ``<number>-<nonce>`` in hexadecimal digits; numbers are
-of the channel and without holes, and a row names the nonce before its own: the chain.
+Events are rows. They are numbered under a row lock that is held until the commit is
+visible. (Ids from a sequence become visible out of order, and readers that follow them
+lose events: measured.) Ids are ``<number>-<nonce>`` in hexadecimal digits; numbers
+count a channel's events without holes, and each row contains its predecessor's nonce:
+the chain.
 
-What is published with a ``connection=`` goes into a table that is empty outside of
-transactions; a deferred trigger appends it at the commit. Rolled back, it never was;
-and an open transaction holds nothing that others wait for.
+Events published with ``connection=`` go into a table that is empty outside of
+transactions; a deferred trigger appends them at the commit. A rollback removes them,
+and an open transaction holds no lock that others wait for.
 
-What was deleted before a process had read it, and is its channel's newest, leaves no
-trace in the chain until there is a newer one: a trigger notes how far deletions went,
-and who is behind that has all read anew.
+A channel's newest event, deleted before a process has read it, leaves no trace in the
+chain until a newer one comes. So a trigger records how far deletions went, and a
+process that is behind that point has all its channels read.
 
-A process has one connection that listens. ``NOTIFY`` says that there is something,
-not what: the listener reads the table from where it was, and does so every two seconds
-anyway, and after a reconnect. So nothing hangs on a notification.
+A process has one listening connection. ``NOTIFY`` only says that there are new events:
+the listener reads the table from its last position, also every two seconds and after a
+reconnect, so that a lost notification does no harm.
 
-All that may block runs in native threads; greenlets wait for them (`gevent`'s
-thread pool). Only psycopg's ``pq``, libpq itself, is used: its own waits would hold up
-a hub if psycopg was imported before gevent has patched.
+Calls that may block run in native threads, for which greenlets wait (`gevent`'s thread
+pool). Only psycopg's ``pq``, which is libpq itself, is used: psycopg's own waits would
+block a hub if psycopg was imported before gevent patched.
 
 ``python -m syncstream.brokers.postgresql [--sql] [URL]`` installs the schema, or prints
-it. What a role needs that only uses it is in docs/brokers.md.
+it. docs/brokers.md lists the rights of a role that only uses it.
 """
 
 try:
-    import psycopg  # noqa: F401 (so that it is said here)
+    import psycopg  # noqa: F401 (only for the error message)
 except ImportError as error:
     raise ImportError(
         "postgresql: needs the package psycopg,"

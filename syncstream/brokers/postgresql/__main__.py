@@ -14,10 +14,13 @@ def main() -> None:
         description="Install the schema for Hub('postgresql:…').",
     )
     parser.add_argument(
-        "url", nargs="?", default="", help="as of the hub; else PGHOST and so on say it"
+        "url",
+        nargs="?",
+        default="",
+        help="the hub's URL; by default that of PGHOST and libpq's other variables",
     )
-    parser.add_argument("--schema", default="syncstream", help="its name")
-    parser.add_argument("--sql", action="store_true", help="print it, for psql")
+    parser.add_argument("--schema", default="syncstream", help="the schema's name")
+    parser.add_argument("--sql", action="store_true", help="print the SQL, for psql")
     words = parser.parse_args()
     if words.sql:
         print(f"{install_sql(words.schema)};")

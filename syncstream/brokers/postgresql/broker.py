@@ -39,7 +39,7 @@ __all__ = ["PostgreSQLBroker"]
 log = logging.getLogger("syncstream.brokers.postgresql")
 
 T = TypeVar("T")
-_MAX_BATCH = 64 << 20  # bytes published at once: they are sent as twice as many
+_MAX_BATCH = 64 << 20  # bytes published at once; hexadecimal doubles them
 
 
 class PostgreSQLBroker:
@@ -47,18 +47,21 @@ class PostgreSQLBroker:
 
     Args:
         dsn: A ``postgresql://`` URL or ``key=value`` words, as libpq takes them;
-            ``""`` for what its environment variables (``PGHOST`` …) say.
-        capacity: So many events of each channel are kept. It and ``max_age`` should
-            be the same wherever the same schema is used.
-        max_age: Events are kept for so many seconds; ``None`` for no limit. Channels
-            that are idle for two times that, and a day, are forgotten.
-        listen_dsn: Where to listen, if ``dsn`` leads to a pooler that shares
-            connections (PgBouncer with ``pool_mode = transaction``): the server itself.
-        schema: Where its tables are.
-        create: Install the schema when it is missing, or of an older release.
-        publish_timeout: Seconds that `publish` takes at most.
-        connections: So many at most publish and read, in each process, beside the one
-            that listens.
+            ``""`` for libpq's environment variables (``PGHOST`` …).
+        capacity: The maximum of kept events of each channel. Use the same ``capacity``
+            and ``max_age`` in all processes that share a schema.
+        max_age: Seconds for which events are kept; ``None`` for no limit. Channels that
+            were idle for twice that time, and for a day, are forgotten.
+        listen_dsn: The server's own address to listen at, if ``dsn`` leads to a pooler
+            that shares connections (PgBouncer with ``pool_mode = transaction``).
+        schema: The schema that contains the tables.
+        create: Install the schema if it is missing, or of an older release.
+        publish_timeout: The maximum of seconds for `publish`.
+        connections: The maximum of connections that publish and read in each process,
+            in addition to the listening one.
+
+    Raises:
+        TypeError, ValueError: An argument has a wrong type or value.
     """
 
     scope: Literal["cluster"] = "cluster"
@@ -78,7 +81,9 @@ class PostgreSQLBroker:
         self._schema = Schema(schema, create)
         check_bounds(capacity, max_age)
         if not publish_timeout > 0:
-            raise ValueError(f"publish_timeout must be above 0, got {publish_timeout}")
+            raise ValueError(
+                f"publish_timeout must be above 0, got {publish_timeout!r}"
+            )
         if not isinstance(connections, int) or connections < 1:
             raise ValueError(f"connections must be 1 or more, got {connections!r}")
         self._dsn = parse_url(dsn)
@@ -89,14 +94,14 @@ class PostgreSQLBroker:
         self._connections = connections
         self.health = Health(log)
         self.watched = Watched()
-        # Nothing that was open before a fork is touched after it.
+        # Connections opened before a fork are not touched after it.
         self._parts: PerProcess[PostgreSQLBroker, Process] = PerProcess(
             self, Process.drop
         )
-        self._is_closing = False  # nobody begins to listen any more
+        self._is_closing = False  # no listener begins any more
         self._is_closed = False
 
-    # What a process has.
+    # This process's part.
 
     def _here(self) -> Process:
         here = self._parts.get()
@@ -104,23 +109,23 @@ class PostgreSQLBroker:
             new = Process(self._dsn, self._schema, self.health, self._connections)
             here = self._parts.begin(new)
             if self.watched:
-                # Those of the process that forked: what came since was not told.
+                # The parent's names: events since the fork were not announced.
                 self._listener(here, is_late=True)
         return here
 
     def _listener(self, here: Process, is_late: bool = False) -> Listener | None:
-        """Return who listens in this process; ``None``: the broker is closed."""
+        """Return this process's listener, ``None`` if the broker is closed."""
         if self._is_closing:
             return None
         return here.listen(self._listen_dsn, self.watched, is_late=is_late)
 
     def _call(self, here: Process, function: Callable[[], T], deadline: float) -> T:
-        """Call what may block."""
+        """Make a call that may block."""
         if self._is_closed:
             raise Unavailable("the broker is closed")
         return here.call(function, deadline)
 
-    # To publish.
+    # Publishing.
 
     def publish(
         self, items: Sequence[tuple[str, bytes]], *, connection: Any = None
@@ -128,22 +133,22 @@ class PostgreSQLBroker:
         """See `syncstream.brokers.Broker.publish`.
 
         Args:
-            items: Channel and payload of each.
-            connection: Django's, psycopg's or psycopg2's: they are stored when its
-                transaction commits, and only then. Its driver's errors are raised as
-                they are: they end that transaction. One that is not READ COMMITTED may
-                fail at its commit, as it does for any row that others have changed:
-                what others have published to the channel since it began.
+            items: The channel and the payload of each event.
+            connection: A connection of Django, psycopg or psycopg2. The events are
+                stored if its transaction commits. The driver's own errors are raised,
+                because they end that transaction. A transaction that is not READ
+                COMMITTED may fail at its commit if others have published to the
+                channel since it began, as for any row that others have changed.
 
         Raises:
-            ValueError: The connection is to another database than the broker's, or no
-                triggers fire in it.
+            ValueError: The connection leads to another database than the broker's, or
+                triggers are disabled in it.
             Denied: The role may not publish, or not to this channel.
         """
         size = sum(len(payload) for _, payload in items)
         if size > _MAX_BATCH:
             raise PayloadTooLarge(
-                f"events must have {_MAX_BATCH} bytes together at most, got {size}"
+                f"events must have {_MAX_BATCH} bytes at most, all together, got {size}"
             )
         if not items:
             return []
@@ -153,7 +158,7 @@ class PostgreSQLBroker:
             self._check_connection(connection)
             self._call(here, partial(here.pool.check, deadline), deadline)
             if not self._enlist(items, connection, here.pool.identity):
-                # Unless the broker's own is another one by now: a failover, a restore.
+                # The broker's own database may have changed: a failover, a restore.
                 was = here.pool.identity
                 self._call(
                     here, partial(here.pool.check, deadline, anew=True), deadline
@@ -161,7 +166,7 @@ class PostgreSQLBroker:
                 is_same = was == here.pool.identity
                 if is_same or not self._enlist(items, connection, here.pool.identity):
                     raise ValueError(
-                        "connection must be one to the hub's database, and not with"
+                        "connection must lead to the hub's own database, and not have"
                         " session_replication_role = replica: nothing was stored"
                     )
             return [None] * len(items)
@@ -174,8 +179,10 @@ class PostgreSQLBroker:
         with here.pool.lent(deadline) as connection:
             left = deadline - time.monotonic()
             if left < self._publish_timeout / 4:
-                # Rather this than an answer that comes too late.
-                raise Unavailable("the time was over before it could be sent")
+                # Better than an answer that comes too late.
+                raise Unavailable(
+                    "publish_timeout was almost over before the events could be sent"
+                )
             sql = self._publish_sql(items, left)
             results: Sequence[Any]
             try:
@@ -185,7 +192,7 @@ class PostgreSQLBroker:
                     raise Denied(f"not published: {error}") from error
                 way = "connect" if error.is_fatal else "publish"
                 self.health.fails(way, f"not published: {error}")
-                # A server that stops may say so after the commit; others roll back.
+                # A stopping server may report its end after the commit.
                 kind = Uncertain if error.is_fatal else Unavailable
                 raise kind(f"not published: {error}") from error
             except Lost as error:
@@ -198,14 +205,14 @@ class PostgreSQLBroker:
         return [found.get_value(row, 0).decode() for row in range(found.ntuples)]
 
     def _publish_sql(self, items: Sequence[tuple[str, bytes]], seconds: float) -> str:
-        # One message for all of it: who stalls or dies in the middle of sending holds
+        # One message for everything: a process that stalls or dies while sending holds
         # no lock. Hexadecimal digits need no quoting, whatever the server's settings.
         channels = ",".join(
             f"convert_from(decode('{name.encode().hex()}','hex'),'UTF8')"
             for name, _ in items
         )
         data = ",".join(f"decode('{payload.hex()}','hex')" for _, payload in items)
-        # Its own limit is the shorter one: it answers "not done" rather than nothing.
+        # The server's limit is shorter than ours, so that it reports the time-out.
         limit = max(1, int(seconds * 700))
         return (
             "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;"
@@ -217,23 +224,25 @@ class PostgreSQLBroker:
     def _check_connection(self, connection: Any) -> None:
         if not callable(getattr(connection, "cursor", None)):
             raise TypeError(
-                "connection must be Django's, psycopg's or psycopg2's, got"
+                "connection must be one of Django, psycopg or psycopg2, got"
                 f" {type(connection)!r}"
             )
         vendor = getattr(connection, "vendor", "postgresql")  # Django's have one
         if vendor != "postgresql":
-            raise ValueError(f"connection must be to a PostgreSQL, got {vendor!r}")
+            raise ValueError(
+                f"connection must lead to a PostgreSQL database, got {vendor!r}"
+            )
 
     def _enlist(
         self, items: Sequence[tuple[str, bytes]], connection: Any, identity: str
     ) -> bool:
-        """Store events in a transaction; ``False``: it is another database's."""
+        """Store events in a transaction; ``False``: it is in another database."""
         cursor = connection.cursor()
-        if iscoroutinefunction(cursor.execute):  # it would do nothing, unawaited
+        if iscoroutinefunction(cursor.execute):  # without await it would do nothing
             raise TypeError(f"connection must not be async, got {type(connection)!r}")
         try:
-            # One statement: all or nothing of it, outside of a transaction too, and
-            # nothing in another database. Hexadecimal digits suit any driver.
+            # One statement: it stores all or nothing, even outside of a transaction,
+            # and nothing in another database. Hexadecimal digits suit any driver.
             cursor.execute(
                 f"INSERT INTO {self._schema.name}.outbox"
                 " (channel, data, capacity, max_age)"
@@ -241,7 +250,7 @@ class PostgreSQLBroker:
                 " %s::double precision FROM unnest(%s::text[], %s::text[])"
                 " WITH ORDINALITY AS new (channel, data, place)"
                 f" WHERE {self._schema.name}.identity() = %s"
-                # Or nothing would take it out of there.
+                # Without triggers the events would stay in the outbox.
                 " AND current_setting('session_replication_role') <> 'replica'"
                 " ORDER BY place RETURNING 1",
                 [
@@ -251,22 +260,22 @@ class PostgreSQLBroker:
                     identity,
                 ],
             )
-            # A pipeline of psycopg knows no count yet.
+            # Not `rowcount`: a pipeline of psycopg does not know it yet.
             return bool(cursor.fetchall())
         except Exception as error:
             if sqlstate_of(error) in MISSING:
                 raise Unavailable(
                     "the database of this connection has no schema"
-                    f" {self._schema.name!r}: is it the one of the hub? {HOW_TO}"
+                    f" {self._schema.name!r}; is it the hub's database? {HOW_TO}"
                 ) from error
             raise
         finally:
             cursor.close()
 
-    # To read.
+    # Reading.
 
     def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
-        """See `syncstream.brokers.Broker.read`; of long entries it returns fewer."""
+        """See `syncstream.brokers.Broker.read`; pages of long events are shorter."""
         here = self._here()
         deadline = time.monotonic() + READ_TIMEOUT
         read = partial(self._read, here, channel, after, limit, deadline)
@@ -346,7 +355,7 @@ class PostgreSQLBroker:
             except (Refused, Lost) as error:
                 if isinstance(error, Refused) and error.sqlstate in _UNNAMEABLE:
                     raise Denied(f"not read: {error}") from error
-                # A connection that broke: nothing is lost by another try.
+                # The connection broke: trying again does no harm.
                 if attempt == 2 or time.monotonic() >= deadline:
                     is_refused = isinstance(error, Refused) and not error.is_fatal
                     way = "read" if is_refused else "connect"
@@ -355,7 +364,7 @@ class PostgreSQLBroker:
         self.health.works("connect", "read", since=began)
         return result
 
-    # To tell.
+    # Announcing.
 
     def attach(self, sink: Sink) -> None:
         self.health.sink = sink
@@ -363,13 +372,13 @@ class PostgreSQLBroker:
     def watch(self, channel: str) -> None:
         """See `syncstream.brokers.Broker.watch`.
 
-        While the server cannot be reached it returns, too: when it is back, all is
-        read that may have come.
+        It also returns while the server cannot be reached: when the server is back, all
+        channels are read.
         """
         here = self._here()
         self.watched.add(channel)
         listener = self._listener(here)
-        # Without one the broker is closed: the read that follows says so.
+        # Without a listener the broker is closed, and the following read raises it.
         if listener is not None:
             listener.await_decided(time.monotonic() + READ_TIMEOUT)
 
@@ -384,4 +393,4 @@ class PostgreSQLBroker:
         self._is_closed = True
 
 
-_UNNAMEABLE = "22P05", "22021"  # the database's encoding has no such characters
+_UNNAMEABLE = "22P05", "22021"  # the database's encoding lacks such characters

@@ -31,17 +31,17 @@ __all__ = [
     "wait_for",
 ]
 
-READ_TIMEOUT = 5.0  # seconds, also to connect, and for the listener's answers
+READ_TIMEOUT = 5.0  # seconds for a read, a connect, and each answer to the listener
 _PORTS = re.compile(r"[0-9,]*")
 DENIED = "42501"  # a right is missing, or a policy forbids it
 
 
 class Refused(Exception):
-    """The server has answered by an error.
+    """The server has answered with an error.
 
     Attributes:
-        sqlstate: Its code.
-        is_fatal: The server has ended the connection, too.
+        sqlstate: The error's code.
+        is_fatal: Whether the server has also ended the connection.
     """
 
     def __init__(self, message: str, sqlstate: str, is_fatal: bool) -> None:
@@ -51,22 +51,22 @@ class Refused(Exception):
 
 
 class Lost(Exception):
-    """The connection is broken, or there was no answer in time.
+    """The connection is broken, or no answer came in time.
 
     Attributes:
-        results: What had come by then.
+        results: The results received before.
     """
 
     def __init__(self, message: str, results: Sequence[Any] = ()) -> None:
-        super().__init__(" ".join(message.split()))  # libpq's have several lines
+        super().__init__(" ".join(message.split()))  # libpq's errors have several lines
         self.results = results
 
 
 class Connection:
-    """A connection, of one native thread at a time; its waits have an end.
+    """A connection for one native thread at a time, with deadlines.
 
     Attributes:
-        used: When it was used last, seconds of `time.monotonic`.
+        used: The `time.monotonic` of its last use.
     """
 
     def __init__(self, pgconn: Any, stop: int) -> None:
@@ -80,11 +80,11 @@ class Connection:
 
         Args:
             dsn: As from `parse_url`.
-            deadline: Seconds of `time.monotonic`.
-            stop: A descriptor: when it can be read, all waits end by `Stopped`.
+            deadline: The end of the attempt, `time.monotonic`.
+            stop: A descriptor: once it is readable, all waits raise `Stopped`.
 
         Raises:
-            Lost: That cannot be done.
+            Lost: No address could be connected to.
         """
         reasons = []
         addresses = _addresses(dsn)
@@ -114,7 +114,7 @@ class Connection:
                     raise Lost(_message(pgconn))
                 connection.wait(events[status], deadline)
             pgconn.nonblocking = 1
-            if connection._encoding == b"SQL_ASCII":  # it has names of any bytes
+            if connection._encoding == b"SQL_ASCII":  # names may have any bytes
                 connection.run("SET client_encoding = SQL_ASCII", deadline=deadline)
         except BaseException:
             connection.close()
@@ -128,21 +128,22 @@ class Connection:
 
     @property
     def is_utf8(self) -> bool:
-        """Its database has any name."""
+        """Whether the database can store every name."""
         return self._encoding in (b"UTF8", b"SQL_ASCII")
 
     def run(
         self, sql: str, words: Sequence[object] | None = None, *, deadline: float
     ) -> list[Any]:
-        """Have the server do something; return its answers.
+        """Run SQL; return the server's results.
 
         Args:
-            sql: Statements; with words one, and the answer's values are binary.
-            words: For ``$1`` and so on.
+            sql: Statements, or one statement with ``words``.
+            words: The values for ``$1`` and so on; then the results are binary.
+            deadline: The end of the wait, `time.monotonic`.
 
         Raises:
-            Refused: The server has answered by an error.
-            Lost: The connection broke, or the time is over; it is of no more use.
+            Refused: The server has answered with an error.
+            Lost: The connection broke, or the deadline passed; close the connection.
         """
         pgconn = self._pgconn
         results: list[Any] = []
@@ -176,13 +177,13 @@ class Connection:
     def _refuse(self, result: Any, results: list[Any]) -> None:
         field = pq.DiagnosticField
         state = result.error_field(field.SQLSTATE)
-        if not state:  # libpq's own: the connection has ended
+        if not state:  # an error of libpq: the connection has ended
             raise Lost(result.error_message.decode(errors="replace"), results)
         message = result.error_field(field.MESSAGE_PRIMARY) or b""
         severity = result.error_field(field.SEVERITY_NONLOCALIZED)
         text = f"{message.decode(errors='replace')} ({state.decode()})"
         if state.decode() == DENIED:
-            text += "; docs/brokers.md has the rights that a role needs"
+            text += "; docs/brokers.md lists the rights that a role needs"
         raise Refused(
             text,
             state.decode(),
@@ -190,7 +191,7 @@ class Connection:
         )
 
     def hear(self) -> bool:
-        """Take the notifications that are there; tell whether there were some."""
+        """Take the notifications received so far; return whether there were any."""
         try:
             self._pgconn.consume_input()
             found = False
@@ -201,10 +202,12 @@ class Connection:
             raise Lost(str(error)) from error
 
     def wait(self, events: int, deadline: float, *, is_needed: bool = True) -> int:
-        """Wait until the socket can be read or written; return which.
+        """Wait until the socket is readable or writable; return which.
 
         Args:
-            is_needed: Raise when the time is over; else 0 is returned.
+            events: Flags of ``select.poll``.
+            deadline: The end of the wait, `time.monotonic`.
+            is_needed: At the deadline, raise `Lost` instead of returning 0.
         """
         left = deadline - time.monotonic()
         found = wait_for(self._pgconn.socket, events, left, self._stop)
@@ -219,7 +222,7 @@ class Connection:
             return True
 
     def is_idle(self) -> bool:
-        """Tell whether it is outside of a transaction, and sound."""
+        """Tell whether the connection works and is outside of a transaction."""
         status: bool = self._pgconn.transaction_status == pq.TransactionStatus.IDLE
         return status
 
@@ -228,10 +231,10 @@ class Connection:
 
 
 def wait_for(fd: int, events: int, seconds: float, stop: int = -1) -> int:
-    """Wait natively, whatever gevent has patched; return what can be done now.
+    """Wait natively, even in a process that gevent has patched; return ready flags.
 
     Raises:
-        Stopped: The other one can be read.
+        Stopped: The descriptor ``stop`` is readable.
     """
     poll = native(select, "poll")()
     poll.register(fd, events)
@@ -240,49 +243,53 @@ def wait_for(fd: int, events: int, seconds: float, stop: int = -1) -> int:
     found = dict(poll.poll(max(0.0, seconds) * 1000))
     if stop in found:
         raise Stopped
-    # POLLHUP and POLLERR: who reads learns what it is.
+    # After POLLHUP and POLLERR, reading shows the error.
     return select.POLLIN | events if found.get(fd, 0) & ~events else found.get(fd, 0)
 
 
 def parse_url(url: str) -> str:
-    """Return a connection string for libpq, with what we add."""
+    """Return a connection string for libpq, with our defaults added.
+
+    Raises:
+        ValueError: libpq does not accept the URL.
+    """
     scheme, _, rest = url.partition(":")
     if scheme in ("postgresql", "postgres") and not rest.strip("/"):
-        url = ""  # as libpq's environment says
+        url = ""  # libpq's environment variables apply
     is_sound = True
     try:
         words = conninfo_to_dict(url)
-    except (DriverError, UnicodeError):  # the latter's repr has all of it
+    except (DriverError, UnicodeError):  # a UnicodeError shows the whole URL
         is_sound = False
-    # A password with "@" or "/" in it is taken for a part of the host or the port, and
-    # libpq quotes those, and what it cannot read: it is not shown, nor what it says.
+    # libpq takes parts of a password with "@" or "/" for the host or port, and its
+    # errors quote them: show neither the URL nor libpq's error.
     if (
         not is_sound
         or "@" in str(words.get("host", ""))
         or not _PORTS.fullmatch(str(words.get("port", "")))
     ):
         raise ValueError(
-            "url must be as libpq takes it, postgresql://USER:PASSWORD@HOST/DATABASE or"
-            " key=value words, with %40 for @ and %2F for / in a password, and libpq's"
-            " options alone (PostgreSQLBroker has arguments for its own), got"
+            "url must be postgresql://USER:PASSWORD@HOST/DATABASE or key=value words,"
+            " as libpq takes them, with %40 for @ and %2F for / in a password, and only"
+            " with options of libpq (PostgreSQLBroker takes its own as arguments), got"
             f" {shown(url)}"
         )
     ours = {
         "application_name": os.environ.get("PGAPPNAME", "syncstream"),
-        # A peer that is gone without a word.
+        # Notice a vanished peer after 60 s.
         "keepalives_idle": "30",
         "keepalives_interval": "10",
         "keepalives_count": "3",
     }
     if pq.version() >= 120000:  # libpq's
-        ours["tcp_user_timeout"] = "20000"  # milliseconds for what was sent
+        ours["tcp_user_timeout"] = "20000"  # milliseconds for unacknowledged bytes
     return make_conninfo("", **{**ours, **words, "client_encoding": "UTF8"})
 
 
 def _addresses(dsn: str) -> list[dict[str, str]]:
-    """Return what to add to a connection string, for each address to be tried.
+    """Return the words to add to a connection string, for each address to try.
 
-    libpq would look names up while it holds the interpreter's lock, and stay at the
+    libpq itself would look names up while it holds the GIL, and would wait for the
     first address that does not answer.
     """
     words: dict[str, Any] = conninfo_to_dict(dsn)
@@ -300,23 +307,23 @@ def _addresses(dsn: str) -> list[dict[str, str]]:
             continue
         try:
             infos = native(socket, "getaddrinfo")(host, None, 0, socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:  # the latter: it can be no host's
+        except (OSError, UnicodeError) as error:  # UnicodeError: not a host name
             reason = error
             continue
         for address in dict.fromkeys(info[4][0] for info in infos):
             found.append({"host": host, "hostaddr": address, "port": port})
     if not found:
-        raise Lost(f"{hosts!r} cannot be found: {reason}") from reason
+        raise Lost(f"the host {hosts!r} cannot be found: {reason}") from reason
     return found
 
 
 def _message(pgconn: Any) -> str:
     message: bytes = pgconn.error_message
-    return message.decode(errors="replace") or "no reason is known"
+    return message.decode(errors="replace") or "unknown reason"
 
 
 def sqlstate_of(error: BaseException | None) -> str | None:
-    """Return the code of a driver's error, or of the one that Django has wrapped."""
+    """Return the code of a driver's error, or of one that Django has wrapped."""
     while error is not None:
         for name in ("sqlstate", "pgcode"):  # psycopg's, psycopg2's
             code = getattr(error, name, None)

@@ -31,23 +31,24 @@ from .schema import Schema
 __all__ = ["Listener"]
 
 log = logging.getLogger("syncstream.brokers.postgresql")
-HEARTBEAT = 2.0  # seconds between two looks of the listener, notified or not
-TAIL = 500  # rows that the listener reads at once
-_MAX_NAMES = 500  # that it asks for by name; beyond that it reads all
+HEARTBEAT = 2.0  # seconds between two looks without a notification
+TAIL = 500  # rows read at once
+_MAX_NAMES = 500  # names in a request; with more, the data of all channels is read
 
 
 class Listener:
-    """The thread of a process that hears what is new, and its connection.
+    """The listening thread of a process, and its connection.
 
     Args:
-        dsn: Where to, as from `parse_url`.
-        schema: Is ensured there.
-        health: Is told whether it listens.
-        watched: What is told.
-        pool: Closes what nobody has used for long, now and then.
-        stop: A descriptor, its own from now on: it ends when that can be read.
-        is_home: It is where the pool's connections lead to.
-        is_late: Somebody counts on being told what has come before it listens.
+        dsn: The connection string, as from `parse_url`.
+        schema: The schema, which is checked, or installed, at each connect.
+        health: Records whether the listener works.
+        watched: The watched names.
+        pool: The pool whose unused connections the listener closes from time to time.
+        stop: A descriptor that the listener owns from now on: it ends once that is
+            readable.
+        is_home: Whether the pool's connections lead to the same address.
+        is_late: Events that came before it listens must be announced, too.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Listener:
         is_home: bool,
         is_late: bool,
     ) -> None:
-        # Who drops a broker without a close ends this, too: it is not kept.
+        # No reference to the broker: dropping the broker must end the listener.
         self._dsn = dsn
         self._schema = schema
         self._health = health
@@ -71,21 +72,21 @@ class Listener:
         self._stop = stop
         self._is_home = is_home
         self._is_late = is_late
-        self._place: tuple[int, int] | None = None  # seq and nonce of what was told
-        self._seen = 0  # up to this seq all was told, or that it was deleted
-        self._file = 0  # in which that is
-        # When the look began that found no more, for `Health.works`: what is found
-        # by a later one was stored since then.
+        self._place: tuple[int, int] | None = None  # seq and nonce of the last event
+        self._seen = 0  # all events up to this seq were announced, or were deleted
+        self._file = 0  # the table's file that these belong to
+        # The `Health.moment` of the last look that found all events: later looks find
+        # events that were stored since then.
         self._complete = 0
         self._has_warned = False
-        self._decided = Mark()  # it listens, or its first attempt to has failed
+        self._decided = Mark()  # set when it listens, or when its first attempt failed
         self._tail = Tail(f"schema {schema.name}", health, log)
 
     def start(self) -> None:
         native(_thread, "start_new_thread")(self._tail.run, (self,))
 
     def await_decided(self, deadline: float) -> None:
-        """Wait until it listens; what it is late for is read anew."""
+        """Wait until it listens; after a time-out it reads all channels later."""
         if not self._decided.wait(deadline):
             self._is_late = True
 
@@ -122,7 +123,7 @@ class Listener:
         self._decided.set()
 
     def _find_place(self, connection: Connection) -> None:
-        """Go on where we were; if that is not known any more, have all read anew."""
+        """Go on from the last place; if it is gone, have the hub read all channels."""
         sql = (
             f"SELECT u.deleted, e.seq, e.nonce, EXISTS (SELECT FROM {self._schema.name}"
             ".event p WHERE p.seq = $1 AND p.nonce = $2)"
@@ -148,13 +149,13 @@ class Listener:
             sink.resync(None)
 
     def _follow(self, connection: Connection) -> None:
-        unheard = 0  # times in a row
+        unheard = 0  # looks in a row that found events without a notification
         while True:
-            # Before it looks: what comes from now on is another notification.
+            # Before looking: later events cause another notification.
             is_heard = connection.hear()
             while True:
                 found = self._tell(connection)
-                if not connection.hear():  # while it looked
+                if not connection.hear():  # since the look began
                     break
                 is_heard = True
             if is_heard:
@@ -166,16 +167,17 @@ class Listener:
                 say(
                     log,
                     logging.WARNING,
-                    "events come without notifications: listen_dsn must lead to the"
-                    " server itself, not to a pooler that shares connections",
+                    "events arrive without notifications, so up to 2 s late: listen_dsn"
+                    " must lead to the server itself, not to a pooler that shares"
+                    " connections",
                 )
             self._pool.release()
-            # All of one moment would look at one moment, ever after.
+            # Jitter: listeners that began together must not look together for ever.
             pause = jitter(0.8, 1.2) * HEARTBEAT
             connection.wait(select.POLLIN, time.monotonic() + pause, is_needed=False)
 
     def _tell(self, connection: Connection) -> bool:
-        """Tell all that is new; return whether there was something."""
+        """Announce all new events; return whether there were any."""
         health = self._health
         sql = f"SELECT * FROM {self._schema.name}.tail($1, $2, $3, $4)"
         found = is_behind = False
@@ -188,13 +190,13 @@ class Listener:
             now = time.monotonic()
             file = number_of(result, 0, 0)
             if file != self._file:
-                # A seq of before means nothing in another one.
+                # A seq of another file means nothing in this one.
                 if self._file:
                     self._find_place(connection)
                 self._file = file
                 continue
-            # What was deleted meanwhile, and no newer event of its channel shows:
-            # this process was frozen, or looks too seldom for its max_age.
+            # Deletions of newest events, which no newer event shows: this process was
+            # frozen, or looks too rarely for its max_age.
             deleted = number_of(result, 0, 2)
             is_behind = is_behind or deleted > self._seen
             for row in range(1, result.ntuples):
@@ -205,7 +207,7 @@ class Listener:
                 if channel in self._watched:
                     payload = result.get_value(row, 5)
                     if payload is None:
-                        # Too much for one answer, or watched since it was asked for.
+                        # Too large for this answer, or watched after the request.
                         break
                     ids = spell_id(number, nonce), spell_id(number - 1, prev)
                     if health.sink is not None:
@@ -220,16 +222,16 @@ class Listener:
                     self._tail.serves(since=began)
                     if self._is_home:
                         health.works("connect", "read", since=began)
-                    if found:  # somebody could publish
+                    if found:  # some process could publish
                         health.works("publish", since=self._complete)
                     self._complete = began
                     return found
 
     def _names(self, is_utf8: bool) -> tuple[str, str]:
-        """Return, as SQL arrays, the names and the prefixes of what is wanted."""
+        """Return the names and the prefixes of the watched channels, as SQL arrays."""
         watched = self._watched
         names, patterns = [*watched.names], [*watched.patterns]
-        # One name that another encoding has not, and the server would tell nothing.
+        # A single name that the encoding lacks would make the request fail.
         is_sendable = is_utf8 or all(name.isascii() for name in (*names, *patterns))
         if len(names) > _MAX_NAMES or not is_sendable:
             return "{}", '{""}'

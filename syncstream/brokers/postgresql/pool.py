@@ -1,4 +1,4 @@
-"""The connections of one process that publish and read: lent, kept, and closed."""
+"""`Pool`: the connections of one process that publish and read."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .schema import Schema
 
 __all__ = ["Pool"]
 
-IDLE = 30.0  # seconds after which a connection that nobody has used is closed
-FRESH = 1.0  # seconds for which a connection that was used is not asked if it lives
+IDLE = 30.0  # seconds after which an unused connection is closed
+FRESH = 1.0  # seconds after its use for which a connection is trusted without a test
 
 
 class Pool:
-    """From any native thread; a connection is one thread's while it is lent.
+    """Connections, lent to native threads; each to one thread at a time.
 
     Args:
-        dsn: As from `parse_url`.
-        schema: Is ensured in the database before the first connection is lent.
-        health: Is told when none can be had.
-        connections: That are lent at once, at most.
+        dsn: The connection string, as from `parse_url`.
+        schema: The schema, which is checked, or installed, before a connection is lent.
+        health: Records whether connections can be made.
+        connections: The maximum of lent connections.
 
     Attributes:
-        identity: That of the schema, of all databases; empty until `check`.
+        identity: The schema's identity, unique among databases; ``""`` until `check`.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class Pool:
         self._health = health
         self._connections = connections
         self._lock = native(_thread, "allocate_lock")()
-        self._idle: list[Connection] = []  # the one last that was used last
-        # The C one: gevent patches the name in `queue`, not this.
+        self._idle: list[Connection] = []  # the most recently used one last
+        # The C class: gevent patches the name in `queue` only.
         self._permits: _queue.SimpleQueue[None] = _queue.SimpleQueue()
         for _ in range(connections):
             self._permits.put(None)
@@ -52,11 +52,14 @@ class Pool:
 
     @property
     def busy(self) -> str:
-        return f"all {self._connections} connections were busy for all of its time"
+        return (
+            f"all {self._connections} connections were busy until the time-out: raise"
+            " PostgreSQLBroker(connections=…)"
+        )
 
     @contextmanager
     def lent(self, deadline: float) -> Iterator[Connection]:
-        """Lend a connection; it is kept if nothing went wrong with it.
+        """Lend a connection; it is kept unless the block fails.
 
         Raises:
             Unavailable: All are busy, or the server cannot be used.
@@ -76,15 +79,16 @@ class Pool:
                     self._keep(connection)
                 else:
                     connection.close()
-                    self._is_installed = False  # or is it gone?
+                    self._is_installed = False  # the schema may be gone: check again
         finally:
             self._permits.put(None)
 
     def check(self, deadline: float, *, anew: bool = False) -> None:
-        """See that the schema is there, and which it is.
+        """Check that the schema is installed, and learn its identity.
 
         Args:
-            anew: Also if it was there before.
+            deadline: The end of the wait, `time.monotonic`.
+            anew: Check again even if it was installed before.
         """
         if anew:
             self._is_installed = False
@@ -116,13 +120,13 @@ class Pool:
     def _living(self, deadline: float) -> Connection | None:
         """Return a connection that was kept and still lives."""
         while (connection := self._take()) is not None:
-            if connection.is_readable():  # nobody asked it: it has ended
+            if connection.is_readable():  # without a request: the server has ended it
                 connection.close()
                 continue
             now = time.monotonic()
             if now - connection.used < FRESH:
                 return connection
-            # It may have died without a word; while nothing is sent that is no harm.
+            # It may have died silently: a test does no harm, a lost publish would.
             try:
                 connection.run("", deadline=now + (deadline - now) / 2)
             except (Lost, Refused):
@@ -143,7 +147,7 @@ class Pool:
         self.release()
 
     def release(self, seconds: float | None = None) -> None:
-        """Close the connections that nobody has used for so long; `IDLE` by default."""
+        """Close the connections unused for this many seconds; `IDLE` by default."""
         since = time.monotonic() - (IDLE if seconds is None else seconds)
         while True:
             with self._lock:
@@ -153,6 +157,6 @@ class Pool:
             connection.close()
 
     def close(self) -> None:
-        """Close those that are not lent; the others are when they come back."""
+        """Close the idle connections; lent ones are closed when they come back."""
         self._is_closed = True
         self.release(0)

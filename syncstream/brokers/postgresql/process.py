@@ -1,4 +1,4 @@
-"""One process's share of a broker: its connection pool and its listener."""
+"""One process's part of a broker: its connection pool and its listener."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Process:
-    """What one process has of a broker, which it does not keep."""
+    """One process's part of a broker; it keeps no reference to the broker."""
 
     def __init__(
         self, dsn: str, schema: Schema, health: Health, connections: int
@@ -41,10 +41,10 @@ class Process:
         self._is_closing = False
         self._threads: dict[Any, tuple[Any, Any]] = {}
 
-    # What may block.
+    # Calls that may block.
 
     def call(self, function: Callable[[], T], deadline: float) -> T:
-        """Call it: in this thread, or for a greenlet in another one."""
+        """Make a call in this thread; for a greenlet, in a thread of its hub's pool."""
         hub = waiting.gevent_hub()
         if hub is None:
             return function()
@@ -61,9 +61,9 @@ class Process:
         return result
 
     def _of_hub(self, hub: Any) -> tuple[Any, Any]:
-        """Return the threads that work for the greenlets of a hub, and their places.
+        """Return the thread pool of a hub, and a semaphore with as many places.
 
-        Who waits for a place has a time limit; who waits within the pool has none.
+        Waiting for a place can time out; waiting within the pool cannot.
         """
         found = self._threads.get(hub)
         if found is None:
@@ -75,15 +75,15 @@ class Process:
             found = self._threads.setdefault(hub, found)
         return found
 
-    # To listen.
+    # Listening.
 
     def listen(self, dsn: str, watched: Watched, *, is_late: bool) -> Listener | None:
-        """Return who listens in this process; ``None``: it is closed.
+        """Return this process's listener, ``None`` if this part is closed.
 
         Args:
-            dsn: Where to.
-            watched: What is told.
-            is_late: Somebody counts on being told what has come before.
+            dsn: The connection string to listen at.
+            watched: The watched names.
+            is_late: As for `Listener`.
         """
         with self._lock:
             if self._listener is None and not self._is_closing:
@@ -117,7 +117,7 @@ class Process:
         self._end_threads(waiting.gevent_hub())
 
     def drop(self) -> None:
-        """End what gevent would keep for ever: threads, of a broker not closed."""
+        """End the threads of a dropped broker, which gevent would keep for ever."""
         if not sys.is_finalizing():
             self._end_threads(None)
 
@@ -126,20 +126,20 @@ class Process:
             hub, (threads, _) = self._threads.popitem()
             if hub is here:
                 threads.kill()
-            elif hub.loop is not None:  # another thread's, when it next turns
+            elif hub.loop is not None:  # another thread's hub does it at its next turn
                 hub.loop.run_callback_threadsafe(threads.kill)
 
 
 class Stopper:
-    """The end of a pipe that ends a listener, when it is closed, or forgotten."""
+    """The end of a pipe that ends a listener, by `stop` or when it is dropped."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     def stop(self) -> None:
-        """Have it end, without waiting for that."""
-        # A process that was forked has the pipe open, too: closing would not do.
-        with suppress(BrokenPipeError):  # it has ended by itself
+        """Tell the listener to end, without waiting."""
+        # Closing is not enough: a forked process may have the pipe open, too.
+        with suppress(BrokenPipeError):  # the listener has ended already
             os.write(self._fd, b"x")
 
     def __del__(self) -> None:
@@ -147,7 +147,7 @@ class Stopper:
 
 
 def _outcome(function: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    # gevent prints the traceback of what a thread raises.
+    # gevent prints the traceback of an exception that a thread raises: return it.
     try:
         return function(), None
     except BaseException as error:

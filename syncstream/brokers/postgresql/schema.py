@@ -19,31 +19,33 @@ from .connection import (
 
 __all__ = ["HOW_TO", "MISSING", "Schema", "install", "install_sql"]
 
-VERSION = 1  # of the schema: who needs another one cannot use it
-REVISION = 2  # what else it has by now: who needs less of it can
+VERSION = 1  # the schema's version: a release that needs another one cannot use it
+REVISION = 2  # its additions: releases that need fewer can use it
 _SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,49}")
 
-# Of one statement, so that any driver runs it, in whatever transaction. Everything is
-# named with its schema, and functions look nowhere else: search_path does not matter.
+# One statement, so that any driver can run it in any transaction. All names have their
+# schema, and functions search no other: search_path does not matter.
 #
-# It makes the schema, or makes it anew of revision 1, which had no table `upkeep`.
-# Workers of both use it meanwhile: what these call keeps its name, arguments and
-# columns, and nothing waits for a transaction that is open (`outbox`) or a dump.
+# It makes the schema, or upgrades revision 1, which had no table `upkeep`. Workers of
+# both revisions use the schema meanwhile: functions that they call keep their names,
+# arguments and columns, and nothing waits for an open transaction (`outbox`) or a dump.
 _INSTALL = files(__package__).joinpath("install.sql").read_text("utf-8").rstrip()
 
 
 def install_sql(schema: str = "syncstream") -> str:
-    """Return the one statement that installs the schema; where it is, it does nothing.
+    """Return the statement that installs or upgrades the schema.
+
+    It does nothing if the schema is installed already.
 
     Args:
-        schema: Its name.
+        schema: The schema's name.
 
     Raises:
-        ValueError: That is no plain lower-case name.
+        ValueError: The name has other characters than lower-case letters, digits and _.
     """
     if not _SCHEMA.fullmatch(schema):
         raise ValueError(
-            "schema must be lower-case letters, digits and _, 50 at most, got"
+            "schema must have lower-case letters, digits and _ only, 50 at most, got"
             f" {schema!r}"
         )
     sql = _INSTALL.replace("$S", schema).replace("$VERSION", str(VERSION))
@@ -51,16 +53,18 @@ def install_sql(schema: str = "syncstream") -> str:
 
 
 def install(dsn: str = "", *, schema: str = "syncstream") -> None:
-    """Install the schema, or make it this release's, by a role that may.
+    """Install the schema, or upgrade it to this release; the role needs the rights.
 
-    Where it is that already, nothing happens. Workers of the release before go on.
+    It does nothing if the schema is of this release. Workers of the preceding release
+    continue meanwhile.
 
     Args:
         dsn: As for `PostgreSQLBroker`.
-        schema: Its name.
+        schema: The schema's name.
 
     Raises:
-        Unavailable: The server cannot be reached, or refuses.
+        ValueError: An argument is wrong.
+        Unavailable: The server cannot be reached, or denies it.
     """
     sql = install_sql(schema)
     deadline = time.monotonic() + 4 * READ_TIMEOUT
@@ -79,11 +83,11 @@ class Schema:
     """The schema that a broker uses.
 
     Args:
-        name: Its name.
-        create: Install it when it is missing, or of an older release.
+        name: The schema's name.
+        create: Install it if it is missing, or of an older release.
 
     Raises:
-        ValueError: The name is no plain lower-case one.
+        ValueError: The name has other characters than lower-case letters, digits and _.
     """
 
     def __init__(self, name: str, create: bool) -> None:
@@ -105,7 +109,7 @@ class Schema:
         what = (
             f"the schema {self.name!r} in the database is of an older release"
             if is_old
-            else f"there is no schema {self.name!r} in the database"
+            else f"the database has no schema {self.name!r}"
         )
         if not self._create:
             raise Unavailable(f"{what}. {HOW_TO}") from missing
@@ -114,7 +118,7 @@ class Schema:
         except Refused as error:
             if error.sqlstate != DENIED:
                 raise
-            may = "renew" if is_old else "create"
+            may = "upgrade" if is_old else "create"
             raise Unavailable(
                 f"{what}, and this role may not {may} it: {error}. {HOW_TO}"
             ) from error
@@ -122,7 +126,7 @@ class Schema:
 
 
 def check_schema(connection: Connection, schema: str, deadline: float) -> str:
-    """Check that a schema can be used; return which one it is, of all databases."""
+    """Check that a schema can be used; return its identity, unique among databases."""
     sql = (
         f"SELECT s.version, u.revision, {schema}.identity()"
         f" FROM {schema}.state s, {schema}.upkeep u"
@@ -133,8 +137,8 @@ def check_schema(connection: Connection, schema: str, deadline: float) -> str:
     )
     if version != VERSION or revision is None or revision < REVISION:
         raise Unavailable(
-            f"the schema {schema!r} has version {version}, and this syncstream needs"
-            f" {VERSION}: other processes may run another release of it"
+            f"the schema {schema!r} has version {version}, but this syncstream needs"
+            f" {VERSION}: other processes may run another release"
         )
     identity: bytes = result.get_value(0, 2)
     return identity.decode()
@@ -142,6 +146,6 @@ def check_schema(connection: Connection, schema: str, deadline: float) -> str:
 
 MISSING = ("42P01", "3F000", "42883")  # no such table, schema, function
 HOW_TO = (
-    'Let a role that may install it: "python -m syncstream.brokers.postgresql URL", or'
+    'Install it as a role that may: "python -m syncstream.brokers.postgresql URL", or'
     ' in Django "syncstream" in INSTALLED_APPS and "manage.py migrate"'
 )

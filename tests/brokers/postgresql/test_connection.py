@@ -137,7 +137,7 @@ def test_urls(server, monkeypatch):
             assert broker.read(channel, None).head.startswith("0-")
             broker.publish([(channel, b"x")] * 8)
             assert len(broker.read(channel, "0").entries) == 7
-    with pytest.raises(ValueError, match="url must be as libpq takes it"):
+    with pytest.raises(ValueError, match="as libpq takes them"):
         open_broker("postgresql://h/d?no_such_option=1")
     for host in ("a..b", "c" * 64):
         with (

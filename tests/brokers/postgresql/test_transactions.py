@@ -177,13 +177,13 @@ def test_a_connection_to_elsewhere(server, schema, make):
     broker.publish([("a", b"1")])
     with (
         psycopg.connect(server.url_at(server.port, f"{schema}bare")) as connection,
-        pytest.raises(Unavailable, match="is it the one of the hub"),
+        pytest.raises(Unavailable, match="is it the hub's database"),
     ):
         broker.publish([("a", b"x")], connection=connection)
     for name in ("copy", "other"):
         with psycopg.connect(server.url_at(server.port, schema + name)) as connection:
             for pipeline in (contextlib.nullcontext(), connection.pipeline()):
-                with pipeline, pytest.raises(ValueError, match="hub's database"):
+                with pipeline, pytest.raises(ValueError, match="hub's own database"):
                     broker.publish([("a", b"x")], connection=connection)
             # Its transaction goes on.
             sql = f"SELECT count(*) FROM {schema}.outbox"
@@ -193,7 +193,7 @@ def test_a_connection_to_elsewhere(server, schema, make):
         connection.execute("SET session_replication_role = replica")
         with pytest.raises(ValueError, match="session_replication_role"):
             broker.publish([("a", b"x")], connection=connection)
-    with pytest.raises(TypeError, match="connection must be Django's"):
+    with pytest.raises(TypeError, match="connection must be one of Django"):
         broker.publish([("a", b"x")], connection="postgresql://")
     nowhere = psycopg.AsyncConnection(psycopg.pq.PGconn.connect(server.url.encode()))
     with pytest.raises(TypeError, match="must not be async"):
