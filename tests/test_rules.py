@@ -61,7 +61,6 @@ KNOWN_CLASSES = {
 KNOWN_LONG = {
     "brokers/local/database.py",
     "fanout/loop.py",
-    "servers/swap.py",
 }
 
 

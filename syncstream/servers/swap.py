@@ -39,7 +39,6 @@ from __future__ import annotations
 import _socket
 import _thread
 import errno
-import functools
 import logging
 import os
 import re
@@ -48,8 +47,7 @@ import socket
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +57,6 @@ from ..runtime.sockets import (
     borrowed,
     forget,
     hang_up,
-    hold,
     is_hung_up,
     native,
     release,
@@ -67,26 +64,23 @@ from ..runtime.sockets import (
 from ..runtime.waiting import gevent_hub, runner, say
 from ..runtime.watch import Timer, watch
 from .contract import Environ, Server, SocketLike
+from .descriptors import duplicate, none_left
+from .framing import read_back
 
 if sys.platform != "win32":
-    import fcntl
     import resource
 
-__all__ = ["Refused", "Swap", "Taken", "descriptor_limit", "read_back"]
+__all__ = ["Refused", "Swap", "Taken"]
 
 log = logging.getLogger("syncstream.servers.handover")
 
-LOWEST = 4096
-"""The lowest descriptor for taken connections, which stay open for long. They must not
-use up those below 1024: select(2), which waitress uses, accepts no others."""
-
-_RESERVE = 64  # descriptors that stay free for the server, and for everything else
-_MOST_DESCRIPTORS = 1 << 20
 _LOOK_EVERY = 0.25  # seconds: the server may write more than a pair holds
 _LOOK_AGAIN = 0.005  # seconds, after it did
 MOST_WRITTEN = 16 << 20
 _FETCHED = 1 << 16  # bytes at once; for more, malloc would map memory each time
 SEND_TIMEOUT = 10.0  # seconds, for bytes sent after `undo`
+
+_HTTP_1 = re.compile(r"HTTP/1\.[0-9]")
 
 _SWAPPED, _TAKEN, _CLOSED = range(3)
 
@@ -192,14 +186,14 @@ class Swap:
             raise
 
     def _swap(self, fd: int) -> None:
-        connection = _duplicate(fd)
+        connection = duplicate(fd)
         try:
             # Native: gevent's sockets wait in the hub and defer their closing.
             theirs, ours = _socket.socketpair()
         except OSError as error:
             release(connection)
             if error.errno == errno.EMFILE:  # the soft limit, for the server's own
-                raise _none_left(
+                raise none_left(
                     resource.getrlimit(resource.RLIMIT_NOFILE)[0]
                 ) from error
             raise
@@ -487,93 +481,6 @@ def _plain_sockets() -> tuple[type, ...]:
     return types if gevent is None else (*types, gevent.socket)
 
 
-def _duplicate(fd: int) -> int:
-    """Return another descriptor of a connection, at `LOWEST` or above.
-
-    Raises:
-        OSError: Only the descriptors that the server itself needs are left.
-    """
-    limit = descriptor_limit()
-    lowest = min(LOWEST, limit // 4)
-    with _limit.raised(limit):
-        duplicate = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
-    try:
-        hold(duplicate)
-    except BaseException:
-        release(duplicate)
-        raise
-    # F_DUPFD takes the lowest free one, so its number shows how many are left.
-    if duplicate >= limit - min(_RESERVE, limit // 8):
-        release(duplicate)
-        raise _none_left(limit)
-    return duplicate
-
-
-def _none_left(limit: int) -> OSError:
-    return OSError(errno.EMFILE, f"no descriptor is left of {limit}")
-
-
-class _Limit:
-    """RLIMIT_NOFILE, raised only for the moments in which a connection is taken.
-
-    The limit applies to new descriptors only; open ones stay. So programs started by
-    the application inherit the original soft limit, usually 1024, which protects those
-    that use select(2). (A program that another thread starts within these microseconds
-    inherits the raised limit.)
-    """
-
-    def __init__(self) -> None:
-        self._lock = native(_thread, "allocate_lock")()
-        self._before: tuple[int, int] | None = None
-
-    @contextmanager
-    def raised(self, most: int) -> Iterator[None]:
-        """Raise the soft limit for a block that neither waits nor forks."""
-        with self._lock:
-            soft, hard = before = resource.getrlimit(resource.RLIMIT_NOFILE)
-            if soft == resource.RLIM_INFINITY or soft >= most:
-                yield
-                return
-            self._before = before
-            try:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-                yield
-            finally:
-                resource.setrlimit(resource.RLIMIT_NOFILE, before)
-                self._before = None
-
-    def forked(self) -> None:
-        """Restore a child's limit and lock, even if another thread held the lock."""
-        self._lock = native(_thread, "allocate_lock")()
-        before, self._before = self._before, None
-        if before is not None:
-            resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-_limit = _Limit()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_limit.forked)
-
-
-@functools.cache
-def descriptor_limit() -> int:
-    """Return the maximum number of descriptors, by the hard limit.
-
-    At most a million; the soft limit where it cannot be raised.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    infinite = resource.RLIM_INFINITY
-    most = _MOST_DESCRIPTORS if hard == infinite else min(hard, _MOST_DESCRIPTORS)
-    if soft == infinite or soft >= most:
-        return _MOST_DESCRIPTORS if soft == infinite else soft
-    try:
-        with _limit.raised(most):
-            return most
-    except (OSError, ValueError) as error:
-        report(log, logging.DEBUG, "RLIMIT_NOFILE stays at %d: %s", soft, error)
-        return soft
-
-
 def _forget_in_hub(fd: int) -> None:
     """Remove a descriptor's registrations from gevent's loop.
 
@@ -628,80 +535,3 @@ def _await_writable(fd: int, timeout: float) -> None:
     poll = native(select, "poll")()
     poll.register(fd, select.POLLOUT)
     poll.poll(timeout * 1000)
-
-
-_HEAD = re.compile(
-    rb"HTTP/1\.[01] (?!204|205|304)[2-5][0-9][0-9](?: [^\r\n\0]*)?"
-    rb"(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)*"
-)
-# With these headers the body is transformed, or ends elsewhere.
-_FOREIGN = re.compile(
-    rb"\r\n(?:content-length|content-encoding|upgrade|trailer):", re.IGNORECASE
-)
-_CODING = re.compile(rb"\r\ntransfer-encoding:([^\r\n]*)", re.IGNORECASE)
-_HOP_BY_HOP = re.compile(
-    rb"\r\n(?:connection|keep-alive|proxy-connection|transfer-encoding):[^\r\n]*",
-    re.IGNORECASE,
-)
-_HTTP_1 = re.compile(r"HTTP/1\.[0-9]")
-_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
-
-
-def read_back(
-    written: bytes, opening: bytes, *, is_http_1_0: bool
-) -> tuple[bytes, bool] | None:
-    """Return a server's head and opening, rewritten for the new owner.
-
-    Args:
-        written: All bytes that the server wrote.
-        opening: The bytes that it was given for the body, not empty.
-        is_http_1_0: The client speaks HTTP/1.0, which has no chunks.
-
-    Returns:
-        The head and the framed opening, and whether the framing is chunked. The head
-        now says that the connection closes: a proxy that kept it in its pool would
-        lose a request. ``None`` unless the server wrote exactly one HTTP/1 head and
-        the opening, raw or as one chunk.
-    """
-    head, blank, body = written.partition(b"\r\n\r\n")
-    if not blank or not opening:
-        return None
-    read = _read_head(head)
-    if read is None:
-        return None
-    kept, has_chunks = read
-    if (_unchunked(body) if has_chunks else body) != opening:
-        return None
-    # Werkzeug sends chunks to HTTP/1.0 clients, too (3.1).
-    is_chunked = has_chunks and not is_http_1_0
-    ours = b"\r\nConnection: close\r\n\r\n"
-    if is_chunked:
-        ours = b"\r\nTransfer-Encoding: chunked" + ours
-    framed = body if is_chunked else opening
-    return kept + ours + framed, is_chunked
-
-
-@functools.lru_cache(maxsize=16)  # those who come in the same second have the same head
-def _read_head(head: bytes) -> tuple[bytes, bool] | None:
-    """Return a head without what concerns its server's connection, and its framing.
-
-    Returns:
-        The head, and whether the body is chunked; ``None`` if it is no head of a body
-        that goes on until the connection closes, or is transformed.
-    """
-    if not _HEAD.fullmatch(head) or _FOREIGN.search(head):
-        return None
-    codings = [value.strip(b" \t").lower() for value in _CODING.findall(head)]
-    if codings not in ([], [b"chunked"]):
-        return None
-    return _HOP_BY_HOP.sub(b"", head), bool(codings)
-
-
-def _unchunked(body: bytes) -> bytes | None:
-    """Return the data of a body that is one chunk, else ``None``."""
-    size = _CHUNK.match(body)
-    if size is None:
-        return None
-    data = body[size.end() : -2]
-    is_whole = body.endswith(b"\r\n") and len(data) == int(size[1], 16)
-    return data if is_whole else None

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import socket
 import threading
 import time
@@ -11,8 +12,9 @@ from syncstream.protocol import sse
 from syncstream.runtime.process import Process, Served
 from syncstream.streams.ends import REASONS
 from tests.support.pairs import tcp_pair
-from tests.support.waits import TIMEOUT
+from tests.support.waits import TIMEOUT, await_true
 
+RETRY = re.compile(rb"retry: ([0-9]+)\n\n")
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
 
 
@@ -163,3 +165,53 @@ def unchunked(framed):
         assert rest[length : length + 2] == b"\r\n"
         framed = rest[length + 2 :]
     return body, False
+
+
+def texts_until(peer, text):
+    """Read up to an event with this data; return the data of all."""
+    events = peer.read_until(lambda events: any(e.data == text for e in events))
+    return [event.data for event in events]
+
+
+def seen(*peers):
+    """Have all of them be where the channel is, those of one kind in one group."""
+
+    def are_together():
+        groups = {peer: peer.client.group for peer in peers}
+        keys = [group and group.key for group in groups.values()]
+        alone = [
+            peer
+            for peer, group in groups.items()
+            if not (is_shared(group) or (group and keys.count(group.key) == 1))
+            or group.key is None
+        ]
+        for peer in alone:
+            # Who came before the others had their turn joins them by the next one.
+            peer.client.wake()
+        return not alone
+
+    await_true(are_together)
+
+
+def is_shared(group):
+    return group is not None and group.is_shared
+
+
+def full(hub, peer, channel="a"):
+    """Publish until a client does not take any more."""
+    settle(peer.client._loop)  # it has its head
+    n = 0
+    while peer.client.rest is None:
+        hub.publish(channel, f"{n} {'x' * 10_000}")
+        n += 1
+        settle(peer.client._loop)
+        assert n < 2000
+    return n
+
+
+def ended(peer):
+    """Wait for a client's end; return why, and all that it has got."""
+    body, is_whole, is_reset = peer.read_all()
+    await_true(lambda: peer.ends)
+    (reason,) = peer.ends
+    return reason, body, is_whole, is_reset

@@ -18,7 +18,7 @@ from syncstream.fanout.loop import Fanout, fanout
 from syncstream.runtime import watch as watch_module
 from syncstream.runtime.process import Process, process
 from syncstream.runtime.watch import Watch, watch
-from syncstream.servers import server_of
+from syncstream.servers import descriptors, server_of
 from syncstream.servers import swap as handover
 from syncstream.servers.swap import Swap
 from syncstream.streams.capacity import Place
@@ -224,7 +224,7 @@ def test_a_swap_that_is_not_watched_is_undone(connection, monkeypatch):
         (Fanout, "add"),
         (Fanout, "call"),
         (fanout_module, "hold"),
-        (handover, "hold"),
+        (descriptors, "hold"),
         (handover, "_inode"),
         (Place, "leave_thread"),
     ],
@@ -261,12 +261,12 @@ def test_a_hand_over_that_fails(connection, monkeypatch, owner, step):
 
 def test_a_limit_that_is_lowered(connection, monkeypatch):
     """By an operator's prlimit(1), for one: clients stay with their server."""
-    handover.descriptor_limit()
+    descriptors.descriptor_limit()
 
     def refuse(*args):
         raise ValueError("current limit exceeds maximum limit")
 
-    monkeypatch.setattr(handover, "descriptor_limit", lambda: 1 << 20)
+    monkeypatch.setattr(descriptors, "descriptor_limit", lambda: 1 << 20)
     monkeypatch.setattr(resource, "setrlimit", refuse)
     with pytest.raises(handover.Refused, match="RLIMIT_NOFILE: current limit"):
         Swap(connection, server_of(connection))

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from syncstream.runtime.sockets import is_hung_up
 from syncstream.runtime.watch import watch
 from syncstream.servers import server_of
-from syncstream.servers.swap import Refused, Swap, read_back
+from syncstream.servers.framing import read_back
+from syncstream.servers.swap import Refused, Swap
 from tests.apps.swap_app import JUNK, OPENING
 from tests.servers.environs import environ_of
 from tests.support.live import SERVERS, LiveServer, unique_key
@@ -934,7 +935,8 @@ def test_the_limit_of_descriptors_is_for_connections_alone():
 import os, resource, subprocess, sys, threading
 from tests.support.pairs import tcp_pair
 from syncstream.servers import server_of
-from syncstream.servers.swap import Swap, _limit, descriptor_limit
+from syncstream.servers.descriptors import descriptor_limit, soft_limit
+from syncstream.servers.swap import Swap
 from types import SimpleNamespace
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 limits = lambda: resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -962,7 +964,7 @@ with tcp_pair() as (server, client):
     os.close(taken.fd)
 held, go_on = threading.Event(), threading.Event()
 def hold():
-    with _limit.raised(1000):
+    with soft_limit.raised(1000):
         held.set()
         go_on.wait()
 thread = threading.Thread(target=hold)
@@ -972,7 +974,7 @@ assert limits() == (1000, 1000)
 import warnings
 warnings.simplefilter("ignore")  # of forks among threads
 if not (child := os.fork()):
-    with _limit.raised(900):
+    with soft_limit.raised(900):
         inside = limits()
     os._exit((inside, limits()) != ((900, 1000), (200, 1000)))
 assert os.waitpid(child, 0)[1] == 0
