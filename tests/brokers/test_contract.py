@@ -174,3 +174,11 @@ def test_open_broker():
     assert broker.scope == "process"
     with pytest.raises(ValueError, match="url must begin with one of memory:"):
         open_broker("carrier-pigeon://roof")
+
+
+def test_nothing_is_missing_after_nothing():
+    """Of a channel that nobody has written to, as of one that has events."""
+    broker = MemoryBroker()
+    broker.publish([("a", b"x")])
+    assert broker.read("a", None).complete
+    assert broker.read("never", None).complete

@@ -302,3 +302,16 @@ def test_werkzeug_shows_its_headers():
         urllib.request.urlopen(f"http://127.0.0.1:{server.port}", timeout=10).close()
         thread.join()
     assert seen == [[("X-A", "1")]]
+
+
+@pytest.mark.parametrize(("threads", "is_told"), [(1, False), (2, True)])
+def test_streams_that_hold_all_threads_are_warned_of(
+    pair, monkeypatch, caplog, threads, is_told
+):
+    """Not of a server of one: it has been said what that is for."""
+    monkeypatch.setattr(syncstream.runtime.process, "processes", {})
+    monkeypatch.setattr(type(process()), "attached_streams", threads)
+    connection = connection_of(pair, Response().write)
+    connection.server = replace(connection.server, threads=lambda environ: threads)
+    connection.warn()
+    assert ("streams occupy all" in caplog.text) == is_told

@@ -625,3 +625,31 @@ def test_a_lazy_application_that_delegates_gives_its_place_back():
         response = client.get("/")
         assert (response.status_code, response.data) == (200, b": ok\n\ndata: a\n\n")
         response.close()
+
+
+def test_places_are_counted_one_at_a_time():
+    """Two that come at once for the last place: one gets it."""
+    counting, tried, places, looks = threading.Event(), threading.Event(), [], []
+
+    class Slow:
+        """Whose stream it is; to look up how many it has takes a moment."""
+
+        def __hash__(self):
+            looks.append(1)
+            if len(looks) == 2:  # the first look is whether it is anybody's
+                counting.set()
+                tried.wait(0.1)
+            return 1
+
+    capacity = Capacity(1, None, lambda environ: environ["key"], 5)
+
+    def admit(key):
+        places.append(capacity.admit({"key": key}, lambda: None))
+
+    thread = threading.Thread(target=admit, args=(Slow(),))
+    thread.start()
+    assert counting.wait(TIMEOUT)
+    admit("another")
+    tried.set()
+    thread.join()
+    assert len([place for place in places if place is not None]) == 1

@@ -785,3 +785,16 @@ def test_the_middleware_wants_an_application():
             StreamMiddleware(print, handover=handover)
     with pytest.raises(TypeError, match="app must be a WSGI application, got None"):
         StreamMiddleware(None)
+
+
+def test_a_response_that_was_made_may_go_out_in_another():
+    """Its chunks pass through that one, as those of a middleware for bodies do."""
+
+    def app(environ, start_response):
+        made = SSEResponse(["a"])
+        start_response("200 OK", [("Content-Type", "text/event-stream")])
+        return (chunk for chunk in made.response)
+
+    response = Client(StreamMiddleware(app)).get("/")
+    assert response.status_code == 200
+    assert b"data: a\n\n" in response.data

@@ -132,3 +132,26 @@ def test_idle_channels_are_forgotten_behind_busy_ones(make, monkeypatch):
         assert time.monotonic() < deadline
         broker.publish([*busy, *((f"d{number + n}", b"x") for n in range(100))])
         number += 100
+
+
+def test_what_came_just_now_is_kept_for_the_listeners(make, folder, monkeypatch):
+    """Beyond the capacity, too, for two seconds: they may be slow to look."""
+    broker, now = make(capacity=10), time.time()
+
+    def count(at, number):
+        monkeypatch.setattr(time, "time", lambda: at)
+        broker.publish([("a", b"x")] * number)
+        with contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as connection:
+            return connection.execute("SELECT count(*) FROM event").fetchone()[0]
+
+    assert count(now, 100) == 100
+    assert count(now + 1, 100) == 200
+    assert count(now + 2.5, 32) == 132
+
+
+def test_a_large_commit_is_moved_at_once(make, folder):
+    """To where it belongs, so that the WAL need not grow."""
+    broker = make()
+    broker.publish([("a", b"x")])
+    broker.publish([("a", b"x" * (5 << 20))])
+    assert os.stat(f"{folder}/log/log.db").st_size > 4 << 20

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import socket
 import sqlite3
 import threading
 import time
@@ -12,6 +13,8 @@ import pytest
 from syncstream import Hub
 from syncstream.brokers.local import append
 from syncstream.brokers.local import listener as listener_module
+from syncstream.brokers.local.files import make_wake
+from syncstream.brokers.local.peers import Peers
 from syncstream.errors import Unavailable
 from syncstream.runtime.journal import journal
 from tests.brokers.local.logs import change, payloads, read_to, running
@@ -277,3 +280,20 @@ def test_a_sink_that_fails_is_told_that_some_are_missing(make, caplog):
     broker.publish([("a", b"2")])
     await_true(lambda: b"2" in sink.payloads)
     assert "LookupError: broken" in caplog.text
+
+
+def test_a_listener_of_the_same_tick_is_woken(make, folder):
+    """It has come when the folder was looked at, and has left its time as it was."""
+    make().publish([("a", b"x")])
+    path = f"{folder}/log"
+    make_wake(path)
+    others = Peers(path)
+    with contextlib.closing(others):
+        others.wake()
+        before = os.stat(f"{path}/wake").st_mtime_ns
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as late:
+            late.bind(f"{path}/wake/late")
+            late.settimeout(1)
+            os.utime(f"{path}/wake", ns=(before, before))
+            others.wake()
+            assert late.recv(16)

@@ -1,6 +1,9 @@
 """Native threads that do jobs while their callers wait."""
 
+import collections
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from syncstream.brokers.local.threads import Job, Thread
 from tests.support.waits import TIMEOUT, await_true
@@ -16,3 +19,28 @@ def test_a_thread_works_when_it_is_woken():
     time.sleep(0.05)
     assert served == [job]
     assert thread.close(time.monotonic() + TIMEOUT)
+
+
+def test_a_job_that_comes_at_the_end_is_done():
+    """Or refused; a thread that has just ended keeps none."""
+    adding, ended = threading.Event(), threading.Event()
+
+    class Slow(collections.deque):
+        def append(self, job):
+            adding.set()
+            ended.wait(0.2)
+            super().append(job)
+
+    def serve():
+        while (job := thread.take()) is not None:
+            job.end()
+
+    thread = Thread("the log", serve)
+    thread.add(Job()).wait(time.monotonic() + TIMEOUT)
+    thread.jobs = Slow()
+    with ThreadPoolExecutor(1) as pool:
+        turn = pool.submit(thread.add, Job())
+        assert adding.wait(TIMEOUT)
+        assert thread.close(time.monotonic() + TIMEOUT)
+        ended.set()
+        assert turn.result().wait(time.monotonic() + 1)

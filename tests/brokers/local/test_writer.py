@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from syncstream.brokers.local.append import Appender
 from syncstream.errors import Unavailable
 from tests.brokers.local.logs import kept, payloads, running
 from tests.support.pairs import check_script
@@ -340,3 +341,20 @@ def test_many_publish_at_once_in_one_transaction(make, folder):
             "SELECT count(DISTINCT time) FROM event"
         ).fetchone()
     assert times <= 3
+
+
+def test_a_hub_is_not_held_up_by_a_commit(make, monkeypatch):
+    """Under gevent a native thread stores what greenlets publish."""
+    gevent = pytest.importorskip("gevent")
+    threads, store = [], Appender.store
+
+    def noted(self, items):
+        threads.append(threading.get_native_id())
+        return store(self, items)
+
+    monkeypatch.setattr(Appender, "store", noted)
+    broker = make()
+    for _ in range(3):
+        gevent.spawn(broker.publish, [("a", b"x")]).get(timeout=TIMEOUT)
+    assert len(threads) == 3
+    assert threading.get_native_id() not in threads
