@@ -116,7 +116,8 @@ class Budget:
 
     def spend(self, record: Channel, now: float) -> None:
         """Keep a window that was just written to within its bounds, and all of them."""
-        self.trim(record, now)
+        record.log.trim(limits.WINDOW, now - self._max_age, limits.WINDOW_SIZE)
+        self.count(record)
         self.filled.move_to_end(record)
         while self.size > limits.BUDGET:
             self.empty(next(iter(self.filled)))

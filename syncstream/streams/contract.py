@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 from ..protocol.json import Dumps
 from ..runtime.waiter import Wakeable
@@ -19,6 +19,7 @@ __all__ = [
     "Format",
     "Frames",
     "Life",
+    "is_feed",
 ]
 
 log = logging.getLogger("syncstream.stream")
@@ -97,11 +98,10 @@ class Frames(Protocol):
         """Return the next; wait for it in the stream's scope."""
 
 
-@runtime_checkable
 class Feed(Protocol):
     """A source that needs no thread of its own: it says what there is, and wakes.
 
-    It is an iterable of its items, too. `Subscription` is one.
+    It is an iterable of its items, too. `Subscription` is one; see `is_feed`.
     """
 
     @property
@@ -140,6 +140,14 @@ class Feed(Protocol):
         """Count what `step` has returned as sent."""
 
     def __iter__(self) -> Iterator[Any]: ...
+
+
+def is_feed(source: object) -> TypeGuard[Feed]:
+    """Tell a `Feed` by the name that nothing else has.
+
+    Not by ``isinstance``, which takes some 25 calls for a Protocol.
+    """
+    return hasattr(type(source), "begins_with_user_code")
 
 
 class Departed(Protocol):

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..protocol.sse import Event
-from .contract import Feed
+from .contract import Feed, is_feed
 
 __all__ = ["Source", "check_source"]
 
@@ -29,8 +29,7 @@ class Source:
     def __init__(self, given: Iterable[Any]) -> None:
         self.given: Iterable[Any] | None = given
         self.feed: Feed | None = None
-        # Most sources are generators, which are no feeds: skip the slow check.
-        if not isinstance(given, Generator) and isinstance(given, Feed):
+        if is_feed(given):
             self.feed = given
         self.to_close: list[Any] = [given]
 
@@ -61,7 +60,7 @@ def check_source(source: Any) -> None:
     Raises:
         TypeError: The object cannot be iterated, or is a single item.
     """
-    if isinstance(source, (Generator, Feed)):
+    if isinstance(source, Generator) or is_feed(source):
         return  # most are
     problem = None
     if hasattr(source, "__aiter__") and not hasattr(source, "__iter__"):
