@@ -1,12 +1,17 @@
 """How the loop's clients end: once, and told."""
 
+import fcntl
 import logging
+import os
 import socket
+import struct
+import termios
 import time
 
 import pytest
 
 from syncstream.runtime.process import Process
+from syncstream.runtime.sockets import is_hung_up
 from tests.fanout.peers import (
     HEAD,
     RETRY,
@@ -14,7 +19,7 @@ from tests.fanout.peers import (
     settle,
     texts_until,
 )
-from tests.support.pairs import check_script
+from tests.support.pairs import check_script, leave
 from tests.support.waits import await_true
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")
@@ -208,3 +213,53 @@ def test_joins_and_leaves_are_announced(hub, peers):
     peer.leave()
     found = watching.read_until(lambda events: len(events) == 2)
     assert [event.event for event in found] == ["join", "leave"]
+
+
+@pytest.mark.parametrize("size", [100, 300_000])
+def test_what_a_client_has_sent_resets_nothing(loop, hub, peers, size):
+    """Nobody has read it; all that the client was sent arrives, and the end."""
+    peer = peers(hub, is_tcp=True, add=False)
+    with socket.socket(fileno=os.dup(peer.client.fd)) as ours:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        peer.socket.sendall(b"x" * size)
+        await_true(lambda: unread(ours) == size)
+    peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    loop.add(peer.client, HEAD)
+    hub.publish("a", "y" * 60_000)
+    settle(loop)
+    peer.client.stop("closed")
+    await_true(lambda: peer.ends)
+    body, is_whole, is_reset = peer.read_all()
+    assert (body.count(b"y"), is_whole, is_reset) == (60_000, True, False)
+
+
+def unread(sock):
+    """Return how many bytes the kernel has for a reader."""
+    return struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))[0]
+
+
+def test_who_is_reset_before_the_loop_has_it_has_left(loop, hub, peers):
+    """It is no failure: the head cannot be sent."""
+    peer = peers(hub, is_tcp=True, add=False)
+    leave(peer.socket, "RST")
+    await_true(lambda: is_hung_up(peer.client.fd))
+    loop.add(peer.client, HEAD)
+    await_true(lambda: peer.ends)
+    assert peer.ends == ["disconnected"]
+
+
+QUIT = """
+import threading, time
+from syncstream.fanout.loop import Fanout
+
+loop, begun, done = Fanout(), threading.Event(), []
+loop.call(lambda: (begun.set(), time.sleep(0.1), done.append(1)))
+assert begun.wait(10)
+loop.quit()
+assert done == [1]
+"""
+
+
+def test_the_exit_waits_for_the_loop():
+    """For what it is in the middle of; a thread that went on would bring all down."""
+    assert check_script(QUIT) == ""

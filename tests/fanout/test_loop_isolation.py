@@ -26,7 +26,7 @@ from tests.fanout.peers import (
     settle,
     texts_until,
 )
-from tests.support.pairs import EVENTS
+from tests.support.pairs import EVENTS, Threads
 from tests.support.waits import TIMEOUT, await_true
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")
@@ -381,3 +381,23 @@ def test_nothing_stays_of_a_stream_that_kept_its_thread(hub):
         assert len(alive) == 0
     finally:
         gc.enable()
+
+
+def test_a_lane_is_started_once(monkeypatch):
+    """Two that come at once would do their things at once."""
+    starting, tried, starts = threading.Event(), threading.Event(), []
+
+    def start(function, args):
+        starts.append(function)
+        starting.set()
+        tried.wait(0.1)
+
+    monkeypatch.setattr(lanes_module, "native", lambda module, name: start)
+    monkeypatch.setattr(lanes_module, "native_lock", threading.Lock)
+    lane = lanes_module.Lane()
+    join = Threads().start(lane.start)
+    assert starting.wait(TIMEOUT)
+    lane.start()
+    tried.set()
+    join()
+    assert len(starts) == 1

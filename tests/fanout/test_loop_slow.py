@@ -131,3 +131,13 @@ def test_a_lag_is_told(peers, is_conflated):
     assert [e.json()["reason"] for e in resets] == ["lagged"]
     assert found[-10:] == [str(n + 390 + k) for k in range(10)]
     hub.close()
+
+
+def test_who_may_lag_for_ever_shields_nobody(hub, peers):
+    """Each who lags is looked at, whatever the time of the one before."""
+    endless, timed = peers(hub), peers(hub, send_timeout=0.2)
+    seen(endless)
+    for _ in range(8):
+        hub.publish("a", "x" * 500_000)
+    await_true(lambda: timed.ends)
+    assert (timed.ends, endless.ends) == (["send_timeout"], [])
