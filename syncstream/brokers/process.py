@@ -7,12 +7,16 @@ they happen; a fork that it does not see, such as uWSGI's, is noticed at the nex
 
 from __future__ import annotations
 
+import _thread
 import os
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-__all__ = ["PerProcess"]
+from ..errors import Unavailable
+from ..runtime.sockets import native
+
+__all__ = ["PerProcess", "start_thread"]
 P = TypeVar("P")  # the part
 B = TypeVar("B")  # the broker
 
@@ -77,6 +81,21 @@ class PerProcess(Generic[B, P]):
             self.leave_to_parent()
         elif self._forget is not None and broker is not None:
             self._forget(broker, None)
+
+
+def start_thread(scheme: str, run: Callable[[], None]) -> None:
+    """Start a native thread.
+
+    Args:
+        scheme: The broker's, for the error.
+
+    Raises:
+        Unavailable: No thread can be started.
+    """
+    try:
+        native(_thread, "start_new_thread")(run, ())
+    except (RuntimeError, MemoryError) as error:
+        raise Unavailable(f"{scheme} cannot start a thread: {error}") from error
 
 
 def _drop(parts: dict[int, P], drop: Callable[[P], object]) -> None:

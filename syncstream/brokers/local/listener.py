@@ -14,13 +14,13 @@ from ...errors import Unavailable
 from ...runtime.clock import time
 from ...runtime.sockets import native
 from ..contract import Sink
+from ..process import start_thread
 from ..tail import Stopped, Tail
 from ..watched import Watched
 from .database import Database
 from .files import file_mode, make_wake, said, settle
 from .peers import datagrams
 from .read import Row, newest, tail
-from .threads import start_thread
 
 if TYPE_CHECKING:
     from .process import Process
@@ -75,7 +75,7 @@ class Listener:
         try:
             # After binding: every event stored from now on wakes this listener.
             self._position = newest(database.connection)
-            start_thread(partial(self._tail.run, self))
+            start_thread("local:", partial(self._tail.run, self))
         except BaseException:
             self._unbind()
             raise

@@ -14,9 +14,10 @@ from ...runtime.clock import time
 from ...runtime.sockets import native
 from ...runtime.waiter import Turn
 from ...runtime.waiting import say
+from ..process import start_thread
 from .database import Items
 
-__all__ = ["Job", "Thread", "start_thread"]
+__all__ = ["Job", "Thread"]
 
 log = logging.getLogger("syncstream.brokers.local")
 
@@ -42,18 +43,6 @@ class Job:
             self.turn.end()
         except Exception as problem:  # the caller's hub was destroyed
             say(log, logging.DEBUG, "the caller of a job is gone", error=problem)
-
-
-def start_thread(run: Callable[[], None]) -> None:
-    """Start a native thread.
-
-    Raises:
-        Unavailable: No thread can be started.
-    """
-    try:
-        native(_thread, "start_new_thread")(run, ())
-    except (RuntimeError, MemoryError) as error:
-        raise Unavailable(f"local: cannot start a thread: {error}") from error
 
 
 class Thread:
@@ -115,7 +104,7 @@ class Thread:
 
     def _start(self) -> None:
         if not self._is_running:
-            start_thread(self._run)
+            start_thread("local:", self._run)
             self._is_running = True
 
     def ring(self) -> None:

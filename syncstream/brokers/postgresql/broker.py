@@ -377,7 +377,11 @@ class PostgreSQLBroker:
         """
         here = self._here()
         self.watched.add(channel)
-        listener = self._listener(here)
+        try:
+            listener = self._listener(here)
+        except Unavailable:
+            self.unwatch(channel)
+            raise
         # Without a listener the broker is closed, and the following read raises it.
         if listener is not None:
             listener.await_decided(time.monotonic() + READ_TIMEOUT)

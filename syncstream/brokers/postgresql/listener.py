@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import _thread
 import logging
 import os
 import select
+from functools import partial
 
 from ...errors import Unavailable
 from ...runtime.clock import time
-from ...runtime.sockets import native
 from ...runtime.waiting import say
 from ..health import Health
 from ..ids import spell_id
 from ..log import Entry
+from ..process import start_thread
 from ..tail import Mark, Tail, jitter
 from ..watched import Watched
 from .connection import (
@@ -83,7 +83,16 @@ class Listener:
         self._tail = Tail(f"schema {schema.name}", health, log)
 
     def start(self) -> None:
-        native(_thread, "start_new_thread")(self._tail.run, (self,))
+        """Begin, in a thread.
+
+        Raises:
+            Unavailable: No thread can be started.
+        """
+        try:
+            start_thread("postgresql:", partial(self._tail.run, self))
+        except BaseException:
+            os.close(self._stop)
+            raise
 
     def await_decided(self, deadline: float) -> None:
         """Wait until it listens; after a time-out it reads all channels later."""

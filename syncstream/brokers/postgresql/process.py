@@ -84,12 +84,15 @@ class Process:
             dsn: The connection string to listen at.
             watched: The watched names.
             is_late: As for `Listener`.
+
+        Raises:
+            Unavailable: No thread can be started.
         """
         with self._lock:
             if self._listener is None and not self._is_closing:
                 stop, stopper = os.pipe()
-                self._stopper = Stopper(stopper)
-                self._listener = Listener(
+                owner = Stopper(stopper)
+                listener = Listener(
                     dsn,
                     self._schema,
                     self._health,
@@ -99,7 +102,8 @@ class Process:
                     is_home=dsn == self._dsn,
                     is_late=is_late,
                 )
-                self._listener.start()
+                listener.start()
+                self._listener, self._stopper = listener, owner
             return self._listener
 
     # Its end.

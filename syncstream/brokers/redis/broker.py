@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from redis.exceptions import RedisError
 
-from ...errors import Denied, Unavailable, Uncertain
+from ...errors import Unavailable, Uncertain
 from ...runtime.clock import time
 from .. import shown
 from ..contract import Sink, check_bounds, refuse_connection
@@ -200,10 +200,10 @@ class RedisBroker:
     def watch(self, channel: str) -> None:
         try:
             self._listening().watch(channel, self._timeout)
-        except Denied:
-            raise
-        except Unavailable:  # closed; the following read raises it
-            pass
+        except Unavailable:
+            # Of one that is closed, the following read raises it.
+            if not self._is_closed:
+                raise
 
     def unwatch(self, channel: str) -> None:
         with suppress(ValueError):
@@ -215,7 +215,12 @@ class RedisBroker:
         here = self._process()
         # The hub, copied by the fork, relies on these names being watched.
         while self._inherited:
-            here.watch(self._inherited.pop(), 0)
+            name = self._inherited.pop()
+            try:
+                here.watch(name, 0)
+            except Unavailable:
+                self._inherited.append(name)
+                raise
         return here
 
     def close(self, timeout: float = 5.0) -> None:

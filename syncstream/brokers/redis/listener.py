@@ -66,9 +66,20 @@ class Listener:
     # From any thread.
 
     def start(self) -> None:
+        """Begin, in a thread or greenlet.
+
+        Raises:
+            Unavailable: No thread can be started.
+        """
         if not is_patched():
             run, name = self._tail.run, "syncstream-redis"
-            threading.Thread(target=run, args=(self,), name=name, daemon=True).start()
+            thread = threading.Thread(target=run, args=(self,), name=name, daemon=True)
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError) as error:
+                self._waker.close()
+                self._woken.close()
+                raise Unavailable(f"redis: cannot start a thread: {error}") from error
             return
         # No patched thread: it is a greenlet, which a forked child would inherit,
         # without the thread that ends it. Always in the main thread's hub: other hubs

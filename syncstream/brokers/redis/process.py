@@ -55,10 +55,11 @@ class Process:
                 return None
             listener = self._listeners.get(server)
             if listener is None:
-                listener = self._listeners[server] = Listener(
+                listener = Listener(
                     server, self._health, ttl=self._ttl, timeout=self._timeout
                 )
                 listener.start()
+                self._listeners[server] = listener
             return listener
 
     def abandon(self) -> list[str]:

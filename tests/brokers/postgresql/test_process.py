@@ -1,5 +1,7 @@
 """One process's part of a broker: threads, connections, forks, its end."""
 
+import threading
+
 import psutil
 import pytest
 
@@ -8,7 +10,7 @@ from syncstream.errors import (
     Unavailable,
 )
 from tests.brokers.postgresql.waits import LIMIT, backends
-from tests.brokers.sinks import listening
+from tests.brokers.sinks import Told, listening
 from tests.support.pairs import check_script
 from tests.support.waits import await_true
 
@@ -34,6 +36,22 @@ def test_one_connection_listens(server, schema, make):
     for each in (hub, *hubs):
         each.close()
     await_true(lambda: backends(server) == 0)
+
+
+def test_no_thread_is_left(make):
+    """It is `Unavailable`, and told of when there is one."""
+    broker, told = make(), Told()
+    broker.attach(told)
+    before = threading.stack_size(1 << 46)  # bytes, which no machine has
+    try:
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="cannot start a thread"):
+                broker.watch("a")
+    finally:
+        threading.stack_size(before)
+    broker.watch("a")
+    broker.publish([("a", b"x")])
+    await_true(lambda: told.payloads == [b"x"])
 
 
 def test_close_leaves_nothing(server, make):

@@ -8,9 +8,10 @@ import threading
 import pytest
 
 from syncstream.brokers import open_broker
+from syncstream.brokers.redis import RedisBroker
 from syncstream.channels.hub import Hub
 from syncstream.errors import Unavailable, Uncertain
-from tests.brokers.redis.clients import Reader, at, hub_of
+from tests.brokers.redis.clients import Reader, at, hub_of, own
 from tests.brokers.redis_nodes import Nodes
 from tests.brokers.sinks import Told
 from tests.support.pairs import check_script
@@ -60,6 +61,23 @@ def test_who_drops_a_broker_leaves_nothing(server, kind):
     if kind == "gevent":
         pytest.importorskip("gevent")
     check_script(DROPPED, server.url, kind)
+
+
+def test_no_thread_is_left(shared):
+    """It is `Unavailable`, and told of when there is one."""
+    broker, told = RedisBroker(own(shared.url)), Told()
+    broker.attach(told)
+    before = threading.stack_size(1 << 46)  # bytes, which no machine has
+    try:
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="cannot start a thread"):
+                broker.watch("a")
+    finally:
+        threading.stack_size(before)
+    broker.watch("a")
+    broker.publish([("a", b"x")])
+    await_true(lambda: told.payloads == [b"x"])
+    broker.close()
 
 
 def test_one_connection_listens(server):
