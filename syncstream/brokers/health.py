@@ -65,9 +65,10 @@ class Health:
             since: The `moment` before the operation began; later failures stay.
             server: The server, as given to `fails`.
         """
-        here = self._here()
-        if self._is_up and not here.failures:
+        here = self._parts.get()
+        if self._is_up and (here is None or not here.failures):
             return
+        here = self._here()
         with here.lock:
             for way in ways:
                 if here.failures.get((way, server), since) <= since:

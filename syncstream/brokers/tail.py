@@ -122,15 +122,16 @@ class Tail:
         since = self._serves_since
         return since is not None and time.monotonic() - since >= seconds
 
-    def serves(self, since: int) -> None:
+    def serves(self, *others: str, since: int) -> None:
         """Record that all events so far were announced.
 
         Args:
+            others: What works with that, besides listening; see `Health.works`.
             since: The `Health.moment` before the engine was asked for them.
         """
         if self._serves_since is None:
             self._serves_since = time.monotonic()
-        self._health.works("listen", since=since, server=self._server)
+        self._health.works("listen", *others, since=since, server=self._server)
 
     def await_end(self, deadline: float | None) -> bool:
         """Wait for the listener's end, after its source was told to stop.

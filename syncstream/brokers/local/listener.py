@@ -141,8 +141,7 @@ class Listener:
             if sink is not None:
                 self._pass_on(rows, place, sink)
             if sink is None or not rows:
-                self._health.works("read", since=began)
-                self._tail.serves(since=began)
+                self._tail.serves("read", since=began)
                 return
 
     def _pass_on(self, rows: list[Row], place: int, sink: Sink) -> None:

@@ -228,9 +228,8 @@ class Listener:
                     self._seen = max(self._place[0], deleted)
                     if is_behind and health.sink is not None:
                         health.sink.resync(None)
-                    self._tail.serves(since=began)
-                    if self._is_home:
-                        health.works("connect", "read", since=began)
+                    others = ("connect", "read") if self._is_home else ()
+                    self._tail.serves(*others, since=began)
                     if found:  # some process could publish
                         health.works("publish", since=self._complete)
                     self._complete = began

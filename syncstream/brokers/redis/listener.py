@@ -307,8 +307,7 @@ class Listener:
         for watch, reason in compared.denied:
             self._deny(watch, reason)
         self._watches.found()
-        self._server.works("connect", since=compared.since)
-        self._tail.serves(since=compared.since)
+        self._tail.serves("connect", since=compared.since)
         if compared.refusal:
             reason = f"{self._server.name} denies heads: {compared.refusal}; {RIGHTS}"
             self._server.fails("heads", reason)
