@@ -65,7 +65,7 @@ def test_what_is_no_event_silences_nobody(server, quick, caplog):
         assert [found["id"] for found in server.listeners()] == [listener["id"]]
         assert told.states == []
         journal().flush()
-        assert caplog.text.count("is dropped") == 1
+        assert caplog.text.count("was dropped") == 1
 
 
 def test_a_sink_that_fails_ends_no_listener(server, quick):
