@@ -303,3 +303,16 @@ def test_many_channels_are_small(part):
         "print(getattr(full_size, sys.argv[1])(0.1))"
     )
     assert float(check_script(script, part)) < 40e6
+
+
+def test_a_forked_child_goes_on_in_all_channels(hub):
+    """After the last that its parent was given of each; before it has begun, too."""
+    subscription = hub.subscribe("a", "b")
+    assert subscription.read(0) == []
+    hub.publish("a", "1")
+    assert [event.data for event in subscription.read(0)] == ["1"]
+    hub.publish("b", "2")
+    for _ in range(2):  # a grandchild's parent may have read nothing
+        subscription.forget()
+    assert [event.data for event in subscription.read(0)] == ["2"]
+    subscription.close()

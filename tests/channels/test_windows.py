@@ -364,3 +364,20 @@ def test_a_window_holds_nothing_that_is_too_old():
     hub.subscribe("a").read(0)
     assert len(record.log) == hub.windows.budget.size == 0
     hub.close()
+
+
+def test_who_waits_is_woken_where_a_head_was_missed(hub):
+    """By whoever has found it: nobody is told of what has been."""
+    woken = []
+
+    class Waiting:
+        gevent_hub = None
+
+        def wake(self):
+            woken.append(1)
+
+    record = hub.windows.watch("a")
+    record.waiters[Waiting()] = None
+    hub.windows.settle(record, "9-9", record.log.end)
+    assert woken == [1]
+    hub.windows.unwatch("a")

@@ -44,3 +44,24 @@ def test_a_job_that_comes_at_the_end_is_done():
         assert thread.close(time.monotonic() + TIMEOUT)
         ended.set()
         assert turn.result().wait(time.monotonic() + 1)
+
+
+def test_a_job_is_taken_or_given_up():
+    """Not both, whoever is in the middle of it."""
+    taking, tried = threading.Event(), threading.Event()
+
+    class Slow(collections.deque):
+        def popleft(self):
+            job = super().popleft()
+            taking.set()
+            tried.wait(0.2)
+            return job
+
+    thread, job = Thread("the log", lambda: None), Job()
+    thread.jobs = Slow([job])
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(thread.take)
+        assert taking.wait(TIMEOUT)
+        assert not thread.give_up(job)
+        tried.set()
+        assert taken.result() is job
