@@ -1,4 +1,4 @@
-"""`Authorization`: asks an application whether a subscription may be read."""
+"""`Authorization`: calls ``authorize``, at the beginning and at intervals."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ log = logging.getLogger("syncstream.hub")
 
 
 class Authorization:
-    """When a subscription's `authorize` was asked, and when it is to be.
+    """The calls of a subscription's ``authorize``.
 
     Args:
-        function: Tells whether it may be read.
-        every: Seconds after which it is asked again; ``None``: never.
+        function: Returns whether the subscription may be read.
+        every: The seconds between two calls; ``None``: it is called once.
     """
 
     __slots__ = ("_asked", "_every", "_function")
@@ -36,17 +36,17 @@ class Authorization:
     def __init__(self, function: Authorize, every: float | None) -> None:
         self._function = function
         self._every = every
-        self._asked: float | None = None  # `None`: it was not yet
+        self._asked: float | None = None  # the last call's time, ``None`` before it
 
     @property
     def ask_again_at(self) -> float:
-        """When it is to be asked again, `time.monotonic`; maybe never."""
+        """The time of the next call, `time.monotonic`; infinite for none."""
         if self._every is None or self._asked is None:
             return math.inf
         return self._asked + self._every
 
     def check(self, subscription: Subscription) -> None:
-        """Ask here, if it is time; end the subscription where no answer comes in time.
+        """Call it here if it is time; without an answer in time, end the subscription.
 
         Raises: Whatever the application raises.
         """
@@ -63,25 +63,23 @@ class Authorization:
             watcher.cancel(timer)
 
     def ask(self, subscription: Subscription) -> None:
-        """Ask whether it may go on, and end it if it may not.
+        """Call it, and end the subscription unless it returns true.
 
-        If that raises, who asks may not read, and it is asked again.
+        If it raises, the subscription must not be read until another call succeeds.
 
         Raises:
-            TypeError: It has returned something that has to be awaited, iterated or
-                called.
+            TypeError: Its result would have to be awaited, iterated or called.
         """
         now = time.monotonic()
         is_allowed: Any = self._function(subscription)
-        # Those are true, whatever would come of them: what is to be awaited, a
-        # generator, a method that was not called.
+        # Such results are always true, by mistake: a coroutine, a generator, a method
+        # that was not called.
         if isinstance(is_allowed, (Awaitable, Iterator)) or callable(is_allowed):
             if isinstance(is_allowed, Coroutine):
                 is_allowed.close()
             raise TypeError(
                 f"authorize must be a plain function that returns bool, got"
-                f" {self._function!r}, which has returned"
-                f" {type(is_allowed).__name__}"
+                f" {self._function!r}, which returned a {type(is_allowed).__name__}"
             )
         self._asked = now
         if not is_allowed:
@@ -91,13 +89,13 @@ class Authorization:
 def _unanswered(
     reference: weakref.ref[Subscription], scope: Scope | None, watcher: Watch
 ) -> None:
-    """End one whose `authorize` has not answered in time; in its watch."""
+    """End a subscription whose ``authorize`` has not answered in time; in its watch."""
     subscription = reference()
     if subscription is None:
         return
-    text = "authorize of %r has not answered in %g seconds: it is denied"
+    text = "authorize of %r has not answered within %g seconds: the client is denied"
     say(log, logging.WARNING, text, subscription.channels, limits.ANSWER)
-    # Elsewhere: who waits for the watch is not to wait for a broker.
+    # Elsewhere: the watch must not wait for a broker.
     elsewhere(watcher, partial(subscription.close, "denied"))
     if scope is not None:
         scope.abandon("denied")

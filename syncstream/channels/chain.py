@@ -1,13 +1,13 @@
-"""The chain rule: where something is missing between the entries of a channel.
+"""The chain rule, which shows where entries of a channel are missing.
 
-Each entry names the id before it (see `brokers.log`). Nothing is missing between an id
-and an entry if and only if the entry names that id. The rule holds however the entries
-have come, and a break is never passed over:
+Each entry names its predecessor's id (see `brokers.log`). Nothing is missing between an
+id and an entry if and only if the entry names that id. The rule holds for entries from
+every source, and no break is ignored:
 
-- told live (`Windows.deliver`): the window begins anew after the id that the entry
-  names. Its readers find themselves outside of it, and ask the store.
-- read from the store (`Pages`): a reset stands where the break is.
-- kicks (`Control`): all whom a missing one may have named are kicked.
+- Announced entries (`Windows.deliver`): the window restarts after the id that the entry
+  names. Its readers are outside of it then, and read the store.
+- Stored entries (`Pages`): a reset takes the place of the break.
+- Kicks (`Control`): all subscriptions that a missing kick may have named are kicked.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def follows(entry: Entry, last: str | None) -> bool:
     """Tell whether nothing is missing between an id and an entry.
 
     Args:
-        last: ``None``: something is missing for certain.
+        entry: The entry.
+        last: The id; ``None`` if entries are missing for certain.
     """
     return entry.prev == last
 
 
 def is_whole(page: Page, last: str) -> bool:
-    """Tell whether nothing is missing between the id that was asked for and a page's
-    end."""
+    """Tell whether nothing is missing between the requested id and a page's end."""
     entries = page.entries
     if not page.complete and not (entries and follows(entries[0], last)):
         return False

@@ -1,13 +1,13 @@
 """`Cursor`: a reader's place in one channel.
 
-A place is one of two values (see `places`): `InWindow`, at a position of the channel's
-window, or `InStore`, after the cursor's id as the broker has it. `Cursor.find` moves a
-cursor from the store to the window, as soon as the window has its id; a window that was
-trimmed or begun anew sends it to the store.
+A place has one of two forms (see `places`): `InWindow`, at a position of the channel's
+window, or `InStore`, after the cursor's id in the broker's store. `Cursor.find` moves a
+cursor from the store to the window as soon as the window has its id; trimming or
+restarting a window moves it back to the store.
 
-What a gap means depends on where the cursor began, its *origin*: `FROM_OUTSIDE`, with
-an id that a client has presented; `Since`, with entries that were kept at that time; or
-`FOUND`, because it has been in the channel's history once.
+The meaning of a gap depends on the cursor's *origin*: `FROM_OUTSIDE`, it began with an
+id that a client has presented; `Since`, it began with the entries kept at that time;
+`FOUND`, its id has been found in the channel's history.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = [
 
 
 class _Origin(Enum):
-    FROM_OUTSIDE = "its id came from a client, and was not looked up yet"
-    FOUND = "it was found once: a gap is one of a lag"
+    FROM_OUTSIDE = "its id came from a client and has not been found yet"
+    FOUND = "its id was found before, so a later gap means that the reader lagged"
 
 
 FROM_OUTSIDE: Final = _Origin.FROM_OUTSIDE
@@ -41,9 +41,9 @@ FOUND: Final = _Origin.FOUND
 
 
 class Since:
-    """It began before this head, with entries that nobody has promised.
+    """The cursor began before this head, with kept entries that were not promised.
 
-    If they are trimmed before they are read, that is no gap.
+    If these are trimmed before they are read, that is not a gap.
     """
 
     __slots__ = ("head",)
@@ -60,12 +60,12 @@ class Cursor:
     """A subscription's place in one channel.
 
     Attributes:
-        last: The id after which it goes on; ``None``: none that a broker may have.
-        place: The same, in the window or in the store.
-        origin: What a gap means.
-        since: The window's end when it began: what was set aside before that is not
-            for it. A pattern's gets none of it there, see `Patterns.overhear`.
-        sent: The id of what was given out last; it may be behind.
+        last: The id after which it goes on; ``None``: an id that no broker can have.
+        place: The same place, in the window or in the store.
+        origin: The cursor's origin, which decides the meaning of a gap.
+        since: The window's end when it began: entries set aside before are not for it.
+            (A pattern's cursor gets none from the window, see `Patterns.overhear`.)
+        sent: The id of the last event given out, which may be behind `last`.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Cursor:
     def __post_init__(self) -> None:
         self.sent = self.last
 
-    # All of it under the hub's lock.
+    # All methods run under the hub's lock.
 
     def is_at_end(self) -> bool:
         """Tell whether there is nothing new."""
@@ -89,23 +89,23 @@ class Cursor:
         return place.position == record.log.end and not record.is_doubtful
 
     def find(self) -> int | None:
-        """Return its position in the window; ``None``: it goes on in the store."""
+        """Return its position in the window, ``None`` if it must read the store."""
         window, place = self.record.log, self.place
         if isinstance(place, InWindow):
             if place.position >= window.first:
                 return place.position
-            self.place = UNREAD  # it was trimmed, or begun anew
+            self.place = UNREAD  # the window was trimmed or restarted
         position = None if self.last is None else window.after(self.last)
         if position is not None:
             self.place = self.record.place_at(position)
         return position
 
     def is_late(self, position: int) -> bool:
-        """Tell whether there may be, from here on, what is not for it."""
+        """Tell whether entries from a position on may include some not for it."""
         return position < self.since and self.record.aside >= position
 
     def read(self, position: int, limit: int) -> tuple[list[Entry], int]:
-        """Return what there is for it from a position on, and the position after it."""
+        """Return the entries for it from a position on, and the position after them."""
         entries = self.record.log.read(position, limit)
         end = position + len(entries)
         if self.is_late(position):
@@ -124,7 +124,7 @@ class Cursor:
         self.origin = FOUND
 
     def mark(self) -> Mark:
-        """Return what reading changes, for `go_back`."""
+        """Return the state that reading changes, for `go_back`."""
         return self.last, self.place, self.origin, self.sent
 
     def go_back(self, mark: Mark) -> None:

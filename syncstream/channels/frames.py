@@ -15,19 +15,19 @@ __all__ = ["Frames"]
 
 
 class Frames:
-    """A subscription's chunks for a response: all that is there makes one.
+    """A subscription's chunks for a response; each has all waiting events.
 
-    Not a generator, and none around it: each would be a piece of the C stack, which
-    greenlets copy twice for every event.
+    It is not a generator, and no generator is around it: each would add to the C stack,
+    which greenlets copy twice for every event.
 
     Args:
-        subscription: It is read.
+        subscription: The subscription.
         encode: Returns the bytes of an item.
-        is_shared: Others get the same bytes at the same time, see `Reading.poll`.
+        is_shared: Whether other subscriptions get the same bytes, see `Reading.poll`.
         scope: The response's stream.
 
     Attributes:
-        events: How many have been in its chunks.
+        events: The number of events in its chunks so far.
     """
 
     __slots__ = (
@@ -44,7 +44,7 @@ class Frames:
     ) -> None:
         self._subscription = subscription
         self._scope = scope
-        self._is_registered = False  # its waiter, where it was at the end
+        self._is_registered = False  # whether new events wake its waiter
         self._encode = encode
         self._is_shared = is_shared
         self.events = 0
@@ -66,9 +66,9 @@ class Frames:
                 return b"".join(map(self._encode, items))
 
     def _shared(self, subscription: Subscription) -> bytes | None:
-        """Wait for what is new; return it as bytes that others share.
+        """Wait for new events; return them as bytes that other subscriptions share.
 
-        The path of each event: ``None`` where it takes more than that.
+        This is the fast path; it returns ``None`` if the broker must be read.
         """
         reading = subscription.reading
         waiter: Any = subscription.waiter
@@ -80,8 +80,8 @@ class Frames:
             or waiter.runner != scope.runner
         ):
             waiter = subscription.own_waiter()
-        # Under gevent it takes the lock once for each event. (Threads may run before
-        # all of a batch has come.)
+        # Under gevent, register at once: this takes the lock once for each event. (A
+        # thread would run before all of a batch has come.)
         is_eager = waiter.gevent_hub is not None
         while True:
             if not self._is_registered:
@@ -98,6 +98,6 @@ class Frames:
             self._is_registered = False
             try:
                 waiter.wait(None)
-            except BaseException:  # a time-out's, say: it may be read again
+            except BaseException:  # such as a time-out: it may be read again
                 subscription.withdraw()
                 raise

@@ -1,4 +1,4 @@
-"""Last-Event-IDs: of one channel, and one that stands for several."""
+"""Last-Event-IDs, of one channel and of several."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable
 
 __all__ = ["MAX_ID", "NOWHERE", "composite", "is_id", "parts_of"]
 
-MAX_ID = 4096  # characters of an id that are looked at
+MAX_ID = 4096  # the characters of an id that are read
 NOWHERE = "-"  # an id that no broker has
 _ID = re.compile(r"[0-9a-f]+(-[0-9a-f]+)?")
 
 
 def is_id(id: str) -> bool:
-    """Tell whether a broker may have given this id."""
+    """Tell whether a broker may have created this id."""
     return len(id) <= 40 and _ID.fullmatch(id) is not None
 
 
@@ -23,16 +23,16 @@ def composite(names: Iterable[str], ids: Iterable[str | None]) -> str:
 
     Args:
         names: The channels.
-        ids: Of each channel, in the same order; ``None`` where none is known.
+        ids: The id of each channel, in the same order; ``None`` if it is unknown.
     """
     pairs = zip(names, ids, strict=True)
     return ",".join(f"{_hash_of(name)}.{id or ''}" for name, id in pairs)
 
 
 def parts_of(id: str, channels: tuple[str, ...]) -> dict[str, str]:
-    """Return the id of each of these channels that is in a Last-Event-ID.
+    """Return the ids of these channels that a Last-Event-ID contains.
 
-    Whatever it says, it comes from outside: each part may be any text.
+    The client chooses it: each id may be any text.
     """
     if len(channels) == 1 and "." not in id:
         return {channels[0]: id}
@@ -46,5 +46,5 @@ def parts_of(id: str, channels: tuple[str, ...]) -> dict[str, str]:
 
 
 def _hash_of(name: str) -> str:
-    # So long that no two names have the same one, not even if someone looks for them.
+    # Long enough that nobody can find two names with the same hash.
     return hashlib.blake2b(name.encode(), digest_size=10).hexdigest()

@@ -1,4 +1,4 @@
-"""`Patterns`: the channels that a subscription's patterns have brought."""
+"""`Patterns`: the channels that match a subscription's patterns."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Patterns", "overheard_item"]
 
 
 class Patterns:
-    """What a subscription's patterns have brought; all of it under the hub's lock.
+    """The matching channels, and their news; all of it under the hub's lock.
 
     A channel gets a cursor with its first event, and keeps it as long as it has a
-    window. Channels that the subscription has by their names are none of these.
+    window. The channels that the subscription names are not among these.
 
     Args:
-        channels: The subscription's, names and patterns.
+        channels: The subscription's names and patterns.
     """
 
     __slots__ = (
@@ -35,28 +35,28 @@ class Patterns:
 
     def __init__(self, channels: tuple[str, ...]) -> None:
         self._channels = channels
-        self._lost: list[str] = []  # patterns: what of them, nobody knows
+        self._lost: list[str] = []  # patterns whose channels may have lost events
         self._cursors: dict[str, Cursor] = {}
-        # Channels with something new, and the id before that.
+        # Channels with new events, and the id before those.
         self._news: dict[str, str] = {}
         # Cursors that may not be at their ends; the next turn is the first one's.
         self._behind: dict[str, Cursor] = {}
-        # Channels, and fields of who came or went there.
+        # Channels, and the fields of their joins and leaves.
         self._overheard: deque[tuple[str, bytes]] = deque(maxlen=limits.WINDOW)
-        # So many cursors are kept before those without windows are looked for.
+        # The number of cursors at which those without windows are removed.
         self._room = 64
 
     def is_at_end(self) -> bool:
-        """Tell whether there is nothing to be read."""
+        """Tell whether there is nothing to read."""
         return not (self._lost or self._news or self._behind or self._overheard)
 
-    # What the broker tells.
+    # Announcements.
 
     def discover(self, channel: str, prev: str) -> bool:
-        """Take note that a channel has something new, after an id.
+        """Record that a channel has new events after an id.
 
         Returns:
-            Whether the reader is to be woken.
+            Whether the reader must be woken.
         """
         if channel in self._channels:
             return False
@@ -65,10 +65,10 @@ class Patterns:
         return is_first
 
     def overhear(self, channel: str, fields: bytes) -> bool:
-        """Take note of who came to a channel, or went.
+        """Record a join or leave of a channel.
 
         Returns:
-            Whether the reader is to be woken.
+            Whether the reader must be woken.
         """
         if channel in self._channels:
             return False
@@ -76,14 +76,14 @@ class Patterns:
         return True
 
     def lose(self, channel: str | None) -> bool:
-        """Take note that a channel may have had events.
+        """Record that announcements of a channel may have been lost.
 
         Args:
-            channel: Its name, or a pattern for all of its channels; ``None`` for some
-                that nobody has heard of.
+            channel: The channel's name, or a pattern for all of its channels; ``None``
+                for any channels.
 
         Returns:
-            Whether the reader is to be woken.
+            Whether the reader must be woken.
         """
         is_named = channel is not None and not is_pattern(channel)
         if channel is not None and is_named:
@@ -103,26 +103,26 @@ class Patterns:
         self._lost += [name for name in lost if name not in self._lost]
         return True
 
-    # What is read.
+    # Reading.
 
     def take_lost(self) -> list[str]:
-        """Return the patterns that are to have a reset."""
+        """Return the patterns that need a reset, and forget them."""
         lost, self._lost = self._lost, []
         return lost
 
     def take_overheard(self) -> list[tuple[str, bytes]]:
-        """Return channels, and fields of who came or went there."""
+        """Return channels, each with the fields of a join or leave, and forget them."""
         overheard = [*self._overheard]
         self._overheard.clear()
         return overheard
 
     def give_back(self, lost: list[str], overheard: list[tuple[str, bytes]]) -> None:
-        """Undo that they were taken."""
+        """Put back what was taken and not given out."""
         self._lost = [*lost, *self._lost]
         self._overheard.extendleft(reversed(overheard))
 
     def turns(self, windows: Windows) -> list[Cursor]:
-        """Return the cursors whose turn it is, as many as are read at once."""
+        """Return the cursors to read now, as many as are read at once."""
         news, self._news = self._news, {}
         for channel, prev in news.items():
             cursor = self._cursors.get(channel)
@@ -134,7 +134,7 @@ class Patterns:
                 cursor.record, cursor.place = record, UNREAD
             self._behind[channel] = cursor
         if len(self._cursors) > self._room:
-            # Of a channel that is idle the next event is a first one again.
+            # The next event of an idle channel counts as its first one again.
             self._cursors = {
                 name: cursor
                 for name, cursor in self._cursors.items()
@@ -144,7 +144,7 @@ class Patterns:
         return [*islice(self._behind.values(), limits.READ)]
 
     def end_turns(self, had: Sequence[Cursor]) -> None:
-        """Take note of who had a turn: who is still behind comes last the next time."""
+        """Move the cursors that were read and are still behind to the end."""
         for cursor in had:
             is_behind = self._behind.pop(cursor.name, None) is not None
             if is_behind and not cursor.is_at_end():
@@ -152,6 +152,6 @@ class Patterns:
 
 
 def overheard_item(channel: str, fields: bytes) -> Item:
-    """Return who came to a pattern's channel, or went; it has no place there."""
+    """Return an item for a join or leave of a pattern's channel."""
     cursor = Cursor(channel, Channel(), NOWHERE)
     return cursor, Entry(NOWHERE, NOWHERE, fields)

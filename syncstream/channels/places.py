@@ -8,9 +8,9 @@ __all__ = ["UNREAD", "InStore", "InWindow"]
 
 
 class InWindow:
-    """What comes next is at a position of the window; not to be changed.
+    """A place in the window: the position of the next entry; do not change it.
 
-    It may have been trimmed since.
+    The position may have been trimmed since.
     """
 
     __slots__ = ("position",)
@@ -20,11 +20,11 @@ class InWindow:
 
 
 class InStore:
-    """What comes next is read from the broker; not to be changed.
+    """A place in the store: the broker has the next entries; do not change it.
 
     Attributes:
-        end: The window's end before the broker was asked, and had nothing more: while
-            it is that, nothing is new. ``None``: the broker may have more.
+        end: The window's end before the last read, which found no more entries: while
+            it stays the same, nothing is new. ``None``: the broker may have more.
     """
 
     __slots__ = ("end",)

@@ -1,4 +1,4 @@
-"""`Reading`: a subscription's position in all of its channels, and what follows it."""
+"""`Reading`: a subscription's position in all its channels, and reading from there."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ __all__ = ["Reading"]
 
 
 class Reading:
-    """A position: a cursor for each channel, and one for each that a pattern brings.
+    """A position: a cursor for each named channel, and for each pattern's channel.
 
-    One thread or greenlet reads; the broker tells from any.
+    One thread or greenlet reads; announcements come from any thread.
 
     Args:
-        windows, payloads: The hub's.
-        options, tags: The subscription's.
-        patterns: The subscription's, if it has any.
+        windows, payloads: The hub's windows and encoder.
+        options, tags: The subscription's options and tags.
+        patterns: The subscription's patterns, if it has any.
 
     Attributes:
         windows: As given.
-        cursors: Of the channels that it has by their names, in their order; empty
-            before it has begun.
+        cursors: The cursors of the named channels, in their order; empty before it has
+            begun.
         patterns: As given.
     """
 
@@ -57,7 +57,7 @@ class Reading:
         self._payloads = payloads
         self._options = options
         self._tags = tags
-        self._turn = 0  # which cursor comes first, when there is much
+        self._turn = 0  # the cursor that is read first
         self.cursors: tuple[Cursor, ...] = ()
         self.patterns = patterns
 
@@ -73,9 +73,9 @@ class Reading:
 
         Args:
             channels: Names and patterns.
-            given: The Last-Event-ID after which it goes on; ``None`` for a first
-                connection, which begins where the options say.
-            watch: Has the broker tell of a name or a pattern, as `Windows.watch`.
+            given: The client's Last-Event-ID; ``None`` for a first connection, which
+                begins where the options say.
+            watch: Has the broker announce a name or pattern, as `Windows.watch`.
 
         Raises:
             Closed, Denied, BrokerError: As from `Windows.read`, and from ``watch``.
@@ -93,14 +93,14 @@ class Reading:
                 cursor.since = since
                 cursors.append(cursor)
             elif given is not None and self.patterns is not None:
-                # No broker can tell which channels there have been since.
+                # No broker knows which channels had events since then.
                 with self.windows.lock:
                     self.patterns.lose(name)
         self.cursors = tuple(cursors)
 
     def _cursor(self, name: str, record: Channel, ids: dict[str, str] | None) -> Cursor:
         if ids is not None:
-            # Whatever it says, it comes from outside.
+            # The client chooses it: it may be any text.
             id = ids.get(name, "")
             return Cursor(name, record, id if is_id(id) else None)
         after = self._options.after
@@ -112,15 +112,15 @@ class Reading:
         return Cursor(name, record, last, Since(head))
 
     def copy(self, options: Options, tags: frozenset[str]) -> Reading:
-        """Return one at the same place, of names alone, for another subscription."""
+        """Return a reading at the same place for another subscription; no patterns."""
         copy = Reading(self.windows, self._payloads, options, tags)
         copy.cursors = tuple(replace(cursor) for cursor in self.cursors)
         return copy
 
     def is_where(self, other: Reading) -> bool:
-        """Tell whether both are at one place for certain; of one channel, by its name.
+        """Tell whether both are at the same place for certain; each has one channel.
 
-        Under the hub's lock, or where nobody reads either of them.
+        Call it under the hub's lock, or while nothing reads either of them.
         """
         (mine,), (theirs,) = self.cursors, other.cursors
         here, there = mine.place, theirs.place
@@ -133,17 +133,17 @@ class Reading:
         )
 
     def id_at(self, cursor: Cursor, id: str) -> str:
-        """Return the id under which a client comes back that has got this one.
+        """Return the id for a client that has received a channel's event.
 
-        The other channels' are what it has got of them, not what was read. Patterns
-        have none: who comes back to one gets a reset.
+        For the other channels it contains the ids that the client has received, not
+        those that were read. Patterns have no id: a reconnecting client gets a reset.
         """
         cursor.sent = id
         cursors = self.cursors
         return composite([c.name for c in cursors], [c.sent for c in cursors]) or id
 
     def last_id(self) -> str | None:
-        """Return the id after which it goes on; ``None``: it has none."""
+        """Return the id after which it goes on, ``None`` if there is none."""
         cursors = self.cursors
         if len(cursors) == 1 and self.patterns is None:
             return cursors[0].last or ""
@@ -151,12 +151,12 @@ class Reading:
             return None
         return composite([c.name for c in cursors], [c.last for c in cursors])
 
-    # Who is woken.
+    # Waiters.
 
     def register(self, waiter: Wakeable) -> bool:
-        """Have a waiter woken by what is new; ``False`` if something is there.
+        """Have new events wake a waiter; ``False`` if some are waiting already.
 
-        Under the hub's lock.
+        Call it under the hub's lock.
         """
         if self.patterns is not None and not self.patterns.is_at_end():
             return False
@@ -167,29 +167,29 @@ class Reading:
         return True
 
     def withdraw(self, waiter: Wakeable) -> None:
-        """Have a waiter woken by nothing more."""
+        """Stop new events from waking a waiter."""
         with self.windows.lock:
             for cursor in self.cursors:
                 cursor.record.waiters.pop(waiter, None)
 
-    # What follows.
+    # Reading on.
 
     def poll(
         self, waiter: Wakeable, *, is_eager: bool = False
     ) -> tuple[bytes, int, bool] | None:
-        """Return what is new without asking the broker; of one channel, by its name.
+        """Return new events of a single named channel without asking the broker.
 
-        The path of each event, for all who need nothing but the bytes.
+        This is the fast path for readers that need only the bytes.
 
         Args:
-            waiter: Is woken by what is new, where nothing is.
-            is_eager: Register it, too, where what is returned is all there is: one
-                call the less for each event.
+            waiter: The waiter that new events wake if there are none now.
+            is_eager: Register the waiter also if all events are returned, which saves a
+                call for each event.
 
         Returns:
-            Bytes, which others at this place share; how many events they are; and
-            whether the waiter is registered, as it is if there are no bytes. ``None``:
-            it takes more than that, see `take`.
+            Bytes, which others at this place share; the number of their events; and
+            whether the waiter is registered, which it always is without bytes.
+            ``None``: the broker must be asked, see `take`.
         """
         if not self.cursors:
             return None
@@ -228,13 +228,13 @@ class Reading:
             return b"", 0, True
 
     def take(self) -> list[Item]:
-        """Return what is there, or a part of it: entries, and gaps.
+        """Return the waiting items, or a part of them: entries, and gaps.
 
         Raises:
-            Unavailable: The broker has to be asked, does not answer, and nothing else
-                is there.
-            Closed: The hub is.
-            Denied: The engine refuses one of its channels.
+            Unavailable: The broker must be asked but does not answer, and no other item
+                is waiting.
+            Closed: The hub is closed.
+            Denied: The engine denies access to one of the channels.
         """
         items: list[Item] = []
         patterns, lock = self.patterns, self.windows.lock
@@ -260,7 +260,7 @@ class Reading:
                     if not items:
                         raise
                     cursor.go_back(marks.pop()[1])
-                    break  # the others' are given out first
+                    break  # give out the others' items first
                 for item in found:
                     entry = item[1]
                     if isinstance(entry, Entry):
@@ -271,8 +271,8 @@ class Reading:
                 if size >= JOIN:
                     break
         except BaseException:
-            # Of `conflate`, `on_gap`, the broker, or from outside. Nothing was given
-            # out: the next read begins where this one did, with the one after this.
+            # From `conflate`, `on_gap`, the broker, or a time-out. Nothing was given
+            # out, so the next read begins at the same place, with the next cursor.
             with lock:
                 if patterns is not None:
                     patterns.give_back(lost, overheard)
@@ -284,9 +284,10 @@ class Reading:
         return items
 
     def _turns(self) -> Sequence[Cursor]:
-        """Return the cursors that may have something new, in their order.
+        """Return the cursors that may have new events, in the order of reading.
 
-        Who was not reached the last time comes first: a busy channel holds up none.
+        Cursors not reached the last time come first, so that a busy channel does not
+        delay the others.
         """
         cursors, turn = self.cursors, self._turn
         if self.patterns is None:
@@ -296,7 +297,7 @@ class Reading:
         return [*cursors[turn:], *behind, *cursors[:turn]]
 
     def _end_turns(self, had: Sequence[Cursor]) -> None:
-        """Take note of who had a turn: the next is whoever comes after the last."""
+        """Remember which cursor comes after the last one that was read."""
         if not had or (self.patterns is None and len(self.cursors) == 1):
             return
         last = had[-1]
@@ -306,7 +307,7 @@ class Reading:
                 self.patterns.end_turns(had)
 
     def _take_from(self, cursor: Cursor) -> list[Item]:
-        """Return what follows a cursor: entries of anybody's, and resets."""
+        """Return the items after a cursor: entries for any tags, and resets."""
         record = cursor.record
         with self.windows.lock:
             position = cursor.find()
@@ -321,7 +322,7 @@ class Reading:
         return self._pages().after(cursor, end, limit)
 
     def _pages(self) -> Pages:
-        """Return what reads the broker for it: made anew, for that is rare."""
+        """Return the reader of the broker; it is made anew, as it is rarely needed."""
         return Pages(self.windows, self._payloads, self._options)
 
     def _is_for_us(self, entry: Entry) -> bool:
@@ -334,9 +335,9 @@ class Reading:
         return exclude is None or self._tags.isdisjoint(exclude)
 
     def _conflated(self, cursor: Cursor) -> list[Item]:
-        """Return the newest of each key, and gaps, of all that is there by now.
+        """Return the newest waiting item of each key, and gaps.
 
-        Not of what comes meanwhile: it may come as fast as it is read.
+        Items that come meanwhile are left: they may come as fast as they are read.
         """
         assert self._options.conflate is not None
         record = cursor.record
@@ -356,7 +357,7 @@ class Reading:
                     continue
                 if not self._is_for_us(entry):
                     continue
-                # Decoded as it is stored: it is not given out yet.
+                # Decoded with its own id: it is not given out yet.
                 (event,) = decoder_of().feed(entry.wire)
                 key = self._options.conflate(event)
                 kept.pop(key, None)

@@ -31,30 +31,29 @@ __all__ = ["Subscription"]
 
 
 class Subscription:
-    """The events of one channel or several, from a position on; from `Hub.subscribe`.
+    """The events of one or more channels from a position on; made by `Hub.subscribe`.
 
-    Iterate it; or `read` what is there; or give it to a response. Its position is
-    fixed, and it counts as present, when it is first read. In a response, and as the
-    first that a stream's generator reads, it begins after the client's Last-Event-ID,
-    if there is one; a second one in a generator begins where ``after`` says. One
-    thread or greenlet reads it.
+    Iterate it, call `read`, or pass it to a response. Its position is fixed, and it
+    counts as present, when it is first read. In a response, and as the first one that a
+    stream's generator reads, it begins after the client's Last-Event-ID, if there is
+    one; a second one in a generator begins where ``after`` says. One thread or greenlet
+    reads it.
 
-    Many methods: three sides meet here, and each is passed on in a few lines: what its
-    reader calls, what `fanout` calls in place of a reader (a `Reading` answers both),
-    and what the windows tell it.
+    It has more than 25 methods, because three sides call it: its reader, the loop of
+    `fanout` in place of a reader (a `Reading` does the work of both), and the windows.
+    Each method is short.
 
     Attributes:
         who: As given to `Hub.subscribe`.
         tags: As given to `Hub.subscribe`.
-        reason: Why it has ended, ``None`` while it lives.
-        announcement: The data of the events that tell who comes and goes; ``None``:
-            nobody is told.
-        reading: Its position; ``None`` before it has begun.
-        waiter: What new events wake; ``None``: nobody has waited yet.
-        kept: Read, and not given out; the next is the last. ``None``: nothing is.
+        reason: The reason of its end, ``None`` while it lives.
+        announcement: The data of its "join" and "leave" events; ``None`` without them.
+        reading: Its position, ``None`` before it has begun.
+        waiter: The waiter that new events wake, ``None`` before the first wait.
+        kept: Items read and not given out, in reverse order; ``None`` for none.
     """
 
-    # There may be many thousands, idle: nothing empty is kept where `None` does.
+    # Thousands may be idle: use `None` instead of empty containers.
     __slots__ = (
         *("__weakref__", "_attendance", "_authorization", "_delivered", "_given"),
         *("_is_simple", "_options", "_subscribers", "_windows", "announcement"),
@@ -90,7 +89,7 @@ class Subscription:
         self.has_patterns = any(map(is_pattern, self.channels))
         self._is_simple = len(self.channels) == 1 and not self.has_patterns
         self._given: str | None = None  # the request's Last-Event-ID
-        # `None`: it is not present, for it has not begun, or has left.
+        # ``None``: it has not begun, or has left.
         self._attendance: Attendance | None = None
         self.reading: Reading | None = None
         self._delivered = 0.0
@@ -98,7 +97,7 @@ class Subscription:
         self.kept: list[Item] | None = None
         self.reason: str | None = None
 
-    # To read.
+    # Reading.
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -110,16 +109,17 @@ class Subscription:
         return decoded(item, self._ids)
 
     def read(self, timeout: float | None = None) -> list[Event]:
-        """Return what is there, oldest first; wait for it if there is nothing.
+        """Return the waiting events, oldest first; if there are none, wait for some.
 
-        Or a part of it, if it is much: the next one goes on. What breaks a wait off
-        leaves it open.
+        If there are many, it returns a part of them, and the next call continues. If an
+        exception interrupts the wait, the subscription stays open.
 
         Args:
-            timeout: Seconds to wait, ``None`` for no limit; 0 not at all.
+            timeout: The maximum of seconds to wait, ``None`` for no limit; 0 does not
+                wait.
 
         Returns:
-            Events, and `Gap`; empty when the time is over.
+            A list of `Event` and `Gap`; empty after a time-out.
 
         Raises:
             Closed: The subscription has ended.
@@ -130,11 +130,12 @@ class Subscription:
         return [decoded(item, ids) for item in items]
 
     def frames(self, is_events: bool, dumps: Dumps, scope: Scope | None) -> Frames:
-        """Return its chunks for a response, whose stream is the scope.
+        """Return its chunks for a response.
 
         Args:
-            is_events: As an event stream; else as NDJSON.
-            dumps: Encodes the lines of NDJSON.
+            is_events: Encode an event stream; otherwise NDJSON.
+            dumps: The JSON encoder for NDJSON.
+            scope: The response's stream.
         """
         ids = self._ids
         encode: partial[bytes]
@@ -154,22 +155,22 @@ class Subscription:
         return self.reading.id_at(cursor, id)
 
     def _rest(self) -> list[Item] | None:
-        """Return what was read before and not given out; the next is the last."""
+        """Return the items read before and not given out, in reverse order."""
         if self.kept:
             self.check_allowed()
         return self.kept if self.reason is None else None
 
     def take_kept(self) -> list[Item]:
-        """Return what was read before and not given out, oldest first."""
+        """Return the items read before and not given out, oldest first."""
         items, self.kept = self._rest(), None
         return [*reversed(items or ())]
 
     def await_items(self, timeout: float | None, *, once: bool = False) -> list[Item]:
-        """Return what is there, or wait for it.
+        """Return the waiting items, or wait for some.
 
         Args:
             timeout: As for `read`.
-            once: Return nothing rather than wait a second time.
+            once: After one wait, return an empty list instead of waiting again.
 
         Raises: As `read`.
         """
@@ -185,9 +186,9 @@ class Subscription:
                     if not self._is_begun:
                         self._begin()
                     items = self._take()
-                    self._check_open()  # while code of the user's ran
+                    self._check_open()  # the user's code may have closed it
                 except Unavailable:
-                    # Who is there stays, and asks again.
+                    # The subscription stays, and asks again after a pause.
                     items, pause = [], random.uniform(0.5, 1.5) * limits.RETRY
                 if items:
                     self._delivered = time.monotonic()
@@ -201,11 +202,11 @@ class Subscription:
                 return []
             try:
                 waiter.wait(left)
-            except BaseException:  # a time-out's, say: it may be read again
+            except BaseException:  # such as a time-out: it may be read again
                 self.withdraw()
                 raise
             if not self._is_simple or left is not None:
-                self.withdraw()  # from those that did not wake it
+                self.withdraw()  # from the channels that did not wake it
             if once:
                 return []
 
@@ -214,25 +215,24 @@ class Subscription:
         try:
             return self.reading.take()
         except Denied as error:
-            # All of it ends: to go on without one of its channels is to be silent
-            # about that.
+            # End it: continuing without one of its channels would hide the denial.
             self.close("denied")
             raise Closed("denied") from error
 
     def _register(self, waiter: Wakeable) -> bool:
-        """Have a waiter woken by what is new; ``False`` if something is there."""
+        """Have new events wake a waiter; ``False`` if some are waiting already."""
         assert self.reading is not None
         with self._windows.lock:
             return self.reason is None and self.reading.register(waiter)
 
     def _pause(self) -> float:
-        """Return for how long `throttle` holds it back."""
+        """Return the seconds for which ``throttle`` delays the next delivery."""
         if self._options.throttle is None:
             return 0.0
         return max(0.0, self._delivered + self._options.throttle - time.monotonic())
 
     def _left(self, deadline: float | None, pause: float) -> float | None:
-        """Return the seconds after which a wait ends by itself, ``None`` for never."""
+        """Return the seconds until a wait must end, ``None`` for no limit."""
         now = time.monotonic()
         ends = [self.ask_again_at - now]
         if deadline is not None:
@@ -243,10 +243,10 @@ class Subscription:
         return None if left == math.inf else max(0.0, left)
 
     def own_waiter(self) -> Waiter:
-        """Return the waiter of the thread or greenlet that runs here.
+        """Return the waiter of this thread or greenlet.
 
         Raises:
-            RuntimeError: Another reads it.
+            RuntimeError: A response reads the subscription.
         """
         waiter = self.waiter
         if not isinstance(waiter, Waiter) or not waiter.is_ours():
@@ -256,7 +256,7 @@ class Subscription:
         return waiter
 
     def withdraw(self) -> None:
-        """Have the waiter woken by nothing more."""
+        """Stop new events from waking the waiter."""
         if self.waiter is not None and self.reading is not None:
             self.reading.withdraw(self.waiter)
 
@@ -281,14 +281,14 @@ class Subscription:
         """Fix the position; count as present.
 
         Args:
-            is_owned: Whoever has begun it closes it, too.
+            is_owned: The caller closes it; otherwise the end of the stream does.
         """
         self._check_open()
         scope = current_scope()
-        # It is what the first one in a stream has sent: of others it says nothing.
+        # Last-Event-ID belongs to the stream's first subscription only.
         if scope is not None and not scope.has_resumed:
-            # Kept: where the broker is down, it is tried again, maybe elsewhere.
-            # An empty one is a first connection's.
+            # Kept for later tries if the broker is down, perhaps from other code.
+            # An empty id is that of a first connection.
             self._given = scope.last_event_id or None
         subscribers = self._subscribers
         if scope is not None and scope.is_multiprocess:
@@ -305,7 +305,7 @@ class Subscription:
             if self.is_nameable:
                 attendance.is_listed = True
                 subscribers.control.enter(self)
-            # From here on a kick finds it: what changes after a yes does not escape.
+            # Kicks find it from here on: ask after that, to miss no revocation.
             self.check_allowed()
             self._check_open()
             subscribers.hear_presence()
@@ -328,13 +328,13 @@ class Subscription:
         if self.reason is not None:
             self._leave(attendance)
             raise Closed(self.reason)
-        # A generator that ends may be long in letting go of us.
+        # A generator that has ended may keep us for long.
         if not is_owned and scope is not None:
             scope.on_close(partial(_close, weakref.ref(self)))
         subscribers.announce(attendance.announced, self.announcement, "join")
 
     def _announced(self) -> Sequence[str]:
-        """Return the channels that are told who comes and goes."""
+        """Return the channels in which joins and leaves are announced."""
         if self.announcement is None:
             return ()
         if not self.has_patterns:
@@ -346,15 +346,18 @@ class Subscription:
         self._subscribers.leave(self, attendance)
 
     def close(self, reason: str = "closed") -> None:
-        """End it; whoever reads it gets `Closed`. From any thread.
+        """End the subscription: its reader gets `Closed`. From any thread.
 
         Args:
-            reason: The ``reason`` of that, and of the response's end.
+            reason: The ``reason`` of `Closed`, and of the response's end.
+
+        Raises:
+            TypeError, ValueError: ``reason`` is not a ``str``, or empty.
         """
         if not isinstance(reason, str):
             raise TypeError(f"reason must be str, got {reason!r}")
         if not reason:
-            raise ValueError("reason must not be empty")
+            raise ValueError("reason must be a word, got ''")
         with self._windows.lock:
             if self.reason is None:
                 self.reason = reason
@@ -367,7 +370,7 @@ class Subscription:
 
     def _check_open(self) -> None:
         if self.reason is not None:
-            self.close()  # who has ended it may not have waited for that: see `end`
+            self.close()  # `end` does not, as it must not wait
             raise Closed(self.reason)
 
     @property
@@ -376,39 +379,39 @@ class Subscription:
         return self.reason is not None
 
     def __del__(self) -> None:
-        # Maybe in the midst of anything: see `Subscribers.drop`.
+        # This may run at any moment, under any lock: see `Subscribers.drop`.
         attendance = getattr(self, "_attendance", None)
         if attendance is not None:
             self._attendance = None
             self._subscribers.drop(self, attendance)
 
-    # Whether it may be read.
+    # Authorization.
 
     def check_allowed(self) -> None:
-        """Ask `authorize` here if it is time; end where it does not answer in time."""
+        """Call ``authorize`` if it is time, and end if it does not answer in time."""
         if self._authorization is not None:
             self._authorization.check(self)
 
     def ask(self) -> None:
-        """Ask `authorize` whether it may go on.
+        """Call ``authorize`` now, and end unless it returns true.
 
-        If that raises, who asks may not read, and it is asked again.
+        If it raises, the subscription must not be read until another call succeeds.
         """
         assert self._authorization is not None
         self._authorization.ask(self)
 
     @property
     def ask_again_at(self) -> float:
-        """When `authorize` is to be asked again, `time.monotonic`; maybe never."""
+        """The time of the next call of ``authorize``, `time.monotonic`, or infinity."""
         if self._authorization is None:
             return math.inf
         return self._authorization.ask_again_at
 
-    # What the hub tells, under its lock, or in a forked child: a `Subscriber`.
+    # A `Subscriber`: called by the hub under its lock, or in a forked child.
 
     @property
     def is_nameable(self) -> bool:
-        """A kick may name it."""
+        """Whether a kick may name it."""
         return self.who is not None or bool(self.tags)
 
     def hears(self, channel: str) -> bool:
@@ -419,30 +422,30 @@ class Subscription:
         )
 
     def end(self, reason: str) -> dict[Wakeable, None]:
-        """End it, and wait for nobody; return whom to wake.
+        """End it without waiting; return the waiters to wake.
 
-        Whoever reads it finds that, and closes it.
+        Its reader notices the end, and closes it.
         """
         if self.reason is None:
             self.reason = reason
         return self._woken(True)
 
     def discover(self, channel: str, prev: str) -> dict[Wakeable, None]:
-        """Take note that a pattern's channel has something new; return whom to wake."""
+        """Record new events of a pattern's channel; return the waiters to wake."""
         patterns = self._patterns
         return self._woken(patterns is not None and patterns.discover(channel, prev))
 
     def overhear(self, channel: str, fields: bytes) -> dict[Wakeable, None]:
-        """Take note of who came to a channel, or went; return whom to wake."""
+        """Record a join or leave of a pattern's channel; return the waiters to wake."""
         patterns = self._patterns
         return self._woken(patterns is not None and patterns.overhear(channel, fields))
 
     def lose(self, channel: str | None) -> dict[Wakeable, None]:
-        """Take note that a channel may have had events; return whom to wake.
+        """Record that announcements may have been lost; return the waiters to wake.
 
         Args:
-            channel: Its name, or a pattern for all of its channels; ``None`` for some
-                that nobody has heard of.
+            channel: The channel's name, or a pattern for all of its channels; ``None``
+                for any channels.
         """
         patterns = self._patterns
         return self._woken(patterns is not None and patterns.lose(channel))
@@ -455,44 +458,44 @@ class Subscription:
         return {self.waiter: None} if is_news and self.waiter is not None else {}
 
     def forget(self) -> None:
-        """Begin anew where it is: it is a forked child's copy."""
+        """Begin anew at the present position, in a forked child."""
         if self.reading is not None:
             last = self.reading.last_id()
             self._given = self._given if last is None else last
         self.reading = self._attendance = self.waiter = None
 
-    # Without a thread of its own: for `fanout`.
+    # For `fanout`, which reads it without a thread.
 
     @property
     def is_plain(self) -> bool:
-        """What it gets are the bytes that others at its place get."""
+        """Whether it gets the same bytes as others at its place."""
         return self._is_simple and self._options.is_shareable
 
     @property
     def kind(self) -> tuple[Hashable, ...]:
-        """What plain ones have in common that may be sent the same bytes."""
+        """The key that plain subscriptions share if they may get the same bytes."""
         assert self.reading is not None
         (cursor,) = self.reading.cursors
         return cursor.record, self.tags, self._options.kind
 
     @property
     def has_user_code(self) -> bool:
-        """To read it may call what the application has given."""
+        """Whether reading may call a function of the application."""
         return self._options.has_user_code
 
     @property
     def begins_with_user_code(self) -> bool:
-        """To begin it may call what the application has given."""
+        """Whether beginning may call a function of the application."""
         return self.has_user_code or self._authorization is not None
 
     def detach(self, waiter: Wakeable | None) -> None:
-        """Have this woken by what is new, in place of the thread that has read it.
+        """Have new events wake this waiter instead of the thread that has read it.
 
         Args:
-            waiter: ``None``: that does not read it any more.
+            waiter: The waiter; ``None`` when it stops reading.
 
         Raises:
-            RuntimeError: Another has it.
+            RuntimeError: Another response reads the subscription.
         """
         if waiter is not None:
             self._check_attached()
@@ -502,11 +505,11 @@ class Subscription:
     def _check_attached(self) -> None:
         if self.waiter is not None and not isinstance(self.waiter, Waiter):
             raise RuntimeError(
-                "a subscription is one reader's: make one for each response"
+                "a subscription has one reader: call hub.subscribe() for each response"
             )
 
     def twin(self) -> Subscription:
-        """Return one at the same place that nobody counts, of a plain one."""
+        """Return a plain subscription at the same place, which does not count."""
         twin = Subscription(
             self._subscribers,
             self.channels,
@@ -516,37 +519,37 @@ class Subscription:
             announce=False,
         )
         twin.go_where(self)
-        twin._attendance = Attendance()  # nothing is to be undone
+        twin._attendance = Attendance()  # its end has nothing to undo
         return twin
 
     def go_where(self, other: Subscription) -> None:
-        """Take the place of another; of plain ones."""
+        """Move to the place of another subscription; both are plain."""
         assert other.reading is not None
         self.reading = other.reading.copy(self._options, self.tags)
 
     def lean_on(self, other: Subscription) -> None:
-        """Be where another is, and not be woken, until it is told to `go_where`."""
+        """Share another one's place, without wakes, until `go_where` is called."""
         self.withdraw()
         self.reading, self.channels = other.reading, other.channels
 
     def is_where(self, other: Subscription) -> bool:
-        """Tell whether both are at one place for certain; of plain ones."""
+        """Tell whether both are at the same place for certain; both are plain."""
         assert self.reading is not None
         assert other.reading is not None
         return self.reading.is_where(other.reading)
 
     def awaits(self, waiter: Wakeable) -> bool:
-        """Have the waiter woken by what is new, of a plain one; tell whether it will.
+        """Have new events wake a waiter; return whether they will.
 
-        ``False``: something is there, or it has to be asked for by `step`.
+        It returns ``False`` if events are waiting, or if `step` must be called.
         """
         return self.is_plain and self._is_begun and self._register(waiter)
 
     def poll(self) -> tuple[bytes, int, bool] | None:
-        """Return what is new, without waiting, of a plain one.
+        """Return new events of a plain subscription, without waiting.
 
         Returns:
-            As `Reading.poll`; ``None``: ask `step`.
+            As `Reading.poll`; ``None``: call `step`.
         """
         if self.reading is None or self.reason is not None:
             return None
@@ -554,18 +557,18 @@ class Subscription:
         return self.reading.poll(self.waiter)
 
     def step(self) -> tuple[bytes, int, float | None]:
-        """Return what is there, without waiting for it.
+        """Return the waiting events, without waiting for more.
 
-        It may ask the broker, and call what `Hub.subscribe` was given, but for
-        `authorize`: that is asked beside it, see `ask`.
+        It may ask the broker, and call the application's functions except
+        ``authorize``, for which `ask` is called separately.
 
         Returns:
-            Bytes, and how many events they are. No bytes: when to come again
-            (`time.monotonic`), or ``None``: its waiter will be woken, if it has one.
+            Bytes, the number of their events, and a time. Without bytes, the time says
+            when to call again (`time.monotonic`); ``None``: new events wake the waiter.
 
         Raises:
             Closed: The subscription has ended.
-            BrokerError: The broker cannot be asked.
+            BrokerError: The broker does not answer.
         """
         while True:
             self._check_open()
@@ -574,19 +577,19 @@ class Subscription:
                 return b"", 0, time.monotonic() + pause
             if not self._is_begun:
                 self._begin(is_owned=True)
-            # What was read and not given out, by whoever began with it, comes first.
+            # Items that were read and not given out come first.
             items = [*reversed(self.kept or ())] or self._take()
             self.kept = None
             if items and self.reason is None:
                 self._delivered = time.monotonic()
                 ids = self._ids
                 return b"".join([framed(item, ids) for item in items]), len(items), None
-            waiter = self.waiter  # at its end it has none, at any time
+            waiter = self.waiter  # its end may remove it at any time
             if waiter is None or self._register(waiter):
                 return b"", 0, None
 
     def count(self, events: int) -> None:
-        """Count what was sent to those who are at its place."""
+        """Count events that were sent to clients at its place."""
         self._windows.delivered += events
 
 

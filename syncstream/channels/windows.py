@@ -1,8 +1,9 @@
 """The newest events of each channel that has subscribers, and the lock over them.
 
-A broker tells the windows what is new (through `sink.Sink`), subscriptions read
-them. All of it under one lock, `Windows.lock`, which is never held while the broker is
-called: brokers call the hub under locks of their own. Waiters are woken after it.
+A broker announces new events to the windows (through `sink.HubSink`), and subscriptions
+read them. One lock, `Windows.lock`, protects everything. It is never held during a call
+of the broker, because brokers call the hub under their own locks. Waiters are woken
+after it is released.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ log = logging.getLogger("syncstream.hub")
 
 
 class Channel:
-    """A channel that has, or had a moment ago, subscribers."""
+    """A channel that has subscribers, or had some a moment ago."""
 
     __slots__ = (
         *("_place", "aside", "counted", "held", "idle_since", "is_doubtful"),
@@ -44,30 +45,30 @@ class Channel:
 
     def __init__(self) -> None:
         self.log = Log(UNKNOWN)
-        self.counted = 0  # bytes of it that are in `Budget.size`
-        # Fields of who came and went, until it is known after which event.
+        self.counted = 0  # its part of `Budget.size`, in bytes
+        # Joins and leaves, until the event before them is known.
         self.held: tuple[bytes, ...] = ()
         self.subscriptions = 0
-        self.is_watched = False  # by its name: the broker tells of it
-        # Its head may be older than the channel's, or not known at all: the first to
-        # come to its end asks the broker.
+        self.is_watched = False  # by its name, not only through a pattern
+        # The window may lack the channel's newest events, or its head may be unknown:
+        # the first reader at its end asks the broker.
         self.is_doubtful = True
-        self.limit = limits.READ  # what to ask the broker for: fewer, if they are large
-        self.waiters: dict[Wakeable, None] = {}  # in the order in which they came
-        self.tagged = -1  # the last position whose entry is not for everybody
-        self.aside = -1  # the last one whose entry is set aside
+        self.limit = limits.READ  # entries to request: fewer if they are large
+        self.waiters: dict[Wakeable, None] = {}  # in the order of their arrival
+        self.tagged = -1  # the last position of an entry with tags
+        self.aside = -1  # the last position of an entry that is set aside
         self.idle_since = time.monotonic()
-        self._place = InWindow(0)  # where the last reader has come to
+        self._place = InWindow(0)  # the last reader's place, for others at the same
 
     def place_at(self, position: int) -> InWindow:
-        """Return a place in the window; all who come to its end have the same one."""
+        """Return a place in the window; all readers at its end share one object."""
         place = self._place
         if place.position != position:
             place = self._place = InWindow(position)
         return place
 
     def begin(self, head: str) -> None:
-        """Let the window begin anew after an id, or `UNKNOWN`."""
+        """Restart the window after an id, or after `UNKNOWN`."""
         self.log.restart(head)
         if head != UNKNOWN:
             held, self.held = self.held, ()
@@ -75,21 +76,20 @@ class Channel:
                 self.set_aside(fields, time.monotonic())
 
     def set_aside(self, fields: bytes, now: float) -> None:
-        """Add what is told to those who are here, and to nobody who comes later."""
+        """Add an entry for present subscribers only, see `Log.set_aside`."""
         self.aside = self.log.end
         self.log.set_aside(fields, now)
 
 
 class Budget:
-    """What the windows of a hub hold together, and its bounds; under their lock.
+    """The memory of all windows of a hub, and its bounds; under their lock.
 
     Args:
-        max_age: Seconds that an entry is kept; maybe infinite.
+        max_age: Seconds for which an entry is kept; may be infinite.
 
     Attributes:
-        filled: Those that hold something, the one first that was not written to for
-            longest.
-        size: Bytes that they count for.
+        filled: The windows that have entries, in the order of their last writes.
+        size: The bytes that all entries count for.
     """
 
     __slots__ = ("_max_age", "filled", "size")
@@ -100,7 +100,7 @@ class Budget:
         self.size = 0
 
     def count(self, record: Channel) -> None:
-        """Take note of a window's size, after any change of it."""
+        """Update the sum after a window's size has changed."""
         size = record.log.size
         if size and not record.counted:
             self.filled[record] = None
@@ -115,7 +115,7 @@ class Budget:
         self.count(record)
 
     def spend(self, record: Channel, now: float) -> None:
-        """Keep a window that was just written to within its bounds, and all of them."""
+        """Keep a window that was written to, and all windows, within the bounds."""
         record.log.trim(limits.WINDOW, now - self._max_age, limits.WINDOW_SIZE)
         self.count(record)
         self.filled.move_to_end(record)
@@ -123,13 +123,13 @@ class Budget:
             self.empty(next(iter(self.filled)))
 
     def empty(self, record: Channel) -> None:
-        """Drop a window's entries; who is behind reads them from the broker."""
+        """Drop a window's entries; readers that need them read the broker."""
         record.log.trim(0, float("-inf"), float("inf"))
         self.count(record)
 
 
 class Reader(Protocol):
-    """A subscription, as far as the windows know it; all calls under their lock."""
+    """A subscription as the windows see it; all calls are made under their lock."""
 
     channels: tuple[str, ...]
     has_patterns: bool
@@ -144,20 +144,20 @@ class Reader(Protocol):
 
 
 class Windows:
-    """A hub's channels, as far as this process knows them.
+    """The windows of a hub's channels in this process.
 
-    Its methods may be called from any thread. 24 methods, for it is one state under
-    one lock: what the broker tells, what is watched for whom, and what was read.
+    All methods may be called from any thread. It has 24 methods, because one lock
+    protects one state: announcements, watched names, and reading.
 
     Attributes:
-        broker: What stores the events.
-        lock: Over all of it.
-        channels: By name.
-        patterns: How many subscriptions have each.
-        listeners: Subscriptions by their patterns, by the number of the object.
-        open: All subscriptions that count as present, by the same.
+        broker: The broker, which stores the events.
+        lock: The lock that protects everything here.
+        channels: The channels by name.
+        patterns: The number of subscriptions to each pattern.
+        listeners: The subscriptions to each pattern, by the id of the object.
+        open: All subscriptions that count as present, by the id of the object.
         published, delivered: Events since the process began, for `Hub.stats`.
-        is_closed: Nothing is to be said of the broker any more.
+        is_closed: Whether the hub is closed; then the broker's errors are not logged.
     """
 
     def __init__(self, broker: Broker, max_age: float) -> None:
@@ -168,8 +168,8 @@ class Windows:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """Forget all; in a forked child, where nobody listens for it any more."""
-        # Reentrant: a garbage collection in here may close a subscription.
+        """Forget everything, in a forked child, which has no listener yet."""
+        # Reentrant: a garbage collection while it is held may close a subscription.
         self.lock = native(_thread, "RLock")()
         self.channels: dict[str, Channel] = {}
         self.budget = Budget(self._max_age)
@@ -178,31 +178,32 @@ class Windows:
         self.open: dict[int, weakref.ref[Reader]] = {}
         self.published = self.delivered = 0
         self.said = Said()
-        self._told_presence: deque[str] = deque(maxlen=limits.WINDOW)  # ids: not twice
+        # The ids of the last joins and leaves, which are told only once.
+        self._told_presence: deque[str] = deque(maxlen=limits.WINDOW)
         self._swept = time.monotonic()
-        self._crowd = limits.CROWD  # so many windows are looked through at once
+        self._crowd = limits.CROWD  # the number of windows for an early search
 
-    # What the broker tells.
+    # Announcements.
 
     def deliver(self, channel: str, entry: Entry) -> None:
-        """Take an entry of a channel, in which `log.flaw` has found none."""
+        """Take an announced entry, which `log.flaw` has passed."""
         with self.lock:
             record = self.channels.get(channel)
             if record is None:
                 if not self._listening(channel):
                     return
                 if not is_name(channel):
-                    self.say_malformed(channel, "it is in no channel of ours")
+                    self.say_malformed(channel, "the channel's name is invalid")
                     return
                 self._forget_idle(time.monotonic(), is_watched=False)
                 record = self.channels[channel] = Channel()
-                record.is_doubtful = False  # to who listens from now on
+                record.is_doubtful = False  # its listeners begin with this entry
             window = record.log
             if window.head != UNKNOWN and not follows(entry, window.head):
                 if window.after(entry.id) is not None:
-                    return  # told twice
+                    return  # announced twice
                 window.restart(entry.prev)
-                record.is_doubtful = True  # it may have come late
+                record.is_doubtful = True  # this entry may have come late
             if record.held:
                 record.begin(entry.prev)
             window.append(entry)
@@ -219,7 +220,7 @@ class Windows:
             wake_all(waiters)
 
     def tell_presence(self, entry: Entry) -> None:
-        """Give who came or went to those who are there."""
+        """Give a join or leave to the present subscribers of its channel."""
         waiters: dict[Wakeable, None] = {}
         with self.lock:
             if entry.id in self._told_presence:
@@ -231,7 +232,7 @@ class Windows:
                 self.say_malformed(PRESENCE, str(error))
                 return
             if not is_name(channel):
-                self.say_malformed(PRESENCE, "it tells of no channel of ours")
+                self.say_malformed(PRESENCE, "its channel's name is invalid")
                 return
             record = self.channels.get(channel)
             if record is not None and record.subscriptions:
@@ -246,42 +247,42 @@ class Windows:
         wake_all(waiters)
 
     def resync(self, channels: Iterable[str] | None) -> None:
-        """Have these channels read again (``None``: all): some may be lost."""
+        """Have these channels (``None``: all) read, because entries may be lost."""
         waiters: dict[Wakeable, None] = {}
         with self.lock:
             for name in list(self.channels if channels is None else channels):
                 record = self.channels.get(name)
                 if record is not None:
-                    # Readers find themselves outside of it, and ask the broker.
+                    # Readers are outside of the window then, and ask the broker.
                     waiters.update(self._restart(record, UNKNOWN))
                     record.is_doubtful = True
                 for reader in self._listening(name):
                     waiters |= reader.lose(name)
-            if channels is None:  # maybe of channels that nobody has heard of
+            if channels is None:  # perhaps also of channels that are unknown here
                 for listeners in self.listeners.values():
                     for reader in _alive(listeners):
                         waiters |= reader.lose(None)
         wake_all(waiters)
 
     def state(self, is_up: bool, reason: str) -> None:
-        """Take note that the broker can be reached, or cannot."""
+        """Log once that the broker went down, or is back."""
         if is_up != self.is_up:
             self.is_up = is_up
             state = "back" if is_up else "down"
             say(log, logging.WARNING, "the broker is %s: %s", state, reason)
 
     def deny(self, name: str, reason: str) -> None:
-        """End those who subscribe to a name that the engine refuses."""
-        text = "the engine refuses %r, whose subscribers are denied: %s"
+        """End the subscriptions to a name to which the engine denies access."""
+        text = "the engine denies access to %r, so its subscribers are ended: %s"
         self.said.once(name, logging.ERROR, text, name, reason)
         self._end_named(name, "denied")
 
     def _end_named(self, name: str, reason: str) -> None:
-        """End those who subscribe to a name, without waiting for anybody."""
+        """End the subscriptions to a name, without waiting."""
         waiters: dict[Wakeable, None] = {}
         with self.lock:
             record = self.channels.get(name)
-            if record is not None:  # who comes now has the broker asked again
+            if record is not None:  # the next subscription asks the broker again
                 record.is_watched, record.is_doubtful = False, True
             for reader in _alive(self.open):
                 if name in reader.channels:
@@ -289,7 +290,7 @@ class Windows:
         wake_all(waiters)
 
     def _listening(self, channel: str) -> list[Reader]:
-        """Return those that have patterns of a channel; maybe one several times."""
+        """Return the readers whose patterns match a channel, perhaps with repeats."""
         found: list[Reader] = []
         for pattern in patterns_of(channel):
             listeners = self.listeners.get(pattern)
@@ -298,24 +299,24 @@ class Windows:
         return found
 
     def _restart(self, record: Channel, head: str) -> dict[Wakeable, None]:
-        """Let a window begin anew after an id, under the lock; return whom to wake."""
+        """Restart a window after an id, under the lock; return the waiters to wake."""
         record.begin(head)
         self.budget.count(record)
         waiters, record.waiters = record.waiters, {}
         return waiters
 
     def say_malformed(self, channel: str, problem: str) -> None:
-        """Say that what the broker has told, or read, is none of ours."""
-        text = "something in %r is no event, and dropped: %s"
+        """Log that an announced or stored entry cannot be an event of a hub."""
+        text = "an entry of %r is not an event of a hub, and is skipped: %s"
         self.said.once(channel, logging.ERROR, text, channel, problem)
 
     def say_unreadable(self, name: str, error: BrokerError) -> None:
-        """Say that a name cannot be read where others can: nobody else would."""
+        """Log that a name cannot be read although the broker is up."""
         if self.is_up and not self.is_closed:
             text = "%r cannot be read: %s"
             self.said.once(name, logging.ERROR, text, name, error)
 
-    # For subscriptions.
+    # Subscriptions.
 
     def enter(self, reader: Reader) -> None:
         """Count a subscription as present."""
@@ -327,18 +328,18 @@ class Windows:
                     listeners[id(reader)] = reference
 
     def leave(self, reader: Reader) -> None:
-        """Count it no more. Takes no lock: a garbage collection may call it."""
+        """Stop counting it; without the lock, as a garbage collection may call this."""
         self.open.pop(id(reader), None)
         if reader.has_patterns:
             for name in reader.channels:
                 self.listeners.get(name, {}).pop(id(reader), None)
 
     def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
-        """Read from the broker, unless the hub is closed.
+        """Read a page from the broker.
 
         Raises:
-            Closed: It is, maybe since the broker was asked.
-            Denied: The engine refuses this name; all who subscribe to it have ended.
+            Closed: The hub is closed, perhaps since the call.
+            Denied: The engine denies access to this name; its subscriptions have ended.
             BrokerError: The broker does not answer.
         """
         try:
@@ -346,15 +347,15 @@ class Windows:
         except BrokerError as error:
             self._ask_why(channel, error)
             raise
-        if after == page.head:  # nothing follows the newest, though it was removed
+        if after == page.head:  # nothing follows the newest event, even a removed one
             return Page((), True, page.head)
         return page
 
     def newest(self, channel: str, count: int) -> tuple[str, str] | None:
-        """Return the ids before so many of the newest events, and of the head.
+        """Return the id before the newest ``count`` events, and the head's id.
 
         Returns:
-            ``None`` from a broker that cannot tell: all is to be read.
+            ``None`` if the broker has no such method, so that all events must be read.
 
         Raises:
             Closed, Denied, BrokerError: As from `read`.
@@ -370,7 +371,7 @@ class Windows:
             raise
 
     def _ask_why(self, name: str, error: BrokerError) -> None:
-        """Take note of what a broker has raised of a name."""
+        """Handle an error that a broker has raised about a name."""
         if self.is_closed:
             raise Closed("closed") from None
         if isinstance(error, Denied):
@@ -379,11 +380,12 @@ class Windows:
             self.say_unreadable(name, error)
 
     def settle(self, record: Channel, head: str, end: int) -> None:
-        """Put an end to a window's doubts, if it is as it was.
+        """Compare a doubtful window with the channel, unless it has changed meanwhile.
 
         Args:
-            head: The channel's, as the broker has read it.
-            end: The window's, before the broker was asked.
+            record: The window.
+            head: The channel's head, as read from the broker.
+            end: The window's end before that read.
         """
         with self.lock:
             if record.log.end == end:
@@ -392,19 +394,19 @@ class Windows:
                     wake_all(self._restart(record, head))
 
     def record(self, name: str) -> Channel:
-        """Return a channel's window, maybe a new one."""
+        """Return a channel's window; make it if it is missing."""
         with self.lock:
             return self.channels.setdefault(name, Channel())
 
     def watch(self, name: str) -> Channel | None:
-        """Have the broker tell of a channel, or of those that match a pattern.
+        """Have the broker announce a channel, or the channels that match a pattern.
 
         Returns:
             The channel's window; ``None`` for a pattern.
 
         Raises:
             Unavailable: The broker does not answer.
-            Denied: The engine refuses this name; all who subscribe to it have ended.
+            Denied: The engine denies access to this name; its subscriptions have ended.
         """
         record = None
         with self.lock:
@@ -414,7 +416,7 @@ class Windows:
                 record = self.channels.setdefault(name, Channel())
                 record.subscriptions += 1
                 self.budget.trim(record, time.monotonic())
-        # Others may have come first, and not be done: it is done twice, then.
+        # Another thread may be about to do the same: doing it twice does no harm.
         if record is None or not record.is_watched:
             try:
                 self.broker.watch(name)
@@ -423,12 +425,12 @@ class Windows:
                 raise
             if record is not None:
                 with self.lock:
-                    # A pattern may have brought it, and have gone since.
+                    # The window may be old: filled through a pattern that has ended.
                     record.is_doubtful = record.is_watched = True
         return record
 
     def unwatch(self, name: str) -> None:
-        """Take back one `watch`; the broker is told later, with what is idle."""
+        """Undo one `watch`; the broker is told later, together with idle names."""
         now = time.monotonic()
         idle: list[str] = []
         with self.lock:
@@ -444,14 +446,14 @@ class Windows:
                 record.subscriptions -= 1
                 record.idle_since = now
                 if not record.subscriptions:
-                    record.held = ()  # nobody is there any more
+                    record.held = ()  # no subscriber is left
             idle += self._forget_idle(now)
         for name in idle:
             try:
                 self.broker.unwatch(name)
-            except BrokerError as error:  # it goes on to tell what nobody wants
+            except BrokerError as error:  # unneeded announcements do no harm
                 say(log, logging.WARNING, "%r could not be unwatched: %s", name, error)
-            # Somebody may have come in between, and have it watched before this.
+            # A subscription may have come meanwhile; its watch was before this unwatch.
             with self.lock:
                 found = self.channels.get(name)
                 is_back = name in self.patterns or (
@@ -463,19 +465,21 @@ class Windows:
     def _watch_again(self, name: str) -> None:
         try:
             self.broker.watch(name)
-        except Exception as error:  # they have it watched, as they believe
-            text = "%r cannot be watched, and its subscribers are ended"
+        except Exception as error:  # its subscriptions rely on the watch
+            text = "%r cannot be watched, so its subscribers are ended and reconnect"
             say(log, logging.ERROR, text, name, error=error)
             self._end_named(name, "closed")
         self.resync([name])
 
     def _forget_idle(self, now: float, is_watched: bool = True) -> list[str]:
-        """Drop windows that nobody wants, under the lock; return the watched ones'.
+        """Drop idle windows, under the lock; return the names that were watched.
 
-        Those that nobody has wanted for long, and the oldest where they are many.
+        These are windows without subscribers for a long time, and the oldest ones if
+        there are many.
 
         Args:
-            is_watched: Those that the broker tells of by their names, too.
+            now: The present `time.monotonic`.
+            is_watched: Also drop windows whose names are watched.
         """
         if now - self._swept < limits.IDLE / 4 and len(self.channels) < self._crowd:
             return []
@@ -494,7 +498,7 @@ class Windows:
         ]
         for name, record in dropped:
             del self.channels[name]
-            self.budget.empty(record)  # a pattern's subscription may hold it
+            self.budget.empty(record)  # a subscription to a pattern may still have it
         count = len(self.channels)
         self._crowd = count + max(limits.CROWD, count // 2)
         return [name for name, record in dropped if record.is_watched]

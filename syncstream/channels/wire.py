@@ -1,4 +1,4 @@
-"""What a subscription gives out of what it has read: events, frames, lines."""
+"""The forms in which a subscription gives items out: events, frames, lines."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .payloads import decoder_of
 __all__ = ["decoded", "framed", "lined"]
 
 Ids = Callable[[Cursor, str], str] | None
-"""Returns the id of a reader of several channels, see `Reading.id_at`; ``None`` for the
-reader of one, whose ids are those of the events."""
+"""Returns the id for a reader of several channels, see `Reading.id_at`; ``None`` for a
+reader of one channel, who gets the events' own ids."""
 
 
 def framed(item: Item, ids: Ids) -> bytes:
-    """Return the bytes of an event stream."""
+    """Return an item as the bytes of an event stream."""
     cursor, entry = item
     if isinstance(entry, Event):
         return decoded(item, ids).encode()
@@ -29,7 +29,7 @@ def framed(item: Item, ids: Ids) -> bytes:
 
 
 def decoded(item: Item, ids: Ids) -> Event:
-    """Return the event, as a client gets it."""
+    """Return an item as an event, with the id for its reader."""
     cursor, entry = item
     if isinstance(entry, Event):  # a gap, or a snapshot's
         if ids is None or entry.id is None:
@@ -45,7 +45,7 @@ def decoded(item: Item, ids: Ids) -> Event:
 
 
 def lined(item: Item, ids: Ids, dumps: Dumps) -> bytes:
-    """Return one line of NDJSON."""
+    """Return an item as a line of NDJSON."""
     event = decoded(item, ids)
     fields: Mapping[str, Any] = {
         **({} if ids is None else {"channel": item[0].name}),

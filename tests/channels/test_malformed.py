@@ -123,7 +123,7 @@ def test_what_is_told_is_dropped(hub, caplog):
     assert [shape(read_all(s)) for s in begun] == [["1"]] * 3
 
     def lines():
-        text = "something in 'a' is no event"
+        text = "an entry of 'a' is not an event of a hub"
         return [r for r in caplog.records if text in r.getMessage()]
 
     await_true(lines)
@@ -186,7 +186,7 @@ def test_what_is_stored_is_passed(hub, broker, payload, caplog):
         assert shape(found) == expected
         assert not found or found[-1].id == last
         resumed.close()
-    await_true(lambda: "is no event" in caplog.text)
+    await_true(lambda: "is not an event of a hub" in caplog.text)
 
 
 def test_nothing_but_what_is_none(hub, broker):
@@ -255,4 +255,4 @@ def test_a_name_that_no_hub_has_is_named(caplog):
         hub.sink.deliver("no\nchannel", Entry("2-2", "1-1", b"data: 1\n\n"))
         assert reader.read(0) == []
     journal().flush()
-    assert "it is in no channel of ours" in caplog.text
+    assert "the channel's name is invalid" in caplog.text

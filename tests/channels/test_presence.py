@@ -165,7 +165,7 @@ def test_what_is_malformed_is_dropped(hub, payload, caplog):
     hub.broker.publish([(PRESENCE, payload), (PRESENCE, encoded("room", JOIN))])
     assert told(watcher.read(0)) == ["join"]
     journal().flush()
-    assert f"something in {PRESENCE!r} is no event" in caplog.text
+    assert f"an entry of {PRESENCE!r} is not an event of a hub" in caplog.text
 
 
 def test_workers_without_this_deliver_it_to_nobody():

@@ -1222,7 +1222,7 @@ def soak(kind, seconds, choose, commit="", with_old=False, **options):
     counts = verdict.counts
     statuses = {k: n for k, n in sorted(counts.items()) if k.startswith("status")}
     not_done = [fault for fault in run.faults if fault.problem]
-    denied = sum(log.count("whose subscribers are denied") for log in logs)
+    denied = sum(log.count("so its subscribers are ended") for log in logs)
     print(
         f"  published {len(published)}, acknowledged {counts['stored']}, uncertain"
         f" {counts['Uncertain']}, not stored {counts['Unavailable']}; delivered"
