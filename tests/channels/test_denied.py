@@ -74,7 +74,7 @@ def said(caplog, name="'a'"):
 
     def lines():
         texts = [(record, record.getMessage()) for record in caplog.records]
-        return [r for r, text in texts if f"refuses {name}," in text]
+        return [r for r, text in texts if f"denies access to {name}," in text]
 
     await_true(lines)
     journal().flush()
