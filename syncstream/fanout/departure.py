@@ -1,15 +1,14 @@
 """`Departure`: a client's way from its server to the loop.
 
-A response whose source is a subscription needs no thread once its head is out. The
-connection is withheld from its server while that writes the head and the opening; both
-are read back, and the connection, with all that was to be done at its stream's end,
-goes to the loop. Where anything is in the way the client stays, and is served in the
+A response whose source is a subscription needs no thread once its head is sent. The
+connection is withheld from its server while the server writes the head and the opening,
+which are read back. Then the connection goes to the loop, with the callbacks and the
+place of its stream. If anything prevents this, the client stays, and is served in the
 thread or greenlet of its request.
 
-**Who owns what.** Until `Swap.take` has succeeded the connection is the server's. From
-there on it is this module's, until the loop has been given the client: whatever is
-raised in between, a signal's exit for one, ends the client here, with its callbacks and
-its place.
+**Who owns what.** Until `Swap.take` succeeds, the server owns the connection. Then this
+module owns it until the loop has the client: an exception in between, for example the
+exit of a signal handler, ends the client here, with its callbacks and its place.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ log = logging.getLogger("syncstream.stream")
 class Departure:
     """Takes one stream's client to the loop.
 
-    Its methods are called in the request's thread or greenlet.
+    Call its methods in the request's thread or greenlet.
 
     Args:
-        parts: The stream's.
+        parts: The stream's parts.
 
     Attributes:
-        client: Once the loop has it; from then on its end is the stream's.
+        client: The loop's client, ``None`` before; its end is the stream's end.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -52,7 +51,7 @@ class Departure:
 
     @property
     def is_possible(self) -> bool:
-        """Whether the client is to leave as soon as its head is out."""
+        """Whether the client will leave as soon as its head is sent."""
         output = self._parts.output
         return (
             isinstance(self._parts.source.feed, Subscription)
@@ -68,10 +67,10 @@ class Departure:
         return self._swap is not None
 
     def begin(self) -> None:
-        """Withhold the connection from its server until that has written.
+        """Withhold the connection from its server until the server has written.
 
-        Where that cannot be, the client stays; or has its stream's end decided, if it
-        must not stay either.
+        If that is impossible the client stays; if it must not stay, its stream's end is
+        decided.
         """
         parts, connection = self._parts, self._parts.output.connection
         assert connection is not None
@@ -95,7 +94,7 @@ class Departure:
         self._parts.monitor.observe()
 
     def close(self) -> None:
-        """Give the connection back, if it is withheld; its response is not whole."""
+        """Give a withheld connection back; the response is incomplete."""
         swap, self._swap = self._swap, None
         if swap is not None:
             swap.close()
@@ -104,8 +103,8 @@ class Departure:
         """Take the connection for good; tell whether the loop goes on with it.
 
         Args:
-            first: What follows the opening, unframed; it may be empty.
-            events: So many are in it.
+            first: The unframed bytes after the opening; may be empty.
+            events: The number of events in ``first``.
         """
         swap, parts = self._swap, self._parts
         if swap is None:
@@ -132,7 +131,7 @@ class Departure:
     def _prepare(
         self, source: Subscription, opening: bytes, first: bytes, events: int
     ) -> tuple[Fanout, Client] | None:
-        """Do all that may fail, before the connection is taken; ``None`` if it did."""
+        """Do all that may fail before the connection is taken; ``None`` if it fails."""
         parts, output = self._parts, self._parts.output
         connection, life = output.connection, parts.life
         process, served = parts.monitor.process, parts.monitor.served
@@ -178,7 +177,7 @@ class Departure:
         taken: Taken,
         first: bytes,
     ) -> None:
-        """Give the loop the client, with all that is to be done at its end."""
+        """Give the client to the loop, with the callbacks and the place."""
         closing, to_close = self._parts.closing, self._parts.source.to_close
         callbacks = tuple(closing.callbacks)
         try:

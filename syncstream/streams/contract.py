@@ -85,59 +85,59 @@ class Life:
 
 
 class Frames(Protocol):
-    """A feed's chunks, all that is there in one; they end by `Closed`.
+    """A feed's chunks, each of all events that are ready; they end by `Closed`.
 
     Attributes:
-        events: So many have been in them.
+        events: The number of events in the chunks so far.
     """
 
     @property
     def events(self) -> int: ...
 
     def __next__(self) -> bytes:
-        """Return the next; wait for it in the stream's scope."""
+        """Return the next chunk; wait for it in the stream's scope."""
 
 
 class Feed(Protocol):
-    """A source that needs no thread of its own: it says what there is, and wakes.
+    """A source that needs no thread: it returns what is ready, and wakes for more.
 
     It is an iterable of its items, too. `Subscription` is one; see `is_feed`.
     """
 
     @property
     def begins_with_user_code(self) -> bool:
-        """Whether `begin` may call what the application has given."""
+        """Whether `begin` may call functions of the application."""
 
     def begin(self) -> None:
-        """Fix where it begins, before it is read.
+        """Fix the position, before the first read.
 
         Raises:
-            Closed: It has ended.
-            Unavailable: That cannot be had now; the first read tries again.
+            Closed: The feed has ended.
+            Unavailable: The position is not available now; the first read tries again.
         """
 
     def step(self) -> tuple[bytes, int, float | None]:
-        """Return what is there, without waiting for it.
+        """Return the bytes that are ready, without waiting.
 
         Returns:
-            Bytes, and how many events they are. No bytes: when to come again
-            (`time.monotonic`), or ``None``: its waiter will be woken, if it has one.
+            The bytes, their number of events, and without bytes the time of the next
+            call (`time.monotonic`), or ``None`` if the waiter will be woken.
         """
 
     def frames(self, is_events: bool, dumps: Dumps, scope: Scope | None) -> Frames:
-        """Return its chunks for a response.
+        """Return the chunks for a response.
 
         Args:
-            is_events: As an event stream; else as lines of JSON.
-            dumps: Encodes these.
+            is_events: Whether they are an event stream; else they are lines of JSON.
+            dumps: Encodes the lines.
             scope: The response's stream.
         """
 
     def detach(self, waiter: Wakeable | None) -> None:
-        """Have this woken by what is new, in place of the thread that has read it."""
+        """Wake this waiter for new events, instead of the thread that has read."""
 
     def count(self, events: int) -> None:
-        """Count what `step` has returned as sent."""
+        """Count events of `step` as sent."""
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -151,27 +151,27 @@ def is_feed(source: object) -> TypeGuard[Feed]:
 
 
 class Departed(Protocol):
-    """A client that goes on without its server, and without the response.
+    """A client that goes on without its server and without the response.
 
     Attributes:
-        reason: Why it has ended, ``None`` while it lives.
+        reason: Why its stream has ended, ``None`` while it lives.
     """
 
     @property
     def reason(self) -> str | None: ...
 
     def stop(self, reason: str = ...) -> None:
-        """End it; from any thread."""
+        """End its stream, from any thread."""
 
     def on_close(self, callback: Callable[[], object]) -> None:
-        """Call this, too, when it has ended; from any thread."""
+        """Register a callback for its end, from any thread."""
 
 
 class Departure(Protocol):
-    """Takes a feed's client from its server, so that no thread is held for it.
+    """Takes a feed's client from its server, so that it holds no thread.
 
     Attributes:
-        client: The client, once it has gone.
+        client: The client once it has left, ``None`` before.
     """
 
     @property
@@ -179,25 +179,25 @@ class Departure(Protocol):
 
     @property
     def is_possible(self) -> bool:
-        """Whether the client is to leave as soon as its head is out."""
+        """Whether the client will leave as soon as its head is sent."""
 
     @property
     def is_begun(self) -> bool:
         """Whether the connection is withheld from its server."""
 
     def begin(self) -> None:
-        """Withhold the connection from its server until that has written.
+        """Withhold the connection from its server until the server has written.
 
-        Where that cannot be, the client stays, or its stream's end is decided.
+        If that is impossible the client stays, or its stream's end is decided.
         """
 
     def finish(self, first: bytes, events: int) -> bool:
         """Take the connection for good; tell whether it goes on elsewhere.
 
         Args:
-            first: What follows the opening, unframed; it may be empty.
-            events: So many are in it.
+            first: The unframed bytes after the opening; may be empty.
+            events: The number of events in ``first``.
         """
 
     def close(self) -> None:
-        """Give the connection back, if it is withheld."""
+        """Give a withheld connection back."""
