@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +32,7 @@ from syncstream.runtime.journal import journal
 from syncstream.runtime.process import AT_ONCE
 from syncstream.runtime.sockets import is_hung_up
 from syncstream.runtime.watch import Watch
+from syncstream.servers.swap import Taken
 from syncstream.streams.contract import Format, Life
 from syncstream.streams.keepalive import Keepalive
 from syncstream.streams.outcome import Outcome
@@ -1154,6 +1156,45 @@ class Unswapped:
 
     def undo(self):
         self.undone += 1
+
+
+def test_without_epoll_nothing_is_taken_from_a_server(line, monkeypatch, caplog):
+    """There is no loop then: nothing is tried, and nothing said."""
+    monkeypatch.setattr("syncstream.fanout.departure.native_epoll", lambda: None)
+    swaps = []
+    line.swap = lambda: swaps.append(1)
+    with closing(Hub()) as hub:
+        stream = stream_of(hub.subscribe("a", after="start"), line)
+        chunks = iter(stream)
+        assert next(chunks) == b": ok\n\n"
+        hub.publish("a", "1")
+        assert b"data: 1\n\n" in next(chunks)
+        stream.close()
+    assert (swaps, caplog.messages) == ([], [])
+
+
+def test_a_stop_that_comes_as_a_client_leaves_is_done(line):
+    """In the moment when its connection is the loop's already, and it is not."""
+    ended = threading.Event()
+    with tcp_pair() as (server, _), closing(Hub()) as hub:
+
+        class Leaving(Unswapped):
+            def take(self, opening):
+                stream.stop("kicked")
+                fd = os.dup(server.fileno())
+                os.set_blocking(fd, False)
+                return Taken(fd, b"HTTP/1.1 200 OK\r\n\r\n" + opening, False)
+
+            def close(self):
+                """It was taken."""
+
+        line.swap = Leaving
+        stream = stream_of(hub.subscribe("a"), line)
+        stream.on_close(ended.set)
+        assert list(stream) == [b": ok\n\n"]
+        stream.close()
+        assert ended.wait(TIMEOUT)
+        assert stream.reason == "kicked"
 
 
 def test_a_loop_that_cannot_start_is_said_once(line, monkeypatch, caplog):
