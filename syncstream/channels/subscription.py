@@ -322,11 +322,13 @@ class Subscription:
         with self._windows.lock:
             if self._windows.is_closed and self.reason is None:
                 self.reason = "closed"
-            if self.reason is None:
+            is_open = self.reason is None
+            if is_open:  # from here on `close` has it leave
                 attendance.announced = self._announced()
                 self._attendance = attendance
-        if self.reason is not None:
+        if not is_open:
             self._leave(attendance)
+        if self.reason is not None:
             raise Closed(self.reason)
         # A generator that has ended may keep us for long.
         if not is_owned and scope is not None:
