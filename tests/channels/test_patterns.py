@@ -196,6 +196,20 @@ def test_a_pattern_outlives_a_window(hub, monkeypatch):
     assert hub.stats()["channels"] < 5
 
 
+def test_a_position_is_one_in_its_own_window(hub, monkeypatch):
+    """What was read in a window that is forgotten says nothing of the next one."""
+    subscription = hub.subscribe("chat:*")
+    subscription.read(0)
+    hub.publish_many("chat:1", "012")
+    assert data(read_all(subscription)) == ["0", "1", "2"]
+    monkeypatch.setattr(limits, "IDLE", 0.0)
+    hub.publish("chat:2", "x")
+    assert data(read_all(subscription)) == ["x"]
+    assert "chat:1" not in hub.windows.channels
+    hub.publish_many("chat:1", "3")
+    assert data(read_all(subscription)) == ["3"]
+
+
 @pytest.mark.parametrize("after", ["id", 1, "start"])
 def test_a_pattern_that_went_leaves_no_stale_window(hub, after):
     """What came after a pattern's end is not withheld from who comes back."""

@@ -156,6 +156,34 @@ def test_kicks_and_beginnings(hub):
     assert hub.stats()["subscribers"] == 0
 
 
+def test_an_end_just_after_the_beginning(hub):
+    """Whoever closes it the moment that it counts as present takes back all, once."""
+
+    class Lock:
+        """The hub's lock: a subscription that has begun ends as it is released."""
+
+        def __init__(self, lock):
+            self.lock = lock
+
+        def __enter__(self):
+            self.lock.acquire()
+
+        def __exit__(self, *error):
+            self.lock.release()
+            reading = subscription.reading
+            if reading is not None and reading.cursors:
+                hub.windows.lock = self.lock
+                subscription.close()
+
+    subscription = hub.subscribe("a", "b:*")
+    hub.windows.lock = Lock(hub.windows.lock)
+    with pytest.raises(Closed):
+        subscription.read(0)
+    assert hub.windows.channels["a"].subscriptions == 0
+    assert not hub.windows.patterns
+    assert hub.stats()["subscribers"] == 0
+
+
 def test_a_kick_while_the_broker_is_asked(place):
     """It is not lost in what the reader does before it waits."""
     started = []
