@@ -39,9 +39,8 @@ class Subscription:
     one; a second one in a generator begins where ``after`` says. One thread or greenlet
     reads it.
 
-    It has more than 25 methods, because three sides call it: its reader, the loop of
-    `fanout` in place of a reader (a `Reading` does the work of both), and the windows.
-    Each method is short.
+    Many methods: three sides call it, its reader, the loop of `fanout` in place of a
+    reader (a `Reading` does the work of both), and the windows. Each method is short.
 
     Attributes:
         who: As given to `Hub.subscribe`.
