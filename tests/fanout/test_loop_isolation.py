@@ -401,3 +401,15 @@ def test_a_lane_is_started_once(monkeypatch):
     tried.set()
     join()
     assert len(starts) == 1
+
+
+def test_what_was_taken_to_answer_is_given_back(hub, peers):
+    """Each time that an application was asked, not at the end alone."""
+    asked, given = [], []
+    peers(
+        hub,
+        authorize=(lambda subscription: asked.append(1) or True, 0.02),
+        before_wait=[lambda: given.append(len(asked))],
+    )
+    await_true(lambda: len(asked) > 3 and len(given) > 1)
+    assert given[-1] > given[0]
