@@ -14,7 +14,7 @@ from ..channels import limits
 from ..channels.subscription import Subscription
 from ..runtime.clock import time
 from ..runtime.process import Process, Served
-from ..runtime.sockets import GRACE, give_up_after
+from ..runtime.sockets import GRACE, acknowledged, give_up_after, queued
 from ..streams.capacity import Place
 from .lanes import Job, Lanes, run_safely
 
@@ -160,13 +160,15 @@ class Client:
             return
         reason = self.subscription.reason
         if reason is not None:
-            self._loop.end(self, reason if reason in self.terms.reasons else "closed")
+            self._loop.ends.end(
+                self, reason if reason in self.terms.reasons else "closed"
+            )
         elif self.group is not None and not self.group.is_shared:
             self.group.turn()
 
     def stop(self, reason: str = "closed") -> None:
         """End it, from any thread."""
-        self._loop.call(partial(self._loop.end, self, reason), self)
+        self._loop.call(partial(self._loop.ends.end, self, reason), self)
 
     def on_close(self, callback: Callable[[], object]) -> None:
         """Call this, too, when it has ended; from any thread."""
@@ -177,6 +179,21 @@ class Client:
             self.callbacks = (*self.callbacks, callback)
         else:
             self.terms.lanes.users.do(callback)
+
+    def is_stuck(self, now: float) -> bool:
+        """Tell whether it lags, and has taken nothing for its send timeout."""
+        limit = self.terms.send_timeout
+        if limit is None:
+            return False
+        # A Unix socket acknowledges nothing: its queue, that we fill, is read.
+        taken = acknowledged(self.fd) or queued(self.fd)
+        if taken is not None and taken != self.acknowledged:
+            if self.acknowledged is not None:
+                self.since = now
+            else:  # if it was long ago, we were stopped ourselves
+                self.since = max(self.since, now - limit / 2)
+            self.acknowledged = taken
+        return now - self.since >= limit
 
     # Its times: see `Wheel`.
 
@@ -191,10 +208,10 @@ class Client:
             self.settles_at = math.inf
             give_up_after(self.fd, (self.terms.send_timeout or 0.0) + GRACE)
         if now >= self.deadline:
-            self._loop.end(self, "max_duration")
+            self._loop.ends.end(self, "max_duration")
         elif self.answer_by is not None:
             if now >= self.answer_by:
-                self._loop.end(self, "denied")
+                self._loop.ends.end(self, "denied")
                 text = "authorize of %s has not answered in %g seconds: it is denied"
                 self.terms.lanes.say(logging.WARNING, text, self.label, limits.ANSWER)
             else:  # it waits for others, which may never come back
@@ -215,7 +232,7 @@ class Client:
         try:
             self.subscription.ask()
         except BaseException as error:  # a sys.exit() ends nobody else
-            self._loop.call(partial(self._loop.fail, self, error), self)
+            self._loop.call(partial(self._loop.ends.fail, self, error), self)
         else:
             self._loop.call(self._again, self)
         finally:

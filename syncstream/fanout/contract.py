@@ -11,6 +11,7 @@ from .wheel import Wheel
 
 if TYPE_CHECKING:
     from .client import Client
+    from .ends import Ends
     from .group import Group
     from .meeting import Meeting
 
@@ -21,11 +22,13 @@ class Loop(Protocol):
     """What serves the clients. `call` may be used from any thread, all else in it.
 
     Attributes:
+        ends: Ends clients.
         meeting: Where clients find others at their place.
         sender: Sends events.
         wheel: Keeps the times of clients and groups.
     """
 
+    ends: Ends
     meeting: Meeting
     sender: Sender
     wheel: Wheel
@@ -44,15 +47,6 @@ class Loop(Protocol):
 
     def cut(self, owner: Client | Group, error: BaseException) -> None:
         """Cut those whom a failure concerns."""
-
-    def fail(self, client: Client, error: BaseException) -> None:
-        """End a client for an error of the application, or with its subscription."""
-
-    def end(self, client: Client, reason: str) -> None:
-        """End a client, once."""
-
-    def hung_up(self, client: Client) -> None:
-        """End a client that has gone."""
 
     def lag(self, client: Client, rest: memoryview) -> None:
         """Let a client go on by itself, with the rest of a chunk first."""

@@ -171,7 +171,7 @@ class Group:
             return
         if isinstance(told, BaseException):
             for client in tuple(self.clients.values()):
-                self._loop.guard(client, partial(self._loop.fail, client, told))
+                self._loop.guard(client, partial(self._loop.ends.fail, client, told))
             return
         chunk, count, when = told
         if chunk:
@@ -214,7 +214,7 @@ class Group:
                 elif -taken in (errno.EAGAIN, errno.ENOBUFS):
                     loop.lag(client, memoryview(framed))
                 else:
-                    loop.hung_up(client)
+                    loop.ends.hung_up(client)
             except BaseException as error:
                 loop.cut(client, error)
 
@@ -225,7 +225,7 @@ class Group:
         text = "what %d subscribers wait for has not come in %g seconds: they are ended"
         self.terms.lanes.say(logging.ERROR, text, len(self.clients), STUCK)
         for client in tuple(self.clients.values()):
-            self._loop.guard(client, partial(self._loop.end, client, "error"))
+            self._loop.guard(client, partial(self._loop.ends.end, client, "error"))
 
     def next_time(self) -> float:
         keepalive = self.terms.keepalive

@@ -45,22 +45,19 @@ from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ..errors import Closed
 from ..runtime.clock import time
 from ..runtime.journal import MOST, journal, report
 from ..runtime.process import EXIT_WAIT, Process, Served, process
 from ..runtime.signals import block_sigpipe
 from ..runtime.sockets import (
-    acknowledged,
-    has_timed_out,
     hold,
     native,
-    queued,
 )
 from ..runtime.waiting import gevent_hub
 from ..runtime.watch import native_epoll, native_lock, watch
 from .client import Client, Terms
-from .connection import close, say_goodbye, send_head
+from .connection import send_head
+from .ends import Ends
 from .group import Group
 from .lanes import Crew, Doer, HubCrew, HubLane, Job, Lane, Lanes, say_failed
 from .meeting import Meeting
@@ -122,6 +119,8 @@ class Fanout:
         self._lanes: dict[Any, Lanes] = {}
         self._lanes_lock = native_lock()
         self._epoll = epoll()
+        tables = self._clients, self._lagging
+        self.ends = Ends(*tables, self._epoll, self.wheel, self.meeting)
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Each write to it is told of, once: it need not be read.
         self._epoll.register(self._event_fd, select.EPOLLIN | select.EPOLLET)
@@ -334,7 +333,7 @@ class Fanout:
             try:
                 if client is not None:
                     if mask & _GONE:
-                        self.hung_up(client, is_error=bool(mask & _ERROR))
+                        self.ends.hung_up(client, is_error=bool(mask & _ERROR))
                     else:
                         self._flush(client)
                 elif fd != self._event_fd:  # it is on its way, or has ended just now
@@ -388,18 +387,9 @@ class Fanout:
             owner.is_asking = False  # nor is anything told to it any more
             clients = (*owner.clients.values(),)
         for client in clients:
-            self._cut(client)
+            self.ends.cut(client)
         text = "the loop of the subscribers failed: %d of them are cut"
         say_failed(text, error, len(clients))
-
-    def _cut(self, client: Client) -> None:
-        if client.reason is not None:
-            return
-        if client.group is None and client not in client.terms.served.parked:
-            client.early = "error"  # its descriptor is not ours yet
-            return
-        client.rest = _UNKNOWN
-        self._end(client, "error")
 
     def _die(self, error: BaseException | None) -> None:
         """Let everybody go: this loop sends nothing any more.
@@ -409,7 +399,7 @@ class Fanout:
         self.is_dead = True
         count = len(self._clients)
         for client in (*self._clients.values(),):
-            self._cut(client)
+            self.ends.cut(client)
         self._call_the_last()
         self.replace_sender()
         # The other descriptor stays open: somebody may be about to write to it.
@@ -428,7 +418,7 @@ class Fanout:
         if not client.claim():
             return
         if self.is_dead:
-            self._cut(client)
+            self.ends.cut(client)
         if client.reason is not None:  # by a failure
             return
         self._early.discard(client.fd)
@@ -439,7 +429,7 @@ class Fanout:
         if os.get_blocking(client.fd):
             raise ValueError("a descriptor of the loop's must have O_NONBLOCK")
         if problem is not None:
-            self.end(client, "error")
+            self.ends.end(client, "error")
             text = "%s cannot be waited for: %s"
             client.terms.lanes.say(logging.WARNING, text, client.label, problem)
             return
@@ -448,7 +438,7 @@ class Fanout:
         client.rest = memoryview(rest)
         self._flush(client)
         if client.early is not None:
-            self.end(client, client.early)
+            self.ends.end(client, client.early)
 
     def lag(self, client: Client, rest: memoryview) -> None:
         """Let a client go on by itself, as fast as it can."""
@@ -473,7 +463,7 @@ class Fanout:
         except BlockingIOError:
             taken = 0
         except OSError:
-            self.hung_up(client)
+            self.ends.hung_up(client)
             return
         if taken:
             client.since = time.monotonic()
@@ -494,22 +484,11 @@ class Fanout:
             return
         self._looked_at = now
         for client in tuple(self._lagging.values()):
-            self.guard(client, partial(self._look_at, client, now))
-
-    def _look_at(self, client: Client, now: float) -> None:
-        limit = client.terms.send_timeout
-        if limit is None:
-            return
-        # A Unix socket acknowledges nothing: its queue, that we fill, is read.
-        taken = acknowledged(client.fd) or queued(client.fd)
-        if taken is not None and taken != client.acknowledged:
-            if client.acknowledged is not None:
-                client.since = now
-            else:  # if it was long ago, we were stopped ourselves
-                client.since = max(client.since, now - limit / 2)
-            client.acknowledged = taken
-        if now - client.since >= limit:
-            self.end(client, "send_timeout")
+            try:
+                if client.is_stuck(now):
+                    self.ends.end(client, "send_timeout")
+            except BaseException as error:
+                self.cut(client, error)
 
     def abandon(self) -> None:
         """Close the copies of a parent's own descriptors, in a child.
@@ -523,94 +502,8 @@ class Fanout:
             native(os, "close")(self._event_fd)
         self._epoll.close()
 
-    # Ends.
-
-    def hung_up(self, client: Client, *, is_error: bool = True) -> None:
-        timed_out = is_error and has_timed_out(client.fd)
-        self.end(client, "send_timeout" if timed_out else "disconnected")
-
-    def fail(self, client: Client, error: BaseException) -> None:
-        """End a client for an error of the application's, or with its subscription."""
-        if client.reason is not None:
-            return
-        if isinstance(error, Closed):
-            known = error.reason in client.terms.reasons
-            self.end(client, error.reason if known else "closed")
-            return
-        self.end(client, "error")
-        text = "the source of %s failed"
-        client.terms.lanes.say(logging.ERROR, text, client.label, error=error)
-
-    def end(self, client: Client, reason: str) -> None:
-        """End a client, once; what is the application's of it in its lane."""
-        if client.reason is not None:
-            return
-        if client.group is None:
-            # It is on its way here, and its head has not been sent.
-            client.early = client.early or reason
-            return
-        self._end(client, reason)
-
-    def _end(self, client: Client, reason: str) -> None:
-        client.reason = reason
-        fd, group = client.fd, client.group
-        # By statements, which do not fail: from here on nothing is sent to its number,
-        # which may soon be another's.
-        if group is not None and fd in group.clients:
-            del group.clients[fd]
-        if fd in self._clients and self._clients[fd] is client:
-            del self._clients[fd]
-        if fd in self._lagging and self._lagging[fd] is client:
-            del self._lagging[fd]
-        for step in _ENDS:
-            try:
-                step(self, client)
-            except BaseException as error:
-                say_failed("the end of %s failed", error, client.label)
-
-    def _forget(self, client: Client) -> None:
-        with suppress(OSError):
-            self._epoll.unregister(client.fd)
-        self.wheel.remove(client)
-
-    def _leave_group(self, client: Client) -> None:
-        group = client.group
-        if group is None:
-            return
-        try:
-            group.left(client)
-        except BaseException:
-            if not group.clients:  # twice, if need be: nobody else forgets it
-                self.meeting.forget(group)
-            raise
-
-    def _say_goodbye(self, client: Client) -> None:
-        say_goodbye(client)
-
-    def _close(self, client: Client) -> None:
-        client.rest = None
-        close(client.fd)
-
-    def _depart(self, client: Client) -> None:
-        # Twice, if need be: its place is not to be lost.
-        try:
-            leave = Job(client.leave, lambda error: client.leave())
-            client.terms.lanes.ends.do(leave)
-        except BaseException:
-            journal().do(client.leave)
-            raise
-
 
 Owner = Client | Group | None
-_UNKNOWN = memoryview(b"?")  # the rest of nobody knows what
-_ENDS: tuple[Callable[[Fanout, Client], None], ...] = (
-    Fanout._forget,
-    Fanout._leave_group,
-    Fanout._say_goodbye,
-    Fanout._close,
-    Fanout._depart,
-)
-
 _fanouts: dict[int, Fanout] = {}  # this process's, and its parents' if it was forked
 _lock = native_lock()
 

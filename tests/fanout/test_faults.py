@@ -14,7 +14,16 @@ from werkzeug.test import create_environ, run_wsgi_app
 import syncstream.runtime.watch
 from syncstream import Hub, SSEResponse, Unavailable, sleep
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.fanout import client, connection, group, lanes, loop, meeting, wheel
+from syncstream.fanout import (
+    client,
+    connection,
+    ends,
+    group,
+    lanes,
+    loop,
+    meeting,
+    wheel,
+)
 from syncstream.fanout.loop import fanout
 from syncstream.runtime.journal import MOST, Journal, journal
 from syncstream.runtime.process import Process
@@ -222,7 +231,7 @@ PARTS = 6  # of the walk: they run beside each other
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_call_of_the_loop_raises(quiet, part):
     """In turn: those whom it concerns are cut, everybody else gets every event."""
-    faults = Faults(wheel, lanes, connection, group, client, meeting, loop)
+    faults = Faults(wheel, lanes, connection, group, client, meeting, ends, loop)
     scene = Scene(faults)
     faults.seen.clear()
     scene.act()

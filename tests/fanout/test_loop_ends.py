@@ -263,3 +263,14 @@ assert done == [1]
 def test_the_exit_waits_for_the_loop():
     """For what it is in the middle of; a thread that went on would bring all down."""
     assert check_script(QUIT) == ""
+
+
+def test_who_leaves_at_once_is_noticed_at_once(hub, peers):
+    """Though the loop is not woken for it, and may see its end before itself."""
+    for _ in range(30):
+        began = time.monotonic()
+        peer = peers(hub, keepalive=60.0)
+        peer.leave()
+        await_true(lambda peer=peer: peer.ends)
+        assert peer.ends == ["disconnected"]
+        assert time.monotonic() - began < 3  # the loop looks every 4 s by itself

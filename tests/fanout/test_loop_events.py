@@ -1,11 +1,13 @@
 """What the loop's clients get: all, in order, once."""
 
+import os
 import time
 
 import pytest
 
 from syncstream import Hub
 from tests.fanout.peers import (
+    HEAD,
     seen,
     settle,
     texts_until,
@@ -157,3 +159,26 @@ def test_a_keepalive_comes_in_the_form_that_a_client_reads(hub, peers):
             assert event
             for part in (before, after):
                 assert part == comment * part.count(b":")
+
+
+def test_the_loop_sleeps_on_while_nothing_is_there(hub, peers, loop, monkeypatch):
+    """A client gets its head without the loop, and its first event all the same."""
+    settle(loop)
+    woken, write = [], os.eventfd_write
+
+    def eventfd_write(fd, n):
+        woken.append(fd)
+        write(fd, n)
+
+    monkeypatch.setattr(os, "eventfd_write", eventfd_write)
+    here = [peers(hub, keepalive=60.0, add=False) for _ in range(3)]
+    for peer in here:
+        assert peer.subscription.step() == (b"", 0, None)  # as in its request
+        loop.add(peer.client, HEAD)
+        peer.read()
+        assert peer.data == HEAD
+    assert loop._event_fd not in woken
+    hub.publish("a", "1")
+    for peer in here:
+        assert texts_until(peer, "1") == ["1"]
+    assert loop._event_fd in woken
