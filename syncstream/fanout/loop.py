@@ -69,8 +69,9 @@ __all__ = ["Fanout", "fanout"]
 log = logging.getLogger("syncstream.fanout")
 
 LAG_EVERY = 0.25  # seconds between two looks at those who lag
-_LONGEST = 4.0  # seconds between two rounds: less than `SETTLE`
+LONGEST = 4.0  # seconds between two rounds: less than `SETTLE`
 SETTLE = 5.0  # seconds, at most, until the kernel is told of the send timeout
+MOST_CALLS = 64  # that may wait: a client takes more memory until it has joined
 _MOST_FAILURES = 10  # rounds in a row, 0.1 s after each other: then it cannot go on
 
 # 0 where there is no epoll. (gevent takes select.epoll away, and leaves these.)
@@ -166,7 +167,7 @@ class Fanout:
         if self.is_dead:
             self._call_the_last()
         # Set by those who call, cleared by the loop before it looks: none is missed.
-        elif by < self._next_look:
+        elif by < self._next_look or len(self._calls) >= MOST_CALLS:
             self._wake()
 
     def _wake(self) -> None:
@@ -356,11 +357,11 @@ class Fanout:
     def _pause(self) -> float:
         now = time.monotonic()
         # First: who adds a call after this has looked wakes us, or need not.
-        self._next_look = now + _LONGEST
+        self._next_look = now + LONGEST
         if self._again or self._calls:
             return 0.0
         left = self.wheel.left()
-        longest = LAG_EVERY if self._lagging else _LONGEST
+        longest = LAG_EVERY if self._lagging else LONGEST
         pause = longest if left < 0 else min(left, longest)
         self._next_look = now + pause
         return pause

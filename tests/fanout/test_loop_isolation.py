@@ -13,6 +13,7 @@ from syncstream.brokers.memory import MemoryBroker
 from syncstream.channels import limits
 from syncstream.fanout import group as group_module
 from syncstream.fanout import lanes as lanes_module
+from syncstream.fanout import loop as loop_module
 from syncstream.fanout.client import Client, Terms
 from syncstream.runtime.process import Process, Served
 from syncstream.runtime.sockets import native
@@ -331,6 +332,16 @@ def test_a_hub_that_closes_while_a_client_comes(hub, peers):
     hub.windows.is_closed = False
     hub.close()
     assert ended(peer)[0] == "closed"
+
+
+def test_calls_that_may_wait_do_not_pile_up(loop, monkeypatch):
+    """A client takes more memory until it has joined: a crowd of them joins early."""
+    monkeypatch.setattr(loop_module, "LONGEST", 3600.0)
+    settle(loop)
+    calls = []
+    for n in range(loop_module.MOST_CALLS):
+        loop.call(lambda n=n: calls.append(n), by=time.monotonic() + 3600)
+    await_true(lambda: len(calls) == loop_module.MOST_CALLS)
 
 
 @pytest.mark.parametrize("channels", ["a", "ab"])
