@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Protocol, cast
 
 from ..brokers.contract import Broker
+from ..brokers.names import is_pattern
 from ..errors import BrokerError, Denied
 from ..protocol.sse import Event
 from ..runtime.process import process
@@ -20,7 +21,7 @@ from .payloads import Payloads
 from .presence import PRESENCE, encoded
 from .windows import Channel, Reader, Windows
 
-__all__ = ["Attendance", "Subscriber", "Subscribers"]
+__all__ = ["Attendance", "Subscriber", "Subscribers", "told_channels"]
 
 log = logging.getLogger("syncstream.hub")
 
@@ -240,6 +241,15 @@ class Subscribers:
 
     def say_unreadable(self, name: str, error: BrokerError) -> None:
         self.windows.say_unreadable(name, error)
+
+
+def told_channels(subscription: Subscriber) -> Sequence[str]:
+    """Return the channels that get a subscription's "join" and "leave" events."""
+    if subscription.announcement is None:
+        return ()
+    if not subscription.has_patterns:
+        return subscription.channels
+    return [name for name in subscription.channels if not is_pattern(name)]
 
 
 _all: weakref.WeakSet[Subscribers] = weakref.WeakSet()  # cleared in forked children

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from .frames import Frames
 from .options import Options, check_channels
 from .patterns import Patterns
 from .reading import Reading
-from .subscribers import Attendance, Subscribers
+from .subscribers import Attendance, Subscribers, told_channels
 from .tags import NO_TAGS, check_tags
 from .wire import Ids, decoded, framed, lined
 
@@ -323,7 +323,7 @@ class Subscription:
                 self.reason = "closed"
             is_open = self.reason is None
             if is_open:  # from here on `close` has it leave
-                attendance.announced = self._announced()
+                attendance.announced = told_channels(self)
                 self._attendance = attendance
         if not is_open:
             self._leave(attendance)
@@ -333,14 +333,6 @@ class Subscription:
         if not is_owned and scope is not None:
             scope.on_close(partial(_close, weakref.ref(self)))
         subscribers.announce(attendance.announced, self.announcement, "join")
-
-    def _announced(self) -> Sequence[str]:
-        """Return the channels in which joins and leaves are announced."""
-        if self.announcement is None:
-            return ()
-        if not self.has_patterns:
-            return self.channels
-        return [name for name in self.channels if not is_pattern(name)]
 
     def _leave(self, attendance: Attendance) -> None:
         self.withdraw()
