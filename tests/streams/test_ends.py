@@ -1,6 +1,7 @@
 """Ends that a source resists, and ends of the whole process that hit in a source."""
 
 import queue
+import random
 import signal
 import socket
 import sys
@@ -11,6 +12,7 @@ from contextlib import nullcontext, suppress
 import pytest
 
 from syncstream import current_stream, sleep
+from syncstream.streams.ends import come_back
 from tests.support.pairs import Greenlets, Line, Threads, serve, stream_of
 from tests.support.waits import TIMEOUT, await_true
 
@@ -285,3 +287,13 @@ def test_a_stop_interrupts_no_cleaning_up(line, monkeypatch, tells):
             time.sleep(0.005)
         join()
     assert seen == ["cleaned up"]
+
+
+def test_nobody_comes_back_before_the_least_time(monkeypatch):
+    """Nor before what the application has set; whatever chance says."""
+    monkeypatch.setattr(random, "uniform", lambda least, most: least)
+    for reason in ("shutdown", "max_duration"):
+        assert come_back(reason, 0) == b"retry: 1000\n\n"
+    for reason in ("denied", "kicked", "error"):
+        assert come_back(reason, 0) == b"retry: 5000\n\n"
+    assert come_back("kicked", 7000) == b"retry: 7000\n\n"

@@ -19,6 +19,7 @@ import pytest
 
 from syncstream import (
     ClientDisconnected,
+    Closed,
     Event,
     Hub,
     SSEResponse,
@@ -990,6 +991,67 @@ def test_an_unwatched_stream_ends_with_its_server(monkeypatch):
         """It is sent."""
     stream.close()
     assert stream.reason == "shutdown"
+
+
+def test_what_fails_after_a_close_was_ignored_is_logged(line, caplog):
+    """Both: that it has yielded, and what it raised when it was closed again."""
+
+    def source():
+        try:
+            yield "a"
+        finally:
+            try:
+                yield "ignored"
+            finally:
+                raise LookupError("at last")
+
+    stream = Stream(source(), EVENTS)
+    stream.connect(line)
+    chunks = iter(stream)
+    assert [next(chunks), next(chunks)] == [b": ok\n\n", b"data: a\n\n"]
+    stream.close()
+    assert "generator ignored GeneratorExit" in caplog.text
+    assert "LookupError: at last" in caplog.text
+
+
+def test_a_source_that_ignores_every_close_is_given_up(line):
+    """After ten: it holds nobody up."""
+    closes, over = [], []
+
+    def source():
+        while not over:
+            try:
+                yield "a"
+            except GeneratorExit:
+                closes.append(1)
+
+    stream = Stream(source(), EVENTS)
+    stream.connect(line)
+    chunks = iter(stream)
+    assert [next(chunks), next(chunks)] == [b": ok\n\n", b"data: a\n\n"]
+    stream.close()
+    assert len(closes) == 10
+    over.append(1)
+
+
+def test_who_reads_on_after_the_end_has_not_failed(line, caplog):
+    """A subscription that has ended with the stream says so: that is no error."""
+
+    def source():
+        try:
+            sleep(60)
+            yield "a"
+        except GeneratorExit:
+            raise Closed("kicked") from None
+
+    stream = Stream(source(), EVENTS)
+    stream.connect(line)
+    join = Threads().start(lambda: list(stream))
+    await_true(lambda: stream.thread_wait)
+    stream.stop("kicked")
+    join()
+    stream.close()
+    assert "at its end" not in caplog.text
 
 
 def test_a_dropped_iterator_ends_its_stream(line):
