@@ -977,6 +977,7 @@ def test_an_unwatched_stream_ends_with_its_server(monkeypatch):
     monkeypatch.setattr("syncstream.streams.monitor.watch", full)
     line, told = Browser(), []
     line.stopping = lambda: AT_ONCE if told else None
+    line.server_key = object()  # no other test's server
 
     def source():
         yield "a"
