@@ -29,8 +29,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 def pytest_collection_modifyitems(items):
     """Mark as `matrix` what is less about Python than about servers and browsers.
 
-    That is each test in live/ and soak/, with one of `live.TABLE` for a parameter, or
-    a fixture's, and with a browser, `driver`. Others say it by ``pytest.mark.matrix``.
+    That is each test with one of `live.TABLE` for a parameter, or a fixture's, and
+    with a browser, `driver`. Others of deployments say it by ``pytest.mark.matrix``.
     See tests/run.
     """
     for item in items:
@@ -41,8 +41,7 @@ def pytest_collection_modifyitems(items):
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         names = [value for value in values if isinstance(value, str)]
         has_server = any(name.startswith(TABLE) for name in names)
-        is_live = item.path.parent.name in ("live", "soak")
-        if is_live or has_server or "driver" in item.fixturenames:
+        if has_server or "driver" in item.fixturenames:
             item.add_marker("matrix")
 
 

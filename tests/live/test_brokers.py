@@ -27,6 +27,8 @@ from tests.support.postgresql_server import PostgreSQL
 from tests.support.redis_server import RedisServer
 from tests.support.waits import TIMEOUT, await_true
 
+pytestmark = pytest.mark.matrix  # WAYS of serving by brokers
+
 LIMIT = 2 * TIMEOUT
 PROCESSES, EACH = 4, 3  # workers, and the clients of each
 WAYS = {

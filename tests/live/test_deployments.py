@@ -33,6 +33,8 @@ from tests.support.programs import lack, program
 from tests.support.redis_server import RedisServer
 from tests.support.waits import TIMEOUT, await_true
 
+pytestmark = pytest.mark.matrix
+
 GRACE = 10  # seconds: --graceful-timeout
 DRAIN = 2  # seconds that finite work runs on when the server is told to stop
 # Not told, that is as long as --graceful-timeout allows, of what `docker stop` waits.
