@@ -33,17 +33,16 @@ class _Referable:
 
 @dataclass(frozen=True, slots=True)
 class Terms(_Referable):
-    """What many clients have in common; equal ones are kept once.
+    """The settings that many clients share; equal ones are kept once.
 
     Attributes:
-        lanes: Do what the loop may not.
-        process, served: Where their streams are counted.
-        keepalive, send_timeout: Seconds, ``None`` for never.
-        retry: Milliseconds, at least, after which they are to come back.
-        comes_back: They take an end in good order for a break, as EventSources do.
-        reasons: Why an application may end a stream.
-        before_wait: What gives back, after code of the application has run, what
-            should not be held.
+        lanes: The lanes for work that the loop must not do.
+        process, served: The places where their streams are counted.
+        keepalive, send_timeout: Seconds, ``None`` for no limit.
+        retry: The minimum reconnection time, in milliseconds.
+        comes_back: Whether they reconnect after a normal end, as EventSources do.
+        reasons: The reasons for which an application may end a stream.
+        before_wait: Hooks that release resources after application code has run.
         comment: The keepalive, in the form that these clients read.
     """
 
@@ -59,7 +58,7 @@ class Terms(_Referable):
     comment: bytes = b": keepalive\n\n"
 
     def give_back(self) -> None:
-        """Call the hooks; one that fails keeps nobody waiting."""
+        """Call the hooks; a failure of one does not affect the others."""
         for hook in self.before_wait:
             try:
                 hook()
@@ -71,20 +70,20 @@ class Terms(_Referable):
 class Client:
     """One connection, and the subscription that is sent to it.
 
-    It stands where a thread would wait: a channel, or who ends the subscription,
-    wakes it (see `waiting.Waiter`).
+    It takes the place of a waiting thread: new events, and the end of the subscription,
+    wake it (see `waiter.Wakeable`).
 
     Args:
-        loop: The loop that is to have it.
-        fd: The connection's descriptor, the loop's from now on.
-        subscription: It has begun.
-        terms: From `Fanout.terms`.
-        label: For the log.
-        is_chunked: The framing of its response.
-        began, deadline: `time.monotonic`.
-        callbacks: The application's; called when it has ended.
-        place: Given back when it has ended, whatever the application does.
-        events, bytes: What has been sent, or will be with its head.
+        loop: The loop that will serve it.
+        fd: The connection's descriptor, which the loop owns from now on.
+        subscription: The subscription, which has begun.
+        terms: From `Fanout.prepare`.
+        label: The method and path, for the log.
+        is_chunked: Whether the response is chunked.
+        began, deadline: The stream's beginning and maximum end, `time.monotonic`.
+        callbacks: The application's callbacks for the end.
+        place: The stream's place, which is freed at its end.
+        events, bytes: The events and bytes sent so far, including those of the head.
     """
 
     __slots__ = (
@@ -123,26 +122,26 @@ class Client:
         self.deadline = deadline
         self.callbacks = callbacks
         self.place = place
-        self.events, self.bytes = events, bytes  # less its group's: see Group
+        self.events, self.bytes = events, bytes  # without its group's: see Group
         self.reason: str | None = None
-        self.early: str | None = None  # an end that came before the client itself
+        self.early: str | None = None  # an end that came before the loop had it
         self.group: Group | None = None  # always, from `_add` to its end
-        self.rest: memoryview | None = None  # of a chunk that the kernel has not taken
-        self.since = 0.0  # it took something then, or was seen to take nothing
+        self.rest: memoryview | None = None  # the part of a chunk still to be written
+        self.since = 0.0  # when it last accepted data, or was first seen not to
         self.acknowledged: int | None = None
-        self.answer_by: float | None = None  # the application's, while it is asked
-        self.settles_at = math.inf  # the kernel is to be told of its send timeout then
+        self.answer_by: float | None = None  # the deadline while `authorize` runs
+        self.settles_at = math.inf  # when to set its send timeout in the kernel
         self.bucket = 0
 
     @property
     def is_given(self) -> bool:
-        """Its descriptor is the loop's; or was."""
+        """Whether the loop owns its descriptor, or has owned it."""
         return self in self.terms.served.parked or self.reason is not None
 
     def claim(self) -> bool:
-        """Tell whether it is the caller's, once: the loop's, or who could not give it.
+        """Return ``True`` to one caller only: the loop, or code that failed to add it.
 
-        One step, which is whole or not done: its descriptor has one owner.
+        It is one atomic step, so that the descriptor has one owner.
         """
         with suppress(IndexError):
             self._offer.pop()
@@ -155,7 +154,7 @@ class Client:
         return True
 
     def turn(self) -> None:
-        """Look what there is, in the loop."""
+        """Look for an end or new events, in the loop."""
         if self.reason is not None:
             return
         reason = self.subscription.reason
@@ -171,7 +170,7 @@ class Client:
         self._loop.call(partial(self._loop.ends.end, self, reason), self)
 
     def on_close(self, callback: Callable[[], object]) -> None:
-        """Call this, too, when it has ended; from any thread."""
+        """Add a callback for its end; from any thread."""
         self._loop.call(partial(self._add_callback, callback), self)
 
     def _add_callback(self, callback: Callable[[], object]) -> None:
@@ -204,7 +203,7 @@ class Client:
         if self.reason is not None:
             return
         if now >= self.settles_at:
-            # Not before: most of those who leave at once have left.
+            # Only now, when most of the short-lived clients have left.
             self.settles_at = math.inf
             give_up_after(self.fd, (self.terms.send_timeout or 0.0) + GRACE)
         if now >= self.deadline:
@@ -212,9 +211,11 @@ class Client:
         elif self.answer_by is not None:
             if now >= self.answer_by:
                 self._loop.ends.end(self, "denied")
-                text = "authorize of %s has not answered in %g seconds: it is denied"
+                text = (
+                    "authorize of %s has not answered within %g s: the client is denied"
+                )
                 self.terms.lanes.say(logging.WARNING, text, self.label, limits.ANSWER)
-            else:  # it waits for others, which may never come back
+            else:  # its job waits behind others, which may never return
                 self.terms.lanes.asks.hurry()
                 again = min(self.answer_by, now + limits.ANSWER / 4)
                 self._loop.wheel.add(self, min(self.deadline, again))
@@ -226,8 +227,8 @@ class Client:
             self._loop.wheel.add(self, self.next_time())
 
     def _ask_again(self) -> None:
-        """Ask the application whether it may go on; in the crew."""
-        if self.reason is not None:  # since it was to be asked
+        """Call ``authorize``; in the crew."""
+        if self.reason is not None:  # it has ended meanwhile
             return
         try:
             self.subscription.ask()
@@ -239,13 +240,13 @@ class Client:
             self.terms.give_back()
 
     def _again(self) -> None:
-        if self.reason is None:  # or its answer came too late
+        if self.reason is None:  # otherwise the answer came too late
             self.answer_by = None
             self._loop.wheel.add(self, self.next_time())
             self.turn()
 
     def leave(self) -> None:
-        """Give back what it had of ours, and count it; in the lane of ends."""
+        """Free its place, and count it; in the lane of ends."""
         reason, terms = str(self.reason), self.terms
         seconds = time.monotonic() - self.began
         for step in (
@@ -253,7 +254,7 @@ class Client:
             partial(terms.process.count, reason, seconds, self.events, self.bytes),
             partial(self._part, reason, seconds),
         ):
-            run_safely(step)  # one that fails keeps no other from it
+            run_safely(step)  # a failure must not prevent the other steps
 
     def _leave_place(self) -> None:
         if self.place is not None:
@@ -264,10 +265,10 @@ class Client:
             close = partial(self._close, reason, seconds)
             if self.subscription.announcement is None:
                 close()
-            else:  # others are told by a broker, who may take his time
+            else:  # its "leave" is published by a broker, which may be slow
                 job = Job(close, lambda error: self._forget(seconds))
                 self.terms.lanes.reads.do(job)
-        except BaseException:  # or it would be counted for ever
+        except BaseException:  # otherwise it would count as open for ever
             self._forget(seconds)
             raise
 
@@ -277,9 +278,9 @@ class Client:
             try:
                 self.subscription.close(reason)
             except BaseException as error:
-                text = "the subscription of %s could not be closed"
+                text = "the subscription of %s could not be closed, it may seem present"
                 self.terms.lanes.say(logging.ERROR, text, self.label, error=error)
-            # It is freed as soon as nobody has it, without a garbage collection.
+            # Break the reference cycle, so that no garbage collection is needed.
             self.subscription.detach(None)
             if self.callbacks:
                 finish = partial(self._finish, seconds)
@@ -287,21 +288,21 @@ class Client:
                 self.terms.lanes.users.do(job)
                 is_left = False
         except BaseException as error:
-            text = "the callbacks at the end of %s cannot be called"
+            text = "the on_close callbacks of %s cannot be called"
             self.terms.lanes.say(logging.ERROR, text, self.label, error=error)
         finally:
             if is_left:
                 self._forget(seconds)
 
     def _finish(self, seconds: float) -> None:
-        """Call what the application wants to have called; in its lane."""
+        """Call the application's callbacks; in the lane of application code."""
         callbacks, self.callbacks = self.callbacks, ()
         try:
             for callback in callbacks:
                 try:
                     callback()
                 except BaseException as error:
-                    text = "a callback at the end of %s failed"
+                    text = "an on_close callback of %s failed"
                     self.terms.lanes.say(logging.ERROR, text, self.label, error=error)
             self.terms.give_back()
         finally:
@@ -309,7 +310,7 @@ class Client:
 
     def _forget(self, seconds: float) -> None:
         self.terms.served.parked.discard(self)
-        self.terms.lanes.say(  # at the process's exit it is waited for
+        self.terms.lanes.say(  # the process's exit waits for this line
             logging.DEBUG,
             "%s ended: %s, %.3f s, %d events, %d bytes",
             *(self.label, self.reason, seconds, self.events, self.bytes),

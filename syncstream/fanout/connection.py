@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 __all__ = ["chunked", "close", "say_goodbye", "send_head"]
 
-SEND_BUFFER = 128 * 1024  # bytes; the kernel's own grows to megabytes, and hides a lag
-_DRAINED = 16 * 65536  # bytes of a client that nobody reads are dropped at its end
+SEND_BUFFER = 128 * 1024  # bytes; the kernel's default grows to megabytes, hiding a lag
+_DRAINED = 16 * 65536  # the maximum of unread bytes that are dropped at a client's end
 _END = b"0\r\n\r\n"
-# EPIPE is told, whatever the application has made of SIGPIPE. (Windows has neither
-# flag, nor the loop.)
+# Report EPIPE, whatever the application does with SIGPIPE. (Windows has neither flag,
+# nor the loop.)
 _SENT: int = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)
 
 _WHOLE = frozenset(("closed", "finished"))
-"""Ends that the application has asked for, and says are none of a failure's."""
+"""Reasons of complete responses, which the application has chosen."""
 
 
 def chunked(data: bytes) -> bytes:
@@ -31,23 +31,23 @@ def chunked(data: bytes) -> bytes:
 
 
 def send_head(fd: int, head: bytes) -> bytes:
-    """Prepare a connection, and send what comes first; return what it did not take."""
+    """Prepare a connection, and send the head; return the bytes not accepted yet."""
     with suppress(OSError), borrowed(fd) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         with suppress(OSError):  # Unix has no TCP_NODELAY
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return head[sock.send(head, _SENT) :] if head else b""
-    return head  # the loop finds out why
+    return head  # the loop will notice the error
 
 
 def say_goodbye(client: Client) -> None:
-    """Write the last words, as far as the kernel takes them at once."""
+    """Write the last bytes, as far as the kernel accepts them at once."""
     reason, terms = client.reason, client.terms
     if reason in ("disconnected", "send_timeout"):
         if reason == "send_timeout" and not client.is_chunked:
-            reset(client.fd)  # or it reads on one day, and finds an end
+            reset(client.fd)  # otherwise it may read on later, and find a normal end
         return
-    # A subscription is never done: others would take it for a whole answer.
+    # A subscription never completes: to other clients, an end would look complete.
     is_partial = reason not in _WHOLE
     is_cut = reason == "error" or (is_partial and not terms.comes_back)
     is_whole = client.rest is None  # not in the middle of a chunk
@@ -60,14 +60,14 @@ def say_goodbye(client: Client) -> None:
         with suppress(OSError):
             is_whole = os.write(client.fd, words) == len(words)
     if (not is_whole or is_cut) and not client.is_chunked:
-        reset(client.fd)  # only that tells it that something is missing
+        reset(client.fd)  # without chunks, only a reset shows the truncation
 
 
 def close(fd: int) -> None:
-    """Close a connection so that what was sent arrives.
+    """Close a connection so that the bytes sent before arrive.
 
-    Shut down first: a forked child may have it, too. And read: what the client has
-    sent, and nobody has read, makes the kernel reset the connection at its close.
+    It is shut down first, because a forked child may have a copy. Then unread bytes
+    from the client are read: they would make the kernel reset the connection.
     """
     try:
         with suppress(OSError), borrowed(fd) as sock:

@@ -1,4 +1,4 @@
-"""The loop, as far as its clients and groups need to know it."""
+"""The loop as its clients and groups see it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Loop"]
 
 
 class Loop(Protocol):
-    """What serves the clients. `call` may be used from any thread, all else in it.
+    """The loop. `call` may be used from any thread, everything else in its thread.
 
     Attributes:
         ends: Ends clients.
@@ -40,16 +40,16 @@ class Loop(Protocol):
         """Call this in the next round."""
 
     def do(self, lane: Doer, job: Callable[[], object], owner: Client | Group) -> None:
-        """Have this done in a lane."""
+        """Have a job done in a lane."""
 
     def guard(self, owner: Client | Group, function: Callable[[], object]) -> None:
         """Call this here; cut its owner if it fails."""
 
     def cut(self, owner: Client | Group, error: BaseException) -> None:
-        """Cut those whom a failure concerns."""
+        """Cut the clients that a failure concerns."""
 
     def lag(self, client: Client, rest: memoryview) -> None:
-        """Let a client go on by itself, with the rest of a chunk first."""
+        """Have a client continue alone, with the rest of a chunk first."""
 
     def replace_sender(self) -> None:
-        """Send by another sender: this one may be in the middle of a batch."""
+        """Use another sender: this one may be in the middle of a batch."""

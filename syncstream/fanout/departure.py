@@ -74,12 +74,12 @@ class Departure:
         """
         parts, connection = self._parts, self._parts.output.connection
         assert connection is not None
-        # Its number will soon be another's.
+        # The descriptor's number will soon refer to another file.
         parts.monitor.leave_connection()
         try:
             self._swap = connection.swap()
         except Full as error:
-            parts.output.report(logging.DEBUG, f"%s is refused: {error}")
+            parts.output.report(logging.DEBUG, f"%s was refused: {error}")
             parts.outcome.decide("refused")
         except ClientDisconnected:
             parts.outcome.decide("disconnected")
@@ -87,7 +87,7 @@ class Departure:
             self._stay()
 
     def _stay(self) -> None:
-        """Stay in the thread or greenlet of the request, and be watched there."""
+        """Keep the client in its request's thread or greenlet, and watch it there."""
         place = self._parts.closing.place
         if place is not None:
             place.stay()
@@ -100,7 +100,7 @@ class Departure:
             swap.close()
 
     def finish(self, first: bytes, events: int) -> bool:
-        """Take the connection for good; tell whether the loop goes on with it.
+        """Take the connection for good; return whether the loop has the client.
 
         Args:
             first: The unframed bytes after the opening; may be empty.
@@ -124,7 +124,7 @@ class Departure:
             return False
         self._give(*ready, source, taken, first)
         reason = parts.outcome.reason
-        if reason is not None:  # it came while this was done
+        if reason is not None:  # the stream was ended meanwhile
             ready[1].stop(reason)
         return True
 
@@ -164,7 +164,10 @@ class Departure:
             )
             source.detach(client)
         except (OSError, RuntimeError, MemoryError) as error:
-            text = f"clients stay with their server: {error!r}"
+            text = (
+                "subscribers cannot leave their server, and hold its threads or"
+                f" greenlets: {error!r}"
+            )
             process.warn_once(log, text, "no loop")
             return None
         return loop, client
@@ -194,8 +197,8 @@ class Departure:
             to_close.clear()
             self._parts.source.forget()
             loop.add(client, head)
-        except BaseException:  # of a signal's handler, say
-            if not client.is_given:  # it ends here, with all that it has
+        except BaseException:  # for example, from a signal handler
+            if not client.is_given:  # it ends here, with its callbacks and its place
                 release(taken.fd)
                 self.client = None
                 to_close[:] = [source]

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .contract import Loop
 
 __all__ = ["Group"]
-STUCK = 60.0  # seconds for one thing in a lane; then those who wait for it are ended
-RETRY_EVERY = 1.0  # seconds between two questions to a broker that is down
+STUCK = 60.0  # seconds for one job of a lane; then the clients that wait are ended
+RETRY_EVERY = 1.0  # seconds between two reads of a broker that is down
 
 
 class Group:
@@ -72,12 +72,12 @@ class Group:
         loop.wheel.add(self, self.next_time())
 
     def is_at(self, other: Subscription) -> bool:
-        """Tell whether a plain subscription is where its clients are, for certain."""
+        """Tell whether a plain subscription is at its clients' place for certain."""
         return self._may_send() and other.is_where(self.leader)
 
     @property
     def is_empty(self) -> bool:
-        """Nobody is in it, nor will a lane tell it what its clients wait for."""
+        """Whether it has no clients, and no lane reads for it."""
         return not (self.clients or self.is_asking)
 
     def wake(self) -> bool:
@@ -95,7 +95,7 @@ class Group:
         self.left(client)
 
     def left(self, client: Client) -> None:
-        """Take note that a client has been removed."""
+        """Handle that a client has been removed."""
         client.group = None
         client.events += self.events
         client.bytes += self.bytes
@@ -103,19 +103,19 @@ class Group:
             return
         try:
             self._loop.meeting.forget(self)
-        except BaseException:  # twice, if need be: nobody else forgets it
+        except BaseException:  # try twice: nothing else would forget it
             self._loop.meeting.forget(self)
             raise
 
     def let_go(self) -> None:
-        """Be woken no more."""
+        """Stop new events from waking it."""
         if self.is_shared:
             self.leader.detach(None)
         else:
             self.leader.withdraw()
 
     def turn(self) -> None:
-        """Send what is new; or have it read in a lane; or wait."""
+        """Send new events, or have a lane read them, or wait."""
         self.is_woken = True
         if not self._may_send() or time.monotonic() < self.retry_at:
             return
@@ -124,7 +124,7 @@ class Group:
             lanes = self.terms.lanes
             lane = lanes.users if self.leader.has_user_code else lanes.reads
             self._loop.do(lane, self._ask, self)
-            # What it is told, and who wakes it, is told to the loop, later than this.
+            # The lane's result and later wakes reach the loop after these lines.
             self.is_asking, self.is_woken = True, False
             self.lane, self.asked = lane, time.monotonic()
             self._loop.wheel.add(self, self.next_time())
@@ -137,16 +137,16 @@ class Group:
             self._loop.meeting.join(self)
 
     def _may_send(self) -> bool:
-        # While a lane reads, the leader's place is not yet its clients'.
+        # While a lane reads, the leader is ahead of its clients.
         if self.is_asking:
             return False
         if self.is_shared:
             return bool(self.clients)
-        # Its only one may have to take the rest of something first.
+        # Its only client may have to accept the rest of a chunk first.
         return any(client.rest is None for client in self.clients.values())
 
     def _ask(self) -> None:
-        """Read, with all that this may call; in a lane."""
+        """Read, which may call the broker and the application; in a lane."""
         told: Any
         try:
             told = self.leader.step()
@@ -163,7 +163,9 @@ class Group:
             return
         if isinstance(told, Unavailable):
             self._retry(time.monotonic() + RETRY_EVERY)
-            self.terms.lanes.say(logging.DEBUG, "a channel cannot be read: %s", told)
+            self.terms.lanes.say(
+                logging.DEBUG, "a channel cannot be read yet: %s", told
+            )
             return
         if isinstance(told, NotShared):
             for client in tuple(self.clients.values()):
@@ -179,7 +181,7 @@ class Group:
             self._loop.again(self.turn, self)
         elif when is not None:
             self._retry(when)
-        elif self.is_woken:  # after the lane had looked
+        elif self.is_woken:  # after the lane had read
             self.turn()
         elif not self.is_shared:
             self._loop.meeting.join(self)
@@ -221,8 +223,11 @@ class Group:
     # Its times: see `Wheel`.
 
     def _let_clients_go(self) -> None:
-        """End all, who would get keepalives and nothing else; they may come back."""
-        text = "what %d subscribers wait for has not come in %g seconds: they are ended"
+        """End all clients, which would only get keepalives; they may reconnect."""
+        text = (
+            "events for %d subscribers could not be read within %g s (a slow conflate,"
+            " on_gap or broker?): their streams are ended, and they reconnect"
+        )
         self.terms.lanes.say(logging.ERROR, text, len(self.clients), STUCK)
         for client in tuple(self.clients.values()):
             self._loop.guard(client, partial(self._loop.ends.end, client, "error"))

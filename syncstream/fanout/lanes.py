@@ -15,9 +15,7 @@ from typing import Any, Protocol
 from ..runtime.clock import time
 from ..runtime.journal import is_enabled, journal, report
 from ..runtime.signals import unblock_sigpipe
-from ..runtime.sockets import (
-    native,
-)
+from ..runtime.sockets import native
 from ..runtime.watch import Watch, Worker, native_lock
 
 __all__ = ["HubCrew", "HubLane", "Job", "Lane", "Lanes", "run_safely", "say_failed"]
@@ -27,34 +25,34 @@ MOST_ASKING = 128  # threads, or greenlets of a hub, in `authorize` at once
 
 
 class Doer(Protocol):
-    """Does things elsewhere."""
+    """Runs jobs outside of the loop."""
 
     def do(self, job: Callable[[], object]) -> None:
-        """Do this, soon; from any thread, without waiting."""
+        """Run a job soon; from any thread, without waiting."""
 
 
 class Lane:
-    """Runs one thing after the other: a thread, from the first one on.
+    """Runs jobs one after the other, in a thread that the first job starts.
 
     Args:
-        other: Has it to do where no thread can be started.
+        other: The lane that does the jobs if no thread can be started.
 
     Attributes:
-        began: When it began with what it does, `time.monotonic`.
+        began: When the current job began, `time.monotonic`.
     """
 
     def __init__(self, other: Lane | None = None) -> None:
-        self.began = 0.0  # with what it does, or has done last
+        self.began = 0.0  # when the current or last job began
         self._jobs: Any = _queue.SimpleQueue()
         self._other = other
         self._lock = native_lock()
         self._is_running = False
 
     def start(self) -> None:
-        """Start it, if nothing has.
+        """Start the thread, unless it runs.
 
         Raises:
-            RuntimeError: No thread is left.
+            RuntimeError: No thread can be started.
         """
         with self._lock:
             if not self._is_running:
@@ -62,7 +60,7 @@ class Lane:
                 self._is_running = True
 
     def do(self, job: Callable[[], object]) -> None:
-        """Run this when all that came before has been done; from any thread."""
+        """Run a job after all earlier ones; from any thread."""
         problem = None
         try:
             if not self._is_running:
@@ -74,7 +72,7 @@ class Lane:
             problem = error
         self._jobs.put(job)
         if problem is not None:
-            text = "work for a subscriber waits: %s"
+            text = "no thread can be started, so work for a subscriber waits: %s"
             journal().later(log, logging.WARNING, text, problem)
 
     def _work(self) -> None:
@@ -82,27 +80,28 @@ class Lane:
         unblock_sigpipe()
         try:
             while True:
-                job = None  # or it would live on while nothing is to be done
+                job = None  # do not keep the last job alive while waiting
                 try:
                     job = self._jobs.get()
                     self.began = time.monotonic()
                     job()
-                except BaseException as error:  # there is one for all
+                except BaseException as error:  # go on: all clients share this lane
                     _failed(job, error)
-        finally:  # there is no memory, say: what is left is another's, from now on
+        finally:  # for example, out of memory: a new thread does the other jobs
             self._is_running = False
             if not self._jobs.empty():
                 self.start()
-            journal().later(log, logging.ERROR, "a lane has ended: another one begins")
+            text = "a thread of the subscribers' loop ended: another one is started"
+            journal().later(log, logging.ERROR, text)
 
 
 class HubLane(Lane):
-    """The same in a gevent hub: a greenlet, for the application's locks are its.
+    """The same in a gevent hub: a greenlet, as the application's locks are gevent's.
 
     Args:
-        watch: The hub's.
-        other: Does the rest when the hub has been destroyed.
-        most: As many wait here; what is more is the other's, too.
+        watch: The hub's watch.
+        other: Does the waiting jobs when the hub has been destroyed.
+        most: The maximum of waiting jobs; more jobs go to the other, too.
     """
 
     def __init__(self, watch: Watch, other: Doer, most: float = math.inf) -> None:
@@ -110,12 +109,12 @@ class HubLane(Lane):
         self._rest = other
         self._most = most
         self.began = 0.0
-        self._worker = Worker(self._run)
+        self._worker = Worker(self._run_job)
 
     def start(self) -> None:
         pass
 
-    def _run(self, job: Callable[[], object]) -> None:
+    def _run_job(self, job: Callable[[], object]) -> None:
         self.began = time.monotonic()
         run_safely(job)
 
@@ -140,14 +139,14 @@ class HubLane(Lane):
 
 
 class Asker(Doer, Protocol):
-    """Does things that may never come back."""
+    """Runs jobs that may never return."""
 
     def hurry(self) -> None:
-        """Take note that one of them is late; from any thread, without waiting."""
+        """Handle that a job is late; from any thread, without waiting."""
 
 
 class Crew:
-    """Runs what may never come back: a thread, and more while that is late."""
+    """Runs jobs that may never return: in one thread, and in more if jobs are late."""
 
     def __init__(self) -> None:
         self._jobs: Any = _queue.SimpleQueue()
@@ -156,13 +155,13 @@ class Crew:
         self._idle = 0
 
     def do(self, job: Callable[[], object]) -> None:
-        """Run this, soon; from any thread."""
+        """Run a job soon; from any thread."""
         self._jobs.put(job)
         if not self._threads:
             self._start(1)
 
     def hurry(self) -> None:
-        """Take note that a job is late: another thread may have to do it."""
+        """Handle that a job is late: another thread may be needed."""
         if not self._jobs.empty():
             self._start(MOST_ASKING)
 
@@ -173,8 +172,8 @@ class Crew:
             try:
                 native(_thread, "start_new_thread")(self._work, ())
             except (RuntimeError, MemoryError) as error:
-                # Who is not asked in time is denied.
-                text = "nobody can be asked whether they may go on: %s"
+                # A client without an answer in time is denied.
+                text = "authorize cannot be called, so streams will be denied: %s"
                 journal().later(log, logging.WARNING, text, error)
             else:
                 self._threads += 1
@@ -186,7 +185,7 @@ class Crew:
             while True:
                 with self._lock:
                     if self._idle and self._jobs.empty():
-                        return  # one waits already
+                        return  # another thread waits already
                     self._idle += 1
                 try:
                     job = self._jobs.get()
@@ -194,18 +193,18 @@ class Crew:
                     with self._lock:
                         self._idle -= 1
                 run_safely(job)
-                job = None  # or it would live on while nothing is to be done
+                job = None  # do not keep it alive while waiting
         finally:
             with self._lock:
                 self._threads -= 1
 
 
 class HubCrew:
-    """The same in a gevent hub, of greenlets.
+    """The same in a gevent hub, with greenlets.
 
     Args:
-        watch: The hub's.
-        other: Does the rest when the hub has been destroyed.
+        watch: The hub's watch.
+        other: Does the waiting jobs when the hub has been destroyed.
     """
 
     def __init__(self, watch: Watch, other: Asker) -> None:
@@ -249,18 +248,18 @@ class HubCrew:
                 run_safely(self._jobs.popleft())
         finally:
             self._greenlets -= 1
-            self._begin()  # it was killed, and what it had to do was not
+            self._begin()  # the greenlet was killed, but its jobs remain
 
 
 class Lanes:
-    """Who does what the loop may not: those that do not wait for each other.
+    """The lanes for work that the loop must not do; none waits for another.
 
     Attributes:
-        ends: What is given back and told at an end. It asks no application.
-        reads: What may ask a broker, and no application.
-        users: What may call an application, which may take its time.
-        asks: Asks an application who may go on, and does not wait for all answers.
-        logs: What is logged, by handlers that are an application's.
+        ends: For ends: freeing places, counting. It calls no application code.
+        reads: For calls of a broker, without application code.
+        users: For application code, which may be slow.
+        asks: For ``authorize``, which may never return.
+        logs: For log lines, whose handlers are application code.
     """
 
     __slots__ = ("asks", "ends", "logs", "reads", "users")
@@ -283,19 +282,19 @@ class Lanes:
         *args: Any,
         error: BaseException | None = None,
     ) -> None:
-        """Log a line, soon; what it is about goes on without it."""
-        # Without the memory for a line nothing can be said.
+        """Log a line soon, without delaying the loop."""
+        # Out of memory, a line cannot be logged, and everything else must go on.
         with suppress(BaseException):
             if is_enabled(log, level):
                 self.logs.do(partial(report, log, level, message, *args, error=error))
 
 
 class Job:
-    """Work for a lane that somebody waits for.
+    """A job for a lane whose failure must be handled.
 
     Args:
-        call: What is to be done.
-        failed: Is told if it raises.
+        call: Does the job.
+        failed: Called with the exception if ``call`` raises.
     """
 
     __slots__ = ("_call", "failed")
@@ -313,7 +312,7 @@ class Job:
 def run_safely(job: Callable[[], object]) -> None:
     try:
         job()
-    except BaseException as error:  # the others go on
+    except BaseException as error:  # the other jobs go on
         _failed(job, error)
 
 
@@ -327,6 +326,6 @@ def _failed(job: Callable[[], object] | None, error: BaseException) -> None:
 
 
 def say_failed(message: str, error: BaseException, *args: Any) -> None:
-    # Without the memory for a line nothing can be said, and everything else goes on.
+    # Out of memory, a line cannot be logged, and everything else must go on.
     with suppress(BaseException):
         journal().later(log, logging.ERROR, message, *args, error=error)

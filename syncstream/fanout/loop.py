@@ -1,33 +1,33 @@
 """The loop: it serves the connections that their servers have handed over.
 
-One native thread per process, also under gevent, owns them: it waits for all of them
-at once, and sends each event's bytes, which were made once, to all who are at one
-place of a channel. A client costs an entry in a table, not a stack.
+One native thread per process, also under gevent, owns these connections: it waits for
+all of them at once, and sends the bytes of each event, which are made once, to all
+clients at one place of a channel. A client costs an entry in a table, not a stack.
 
-**Who owns what.** `Fanout.add` sends the head, in the thread that brings the client, so
-that the loop need not wake for a client for whom nothing is there yet. From then on the
-descriptor is the loop's alone, and only the loop's thread writes to it or closes it. It
-is taken out of epoll before it is closed, and out
-of the table of clients before that, so no number is ever another's. What came by epoll
-for a client that ended in the same round finds no client.
+**Ownership.** `Fanout.add` sends the head in the thread that brings the client, so that
+the loop need not wake for a client without events. From then on the loop owns the
+descriptor, and only the loop's thread writes to it or closes it. Before closing, it
+removes the client from its table and the descriptor from epoll, so that no number ever
+refers to another client. An epoll event for a client that has ended in the same round
+finds no client.
 
-**What fails, fails alone.** Each call, timer and descriptor of a round has its owner, a
-client or a group. If it raises, nobody knows what those clients have got: they are cut,
-and come back. All others go on. Nothing is logged here but by a `Journal`, after what
-it is about; and a loop that cannot go on says so, cuts all of its clients, and leaves
-its place to another one.
+**Failures are isolated.** Each call, timer and descriptor of a round has an owner, a
+client or a group. If it raises, the bytes that these clients have received are unknown:
+they are cut, and reconnect. All others go on. The loop logs only through a `Journal`,
+after it has acted. A loop that cannot go on logs it, cuts all of its clients, and is
+replaced by another one.
 
-**No user code runs in the loop**, nor does it ask a broker: what needs either is done
-in one of the `Lanes`, threads, or under gevent greenlets of the hub that the request
-had. `authorize` has a `Crew`: who is not answered in time is denied, and the others are
-asked by another thread. So what an application does, or does not come back from, holds
-up those alone who have code of it: not what others get, nor the places that they leave.
+**No application code runs in the loop**, nor does it call a broker: such work is done
+in `Lanes`, which are threads, or under gevent greenlets of the request's hub.
+``authorize`` has a `Crew`: a client without an answer in time is denied, and another
+thread asks for the others. So slow application code delays only the clients that use
+it.
 
-Clients that are at the same place of the same channel, in the same framing, make a
-`Group`: it has a leader, a subscription that nobody counts, whose place is theirs.
-Whoever cannot take all of a chunk at once leaves it, goes on by itself from its own
-place, and joins again where it has caught up. Subscriptions to several channels, with
-a key or a throttle, remain by themselves.
+Clients at the same place of the same channel, in the same framing, form a `Group` with
+a leader, a subscription that does not count, whose place is theirs. A client that
+cannot accept a whole chunk leaves its group, continues alone from its own place, and
+joins again after it has caught up. Subscriptions to several channels, and those with
+``conflate`` or ``throttle``, remain alone.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ SETTLE = 5.0  # seconds, at most, until the kernel is told of the send timeout
 MOST_CALLS = 64  # that may wait: a client takes more memory until it has joined
 _MOST_FAILURES = 10  # rounds in a row, 0.1 s after each other: then it cannot go on
 
-# 0 where there is no epoll. (gevent takes select.epoll away, and leaves these.)
+# 0 without epoll. (gevent removes select.epoll, but not these constants.)
 _OUT: int = getattr(select, "EPOLLOUT", 0)
 _ERROR: int = getattr(select, "EPOLLERR", 0)
 _GONE: int = _ERROR | sum(
@@ -86,8 +86,8 @@ _ONCE: int = getattr(select, "EPOLLONESHOT", 0)
 class Fanout:
     """The loop. Get it from `fanout`.
 
-    `add`, `call` and a client's `stop` may be used from any thread; all else is the
-    loop's own.
+    `add`, `call` and a client's `stop` may be used from any thread; everything else
+    runs in the loop's thread.
     """
 
     def __init__(self) -> None:
@@ -96,19 +96,19 @@ class Fanout:
             raise OSError(errno.ENOSYS, "no epoll on this system")
         self.wheel = Wheel()
         self.sender: Sender = open_sender("write")  # until the thread has its own
-        # What to call, and whose it is: see `cut`.
+        # Calls, each with its owner: see `cut`.
         self._calls: deque[tuple[Owner, Callable[[], object]]] = deque()
         self._again: deque[tuple[Owner, Callable[[], object]]] = deque()
         self._is_woken = self._is_abandoned = False
-        self._next_look = 0.0  # `time.monotonic`: by then it looks at its calls
-        self.is_dead = False  # it takes no one any more
+        self._next_look = 0.0  # when it next makes its calls, at the latest
+        self.is_dead = False  # it accepts no clients any more
         self._burying = native(_thread, "RLock")()
         self._clients: dict[int, Client] = {}
         self._lagging: dict[int, Client] = {}
         self._early: set[int] = set()  # descriptors with events, and without a client
         self._looked_at = 0.0
         self.meeting = Meeting(self)
-        # Weak: a hook of a request, or a server that has gone, is not kept by them.
+        # Weak: keep neither the hooks of requests nor servers that are gone.
         self._terms: WeakValueDictionary[tuple[Any, ...], Terms] = WeakValueDictionary()
         self._events: list[tuple[int, int]] = []  # of this round
         self._duties = (
@@ -123,10 +123,10 @@ class Fanout:
         tables = self._clients, self._lagging
         self.ends = Ends(*tables, self._epoll, self.wheel, self.meeting)
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        # Each write to it is told of, once: it need not be read.
+        # Edge-triggered: each write wakes once, and it need not be read.
         self._epoll.register(self._event_fd, select.EPOLLIN | select.EPOLLET)
         self._is_over = False
-        self._ended = native_lock()  # the thread's, until then
+        self._ended = native_lock()  # held until the thread has ended
         self._ended.acquire()
         try:
             native(_thread, "start_new_thread")(self._run, ())
@@ -139,9 +139,9 @@ class Fanout:
     # From any thread.
 
     def quit(self) -> None:
-        """Let the thread end before the interpreter does, and wait a little for that.
+        """End the thread before the interpreter ends, and wait briefly for it.
 
-        It would wake in the midst of that: greenlet then brings the process down
+        If it woke during the interpreter's end, greenlet would crash the process
         (segmentation fault, Python 3.10).
         """
         self._is_over = True
@@ -155,11 +155,12 @@ class Fanout:
         *,
         by: float = -math.inf,
     ) -> None:
-        """Call this in the loop, soon; not in a child that has been forked.
+        """Call a function in the loop soon; does nothing in a forked child.
 
         Args:
-            owner: Who is cut if it fails.
-            by: It may wait until then, `time.monotonic`, or until the loop wakes.
+            function: The function.
+            owner: The client or group that is cut if it fails.
+            by: It may wait until this `time.monotonic`, or until the loop wakes.
         """
         if self._is_abandoned:
             return
@@ -176,19 +177,20 @@ class Fanout:
             try:
                 os.eventfd_write(self._event_fd, 1)
             except OSError as error:
-                # Somebody has closed it: the loop finds that out, within a minute.
-                say_failed("the loop of the subscribers cannot be woken", error)
+                # Other code has closed it; the loop will notice that within seconds.
+                text = "the subscribers' loop cannot be woken: events may be late"
+                say_failed(text, error)
 
     def do(self, lane: Doer, job: Callable[[], object], owner: Owner) -> None:
-        """Have this done in a lane."""
-        # If it fails, the loop would wait for it for ever.
+        """Have a job done in a lane."""
+        # Handle its failure: the loop would wait for it for ever.
         lane.do(Job(job, lambda error: self.call(partial(self.cut, owner, error))))
 
     def lanes(self) -> Lanes:
-        """Return the lanes of what runs here: of a thread, or of a gevent hub.
+        """Return the lanes for this thread, or for its gevent hub.
 
         Raises:
-            RuntimeError: No thread is left.
+            RuntimeError: No thread can be started.
         """
         own = None if gevent_hub() is None else watch()
         with self._lanes_lock:
@@ -200,7 +202,7 @@ class Fanout:
                 threads = Lanes(ends, reads, users, crew, journal())
                 self._lanes[None] = threads
             found = threads
-            if own is not None:  # it has the watch, so its id is no other's
+            if own is not None:  # its lanes keep the watch alive, so its id is unique
                 found = self._lanes.get(id(own)) or self._lanes.setdefault(
                     id(own),
                     Lanes(
@@ -227,14 +229,14 @@ class Fanout:
         before_wait: tuple[Callable[[], object], ...] = (),
         comment: bytes = b": keepalive\n\n",
     ) -> Terms:
-        """Make all that a client needs and that can fail, before it is taken.
+        """Make everything that a client needs and that can fail, before it is taken.
 
         Args:
             process, served, keepalive, send_timeout, retry, comes_back, reasons,
                 before_wait, comment: As for `Terms`.
 
         Raises:
-            RuntimeError: No thread is left.
+            RuntimeError: No thread can be started.
         """
         lanes, life = self.lanes(), (keepalive, send_timeout, retry, comes_back)
         values = (lanes, process, served, *life, reasons, before_wait, comment)
@@ -248,12 +250,12 @@ class Fanout:
         return found
 
     def add(self, client: Client, head: bytes) -> None:
-        """Take a client on.
+        """Begin to serve a client.
 
         Args:
-            client: Its subscription has begun, and was detached to it; its descriptor
-                is the loop's from now.
-            head: What is to be sent before all else, framed.
+            client: The client. Its subscription has begun, and was detached to it; the
+                loop owns its descriptor from now on.
+            head: The bytes to send first, framed.
         """
         fd, terms = client.fd, client.terms
         client.since = now = time.monotonic()
@@ -269,14 +271,14 @@ class Fanout:
         if not rest and client.subscription.awaits(client):
             by = min(client.next_time(), now + (terms.keepalive or math.inf))
         parked = terms.served.parked
-        parked.add(client)  # first: see `Client.is_given`
+        parked.add(client)  # before the call: see `Client.is_given`
         try:
             self.call(partial(self._add, client, rest, problem), client, by=by)
-            # It records these before it looks at its calls: none is missed.
+            # The loop records these before it looks for calls: none is missed.
             if fd in self._early:
                 self._wake()
         except BaseException:
-            if client.claim():  # the loop has not heard of it, or will not take it
+            if client.claim():  # the loop has not got it, and will not take it
                 parked.discard(client)
             raise
 
@@ -294,8 +296,8 @@ class Fanout:
                     failures = 0
                 except BaseException as error:
                     failure, failures = error, failures + 1
-                    say_failed("the loop of the subscribers failed", error)
-                    native(time, "sleep")(0.1)  # whatever it is, not as fast as can be
+                    say_failed("the subscribers' loop failed, and goes on", error)
+                    native(time, "sleep")(0.1)  # avoid a busy loop
         finally:
             if not self._is_over:
                 self._die(failure)
@@ -305,7 +307,8 @@ class Fanout:
         try:
             self.sender = open_sender()
         except Exception as error:
-            say_failed("events are sent by os.write: what was asked for failed", error)
+            text = "SYNCSTREAM_SENDER cannot be used: events are sent by os.write"
+            say_failed(text, error)
 
     def replace_sender(self) -> None:
         """Send by os.write from now on: this one may be in the middle of a batch."""
@@ -373,19 +376,19 @@ class Fanout:
     # What fails.
 
     def guard(self, owner: Owner, function: Callable[[], object]) -> None:
-        """Call; whose it is are cut if it fails, and nobody else."""
+        """Call a function; if it fails, cut its owner only."""
         try:
             function()
         except BaseException as error:
             self.cut(owner, error)
 
     def cut(self, owner: Owner, error: BaseException) -> None:
-        """Cut those whom a failure concerns: nobody knows what they have got."""
+        """Cut the clients that a failure concerns: what they received is unknown."""
         clients: tuple[Client, ...] = ()
         if isinstance(owner, Client):
             clients = (owner,)
         elif owner is not None:
-            owner.is_asking = False  # nor is anything told to it any more
+            owner.is_asking = False  # it gets no result of a lane any more
             clients = (*owner.clients.values(),)
         for client in clients:
             self.ends.cut(client)
@@ -393,9 +396,9 @@ class Fanout:
         say_failed(text, error, len(clients))
 
     def _die(self, error: BaseException | None) -> None:
-        """Let everybody go: this loop sends nothing any more.
+        """Cut all clients, as this loop sends nothing any more.
 
-        Who is cut comes back, to another loop.
+        They reconnect, to another loop.
         """
         self.is_dead = True
         count = len(self._clients)
@@ -403,13 +406,13 @@ class Fanout:
             self.ends.cut(client)
         self._call_the_last()
         self.replace_sender()
-        # The other descriptor stays open: somebody may be about to write to it.
+        # The eventfd stays open: another thread may be about to write to it.
         self._epoll.close()
-        text = "the loop of the subscribers has ended, and %d of them with it"
+        text = "the subscribers' loop has ended: %d clients are cut, and reconnect"
         journal().later(log, logging.CRITICAL, text, count, error=error)
 
     def _call_the_last(self) -> None:
-        """Do in its place what a loop that has ended was to do: end who comes."""
+        """Make the calls of a loop that has ended, which end new clients."""
         with self._burying:
             while self._calls:
                 owner, function = self._calls.popleft()
@@ -514,7 +517,7 @@ def fanout() -> Fanout:
 
     Raises:
         OSError: This system has no epoll, or no descriptor is left.
-        RuntimeError: No thread is left.
+        RuntimeError: No thread can be started.
     """
     pid = os.getpid()
     found = _fanouts.get(pid)

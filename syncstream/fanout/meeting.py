@@ -1,4 +1,4 @@
-"""Where clients meet: those who are at one place of a channel become a group."""
+"""`Meeting`: makes groups of the clients at the same place of a channel."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Meeting"]
 
 
 class Meeting:
-    """The groups that others may join, and how clients go into them and out.
+    """The groups that clients may join, and the ways in and out.
 
     Attributes:
-        groups: By place, form and lanes: a shared group, or a client that is by itself
-            there.
+        groups: Groups by place, form and lanes: a shared group, or the group of a
+            client that is alone at its place.
     """
 
     def __init__(self, loop: Loop) -> None:
@@ -24,10 +24,10 @@ class Meeting:
         self.groups: dict[Hashable, Group] = {}
 
     def join(self, group: Group) -> None:
-        """Have the only client of a group join the others who are where it is.
+        """Have the only client of a group join the others at its place.
 
-        The first one only leaves word where it is. The second makes a shared group, so
-        a client alone at its place needs no leader.
+        The first client at a place only registers its group. The second one makes a
+        shared group: a client that is alone at its place needs no leader.
         """
         (client,) = group.clients.values()
         mine = client.subscription
@@ -38,7 +38,7 @@ class Meeting:
         key = (*mine.kind, *form, id(terms.lanes))
         found = self.groups.get(key)
         if found is not None and found.is_empty:
-            self.forget(found)  # a failure has left it, at a place where nobody comes
+            self.forget(found)  # left by a failure, at a place that is never reached
             found = None
         if (
             found is None
@@ -49,12 +49,12 @@ class Meeting:
             return
         if not found.is_shared:
             found = self._share(found, key)
-        # Or it has not had its turn since: we come again with the next event.
+        # Otherwise it has not had its turn yet: try again with the next event.
         if found.is_at(mine):
             self._move(group, found)
 
     def _share(self, first: Group, key: Hashable) -> Group:
-        """Make a group for several where a client is that is by itself, with it."""
+        """Make a shared group at the place of a client, with that client."""
         (client,) = first.clients.values()
         leader = client.subscription.twin()
         shared = Group(self._loop, leader, client, key)
@@ -63,7 +63,7 @@ class Meeting:
         self._move(first, shared)
         try:
             shared.turn()
-        except BaseException as error:  # not only of whom this turn is
+        except BaseException as error:  # it concerns all clients of the group
             self._loop.cut(shared, error)
         return shared
 
@@ -74,13 +74,13 @@ class Meeting:
             group.remove(client)
             client.subscription.lean_on(shared.leader)
             shared.add(client)
-        except BaseException as error:  # it may be in neither
+        except BaseException as error:  # the client may be in neither group
             self._loop.cut(client, error)
             if not shared.clients:
                 self.forget(shared)
 
     def forget(self, group: Group) -> None:
-        """Forget a group that is empty."""
+        """Forget an empty group."""
         if self.groups.get(group.key) is group:
             del self.groups[group.key]
         self._loop.wheel.remove(group)
@@ -88,7 +88,7 @@ class Meeting:
             group.let_go()
 
     def part(self, client: Client) -> Group:
-        """Have a client of a shared group be by itself, where that is."""
+        """Move a client of a shared group into its own group, at the same place."""
         group = client.group
         assert group is not None
         client.subscription.go_where(group.leader)

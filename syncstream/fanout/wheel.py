@@ -10,7 +10,7 @@ from typing import Any
 from ..runtime.clock import time
 
 __all__ = ["Wheel"]
-GRAIN = 0.05  # seconds: timers are as exact as that
+GRAIN = 0.05  # seconds: the precision of timers
 
 
 class Wheel:
@@ -21,16 +21,16 @@ class Wheel:
         self._heap: list[int] = []
 
     def add(self, item: Any, when: float) -> None:
-        """Have its ``due`` called at a time, and at no other."""
+        """Have an item's ``due`` called at this time; this replaces an earlier one."""
         self.remove(item)
         place = when / GRAIN
-        if place > 1e15:  # never, or in a million years
+        if place > 1e15:  # infinity, or a million years
             return
         number = max(1, math.ceil(place))
         bucket = self._buckets.get(number)
         if bucket is None:
-            # First: a number without a bucket is passed over, a bucket without its
-            # number would never be found.
+            # The number first: one without a bucket is skipped, but a bucket without
+            # its number would never be found.
             heapq.heappush(self._heap, number)
             bucket = self._buckets[number] = {}
         bucket[id(item)] = item
@@ -43,7 +43,7 @@ class Wheel:
         item.bucket = 0
 
     def left(self) -> float:
-        """Return the seconds until the next one; -1 if there is none."""
+        """Return the seconds until the next timer, -1 if there is none."""
         while self._heap and not self._buckets.get(self._heap[0]):
             self._pop()
         if not self._heap:
@@ -55,14 +55,14 @@ class Wheel:
         heapq.heappop(self._heap)
 
     def run(self, failed: Callable[[Any, BaseException], object]) -> None:
-        """Call what is due.
+        """Call the ``due`` of all items whose time has come.
 
         Args:
-            failed: Is told of one whose ``due`` has raised, and what that was.
+            failed: Called with an item whose ``due`` has raised, and the exception.
         """
         now = time.monotonic()
         while self._heap and self._heap[0] * GRAIN <= now:
-            # One by one: what ends this leaves the others where they are.
+            # One by one: an exception leaves the other items in place.
             bucket = self._buckets.get(self._heap[0])
             while bucket:
                 _, item = bucket.popitem()

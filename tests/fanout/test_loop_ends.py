@@ -164,7 +164,7 @@ def test_its_end_is_counted_and_logged_once(hub, peers, caplog):
     assert not peer.served.parked
     levels = [(r.levelname, r.getMessage().partition(":")[0]) for r in caplog.records]
     assert levels == [
-        ("ERROR", "a callback at the end of GET '/a' failed"),
+        ("ERROR", "an on_close callback of GET '/a' failed"),
         ("DEBUG", "GET '/a' ended"),
     ]
 

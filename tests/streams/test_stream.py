@@ -1281,8 +1281,9 @@ def test_a_loop_that_cannot_start_is_said_once(line, monkeypatch, caplog):
         line = type(line)()
         line.swap = lambda: swap
     hub.close()
-    said = [text for text in caplog.messages if "stay with their server" in text]
+    said = [text for text in caplog.messages if "cannot leave their server" in text]
     assert said == [
-        "clients stay with their server: OSError(24, 'Too many open files')"
+        "subscribers cannot leave their server, and hold its threads or greenlets:"
+        " OSError(24, 'Too many open files')"
     ]
     assert "Traceback" not in caplog.text
