@@ -30,12 +30,14 @@ class Health:
 
     Attributes:
         sink: The sink, ``None`` before `Broker.attach` and after the end.
+        is_well: Nothing fails, as the sink knows: then `works` does nothing.
     """
 
     def __init__(self, log: logging.Logger) -> None:
         self.sink: Sink | None = None
         self._log = log
         self._is_up = True  # as told to the sink, here or in the parent of a fork
+        self.is_well = True
         self._noted = 0  # the number of failures so far
         self._parts: PerProcess[Health, _Failing] = PerProcess(self, lambda part: None)
 
@@ -53,6 +55,7 @@ class Health:
         """
         here = self._here()
         with here.lock:
+            self.is_well = False
             self._noted += 1
             here.failures[way, server] = self._noted
             self._tell(False, reason)
@@ -65,8 +68,7 @@ class Health:
             since: The `moment` before the operation began; later failures stay.
             server: The server, as given to `fails`.
         """
-        here = self._parts.get()
-        if self._is_up and (here is None or not here.failures):
+        if self.is_well:
             return
         here = self._here()
         with here.lock:
@@ -75,6 +77,7 @@ class Health:
                     here.failures.pop((way, server), None)
             if not here.failures:
                 self._tell(True, "all requests succeed again")
+                self.is_well = self._is_up
 
     def is_failing(self, way: str, *, server: str = "") -> bool:
         return (way, server) in self._here().failures

@@ -50,6 +50,7 @@ class Listener:
         self._timeout = timeout
         self._watches = Watches(server)
         self._beats = Beats(server, self._watches, ttl)
+        self._own = self._beats.own
         self._tail = Tail(server.name, health, log, server=server.name)
         # Native: gevent's sockets would wait in the hub of the creating thread.
         self._waker, self._woken = _socket.socketpair()
@@ -225,7 +226,7 @@ class Listener:
 
     def _take(self, reply: Any) -> None:
         match reply:
-            case [b"message", self._beats.own, data]:
+            case [b"message", self._own, data]:
                 self._beats.echo(data)
             case [b"message", bytes(topic), bytes(data)]:
                 watch = self._watches.of_topic(topic)
@@ -282,7 +283,8 @@ class Listener:
             sink.deliver(channel, entry)
         except Exception as error:
             self._spoil(channel, repr(error))
-        else:
+            return
+        if not self._health.is_well:  # asked for every event
             # Another process could publish.
             self._server.works("publish", since=self._beats.fresh)
 
