@@ -124,11 +124,17 @@ class Connection:
         headers: Iterable[tuple[str, str]] = (),
         written: bytes = b"",
     ) -> None:
-        """Connect a stream that this connection sends, with its response headers."""
-        self._stream = weakref.ref(stream)
+        """Connect a stream that this connection sends, with its response headers.
+
+        Raises:
+            RuntimeError: It goes to another connection already, or has ended.
+        """
         encoded = any(name.lower() == "content-encoding" for name, _ in headers)
-        self._is_encoded = encoded
+        # First: it raises if another request has the stream, which must not be closed
+        # with this one.
         stream.connect(self, is_encoded=encoded, written=written)
+        self._stream = weakref.ref(stream)
+        self._is_encoded = encoded
 
     def made(self, stream: Sent) -> None:
         """Remember a stream that was created during this request."""

@@ -22,7 +22,7 @@ from ..protocol import ndjson, raw, sse
 from ..protocol.json import Dumps
 from ..runtime.process import process
 from ..streams.contract import Format, Life
-from ..streams.stream import Stream, warn_framed, warn_unframed
+from ..streams.stream import ANSWERED, Stream, warn_framed, warn_unframed
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -213,21 +213,28 @@ class _Streaming(Response):
         """Return the body, status line and headers for a request's server.
 
         The stream is bound to that request's connection; call this once.
+
+        Raises:
+            RuntimeError: The stream has answered another request.
         """
-        connection = Connection.of(environ)
+        connection, stream = Connection.of(environ), self._stream
+        is_elsewhere = stream.has_connection and connection.stream is not stream
+        if is_elsewhere and stream.reason is None:
+            # Also for HEAD, whose answer would close the other request's stream.
+            raise RuntimeError(ANSWERED)
         self._connection = connection  # the environ has a weak reference only
-        if self._stream.is_over_for(connection):
+        if stream.is_over_for(connection):
             self.status_code = 204
         is_sent = has_body(connection, self.status_code)
-        if is_sent and self.response is self._stream:
+        if is_sent and self.response is stream:
             headers = self.get_wsgi_headers(environ).to_wsgi_list()
-            connection.take(self._stream, headers)
-            return self._stream, self.status, headers
+            connection.take(stream, headers)
+            return stream, self.status, headers
         app_iter, status, headers = super().get_wsgi_response(environ)
         if not is_sent:
-            self._stream.close()
+            stream.close()
         elif not self.is_sequence:  # a hook may have set plain data instead
-            connection.take(self._stream, headers)
+            connection.take(stream, headers)
             if "content-encoding" in {name.lower() for name, _ in headers}:
                 warn_of_compression()
         return app_iter, status, headers

@@ -191,6 +191,18 @@ def test_a_response_answers_one_request():
         get(response)
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_second_request_leaves_the_first_its_stream(method):
+    """It gets an error; the stream, which is the first one's, goes on."""
+    response = SSEResponse(["a"])
+    app = StreamMiddleware(response)
+    chunks, *_ = run_wsgi_app(app, create_environ())
+    assert next(chunks) == b": ok\n\n"
+    with pytest.raises(RuntimeError, match="answers one request"):
+        run_wsgi_app(app, create_environ(method=method))
+    assert b"".join(chunks) == b"data: a\n\n"
+
+
 def test_reading_the_data_does_not_run_an_endless_source():
     """Werkzeug would collect the body: here that is an error, not a hang."""
     response = SSEResponse(iter(lambda: "a", None))
