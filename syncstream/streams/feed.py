@@ -44,7 +44,7 @@ def chunks_of_feed(
             if not ended:
                 first, events = _first_step(run, feed, is_leaving=departure is not None)
         except BaseException as error:
-            failure = run.failure_in(error)
+            failure = run.take(error)
         if output.opening is not None and not ended:
             if departure is not None and failure is None:
                 departure.begin()

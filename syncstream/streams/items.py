@@ -38,9 +38,12 @@ def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
                 advance: Callable[[], Any] = iterator.__next__
                 throw = getattr(iterator, "throw", None)
         except BaseException as error:
-            failure = Failure(error)
+            failure = run.take(error)
         if failure is not None:
             yield from run.fail(failure)
+            return
+        if ended:
+            yield from run.finish()
             return
         # Local variables, because all of this is done for every event.
         step, take, encode = run.stepper(), advance, output.format.encode
@@ -56,12 +59,15 @@ def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
             try:
                 chunk = encode(item)
             except BaseException as error:
-                chunk, refused = None, Failure(error)
+                # Thrown at the yield, the user's line is in its traceback.
+                refused = Failure(error) if throw is not None else run.take(error)
+                if refused is None:
+                    break
+                chunk = None
             if refused is not None:
                 if throw is None:
                     yield from run.fail(refused)
                     return
-                # Thrown at the yield, the user's line is in its traceback.
                 take = _thrown(throw, refused)
             now = monotonic()
             if now >= look_at:

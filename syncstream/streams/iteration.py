@@ -93,7 +93,7 @@ class Iteration:
         """
         stream, reference, ended = self.stream, self._reference, self._ended
         running, enter, runner = current.get, current.set, runner_function()
-        keepalive, taken = self._monitor.keepalive, self._take
+        keepalive, taken = self._monitor.keepalive, self._take_of_step
 
         def step(advance: Callable[[], Any]) -> Any:
             # What entered() does; but the scope stays ours after the step, unless
@@ -116,32 +116,35 @@ class Iteration:
 
         return step
 
-    def _take(self, error: BaseException) -> Failure | None:
-        """Handle an exception of a step; return a failure, ``None`` for an end."""
-        if isinstance(error, StopIteration):
-            value = None if self._ended else error.value
-            returned = None if value is None else checked_return(value)
-            if returned is not None:
-                return Failure(returned)
-            self._outcome.decide("finished")
-            return None
-        if not self._ended:
-            failure = self.failure_in(error)
-            if failure is not None:
-                return failure
-        self._take_late(error)
+    def _take_of_step(self, error: BaseException) -> Failure | None:
+        """Do as `take`, for a step: StopIteration means that the source is done."""
+        if not isinstance(error, StopIteration):
+            return self.take(error)
+        value = None if self._ended else error.value
+        returned = None if value is None else checked_return(value)
+        if returned is not None:
+            return Failure(returned)
+        self._outcome.decide("finished")
         return None
 
-    def failure_in(self, error: BaseException) -> Failure | None:
-        """Return the failure that an exception means; ``None`` for an end, now decided.
+    def take(self, error: BaseException) -> Failure | None:
+        """Handle an exception of the application's code.
 
         Args:
-            error: The exception, from the source.
+            error: The exception; an exit is kept until the stream has ended, and an
+                error after the end is logged.
+
+        Returns:
+            The failure that it means; ``None`` for an end, which is decided now.
         """
-        reason = self._reason_in(error)
-        if reason is not None:
-            self._outcome.decide(reason)
-        return None if self._ended else Failure(error)
+        if not self._ended:
+            reason = self._reason_in(error)
+            if reason is not None:
+                self._outcome.decide(reason)
+            if not self._ended:
+                return Failure(error)
+        self._take_late(error)
+        return None
 
     def _reason_in(self, error: BaseException) -> str | None:
         """Return the reason of an end that an exception means, or ``None``."""

@@ -11,8 +11,11 @@ from contextlib import nullcontext, suppress
 
 import pytest
 
-from syncstream import current_stream, sleep
+from syncstream import Stream, current_stream, sleep
+from syncstream.protocol import sse
+from syncstream.streams.contract import Format
 from syncstream.streams.ends import come_back
+from tests.streams.test_feed import Source
 from tests.support.pairs import Greenlets, Line, Threads, serve, stream_of
 from tests.support.waits import TIMEOUT, await_true
 
@@ -160,6 +163,42 @@ def test_ctrl_c_goes_on_in_the_main_thread(line, caplog, where, exits):
     assert len(cuts) == (where == "on_error" or (where == "step" and not exits))
     assert closed == [1]
     assert bool(caplog.records) == (not exits or where == "on_error")
+
+
+@pytest.mark.parametrize("where", ["begin", "before_wait", "iter", "encode"])
+@pytest.mark.parametrize("ends", ["exit", "late"])
+def test_what_is_raised_beside_the_steps_is_no_less(line, caplog, where, ends):
+    """Before the first step, and in the encoding of what a plain iterator gives."""
+    line.lets_exits_through = True
+    told = iter([True])
+
+    def end(*args):
+        if not next(told, False):
+            return b"data: a\n\n"
+        if ends == "exit":
+            signal.raise_signal(signal.SIGINT)
+        stream.stop()
+        raise RuntimeError("broken")
+
+    class Plain:
+        def __iter__(self):
+            if where == "iter":
+                end()
+            return iter("ab")
+
+    source, encode = Plain(), end if where == "encode" else sse.encoder()
+    if where == "begin":
+        source = Source([b"data: a\n\n"])
+        source.begin = end
+    elif where == "before_wait":
+        line.before_wait = end
+    stream = Stream(source, Format(encode, sse.ends_blank, is_events=True))
+    stream.connect(line)
+    with pytest.raises(KeyboardInterrupt) if ends == "exit" else nullcontext():
+        serve(stream)
+    assert stream.reason == ("shutdown" if ends == "exit" else "closed")
+    said = ["the source of GET '/test' failed at its end (closed)"]
+    assert caplog.messages == ([] if ends == "exit" else said)
 
 
 @pytest.mark.parametrize("exits", [KeyboardInterrupt, SystemExit, ValueError])
