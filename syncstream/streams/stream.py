@@ -256,6 +256,7 @@ class Stream:
             if self._departure.client is not None:  # it goes on, without this response
                 closing.settle_response()
                 self._monitor.forget(self)
+                closing.exits.leave()
                 return
         if isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit)):
             # The exit came between two steps, or in the server, which sends no more.

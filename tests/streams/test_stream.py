@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -1236,14 +1237,17 @@ def test_without_epoll_nothing_is_taken_from_a_server(line, monkeypatch, caplog)
     assert (swaps, caplog.messages) == ([], [])
 
 
-def test_a_stop_that_comes_as_a_client_leaves_is_done(line):
-    """In the moment when its connection is the loop's already, and it is not."""
-    ended = threading.Event()
+@pytest.fixture
+def leaving(line):
+    """Give a subscription's stream whose client leaves its server for the loop."""
     with tcp_pair() as (server, _), closing(Hub()) as hub:
 
         class Leaving(Unswapped):
+            at_take = None
+
             def take(self, opening):
-                stream.stop("kicked")
+                if self.at_take is not None:
+                    self.at_take()
                 fd = os.dup(server.fileno())
                 os.set_blocking(fd, False)
                 return Taken(fd, b"HTTP/1.1 200 OK\r\n\r\n" + opening, False)
@@ -1253,11 +1257,30 @@ def test_a_stop_that_comes_as_a_client_leaves_is_done(line):
 
         line.swap = Leaving
         stream = stream_of(hub.subscribe("a"), line)
+        ended = threading.Event()
         stream.on_close(ended.set)
-        assert list(stream) == [b": ok\n\n"]
-        stream.close()
+        yield stream
+        stream.stop("kicked")
         assert ended.wait(TIMEOUT)
         assert stream.reason == "kicked"
+
+
+def test_a_stop_that_comes_as_a_client_leaves_is_done(line, leaving):
+    """In the moment when its connection is the loop's already, and it is not."""
+    line.swap.at_take = lambda swap: leaving.stop("kicked")
+    assert list(leaving) == [b": ok\n\n"]
+    leaving.close()
+    await_true(lambda: leaving.reason == "kicked")
+
+
+def test_the_exit_of_a_responses_callback_goes_on(line, leaving):
+    """Though its client has been handed over, and only the response is closed."""
+    line.lets_exits_through = True
+    leaving.on_response_close(lambda: signal.raise_signal(signal.SIGINT))
+    assert list(leaving) == [b": ok\n\n"]
+    with pytest.raises(KeyboardInterrupt):
+        leaving.close()
+    assert leaving.reason is None
 
 
 def test_a_loop_that_cannot_start_is_said_once(line, monkeypatch, caplog):
