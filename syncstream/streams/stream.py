@@ -49,7 +49,7 @@ from .items import chunks_of_items
 from .iteration import Iteration
 from .links import Link
 from .monitor import Monitor
-from .outcome import GONE, Outcome
+from .outcome import Outcome
 from .output import Output, log
 from .parts import Parts
 from .source import Source, check_source
@@ -363,10 +363,13 @@ class Stream:
         ``True`` where the server hides its socket, ``False`` once the stream has
         been closed. ``False`` tells the stream's own generator of its end, as a wait
         does by an exception: it may clean up then, and waits do not interrupt it.
+        After a hand-over it tells whether the stream lives, without a look.
         """
-        if self._closing.is_closed or self.reason in GONE:
+        if self._client is not None:  # its server's descriptor is another's by now
+            return self._client.reason is None
+        if self._closing.is_closed:
             return False
-        if not self._out.is_hung_up:
+        if not (self._outcome.is_gone or self._out.is_hung_up):
             return True
         if current_scope() is self:
             # Its generator knows now, and may clean up: it is not interrupted.

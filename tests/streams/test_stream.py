@@ -41,7 +41,7 @@ from syncstream.streams.outcome import Outcome
 from syncstream.streams.output import Output
 from syncstream.streams.send_timeout import SendTimeout
 from tests.support.pairs import Line as PairsLine
-from tests.support.pairs import Threads, tcp_pair, vanish
+from tests.support.pairs import Threads, serve, tcp_pair, vanish
 from tests.support.waits import TIMEOUT, await_true
 
 EVENTS = Format(sse.encoder(), sse.ends_blank, is_events=True)
@@ -400,6 +400,25 @@ def test_sleep_raises_once_and_then_never_again(line, caplog):
     assert seen == [ClientDisconnected, "finally"]
     journal().flush()
     assert caplog.records == []
+
+
+def test_who_looks_after_the_watch_may_clean_up_too(line):
+    """The watch has seen the hang-up first: the source knows it by its own look."""
+    seen = []
+    with tcp_pair() as (server, client):
+
+        def source():
+            yield "a"
+            client.close()
+            await_true(lambda: stream.reason)
+            seen.append(stream.connected)
+            sleep(0.001)
+            seen.append("cleaned up")
+
+        stream = stream_of(source(), PairsLine(server))
+        Threads().start(lambda: serve(stream))()
+    assert stream.reason == "disconnected"
+    assert seen == [False, "cleaned up"]
 
 
 def test_a_client_that_leaves_during_close_is_not_told_again(line):
@@ -1281,6 +1300,15 @@ def test_the_exit_of_a_responses_callback_goes_on(line, leaving):
     with pytest.raises(KeyboardInterrupt):
         leaving.close()
     assert leaving.reason is None
+
+
+def test_who_was_handed_over_is_connected_until_its_end(line, leaving):
+    """Whatever has become of the descriptor that its server had."""
+    assert list(leaving) == [b": ok\n\n"]
+    line.hung_up = True
+    assert leaving.connected
+    leaving.stop("kicked")
+    await_true(lambda: not leaving.connected)
 
 
 def test_a_loop_that_cannot_start_is_said_once(line, monkeypatch, caplog):
