@@ -2,13 +2,14 @@
 
 A response whose source is a subscription needs no thread once its head is sent. The
 connection is withheld from its server while the server writes the head and the opening,
-which are read back. Then the connection goes to the loop, with the callbacks and the
-place of its stream. If anything prevents this, the client stays, and is served in the
-thread or greenlet of its request.
+which are read back. Then the connection goes to the loop, with the links, the callbacks
+and the place of its stream. If the connection is `Refused`, if the server has written
+something else, or if there is no loop, the client stays, and is served in the thread or
+greenlet of its request.
 
 **Who owns what.** Until `Swap.take` succeeds, the server owns the connection. Then this
 module owns it until the loop has the client: an exception in between, for example the
-exit of a signal handler, ends the client here, with its callbacks and its place.
+exit of a signal handler, ends the client here, with its links, callbacks and place.
 """
 
 from __future__ import annotations
@@ -180,9 +181,12 @@ class Departure:
         taken: Taken,
         first: bytes,
     ) -> None:
-        """Give the client to the loop, with the callbacks and the place."""
+        """Give the client to the loop, with the links, the callbacks and the place."""
         closing, to_close = self._parts.closing, self._parts.source.to_close
-        callbacks = tuple(closing.callbacks)
+        links = self._parts.outcome.links
+        # In the order of `Closing`: ``authorize`` may have linked something.
+        closes = [link.close for link in tuple(links)[::-1]]
+        callbacks = (*closes, *closing.callbacks)
         try:
             client.fd, client.is_chunked = taken.fd, taken.is_chunked
             head = taken.head
@@ -194,16 +198,18 @@ class Departure:
             self.client = client
             client.callbacks = callbacks
             closing.callbacks.clear()
+            links.clear()
             to_close.clear()
             self._parts.source.forget()
             loop.add(client, head)
         except BaseException:  # for example, from a signal handler
-            if not client.is_given:  # it ends here, with its callbacks and its place
+            if not client.is_given:  # it ends here, with all that it had
                 release(taken.fd)
                 self.client = None
                 to_close[:] = [source]
                 closing.place = closing.place or client.place
-                if not closing.callbacks:
-                    closing.callbacks.extend(callbacks)
+                links.clear()
+                closing.callbacks.clear()
+                closing.callbacks.extend(callbacks)
                 self._parts.outcome.decide("error")
             raise

@@ -445,7 +445,8 @@ class Stream:
         Args:
             closable: It has a ``close()``, which the generator's own thread calls
                 at the end of the stream, or is a process, which is then ended and
-                waited for, and its pipes are closed.
+                waited for, and its pipes are closed. After a hand-over the thread of
+                the callbacks does this.
 
         Returns:
             The same.
@@ -455,7 +456,11 @@ class Stream:
                 (a pipe, a generator, a ``requests.Session``, a session of
                 SQLAlchemy's): the message names what to link instead.
         """
-        self._outcome.links.append(Link(closable))
+        link = Link(closable)
+        if self._client is not None:
+            self._client.on_close(link.close)
+            return closable
+        self._outcome.links.append(link)
         if self.is_over():
             self._monitor.interrupt()
         return closable

@@ -12,7 +12,13 @@ from collections import deque
 
 import pytest
 
-from syncstream import Hub, SSEResponse, StreamMiddleware, StreamResponse
+from syncstream import (
+    Hub,
+    SSEResponse,
+    StreamMiddleware,
+    StreamResponse,
+    current_stream,
+)
 from syncstream.fanout import loop as fanout_module
 from syncstream.fanout.loop import Fanout, fanout
 from syncstream.runtime import watch as watch_module
@@ -28,6 +34,7 @@ from tests.fanout.peers import settle
 from tests.servers.environs import environ_of
 from tests.support.live import LiveServer, unique_key
 from tests.support.pairs import tcp_pair
+from tests.support.waits import await_true
 
 EVENTS = [("Content-Type", "text/event-stream")]
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -257,6 +264,50 @@ def test_a_hand_over_that_fails(connection, monkeypatch, owner, step):
     assert_nothing_is_left(middleware, connection)
     assert len(os.listdir("/proc/self/fd")) == before
     hub.close()
+
+
+class Linked:
+    """What an application has linked to its stream."""
+
+    def __init__(self, name, closed):
+        self.name, self.closed = name, closed
+
+    def close(self):
+        self.closed.append(self.name)
+
+
+@pytest.mark.parametrize("failing", [None, (Fanout, "add"), (Place, "leave_thread")])
+def test_links_go_with_their_client(connection, monkeypatch, failing):
+    """They are closed at its end, once, the last one first, before the callbacks."""
+    watch()
+    hub, closed, server = Hub(), [], connection["gunicorn.socket"]
+
+    def authorize(subscription):
+        for name in "ab":
+            current_stream().link(Linked(name, closed))
+        return True
+
+    response = SSEResponse(hub.subscribe("a", authorize=authorize))
+    stream = response.response
+    stream.on_close(lambda: closed.append("callback"))
+    middleware, expected = limited(response), ["b", "a", "callback"]
+    with monkeypatch.context() as patch:
+        if failing is not None:
+            patch.setattr(*failing, fail)
+        body = middleware(connection, start_response)
+        try:
+            deque(map(server.sendall, map(HEAD.__add__, body)))
+        except Failure:
+            assert failing is not None
+        else:
+            assert (failing, stream.reason, closed) == (None, None, [])
+            stream.link(Linked("late", closed))
+            expected.append("late")
+    body.close()
+    hub.close()
+    await_true(lambda: len(closed) >= len(expected))
+    settle(fanout())
+    assert closed == expected
 
 
 def test_a_limit_that_is_lowered(connection, monkeypatch):
