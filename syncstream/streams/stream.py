@@ -310,10 +310,12 @@ class Stream:
             raise ValueError(
                 f"reason must be one of {', '.join(sorted(REASONS))}, got {reason!r}"
             )
-        if self._client is not None:
-            self._client.stop(reason)
-            return
-        self._monitor.end(reason)
+        client = self._client
+        if client is None:
+            self._monitor.end(reason)
+            client = self._client  # it may have left before it could see that end
+        if client is not None:
+            client.stop(reason)
 
     def abandon(self, reason: str) -> None:
         """End the stream, whose generator is busy with what may never come back.

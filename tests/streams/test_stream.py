@@ -1292,6 +1292,22 @@ def test_a_stop_that_comes_as_a_client_leaves_is_done(line, leaving):
     await_true(lambda: leaving.reason == "kicked")
 
 
+def test_a_client_that_leaves_as_a_stop_comes_is_stopped(leaving, monkeypatch):
+    """It was not the loop's yet when the stop looked, and is when it is decided."""
+    decide, chunks = Outcome.decide, iter(leaving)
+    assert next(chunks) == b": ok\n\n"
+
+    def decide_late(outcome, reason):
+        monkeypatch.undo()
+        assert list(chunks) == []
+        return decide(outcome, reason)
+
+    monkeypatch.setattr(Outcome, "decide", decide_late)
+    leaving.stop("kicked")
+    leaving.close()
+    await_true(lambda: leaving.reason == "kicked")
+
+
 def test_the_exit_of_a_responses_callback_goes_on(line, leaving):
     """Though its client has been handed over, and only the response is closed."""
     line.lets_exits_through = True
