@@ -34,14 +34,18 @@ GONE = frozenset(("disconnected", "send_timeout"))
 """The reasons for an end after which the client is no longer there."""
 
 
-class Once(dict[str, tuple[str]]):
-    """A word that is set once, even if several threads try; true once it is set."""
+class Once(dict[str, tuple[str, float]]):
+    """A word that is set once, even if several threads try; true once it is set.
+
+    It is a dict because one's `setdefault` and truth are single steps in C: every step
+    of a stream asks for the truth.
+    """
 
     __slots__ = ()
 
     def set(self, word: str) -> bool:
         """Set it; tell whether this is the first time."""
-        token = (word,)
+        token = (word, time.monotonic())
         return self.setdefault("", token) is token
 
     @property
@@ -50,32 +54,38 @@ class Once(dict[str, tuple[str]]):
         token = self.get("")
         return None if token is None else token[0]
 
+    @property
+    def at(self) -> float:
+        """When that was set, `time.monotonic`; 0 before."""
+        token = self.get("")
+        return 0.0 if token is None else token[1]
+
 
 class Outcome:
     """Why a stream has ended: shared by its body, its monitor and its closing.
 
     Attributes:
         ended: True from the end on; every step checks it.
-        at: When the stream ended, `time.monotonic`.
         is_closing: Whether the source knows of the end, or is being closed: it must not
             be interrupted any more.
         links: The objects that may block the source.
     """
 
-    __slots__ = ("at", "ended", "is_closing", "links")
+    __slots__ = ("ended", "is_closing", "links")
 
     def __init__(self) -> None:
         self.ended = Once()
-        self.at = 0.0
         self.is_closing = False
         self.links: deque[Link] = deque()
 
     def decide(self, reason: str) -> bool:
         """Set the reason; tell whether it is the first one, which stays."""
-        is_first = self.ended.set(reason)
-        if is_first:
-            self.at = time.monotonic()
-        return is_first
+        return self.ended.set(reason)
+
+    @property
+    def at(self) -> float:
+        """When it ended, `time.monotonic`; 0 while it lives."""
+        return self.ended.at
 
     @property
     def reason(self) -> str | None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from syncstream import Stream, current_stream, sleep
 from syncstream.protocol import sse
 from syncstream.streams.contract import Format
 from syncstream.streams.ends import come_back
+from syncstream.streams.outcome import Outcome
 from tests.streams.test_feed import Source
 from tests.support.pairs import Greenlets, Line, Threads, serve, stream_of
 from tests.support.waits import TIMEOUT, await_true
@@ -261,6 +263,22 @@ def test_the_exit_of_a_signals_handler_goes_on(line, wrapped):
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert exited.value.code == 7
+
+
+def test_an_end_has_its_time_at_once(monkeypatch):
+    """Whoever sees the end would else take it for one of long ago."""
+    outcome, seen = Outcome(), []
+
+    def monotonic():
+        seen.append(outcome.reason)
+        return 7.0
+
+    monkeypatch.setattr(
+        "syncstream.streams.outcome.time", SimpleNamespace(monotonic=monotonic)
+    )
+    assert outcome.at == 0
+    assert [outcome.decide("kicked"), outcome.decide("closed")] == [True, False]
+    assert (seen[0], outcome.reason, outcome.at) == (None, "kicked", 7.0)
 
 
 def test_a_ghost_is_named_once(line, caplog, monkeypatch):
