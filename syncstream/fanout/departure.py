@@ -18,6 +18,7 @@ import logging
 
 from ..channels.subscription import Subscription
 from ..errors import ClientDisconnected
+from ..runtime.journal import report
 from ..runtime.sockets import release
 from ..runtime.watch import native_epoll
 from ..servers.connection import Full
@@ -80,7 +81,8 @@ class Departure:
         try:
             self._swap = connection.swap()
         except Full as error:
-            parts.output.report(logging.DEBUG, f"%s was refused: {error}")
+            text = "%s was refused: %s"
+            report(log, logging.DEBUG, text, parts.output.label, error)
             parts.outcome.decide("refused")
         except ClientDisconnected:
             parts.outcome.decide("disconnected")

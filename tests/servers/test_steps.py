@@ -26,6 +26,7 @@ from syncstream.runtime.process import Process, process
 from syncstream.runtime.watch import Watch, watch
 from syncstream.servers import descriptors, server_of
 from syncstream.servers import swap as handover
+from syncstream.servers.connection import Full
 from syncstream.servers.swap import Swap
 from syncstream.streams.capacity import Place
 from syncstream.streams.monitor import Monitor
@@ -33,7 +34,7 @@ from syncstream.streams.stream import Stream
 from tests.fanout.peers import settle
 from tests.servers.environs import environ_of
 from tests.support.live import LiveServer, unique_key
-from tests.support.pairs import tcp_pair
+from tests.support.pairs import Line, serve, stream_of, tcp_pair
 from tests.support.waits import await_true
 
 EVENTS = [("Content-Type", "text/event-stream")]
@@ -308,6 +309,20 @@ def test_links_go_with_their_client(connection, monkeypatch, failing):
     await_true(lambda: len(closed) >= len(expected))
     settle(fanout())
     assert closed == expected
+
+
+def test_a_refusal_is_logged_as_it_is(caplog):
+    """A method that a client has chosen is no format of the line."""
+
+    class Refusing(Line):
+        def swap(self):
+            raise Full("the method is %ABC, not GET")
+
+    hub = Hub()
+    with caplog.at_level("DEBUG", "syncstream.stream"):
+        serve(stream_of(hub.subscribe("a"), Refusing()))
+    hub.close()
+    assert "GET '/test' was refused: the method is %ABC, not GET" in caplog.messages
 
 
 def test_a_limit_that_is_lowered(connection, monkeypatch):
