@@ -91,6 +91,7 @@ class Client:
         *("bytes", "callbacks"),
         *("deadline", "early", "events", "fd", "group", "is_chunked", "label"),
         *("place", "reason", "rest", "settles_at", "since", "subscription", "terms"),
+        "was_woken",
     )
 
     gevent_hub: None = None  # `wake_all` calls `wake`
@@ -125,6 +126,7 @@ class Client:
         self.events, self.bytes = events, bytes  # without its group's: see Group
         self.reason: str | None = None
         self.early: str | None = None  # an end that came before the loop had it
+        self.was_woken = False  # before the loop had it
         self.group: Group | None = None  # always, from `_add` to its end
         self.rest: memoryview | None = None  # the part of a chunk still to be written
         self.since = 0.0  # when it last accepted data, or was first seen not to
@@ -137,6 +139,11 @@ class Client:
     def is_given(self) -> bool:
         """Whether the loop owns its descriptor, or has owned it."""
         return self in self.terms.served.parked or self.reason is not None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether events or an end came before the loop had it."""
+        return self.was_woken or self.early is not None
 
     def claim(self) -> bool:
         """Return ``True`` to one caller only: the loop, or code that failed to add it.
@@ -162,7 +169,9 @@ class Client:
             self._loop.ends.end(
                 self, reason if reason in self.terms.reasons else "closed"
             )
-        elif self.group is not None and not self.group.is_shared:
+        elif self.group is None:
+            self.was_woken = True
+        elif not self.group.is_shared:
             self.group.turn()
 
     def stop(self, reason: str = "closed") -> None:

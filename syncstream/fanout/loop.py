@@ -70,6 +70,9 @@ log = logging.getLogger("syncstream.fanout")
 
 LAG_EVERY = 0.25  # seconds between two looks at those who lag
 LONGEST = 4.0  # seconds between two rounds: less than `SETTLE`
+# Seconds between two rounds. Less than `SETTLE`, so that the loop need not wake to note
+# when a new client settles.
+MAX_PAUSE = 4.0
 SETTLE = 5.0  # seconds, at most, until the kernel is told of the send timeout
 MOST_CALLS = 64  # that may wait: a client takes more memory until it has joined
 _MOST_FAILURES = 10  # rounds in a row, 0.1 s after each other: then it cannot go on
@@ -275,7 +278,7 @@ class Fanout:
         try:
             self.call(partial(self._add, client, rest, problem), client, by=by)
             # The loop records these before it looks for calls: none is missed.
-            if fd in self._early:
+            if fd in self._early or client.has_news:
                 self._wake()
         except BaseException:
             if client.claim():  # the loop has not got it, and will not take it
@@ -360,11 +363,11 @@ class Fanout:
     def _pause(self) -> float:
         now = time.monotonic()
         # First: who adds a call after this has looked wakes us, or need not.
-        self._next_look = now + LONGEST
+        self._next_look = now + MAX_PAUSE
         if self._again or self._calls:
             return 0.0
         left = self.wheel.left()
-        longest = LAG_EVERY if self._lagging else LONGEST
+        longest = LAG_EVERY if self._lagging else MAX_PAUSE
         pause = longest if left < 0 else min(left, longest)
         self._next_look = now + pause
         return pause

@@ -5,13 +5,15 @@ import time
 
 import pytest
 
-from syncstream import Hub
+from syncstream import Hub, Subscription
+from syncstream.fanout import loop as loop_module
 from tests.fanout.peers import (
     HEAD,
     seen,
     settle,
     texts_until,
 )
+from tests.support.waits import TIMEOUT, await_true
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")
 
@@ -182,3 +184,36 @@ def test_the_loop_sleeps_on_while_nothing_is_there(hub, peers, loop, monkeypatch
     for peer in here:
         assert texts_until(peer, "1") == ["1"]
     assert loop._event_fd in woken
+
+
+@pytest.mark.parametrize("what", ["an event", "a kick", "a stop", "a failure"])
+def test_what_comes_just_before_its_client_waits_for_no_round(
+    hub, peers, loop, monkeypatch, what
+):
+    """It is woken for, and has found no client: the client's arrival wakes again."""
+    monkeypatch.setattr(loop_module, "MAX_PAUSE", 3600.0)
+    peer, awaits = peers(hub, add=False), Subscription.awaits
+    client = peer.client
+    assert peer.subscription.step() == (b"", 0, None)  # as in its request
+    happen = {
+        "an event": lambda: hub.publish("a", "1"),
+        "a kick": lambda: peer.subscription.close("kicked"),
+        "a stop": lambda: client.stop("kicked"),
+        "a failure": lambda: loop.call(lambda: 1 / 0, client),
+    }
+
+    def await_and_let_happen(subscription, waiter):
+        assert awaits(subscription, waiter)
+        happen[what]()
+        settle(loop)
+        await_true(lambda: loop._next_look > time.monotonic() + TIMEOUT)
+        return True
+
+    monkeypatch.setattr(Subscription, "awaits", await_and_let_happen)
+    loop.add(client, HEAD)
+    if what == "an event":
+        assert texts_until(peer, "1") == ["1"]
+    else:
+        peer.read_all()
+        await_true(lambda: peer.ends)
+        assert peer.ends == ["error" if what == "a failure" else "kicked"]

@@ -336,7 +336,7 @@ def test_a_hub_that_closes_while_a_client_comes(hub, peers):
 
 def test_calls_that_may_wait_do_not_pile_up(loop, monkeypatch):
     """A client takes more memory until it has joined: a crowd of them joins early."""
-    monkeypatch.setattr(loop_module, "LONGEST", 3600.0)
+    monkeypatch.setattr(loop_module, "MAX_PAUSE", 3600.0)
     settle(loop)
     calls = []
     for n in range(loop_module.MOST_CALLS):
