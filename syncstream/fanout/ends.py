@@ -75,7 +75,7 @@ class Ends:
         if client.reason is not None:
             return
         if client.group is None:
-            # It is on its way here, and its head has not been sent.
+            # It is on its way to the loop, where `_add` ends it.
             client.early = client.early or reason
             return
         self._end(client, reason)

@@ -42,7 +42,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 from ..runtime.clock import time
@@ -69,11 +69,10 @@ __all__ = ["Fanout", "fanout"]
 log = logging.getLogger("syncstream.fanout")
 
 LAG_EVERY = 0.25  # seconds between two looks at those who lag
-LONGEST = 4.0  # seconds between two rounds: less than `SETTLE`
+SETTLE = 5.0  # seconds, at most, until the kernel is told of the send timeout
 # Seconds between two rounds. Less than `SETTLE`, so that the loop need not wake to note
 # when a new client settles.
 MAX_PAUSE = 4.0
-SETTLE = 5.0  # seconds, at most, until the kernel is told of the send timeout
 MOST_CALLS = 64  # that may wait: a client takes more memory until it has joined
 _MOST_FAILURES = 10  # rounds in a row, 0.1 s after each other: then it cannot go on
 
@@ -89,8 +88,12 @@ _ONCE: int = getattr(select, "EPOLLONESHOT", 0)
 class Fanout:
     """The loop. Get it from `fanout`.
 
-    `add`, `call` and a client's `stop` may be used from any thread; everything else
-    runs in the loop's thread.
+    Any thread may use the methods up to `add`, and a client's `stop`. The rest runs in
+    the loop's thread; `abandon` runs in a forked child.
+
+    Attributes:
+        state: "ending" with the process; "dead" after failures: it accepts no clients
+            any more; "abandoned" in a forked child.
     """
 
     def __init__(self) -> None:
@@ -102,9 +105,9 @@ class Fanout:
         # Calls, each with its owner: see `cut`.
         self._calls: deque[tuple[Owner, Callable[[], object]]] = deque()
         self._again: deque[tuple[Owner, Callable[[], object]]] = deque()
-        self._is_woken = self._is_abandoned = False
+        self._is_woken = False
         self._next_look = 0.0  # when it next makes its calls, at the latest
-        self.is_dead = False  # it accepts no clients any more
+        self.state: Literal["running", "ending", "dead", "abandoned"] = "running"
         self._burying = native(_thread, "RLock")()
         self._clients: dict[int, Client] = {}
         self._lagging: dict[int, Client] = {}
@@ -126,12 +129,11 @@ class Fanout:
         tables = self._clients, self._lagging
         self.ends = Ends(*tables, self._epoll, self.wheel, self.meeting)
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        # Edge-triggered: each write wakes once, and it need not be read.
-        self._epoll.register(self._event_fd, select.EPOLLIN | select.EPOLLET)
-        self._is_over = False
         self._ended = native_lock()  # held until the thread has ended
         self._ended.acquire()
         try:
+            # Edge-triggered: each write wakes once, and it need not be read.
+            self._epoll.register(self._event_fd, select.EPOLLIN | select.EPOLLET)
             native(_thread, "start_new_thread")(self._run, ())
         except BaseException:
             self._epoll.close()
@@ -147,7 +149,8 @@ class Fanout:
         If it woke during the interpreter's end, greenlet would crash the process
         (segmentation fault, Python 3.10).
         """
-        self._is_over = True
+        if self.state == "running":
+            self.state = "ending"
         self.call(lambda: None)
         self._ended.acquire(True, EXIT_WAIT)
 
@@ -165,10 +168,10 @@ class Fanout:
             owner: The client or group that is cut if it fails.
             by: It may wait until this `time.monotonic`, or until the loop wakes.
         """
-        if self._is_abandoned:
+        if self.state == "abandoned":
             return
         self._calls.append((owner, function))
-        if self.is_dead:
+        if self.state == "dead":
             self._call_the_last()
         # Set by those who call, cleared by the loop before it looks: none is missed.
         elif by < self._next_look or len(self._calls) >= MOST_CALLS:
@@ -221,7 +224,7 @@ class Fanout:
 
     def prepare(
         self,
-        process: Process,
+        counted_in: Process,
         served: Served,
         *,
         keepalive: float | None,
@@ -235,14 +238,15 @@ class Fanout:
         """Make everything that a client needs and that can fail, before it is taken.
 
         Args:
-            process, served, keepalive, send_timeout, retry, comes_back, reasons,
-                before_wait, comment: As for `Terms`.
+            counted_in: The ``process`` of `Terms`.
+            served, keepalive, send_timeout, retry, comes_back, reasons, before_wait,
+                comment: As for `Terms`.
 
         Raises:
             RuntimeError: No thread can be started.
         """
         lanes, life = self.lanes(), (keepalive, send_timeout, retry, comes_back)
-        values = (lanes, process, served, *life, reasons, before_wait, comment)
+        values = (lanes, counted_in, served, *life, reasons, before_wait, comment)
         try:
             found = self._terms.get(values)
         except Exception as error:  # its hooks need not be comparable
@@ -274,8 +278,8 @@ class Fanout:
         if not rest and client.subscription.awaits(client):
             by = min(client.next_time(), now + (terms.keepalive or math.inf))
         parked = terms.served.parked
-        parked.add(client)  # before the call: see `Client.is_given`
         try:
+            parked.add(client)  # before the call: see `Client.is_given`
             self.call(partial(self._add, client, rest, problem), client, by=by)
             # The loop records these before it looks for calls: none is missed.
             if fd in self._early or client.has_news:
@@ -293,7 +297,7 @@ class Fanout:
             block_sigpipe()
             self._have_sender()
             failures = 0
-            while not self._is_over and failures < _MOST_FAILURES:
+            while self.state == "running" and failures < _MOST_FAILURES:
                 try:
                     self._round()
                     failures = 0
@@ -302,7 +306,7 @@ class Fanout:
                     say_failed("the subscribers' loop failed, and goes on", error)
                     native(time, "sleep")(0.1)  # avoid a busy loop
         finally:
-            if not self._is_over:
+            if self.state != "ending":
                 self._die(failure)
             self._ended.release()
 
@@ -403,7 +407,7 @@ class Fanout:
 
         They reconnect, to another loop.
         """
-        self.is_dead = True
+        self.state = "dead"
         count = len(self._clients)
         for client in (*self._clients.values(),):
             self.ends.cut(client)
@@ -424,7 +428,7 @@ class Fanout:
     def _add(self, client: Client, rest: bytes, problem: str | None) -> None:
         if not client.claim():
             return
-        if self.is_dead:
+        if self.state == "dead":
             self.ends.cut(client)
         if client.reason is not None:  # by a failure
             return
@@ -453,7 +457,7 @@ class Fanout:
         assert group is not None
         if group.is_shared:
             self.meeting.part(client)
-        if client.rest is None:
+        if client.fd not in self._lagging:
             client.since = time.monotonic()
             client.acknowledged = None
             self._epoll.modify(client.fd, _GONE | _OUT)
@@ -475,10 +479,7 @@ class Fanout:
         if taken:
             client.since = time.monotonic()
         if taken < len(rest):
-            if client.fd not in self._lagging:
-                client.rest = None  # as lag() wants it
-                self.lag(client, rest[taken:])
-            client.rest = rest[taken:]
+            self.lag(client, rest[taken:])
             return
         client.rest = None
         if self._lagging.pop(client.fd, None) is not None:
@@ -502,16 +503,17 @@ class Fanout:
 
         Those of its clients are closed by `sockets.hold`.
         """
-        if self._is_abandoned:  # by our parent: these numbers are ours
+        if self.state == "abandoned":  # by our parent: these numbers are ours
             return
-        self._is_abandoned = True
+        self.state = "abandoned"
         with suppress(OSError):
             native(os, "close")(self._event_fd)
         self._epoll.close()
 
 
 Owner = Client | Group | None
-_fanouts: dict[int, Fanout] = {}  # this process's, and its parents' if it was forked
+_fanouts: dict[int, Fanout] = {}  # this process's
+_parents: list[Fanout] = []  # kept, as what they hold must not be freed here
 _lock = native_lock()
 
 
@@ -524,11 +526,11 @@ def fanout() -> Fanout:
     """
     pid = os.getpid()
     found = _fanouts.get(pid)
-    if found is not None and not found.is_dead:
+    if found is not None and found.state != "dead":
         return found
     with _lock:
         found = _fanouts.get(pid)
-        if found is None or found.is_dead:
+        if found is None or found.state == "dead":
             found = _fanouts[pid] = Fanout()
         return found
 
@@ -537,7 +539,9 @@ def _forked() -> None:
     """Let go, in a child, of what its parent owns: the loop's thread is not here."""
     global _lock
     _lock = native_lock()  # a thread that is not here may have held it
-    for parents in _fanouts.values():
+    _parents.extend(_fanouts.values())
+    _fanouts.clear()  # the child may get the pid of an ancestor that has ended
+    for parents in _parents:
         parents.abandon()
 
 

@@ -248,7 +248,7 @@ def test_every_call_of_the_loop_raises(quiet, part):
             faults.disarm()
             cut = scene.last("last")
             assert len(cut) <= 1, (what, cut)
-            assert not scene.loop.is_dead, what
+            assert scene.loop.state == "running", what
             scene.close()
             scene.check_nothing_is_left()
         except AssertionError as failure:
@@ -467,7 +467,7 @@ def test_a_loop_that_cannot_go_on(channel, caplog, monkeypatch):
         assert peer.read_all()[1] is False
         await_true(lambda peer=peer: peer.ends == ["error"])
         peer.leave()
-    await_true(lambda: loop.is_dead)
+    await_true(lambda: loop.state == "dead")
     loop.add(late.client, b"")  # it was on its way
     assert late.socket.recv(10) == b""
     late.leave()

@@ -10,7 +10,9 @@ from syncstream import BrokerError, Denied, Hub, Subscription, Unavailable
 from syncstream.brokers.log import Entry
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.fanout import group as group_module
+from syncstream.fanout import loop as loop_module
 from syncstream.fanout.group import Group
+from syncstream.runtime.sockets import release
 from tests.fanout.peers import (
     HEAD,
     RETRY,
@@ -471,6 +473,67 @@ print("done")
         where,
     )
     assert out == "done\n"
+
+
+def test_a_child_with_the_number_of_a_dead_parent():
+    """It has a loop of its own, not the one that its parent's fork left behind."""
+    out = check_script(
+        """
+import os, threading
+from syncstream.fanout.loop import fanout
+
+parent, loop = os.getpid(), fanout()
+pid = os.fork()
+if not pid:
+    status = 1
+    try:
+        os.getpid = lambda: parent
+        assert fanout() is not loop
+        is_done = threading.Event()
+        fanout().call(is_done.set)
+        assert is_done.wait(15)
+        status = 0
+    finally:
+        os._exit(status)
+assert os.waitpid(pid, 0)[1] == 0
+assert fanout() is loop
+print("done")
+"""
+    )
+    assert out == "done\n"
+
+
+def test_a_loop_that_cannot_begin_leaves_no_descriptor(loop, monkeypatch):
+    """Each client that comes tries again."""
+
+    class Full:
+        def register(self, fd, mask):
+            raise OSError("no space left on device")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(loop_module, "native_epoll", lambda: Full)
+    with pytest.raises(OSError, match="no space"):
+        loop_module.Fanout()
+
+
+def test_a_signal_while_a_client_is_given_leaves_it_to_its_server(hub, loop):
+    """Its descriptor has one owner at each moment."""
+
+    class Interrupted(set):
+        def add(self, client):
+            super().add(client)
+            raise KeyboardInterrupt
+
+    peer = Peer(loop, hub, add=False)
+    peer.served.parked = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        loop.add(peer.client, HEAD)
+    assert not peer.client.is_given
+    release(peer.client.fd)
+    peer.subscription.close()
+    peer.leave()
 
 
 GREENLETS = """
