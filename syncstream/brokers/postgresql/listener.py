@@ -71,7 +71,8 @@ class Listener:
         self._pool = pool
         self._stop = stop
         self._is_home = is_home
-        self._is_late = is_late
+        # Announcements may be lost: have the hub read all channels after the next look.
+        self._is_behind = is_late
         self._place: tuple[int, int] | None = None  # seq and nonce of the last event
         self._seen = 0  # all events up to this seq were announced, or were deleted
         self._file = 0  # the table's file that these belong to
@@ -97,7 +98,7 @@ class Listener:
     def await_decided(self, deadline: float) -> None:
         """Wait until it listens; after a time-out it reads all channels later."""
         if not self._decided.wait(deadline):
-            self._is_late = True
+            self._is_behind = True
 
     def await_end(self, deadline: float) -> bool:
         return self._tail.await_end(deadline)
@@ -121,7 +122,7 @@ class Listener:
             raise Unavailable(str(error)) from error
 
     def lose(self) -> None:
-        self._is_late = self._is_late or self._place is None
+        self._is_behind = self._is_behind or self._place is None
 
     def rest(self, seconds: float) -> None:
         self._decided.set()
@@ -146,16 +147,22 @@ class Listener:
         if self._place is not None and result.get_value(0, 3) == b"\1":
             self._seen = self._place[0]
             return
-        was_late, self._is_late = self._is_late or self._place is not None, False
+        self._is_behind = self._is_behind or self._place is not None
         newest = 0, 0
         if result.get_value(0, 1) is not None:
             newest = number_of(result, 0, 1), number_of(result, 0, 2)
         self._place = newest
         self._complete = began
         self._seen = max(newest[0], number_of(result, 0, 0))
-        sink = self._health.sink
-        if was_late and sink is not None:
-            sink.resync(None)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Have the hub read all channels if announcements may be lost."""
+        if self._is_behind:
+            sink = self._health.sink
+            if sink is not None:
+                sink.resync(None)
+            self._is_behind = False  # not if that has failed
 
     def _follow(self, connection: Connection) -> None:
         unheard = 0  # looks in a row that found events without a notification
@@ -189,7 +196,7 @@ class Listener:
         """Announce all new events; return whether there were any."""
         health = self._health
         sql = f"SELECT * FROM {self._schema.name}.tail($1, $2, $3, $4)"
-        found = is_behind = False
+        found = False
         while True:
             assert self._place is not None
             words = (self._place[0], TAIL, *self._names(connection.is_utf8))
@@ -207,7 +214,7 @@ class Listener:
             # Deletions of newest events, which no newer event shows: this process was
             # frozen, or looks too rarely for its max_age.
             deleted = number_of(result, 0, 2)
-            is_behind = is_behind or deleted > self._seen
+            self._is_behind = self._is_behind or deleted > self._seen
             for row in range(1, result.ntuples):
                 channel = result.get_value(row, 1).decode(errors="replace")
                 number, nonce, prev = (
@@ -226,8 +233,7 @@ class Listener:
             else:
                 if result.ntuples <= TAIL:
                     self._seen = max(self._place[0], deleted)
-                    if is_behind and health.sink is not None:
-                        health.sink.resync(None)
+                    self._catch_up()
                     others = ("connect", "read") if self._is_home else ()
                     self._tail.serves(*others, since=began)
                     if found:  # some process could publish

@@ -7,20 +7,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from syncstream import Gap, Hub
 from syncstream.brokers.postgresql import listener
+from syncstream.brokers.postgresql.connection import Connection, Lost
 from syncstream.errors import (
     Unavailable,
 )
 from syncstream.runtime.journal import journal
 from tests import ROOT
 from tests.brokers.postgresql.waits import LIMIT, publish_until_it_works, read_until
-from tests.brokers.sinks import listening
+from tests.brokers.sinks import Told, listening
 from tests.support.postgresql_server import PostgreSQL
-from tests.support.waits import await_true
+from tests.support.waits import TIMEOUT, await_true
 
 
 def test_a_restored_backup_resets_who_has_what_it_lost(server):
@@ -258,6 +260,54 @@ def test_what_was_deleted_while_a_process_was_frozen(server, schema, make):
         "idle": [],
         "place": [],
     }
+
+
+def test_a_deletion_that_was_seen_before_a_look_failed(
+    server, schema, make, monkeypatch
+):
+    """Its channel is read all the same, however far the look had come."""
+    monkeypatch.setattr(listener, "TAIL", 1)
+    broker = make()
+    told = listening(broker, "a", "b")
+    broker.publish([("a", b"0")])
+    await_true(lambda: told.payloads == [b"0"])
+    run, failed, is_deleted = Connection.run, [], threading.Event()
+
+    def run_or_fail(self, sql, *args, **options):
+        if ".tail(" in sql:
+            assert is_deleted.wait(TIMEOUT)
+            if told.payloads == [b"0", b"1"] and not failed:
+                failed.append(sql)
+                raise Lost("cut")
+        return run(self, sql, *args, **options)
+
+    monkeypatch.setattr(Connection, "run", run_or_fail)
+    items = [("b", b"deleted"), ("a", b"1"), ("a", b"2"), ("a", b"3")]
+    broker.publish(items)
+    server.execute(f"DELETE FROM {schema}.event WHERE channel = 'b'")
+    is_deleted.set()
+    await_true(lambda: told.payloads == [b"0", b"1", b"2", b"3"], lambda: told.payloads)
+    await_true(lambda: told.resyncs == [None])
+    assert failed
+
+
+def test_a_sink_that_fails_is_told_again(server, schema, make):
+    """That channels must be read."""
+    broker, calls = make(), []
+
+    class Fails(Told):
+        def resync(self, channels):
+            calls.append(channels)
+            if len(calls) == 1:
+                raise RuntimeError("a fault of the hub")
+
+    told = Fails()
+    broker.attach(told)
+    broker.watch("a")
+    broker.publish([("a", b"1")])
+    await_true(lambda: told.payloads == [b"1"])
+    server.execute(f"TRUNCATE {schema}.event, {schema}.channel")
+    await_true(lambda: calls == [None, None])
 
 
 def test_a_hole_in_the_middle(server, schema, make):
