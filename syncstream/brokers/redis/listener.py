@@ -61,7 +61,8 @@ class Listener:
         self._connection: Any = None
         self._has_more = False
         self._told: tuple[bytes, bytes] | None = None
-        self._spoilt: dict[str, None] = {}  # channels with a malformed message
+        # Channels that the sink must read: it is told after the next beat.
+        self._lost: dict[str, None] = {}
         self._has_warned = False
 
     # From any thread.
@@ -294,8 +295,8 @@ class Listener:
         Others may send such messages without limit, under any name that a pattern
         matches: so only some names are kept, and only the first message is logged.
         """
-        if channel in self._watches or len(self._spoilt) < KEYS:
-            self._spoilt[channel] = None
+        if channel in self._watches or len(self._lost) < KEYS:
+            self._lost[channel] = None
         if not self._has_warned:
             self._has_warned = True
             text = (
@@ -315,8 +316,8 @@ class Listener:
             self._server.fails("heads", reason)
         elif compared.was_asked:
             self._server.works("heads", since=compared.since)
-        spoilt, self._spoilt = self._spoilt, {}
-        lost = [*dict.fromkeys([*compared.lost, *spoilt])]
+        self._lost.update(dict.fromkeys(compared.lost))
         sink = self._health.sink
-        if lost and sink is not None:
-            sink.resync(lost)
+        if self._lost and sink is not None:
+            sink.resync([*self._lost])
+        self._lost.clear()  # not if that has failed

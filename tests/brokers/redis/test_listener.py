@@ -89,6 +89,26 @@ def test_a_sink_that_fails_ends_no_listener(server, quick):
         assert told.states == []
 
 
+def test_a_sink_that_fails_is_told_of_a_loss_again(server, quick):
+    """Nothing else would show it: the heads have been compared."""
+    calls = []
+
+    class Failing(Told):
+        def resync(self, channels):
+            calls.append([*channels])
+            if len(calls) == 1:
+                raise ValueError("bad")
+
+    with opened(server.url) as broker:
+        told = Failing()
+        broker.attach(told)
+        broker.watch("a")
+        broker.publish([("a", b"1")])
+        await_true(lambda: told.payloads == [b"1"])
+        server.command("DEL", "ss:{a}")
+        await_true(lambda: calls == [["a"], ["a"]])
+
+
 @pytest.mark.parametrize("loss", [("FLUSHALL",), ("DEL", "ss:{a}")], ids=lambda w: w[0])
 def test_what_an_empty_channel_lost_is_announced(loss, server):
     """Its head is another one after events that are gone; else it stays."""
