@@ -130,6 +130,13 @@ class RedisServer:
         words += ("--loading-process-events-interval-bytes", "1024")
         self.start(*words, is_ready=False)
 
+    def is_loading(self) -> bool:
+        try:
+            self.command("PING", protocol=2)
+        except redis.BusyLoadingError:
+            return True
+        return False
+
     def listeners(self) -> list[dict[str, Any]]:
         """Return the connections that are subscribed to anything; no Sentinel's."""
         with self.client() as client:

@@ -459,7 +459,8 @@ def _is_living(idle: _Idle, deadline: float) -> bool:
         connection.send_packed_command(packed, check_health=False)
         if not connection.can_read(timeout=max(0.0, deadline - now) / 2):
             return False
-        connection.read_response()
+        # Without closing it after LOADING.
+        connection.read_response(disconnect_on_error=False)
     except (ResponseError, BusyLoadingError):  # it has answered
         return True
     except (RedisError, OSError):

@@ -169,6 +169,23 @@ def test_a_connection_that_answers_is_used_again(server, monkeypatch):
             await_true(lambda: client.info("clients")["connected_clients"] == 2)
 
 
+def test_a_kept_connection_to_a_server_that_loads(server, clock, monkeypatch):
+    """A replica's first load ends no connection: its answer to a test is one, too."""
+    monkeypatch.setattr(server_module, "FRESH", 0.0)
+    with RedisServer("--repl-diskless-sync-delay", "0") as other:
+        fill = "for n = 1, 40000 do redis.call('SET', n, n) end"
+        other.command("EVAL", fill, "0")
+        with opened(server.url) as broker:
+            broker.publish([("a", b"1")])
+            server.command("CONFIG", "SET", "key-load-delay", "500")
+            server.command(
+                "CONFIG", "SET", "loading-process-events-interval-bytes", "1024"
+            )
+            server.command("REPLICAOF", "127.0.0.1", other.port)
+            await_true(server.is_loading)
+            refused(broker, clock, match="(?i)loading")
+
+
 def test_a_publish_that_is_not_answered(server, proxy, clock):
     """It is uncertain, in time, and stored once: nothing is sent again."""
     with (
