@@ -43,8 +43,11 @@ connections, before a stream begins and whenever it waits."""
 HANDOVER = "syncstream.handover"
 """The environ key that is ``False`` if the connection must stay with its server."""
 
+# By name: Content-Security-Policy protects every answer.
 _DESCRIBES_BODY = re.compile(
-    r"(content-.*|x-accel-.*|etag|last-modified|expires|cache-control|accept-ranges)$",
+    r"(content-(type|length|encoding|disposition|range|language|location|digest|md5)"
+    r"|(repr-)?digest|x-accel-.*|etag|last-modified|expires|cache-control"
+    r"|accept-ranges)$",
     re.I,
 )
 

@@ -182,6 +182,22 @@ def test_lines_get_the_status_that_is_raised_first(error, status, logged):
     assert [r.exc_info[1] for r in logged()] == ([error] if status == 500 else [])
 
 
+def test_an_error_keeps_the_headers_that_are_not_of_the_body(logged):
+    """A Content-Security-Policy protects an error's page, too."""
+    policy = [
+        ("Content-Security-Policy", "default-src 'none'"),
+        ("Content-Security-Policy-Report-Only", "default-src 'none'"),
+    ]
+    body = [
+        *(("Content-Disposition", "attachment"), ("Content-Language", "en")),
+        *(("Content-Range", "bytes 0-1/2"), ("Content-Digest", "sha-256=:0:")),
+    ]
+    response = NDJSONResponse(raising(ValueError("x")), headers=[*policy, *body])
+    _, headers = Server(response).heads[-1]
+    assert set(policy) <= set(headers)
+    assert not set(body) & set(headers)
+
+
 def test_lines_return_no_answer(logged):
     """Not even before the first: it is too late to make one of it."""
     server = Server(NDJSONResponse(redirecting(("no", 403))))
