@@ -464,7 +464,7 @@ class Stream:
             return closable
         self._outcome.links.append(link)
         if self.is_over():
-            self._monitor.interrupt()
+            self._monitor.wake()  # not from here, which may be a helper's greenlet
         return closable
 
     def on_close(self, callback: Callable[[], object]) -> None:

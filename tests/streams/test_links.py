@@ -37,6 +37,7 @@ from syncstream.runtime.journal import journal
 from syncstream.streams import links
 from tests.runtime.waitables import Waiting
 from tests.support.pairs import (
+    Greenlets,
     Line,
     Threads,
     check_script,
@@ -853,6 +854,36 @@ def test_a_link_comes_too_late():
     waiting = Waiting(function)
     waiting.join()
     assert seen == ["cancelled", "closed"]
+
+
+def test_a_helpers_late_link_ends_the_source_not_the_helper():
+    """A greenlet that throws into another one does not run on by itself."""
+    place, seen = Greenlets(), []
+
+    class Quiet:
+        def cancel(self):
+            """Nothing waits in it."""
+
+        def close(self):
+            seen.append("closed")
+
+    def source():
+        yield "a"
+        seen.append("waits")
+        sleep(60)
+
+    def help():
+        stream.stop("kicked")
+        stream.link(Quiet())
+        seen.append("goes on")
+
+    stream = stream_of(source())
+    join = place.start(lambda: serve(stream))
+    place.await_true(lambda: seen)
+    helper = place.start(help)
+    join()
+    helper()
+    assert seen == ["waits", "goes on", "closed"]
 
 
 @pytest.mark.parametrize("thing", [None, object(), "text"])
