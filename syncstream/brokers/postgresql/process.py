@@ -86,11 +86,15 @@ class Process:
             is_late: As for `Listener`.
 
         Raises:
-            Unavailable: No thread can be started.
+            Unavailable: No thread can be started, or no pipe be made.
         """
         with self._lock:
             if self._listener is None and not self._is_closing:
-                stop, stopper = os.pipe()
+                try:
+                    stop, stopper = os.pipe()
+                except OSError as error:  # too many are open
+                    reason = f"postgresql: cannot listen: {error}"
+                    raise Unavailable(reason) from error
                 owner = Stopper(stopper)
                 listener = Listener(
                     dsn,

@@ -94,11 +94,15 @@ class RedisBroker:
         """Return this process's part.
 
         Raises:
-            Unavailable: The broker is closed.
+            Unavailable: The broker is closed, or too many files are open.
         """
         here = self._parts.get()
         if here is None:
-            here = self._parts.begin(Process(self, self._servers()))
+            try:
+                servers = self._servers()
+            except OSError as error:  # redis-py reads a file; too many are open
+                raise Unavailable(f"redis: cannot begin: {error}") from error
+            here = self._parts.begin(Process(self, servers))
         if self._is_closed:
             here.close(0)
             raise Unavailable("the broker is closed")

@@ -40,6 +40,9 @@ class Listener:
     Args:
         ttl: Milliseconds that a key lives after its last use.
         timeout: The maximum of seconds to connect.
+
+    Raises:
+        Unavailable: No sockets can be made.
     """
 
     def __init__(
@@ -53,7 +56,10 @@ class Listener:
         self._own = self._beats.own
         self._tail = Tail(server.name, health, log, server=server.name)
         # Native: gevent's sockets would wait in the hub of the creating thread.
-        self._waker, self._woken = _socket.socketpair()
+        try:
+            self._waker, self._woken = _socket.socketpair()
+        except OSError as error:  # too many are open
+            raise Unavailable(f"redis: cannot listen: {error}") from error
         self._waker.setblocking(False)
         self._woken.setblocking(False)
         self._is_woken = False

@@ -1,5 +1,6 @@
 """One process's part of a broker: threads, connections, forks, its end."""
 
+import resource
 import threading
 
 import psutil
@@ -49,6 +50,22 @@ def test_no_thread_is_left(make):
                 broker.watch("a")
     finally:
         threading.stack_size(before)
+    broker.watch("a")
+    broker.publish([("a", b"x")])
+    await_true(lambda: told.payloads == [b"x"])
+
+
+def test_no_descriptor_is_left(make):
+    """It is `Unavailable`, as the hub expects, and told of when there is one."""
+    broker, told = make(), Told()
+    broker.attach(told)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(Unavailable, match="Too many open files"):
+            broker.watch("a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     broker.watch("a")
     broker.publish([("a", b"x")])
     await_true(lambda: told.payloads == [b"x"])

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import resource
 import threading
 
 import pytest
@@ -74,6 +75,26 @@ def test_no_thread_is_left(shared):
                 broker.watch("a")
     finally:
         threading.stack_size(before)
+    broker.watch("a")
+    broker.publish([("a", b"x")])
+    await_true(lambda: told.payloads == [b"x"])
+    broker.close()
+
+
+def test_no_descriptor_is_left(shared):
+    """It is `Unavailable`, as the hub expects, and told of when there is one."""
+    broker, told = RedisBroker(own(shared.url)), Told()
+    broker.attach(told)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    for _ in range(2):  # to begin, and to listen
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            with pytest.raises(Unavailable, match="Too many open files"):
+                broker.watch("a")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        broker.read("a", None)
     broker.watch("a")
     broker.publish([("a", b"x")])
     await_true(lambda: told.payloads == [b"x"])
