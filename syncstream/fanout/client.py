@@ -95,6 +95,7 @@ class Client:
     )
 
     gevent_hub: None = None  # `wake_all` calls `wake`
+    scope: None = None  # `Frames` compares it, and refuses a second reader
 
     def __init__(
         self,

@@ -53,7 +53,11 @@ class Departure:
 
     @property
     def is_possible(self) -> bool:
-        """Whether the client will leave as soon as its head is sent."""
+        """Whether the client may leave as soon as its head is sent.
+
+        The loop serves no feed but a `Subscription`. `begin` finds out whether the
+        connection can leave its server.
+        """
         output = self._parts.output
         return (
             isinstance(self._parts.source.feed, Subscription)
@@ -65,7 +69,7 @@ class Departure:
 
     @property
     def is_begun(self) -> bool:
-        """Whether the connection is withheld from its server."""
+        """Whether there is something to `close`: a connection withheld, or taken."""
         return self._swap is not None
 
     def begin(self) -> None:
@@ -97,7 +101,10 @@ class Departure:
         self._parts.monitor.observe()
 
     def close(self) -> None:
-        """Give a withheld connection back; the response is incomplete."""
+        """Give a withheld connection back: the response is incomplete.
+
+        If it was taken, close our end of the pair that the server has instead.
+        """
         swap, self._swap = self._swap, None
         if swap is not None:
             swap.close()
@@ -165,13 +172,19 @@ class Departure:
                 events=events,
                 bytes=len(opening) + len(first),
             )
-            source.detach(client)
         except (OSError, RuntimeError, MemoryError) as error:
             text = (
                 "subscribers cannot leave their server, and hold its threads or"
                 f" greenlets: {error!r}"
             )
             process.warn_once(log, text, "no loop")
+            return None
+        try:
+            source.detach(client)
+        except RuntimeError as error:
+            # Another response reads it. The stream stays, and its next read raises
+            # the same error, which ends it.
+            report(log, logging.DEBUG, "%s stays: %s", client.label, error)
             return None
         return loop, client
 

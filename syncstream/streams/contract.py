@@ -179,11 +179,11 @@ class Departure(Protocol):
 
     @property
     def is_possible(self) -> bool:
-        """Whether the client will leave as soon as its head is sent."""
+        """Whether the client may leave as soon as its head is sent."""
 
     @property
     def is_begun(self) -> bool:
-        """Whether the connection is withheld from its server."""
+        """Whether there is something to `close`: a connection withheld, or taken."""
 
     def begin(self) -> None:
         """Withhold the connection from its server until the server has written.
@@ -200,4 +200,4 @@ class Departure(Protocol):
         """
 
     def close(self) -> None:
-        """Give a withheld connection back."""
+        """Give a withheld connection back, or end the server's part of a taken one."""

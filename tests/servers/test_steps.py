@@ -311,6 +311,33 @@ def test_links_go_with_their_client(connection, monkeypatch, failing):
     assert closed == expected
 
 
+def test_a_second_reader_of_a_subscription(connection, caplog):
+    """It gets an error, which names the mistake; nothing is wrong with the loop."""
+    watch()
+    hub = Hub()
+    subscription = hub.subscribe("a")
+    process().said.pop("no loop", None)
+    with tcp_pair() as (server, _):
+        sockets = connection["gunicorn.socket"], server
+        environs = [{**connection, "gunicorn.socket": sock} for sock in sockets]
+        bodies = [
+            SSEResponse(subscription)(environ, start_response) for environ in environs
+        ]
+        steps = [map(HEAD.__add__, body) for body in bodies]
+        for sock, step in zip(sockets, steps, strict=True):
+            sock.sendall(next(step))
+        for sock, step in zip(sockets, steps, strict=True):
+            deque(map(sock.sendall, step))
+        for body in bodies:
+            body.close()
+        assert bodies[1].reason == "error"
+        await_true(lambda: bodies[0].reason == "closed")  # the subscription is
+        settle(fanout())
+    hub.close()
+    assert "a subscription has one reader" in caplog.text
+    assert "subscribers cannot leave" not in caplog.text
+
+
 def test_a_refusal_is_logged_as_it_is(caplog):
     """A method that a client has chosen is no format of the line."""
 
