@@ -31,6 +31,7 @@ def chunks_of_feed(
     """
     parts, stream = run.parts, run.stream
     output, monitor, ended = parts.output, parts.monitor, parts.outcome.ended
+    failure = None
     try:
         if departure is not None and not departure.is_possible:
             departure = None
@@ -39,7 +40,7 @@ def chunks_of_feed(
         is_leaving = departure is not None and not feed.begins_with_user_code
         monitor.begin(stream, is_leaving=is_leaving)
         # Before the client sees the stream open: it may publish as soon as it does.
-        first, events, failure = b"", 0, None
+        first, events = b"", 0
         try:
             if not ended:
                 first, events = _first_step(run, feed, is_leaving=departure is not None)
@@ -51,9 +52,11 @@ def chunks_of_feed(
             yield output.open()
             if departure is not None and departure.finish(first, events):
                 return
-        if failure is not None and not ended:
-            yield from run.fail(failure)
-            return
+        if failure is not None:
+            if not ended:
+                yield from run.fail(failure)
+                return
+            run.take_overtaken(failure)
         if not ended:
             output.warn()
             if first:
@@ -70,6 +73,7 @@ def chunks_of_feed(
         while not ended:
             chunk = step(advance)
             if ended:
+                run.take_overtaken(chunk)
                 break
             if type(chunk) is Failure:
                 yield from run.fail(chunk)
@@ -89,6 +93,7 @@ def chunks_of_feed(
         yield from run.finish()
     except GeneratorExit:
         run.drop()
+        run.take_overtaken(failure)
         raise
 
 

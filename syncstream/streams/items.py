@@ -48,6 +48,7 @@ def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
         # Local variables, because all of this is done for every event.
         step, take, encode = run.stepper(), advance, output.format.encode
         monotonic, keepalive, look_at = time.monotonic, monitor.keepalive, 0.0
+        item = refused = None
         while True:
             item = step(take)
             if ended:
@@ -93,6 +94,8 @@ def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
                 output.moved = now
                 output.bytes += len(output.comment)
                 yield output.comment
+        run.take_overtaken(item)
+        run.take_overtaken(refused)
         yield from run.finish()
     except GeneratorExit:
         run.drop()

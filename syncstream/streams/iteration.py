@@ -60,6 +60,11 @@ class Failure:
         """Return the error; once."""
         return self._errors.pop()
 
+    @property
+    def is_there(self) -> bool:
+        """Whether nobody has taken it out yet."""
+        return bool(self._errors)
+
 
 class Iteration:
     """Runs one source; the bodies of all kinds of sources share it.
@@ -86,7 +91,7 @@ class Iteration:
         """Return the function that runs one step of the source, in its stream's scope.
 
         Its argument returns the source's next item; the function returns the item, or a
-        `Failure`. Check ``outcome.ended`` first: after the end the result is void.
+        `Failure`. Check ``outcome.ended`` first: after the end, `take_overtaken`.
 
         It is a closure because it is called for every event: a method would look up
         each of these names again, which is 80 ns an event.
@@ -159,6 +164,14 @@ class Iteration:
             isinstance(error, SystemExit) and self._monitor.until() is not None
         )
         return "shutdown" if is_exit else None
+
+    def take_overtaken(self, item: object) -> None:
+        """Handle what a step has returned if the stream has ended beside it.
+
+        An item is void, but a failure is logged as one after the end.
+        """
+        if type(item) is Failure and item.is_there:
+            self._take_late(item.take())
 
     def _take_late(self, error: BaseException) -> None:
         """Handle an exception of the source after the stream's end."""

@@ -265,6 +265,21 @@ def test_the_exit_of_a_signals_handler_goes_on(line, wrapped):
     assert exited.value.code == 7
 
 
+def test_what_cannot_be_encoded_beside_an_end_is_logged(line, caplog):
+    """The generator is closed then: it is not told of its item any more."""
+
+    def encode(item):
+        stream.stop()
+        raise TypeError("no bytes")
+
+    stream = Stream((n for n in "ab"), Format(encode, sse.ends_blank, is_events=True))
+    stream.connect(line)
+    serve(stream)
+    assert stream.reason == "closed"
+    said = ["the source of GET '/test' failed at its end (closed)"]
+    assert caplog.messages == said
+
+
 def test_an_end_has_its_time_at_once(monkeypatch):
     """Whoever sees the end would else take it for one of long ago."""
     outcome, seen = Outcome(), []

@@ -86,3 +86,20 @@ def test_a_feed_that_cannot_begin(failure):
     assert (b"data: a\n\n" in chunks) == begins
     reasons = {True: "kicked", False: "denied" if failure is not KeyError else "error"}
     assert (stream.reason, source.closed) == (reasons[begins], 1)
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_failure_that_an_end_overtakes_is_logged(caplog, closes):
+    """Between the failure and its report the opening leaves, which may take long."""
+    stream = stream_of(Source(begin=KeyError("broken")), Line())
+    chunks = iter(stream)
+    assert next(chunks) == b": ok\n\n"
+    if closes:
+        stream.close()
+    else:
+        stream.stop()
+        assert list(chunks) == []
+    del chunks
+    assert stream.reason == "closed"
+    said = ["the source of GET '/test' failed at its end (closed)"]
+    assert caplog.messages == said
