@@ -19,23 +19,9 @@ from . import (
     werkzeug,
     wsgiref,
 )
-from .contract import (
-    Counter,
-    Environ,
-    Server,
-    SocketLike,
-    connection_reset,
-    takes_directly,
-)
+from .contract import Environ, Server, connection_reset
 
-__all__ = [
-    "Counter",
-    "Server",
-    "SocketLike",
-    "connection_reset",
-    "server_of",
-    "takes_directly",
-]
+__all__ = ["server_of"]
 
 SERVERS = (
     gunicorn.SERVER,

@@ -17,7 +17,8 @@ from ..runtime.journal import report
 from ..runtime.process import Stopping, process
 from ..runtime.sockets import hang_up, is_hung_up, is_unix, is_writable, release, reset
 from ..runtime.waiting import gevent_hub, say
-from . import Counter, Server, SocketLike, connection_reset, server_of, takes_directly
+from . import server_of
+from .contract import Counter, Server, SocketLike, connection_reset, takes_directly
 from .request import last_event_id, names_event_stream
 from .swap import Refused, Swap
 
@@ -31,6 +32,8 @@ __all__ = [
     "warn_of_compression",
 ]
 
+# The logger of `syncstream.wsgi`, as before this was a module of its own: applications
+# may have configured it.
 log = logging.getLogger("syncstream.wsgi")
 
 CONNECTION = "syncstream.connection"
@@ -57,7 +60,7 @@ class Full(Exception):
 
 
 class Sent(Protocol):
-    """A stream, as the connection knows it that it is written to.
+    """A stream, as its connection sees it.
 
     Attributes:
         reference: A weak reference to it.
@@ -139,7 +142,7 @@ class Connection:
         self._stream = weakref.ref(stream)
         self._is_encoded = encoded
 
-    def made(self, stream: Sent) -> None:
+    def note_made(self, stream: Sent) -> None:
         """Remember a stream that was created during this request."""
         self._made.append(stream.reference)
 
@@ -289,7 +292,7 @@ class Connection:
 
     @property
     def logs_errors(self) -> bool:
-        """And logs it, with its traceback."""
+        """The server logs an `Exception` that leaves ``next()`` before any byte."""
         return self.server.logs_errors and not self.hides_errors
 
     def answer(self, error: BaseException, status: int, body: bytes) -> bytes | None:
@@ -322,8 +325,7 @@ class Connection:
             exc_info: Any = (type(error), error, error.__traceback__)
             start_response(line, headers, exc_info)
         except SystemError:
-            # uWSGI 2.0.30 accepts the call, but leaves the error of exc_info set.
-            return body if server.name == "uwsgi" else None
+            return body if server.raises_system_error else None
         except BaseException as raised:
             if raised is not error and not isinstance(raised, Exception):
                 raise
@@ -336,14 +338,14 @@ class Connection:
             self.is_answering, exc_info = False, None  # the traceback would be a cycle
         return body
 
-    def begun(
+    def note_head(
         self, start_response: StartResponse, headers: list[tuple[str, str]]
     ) -> None:
         """Remember how the response began, to begin again if no byte was sent."""
         self._begun = start_response, headers
 
-    def started(self, write: Callable[[bytes], object]) -> None:
-        """Take the ``write`` that start_response returned: the server's or another."""
+    def note_write(self, write: Callable[[bytes], object]) -> None:
+        """Remember the ``write`` of start_response, if it is the server's."""
         module = getattr(write, "__module__", None)
         if module and module == self.server.write_module:
             self._write = write
@@ -540,13 +542,11 @@ class Connection:
 
     def _cut(self, fd: int) -> None:
         server = self.server
-        is_hidden = (
-            not server.marks_end(self.environ)
-            and not server.is_tls(self._given)
-            and not reset(fd)
-        )
+        is_visible = server.marks_end(self.environ) or server.is_tls(self._given)
+        if not is_visible:
+            is_visible = reset(fd)
         hang_up(fd)
-        if is_hidden:
+        if not is_visible:
             text = (
                 "%s was cut, but the client takes it for finished: no reset is possible"
             )

@@ -97,9 +97,9 @@ class Server:
             response is being generated.
         stopping: Returns a `process.Stopping`, which tells whether this process has
             been told to stop and until when finite work may continue; ``None`` if the
-            server does not show it. Called once a process, in the thread or greenlet
-            of a running request. The result may be called often, from any thread, and
-            holds no request.
+            server does not show it. Called once for each server of a process
+            (`process.Served`), in the thread or greenlet of a running request. The
+            result may be called often, from any thread, and holds no request.
         lets_exits_through: The server runs applications in the process's main thread,
             and ends when a KeyboardInterrupt, or a SystemExit from a signal handler,
             leaves the application.
@@ -137,6 +137,8 @@ class Server:
         answers_errors: The server answers 500 if an `Exception` leaves ``next()``
             before the first byte of the response was sent.
         logs_errors: The server logs this exception with its traceback.
+        raises_system_error: start_response, called again with an error, raises
+            SystemError although it has accepted the call.
         is_known: The server's reaction to exceptions from ``next()`` is known.
         is_test: It is a test client's environ, whatever server it names.
     """
@@ -174,6 +176,7 @@ class Server:
     forget_head: Callable[[Environ, Write | None], bool] = lambda environ, write: True
     answers_errors: bool = True
     logs_errors: bool = True
+    raises_system_error: bool = False
     is_known: bool = True
     is_test: bool = False
 

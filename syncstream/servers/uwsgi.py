@@ -70,6 +70,7 @@ SERVER = Server(
     # uWSGI never sends chunks.
     marks_end=lambda environ: False,
     answers_errors=False,  # it sends the head from start_response, 200 (2.0.30)
+    raises_system_error=True,  # it leaves the error of exc_info set (2.0.30)
     is_tls=_is_tls,
     threads=_threads,
     warnings=_warnings,

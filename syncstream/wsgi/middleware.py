@@ -220,10 +220,10 @@ class _Head:
         # Some servers accept no third argument when it is None.
         if exc_info is None:
             write = self._start_response(status, headers)
-            self.connection.begun(self._start_response, headers)
+            self.connection.note_head(self._start_response, headers)
         else:
             write = self._start_response(status, headers, exc_info)
-        self.connection.started(write)
+        self.connection.note_write(write)
         return write
 
     def _open(self) -> None:

@@ -125,7 +125,7 @@ class _Streaming(Response):
         self._stream = stream
         reference = answering.get()
         if reference is not None and (connection := reference()) is not None:
-            connection.made(stream)
+            connection.note_made(stream)
         merged = merge_headers(defaults, headers)
         if not isinstance(status, (int, str)) or isinstance(status, bool):
             raise TypeError(f"status must be int or str, got {status!r}")
@@ -249,8 +249,8 @@ class _Streaming(Response):
         except BaseException:  # it refused a header, for example: no server closes us
             self.close()
             raise
-        self._connection.started(write)
-        self._connection.begun(start_response, headers)
+        self._connection.note_write(write)
+        self._connection.note_head(start_response, headers)
         if not self._stream.will_leave and (look := session_watch()) is not None:
             self._stream.on_close(look)
         return app_iter
