@@ -509,6 +509,12 @@ class Connection:
             if self.threads == 1 and process().parked_streams:
                 # The stream would block the whole worker. gunicorn's --timeout would
                 # then kill it, with all its parked connections.
+                process().warn_once(
+                    log,
+                    "a stream was refused, as it would have blocked the only thread of"
+                    f" this server process, which has handed streams over: {error}",
+                    "one thread",
+                )
                 raise Full(f"the server has one thread, and {error}") from error
             return None
 

@@ -9,6 +9,7 @@ import os
 import resource
 import socket
 from collections import deque
+from dataclasses import replace
 
 import pytest
 
@@ -26,7 +27,7 @@ from syncstream.runtime.process import Process, process
 from syncstream.runtime.watch import Watch, watch
 from syncstream.servers import descriptors, server_of
 from syncstream.servers import swap as handover
-from syncstream.servers.connection import Full
+from syncstream.servers.connection import Connection, Full
 from syncstream.servers.swap import Swap
 from syncstream.streams.capacity import Place
 from syncstream.streams.monitor import Monitor
@@ -309,6 +310,25 @@ def test_links_go_with_their_client(connection, monkeypatch, failing):
     await_true(lambda: len(closed) >= len(expected))
     settle(fanout())
     assert closed == expected
+
+
+def test_who_would_block_the_only_thread_is_refused(connection, caplog):
+    """While clients that have left depend on the process; and the log says so, once."""
+    watch()
+    hub, server = Hub(), connection["gunicorn.socket"]
+    body = SSEResponse(hub.subscribe("a"))(dict(connection), start_response)
+    deque(map(server.sendall, map(HEAD.__add__, body)))
+    body.close()
+    odd = Connection(dict(connection))
+    odd.server = replace(odd.server, stays=lambda environ: "odd", threads=lambda e: 1)
+    process().said.pop("one thread", None)
+    for _ in range(2):
+        with pytest.raises(Full, match="the server has one thread, and odd"):
+            odd.swap()
+    hub.close()
+    await_true(lambda: body.reason == "closed")
+    settle(fanout())
+    assert caplog.text.count("would have blocked the only thread") == 1
 
 
 def test_a_second_reader_of_a_subscription(connection, caplog):
