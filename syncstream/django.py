@@ -248,7 +248,7 @@ class _Streaming(StreamingHttpResponse):
             if is_replaced and "Content-Encoding" in self.headers:
                 _warn_of_compression()  # a decorator such as gzip_page compresses
             connection.take(stream, self.headers.items())
-            if not stream.will_leave:
+            if not stream.may_leave:
                 _watch_session(request, stream)
         else:
             stream.close()

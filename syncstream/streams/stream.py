@@ -222,8 +222,8 @@ class Stream:
         return self._out.is_over_for(connection)
 
     @property
-    def will_leave(self) -> bool:
-        """Whether its thread is to be given back as soon as its head is out."""
+    def may_leave(self) -> bool:
+        """Whether its thread may be given back as soon as its head is out."""
         return self._departure is not None and self._departure.is_possible
 
     def __iter__(self) -> Iterator[bytes]:
@@ -498,7 +498,7 @@ class Stream:
     def hold(self, place: Place) -> None:
         """Take a place, to be released at the end, also if nobody closes it."""
         self._closing.place = place
-        if self._monitor.process is not None or not self.will_leave:
+        if self._monitor.process is not None or not self.may_leave:
             place.stay()
 
     # For the waits.

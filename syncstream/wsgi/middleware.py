@@ -206,7 +206,7 @@ class _Head:
             self._place = self._capacity.admit(
                 environ,
                 lambda: connection.threads,
-                leaves=ours is not None and ours.will_leave,
+                leaves=ours is not None and ours.may_leave,
             )
             if self._place is None:
                 return self._refuse(exc_info)

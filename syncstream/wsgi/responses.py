@@ -251,7 +251,7 @@ class _Streaming(Response):
             raise
         self._connection.note_write(write)
         self._connection.note_head(start_response, headers)
-        if not self._stream.will_leave and (look := session_watch()) is not None:
+        if not self._stream.may_leave and (look := session_watch()) is not None:
             self._stream.on_close(look)
         return app_iter
 

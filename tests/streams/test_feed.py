@@ -64,7 +64,7 @@ def test_a_feed_is_sent_from_its_thread(caplog):
     """The loop serves subscriptions: all others stay, and end as subscriptions do."""
     source = Source([b"data: a\n\ndata: b\n\n", b"data: c\n\n"])
     stream = stream_of(source, Line())
-    assert not stream.will_leave
+    assert not stream.may_leave
     with caplog.at_level("DEBUG", "syncstream.stream"):
         *chunks, last = serve(stream)
     assert chunks == [b": ok\n\n", *source.chunks]
