@@ -75,9 +75,9 @@ __all__ = ["Refused", "Swap", "Taken"]
 log = logging.getLogger("syncstream.servers.handover")
 
 _LOOK_EVERY = 0.25  # seconds: the server may write more than a pair holds
-_LOOK_AGAIN = 0.005  # seconds, after it did
+_LOOK_AGAIN = 0.005  # seconds, while it does
 MOST_WRITTEN = 16 << 20
-_FETCHED = 1 << 16  # bytes at once; for more, malloc would map memory each time
+_FETCHED = 1 << 16  # bytes per read; for more, malloc would map memory each time
 SEND_TIMEOUT = 10.0  # seconds, for bytes sent after `undo`
 
 _HTTP_1 = re.compile(r"HTTP/1\.[0-9]")
@@ -147,7 +147,7 @@ class Swap:
         self._environ = environ
         self._server = server
         self._written = bytearray()
-        # Native: the watch's thread takes it, too, and no greenlet waits for it long.
+        # Native: the watch's thread takes it too, and everybody holds it only briefly.
         self._lock = native(_thread, "allocate_lock")()
         try:
             clock = watch()
@@ -159,7 +159,7 @@ class Swap:
             self._socket = _checked(environ, server)
             if server.unsent(environ):
                 raise Refused(
-                    "the server has not sent the response before it yet",
+                    "the server has not yet sent the previous response",
                     is_choice=True,
                 )
             server.leave_body(environ)
@@ -209,8 +209,8 @@ class Swap:
             if theirs.gettimeout() is not None or not self._is_blocking:
                 os.set_blocking(theirs.fileno(), self._is_blocking)
             _forget_in_hub(fd)
-            inode = _inode(theirs.fileno())  # first: nothing may fail after dup2
-            # Other programs would inherit the connection by default.
+            inode = _inode(theirs.fileno())  # now: nothing may fail after dup2
+            # By default, programs that this process starts would inherit it.
             os.dup2(theirs.fileno(), fd, inheritable=False)
         except BaseException:
             ours.close()
@@ -265,7 +265,7 @@ class Swap:
         # nor for the client to close.
         with suppress(OSError):
             self._ours.shutdown(socket.SHUT_WR)
-        # The server would answer requests that it has read ahead (pywsgi did).
+        # Otherwise the server answers requests that it has read ahead (pywsgi did).
         self._server.drop_read_ahead(self._environ)
         if type(self._socket) not in self._server.plain_sockets:
             _handed_over.add(self._socket)
@@ -279,7 +279,7 @@ class Swap:
         client that does not accept the bytes in time is hung up. In any other thread or
         greenlet the call does nothing: the server may be writing.
         """
-        # Or by thread: greenlet may have been imported since.
+        # Also by thread: `runner` changes its answer when greenlet is imported.
         if self._runner not in (runner(), threading.get_ident()) or self._is_copy:
             return
         with self._server.lock(self._environ):
@@ -325,14 +325,14 @@ class Swap:
             self._drop_pair()
 
     def __del__(self) -> None:
-        # Not closed before, and collected in an arbitrary thread: it is too late to
-        # put the connection back.
+        # Nobody has closed the swap, and any thread may run this: it is too late to put
+        # the connection back.
         if self._state == _CLOSED or self._is_copy:
             return
         if self._state == _SWAPPED:
             hang_up(self._connection)
             self._drop_connection()
-            # Later: a collection may happen while a line is being logged.
+            # Log later: a garbage collection may interrupt the logging of a line.
             text = "a swap was dropped: its client is hung up"
             journal().later(log, logging.DEBUG, text)
         self._drop_pair()
@@ -343,7 +343,7 @@ class Swap:
         """Whether this is a forked child, so that the connection is its parent's."""
         return self._pid != os.getpid()
 
-    # The next methods run under the lock, except where they take it themselves.
+    # Call the methods below under the lock; only `_relieve` takes it itself.
 
     def _fetch(self) -> None:
         """Read what the server has written so far."""
@@ -360,7 +360,11 @@ class Swap:
                 return
 
     def _relieve(self) -> float | None:
-        """Drain the pair for a server that writes more than it holds (200 KB)."""
+        """Drain the pair while the server writes more than it holds (200 KB).
+
+        Returns:
+            When to look again, `time.monotonic`; ``None`` for never.
+        """
         with self._lock:
             if self._state != _SWAPPED:
                 return None
@@ -416,8 +420,8 @@ def _checked(environ: Environ, server: Server) -> SocketLike:
         raise Refused("Windows does not let us")
     method = environ.get("REQUEST_METHOD")
     if method != "GET":
-        # A POST may come from fetch(), on purpose. Other methods reach a stream only
-        # because some views, such as Django's, accept any method.
+        # An application may POST with fetch(). Other methods reach a stream only because
+        # some views, such as Django's, accept any method.
         is_choice = method not in ("HEAD", "POST")
         raise Refused(f"the method is {_told(method)}, not GET", is_choice=is_choice)
     protocol = environ.get("SERVER_PROTOCOL")
@@ -434,8 +438,8 @@ def _checked(environ: Environ, server: Server) -> SocketLike:
         raise Refused(reason)
     kind = type(sock)
     if kind not in server.plain_sockets:
-        # The exact type: gevent's SSLSocket is no ssl.SSLSocket, and an unknown type
-        # may keep a buffer of its own.
+        # Compare exact types: gevent's SSLSocket does not inherit from ssl.SSLSocket,
+        # and an unknown type may have its own buffer.
         if kind not in _plain_sockets():
             raise Refused(f"the socket is a {kind.__module__}.{kind.__qualname__}")
         if sock in _handed_over:
