@@ -246,13 +246,13 @@ class _Streaming(Response):
         app_iter, status, headers = self.get_wsgi_response(environ)
         try:
             write = start_response(status, headers)
+            self._connection.note_write(write)
+            self._connection.note_head(start_response, headers)
+            if not self._stream.may_leave and (look := session_watch()) is not None:
+                self._stream.on_close(look)
         except BaseException:  # it refused a header, for example: no server closes us
             self.close()
             raise
-        self._connection.note_write(write)
-        self._connection.note_head(start_response, headers)
-        if not self._stream.may_leave and (look := session_watch()) is not None:
-            self._stream.on_close(look)
         return app_iter
 
 

@@ -6,6 +6,7 @@ from django.contrib.sessions.backends.file import SessionStore
 from django.test import Client as DjangoClient
 from django.test import override_settings
 from django.urls import path
+from flask.sessions import SessionInterface, SessionMixin
 
 from syncstream import SSEResponse, StreamMiddleware, sse
 from syncstream import django as in_django
@@ -111,3 +112,37 @@ def test_djangos_session(how, caplog, tmp_path):
         assert dict(stored.items()) == kept
     said = caplog.text.count("has written to request.session, and that is lost")
     assert said == (how not in ("read", "saved"))
+
+
+def test_a_session_that_cannot_be_read_closes_the_source():
+    """No server does, as it has got no body."""
+
+    class Away(dict, SessionMixin):
+        def __iter__(self):
+            raise ConnectionError("no sessions")
+
+        keys = __iter__
+
+    class Sessions(SessionInterface):
+        def open_session(self, app, request):
+            return Away()
+
+        def save_session(self, app, session, response):
+            pass
+
+    class Source:
+        is_closed = False
+
+        def __iter__(self):
+            return iter(())
+
+        def close(self):
+            self.is_closed = True
+
+    app, source = flask.Flask(__name__), Source()
+    app.session_interface, app.testing = Sessions(), True
+    response = SSEResponse(source)  # referred to: it is not collected
+    app.get("/")(lambda: response)
+    with pytest.raises(ConnectionError):
+        app.test_client().get("/")
+    assert source.is_closed
