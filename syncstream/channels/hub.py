@@ -16,6 +16,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import Any
 
 from ..brokers import open_broker, shown
@@ -25,8 +26,9 @@ from ..errors import BrokerError, Unavailable, Uncertain
 from ..protocol.json import Dumps
 from ..protocol.sse import Event
 from ..runtime.process import process
+from ..runtime.waiting import say
 from . import limits
-from .control import Kick
+from .control import Kick, attempt
 from .ids import composite
 from .options import Authorize, Options
 from .payloads import Payloads
@@ -119,7 +121,7 @@ class Hub:
         self.windows = Windows(broker, math.inf if max_age is None else max_age)
         self.subscribers = Subscribers(self.windows, self.payloads)
         self.sink = HubSink(self.subscribers)
-        _hubs.add(self)
+        _hubs[id(self)] = self
         self._warn_of_many()
         broker.attach(self.sink)
 
@@ -127,7 +129,10 @@ class Hub:
         """Warn once of many hubs, perhaps one for each call."""
         if self._url is None:
             return
-        if sum(hub._url == self._url for hub in list(_hubs)) > limits.MANY:
+        # Not `values`: another thread may make a hub during its iteration.
+        hubs = [reference() for reference in _hubs.valuerefs()]
+        count = sum(hub is not None and hub._url == self._url for hub in hubs)
+        if count > limits.MANY:
             process().warn_once(
                 log,
                 f"more than {limits.MANY} hubs of one {shown(self._url)} are in use,"
@@ -215,7 +220,7 @@ class Hub:
             self.payloads.check_size(payload)
         self.subscribers.clear()
         ids = self.broker.publish(batch, connection=connection) if batch else []
-        self.windows.published += len(ids)
+        self.windows.count(published=len(ids))
         return ids
 
     @property
@@ -402,14 +407,15 @@ class Hub:
         if kick.tags == []:
             return 0
         self.payloads.check_size(kick.encoded(""))
-        count, told = 0, None
         try:
             count = self.subscribers.end(kick)
-        finally:  # tell the others even if this process failed
-            try:
-                self.subscribers.control.tell(kick)
-            except BrokerError as error:
-                told = error
+        except BaseException:
+            told = self._tell(kick)  # the others, even if this process failed
+            if told is not None:
+                text = "a kick may not have reached the other processes: %s"
+                say(log, logging.ERROR, text, told)
+            raise
+        told = self._tell(kick)
         if told is not None:
             kind = type(told) if isinstance(told, Unavailable) else Uncertain
             raise kind(
@@ -417,6 +423,14 @@ class Hub:
                 f" go on, so call kick() again: {told}"
             ) from told
         return count
+
+    def _tell(self, kick: Kick) -> BrokerError | None:
+        """Tell the other processes of a kick; return what prevented that."""
+        try:
+            self.subscribers.control.tell(kick)
+        except BrokerError as error:
+            return error
+        return None
 
     def stats(self) -> dict[str, Any]:
         """Return the hub's numbers in this process.
@@ -442,13 +456,20 @@ class Hub:
             }
 
     def close(self) -> None:
-        """End all subscriptions, and close the broker; a second call does nothing."""
+        """End all subscriptions, and close the broker; a second call does nothing.
+
+        The ends are not announced by "leave" events, which would have to wait for a
+        broker that may be down. If an end raises, the others and the broker are closed
+        all the same, and then ``close`` raises that.
+        """
         if self.windows.is_closed:
             return
         self.windows.is_closed = True
-        for subscription in self.subscribers.all():
-            subscription.close("closed")
-        self.broker.close()
+        try:
+            attempt(partial(s.close, "closed") for s in self.subscribers.all())
+        finally:
+            self.broker.close()
 
 
-_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()  # those of this process
+# Those of this process, by the id of the object.
+_hubs: weakref.WeakValueDictionary[int, Hub] = weakref.WeakValueDictionary()

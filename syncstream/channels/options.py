@@ -6,16 +6,38 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..brokers.names import check_name, is_pattern
+from ..errors import Unavailable
 from ..protocol.sse import Event
 from . import limits
 
 if TYPE_CHECKING:
     from .subscription import Subscription
 
-__all__ = ["Authorize", "NotShared", "Options", "check_channels", "refuse_to_share"]
+__all__ = [
+    "Authorize",
+    "Failed",
+    "NotShared",
+    "Options",
+    "check_channels",
+    "refuse_to_share",
+]
 
 # Tells whether a subscription may be read.
 Authorize: TypeAlias = "Callable[[Subscription], bool]"
+
+
+class Failed(Exception):
+    """Carries an `Unavailable` of the application's code past those of the broker.
+
+    The broker's are met by trying again; the application's are raised.
+
+    Attributes:
+        error: What the application has raised.
+    """
+
+    def __init__(self, error: Unavailable) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class NotShared(Exception):

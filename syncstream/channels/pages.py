@@ -10,13 +10,14 @@ from collections import deque
 from collections.abc import Sequence
 
 from ..brokers.log import START, Entry, Page, first_part, flaw
+from ..errors import Unavailable
 from ..protocol.sse import Event
 from . import limits
 from .chain import follows
 from .cursor import FOUND, FROM_OUTSIDE, Cursor, Item, Since
 from .gap import gap
 from .ids import NOWHERE, is_id
-from .options import Options
+from .options import Failed, Options
 from .payloads import Payloads
 from .places import UNREAD, InStore
 from .windows import Channel, Windows
@@ -53,8 +54,8 @@ class Pages:
             limit: So many entries at most.
 
         Raises:
-            Closed, Denied, BrokerError: As from `Windows.read`; and what ``on_gap``
-                raises.
+            Closed, Denied, BrokerError: As from `Windows.read`.
+            Failed: ``on_gap`` has raised `Unavailable`; its other errors are raised.
         """
         page = self._windows.read(cursor.name, cursor.last or NOWHERE, limit)
         entries = first_part(page.entries)
@@ -217,7 +218,10 @@ class Pages:
         snapshot: list[Event] = []
         if callable(self._options.on_gap):
             event = self._payloads.snapshot
-            snapshot = [event(item) for item in self._options.on_gap()]
+            try:
+                snapshot = [event(item) for item in self._options.on_gap()]
+            except Unavailable as error:
+                raise Failed(error) from error
         # Who is cut off within a snapshot needs all of it.
         id = NOWHERE if snapshot else before
         items: list[Item] = [(cursor, gap(cursor.name, reason, id))]

@@ -13,7 +13,7 @@ from ..runtime.waiter import Wakeable
 from . import limits
 from .cursor import FOUND, Cursor, Item, Mark, Since
 from .ids import composite, is_id, parts_of
-from .options import Options
+from .options import Failed, Options
 from .pages import Pages
 from .patterns import Patterns, overheard_item
 from .payloads import Payloads, decoder_of
@@ -139,8 +139,7 @@ class Reading:
         those that were read. Patterns have no id: a reconnecting client gets a reset.
         """
         cursor.sent = id
-        cursors = self.cursors
-        return composite([c.name for c in cursors], [c.sent for c in cursors]) or id
+        return self.sent_id() or id
 
     def last_id(self) -> str | None:
         """Return the id after which it goes on, ``None`` if there is none."""
@@ -150,6 +149,11 @@ class Reading:
         if not cursors:
             return None
         return composite([c.name for c in cursors], [c.last for c in cursors])
+
+    def sent_id(self) -> str | None:
+        """Return the id of what the client has received of several channels."""
+        cursors = self.cursors
+        return composite([c.name for c in cursors], [c.sent for c in cursors])
 
     # Waiters.
 
@@ -235,6 +239,7 @@ class Reading:
                 is waiting.
             Closed: The hub is closed.
             Denied: The engine denies access to one of the channels.
+            Failed: ``conflate`` or ``on_gap`` has raised `Unavailable`.
         """
         items: list[Item] = []
         patterns, lock = self.patterns, self.windows.lock
@@ -359,7 +364,10 @@ class Reading:
                     continue
                 # Decoded with its own id: it is not given out yet.
                 (event,) = decoder_of().feed(entry.wire)
-                key = self._options.conflate(event)
+                try:
+                    key = self._options.conflate(event)
+                except Unavailable as error:
+                    raise Failed(error) from error
                 kept.pop(key, None)
                 kept[key] = item
             place = cursor.place

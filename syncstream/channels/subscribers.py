@@ -21,7 +21,7 @@ from .payloads import Payloads
 from .presence import PRESENCE, encoded
 from .windows import Channel, Reader, Windows
 
-__all__ = ["Attendance", "Subscriber", "Subscribers", "told_channels"]
+__all__ = ["Attendance", "Subscriber", "Subscribers"]
 
 log = logging.getLogger("syncstream.hub")
 
@@ -51,16 +51,17 @@ class Attendance:
 
     Attributes:
         watched: How many of its channels the broker tells of, the first ones.
-        announced: Channels that were told that it has come.
+        announced: Channels that were told that it has come, and will be that it left.
+        is_over: It has been undone.
         is_listed: Kicks are listened for, for its sake.
     """
 
-    __slots__ = ("announced", "is_listed", "watched")
+    __slots__ = ("announced", "is_listed", "is_over", "watched")
 
     def __init__(self) -> None:
         self.watched = 0
         self.announced: Sequence[str] = ()
-        self.is_listed = False
+        self.is_listed = self.is_over = False
 
 
 class Subscribers:
@@ -116,6 +117,21 @@ class Subscribers:
         attendance.watched += 1
         return self.windows.watch(name)
 
+    def join(self, subscription: Subscriber, attendance: Attendance) -> None:
+        """Announce a subscription, and have its end announce the "leave"."""
+        channels, data = _told_channels(subscription), subscription.announcement
+        if not channels:
+            return
+        try:
+            self.announce(channels, data, "join")
+        finally:  # only now: the "leave" must not overtake the "join"
+            with self.windows.lock:
+                is_over = attendance.is_over
+                if not is_over:
+                    attendance.announced = channels
+            if is_over:
+                self.announce(channels, data, "leave")
+
     def leave(self, subscription: Subscriber, attendance: Attendance) -> None:
         """Stop counting a subscription, and unwatch and announce for it."""
         self.windows.leave(subscription)
@@ -143,6 +159,8 @@ class Subscribers:
             self.windows.unwatch(name)
         if attendance.is_listed:
             self.control.leave()
+        with self.windows.lock:
+            attendance.is_over = True
         self.announce(attendance.announced, data, "leave")
 
     def hear_presence(self) -> None:
@@ -167,7 +185,7 @@ class Subscribers:
             try:
                 fields = Event(data, event=name).encode()
                 self.broker.publish([(PRESENCE, encoded(channel, fields))])
-                self.windows.published += 1
+                self.windows.count(published=1)
             except BrokerError as error:
                 text = "a %s could not be announced in %r, so its list may be wrong: %s"
                 say(log, logging.WARNING, text, name, channel, error)
@@ -243,7 +261,7 @@ class Subscribers:
         self.windows.say_unreadable(name, error)
 
 
-def told_channels(subscription: Subscriber) -> Sequence[str]:
+def _told_channels(subscription: Subscriber) -> Sequence[str]:
     """Return the channels that get a subscription's "join" and "leave" events."""
     if subscription.announcement is None:
         return ()

@@ -20,10 +20,10 @@ from . import limits
 from .authorization import Authorization
 from .cursor import Cursor, Item
 from .frames import Frames
-from .options import Options, check_channels
+from .options import Failed, Options, check_channels
 from .patterns import Patterns
 from .reading import Reading
-from .subscribers import Attendance, Subscribers, told_channels
+from .subscribers import Attendance, Subscribers
 from .tags import NO_TAGS, check_tags
 from .wire import Ids, decoded, framed, lined
 
@@ -39,8 +39,8 @@ class Subscription:
     one; a second one in a generator begins where ``after`` says. One thread or greenlet
     reads it.
 
-    Many methods: three sides call it, its reader, the loop of `fanout` in place of a
-    reader (a `Reading` does the work of both), and the windows. Each method is short.
+    Many methods: it has three callers, its reader, the windows, and the loop of
+    `fanout`, which reads it without a thread. Each method is short.
 
     Attributes:
         who: As given to `Hub.subscribe`.
@@ -74,8 +74,7 @@ class Subscription:
         options.check_fit(channels)
         self._subscribers = subscribers
         self._windows = subscribers.windows
-        is_one = len(channels) == 1
-        self.channels = channels if is_one else tuple(dict.fromkeys(channels))
+        self.channels = channels if len(channels) == 1 else (*dict.fromkeys(channels),)
         self.tags = frozenset(check_tags("tags", tags)) or NO_TAGS
         self.who = who
         self._options = options
@@ -88,8 +87,7 @@ class Subscription:
         self.has_patterns = any(map(is_pattern, self.channels))
         self._is_simple = len(self.channels) == 1 and not self.has_patterns
         self._given: str | None = None  # the request's Last-Event-ID
-        # ``None``: it has not begun, or has left.
-        self._attendance: Attendance | None = None
+        self._attendance: Attendance | None = None  # not begun, or left
         self.reading: Reading | None = None
         self._delivered = 0.0
         self.waiter: Wakeable | None = None
@@ -186,8 +184,9 @@ class Subscription:
                         self._begin()
                     items = self._take()
                     self._check_open()  # the user's code may have closed it
-                except Unavailable:
-                    # The subscription stays, and asks again after a pause.
+                except Failed as failed:
+                    raise failed.error from None
+                except Unavailable:  # it stays, and asks again after a pause
                     items, pause = [], random.uniform(0.5, 1.5) * limits.RETRY
                 if items:
                     self._delivered = time.monotonic()
@@ -249,7 +248,7 @@ class Subscription:
         """
         waiter = self.waiter
         if not isinstance(waiter, Waiter) or not waiter.is_ours():
-            self._check_attached()
+            self._check_free()
             self.withdraw()
             waiter = self.waiter = Waiter()
         return waiter
@@ -268,9 +267,12 @@ class Subscription:
             Closed: The subscription has ended.
             BrokerError: Its position cannot be read.
         """
-        self._check_attached()
+        self._check_free()
         if not self._is_begun:
-            self._begin(is_owned=True)
+            try:
+                self._begin(is_owned=True)
+            except Failed as failed:
+                raise failed.error from None
 
     @property
     def _is_begun(self) -> bool:
@@ -305,7 +307,10 @@ class Subscription:
                 attendance.is_listed = True
                 subscribers.control.enter(self)
             # Kicks find it from here on: ask after that, to miss no revocation.
-            self.check_allowed()
+            try:
+                self.check_allowed()
+            except Unavailable as error:
+                raise Failed(error) from error
             self._check_open()
             subscribers.hear_presence()
             watch = partial(subscribers.watch, attendance)
@@ -323,7 +328,6 @@ class Subscription:
                 self.reason = "closed"
             is_open = self.reason is None
             if is_open:  # from here on `close` has it leave
-                attendance.announced = told_channels(self)
                 self._attendance = attendance
         if not is_open:
             self._leave(attendance)
@@ -332,7 +336,7 @@ class Subscription:
         # A generator that has ended may keep us for long.
         if not is_owned and scope is not None:
             scope.on_close(partial(_close, weakref.ref(self)))
-        subscribers.announce(attendance.announced, self.announcement, "join")
+        subscribers.join(self, attendance)
 
     def _leave(self, attendance: Attendance) -> None:
         self.withdraw()
@@ -453,7 +457,10 @@ class Subscription:
     def forget(self) -> None:
         """Begin anew at the present position, in a forked child."""
         if self.reading is not None:
-            last = self.reading.last_id()
+            if self.kept and not self._is_simple:  # their ids need this reading
+                last, self.kept = self.reading.sent_id(), None
+            else:
+                last = self.reading.last_id()
             self._given = self._given if last is None else last
         self.reading = self._attendance = self.waiter = None
 
@@ -482,7 +489,7 @@ class Subscription:
         return self.has_user_code or self._authorization is not None
 
     def detach(self, waiter: Wakeable | None) -> None:
-        """Have new events wake this waiter instead of the thread that has read it.
+        """Detach it from the thread that has read it: new events wake this waiter.
 
         Args:
             waiter: The waiter; ``None`` when it stops reading.
@@ -491,11 +498,11 @@ class Subscription:
             RuntimeError: Another response reads the subscription.
         """
         if waiter is not None:
-            self._check_attached()
+            self._check_free()
         self.withdraw()
         self.waiter = waiter
 
-    def _check_attached(self) -> None:
+    def _check_free(self) -> None:
         if self.waiter is not None and not isinstance(self.waiter, Waiter):
             raise RuntimeError(
                 "a subscription has one reader: call hub.subscribe() for each response"
@@ -521,7 +528,7 @@ class Subscription:
         self.reading = other.reading.copy(self._options, self.tags)
 
     def lean_on(self, other: Subscription) -> None:
-        """Share another one's place, without wakes, until `go_where` is called."""
+        """Share another one's place, and names to save memory, until `go_where`."""
         self.withdraw()
         self.reading, self.channels = other.reading, other.channels
 
@@ -552,8 +559,8 @@ class Subscription:
     def step(self) -> tuple[bytes, int, float | None]:
         """Return the waiting events, without waiting for more.
 
-        It may ask the broker, and call the application's functions except
-        ``authorize``, for which `ask` is called separately.
+        It may ask the broker, and call the application's functions. It calls
+        ``authorize`` only when it begins; later calls are made by `ask`.
 
         Returns:
             Bytes, the number of their events, and a time. Without bytes, the time says
@@ -562,6 +569,7 @@ class Subscription:
         Raises:
             Closed: The subscription has ended.
             BrokerError: The broker does not answer.
+            Failed: The application has raised `Unavailable`.
         """
         while True:
             self._check_open()
@@ -583,7 +591,7 @@ class Subscription:
 
     def count(self, events: int) -> None:
         """Count events that were sent to clients at its place."""
-        self._windows.delivered += events
+        self._windows.count(delivered=events)
 
 
 def _close(reference: weakref.ref[Subscription]) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
-from ..channels.options import NotShared
+from ..channels.options import Failed, NotShared
 from ..channels.subscription import Subscription
 from ..errors import Unavailable
 from ..runtime.clock import time
@@ -171,6 +171,8 @@ class Group:
             for client in tuple(self.clients.values()):
                 self._loop.guard(client, partial(self._leave_group, client))
             return
+        if isinstance(told, Failed):
+            told = told.error
         if isinstance(told, BaseException):
             for client in tuple(self.clients.values()):
                 self._loop.guard(client, partial(self._loop.ends.fail, client, told))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..channels.options import Failed
 from ..errors import Unavailable
 from ..protocol.json import dumps_or_default
 from ..runtime.clock import time
@@ -110,6 +111,8 @@ def _first_step(run: Iteration, feed: Feed, *, is_leaving: bool) -> tuple[bytes,
                 return b"", 0
             run.stream.before_wait()
             chunk, events, _ = feed.step()
+        except Failed as failed:
+            raise failed.error from None
         except Unavailable:
             return b"", 0  # it waits for the broker, as open streams do
         feed.count(events)

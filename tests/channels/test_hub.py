@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import sys
 import weakref
 
 import pytest
@@ -236,3 +237,69 @@ def test_hubs_by_the_dozen_are_warned_of(caplog, tmp_path):
     assert "hubs of one local: are in use, each with" in record.message
     assert str(tmp_path) not in record.message
     assert all(hub.close() is None for hub in few + many)
+
+
+def test_a_hub_may_be_made_while_hubs_are_counted():
+    """By another thread, at any moment of the search."""
+
+    def trace(frame, event, arg):
+        is_theirs = "weakref" in frame.f_code.co_filename and event == "return"
+        if is_theirs and len(made) < limits.MANY:  # as at each item of an iteration
+            made.append(Hub())
+        return trace
+
+    made = [Hub(), Hub()]
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        made.append(Hub())
+    finally:
+        sys.settrace(before)
+    assert len(made) > 3
+    for hub in made:
+        hub.close()
+
+
+def test_publishers_lose_no_count():
+    """One that publishes while another one's events are counted."""
+
+    class Ids(list):
+        def __len__(self):
+            if others:
+                hub.publish("b", others.pop())
+            return super().__len__()
+
+    class Counted(MemoryBroker):
+        def publish(self, items, *, connection=None):
+            return Ids(super().publish(items, connection=connection))
+
+    others = []
+    hub = Hub(broker=Counted())
+    others.append("x")
+    hub.publish_many("a", ["1", "2"])
+    assert hub.stats()["published"] == 3
+    hub.close()
+
+
+def test_a_close_that_fails_for_one_closes_the_others_and_the_broker():
+    """Then it is raised."""
+
+    class Broken(MemoryBroker):
+        scope = "machine"
+
+        def unwatch(self, channel):
+            raise OSError("no route")
+
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    closed = []
+    hub = Hub(broker=Broken())
+    subscriptions = [hub.subscribe(name, who="ann") for name in ("a", "a:*", "b:*")]
+    for subscription in subscriptions:
+        subscription.begin()
+    with pytest.raises(OSError, match="no route"):
+        hub.close()
+    assert closed == [hub.broker]
+    assert all(subscription.is_closed for subscription in subscriptions)

@@ -11,6 +11,7 @@ from syncstream.brokers.memory import MemoryBroker
 from syncstream.brokers.names import matches
 from syncstream.channels import control
 from syncstream.channels.control import CONTROL, Kick
+from syncstream.runtime.journal import journal
 from tests.support.pairs import Threads, check_script
 from tests.support.postgresql_server import PostgreSQL
 from tests.support.redis_server import RedisServer
@@ -398,3 +399,19 @@ def test_who_was_read_first_in_a_thread_of_gevents_pool_hides_no_kick(tmp_path):
     """That thread's hub runs no more: kicks are read elsewhere."""
     pytest.importorskip("gevent")
     check_script(POOL_OF_GEVENT, f"local:{tmp_path}")
+
+
+def test_others_that_are_not_told_of_a_kick_that_fails_are_named(hub, broker, caplog):
+    """The failure is raised; that the others may go on is in the log."""
+
+    def unwatch(channel):
+        raise OSError("no route")
+
+    subscription = begun(hub, who="ann")
+    broker.unwatch, broker.failure = unwatch, Unavailable("gone")
+    with pytest.raises(OSError, match="no route"):
+        hub.kick(who="ann")
+    assert subscription.is_closed
+    journal().flush()
+    assert "a kick may not have reached the other processes: gone" in caplog.text
+    del broker.unwatch

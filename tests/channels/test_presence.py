@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from syncstream import Gap, Hub
+from syncstream import Closed, Gap, Hub
 from syncstream.brokers.log import START, Entry, Log
+from syncstream.brokers.memory import MemoryBroker
 from syncstream.channels.presence import PRESENCE, decoded, encoded
 from syncstream.runtime.journal import journal
 from tests.channels.readers import read_all
@@ -197,3 +198,48 @@ def test_what_is_set_aside_moves_no_place():
     log.trim(2, float("-inf"), float("inf"))
     assert (log.after("0"), log.after("1-1"), log.after("2-2")) == (None, 3, 5)
     assert (log.base, log.head) == ("1-1", "2-2")
+
+
+def test_a_close_during_the_join_leaves_after_it():
+    """A page that got the leave first would show somebody who has left."""
+
+    class Slow(MemoryBroker):
+        def publish(self, items, *, connection=None):
+            if comers:
+                comers.pop().close()
+            return super().publish(items, connection=connection)
+
+    comers = []
+    hub = Hub(broker=Slow())
+    watcher = hub.subscribe("room", "other")
+    watcher.begin()
+    ann = hub.subscribe("room", "other", who="ann", announce=True)
+    comers.append(ann)
+    with pytest.raises(Closed):
+        ann.read(0)
+    assert told(read_all(watcher)) == ["join", "leave"] * 2
+    assert hub.presence("room") == [None]
+    hub.close()
+
+
+def test_a_join_that_is_interrupted_is_taken_back():
+    """A time-out of gevent, for example: some channels may have been told."""
+
+    class Interrupted(MemoryBroker):
+        def publish(self, items, *, connection=None):
+            ids = super().publish(items, connection=connection)
+            if failures:
+                raise failures.pop()
+            return ids
+
+    failures = []
+    hub = Hub(broker=Interrupted())
+    watcher = hub.subscribe("room")
+    watcher.begin()
+    failures.append(KeyboardInterrupt())
+    ann = hub.subscribe("room", who="ann", announce=True)
+    with pytest.raises(KeyboardInterrupt):
+        ann.begin()
+    ann.close()
+    assert told(watcher.read(0)) == ["join", "leave"]
+    hub.close()

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from syncstream import Closed, Event, Hub, Unavailable
+from syncstream import Closed, Denied, Event, Hub, Subscription, Unavailable
 from syncstream.brokers.log import Entry
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.channels import limits
@@ -315,4 +315,47 @@ def test_a_forked_child_goes_on_in_all_channels(hub):
     for _ in range(2):  # a grandchild's parent may have read nothing
         subscription.forget()
     assert [event.data for event in subscription.read(0)] == ["2"]
+    subscription.close()
+
+
+def test_a_forked_child_gets_what_its_parent_has_read_ahead(hub):
+    """Of several channels; after the last that was given out."""
+    subscription = hub.subscribe("a", "b")
+    subscription.begin()
+    hub.publish_many("a", "123")
+    hub.publish("b", "4")
+    assert next(subscription).data == "1"
+    subscription.forget()
+    assert next(subscription).data == "2"
+    assert [event.data for event in subscription.read(0)] == ["3", "4"]
+    subscription.close()
+
+
+@pytest.mark.parametrize("kind", [Unavailable, Denied])
+@pytest.mark.parametrize(
+    ("option", "how"),
+    [
+        ("authorize", Subscription.begin),
+        ("authorize", next),
+        ("conflate", next),
+        ("on_gap", next),
+    ],
+)
+def test_what_the_application_raises_is_not_the_brokers(hub, kind, option, how):
+    """Its `Unavailable`, perhaps another hub's, is raised; it may be read again."""
+    failures = [kind("not the broker")]
+
+    def application(*args):
+        if failures:
+            raise failures.pop()
+        return ["x"]
+
+    hub.publish("a", "x")
+    after = "gone" if option == "on_gap" else "start"
+    function = application if option != "conflate" else lambda event: application()[0]
+    subscription = hub.subscribe("a", after=after, **{option: function})
+    with pytest.raises(kind, match="not the broker"):
+        how(subscription)
+    assert not subscription.is_closed
+    assert data(subscription.read(0))[-1] == "x"
     subscription.close()

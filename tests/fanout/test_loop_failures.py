@@ -628,3 +628,16 @@ print("done")
 """
     )
     assert out == "done\n"
+
+
+@pytest.mark.parametrize("kind", [Unavailable, Denied])
+def test_what_the_application_raises_cuts_its_client(hub, peers, kind):
+    """Its `Unavailable` is not the broker's, which the loop would wait for."""
+
+    def conflate(event):
+        raise kind("not the broker")
+
+    peer = peers(hub, conflate=conflate)
+    hub.publish("a", "0")
+    await_true(lambda: peer.ends)
+    assert peer.ends == ["error"]
