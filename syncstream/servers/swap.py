@@ -420,8 +420,8 @@ def _checked(environ: Environ, server: Server) -> SocketLike:
         raise Refused("Windows does not let us")
     method = environ.get("REQUEST_METHOD")
     if method != "GET":
-        # An application may POST with fetch(). Other methods reach a stream only because
-        # some views, such as Django's, accept any method.
+        # An application may POST with fetch(). Other methods reach a stream only
+        # because some views, such as Django's, accept any method.
         is_choice = method not in ("HEAD", "POST")
         raise Refused(f"the method is {_told(method)}, not GET", is_choice=is_choice)
     protocol = environ.get("SERVER_PROTOCOL")
