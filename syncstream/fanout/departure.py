@@ -133,6 +133,7 @@ class Departure:
             self._stay()
             return False
         self._give(*ready, source, taken, first)
+        parts.closing.hand_on(ready[1])
         reason = parts.outcome.reason
         if reason is not None:  # the stream was ended meanwhile
             ready[1].stop(reason)
@@ -198,10 +199,10 @@ class Departure:
     ) -> None:
         """Give the client to the loop, with the links, the callbacks and the place."""
         closing, to_close = self._parts.closing, self._parts.source.to_close
-        links = self._parts.outcome.links
+        links, theirs = self._parts.outcome.links, closing.callbacks
+        linked, told = tuple(links), tuple(theirs)
         # In the order of `Closing`: ``authorize`` may have linked something.
-        closes = [link.close for link in tuple(links)[::-1]]
-        callbacks = (*closes, *closing.callbacks)
+        callbacks = (*(link.close for link in linked[::-1]), *told)
         try:
             client.fd, client.is_chunked = taken.fd, taken.is_chunked
             head = taken.head
@@ -210,10 +211,13 @@ class Departure:
             client.place, closing.place = closing.place, None
             if client.place is not None:
                 client.place.leave_thread()
-            self.client = client
             client.callbacks = callbacks
-            closing.callbacks.clear()
-            links.clear()
+            # Only those: others may come meanwhile, see `Closing.hand_on`.
+            for _ in linked:
+                links.popleft()
+            for _ in told:
+                theirs.popleft()
+            self.client = client
             to_close.clear()
             self._parts.source.forget()
             loop.add(client, head)
@@ -224,7 +228,7 @@ class Departure:
                 to_close[:] = [source]
                 closing.place = closing.place or client.place
                 links.clear()
-                closing.callbacks.clear()
-                closing.callbacks.extend(callbacks)
+                theirs.clear()
+                theirs.extend(callbacks)
                 self._parts.outcome.decide("error")
             raise

@@ -12,7 +12,9 @@ from ..runtime.clock import time
 from ..runtime.process import process
 from ..runtime.waiting import Scope, entered
 from .capacity import Place
+from .contract import Departed
 from .exits import Exits
+from .links import Link
 from .monitor import Monitor
 from .outcome import Once, Outcome
 from .output import Output
@@ -70,6 +72,20 @@ class Closing:
         self._response_callbacks.append(callback)
         if self.is_closed:
             self.settle_response()
+
+    def hand_on(self, client: Departed) -> None:
+        """Give a client that has left what was registered while it did.
+
+        Called by who registers something and then finds that it has left, and by its
+        departure: one of the two sees the other.
+        """
+        for rest in (self._outcome.links, self.callbacks):
+            while rest:
+                try:
+                    given = rest.popleft()
+                except IndexError:  # another thread was faster
+                    break
+                client.on_close(given.close if isinstance(given, Link) else given)
 
     # The source.
 

@@ -463,6 +463,7 @@ class Stream:
             self._client.on_close(link.close)
             return closable
         self._outcome.links.append(link)
+        self._hand_on()
         if self.is_over():
             self._monitor.wake()  # not from here, which may be a helper's greenlet
         return closable
@@ -482,6 +483,13 @@ class Stream:
             self._client.on_close(callback)
             return
         self._closing.on_close(callback)
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Give its client, if it has left just now, what was registered here."""
+        client = self._client
+        if client is not None:
+            self._closing.hand_on(client)
 
     def on_response_close(self, callback: Callable[[], object]) -> None:
         """Call this once when the server is done with the response.

@@ -35,6 +35,7 @@ from syncstream.runtime.process import AT_ONCE
 from syncstream.runtime.sockets import is_hung_up
 from syncstream.runtime.watch import Watch
 from syncstream.servers.swap import Taken
+from syncstream.streams.closing import Closing as StreamClosing
 from syncstream.streams.contract import Format, Life
 from syncstream.streams.keepalive import Keepalive
 from syncstream.streams.outcome import Outcome
@@ -1306,6 +1307,52 @@ def test_a_client_that_leaves_as_a_stop_comes_is_stopped(leaving, monkeypatch):
     leaving.stop("kicked")
     leaving.close()
     await_true(lambda: leaving.reason == "kicked")
+
+
+class Told(Closing):
+    """A place, and a link, of a client that leaves."""
+
+    at_leave = None
+
+    def stay(self):
+        """It holds a thread."""
+
+    def leave_thread(self):
+        if self.at_leave is not None:
+            self.at_leave()
+
+    def release(self):
+        """It is nobody's."""
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_what_is_given_as_a_client_leaves_is_done(leaving, monkeypatch, when):
+    """Before it counts as the loop's, or after a look that found it not there yet."""
+    seen, linked, chunks = [], Told(), iter(leaving)
+
+    def give():
+        leaving.link(linked)
+        leaving.on_close(lambda: seen.append("told"))
+
+    if when == "before":
+        place = Told()
+        place.at_leave = give
+        leaving.hold(place)
+        assert list(chunks) == [b": ok\n\n"]
+    else:
+        on_close = StreamClosing.on_close
+
+        def on_close_late(closing, callback):
+            monkeypatch.undo()
+            assert list(chunks) == []
+            on_close(closing, callback)
+
+        assert next(chunks) == b": ok\n\n"
+        monkeypatch.setattr(StreamClosing, "on_close", on_close_late)
+        give()
+    leaving.close()
+    leaving.stop("kicked")
+    await_true(lambda: (seen, linked.closed) == (["told"], 1))
 
 
 def test_the_exit_of_a_responses_callback_goes_on(line, leaving):
