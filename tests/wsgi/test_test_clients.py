@@ -19,6 +19,7 @@ from syncstream import (
     sse,
 )
 from syncstream import django as in_django
+from syncstream.runtime.journal import journal
 from tests.apps import django_app
 
 assert callable(django_app.app)  # it configures Django
@@ -110,21 +111,25 @@ def test_a_failing_source_of_lines_raises_its_own_error(get, n):
         get(lambda: NDJSONResponse(failing(n)))
 
 
+@pytest.mark.usefixtures("own_record")
 def test_a_hub_in_a_test_is_not_warned_of_processes(caplog):
     """Django's and Falcon's clients claim ``wsgi.multiprocess``: there is no server."""
     with override_settings(ROOT_URLCONF=__name__):
         body = DjangoClient().get("/finite").getvalue()
     assert b"data: one\n\n" in body
     assert b"data: one\n\n" in by_falcon(lambda: SSEResponse(finite()))
+    journal().flush()
     assert "the server runs several" not in caplog.text
 
 
+@pytest.mark.usefixtures("own_record")
 def test_a_hub_on_an_unknown_server_is(caplog):
     """One that has several processes, and says so."""
     environ = {"wsgi.multiprocess": True}
     assert b"data: one\n\n" in (
         Client(SSEResponse(finite())).get("/", environ_overrides=environ).data
     )
+    journal().flush()
     assert "the server runs several" in caplog.text
 
 

@@ -7,7 +7,7 @@ import time
 
 from syncstream.brokers.local import append
 from tests.brokers.local.logs import kept
-from tests.support.waits import TIMEOUT
+from tests.support.waits import TIMEOUT, await_true
 
 
 def size_of(folder, suffix=""):
@@ -155,4 +155,5 @@ def test_a_large_commit_is_moved_at_once(make, folder):
     broker = make()
     broker.publish([("a", b"x")])
     broker.publish([("a", b"x" * (5 << 20))])
-    assert os.stat(f"{folder}/log/log.db").st_size > 4 << 20
+    # The publisher has its answer before.
+    await_true(lambda: os.stat(f"{folder}/log/log.db").st_size > 4 << 20)
