@@ -159,7 +159,7 @@ class Swap:
             self._socket = _checked(environ, server)
             if server.unsent(environ):
                 raise Refused(
-                    "the server has not yet sent the previous response",
+                    "the server has not sent the previous response yet",
                     is_choice=True,
                 )
             server.leave_body(environ)
