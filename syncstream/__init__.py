@@ -3,24 +3,29 @@
 The map of the package, from the bottom to the top; each line may import those above it:
 
 ====================  ==========================================================
-``errors``            every exception, as a tree
-``arguments``         commands' arguments, whose errors show no URL
+``errors``            every public exception, as a tree
+``arguments``         parsing of commands' arguments; it never shows a URL in an error
 ``protocol/``         bytes <-> values, pure: event streams, NDJSON, JSON
-``runtime/``          this process: waits (the one place that knows threads from
-                      gevent), the watch for hang-ups, sockets, streams, log lines
+``runtime/``          this process: waits (of threads and of greenlets), the watch for
+                      hang-ups, sockets, streams, log lines
 ``brokers/``          what stores events, and tells of them: ``memory:``, ``local:``,
-                      ``redis:``, ``postgresql:``; names, and the log
+                      ``redis:``, ``postgresql:``; names, and the log. The schemes of
+                      URLs are in its ``__init__``
 ``channels/``         the hub: publish, subscribe, resume, kick, presence
 ``servers/``          the WSGI servers: where each keeps the socket, how it ends
 ``streams/``          one response's life: iterate, encode, close, one reason
 ``fanout/``           the loop for connections that no thread and no greenlet serves
 ``wsgi/``             the response classes, the middleware, ``@sse``
-``publish process``   doors: publishing over HTTP, the counters of a process
+``publish process``   doors: publishing over HTTP (from a shell: ``__main__``), the
+                      counters of a process
 ``flask django``      what each framework needs on top: its responses, ``@sse``
 ``bottle pyramid``
-``falcon gunicorn``
-``doctor/ demo/``     ``python -m syncstream doctor`` and ``demo``
+``falcon``
+``migrations/``       Django's, which install the tables of ``postgresql:``
+``gunicorn``          a hook for gunicorn's configuration
+``doctor/ demo/``     two commands; buffering is found by ``doctor/timing``
 ``testing/``          what tests of brokers need
+``__main__``          the command line: ``doctor``, ``demo`` and ``publish``
 ====================  ==========================================================
 
 Importing the package starts no thread, sets no signal handler, patches nothing and

@@ -1,4 +1,4 @@
-"""The command line: ``syncstream``, or ``python -m syncstream``."""
+"""The command line, ``syncstream``: the commands doctor, demo and publish."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 ``POST /CHANNEL`` with a token; the body is the event's data. Mount it beside the
 application, for example with werkzeug's DispatcherMiddleware, at an address that only
-your publishers can reach.
+your publishers can reach. The command ``syncstream publish`` is in ``__main__``.
 """
 
 from __future__ import annotations

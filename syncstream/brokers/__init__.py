@@ -1,4 +1,4 @@
-"""Brokers store events and announce them: the contract, and the brokers of URLs.
+"""Brokers store events and announce them: the contract, and the schemes of URLs.
 
 An open set: to add a broker, add a file here and a line to `SCHEMES`. A broker appends
 events, reads a range of them, and announces new ones. It knows no clients.

@@ -6,8 +6,8 @@ cursor from the store to the window as soon as the window has its id; trimming o
 restarting a window moves it back to the store.
 
 The meaning of a gap depends on the cursor's *origin*: `FROM_OUTSIDE`, it began with an
-id that a client has presented; `Since`, it began with the entries kept at that time;
-`FOUND`, its id has been found in the channel's history.
+id that a client has presented, or of ``after``; `Since`, it began with the entries kept
+at that time; `FOUND`, its id has been found in the channel's history.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class _Origin(Enum):
-    FROM_OUTSIDE = "its id came from a client and has not been found yet"
+    FROM_OUTSIDE = "its id, a client's or of `after`, has not been found yet"
     FOUND = "its id was found before, so a later gap means that the reader lagged"
 
 
@@ -60,6 +60,8 @@ class Cursor:
     """A subscription's place in one channel.
 
     Attributes:
+        name: The channel's name.
+        record: The channel's window.
         last: The id after which it goes on; ``None``: an id that no broker can have.
         place: The same place, in the window or in the store.
         origin: The cursor's origin, which decides the meaning of a gap.
@@ -79,7 +81,8 @@ class Cursor:
     def __post_init__(self) -> None:
         self.sent = self.last
 
-    # All methods run under the hub's lock.
+    # Only the reader changes it. What looks at the window needs the hub's lock: all
+    # methods but `mark` and `go_back`.
 
     def is_at_end(self) -> bool:
         """Tell whether there is nothing new."""
@@ -89,7 +92,11 @@ class Cursor:
         return place.position == record.log.end and not record.is_doubtful
 
     def find(self) -> int | None:
-        """Return its position in the window, ``None`` if it must read the store."""
+        """Move it to the window if that has its id, else to the store.
+
+        Returns:
+            The position in the window; ``None``: the store must be read.
+        """
         window, place = self.record.log, self.place
         if isinstance(place, InWindow):
             if place.position >= window.first:
@@ -111,8 +118,8 @@ class Cursor:
         if self.is_late(position):
             entries = [
                 entry
-                for place, entry in enumerate(entries, position)
-                if place >= self.since or not entry.is_aside
+                for at, entry in enumerate(entries, position)
+                if at >= self.since or not entry.is_aside
             ]
         return entries, end
 

@@ -41,8 +41,16 @@ from .windows import Windows
 __all__ = ["Hub"]
 
 log = logging.getLogger("syncstream.hub")
-_DEFAULT: Any = object()  # an argument that was not given
-_ANYBODY: Any = object()  # `who` was not given
+
+
+class _NotGiven:
+    """The default of arguments that may be left out; ``help`` shows it."""
+
+    def __repr__(self) -> str:
+        return "<not given>"
+
+
+_NOT_GIVEN: Any = _NotGiven()
 
 
 class Hub:
@@ -80,27 +88,27 @@ class Hub:
 
     def __init__(
         self,
-        url: str = _DEFAULT,
+        url: str = _NOT_GIVEN,
         *,
         broker: Broker | None = None,
-        capacity: int = _DEFAULT,
-        max_age: float | None = _DEFAULT,
+        capacity: int = _NOT_GIVEN,
+        max_age: float | None = _NOT_GIVEN,
         max_payload: int = 1 << 20,
         dumps: Dumps | None = None,
     ) -> None:
         if broker is not None:
             for name, given in (("url", url), ("capacity", capacity)):
-                if given is not _DEFAULT:
+                if given is not _NOT_GIVEN:
                     raise ValueError(
                         f"{name} must not be given with broker: pass it to the broker"
                     )
-            if max_age is not _DEFAULT:
+            if max_age is not _NOT_GIVEN:
                 raise ValueError(
                     "max_age must not be given with broker: pass it to the broker"
                 )
-        url = "memory:" if url is _DEFAULT else url
-        capacity = 1000 if capacity is _DEFAULT else capacity
-        max_age = 3600.0 if max_age is _DEFAULT else max_age
+        url = "memory:" if url is _NOT_GIVEN else url
+        capacity = 1000 if capacity is _NOT_GIVEN else capacity
+        max_age = 3600.0 if max_age is _NOT_GIVEN else max_age
         check_bounds(capacity, max_age)
         if not isinstance(max_payload, int) or isinstance(max_payload, bool):
             raise TypeError(f"max_payload must be int, got {max_payload!r}")
@@ -144,7 +152,7 @@ class Hub:
     def publish(
         self,
         channel: str,
-        data: Any = None,
+        data: Any,
         *,
         event: str | None = None,
         retry: int | None = None,
@@ -354,13 +362,14 @@ class Hub:
     def presence(self, channel: str) -> list[Any]:
         """Return the ``who`` of each of this process's subscriptions to a channel."""
         self.subscribers.clear()
-        return [s.who for s in self.subscribers.all() if s.hears(channel)]
+        present = [s for s in self.subscribers.all() if not s.is_closed]
+        return [s.who for s in present if s.hears(channel)]
 
     def kick(
         self,
         predicate: Callable[[Subscription], bool] | None = None,
         *,
-        who: Any = _ANYBODY,
+        who: Any = _NOT_GIVEN,
         tags: Iterable[str] | None = None,
     ) -> int:
         """End subscriptions, by name in all processes, or by a function in this one.
@@ -389,17 +398,17 @@ class Hub:
             PayloadTooLarge, TypeError, ValueError: An argument has a wrong type or
                 value, or the hub is closed; none was ended.
         """
+        self._check_open("kick")
         if predicate is not None:
-            if who is not _ANYBODY or tags is not None:
+            if who is not _NOT_GIVEN or tags is not None:
                 raise ValueError("predicate must not be given with who or tags")
             if not callable(predicate):
                 raise TypeError(f"predicate must be callable, got {predicate!r}")
             return self.subscribers.end_where(predicate)
-        if who is None or (who is _ANYBODY and tags is None):
+        if who is None or (who is _NOT_GIVEN and tags is None):
             raise ValueError("who, tags or predicate must be given")
-        self._check_open("kick")
         kick = Kick(
-            None if who is _ANYBODY else self.payloads.name_of(who),
+            None if who is _NOT_GIVEN else self.payloads.name_of(who),
             None if tags is None else check_tags("tags", tags),
         )
         if kick.who == "null":  # it would match all subscriptions without a name
@@ -438,8 +447,9 @@ class Hub:
         Returns:
             ``{"subscribers": 12, "channels": 3, "entries": 120, "bytes": 40320,
             "published": 1000, "delivered": 12000, "up": True}``. Channels, entries and
-            bytes are those of the windows in memory; published and delivered are events
-            since the process began; up is ``False`` while the broker is down.
+            bytes are those of the windows in memory; published (with joins and leaves)
+            and delivered are events since the hub was made, or its process forked; up
+            is ``False`` while the broker is down.
         """
         self.subscribers.clear()
         windows = self.windows

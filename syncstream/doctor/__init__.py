@@ -11,7 +11,7 @@ Rule: the observation, its meaning and its report are separate.
 ``listen``       the network's side: `examine` returns an `Observation`
 ``cures``        advice for a status, a proxy or a timeout
 ``checks``       `judge`, a pure function from an observation to findings
-``timing``       the checks of when bytes and events came
+``timing``       the checks of when bytes and events came: buffering, silence
 ``report``       a pure function from both to text
 ===============  ==============================================================
 

@@ -1,4 +1,4 @@
-"""Checks of time: findings from when bytes and events came."""
+"""Checks of time, such as for buffering: findings from when bytes and events came."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting, and the one module that knows threads from gevent.
+"""Waiting, and the one module that tells whether a thread or a greenlet waits.
 
 The *scope* is whatever is running in this thread or greenlet on behalf of one
 stream. A contextvar holds it, so that nested applications and generators that

@@ -21,12 +21,9 @@ from ..fanout.departure import Departure
 from ..protocol import ndjson, raw, sse
 from ..protocol.json import Dumps
 from ..runtime.process import process
+from ..servers.connection import Connection, warn_of_compression
 from ..streams.contract import Format, Life
 from ..streams.stream import ANSWERED, Stream, warn_framed, warn_unframed
-
-if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
-from ..servers.connection import Connection, warn_of_compression
 from .headers import (
     CONTROLS,
     EVENT_HEADERS,
@@ -39,7 +36,16 @@ from .headers import (
     merge_headers,
 )
 
-__all__ = ["NDJSONResponse", "SSEResponse", "StreamResponse", "session_watch"]
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+__all__ = [
+    "NDJSONResponse",
+    "SSEResponse",
+    "StreamResponse",
+    "session_watch",
+    "stream_of",
+]
 
 log = logging.getLogger("syncstream.wsgi")
 
@@ -233,7 +239,7 @@ class _Streaming(Response):
         app_iter, status, headers = super().get_wsgi_response(environ)
         if not is_sent:
             stream.close()
-        elif not self.is_sequence:  # a hook may have set plain data instead
+        elif not self.is_sequence:  # a hook has wrapped the stream, not set plain data
             connection.take(stream, headers)
             if "content-encoding" in {name.lower() for name, _ in headers}:
                 warn_of_compression()
@@ -269,10 +275,10 @@ class SSEResponse(_Streaming):
 
     Args:
         source: A generator or another iterable of events, or a `Subscription`.
-            `syncstream.protocol.sse.encoder` lists the items that it may yield. It runs
-            in the thread or greenlet of the request, and is closed exactly once, there,
-            when it ends, fails, or the client has left. For HEAD, and for a
-            status without a body, it is closed without having run.
+            `syncstream.protocol.sse.encoder` lists the items that it may yield. The
+            source runs in the thread or greenlet of the request, and is closed exactly
+            once, there, when it ends, fails, or the client has left. For HEAD, and for
+            a status without a body, it is closed without having run.
         status: The HTTP status.
         headers: Headers that override or extend the defaults (``Content-Type:
             text/event-stream; charset=utf-8``, ``Cache-Control: no-cache,
@@ -316,9 +322,12 @@ class SSEResponse(_Streaming):
             compact JSON, by orjson with the ``fast`` extra.
 
     Raises:
-        TypeError: ``source`` cannot be iterated, or is asynchronous.
-        ValueError: ``retry`` is negative, ``end`` is neither of the two, a number
-            of seconds is not above 0, ``handover`` is true without a `Subscription`.
+        TypeError: ``source`` cannot be iterated, or is asynchronous; ``status`` or a
+            header has a wrong type.
+        ValueError: ``status`` is not 200 to 599, a header cannot be sent (it has a line
+            break, for example), ``retry`` is negative, ``end`` is neither of the two, a
+            number of seconds is not above 0, ``handover`` is true without a
+            `Subscription`.
     """
 
     def __init__(
@@ -362,7 +371,7 @@ class NDJSONResponse(_Streaming):
     (``abort(404)``).
 
     Args:
-        source: A generator or another iterable of values;
+        source: A generator or another iterable of values, or a `Subscription`;
             `syncstream.protocol.ndjson.encoder` says how each is written.
         status, headers: As for `SSEResponse`.
         send_timeout, max_duration, drain: As for `SSEResponse`, but they cut the

@@ -415,3 +415,11 @@ def test_others_that_are_not_told_of_a_kick_that_fails_are_named(hub, broker, ca
     journal().flush()
     assert "a kick may not have reached the other processes: gone" in caplog.text
     del broker.unwatch
+
+
+def test_a_closed_hub_kicks_nobody(hub):
+    """Neither by name nor by a function: it raises, as documented."""
+    hub.close()
+    for options in ({"who": "ann"}, {"predicate": lambda s: True}):
+        with pytest.raises(ValueError, match="kick"):
+            hub.kick(**options)

@@ -243,3 +243,11 @@ def test_a_join_that_is_interrupted_is_taken_back():
     ann.close()
     assert told(watcher.read(0)) == ["join", "leave"]
     hub.close()
+
+
+def test_who_has_ended_is_present_no_more(hub):
+    """Though the reader has not noticed the end yet."""
+    ann = hub.subscribe("room", who="ann")
+    ann.begin()
+    ann.end("denied")
+    assert hub.presence("room") == []
