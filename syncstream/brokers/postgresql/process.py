@@ -125,8 +125,10 @@ class Process:
         self._end_threads(waiting.gevent_hub())
 
     def drop(self) -> None:
-        """End the threads of a dropped broker, which gevent would keep for ever."""
-        if not sys.is_finalizing():
+        """End the threads of a dropped broker, without waiting."""
+        if self._stopper is not None:
+            self._stopper.stop()
+        if not sys.is_finalizing():  # gevent would keep them for ever
             self._end_threads(None)
 
     def _end_threads(self, here: Any) -> None:

@@ -200,3 +200,34 @@ with psycopg.connect(url, autocommit=True) as connection:
 def test_what_is_dropped_leaves_nothing(server, schema, mode):
     """A hub of each call, that nobody closes: no connection, thread or descriptor."""
     check_script(DROPPED, mode, f"{server.url}?application_name=dropped", schema)
+
+
+HELD = """
+import gc, os, sys
+import psutil
+from syncstream.brokers.postgresql import PostgreSQLBroker
+from tests.brokers.sinks import Told
+from tests.support.waits import await_true
+own = psutil.Process()
+before = own.num_threads()
+broker = PostgreSQLBroker(sys.argv[1], schema=sys.argv[2])
+broker.attach(Told())
+broker.watch("a")
+assert own.num_threads() > before
+end, ends = os.pipe()
+child = os.fork()
+if not child:
+    os.close(ends)
+    os.read(end, 1)
+    os._exit(0)
+del broker
+gc.collect()
+await_true(lambda: own.num_threads() <= before)
+os.write(ends, b"x")
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_child_holds_no_listener_of_a_dropped_broker(server, schema):
+    """It has inherited the pipe whose end would tell it."""
+    check_script(HELD, server.url, schema)
