@@ -81,6 +81,9 @@ class Tail:
             self._follow(source)
         except Stopped:
             pass
+        except BaseException as error:  # such as `gevent.killall`: nothing listens now
+            self._health.fails("listen", repr(error), server=self._server)
+            raise
         finally:
             try:
                 source.leave()

@@ -143,6 +143,33 @@ def test_what_nobody_expects_is_logged(tail, told, caplog, step):
     assert "the engine: the listener" in caplog.text
 
 
+class Killed(BaseException):
+    """As gevent's GreenletExit."""
+
+
+def kill():
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        (Fails(1, kill), Killed),
+        (Fails(1, lose=kill), Killed),
+        (type("Returns", (Fails,), {"listen": lambda self: None})(1), AssertionError),
+    ],
+    ids=["listen", "lose", "return"],
+)
+def test_what_ends_it_unasked_is_told(tail, told, source, kind):
+    """Nothing listens any more."""
+    with pytest.raises(kind):
+        tail.run(source)
+    assert told.states == [False]
+    assert kind.__name__ in told.reasons[0]
+    assert source.has_left == 1
+    assert tail.await_end(time.monotonic())
+
+
 def test_its_end_is_waited_for(tail):
     """It has left by then, whatever that has raised."""
     may_end, found = threading.Event(), []
