@@ -75,7 +75,7 @@ class Pool:
                 yield connection
                 is_sound = True
             finally:
-                if is_sound and connection.is_idle() and not self._is_closed:
+                if is_sound and connection.is_idle():
                     self._keep(connection)
                 else:
                     connection.close()
@@ -141,10 +141,12 @@ class Pool:
             return self._idle.pop() if self._idle else None
 
     def _keep(self, connection: Connection) -> None:
+        """Keep a connection for its next use, or close it if the pool is closed."""
         connection.used = time.monotonic()
         with self._lock:
             self._idle.append(connection)
-        self.release()
+            is_closed = self._is_closed
+        self.release(0 if is_closed else None)
 
     def release(self, seconds: float | None = None) -> None:
         """Close the connections unused for this many seconds; `IDLE` by default."""
@@ -158,5 +160,6 @@ class Pool:
 
     def close(self) -> None:
         """Close the idle connections; lent ones are closed when they come back."""
-        self._is_closed = True
+        with self._lock:
+            self._is_closed = True
         self.release(0)

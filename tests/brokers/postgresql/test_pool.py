@@ -1,8 +1,13 @@
 """Connections that publish and read: lent, kept, and closed."""
 
+import logging
 import threading
+import time
 
+from syncstream.brokers.health import Health
 from syncstream.brokers.postgresql import listener, pool
+from syncstream.brokers.postgresql.connection import parse_url
+from syncstream.brokers.postgresql.schema import Schema
 from syncstream.errors import (
     Unavailable,
     Uncertain,
@@ -65,3 +70,25 @@ def test_connections_that_are_not_used_are_closed(server, schema, make, monkeypa
     assert backends(server) == 5
     monkeypatch.setattr(pool, "IDLE", 0.0)
     await_true(lambda: backends(server) == 1)  # who listens
+
+
+def test_a_connection_that_comes_back_during_the_end_is_closed(
+    server, schema, monkeypatch
+):
+    """However late the end came: nobody would close it later."""
+    actions = []
+
+    class Clock:
+        def monotonic(self):
+            if actions:
+                actions.pop()()
+            return time.monotonic()
+
+    monkeypatch.setattr(pool, "time", Clock())
+    dsn = parse_url(f"{server.url}?application_name=late")
+    health = Health(logging.getLogger("syncstream.brokers"))
+    connections = pool.Pool(dsn, Schema(schema, True), health, 1)
+    with connections.lent(time.monotonic() + LIMIT):
+        actions.append(connections.close)
+    assert actions == []
+    await_true(lambda: backends(server, "late") == 0)
