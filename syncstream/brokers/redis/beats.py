@@ -141,7 +141,7 @@ class Beats:
         self._is_echoed = False
         packed = self._connection.pack_commands(commands)
         self._connection.send_packed_command(packed, check_health=False)
-        self._sent_at = now
+        self._sent_at = time.monotonic()  # to find a connection may have taken long
         # Jitter: listeners that began together must not beat together for ever.
         self._next = now + BEAT * jitter(0.9, 1.1)
 
