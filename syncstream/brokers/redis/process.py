@@ -37,10 +37,17 @@ class Process:
         return max(self.servers, key=lambda server: server.weight(channel))
 
     def watch(self, name: str, timeout: float) -> None:
+        """Have a name announced; wait until it is, or for ``timeout`` seconds.
+
+        Raises:
+            Unavailable: A listener cannot begin.
+            Denied: A server denies access to it.
+        """
+        deadline = time.monotonic() + timeout
         for server in self.servers if is_pattern(name) else [self.server(name)]:
             listener = self._listener(server)
             if listener is not None:
-                listener.watch(name, timeout)
+                listener.watch(name, max(0.0, deadline - time.monotonic()))
 
     def unwatch(self, name: str) -> None:
         for server in self.servers if is_pattern(name) else [self.server(name)]:

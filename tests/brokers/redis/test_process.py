@@ -122,6 +122,21 @@ def test_one_connection_listens(server):
     await_true(lambda: server.listeners() == [])
 
 
+def test_a_pattern_waits_for_all_servers_at_once(shared, clock):
+    """None of which may answer; its events are read once they do."""
+    with contextlib.ExitStack() as stack:
+        proxies = [stack.enter_context(Proxy(shared.port)) for _ in range(6)]
+        for proxy in proxies:
+            proxy.is_silent = True
+        hosts = ",".join(f"127.0.0.1:{proxy.port}" for proxy in proxies)
+        broker = open_broker(f"redis://{hosts}?publish_timeout=1")
+        broker.attach(Told())
+        began = clock()
+        broker.watch("a:*")
+        assert clock() - began < 2
+        broker.close()
+
+
 def descriptors():
     return len(os.listdir("/proc/self/fd"))
 
