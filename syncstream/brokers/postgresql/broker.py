@@ -106,18 +106,23 @@ class PostgreSQLBroker:
     def _here(self) -> Process:
         here = self._parts.get()
         if here is None:
-            new = Process(self._dsn, self._schema, self.health, self._connections)
+            new = Process(
+                self._dsn,
+                self._schema,
+                self.health,
+                self._connections,
+                is_heir=bool(self.watched),
+            )
             here = self._parts.begin(new)
-            if self.watched:
-                # The parent's names: events since the fork were not announced.
-                self._listener(here, is_late=True)
+        if here.is_heir:
+            self._listener(here)
         return here
 
-    def _listener(self, here: Process, is_late: bool = False) -> Listener | None:
+    def _listener(self, here: Process) -> Listener | None:
         """Return this process's listener, ``None`` if the broker is closed."""
         if self._is_closing:
             return None
-        return here.listen(self._listen_dsn, self.watched, is_late=is_late)
+        return here.listen(self._listen_dsn, self.watched)
 
     def _call(self, here: Process, function: Callable[[], T], deadline: float) -> T:
         """Make a call that may block."""

@@ -25,11 +25,23 @@ T = TypeVar("T")
 
 
 class Process:
-    """One process's part of a broker; it keeps no reference to the broker."""
+    """One process's part of a broker; it keeps no reference to the broker.
+
+    Attributes:
+        is_heir: The process has inherited watched names by a fork, and no listener has
+            begun since: events have been stored unannounced.
+    """
 
     def __init__(
-        self, dsn: str, schema: Schema, health: Health, connections: int
+        self,
+        dsn: str,
+        schema: Schema,
+        health: Health,
+        connections: int,
+        *,
+        is_heir: bool,
     ) -> None:
+        self.is_heir = is_heir
         self.pool = Pool(dsn, schema, health, connections)
         self._dsn = dsn
         self._schema = schema
@@ -77,13 +89,12 @@ class Process:
 
     # Listening.
 
-    def listen(self, dsn: str, watched: Watched, *, is_late: bool) -> Listener | None:
+    def listen(self, dsn: str, watched: Watched) -> Listener | None:
         """Return this process's listener, ``None`` if this part is closed.
 
         Args:
             dsn: The connection string to listen at.
             watched: The watched names.
-            is_late: As for `Listener`.
 
         Raises:
             Unavailable: No thread can be started, or no pipe be made.
@@ -104,10 +115,11 @@ class Process:
                     self.pool,
                     stop,
                     is_home=dsn == self._dsn,
-                    is_late=is_late,
+                    is_late=self.is_heir,
                 )
                 listener.start()
                 self._listener, self._stopper = listener, owner
+                self.is_heir = False
             return self._listener
 
     # Its end.

@@ -231,3 +231,37 @@ assert os.waitpid(child, 0)[1] == 0
 def test_a_child_holds_no_listener_of_a_dropped_broker(server, schema):
     """It has inherited the pipe whose end would tell it."""
     check_script(HELD, server.url, schema)
+
+
+HEIR = """
+import os, sys, threading
+from syncstream.brokers.postgresql import PostgreSQLBroker
+from syncstream.errors import Unavailable
+from tests.brokers.sinks import Told
+from tests.support.waits import await_true
+broker, told = PostgreSQLBroker(sys.argv[1], schema=sys.argv[2]), Told()
+broker.attach(told)
+broker.watch("a")
+child = os.fork()
+if not child:
+    threading.stack_size(1 << 46)  # bytes, which no machine has
+    try:
+        broker.read("a", None)
+    except Unavailable:
+        pass
+    else:
+        raise AssertionError("it has started a thread")
+    threading.stack_size(0)
+    broker.read("a", None)
+    await_true(lambda: told.resyncs == [None], timeout=5.0)
+    broker.close()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert told.resyncs == []
+broker.close()
+"""
+
+
+def test_a_child_that_could_not_listen_does_it_later(server, schema):
+    """At its next request; what was stored since the fork is read."""
+    check_script(HEIR, server.url, schema)
