@@ -219,7 +219,10 @@ class RedisBroker:
         here = self._process()
         # The hub, copied by the fork, relies on these names being watched.
         while self._inherited:
-            name = self._inherited.pop()
+            try:
+                name = self._inherited.pop()
+            except IndexError:  # another thread took it
+                break
             try:
                 here.watch(name, 0)
             except Unavailable:
