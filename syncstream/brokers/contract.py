@@ -68,7 +68,7 @@ class Broker(Protocol):
         Returns when the engine has acknowledged them.
 
         Args:
-            items: The channel and the payload of each event, as `hub.Hub` makes them.
+            items: The channel and the payload of each event, as `Hub` makes them.
             connection: A database connection, in whose transaction the events are
                 stored; then the ids are ``None``. An engine without transactions
                 raises ``ValueError``.

@@ -29,7 +29,7 @@ class Health:
         log: The logger for a sink that fails.
 
     Attributes:
-        sink: The sink, ``None`` before `Broker.attach` and after the end.
+        sink: The sink, ``None`` before `Broker.attach`.
         is_well: Nothing fails, as the sink knows: then `works` does nothing.
     """
 
@@ -49,7 +49,7 @@ class Health:
         """Record that a way has failed.
 
         Args:
-            way: "publish", "read", "listen", "connect" …
+            way: "publish", "read", "listen", "connect" or "heads".
             reason: The cause, for the log.
             server: The server that failed, if the broker has several.
         """
@@ -76,7 +76,7 @@ class Health:
                 if here.failures.get((way, server), since) <= since:
                     here.failures.pop((way, server), None)
             if not here.failures:
-                self._tell(True, "all requests succeed again")
+                self._tell(True, "no request fails any more")
                 self.is_well = self._is_up
 
     def is_failing(self, way: str, *, server: str = "") -> bool:

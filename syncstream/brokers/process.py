@@ -27,7 +27,8 @@ class PerProcess(Generic[B, P]):
     No method waits.
 
     Args:
-        broker: The broker. Its parts must keep no reference to it or to ``forget``.
+        broker: The broker, or its `Health`: the owner of the parts, which must keep no
+            reference to it or to ``forget``.
         drop: Called with this process's part when the broker is garbage-collected, at
             any moment: it must neither wait nor raise.
         forget: Called in a forked child with the broker and the parent's part, or

@@ -30,7 +30,7 @@ class Stopped(Exception):
 
 
 class Source(Protocol):
-    """An engine's part of a listener; the listener's thread calls its methods."""
+    """An engine's part of a listener, its `Listener`; the thread calls its methods."""
 
     def listen(self) -> None:
         """Connect, and announce new events to the sink, until that fails.
@@ -59,7 +59,7 @@ class Tail:
     """The loop of one listener.
 
     Args:
-        name: The name of the engine's server or file, for log lines.
+        name: The name of the engine's server, schema or file, for log lines.
         health: Records whether the listener works.
         log: The logger for unexpected failures.
         server: As for `Health`.
@@ -126,7 +126,7 @@ class Tail:
         return since is not None and time.monotonic() - since >= seconds
 
     def serves(self, *others: str, since: int) -> None:
-        """Record that all events so far were announced.
+        """Record that the listener has caught up: all events so far were announced.
 
         Args:
             others: What works with that, besides listening; see `Health.works`.

@@ -56,7 +56,8 @@ class PostgreSQLBroker:
             that shares connections (PgBouncer with ``pool_mode = transaction``).
         schema: The schema that contains the tables.
         create: Install the schema if it is missing, or of an older release.
-        publish_timeout: The maximum of seconds for `publish`.
+        publish_timeout: The maximum of seconds for `publish`, besides a DNS look-up,
+            which has the time-outs of the system.
         connections: The maximum of connections that publish and read in each process,
             in addition to the listening one.
 
@@ -146,6 +147,7 @@ class PostgreSQLBroker:
                 channel since it began, as for any row that others have changed.
 
         Raises:
+            TypeError: The connection is none of these, or is asynchronous.
             ValueError: The connection leads to another database than the broker's, or
                 triggers are disabled in it.
             Denied: The role may not publish, or not to this channel.
@@ -241,7 +243,11 @@ class PostgreSQLBroker:
     def _enlist(
         self, items: Sequence[tuple[str, bytes]], connection: Any, identity: str
     ) -> bool:
-        """Store events in a transaction; ``False``: it is in another database."""
+        """Store events in a transaction.
+
+        Returns:
+            ``False`` if it is in another database, or its triggers are disabled.
+        """
         cursor = connection.cursor()
         if iscoroutinefunction(cursor.execute):  # without await it would do nothing
             raise TypeError(f"connection must not be async, got {type(connection)!r}")

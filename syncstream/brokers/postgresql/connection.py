@@ -80,7 +80,8 @@ class Connection:
 
         Args:
             dsn: As from `parse_url`.
-            deadline: The end of the attempt, `time.monotonic`.
+            deadline: The end of the attempt, `time.monotonic`; a DNS look-up, which
+                cannot be interrupted, may go beyond it.
             stop: A descriptor: once it is readable, all waits raise `Stopped`.
 
         Raises:

@@ -242,7 +242,10 @@ class Listener:
                     return found
 
     def _names(self, is_utf8: bool) -> tuple[str, str]:
-        """Return the names and the prefixes of the watched channels, as SQL arrays."""
+        """Return the names and the prefixes of the watched channels, as SQL arrays.
+
+        The empty prefix stands for all channels.
+        """
         watched = self._watched
         names, patterns = [*watched.names], [*watched.patterns]
         # A single name that the encoding lacks would make the request fail.

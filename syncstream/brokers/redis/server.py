@@ -105,7 +105,8 @@ class Server:
     commands, ten times by default, which would store an event twice (measured, 8.1).
 
     Attributes:
-        name: For errors, and for the choice of a channel's server among several.
+        name: For errors, and for the choice of a channel's server among several: with
+            another spelling of the address, channels live on other servers.
         turns: Permits for requests: the maximum at once.
     """
 
