@@ -1,4 +1,4 @@
-"""How the loop's clients end: once, by steps of which each is done whatever happens."""
+"""The end of the loop's clients: once, in steps that run even if others fail."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .wheel import Wheel
 
 __all__ = ["Ends"]
 
-_UNKNOWN = memoryview(b"?")  # the rest of nobody knows what
+_UNKNOWN = memoryview(b"?")  # of a chunk of which an unknown part was sent
 
 
 class Ends:
-    """Ends clients. All but `end` of a client on its way is for the loop's thread.
+    """Ends clients; in the loop's thread, or under a lock once that thread has ended.
 
     Args:
-        clients: The loop's, by descriptor.
+        clients: The loop's clients, by descriptor.
         lagging: Those of them that lag.
-        epoll: Where their descriptors are registered.
-        wheel: Keeps their times.
-        meeting: Has their groups.
+        epoll: The epoll object with their descriptors.
+        wheel: Their timers.
+        meeting: Their groups.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class Ends:
         """End a client that has gone, or that the kernel has given up.
 
         Args:
-            is_error: The kernel may have had a reason.
+            is_error: Whether the socket may have an error that tells why.
         """
         timed_out = is_error and has_timed_out(client.fd)
         self.end(client, "send_timeout" if timed_out else "disconnected")
 
     def fail(self, client: Client, error: BaseException) -> None:
-        """End a client for an error of the application's, or with its subscription."""
+        """End a client whose subscription has ended, or whose source has failed."""
         if client.reason is not None:
             return
         if isinstance(error, Closed):
@@ -71,7 +71,7 @@ class Ends:
         client.terms.lanes.say(logging.ERROR, text, client.label, error=error)
 
     def end(self, client: Client, reason: str) -> None:
-        """End a client, once; what is the application's of it in its lane."""
+        """End a client, once; a lane calls the application's callbacks."""
         if client.reason is not None:
             return
         if client.group is None:
@@ -81,7 +81,7 @@ class Ends:
         self._end(client, reason)
 
     def cut(self, client: Client) -> None:
-        """End a client of whom nobody knows what it has got."""
+        """End a client that has received an unknown part of its bytes."""
         if client.reason is not None:
             return
         if client.group is None and client not in client.terms.served.parked:
@@ -93,8 +93,8 @@ class Ends:
     def _end(self, client: Client, reason: str) -> None:
         client.reason = reason
         fd, group = client.fd, client.group
-        # By statements, which do not fail: from here on nothing is sent to its number,
-        # which may soon be another's.
+        # Plain statements, which cannot fail: from here on nothing is sent to this
+        # descriptor, whose number another client may get soon.
         if group is not None and fd in group.clients:
             del group.clients[fd]
         if fd in self._clients and self._clients[fd] is client:
@@ -119,7 +119,7 @@ class Ends:
         try:
             group.left(client)
         except BaseException:
-            if not group.clients:  # twice, if need be: nobody else forgets it
+            if not group.clients:  # try again: nothing else would forget it
                 self._meeting.forget(group)
             raise
 
@@ -128,7 +128,7 @@ class Ends:
         close(client.fd)
 
     def _depart(self, client: Client) -> None:
-        # Twice, if need be: its place is not to be lost.
+        # If it fails, try again, and elsewhere: its place must not stay taken.
         try:
             leave = Job(client.leave, lambda error: client.leave())
             client.terms.lanes.ends.do(leave)

@@ -68,13 +68,13 @@ __all__ = ["Fanout", "fanout"]
 
 log = logging.getLogger("syncstream.fanout")
 
-LAG_EVERY = 0.25  # seconds between two looks at those who lag
+LAG_EVERY = 0.25  # seconds between two looks at the clients that lag
 SETTLE = 5.0  # seconds, at most, until the kernel is told of the send timeout
 # Seconds between two rounds. Less than `SETTLE`, so that the loop need not wake to note
 # when a new client settles.
 MAX_PAUSE = 4.0
-MOST_CALLS = 64  # that may wait: a client takes more memory until it has joined
-_MOST_FAILURES = 10  # rounds in a row, 0.1 s after each other: then it cannot go on
+MOST_CALLS = 64  # that may wait: until the loop has a client, it takes more memory
+_MOST_FAILURES = 10  # failed rounds in a row, 0.1 s apart; then the loop gives up
 
 # 0 without epoll. (gevent removes select.epoll, but not these constants.)
 _OUT: int = getattr(select, "EPOLLOUT", 0)
@@ -281,7 +281,7 @@ class Fanout:
         try:
             parked.add(client)  # before the call: see `Client.is_given`
             self.call(partial(self._add, client, rest, problem), client, by=by)
-            # The loop records these before it looks for calls: none is missed.
+            # The loop notes these before it looks for calls: none is missed.
             if fd in self._early or client.has_news:
                 self._wake()
         except BaseException:
@@ -326,7 +326,7 @@ class Fanout:
             say_failed("a sender could not be closed", error)
 
     def _round(self) -> None:
-        """Wait, then do what is due: each duty whatever becomes of the others."""
+        """Wait, then do all duties, even if one of them fails."""
         self._events = self._epoll.poll(self._pause(), 1024)
         failure: BaseException | None = None
         for duty in self._duties:
@@ -338,7 +338,7 @@ class Fanout:
             raise failure
 
     def _serve(self) -> None:
-        """Send to those who have room again, and end those who have gone."""
+        """Send to clients that can accept data again; end those that have gone."""
         for fd, mask in self._events:
             client = self._clients.get(fd)
             try:
@@ -347,14 +347,13 @@ class Fanout:
                         self.ends.hung_up(client, is_error=bool(mask & _ERROR))
                     else:
                         self._flush(client)
-                elif fd != self._event_fd:  # it is on its way, or has ended just now
+                elif fd != self._event_fd:  # the client is on its way, or has ended
                     self._early.add(fd)
             except BaseException as error:
                 self.cut(client, error)
 
     def _make_calls(self) -> None:
-        # After the wait, before the calls are looked at: who calls from here on
-        # finds it cleared, and wakes us.
+        # Cleared before it looks at the calls: any later call wakes the loop again.
         self._is_woken = False
         for queue in (self._calls, self._again):
             for _ in range(len(queue)):
@@ -366,7 +365,7 @@ class Fanout:
 
     def _pause(self) -> float:
         now = time.monotonic()
-        # First: who adds a call after this has looked wakes us, or need not.
+        # Set before it looks at the calls: a later call compares its `by` with this.
         self._next_look = now + MAX_PAUSE
         if self._again or self._calls:
             return 0.0
@@ -395,7 +394,7 @@ class Fanout:
         if isinstance(owner, Client):
             clients = (owner,)
         elif owner is not None:
-            owner.is_asking = False  # it gets no result of a lane any more
+            owner.is_asking = False  # no lane will report to it any more
             clients = (*owner.clients.values(),)
         for client in clients:
             self.ends.cut(client)
@@ -430,13 +429,13 @@ class Fanout:
             return
         if self.state == "dead":
             self.ends.cut(client)
-        if client.reason is not None:  # by a failure
+        if client.reason is not None:  # it was cut
             return
         self._early.discard(client.fd)
         self._clients[client.fd] = client
         group = Group(self, client.subscription, client, moved=client.since)
         group.add(client)
-        # Nothing else keeps a write to it from sleeping, with all others behind it.
+        # A write to a blocking descriptor would stop the loop for all clients.
         if os.get_blocking(client.fd):
             raise ValueError("a descriptor of the loop's must have O_NONBLOCK")
         if problem is not None:
@@ -444,7 +443,7 @@ class Fanout:
             text = "%s cannot be waited for: %s"
             client.terms.lanes.say(logging.WARNING, text, client.label, problem)
             return
-        self._epoll.modify(client.fd, _GONE)  # what it has told before is told again
+        self._epoll.modify(client.fd, _GONE)  # epoll reports again what it has reported
         self.wheel.add(client, client.next_time())
         client.rest = memoryview(rest)
         self._flush(client)
@@ -452,7 +451,7 @@ class Fanout:
             self.ends.end(client, client.early)
 
     def lag(self, client: Client, rest: memoryview) -> None:
-        """Let a client go on by itself, as fast as it can."""
+        """Have a client continue alone, with the rest of a chunk first."""
         group = client.group
         assert group is not None
         if group.is_shared:
@@ -465,7 +464,7 @@ class Fanout:
         client.rest = rest
 
     def _flush(self, client: Client) -> None:
-        """Write what is left of a chunk; then go on."""
+        """Write the rest of a chunk, then new events."""
         rest = client.rest
         if rest is None or client.group is None:
             return
@@ -499,11 +498,11 @@ class Fanout:
                 self.cut(client, error)
 
     def abandon(self) -> None:
-        """Close the copies of a parent's own descriptors, in a child.
+        """Close a child's copies of the loop's own descriptors.
 
-        Those of its clients are closed by `sockets.hold`.
+        `sockets.hold` has those of the clients closed.
         """
-        if self.state == "abandoned":  # by our parent: these numbers are ours
+        if self.state == "abandoned":  # in our parent: these numbers are ours now
             return
         self.state = "abandoned"
         with suppress(OSError):

@@ -1,21 +1,21 @@
 """Senders: bytes to many sockets, with the least CPU time.
 
 The kernel's send(2) is nearly all that a fan-out costs: 4-5 µs a subscriber on
-loopback. The sender decides what is added, and how long a thread that computes can
-delay it (benchmarks/senders.py has the figures):
+loopback. The sender decides what is added to that, and how long a busy thread can delay
+it (benchmarks/senders.py has the figures):
 
-- `WriteSender`, "write": ``os.write`` in a tight loop. It gives the GIL up for each
-  descriptor, and a thread that computes may keep it for 5 ms each time, so that one
-  fan to 1,000 takes seconds (the *convoy*).
+- `WriteSender`, "write": ``os.write`` in a tight loop. It releases the GIL for each
+  descriptor, and a busy thread may keep it for 5 ms each time, so that one event takes
+  seconds to reach 1,000 clients (the *convoy*).
 - `AioSender`, "aio": Linux's AIO, io_submit(2), by ctypes. One system call writes to up
   to 256 descriptors, a tenth cheaper. For a few descriptors io_submit(2) costs more
-  than write(2), which they get by ctypes. The GIL is kept for both, up to half a
-  millisecond at a time, and given up once for each larger batch: no convoy. Unlike
-  io_uring it is allowed by most container runtimes.
+  than write(2), which is then called by ctypes. Both keep the GIL, for at most half a
+  millisecond at a time; a larger batch releases it once: no convoy. Unlike io_uring, it
+  is allowed by most container runtimes.
 
-No sender ever waits for a peer, nor raises for a peer's sake. Each is for sockets with
-O_NONBLOCK, and for a thread in which SIGPIPE is ignored, as Python does, or blocked:
-neither write(2) nor AIO has a flag for that. Nothing here is patched by gevent.
+No sender ever waits for a peer, or raises because of one. Each needs sockets with
+O_NONBLOCK, and a thread in which SIGPIPE is ignored (Python's default) or blocked:
+neither write(2) nor AIO has a flag for that. gevent patches nothing here.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Rest = list[tuple[int, int]]
 VARIABLE = "SYNCSTREAM_SENDER"
 """The environment variable that forces a sender: write or aio."""
 
-# They mean "took nothing now", and no more.
+# These only mean that nothing was accepted now.
 _LATER = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
 
 
@@ -64,24 +64,25 @@ class Sender(Protocol):
     def send(self, pairs: Iterable[Pair]) -> Rest:
         """Send each descriptor its bytes, without waiting for any peer.
 
-        An exception, such as a signal handler's in the main thread, may end it halfway:
-        then nobody knows who has got them.
+        An exception, such as a signal handler's in the main thread, may end it halfway;
+        it is then unknown which peers got their bytes.
 
         Args:
             pairs: Descriptors of stream sockets with O_NONBLOCK, each with its bytes
-                (mostly the same object for all). The order of two pairs of one
-                descriptor is open.
+                (mostly the same object for all). Two pairs of one descriptor may be
+                sent in either order.
 
         Returns:
-            The descriptors that did not take all of it, in any order, each with how
-            many bytes it took (0: it is full), or with a negative errno, such as
-            ``-errno.EPIPE`` where the peer has gone or ``-errno.EBADF``.
+            The descriptors that did not accept all of their bytes, in any order, each
+            with the number that it accepted (0: it is full), or with a negative errno,
+            such as ``-errno.EPIPE`` if the peer has gone, or ``-errno.EBADF``.
         """
 
     def close(self) -> None:
-        """Release what the kernel holds for it, and send no more.
+        """Release what the kernel holds for it; it cannot send any more.
 
-        A second time does nothing. From any thread, but not during a `send`.
+        Closing it again does nothing. Any thread may call this, but not during a
+        `send`.
         """
 
 
@@ -89,13 +90,13 @@ def open_sender(name: str | None = None) -> Sender:
     """Open a sender, in the thread that will use it.
 
     Args:
-        name: "write" or "aio"; ``None`` for what the environment variable
-            SYNCSTREAM_SENDER says, and without that for "aio" where it works, else
-            "write".
+        name: "write" or "aio"; ``None`` for the value of the environment variable
+            SYNCSTREAM_SENDER or, if it is not set, for "aio" where that works, and
+            "write" elsewhere.
 
     Raises:
         ValueError: There is no such sender.
-        OSError: It is not to be had here: it is not Linux, the kernel forbids it or
+        OSError: It is not available: this is not Linux, or the kernel forbids it or
             has no context left (fs.aio-max-nr).
     """
     source = "name"
@@ -113,7 +114,7 @@ def open_sender(name: str | None = None) -> Sender:
 
 
 def _outcome(result: int) -> int:
-    """Return what a caller is told for bytes that were taken, or a negative errno."""
+    """Return a write's result as `Sender.send` returns it."""
     return 0 if -result in _LATER else result
 
 
@@ -126,8 +127,8 @@ class WriteSender:
         rest: Rest = []
         each, fd, write = iter(pairs), -1, os.write
         while True:
-            # Outside of the loop: to enter it anew, at the same place, is what an
-            # error costs, and nothing else costs anything.
+            # Outside of the inner loop, so that only an error costs something: the loop
+            # is entered again, and continues where it stopped.
             try:
                 for fd, data in each:
                     taken = write(fd, data)
@@ -139,7 +140,7 @@ class WriteSender:
                 return rest
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the kernel holds nothing for it."""
 
 
 # Linux AIO: io_setup(2), io_submit(2), io_getevents(2), linux/aio_abi.h.
@@ -152,14 +153,14 @@ _NUMBERS = {
     "riscv64": (0, 1, 4, 2),
 }
 _ENTRIES = 256  # as fast as 1,024, of which fs.aio-max-nr allows 63 contexts on a host
-# Below that write(2) is cheaper: io_submit(2) takes some 10 µs to begin with, and each
-# write(2) by ctypes 1 µs more than by os.write (8 sockets: 14.5 µs a send, 7.5 and 6).
+# For fewer, write(2) is cheaper: io_submit(2) takes some 10 µs to begin with,
+# and write(2) by ctypes 1 µs more than os.write (8 sockets: 14.5 µs a send, 7.5 and 6).
 _FEW = 32
-_HELD = 128  # descriptors for which io_submit(2) keeps the GIL: 0.5 ms
+_HELD = 128  # descriptors, at most, for which io_submit(2) keeps the GIL: 0.5 ms
 _IOCB = struct.Struct("=QIIHhIQQqQII")  # struct iocb: 64 bytes
-_PWRITE = 1  # IOCB_CMD_PWRITE, which a socket takes as write(2)
+_PWRITE = 1  # IOCB_CMD_PWRITE, which is write(2) for a socket
 _EVENT = 32  # bytes of struct io_event: u64 data, u64 iocb, s64 result, s64 result2
-_CONTENT = bytes.__basicsize__ - 1  # of a bytes object's address: where its bytes are
+_CONTENT = bytes.__basicsize__ - 1  # the offset of the bytes in a bytes object
 _CLONE_FILES = 0x400
 _WALL = 0x40000000  # __WALL: wait for children that end without SIGCHLD, too
 _NO_TIME = (ctypes.c_long * 2)(0, 0)  # struct timespec
@@ -170,20 +171,21 @@ _errno = ctypes.get_errno
 class AioSender:
     """Linux AIO: one system call writes to up to 256 descriptors.
 
-    `send` returns when each write has been answered. Linux answers a socket with
-    O_NONBLOCK in io_submit(2) itself; gVisor queues, so the bytes are kept until the
-    last answer is there. Fewer than 32 descriptors get write(2).
+    `send` returns when each write has a result. For a socket with O_NONBLOCK Linux has
+    it within io_submit(2); gVisor queues the writes, so the bytes are kept until the
+    last result has come. For fewer than 32 descriptors write(2) is called instead.
 
-    A descriptor that io_submit(2) refuses (a closed one ends the submission at its
-    place) gets os.write, which tells why, and the submission goes on behind it. In a
-    forked child, to which the context does not belong, that is what all get.
+    If io_submit(2) refuses a descriptor (it stops at a closed one), os.write is called
+    for it, which tells why, and the submission continues after it. In a forked child,
+    to which the context does not belong, os.write is called for all.
 
     Attributes:
-        refusal: Why io_submit(2) has last refused a descriptor; ``None`` so far.
+        refusal: The last error of io_submit(2), ``None`` if there was none.
 
     Raises:
-        OSError: No 64-bit little-endian Linux on x86_64, aarch64 or riscv64, or a
-            trial went wrong: the kernel has no AIO, forbids it, or has no context left.
+        OSError: This is not 64-bit little-endian Linux on x86_64, aarch64 or riscv64,
+            or a trial failed: the kernel has no AIO, forbids it, or has no context
+            left.
     """
 
     name = "aio"
@@ -195,8 +197,8 @@ class AioSender:
         self._setup, self._getevents, self._submit = setup, getevents, submit
         self._syscall = ctypes.CDLL(None, use_errno=True)["syscall"]
         self._syscall.restype = ctypes.c_long
-        # Keeps the GIL: for what does not wait, and takes less time than others wait
-        # for the GIL (5 ms) where it is given up.
+        # PyDLL keeps the GIL: for calls that do not wait, and take less time than it
+        # may take to get a released GIL back (5 ms).
         self._quick_syscall = ctypes.PyDLL(None, use_errno=True)["syscall"]
         self._quick_syscall.restype = ctypes.c_long
         self._quick_write = ctypes.PyDLL(None)["write"]
@@ -217,7 +219,7 @@ class AioSender:
         self._events = (ctypes.c_char * (_EVENT * _ENTRIES))()
         self._results = memoryview(self._events).cast("B").cast("q")[2::4]
         self._slots = memoryview(self._events).cast("B").cast("Q")[::4]
-        self._kept: Sequence[bytes] = ()  # until answered
+        self._kept: Sequence[bytes] = ()  # until each write has a result
         self.refusal: OSError | None = None
         self._state = "idle"
         self._open()
@@ -243,7 +245,8 @@ class AioSender:
 
         Raises:
             ValueError: It is closed.
-            OSError: The kernel answers no more; nobody knows who has got them.
+            OSError: The kernel gives no results any more; it is unknown which peers got
+                their bytes.
         """
         if self._state != "idle":
             self._recover()
@@ -271,8 +274,8 @@ class AioSender:
     def _recover(self) -> None:
         if self._state == "closed":
             raise ValueError("the sender is closed")
-        # An exception, a signal handler's, has ended a batch halfway. Its answers go
-        # with its context; this waits for those that are not there yet.
+        # An exception, such as a signal handler's, has ended a batch halfway. To
+        # destroy its context waits for its last results, and drops them.
         self._release()
         self._open()
         self._state = "idle"
@@ -302,7 +305,7 @@ class AioSender:
         if came != accepted:
             self._await(accepted, max(0, came))
         self._kept, self._state = (), "idle"
-        # All have taken all, and are answered in order: that is compared as memory.
+        # Mostly all bytes are accepted, and the results in order: compare the memory.
         if self._results[:accepted].tobytes() == sizes.tobytes():
             return rest
         slots = self._slots[:accepted].tolist()
@@ -315,10 +318,10 @@ class AioSender:
     def _submit_rest(
         self, fds: Sequence[int], chunks: Sequence[bytes], place: int
     ) -> tuple[int, Rest]:
-        """Submit from a place on, where the kernel has stopped.
+        """Continue a submission at the place where the kernel has stopped.
 
         Returns:
-            How many it has accepted, with those before; what became of the others.
+            The number of writes that it has accepted in all; the results of the others.
         """
         accepted, rest = place, Rest()
         while place < len(fds):
@@ -335,7 +338,7 @@ class AioSender:
         return accepted, rest
 
     def _await(self, count: int, came: int) -> None:
-        """Wait for so many answers, of which some are here."""
+        """Wait for a number of results, of which some are here."""
         while came < count:
             number = ctypes.c_long(count - came)
             events = ctypes.byref(self._events, came * _EVENT)
@@ -372,11 +375,11 @@ def _numbers() -> tuple[int, int, int, int]:
 
 
 def _check_filter(numbers: Iterable[int]) -> None:
-    """Raise `OSError` where a seccomp(2) filter kills for one of these system calls.
+    """Raise `OSError` if a seccomp(2) filter kills the callers of these system calls.
 
-    Nothing tells what a filter does but to try it, so a child does: libc's ``syscall``
-    alone, with arguments that do nothing. No Python runs in it, no hook of a fork, and
-    its end sends no SIGCHLD.
+    Only a trial shows what a filter does, so a child makes it: it calls libc's
+    ``syscall`` with arguments that do nothing. Neither Python nor a fork's hook runs in
+    it, and its end sends no SIGCHLD.
     """
     if not _is_filtered():
         return
@@ -397,23 +400,23 @@ def _check_filter(numbers: Iterable[int]) -> None:
 
 
 def _is_filtered() -> bool:
-    """Tell whether a seccomp(2) filter sees what this thread asks of the kernel."""
+    """Tell whether a seccomp(2) filter checks this thread's system calls."""
     try:
         with open("/proc/thread-self/status", "rb") as status:
             modes = [line.split()[1] for line in status if line.startswith(b"Seccomp:")]
-    except OSError:  # no /proc: the worst may be true
+    except OSError:  # no /proc: assume the worst
         return True
     return modes not in ([], [b"0"])  # proc_pid_status(5); none: a kernel without it
 
 
 def _test(sender: AioSender) -> None:
-    """Raise `OSError` unless it does what it should, to a pair of sockets."""
+    """Raise `OSError` unless the sender works with a pair of sockets."""
     near, far = _socket.socketpair()  # gevent's sockets would wait in its hub
     with closing(near), closing(far):
         near.setblocking(False)
         far.setblocking(False)
         fd, data = near.fileno(), bytes(range(256)) * 1024
-        bad = [(-1, data)] * _FEW  # enough of them that it is not os.write
+        bad = [(-1, data)] * _FEW  # so many that io_submit(2) is called
         rest = sender.send([(fd, b"whole")] * _FEW)
         if sender.refusal is not None:
             raise sender.refusal
