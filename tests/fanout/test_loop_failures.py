@@ -280,6 +280,31 @@ def test_a_lane_that_hangs_keeps_nobody_for_ever(peers, monkeypatch):
         hub.close()
 
 
+def test_a_group_that_all_leave_while_a_lane_reads(peers):
+    """After the lane's answer no event wakes it any more."""
+    broker = Hanging()
+    hub = Hub(broker=broker)
+    try:
+        here = [peers(hub) for _ in range(2)]
+        hub.publish("a", "0")
+        for peer in here:
+            texts_until(peer, "0")
+        seen(*here)
+        group = here[0].client.group
+        broker.hung = "a"
+        hub.sink.resync(["a"])
+        assert broker.is_asked.wait(TIMEOUT)
+        for peer in here:
+            peer.leave()
+            await_true(lambda peer=peer: peer.ends)
+        assert group.leader.waiter is group
+        broker.go_on.set()
+        await_true(lambda: group.leader.waiter is None)
+    finally:
+        broker.go_on.set()
+        hub.close()
+
+
 def test_a_broker_that_fails_is_not_one_that_is_away(peers, monkeypatch):
     """An error that does not pass by waiting ends those who would wait for it."""
     broker = Failing()

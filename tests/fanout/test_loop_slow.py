@@ -6,6 +6,7 @@ import time
 import pytest
 
 from syncstream import Hub
+from syncstream.fanout import loop as loop_module
 from tests.fanout.peers import (
     HEAD,
     full,
@@ -39,6 +40,16 @@ def test_who_lags_goes_on_by_himself(hub, peers, loop):
     hub.publish("a", "together")
     for peer in (slow, *others):
         assert texts_until(peer, "together")[-2:] == ["last", "together"]
+
+
+def test_a_loop_without_events_looks_at_who_lags(hub, peers, loop, monkeypatch):
+    """A client that stops is dropped in time, though nothing else wakes the loop."""
+    monkeypatch.setattr(loop_module, "MAX_PAUSE", 3600.0)
+    settle(loop)
+    peer = peers(hub, send_timeout=2.0)
+    full(hub, peer)
+    await_true(lambda: peer.ends)
+    assert peer.ends == ["send_timeout"]
 
 
 def test_who_stops_is_dropped(hub, peers):
