@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..runtime.sockets import borrowed, release, reset
-from ..streams.ends import come_back
+from ..streams.ends import GONE, WHOLE, come_back
 
 if TYPE_CHECKING:
     from .client import Client
@@ -21,9 +21,6 @@ _END = b"0\r\n\r\n"
 # Report EPIPE, whatever the application does with SIGPIPE. (Windows has neither flag,
 # nor the loop.)
 _SENT: int = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)
-
-_WHOLE = frozenset(("closed", "finished"))
-"""Reasons of complete responses, which the application has chosen."""
 
 
 def chunked(data: bytes) -> bytes:
@@ -43,12 +40,12 @@ def send_head(fd: int, head: bytes) -> bytes:
 def say_goodbye(client: Client) -> None:
     """Write the last bytes, as far as the kernel accepts them at once."""
     reason, terms = client.reason, client.terms
-    if reason in ("disconnected", "send_timeout"):
+    if reason in GONE:
         if reason == "send_timeout" and not client.is_chunked:
             reset(client.fd)  # otherwise it may read on later, and find a normal end
         return
     # A subscription never completes: to other clients, an end would look complete.
-    is_partial = reason not in _WHOLE
+    is_partial = reason not in WHOLE
     is_cut = reason == "error" or (is_partial and not terms.comes_back)
     is_whole = client.rest is None  # not in the middle of a chunk
     if is_whole:

@@ -1,4 +1,8 @@
-"""The reasons for an end, and the ``retry:`` that asks clients to come back."""
+"""The reasons for an end, and the ``retry:`` that asks clients to come back.
+
+All sets of reasons are here. The ids by which a client is told not to come back are
+`END_ID` and `REFUSED_ID` of ``protocol.sse``; `Output` sends them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,19 @@ import random
 
 from ..protocol.sse import Event
 
-__all__ = ["OPENING", "come_back"]
+__all__ = ["CUT", "GONE", "OPENING", "REASONS", "WHOLE", "come_back"]
+
+REASONS = frozenset(("closed", "finished", "kicked", "denied", "shutdown"))
+"""The reasons for which an application may stop a stream."""
+WHOLE = frozenset(("closed", "finished"))
+"""The reasons of complete responses, which the application has chosen."""
+CUT = frozenset(("shutdown", "max_duration", "kicked", "denied", "refused"))
+"""The reasons that the source did not choose. A client that reconnects takes the end
+for a break; for all others the response is cut, or it would look complete."""
+GONE = frozenset(("disconnected", "send_timeout"))
+"""The reasons for an end after which the client is no longer there."""
+OPENING = "ok"
+"""The text of the comment that opens an event stream."""
 # Milliseconds by reason. A browser's own 3 to 5 s would hammer a broken view.
 _COME_BACK = {
     "shutdown": 1000,
@@ -32,8 +48,3 @@ def come_back(reason: str, retry: int) -> bytes:
     if least is None:
         return b""
     return Event(retry=round(max(retry, least) * random.uniform(1, 3))).encode()
-
-
-REASONS = frozenset(("closed", "finished", "kicked", "denied", "shutdown"))
-"""The reasons for which an application may stop a stream."""
-OPENING = "ok"

@@ -54,7 +54,7 @@ class Exits:
             self._kept.append(error)
         return True
 
-    def leave(self) -> None:
+    def raise_kept(self) -> None:
         """Raise the kept exit, if there is one."""
         if self._kept:
             raise self._kept.pop()

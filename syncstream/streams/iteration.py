@@ -20,11 +20,10 @@ from ..runtime.waiting import (
     runner_function,
 )
 from .answers import Returned, checked_return, is_answer, status_of
-from .ends import REASONS
-from .monitor import CUT
+from .ends import CUT, REASONS
 from .parts import Parts
 
-__all__ = ["Failure", "Iterated", "Iteration", "OnError"]
+__all__ = ["LOOK_EVERY", "Failure", "Iterated", "Iteration", "OnError"]
 
 LOOK_EVERY = 0.1
 """At most every so many seconds a busy stream looks for an end by itself."""
@@ -291,7 +290,7 @@ class Iteration:
 
     def _settle(self) -> None:
         self._closing.settle()
-        self._closing.exits.leave()
+        self._closing.exits.raise_kept()
 
     def _shows(self, error: BaseException) -> bool:
         """Tell whether the source's error is raised to the caller, such as a test."""

@@ -26,6 +26,7 @@ from ..runtime.sockets import GRACE, acknowledged, give_up_after, has_timed_out
 from ..runtime.waiting import Scope, gevent_hub, sleep_in_hub
 from ..runtime.watch import Timer, Watch, watch
 from .contract import Life
+from .ends import CUT
 from .keepalive import Keepalive
 from .links import AGAIN, USELESS, Link, place_of, unblock
 from .outcome import Once, Outcome
@@ -33,7 +34,7 @@ from .output import PIECE, Output
 from .send_timeout import LOOKS, Progress, SendTimeout, progress_of
 from .source import Source
 
-__all__ = ["CUT", "WATCHED_LOOK_EVERY", "Monitor", "jittered"]
+__all__ = ["WATCHED_LOOK_EVERY", "Monitor", "jittered"]
 
 R = TypeVar("R")
 
@@ -50,10 +51,6 @@ FROZEN = 5.0
 GHOST = 30.0  # seconds after which a source that has not noticed its end is named
 THROW_EVERY = 2.5  # seconds: gunicorn leaves no more to a worker after its streams
 _WAKE_AGAIN = 0.005  # seconds; until then whoever holds a condition has let go of it
-
-CUT = frozenset(("shutdown", "max_duration", "kicked", "denied", "refused"))
-"""Reasons for an end that the source did not choose. A client that reconnects takes it
-for a break; for all others the response is cut, or it would look complete."""
 
 
 class Monitor:

@@ -1,12 +1,13 @@
 """`Outcome`: why a stream has ended, and the things that its source may wait in.
 
-**Ending has four verbs.** Every cause of an end goes through all of them, in this
-order. Each is done once: a second caller finds it done.
+**Ending has four verbs**, in this order. Each is done once: a second caller finds it
+done. An end that the source itself brings about wakes nobody, and a client that was
+handed over is closed by the loop.
 
 =========  ==========================================================================
 decide     `Outcome.decide`: sets the reason, unless there is one, and nothing else.
-           Called by the body, the monitor, `Stream.stop` and the server's close, in any
-           thread or greenlet, even in a signal handler.
+           Called by the body, the monitor, the departure, the waits, the server's close
+           and methods of `Stream`, in any thread or greenlet, even in a signal handler.
 wake       `Monitor.wake`: interrupts the source's wait or linked read; under gevent,
            any call. Called after a decision outside of the source, in any thread; it
            acts in the watch.
@@ -26,12 +27,10 @@ from collections import deque
 
 from ..errors import ClientDisconnected
 from ..runtime.clock import time
+from .ends import GONE
 from .links import Link
 
-__all__ = ["GONE", "Once", "Outcome"]
-
-GONE = frozenset(("disconnected", "send_timeout"))
-"""The reasons for an end after which the client is no longer there."""
+__all__ = ["Once", "Outcome"]
 
 
 class Once(dict[str, tuple[str, float]]):

@@ -103,6 +103,18 @@ class Stream:
 
     Applications get streams from the response classes; they do not make them.
 
+    Args:
+        source: A generator, another iterable or a `Feed`.
+        format: How items become chunks.
+        life: The durations; ``None`` for the defaults.
+        retry: The client's reconnection time in milliseconds; ``None`` sends none.
+        end: "stop" or "reconnect": what the client does after a normal end; ``None``:
+            "stop", for a feed "reconnect".
+        handover: ``False``: the client keeps its thread. ``True``: the source must be
+            a feed. ``None``: a feed's client leaves if it can.
+        on_error: Returns the item to send after a failure, ``None`` for nothing.
+        departure: Makes what takes a feed's client to the loop; ``None``: it stays.
+
     Many methods: it has a side for each of those who use it, the generator, the waits
     inside the generator, the response and the process. Each method does little: the
     work is that of its `Parts`, and of the bodies in `items` and `feed`.
@@ -194,7 +206,7 @@ class Stream:
         self._out.connect(connection, is_encoded=is_encoded, written=written)
 
     def leave(self) -> bool:
-        """Leave a connection to which nothing has been written; tell whether it has."""
+        """Leave its connection, if nothing has been sent; tell whether it has left."""
         if self._monitor.process is not None or self._outcome.ended:
             return False
         self._out.connection = None
@@ -217,7 +229,8 @@ class Stream:
     def is_over_for(self, connection: Connection) -> bool:
         """Tell whether this client has been told to stop, and came back.
 
-        Whoever asks answers it with 204, so it may be told to stop.
+        Whoever asks answers it with 204: the stream remembers that it was asked, and
+        may tell this client to stop.
         """
         return self._out.is_over_for(connection)
 
@@ -256,7 +269,7 @@ class Stream:
             if self._departure.client is not None:  # it goes on, without this response
                 closing.settle_response()
                 self._monitor.forget(self)
-                closing.exits.leave()
+                closing.exits.raise_kept()
                 return
         if isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit)):
             # The exit came between two steps, or in the server, which sends no more.
@@ -278,7 +291,7 @@ class Stream:
         self._pulled = None
         closing.settle()
         self._monitor.forget(self)
-        closing.exits.leave()
+        closing.exits.raise_kept()
 
     def __del__(self) -> None:
         if not hasattr(self, "_pulled"):  # it could not be made
@@ -396,7 +409,7 @@ class Stream:
         return self._out.connection is not None and self._out.connection.is_multiprocess
 
     def sleep(self, seconds: float) -> None:
-        """Do as `syncstream.sleep`."""
+        """Do as `syncstream.sleep`: in a helper's thread, the end does not wake it."""
         sleep(seconds)
 
     def wait(self, waitable: Any, timeout: float | None = None) -> Any:
@@ -404,6 +417,7 @@ class Stream:
 
         It does what the waitable's own ``get(timeout=timeout)`` or ``wait(timeout)``
         does, and ends at once, as `sleep` does, when the stream ends. Nothing polls.
+        In a helper's thread, the stream's end does not wake it.
 
         Args:
             waitable: A ``queue.Queue`` or one of its kin, a ``threading.Event`` or
