@@ -312,7 +312,7 @@ def test_links_go_with_their_client(connection, monkeypatch, failing):
     assert closed == expected
 
 
-def test_who_would_block_the_only_thread_is_refused(connection, caplog):
+def test_who_would_block_the_only_thread_is_refused(own_record, connection, caplog):
     """While clients that have left depend on the process; and the log says so, once."""
     watch()
     hub, server = Hub(), connection["gunicorn.socket"]
@@ -321,7 +321,6 @@ def test_who_would_block_the_only_thread_is_refused(connection, caplog):
     body.close()
     odd = Connection(dict(connection))
     odd.server = replace(odd.server, stays=lambda environ: "odd", threads=lambda e: 1)
-    process().said.pop("one thread", None)
     for _ in range(2):
         with pytest.raises(Full, match="the server has one thread, and odd"):
             odd.swap()
