@@ -116,6 +116,16 @@ def flood(key, query):
         yield payload
 
 
+@lived
+def spinning(key, query):
+    """Yield little, and work in between; neither waits, nor does a write."""
+    while True:
+        until = time.monotonic() + 0.005
+        while time.monotonic() < until:
+            pass
+        yield "spun"
+
+
 moments = {}
 
 
@@ -249,6 +259,7 @@ SOURCES = {
     "linked": linked,
     "ticking": ticking,
     "flood": flood,
+    "spinning": spinning,
     "pieces": pieces,
     "gated": gated,
     "finishing": finishing,
