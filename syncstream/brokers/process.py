@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from ..errors import Unavailable
+from ..runtime.living import Living
 from ..runtime.sockets import native
 
 __all__ = ["PerProcess", "start_thread"]
@@ -105,11 +106,11 @@ def _drop(parts: dict[int, P], drop: Callable[[P], object]) -> None:
         drop(part)
 
 
-_all: weakref.WeakSet[PerProcess[Any, Any]] = weakref.WeakSet()
+_all: Living[PerProcess[Any, Any]] = Living()
 
 
 def _forked() -> None:
-    for one in tuple(_all):
+    for one in _all.all():
         one.forked()
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import math
-import weakref
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from typing import Any
@@ -25,6 +24,7 @@ from ..brokers.names import NAME, check_name
 from ..errors import BrokerError, Unavailable, Uncertain
 from ..protocol.json import Dumps
 from ..protocol.sse import Event
+from ..runtime.living import Living
 from ..runtime.process import process
 from ..runtime.waiting import say
 from . import limits
@@ -129,7 +129,7 @@ class Hub:
         self.windows = Windows(broker, math.inf if max_age is None else max_age)
         self.subscribers = Subscribers(self.windows, self.payloads)
         self.sink = HubSink(self.subscribers)
-        _hubs[id(self)] = self
+        _hubs.add(self)
         self._warn_of_many()
         broker.attach(self.sink)
 
@@ -137,9 +137,7 @@ class Hub:
         """Warn once of many hubs, perhaps one for each call."""
         if self._url is None:
             return
-        # Not `values`: another thread may make a hub during its iteration.
-        hubs = [reference() for reference in _hubs.valuerefs()]
-        count = sum(hub is not None and hub._url == self._url for hub in hubs)
+        count = sum(hub._url == self._url for hub in _hubs.all())
         if count > limits.MANY:
             process().warn_once(
                 log,
@@ -481,5 +479,4 @@ class Hub:
             self.broker.close()
 
 
-# Those of this process, by the id of the object.
-_hubs: weakref.WeakValueDictionary[int, Hub] = weakref.WeakValueDictionary()
+_hubs: Living[Hub] = Living()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from ..brokers.contract import Broker
 from ..brokers.names import is_pattern
 from ..errors import BrokerError, Denied
 from ..protocol.sse import Event
+from ..runtime.living import Living
 from ..runtime.process import process
 from ..runtime.waiting import say
 from .control import CONTROL, Control, Kick, attempt
@@ -270,11 +270,11 @@ def _told_channels(subscription: Subscriber) -> Sequence[str]:
     return [name for name in subscription.channels if not is_pattern(name)]
 
 
-_all: weakref.WeakSet[Subscribers] = weakref.WeakSet()  # cleared in forked children
+_all: Living[Subscribers] = Living()  # cleared in forked children
 
 
 def _forked() -> None:
-    for subscribers in tuple(_all):
+    for subscribers in _all.all():
         subscribers.begin_anew()
 
 

@@ -209,7 +209,7 @@ _forking = native(_thread, "RLock")()  # held from a fork's preparation to its e
 
 def _forks() -> None:
     _forking.acquire()
-    for process in list(processes):  # including those of dropped brokers
+    for process in processes.all():  # including those of dropped brokers
         if process.pid == os.getpid():
             paused.append(process)
             process.pause()
@@ -225,7 +225,7 @@ def _forked() -> None:
     global _forking
     _forking = native(_thread, "RLock")()
     paused.clear()
-    for process in list(processes):  # including those of dropped brokers
+    for process in processes.all():  # including those of dropped brokers
         if process.pid != os.getpid():
             process.let_go()
             if process.has_files:

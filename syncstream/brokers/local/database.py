@@ -6,13 +6,13 @@ import _thread
 import logging
 import os
 import sqlite3
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.resources import files
 from urllib.parse import quote
 
 from ...errors import BrokerError, Unavailable
+from ...runtime.living import Living
 from ...runtime.sockets import native
 from ...runtime.waiting import say
 from ..health import Health
@@ -51,12 +51,12 @@ Bounds = tuple[int, "float | None", int]  # capacity, max_age, max_size
 
 _Identity = tuple[tuple[int, int], ...]  # device and inode of each file
 _ASIDE = "-aside"
-_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+_databases: Living[Database] = Living()
 
 
 def _close_all(known: _Identity | None) -> None:
     """Close this process's connections to a database; with the lock."""
-    for database in list(_databases):
+    for database in _databases.all():
         identity = database.identity
         if known is None or identity is None or identity[0] != known[0]:
             continue
@@ -113,7 +113,7 @@ class Database:
         SQLite shares its index (-shm) among a process's connections: a new connection
         would use the old index, whatever file has its name now.
         """
-        found = [other.identity for other in list(_databases)]
+        found = [other.identity for other in _databases.all()]
         return any(
             other[0] == self.identity[0] and other != self.identity
             for other in found

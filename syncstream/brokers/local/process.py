@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ...errors import Unavailable
 from ...runtime.clock import time
 from ...runtime.journal import report
+from ...runtime.living import Living
 from ...runtime.sockets import native
 from ...runtime.waiting import gevent_hub
 from ..log import Page
@@ -34,7 +35,7 @@ __all__ = ["Process", "paused", "processes", "spoilt"]
 T = TypeVar("T")
 
 log = logging.getLogger("syncstream.brokers.local")
-processes: weakref.WeakSet[Process] = weakref.WeakSet()
+processes: Living[Process] = Living()
 spoilt: list[Process] = []
 paused: list[Process] = []
 
