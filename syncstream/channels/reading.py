@@ -346,9 +346,9 @@ class Reading:
         """
         assert self._options.conflate is not None
         record = cursor.record
-        with self.windows.lock:
-            end, head = record.log.end, record.log.head
-            is_known = head != UNKNOWN and not record.is_doubtful
+        # Without the lock: an end or a head of a moment ago ends the loop as well.
+        end, head = record.log.end, record.log.head
+        is_known = head != UNKNOWN and not record.is_doubtful
         if not is_known:
             head = self.windows.read(cursor.name, None).head
         kept: dict[Hashable, Item] = {}

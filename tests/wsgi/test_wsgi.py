@@ -675,6 +675,22 @@ def test_the_middleware_knows_what_was_written():
     assert b"".join(sent) + b"".join(body) == b"data: a\ndata: b\n\n"
 
 
+def test_an_empty_write_is_no_beginning():
+    """It may have sent the head: the stream's opening follows all the same."""
+    sent = []
+
+    def app(environ, start_response):
+        write = start_response("200 OK", [("Content-Type", "text/event-stream")])
+        write(b"")
+        return [b"data: a\n\n"]
+
+    def start_response(status, headers, exc_info=None):
+        return sent.append
+
+    body = StreamMiddleware(app)(create_environ(), start_response)
+    assert b"".join(sent) + b"".join(body) == b": ok\n\ndata: a\n\n"
+
+
 @pytest.mark.parametrize("mark", [b"\n\n", b"\r\n\r\n"])
 def test_the_middleware_knows_what_was_written_in_pieces(mark):
     """An event whose end came byte by byte is whole: `retry:` may follow it."""

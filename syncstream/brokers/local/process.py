@@ -190,7 +190,6 @@ class Process:
     def close(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         self._is_closed = True
-        self.writer.refuse()
         try:
             listener = self._call(lambda: self._stop(timeout))
         except Unavailable:
@@ -205,7 +204,6 @@ class Process:
     def drop(self) -> None:
         """Have all threads end and all files closed soon; without waiting."""
         self._is_closed = True
-        self.writer.refuse()
         if sys.is_finalizing():
             return
         # In a thread: this may be a garbage collection under any lock. If no thread can

@@ -61,7 +61,6 @@ class Writer:
         self._peers = Peers(path)
         self._writing = native(_thread, "allocate_lock")()
         self._thread = Thread(path, self._write, self._leave)
-        self._is_closed = False
 
     @property
     def waiting(self) -> int:
@@ -88,7 +87,7 @@ class Writer:
     def _write_here(self, job: Job) -> bool:
         """Store a job in this thread, if it is a thread and no other one writes."""
         # Waiting jobs go first.
-        if self._thread.jobs or gevent_hub() is not None or self._is_closed:
+        if self._thread.jobs or gevent_hub() is not None:
             return False
         if not self._writing.acquire(False):
             return False
@@ -195,10 +194,6 @@ class Writer:
             database.close()
 
     # Its end.
-
-    def refuse(self) -> None:
-        """Store nothing in publishers' threads any more."""
-        self._is_closed = True
 
     def end(self) -> None:
         """Have the thread end, some time soon, once it has stored what is there."""

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from syncstream.brokers.local.threads import Job, Thread
+from syncstream.runtime.waiter import Turn
 from tests.support.waits import TIMEOUT, await_true
 
 
@@ -32,7 +33,7 @@ def test_a_job_that_comes_at_the_end_is_done():
             super().append(job)
 
     def serve():
-        while (job := thread.take()) is not None:
+        while thread.jobs and (job := thread.take()) is not None:
             job.end()
 
     thread = Thread("the log", serve)
@@ -65,3 +66,23 @@ def test_a_job_is_taken_or_given_up():
         assert not thread.give_up(job)
         tried.set()
         assert taken.result() is job
+
+
+def test_a_thread_that_ends_waits_for_whoever_ends_it():
+    """Two may end it at once: both are told, and `leave` is called once."""
+    left, told = [], threading.Event()
+
+    def leave():
+        left.append(threading.get_native_id())
+        told.set()
+
+    thread = Thread("the log", lambda: None, leave)
+    first, second = Turn(), Turn()
+    with thread.lock:  # the second one is in the middle of `end`
+        assert thread.end(first)
+        assert told.wait(TIMEOUT)
+        time.sleep(0.05)
+        assert thread.end(second)
+    assert first.wait(time.monotonic() + TIMEOUT)
+    assert second.wait(time.monotonic() + TIMEOUT)
+    assert len(left) == 1

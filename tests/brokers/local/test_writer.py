@@ -7,9 +7,11 @@ import sqlite3
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from syncstream.brokers.local import writer
 from syncstream.brokers.local.append import Appender
 from syncstream.errors import Unavailable
 from tests.brokers.local.logs import kept, payloads, running
@@ -358,3 +360,29 @@ def test_a_hub_is_not_held_up_by_a_commit(make, monkeypatch):
         gevent.spawn(broker.publish, [("a", b"x")]).get(timeout=TIMEOUT)
     assert len(threads) == 3
     assert threading.get_native_id() not in threads
+
+
+def test_waiting_jobs_go_first(make, folder, monkeypatch):
+    """A publisher that finds nobody writing overtakes none of them."""
+    asleep, wake = threading.Event(), threading.Event()
+
+    def sleep(seconds):
+        asleep.set()
+        wake.wait(TIMEOUT)
+
+    broker = make()
+    broker.publish([("a", b"1")])
+    monkeypatch.setattr(writer, "native", lambda module, name: sleep)
+    with contextlib.closing(sqlite3.connect(f"{folder}/log/log.db")) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(broker.publish, [("a", b"2")])
+            assert asleep.wait(TIMEOUT)  # the writer's thread, between two tries
+            connection.rollback()
+            second = pool.submit(broker.publish, [("a", b"3")])
+            waiting = broker.process.writer
+            await_true(lambda: second.done() or waiting.waiting == 2)
+            wake.set()
+            first.result(TIMEOUT)
+            second.result(TIMEOUT)
+    assert payloads(broker) == [b"1", b"2", b"3"]
