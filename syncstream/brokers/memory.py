@@ -103,9 +103,12 @@ class MemoryBroker:
             return [None] * len(items)
         ids: list[str | None] = []
         now = time.monotonic()
+        since, most = self._since(now), self._max_size / 8
+        watched = self.watched
         # Tell the sink under the lock, so that it gets the entries in order.
         with self._lock:
             self._live_here()
+            sink = self._sink
             for channel, payload in items:
                 log = self._logs.get(channel)
                 if log is None:
@@ -114,15 +117,19 @@ class MemoryBroker:
                 entry = Entry(self._id(), log.head, payload, now)
                 before = log.size
                 log.append(entry)
-                self._size += log.size - before
                 # Each channel has its own bound: a noisy one must not displace all.
-                self._trim(log, now, self._max_size / 8)
+                log.trim(self._capacity, since, most)
+                self._size += log.size - before
                 self._logs.move_to_end(channel)
                 while self._size > self._max_size:
                     self._empty_oldest()
                 ids.append(entry.id)
-                if self._sink is not None and self.is_watched(channel):
-                    self._sink.deliver(channel, entry)
+                # The first two tests spare most events the call of the third.
+                if sink is not None and (
+                    channel in watched.names
+                    or (watched.patterns and channel in watched)
+                ):
+                    sink.deliver(channel, entry)
             self._published += len(items)
             if self._published >= _SWEEP:
                 self._published = 0
@@ -160,10 +167,6 @@ class MemoryBroker:
     def channels(self) -> set[str]:
         """The channels that have events, or have had some until a moment ago."""
         return set(self._logs)
-
-    def is_watched(self, channel: str) -> bool:
-        """Tell whether the sink is told of a channel."""
-        return channel in self.watched
 
     def _since(self, now: float) -> float:
         return now - self._max_age if self._max_age is not None else float("-inf")

@@ -226,7 +226,9 @@ class Hub:
             self.payloads.check_size(payload)
         self.subscribers.clear()
         ids = self.broker.publish(batch, connection=connection) if batch else []
-        self.windows.count(published=len(ids))
+        count, windows = len(ids), self.windows
+        with windows.lock:
+            windows.published += count
         return ids
 
     @property

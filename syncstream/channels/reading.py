@@ -270,7 +270,7 @@ class Reading:
                     entry = item[1]
                     if isinstance(entry, Entry):
                         size += len(entry.payload)
-                        if not self._is_for_us(entry):
+                        if entry.payload[:1] == b"\0" and not self._is_for_us(entry):
                             continue
                     items.append(item)
                 if size >= JOIN:

@@ -185,7 +185,8 @@ class Subscribers:
             try:
                 fields = Event(data, event=name).encode()
                 self.broker.publish([(PRESENCE, encoded(channel, fields))])
-                self.windows.count(published=1)
+                with self.windows.lock:
+                    self.windows.published += 1
             except BrokerError as error:
                 text = "a %s could not be announced in %r, so its list may be wrong: %s"
                 say(log, logging.WARNING, text, name, channel, error)

@@ -122,7 +122,7 @@ class Subscription:
             Closed: The subscription has ended.
             ClientDisconnected, GeneratorExit: As from `sleep`, in a stream.
         """
-        items = self.take_kept() or self.await_items(timeout)
+        items = (self.kept and self.take_kept()) or self.await_items(timeout)
         ids = self._ids
         return [decoded(item, ids) for item in items]
 
@@ -174,23 +174,29 @@ class Subscription:
         deadline = None if timeout is None else time.monotonic() + timeout
         waiter = self.own_waiter()
         while True:
-            if self._is_begun:
+            # Tested here, not by the methods: this loop runs for every event.
+            is_begun = self._attendance is not None
+            if is_begun and self._authorization is not None:
                 self.check_allowed()
-            self._check_open()
-            pause = self._pause()
+            if self.reason is not None:
+                self._check_open()
+            pause = 0.0 if self._options.throttle is None else self._pause()
             if not pause:
                 try:
-                    if not self._is_begun:
+                    if not is_begun:
                         self._begin()
                     items = self._take()
-                    self._check_open()  # the user's code may have closed it
+                    if self.reason is not None:  # the user's code may have closed it
+                        self._check_open()
                 except Failed as failed:
                     raise failed.error from None
                 except Unavailable:  # it stays, and asks again after a pause
                     items, pause = [], random.uniform(0.5, 1.5) * limits.RETRY
                 if items:
                     self._delivered = time.monotonic()
-                    self.count(len(items))
+                    windows = self._windows
+                    with windows.lock:
+                        windows.delivered += len(items)
                     return items
                 if not pause and not self._register(waiter):
                     continue
@@ -591,7 +597,9 @@ class Subscription:
 
     def count(self, events: int) -> None:
         """Count events that were sent to clients at its place."""
-        self._windows.count(delivered=events)
+        windows = self._windows
+        with windows.lock:
+            windows.delivered += events
 
 
 def _close(reference: weakref.ref[Subscription]) -> None:

@@ -26,6 +26,8 @@ def check_tags(name: str, tags: Iterable[str]) -> list[str]:
 
 def tag_prefix(only: Iterable[str] | None, exclude: Iterable[str]) -> bytes:
     """Return the line of tags before an event's fields, ``b""`` for all subscribers."""
+    if only is None and type(exclude) is tuple and not exclude:
+        return b""  # the defaults: most events are for all
     tags: dict[str, list[str]] = {}
     if only is not None:  # an empty list, often a computed one, selects nobody
         tags["only"] = check_tags("only", only)

@@ -156,7 +156,7 @@ class Windows:
         patterns: The number of subscriptions to each pattern.
         listeners: The subscriptions to each pattern, by the id of the object.
         open: All subscriptions that count as present, by the id of the object.
-        published, delivered: The counts of `Hub.stats`.
+        published, delivered: The counts of `Hub.stats`; change them under the lock.
         is_closed: Whether the hub is closed; then the broker's errors are not logged.
     """
 
@@ -182,12 +182,6 @@ class Windows:
         self._told_presence: deque[str] = deque(maxlen=limits.WINDOW)
         self._swept = time.monotonic()
         self._crowd = limits.CROWD  # the number of windows for an early search
-
-    def count(self, *, published: int = 0, delivered: int = 0) -> None:
-        """Count events, for `Hub.stats`."""
-        with self.lock:
-            self.published += published
-            self.delivered += delivered
 
     # Announcements.
 

@@ -38,7 +38,7 @@ def decoded(item: Item, ids: Ids) -> Event:
         id = ids(cursor, str(entry.id))
         return kind(entry.data, event=entry.event, retry=entry.retry, id=id)
     decoder = decoder_of()
-    (event,) = decoder.feed(framed(item, ids))
+    (event,) = decoder.feed(entry.wire if ids is None else framed(item, ids))
     if decoder.retry is None:
         return event
     return Event(event.data, event=event.event, id=event.id, retry=decoder.retry)

@@ -1,4 +1,6 @@
-"""A sink that keeps what a broker tells it."""
+"""Sinks that keep what a broker tells, and a broker that can be silent."""
+
+from syncstream.brokers.memory import MemoryBroker
 
 
 class Told:
@@ -48,3 +50,26 @@ def listening(broker, *channels):
     for channel in channels:
         broker.watch(channel)
     return told
+
+
+class MuteBroker(MemoryBroker):
+    """One that announces no new event while it is mute, as when its listener is down.
+
+    Attributes:
+        is_mute: Whether it is.
+    """
+
+    is_mute = False
+
+    def attach(self, sink):
+        super().attach(_Muted(self, sink))
+
+
+class _Muted:
+    def __init__(self, broker, sink):
+        self._broker = broker
+        self._sink = sink
+
+    def deliver(self, channel, entry):
+        if not self._broker.is_mute:
+            self._sink.deliver(channel, entry)

@@ -12,6 +12,7 @@ from syncstream.brokers.names import matches
 from syncstream.channels import control
 from syncstream.channels.control import CONTROL, Kick
 from syncstream.runtime.journal import journal
+from tests.brokers.sinks import MuteBroker
 from tests.support.pairs import Threads, check_script
 from tests.support.postgresql_server import PostgreSQL
 from tests.support.redis_server import RedisServer
@@ -20,11 +21,10 @@ from tests.support.waits import await_true
 PLACE = Threads()
 
 
-class Shared(MemoryBroker):
+class Shared(MuteBroker):
     """Other processes have it, too, as far as a hub can tell.
 
     Attributes:
-        is_mute: It tells nothing of what is new, as when its listener is down.
         failure: What publishing a kick raises.
     """
 
@@ -32,7 +32,7 @@ class Shared(MemoryBroker):
 
     def __init__(self, **options):
         super().__init__(**options)
-        self.is_mute, self.failure, self.reads = False, None, []
+        self.failure, self.reads = None, []
 
     def publish(self, items, *, connection=None):
         if self.failure is not None and items[0][0] == CONTROL:
@@ -42,9 +42,6 @@ class Shared(MemoryBroker):
     def read(self, channel, after, limit=1000):
         self.reads.append(channel)
         return super().read(channel, after, limit)
-
-    def is_watched(self, channel):
-        return not self.is_mute and super().is_watched(channel)
 
     def kick(self, who=None, tags=None):
         """Do what another process does."""

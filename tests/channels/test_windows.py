@@ -290,7 +290,7 @@ def check_budget(steps):
         if action in ("publish", "hole"):
             hub.publish(what, f"{len(published)}:{what}:" + "x" * size)
             published.append(what)
-            if action == "publish" and broker.is_watched(what):
+            if action == "publish" and what in broker.watched:
                 broker.tell(what, -1)
         elif action == "read":
             found[what] += read_all(subscriptions[what])
