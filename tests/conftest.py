@@ -1,7 +1,6 @@
 """What holds for every test."""
 
 import gc
-import os
 import signal
 import threading
 
@@ -13,6 +12,7 @@ for _room in ("support", "live", "fanout", "runtime"):
     pytest.register_assert_rewrite(f"tests.{_room}")
 
 from syncstream.runtime import process as process_module  # noqa: E402
+from syncstream.runtime.forks import process_key  # noqa: E402
 from tests.support.live import TABLE  # noqa: E402
 
 # A machine that is busy makes no example wrong.
@@ -58,7 +58,7 @@ def pytest_collection_finish():
 def own_record(monkeypatch):
     """A process that has had no streams, and has warned of nothing."""
     record = process_module.Process()
-    monkeypatch.setattr(process_module, "processes", {os.getpid(): record})
+    monkeypatch.setattr(process_module, "processes", {process_key(): record})
     return record
 
 

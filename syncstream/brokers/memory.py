@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import _thread
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from inspect import iscoroutinefunction
 from typing import Any, Literal
 
 from ..runtime.clock import time
+from ..runtime.forks import process_key
 from ..runtime.process import process
 from ..runtime.sockets import native
 from .contract import Sink, check_bounds
@@ -73,7 +73,7 @@ class MemoryBroker:
         self._logs: OrderedDict[str, Log] = OrderedDict()
         self._size = 0
         self._published = 0
-        self._pid = os.getpid()
+        self._process = process_key()
         # For all channels, so that a forgotten channel never repeats an id.
         self._next = 1
         # The heads of forgotten channels, and the common head of all channels that
@@ -147,9 +147,9 @@ class MemoryBroker:
         Parent and children continue the same events differently. With the same ids, a
         client that moves from one process to another would miss events unnoticed.
         """
-        if self._pid == os.getpid():
+        if self._process is process_key():
             return
-        self._pid = os.getpid()
+        self._process = process_key()
         self._heads, self._empty = {}, _empty()
         for channel, old in self._logs.items():
             log = self._logs[channel] = Log(self._empty)

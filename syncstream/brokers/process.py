@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from ..errors import Unavailable
+from ..runtime.forks import process_key
 from ..runtime.living import Living
 from ..runtime.sockets import native
 
@@ -45,34 +46,34 @@ class PerProcess(Generic[B, P]):
     ) -> None:
         self._broker = weakref.ref(broker)
         self._forget = forget
-        self._parts: dict[int, P] = {}
+        self._parts: dict[object, P] = {}
         if forget is not None:
             _all.add(self)
         weakref.finalize(broker, _drop, self._parts, drop).atexit = False
 
     def get(self) -> P | None:
         """Return this process's part, ``None`` if there is none yet."""
-        part = self._parts.get(os.getpid())
+        part = self._parts.get(process_key())
         if part is None and self._parts:
             self.leave_to_parent()
         return part
 
     def begin(self, part: P) -> P:
         """Set this process's part unless it has one; return the part that it has."""
-        return self._parts.setdefault(os.getpid(), part)
+        return self._parts.setdefault(process_key(), part)
 
     def end(self) -> P | None:
         """Remove this process's part and return it, ``None`` if there is none."""
         part = self.get()
-        return None if part is None else self._parts.pop(os.getpid(), None)
+        return None if part is None else self._parts.pop(process_key(), None)
 
     def leave_to_parent(self) -> None:
         """Forget the parts of other processes; in a forked child."""
-        here, broker = os.getpid(), self._broker()
+        here, broker = process_key(), self._broker()
         if self._forget is None or broker is None:
             return
-        for pid in [pid for pid in self._parts if pid != here]:
-            part = self._parts.pop(pid, None)
+        for key in list(self._parts):
+            part = self._parts.pop(key, None) if key is not here else None
             if part is not None:  # no other thread was faster
                 self._forget(broker, part)
 
@@ -100,8 +101,8 @@ def start_thread(scheme: str, run: Callable[[], None]) -> None:
         raise Unavailable(f"{scheme} cannot start a thread: {error}") from error
 
 
-def _drop(parts: dict[int, P], drop: Callable[[P], object]) -> None:
-    part = parts.pop(os.getpid(), None)
+def _drop(parts: dict[object, P], drop: Callable[[P], object]) -> None:
+    part = parts.pop(process_key(), None)
     if part is not None:
         drop(part)
 

@@ -46,6 +46,7 @@ from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 from ..runtime.clock import time
+from ..runtime.forks import process_key
 from ..runtime.journal import MOST, journal, report
 from ..runtime.process import EXIT_WAIT, Process, Served, process
 from ..runtime.signals import block_sigpipe
@@ -511,7 +512,7 @@ class Fanout:
 
 
 Owner = Client | Group | None
-_fanouts: dict[int, Fanout] = {}  # this process's
+_fanouts: dict[object, Fanout] = {}  # this process's
 _parents: list[Fanout] = []  # kept, as what they hold must not be freed here
 _lock = native_lock()
 
@@ -523,14 +524,14 @@ def fanout() -> Fanout:
         OSError: This system has no epoll, or no descriptor is left.
         RuntimeError: No thread can be started.
     """
-    pid = os.getpid()
-    found = _fanouts.get(pid)
+    key = process_key()
+    found = _fanouts.get(key)
     if found is not None and found.state != "dead":
         return found
     with _lock:
-        found = _fanouts.get(pid)
+        found = _fanouts.get(key)
         if found is None or found.state == "dead":
-            found = _fanouts[pid] = Fanout()
+            found = _fanouts[key] = Fanout()
         return found
 
 
@@ -539,7 +540,7 @@ def _forked() -> None:
     global _lock
     _lock = native_lock()  # a thread that is not here may have held it
     _parents.extend(_fanouts.values())
-    _fanouts.clear()  # the child may get the pid of an ancestor that has ended
+    _fanouts.clear()
     for parents in _parents:
         parents.abandon()
 

@@ -35,6 +35,7 @@ from contextlib import closing, suppress
 from itertools import islice
 from typing import Any, Protocol
 
+from ..runtime.forks import process_key
 from ..runtime.journal import journal
 from ..runtime.sockets import native
 
@@ -235,7 +236,7 @@ class AioSender:
             raise _error("io_setup")
         self._context = context
         release = weakref.finalize(
-            self, _destroy, self._syscall, self._numbers[1], context, os.getpid()
+            self, _destroy, self._syscall, self._numbers[1], context, process_key()
         )
         release.atexit = False  # a daemon thread may be sending until the end
         self._release = release
@@ -359,8 +360,8 @@ def _error(call: str) -> OSError:
     return OSError(_errno(), f"{call}: {os.strerror(_errno())}")
 
 
-def _destroy(syscall: Any, number: int, context: Any, pid: int) -> None:
-    if os.getpid() == pid:  # a child's contexts are its own
+def _destroy(syscall: Any, number: int, context: Any, process: object) -> None:
+    if process is process_key():  # a child's contexts are its own
         syscall(ctypes.c_long(number), context)
 
 

@@ -17,7 +17,6 @@ import _queue
 import _thread
 import atexit
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from functools import partial
 from typing import Any
 
 from .clock import time
+from .forks import process_key
 from .signals import unblock_sigpipe
 from .sockets import native
 
@@ -175,21 +175,21 @@ class Journal:
         return True
 
 
-_journals: dict[int, Journal] = {}  # by pid; a forked child also has its parents'
+_journals: dict[object, Journal] = {}  # a forked child also has its parents'
 
 
 def journal() -> Journal:
     """Return this process's journal; a forked child begins with an empty one."""
-    pid = os.getpid()
-    found = _journals.get(pid)
+    key = process_key()
+    found = _journals.get(key)
     if found is None:
-        found = _journals.setdefault(pid, Journal())
+        found = _journals.setdefault(key, Journal())
         atexit.register(_at_exit)
     return found
 
 
 def _at_exit() -> None:
-    found = _journals.get(os.getpid())
+    found = _journals.get(process_key())
     if found is not None and not found.flush():
         _print(
             "log lines were lost at the exit: a logging handler takes too long",

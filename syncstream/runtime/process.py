@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from .clock import time
+from .forks import process_key
 from .journal import journal, report
 from .sockets import native
 from .waiting import say
@@ -358,15 +359,15 @@ class Process:
         return {"open": self.open_streams, "ended": ended}
 
 
-processes: dict[int, Process] = {}  # by pid; a forked child also has its parents'
+processes: dict[object, Process] = {}  # a forked child also has its parents'
 
 
 def process() -> Process:
     """Return this process's record; a forked child begins with an empty one."""
-    pid = os.getpid()
-    found = processes.get(pid)
+    key = process_key()
+    found = processes.get(key)
     # setdefault: all threads get the same one.
-    return found if found is not None else processes.setdefault(pid, Process())
+    return found if found is not None else processes.setdefault(key, Process())
 
 
 def _try(function: Callable[[], object], complaint: str) -> None:

@@ -30,6 +30,7 @@ from functools import partial
 from typing import Any
 
 from .clock import time
+from .forks import process_key
 from .sockets import is_hung_up, native
 from .waiting import gevent_hub, say
 
@@ -83,7 +84,7 @@ class Watch:
         self.timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._cancelled = 0
-        self._pid = os.getpid()
+        self._process = process_key()
         # Reentrant: a garbage collection while it is held may close a stream.
         self.lock = native(_thread, "RLock")()
         epoll = native_epoll()
@@ -133,7 +134,7 @@ class Watch:
     @property
     def _is_foreign(self) -> bool:
         """Whether this is a forked child, so that the watch is its parent's."""
-        return self._pid != os.getpid()
+        return self._process is not process_key()
 
     def _look(self) -> float:
         for fd in tuple(self.watched):
@@ -543,7 +544,7 @@ class Watches:
     """The watches of one process."""
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
+        self.process = process_key()
         self.lock = native_lock()
         self.of_threads: Watch | None = None
         self.of_hubs: weakref.WeakKeyDictionary[Any, Watch] = (
@@ -566,7 +567,7 @@ def watch() -> Watch:
     It is made, and its thread started, by the first call.
     """
     global watches
-    if watches.pid != os.getpid():  # forked: the others are the parent's
+    if watches.process is not process_key():  # forked: the others are the parent's
         watches = Watches()
     here = gevent_hub()
     with watches.lock:

@@ -52,6 +52,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..runtime.clock import time
+from ..runtime.forks import process_key
 from ..runtime.journal import journal, report
 from ..runtime.sockets import (
     borrowed,
@@ -142,7 +143,7 @@ class Swap:
     def __init__(self, environ: Environ, server: Server) -> None:
         self._state = _CLOSED
         self._timer: Timer | None = None
-        self._pid = os.getpid()
+        self._process = process_key()
         self._runner = runner()
         self._environ = environ
         self._server = server
@@ -341,7 +342,7 @@ class Swap:
     @property
     def _is_copy(self) -> bool:
         """Whether this is a forked child, so that the connection is its parent's."""
-        return self._pid != os.getpid()
+        return self._process is not process_key()
 
     # Call the methods below under the lock; only `_relieve` takes it itself.
 

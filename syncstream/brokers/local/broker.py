@@ -8,6 +8,7 @@ import os
 from typing import Any, Literal, TypeVar
 
 from ...errors import PayloadTooLarge, Unavailable
+from ...runtime.forks import process_key
 from ...runtime.sockets import native
 from ...runtime.waiting import LONGEST
 from ..contract import Sink, check_bounds, refuse_connection
@@ -210,7 +211,7 @@ _forking = native(_thread, "RLock")()  # held from a fork's preparation to its e
 def _forks() -> None:
     _forking.acquire()
     for process in processes.all():  # including those of dropped brokers
-        if process.pid == os.getpid():
+        if process.key is process_key():
             paused.append(process)
             process.pause()
 
@@ -226,7 +227,7 @@ def _forked() -> None:
     _forking = native(_thread, "RLock")()
     paused.clear()
     for process in processes.all():  # including those of dropped brokers
-        if process.pid != os.getpid():
+        if process.key is not process_key():
             process.let_go()
             if process.has_files:
                 spoilt.append(process)

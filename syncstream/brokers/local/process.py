@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _thread
 import logging
-import os
 import sqlite3
 import sys
 import weakref
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import Unavailable
 from ...runtime.clock import time
+from ...runtime.forks import process_key
 from ...runtime.journal import report
 from ...runtime.living import Living
 from ...runtime.sockets import native
@@ -44,7 +44,7 @@ class Process:
     """One process's part of a broker: threads, connections, sockets."""
 
     def __init__(self, broker: LocalBroker) -> None:
-        self.pid = os.getpid()
+        self.key = process_key()
         self._broker = weakref.ref(broker)  # `drop` is called when it is gone
         self.path = broker.path
         self._is_private = broker.is_private
