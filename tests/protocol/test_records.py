@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import uuid
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import attrs
@@ -64,6 +65,10 @@ class AttrsEvent:
 class Struct(msgspec.Struct):
     data: str
     price: float
+
+
+class StructOf(msgspec.Struct):
+    value: Any
 
 
 class StructEvent(msgspec.Struct):
@@ -213,6 +218,24 @@ def test_an_object_without_data_is_json() -> None:
     }
     assert sent(Items([1, 2])).json() == [1, 2]
     assert sent(Name("a")).json() == "a"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (numpy.arange(3), [0, 1, 2]),
+        (numpy.float32(1.5), 1.5),
+        (MappingProxyType({"a": 1}), {"a": 1}),
+        (Model(**{"data": "a", "price": 1.5}), {"data": "a", "price": 1.5}),
+    ],
+    ids=["array", "number", "mapping", "model"],
+)
+def test_a_struct_of_msgspec_may_hold_anything(value: Any, text: Any) -> None:
+    """What msgspec itself cannot encode, in all that it looks into, too."""
+    assert sent(StructOf(value)).json() == {"value": text}
+    assert sent([StructOf([value])]).json() == [{"value": [text]}]
+    with pytest.raises(TypeError, match=r"cannot encode builtins\.object as JSON"):
+        encoder()(StructOf(object()))
 
 
 def test_dumps_gets_the_object_itself() -> None:

@@ -32,6 +32,7 @@ from syncstream.protocol.sse import (
     comment,
     encoder,
     ends_blank,
+    passer,
     tail_after,
     without_blank,
 )
@@ -787,6 +788,31 @@ def test_tells_once_of_bytes_that_are_no_event(
     for encode in (encoder(None, lambda: told.append(1)), encoder()):
         assert [encode(chunk) for chunk in chunks] == chunks
     assert len(told) == (not is_framed)
+
+
+def test_checkpoints_are_no_bytes() -> None:
+    """Nothing is told of them, and what is framed over them stays framed."""
+    told: list[int] = []
+    encode = passer(lambda: told.append(1))
+    assert [encode(item) for item in (None, b"", bytearray(), b"da", b"")] == [
+        *[None] * 3,
+        b"da",
+        None,
+    ]
+    assert encode(b"hello") == b"hello"  # within the line
+    assert told == []
+    assert encode(b"\n\nhello") == b"\n\nhello"
+    assert encode(b"\nhello") == b"\nhello"
+    with pytest.raises(TypeError, match="a chunk must be bytes, got 'a'"):
+        encode("a")
+
+
+@pytest.mark.parametrize("dumps", [5, "json", []], ids=repr)
+def test_dumps_must_be_a_function(dumps: Any) -> None:
+    """It is refused where it is given, before any item."""
+    with pytest.raises(TypeError, match="dumps must be callable, got "):
+        encoder(dumps)
+    assert encoder(None)([1]) == b"data: [1]\n\n"
 
 
 @pytest.mark.parametrize(
