@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from json import loads
-from typing import Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any, overload
 
 from ..errors import RemoteProtocolError
 from .comments import comment, ends_blank, tail_after, without_blank
@@ -93,6 +94,22 @@ def _name(name: str, value: Any) -> str:
     return text
 
 
+class _Comment:
+    """``Event.comment("…")`` makes an event; ``.comment`` of an event is its text."""
+
+    @overload
+    def __get__(self, event: None, kind: type[Event]) -> Callable[[str], Event]: ...
+
+    @overload
+    def __get__(self, event: Event, kind: type[Event]) -> str | None: ...
+
+    def __get__(self, event: Event | None, kind: type[Event]) -> Any:
+        return MethodType(_make_comment, kind) if event is None else event._comment
+
+    def __set__(self, event: Event, text: str | None) -> None:  # for unpickling
+        _set_comment(event, text)
+
+
 @dataclass(frozen=True, slots=True, init=False)
 class Event:
     """One server-sent event, valid by construction and immutable.
@@ -119,7 +136,7 @@ class Event:
     b'id: evt-1\\nevent: custom_event\\nretry: 3000\\ndata: Full event data\\n\\n'
     >>> str(Event({"temperature": 21.5}))
     'data: {"temperature":21.5}\\n\\n'
-    >>> bytes(Event(comment="keepalive"))
+    >>> bytes(Event.comment("keepalive"))  # the same as Event(comment="keepalive")
     b': keepalive\\n\\n'
     """
 
@@ -127,7 +144,11 @@ class Event:
     event: str | None
     id: str | None
     retry: int | None
-    comment: str | None
+    if TYPE_CHECKING:
+        comment: _Comment
+        _comment: str | None
+    else:
+        comment: str | None
 
     def __init__(
         self,
@@ -193,8 +214,8 @@ class Event:
             TypeError, ValueError: ``dumps`` cannot encode the data.
         """
         out = ""
-        if self.comment is not None:
-            out = f": {_lines(self.comment)}".replace("\n", "\n: ") + "\n"
+        if self._comment is not None:
+            out = f": {_lines(self._comment)}".replace("\n", "\n: ") + "\n"
         if self.id is not None:
             out += f"id: {self.id}\n"
         if self.event is not None:
@@ -235,6 +256,14 @@ class Event:
 _set_data, _set_event, _set_id, _set_retry, _set_comment = (
     Event.__dict__[name].__set__ for name in ("data", "event", "id", "retry", "comment")
 )
+# The slot has two names: `encode` reads it without the function of `_Comment`.
+Event._comment = Event.__dict__["comment"]  # type: ignore[misc]
+Event.comment = _Comment()  # type: ignore[misc]
+
+
+def _make_comment(kind: type[Event], text: str) -> Event:
+    """Return an event that is a comment, which clients ignore."""
+    return kind(comment=text)
 
 
 def _json_text(value: Any, dumps: Dumps | None) -> str:

@@ -176,10 +176,16 @@ def test_is_immutable(name: str) -> None:
     assert event == Event("a", event="e", id="1", retry=5, comment="c")
 
 
-def test_has_no_comment_constructor() -> None:
-    """A comment is ``Event(comment=…)``; ``Event.comment`` is a field, no function."""
-    assert not callable(Event.comment)
-    assert Event(comment="keepalive").encode() == b": keepalive\n\n"
+def test_the_class_makes_comments_and_an_event_has_its_text() -> None:
+    """``Event.comment("…")`` is an event; ``.comment`` of an event is its text."""
+    event = Event.comment("keepalive")
+    assert event == Event(comment="keepalive")
+    assert event.encode() == b": keepalive\n\n"
+    assert (event.comment, Event("a").comment) == ("keepalive", None)
+    assert dataclasses.replace(event, data="b") == Event("b", comment="keepalive")
+    assert dataclasses.asdict(event)["comment"] == "keepalive"
+    with pytest.raises(TypeError, match="comment must be str, got 5"):
+        Event.comment(5)  # type: ignore[arg-type]
 
 
 def test_fields_are_kept() -> None:
