@@ -355,8 +355,9 @@ class SSEResponse(_Streaming):
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
         drain: float | None = None,
-        end: str | None = None,
+        end: Any = None,
         handover: bool | None = None,
+        framed: bool = False,
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:
@@ -371,6 +372,7 @@ class SSEResponse(_Streaming):
             drain=drain,
             end=end,
             handover=handover,
+            framed=framed,
             on_error=on_error,
             dumps=dumps,
         )

@@ -44,6 +44,7 @@ class Terms(_Referable):
         reasons: The reasons for which an application may end a stream.
         before_wait: Hooks that release resources after application code has run.
         comment: The keepalive, in the form that these clients read.
+        finish: The last bytes of a finished stream, unframed.
     """
 
     lanes: Lanes
@@ -56,6 +57,7 @@ class Terms(_Referable):
     reasons: frozenset[str]
     before_wait: tuple[Callable[[], object], ...] = ()
     comment: bytes = b": keepalive\n\n"
+    finish: bytes = b""
 
     def give_back(self) -> None:
         """Call the hooks; a failure of one does not affect the others."""

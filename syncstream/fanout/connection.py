@@ -44,12 +44,16 @@ def say_goodbye(client: Client) -> None:
         if reason == "send_timeout" and not client.is_chunked:
             reset(client.fd)  # otherwise it may read on later, and find a normal end
         return
-    # A subscription never completes: to other clients, an end would look complete.
+    # To clients that do not come back, an orderly end would look complete.
     is_partial = reason not in WHOLE
     is_cut = reason == "error" or (is_partial and not terms.comes_back)
     is_whole = client.rest is None  # not in the middle of a chunk
     if is_whole:
-        words = come_back(str(reason), terms.retry) if terms.comes_back else b""
+        words = b""
+        if reason == "finished":
+            words = terms.finish
+        elif terms.comes_back:
+            words = come_back(str(reason), terms.retry)
         if client.is_chunked and words:
             words = chunked(words)
         if client.is_chunked and not is_cut:

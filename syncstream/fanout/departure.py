@@ -161,6 +161,7 @@ class Departure:
                 reasons=REASONS,
                 before_wait=connection.hooks,
                 comment=output.comment,
+                finish=output.last_block("finished"),
             )
             client = Client(
                 loop,

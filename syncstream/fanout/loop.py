@@ -235,19 +235,23 @@ class Fanout:
         reasons: frozenset[str],
         before_wait: tuple[Callable[[], object], ...] = (),
         comment: bytes = b": keepalive\n\n",
+        finish: bytes = b"",
     ) -> Terms:
         """Make everything that a client needs and that can fail, before it is taken.
 
         Args:
             counted_in: The ``process`` of `Terms`.
             served, keepalive, send_timeout, retry, comes_back, reasons, before_wait,
-                comment: As for `Terms`.
+                comment, finish: As for `Terms`.
 
         Raises:
             RuntimeError: No thread can be started.
         """
         lanes, life = self.lanes(), (keepalive, send_timeout, retry, comes_back)
-        values = (lanes, counted_in, served, *life, reasons, before_wait, comment)
+        values = (
+            *(lanes, counted_in, served, *life, reasons, before_wait, comment),
+            finish,
+        )
         try:
             found = self._terms.get(values)
         except Exception as error:  # its hooks need not be comparable

@@ -13,6 +13,7 @@ from ..runtime.waiter import Wakeable
 from ..runtime.waiting import Scope
 
 __all__ = [
+    "FRAMED",
     "Departed",
     "Departure",
     "Feed",
@@ -25,6 +26,10 @@ __all__ = [
 log = logging.getLogger("syncstream.stream")
 
 
+FRAMED = (bytes, bytearray, memoryview)
+"""The types whose items are sent as they are, in every format."""
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """The way items become chunks, and the places where a new chunk may begin.
@@ -32,6 +37,8 @@ class Format:
     Attributes:
         encode: Turns an item of the source into its chunk, or ``None`` for a
             checkpoint.
+        framed: The types of the items that are the application's own bytes or text,
+            and are sent as they are.
         dumps: The JSON encoder for a subscription's lines, in a format without events.
         is_whole: Tells from the last bytes written (4 or more, or all if there were
             fewer) whether a new event or value may begin.
@@ -41,6 +48,7 @@ class Format:
     encode: Callable[[Any], bytes | None]
     is_whole: Callable[[bytes], bool]
     is_events: bool = False
+    framed: tuple[type, ...] = FRAMED
     dumps: Dumps | None = None
 
 

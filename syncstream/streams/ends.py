@@ -1,4 +1,4 @@
-"""The reasons for an end, and the ``retry:`` that asks clients to come back.
+"""The reasons for an end, and what the client is told: to come back, or not to.
 
 All sets of reasons are here. The ids by which a client is told not to come back are
 `END_ID` and `REFUSED_ID` of ``protocol.sse``; `Output` sends them.
@@ -7,10 +7,13 @@ All sets of reasons are here. The ids by which a client is told not to come back
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from ..protocol.sse import Event
+from ..protocol.sse import Event, ends_blank, tail_after
 
-__all__ = ["CUT", "GONE", "OPENING", "REASONS", "WHOLE", "come_back"]
+__all__ = ["CUT", "GONE", "OPENING", "REASONS", "WHOLE", "End", "come_back"]
 
 REASONS = frozenset(("closed", "finished", "kicked", "denied", "shutdown"))
 """The reasons for which an application may stop a stream."""
@@ -32,6 +35,55 @@ _COME_BACK = {
     "kicked": 5000,
     "error": 5000,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A stream's normal end, by the response's ``end=``.
+
+    Attributes:
+        stops: Whether browsers are told not to come back.
+        event: The bytes of the application's last event, ``b""`` for none.
+    """
+
+    stops: bool
+    event: bytes = b""
+
+    @classmethod
+    def of(cls, given: Any, encode: Callable[[Any], bytes | None]) -> End:
+        """Return the end that an application has asked for.
+
+        Args:
+            given: "stop", "reconnect", or the last item.
+            encode: The response's encoder.
+
+        Raises:
+            ValueError: It is another word, or is not an event.
+            TypeError: It cannot be encoded.
+        """
+        if type(given) is str:
+            if given in ("stop", "reconnect"):
+                return _STOP if given == "stop" else _RECONNECT
+            if given.isidentifier():  # more likely a slip than an event
+                raise ValueError(
+                    f"end must be 'stop', 'reconnect' or an event, got {given!r}: for"
+                    f" an event of this text, use Event({given!r})"
+                )
+        event = encode(given)
+        if not event:
+            raise ValueError(
+                f"end must be 'stop', 'reconnect' or an event, got {given!r}, for which"
+                " nothing is sent"
+            )
+        if not ends_blank(tail_after(b"", event)):
+            raise ValueError(
+                "end must be a whole event with its blank line, which clients wait for,"
+                f" got {given!r}"
+            )
+        return cls(stops=True, event=event)
+
+
+_STOP, _RECONNECT = End(stops=True), End(stops=False)
 
 
 def come_back(reason: str, retry: int) -> bytes:

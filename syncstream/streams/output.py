@@ -18,7 +18,7 @@ from ..runtime.process import process
 from ..runtime.waiting import say
 from ..servers.connection import Connection
 from .contract import Format
-from .ends import OPENING, come_back
+from .ends import OPENING, End, come_back
 
 __all__ = ["PIECE", "Output"]
 
@@ -43,7 +43,7 @@ class Output:
     Args:
         format: The format of the source's items.
         retry: The client's reconnection time in milliseconds; ``None`` sends none.
-        end: "stop" or "reconnect": what the client does after a normal end.
+        end: What the client does after a normal end, and the event before it.
 
     Attributes:
         connection: The client's connection, ``None`` before `connect`.
@@ -57,7 +57,7 @@ class Output:
         retry: The reconnection time in milliseconds, 0 for none.
     """
 
-    def __init__(self, format: Format, retry: int | None, end: str) -> None:
+    def __init__(self, format: Format, retry: int | None, end: End) -> None:
         self.connection: Connection | None = None
         self.format = format
         self.is_event_stream = format.is_events
@@ -70,7 +70,7 @@ class Output:
         self._retrying: bytes | None = None
         if format.is_events and retry is not None:
             self._retrying = Event(comment=OPENING, retry=retry).encode()
-        self._stops = end == "stop"
+        self._end = end
         self._is_asked = False  # see `is_over_for`
 
     def connect(
@@ -97,7 +97,7 @@ class Output:
         """
         self._is_asked = True
         id = connection.last_event_id
-        return id == sse.REFUSED_ID or (self._stops and id == sse.END_ID)
+        return id == sse.REFUSED_ID or (self._end.stops and id == sse.END_ID)
 
     @property
     def is_hung_up(self) -> bool:
@@ -123,7 +123,7 @@ class Output:
             self.connection is not None
             and self.connection.parses_events
             and self.format.is_events
-            and not isinstance(item, (bytes, bytearray, memoryview))
+            and not isinstance(item, self.format.framed)
             and sse.ends_blank(self.tail)
         ):
             chunk = sse.without_blank(chunk)
@@ -169,7 +169,9 @@ class Output:
         """Return the last bytes of a response that ends in order."""
         if not (self.format.is_events and self.is_whole):
             return b""
-        return self._end_block() if reason == "finished" else self.come_back(reason)
+        if reason != "finished":
+            return self.come_back(reason)
+        return self._end.event + self._end_block()
 
     def refusal(self) -> bytes:
         """Return the bytes that keep a browser from reconnecting after an error."""
@@ -177,13 +179,13 @@ class Output:
 
     def _end_block(self, *, is_refused: bool = False) -> bytes:
         """Return the block after which a browser that reconnects gets 204."""
-        stops = self._stops or (is_refused and self._is_asked)
+        stops = self._end.stops or (is_refused and self._is_asked)
         if not (
             stops and self.connection is not None and self.connection.is_event_source
         ):
             return b""
         # The blank line puts the id in force; there is no data, so no event.
-        id = sse.END_ID if self._stops else sse.REFUSED_ID
+        id = sse.END_ID if self._end.stops else sse.REFUSED_ID
         return f"id: {id}\n\n".encode()
 
     def answer_unsent(self, reason: str) -> bytes:

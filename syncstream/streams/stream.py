@@ -43,7 +43,7 @@ from ..servers.connection import Connection
 from .capacity import Place
 from .closing import Closing
 from .contract import Departed, Departure, Format, Life
-from .ends import REASONS
+from .ends import REASONS, End
 from .feed import chunks_of_feed
 from .items import chunks_of_items
 from .iteration import Iteration
@@ -83,8 +83,8 @@ def warn_framed() -> None:
     """Say, once a process, that the stream which runs here frames its text twice."""
     _warn_of_framing(
         "text that is an event already ('data: ...\\n\\n'): a str is an event's data,"
-        " so that clients read the word 'data:', too. Yield the data alone, or"
-        " text.encode(): bytes are sent as they are",
+        " so that clients read the word 'data:', too. Yield the data alone, or give"
+        " the response framed=True, which sends text as it is",
         "framed",
     )
 
@@ -108,8 +108,8 @@ class Stream:
         format: How items become chunks.
         life: The durations; ``None`` for the defaults.
         retry: The client's reconnection time in milliseconds; ``None`` sends none.
-        end: "stop" or "reconnect": what the client does after a normal end; ``None``:
-            "stop", for a feed "reconnect".
+        end: "stop" or "reconnect": what the client does after a normal end; or the
+            item to send last, then as "stop". ``None``: "stop", for a feed "reconnect".
         handover: ``False``: the client keeps its thread. ``True``: the source must be
             a feed. ``None``: a feed's client leaves if it can.
         on_error: Returns the item to send after a failure, ``None`` for nothing.
@@ -132,7 +132,7 @@ class Stream:
         *,
         life: Life | None = None,
         retry: int | None = None,
-        end: str | None = "reconnect",
+        end: Any = "reconnect",
         handover: bool | None = None,
         on_error: Callable[[Exception], Any] | None = None,
         departure: Callable[[Parts], Departure] | None = None,
@@ -142,8 +142,6 @@ class Stream:
         made = Source(source)
         if end is None:  # a feed never ends by itself
             end = "stop" if made.feed is None else "reconnect"
-        if end not in ("stop", "reconnect"):
-            raise ValueError(f"end must be 'stop' or 'reconnect', got {end!r}")
         if on_error is not None and not callable(on_error):
             raise TypeError(f"on_error must be callable, got {on_error!r}")
         if handover is not None and not isinstance(handover, bool):
@@ -160,7 +158,10 @@ class Stream:
         self.has_waited = False  # since the last look
         self.has_resumed = False  # a subscription has taken the Last-Event-ID
         self.was_told = False  # of its end, by an exception; see waiting.py
-        self._source, self._out = made, Output(format, retry, end)
+        self._source, self._out = (
+            made,
+            Output(format, retry, End.of(end, format.encode)),
+        )
         self._outcome, life = Outcome(), life or Life()
         self._monitor = Monitor(self.reference, self._outcome, self._out, made, life)
         self._closing = Closing(self._outcome, self._out, self._monitor, made)

@@ -31,7 +31,8 @@ class ViewDecorator(Protocol):
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
         drain: float | None = None,
-        end: str | None = None,
+        end: Any = None,
+        framed: bool = False,
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> Callable[[Callable[P, Any]], Callable[P, Any]]: ...
@@ -80,7 +81,8 @@ def decorator(
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
         drain: float | None = None,
-        end: str | None = None,
+        end: Any = None,
+        framed: bool = False,
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> Any:
@@ -110,6 +112,7 @@ def decorator(
             max_duration=max_duration,
             drain=drain,
             end=end,
+            framed=framed,
             on_error=on_error,
             dumps=dumps,
         )
@@ -120,6 +123,7 @@ def decorator(
             "max_duration": max_duration,
             "drain": drain,
             "end": end,
+            "framed": framed,
             "on_error": on_error,
             "dumps": dumps,
         }

@@ -22,7 +22,7 @@ from ..protocol import ndjson, raw, sse
 from ..protocol.json import Dumps
 from ..runtime.process import process
 from ..servers.connection import Connection, warn_of_compression
-from ..streams.contract import Format, Life
+from ..streams.contract import FRAMED, Format, Life
 from ..streams.stream import ANSWERED, Stream, warn_framed, warn_unframed
 from .headers import (
     CONTROLS,
@@ -267,6 +267,15 @@ def stream_of(response: _Streaming) -> Stream:
     return response._stream
 
 
+def _events(dumps: Dumps | None, *, is_framed: bool) -> Format:
+    """Return the format of event streams."""
+    if is_framed:
+        encode = sse.framed_encoder(dumps, warn_unframed)
+        return Format(encode, sse.ends_blank, is_events=True, framed=(str, *FRAMED))
+    encode = sse.encoder(dumps, warn_unframed, warn_framed)
+    return Format(encode, sse.ends_blank, is_events=True)
+
+
 class SSEResponse(_Streaming):
     """An event stream: each item that the source yields leaves as one event.
 
@@ -308,11 +317,16 @@ class SSEResponse(_Streaming):
             do not come back. (A browser gets the reserved id ``syncstream-end``,
             reconnects once with it, and gets 204; the view runs for that request, its
             source does not.) ``"reconnect"``: they reconnect, and the view runs again.
-            ``None``: "reconnect" for a `Subscription`, else "stop".
+            ``None``: "reconnect" for a `Subscription`, else "stop". An `Event`, or
+            another item that the source may yield: it is sent last, and then all is as
+            with "stop". So clients that are no EventSource can tell a finished stream,
+            too: one that was cut, or stopped, lacks it.
         handover: A `Subscription` needs no thread. With ``None``, its connection leaves
             the server where that is possible, and the request ends. ``False`` keeps it
             in the request's thread or greenlet. ``True`` is the same as ``None``, but
             raises for other sources, which need their thread. See docs/handover.md.
+        framed: Whether the source's ``str`` is event-stream text, like its bytes:
+            both are sent unchanged, and other items as ever.
         on_error: Called with the exception when the source has failed with an
             ``Exception`` (not with ``SystemExit`` and the like). Its result is encoded
             and sent as the last event, and then the response ends normally: the event
@@ -325,9 +339,9 @@ class SSEResponse(_Streaming):
         TypeError: ``source`` cannot be iterated, or is asynchronous; ``status`` or a
             header has a wrong type.
         ValueError: ``status`` is not 200 to 599, a header cannot be sent (it has a line
-            break, for example), ``retry`` is negative, ``end`` is neither of the two, a
-            number of seconds is not above 0, ``handover`` is true without a
-            `Subscription`.
+            break, for example), ``retry`` is negative, ``end`` is another word, or
+            nothing is sent for it, a number of seconds is not above 0, ``handover`` is
+            true without a `Subscription`.
     """
 
     def __init__(
@@ -341,13 +355,15 @@ class SSEResponse(_Streaming):
         send_timeout: float | None = 30.0,
         max_duration: float | None = None,
         drain: float | None = None,
-        end: str | None = None,
+        end: Any = None,
         handover: bool | None = None,
+        framed: bool = False,
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> None:
-        encode = sse.encoder(dumps, warn_unframed, warn_framed)
-        format = Format(encode, sse.ends_blank, is_events=True)
+        if not isinstance(framed, bool):
+            raise TypeError(f"framed must be True or False, got {framed!r}")
+        format = _events(dumps, is_framed=framed)
         life = Life(keepalive, send_timeout, max_duration, drain)
         stream = Stream(
             source,

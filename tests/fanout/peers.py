@@ -49,6 +49,7 @@ class Peer:
         deadline=math.inf,
         before_wait=(),
         comment=b": keepalive\n\n",
+        finish=b"",
         process=None,
         callbacks=(),
         place=None,
@@ -81,6 +82,7 @@ class Peer:
             reasons=REASONS,
             before_wait=tuple(before_wait),
             comment=comment,
+            finish=finish,
         )
         self.client = client(
             loop,

@@ -48,6 +48,22 @@ def test_farewells(hub, peers, reason, is_chunked):
         assert least <= int(retry[1]) <= 3 * least
 
 
+@pytest.mark.parametrize("is_chunked", [True, False])
+@pytest.mark.parametrize("reason", ["finished", "closed", "shutdown"])
+def test_a_finished_client_gets_the_applications_last_event(
+    hub, peers, reason, is_chunked
+):
+    """And the id by which it stays away; no other end has them."""
+    last = b"data: [DONE]\n\nid: syncstream-end\n\n"
+    peer = peers(hub, finish=last, is_chunked=is_chunked)
+    hub.publish("a", "1")
+    texts_until(peer, "1")
+    peer.client.stop(reason)
+    found, body, is_whole, _ = ended(peer)
+    assert (found, is_whole) == (reason, is_chunked)
+    assert body.endswith(last) is (reason == "finished")
+
+
 @pytest.mark.parametrize("reason", ["shutdown", "kicked", "closed"])
 def test_no_other_client_gets_a_retry(hub, peers, reason):
     """Whoever is no EventSource makes an event of a block without data."""

@@ -13,7 +13,6 @@ import pytest
 import webob
 from django.core.handlers.wsgi import WSGIRequest
 from werkzeug.datastructures import Headers
-from werkzeug.middleware.lint import LintMiddleware
 from werkzeug.test import Client, create_environ, run_wsgi_app
 from werkzeug.wrappers import Response
 
@@ -28,8 +27,7 @@ from syncstream import (
     sse,
 )
 from syncstream.runtime.process import process
-
-ASK = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
+from tests.wsgi.asking import ASK, get
 
 
 class Closing:
@@ -49,10 +47,6 @@ class Closing:
 
     def close(self):
         self.closed += 1
-
-
-def get(app, method="GET", **options):
-    return Client(LintMiddleware(app)).open("/", method=method, **options)
 
 
 @pytest.mark.parametrize("make", [SSEResponse, NDJSONResponse, StreamResponse])
