@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
+from contextlib import suppress
 from functools import partial
 
-from ...errors import Unavailable
+from ...errors import BrokerError, Unavailable
 from ...runtime.clock import time
 from ...runtime.waiting import say
 from ..health import Health
@@ -33,6 +35,7 @@ __all__ = ["Listener"]
 log = logging.getLogger("syncstream.brokers.postgresql")
 HEARTBEAT = 2.0  # seconds between two looks without a notification
 TAIL = 500  # rows read at once
+_TRY = 0.5  # seconds that an attempt to read may hold up announcements
 _MAX_NAMES = 500  # names in a request; with more, the data of all channels is read
 
 
@@ -44,10 +47,10 @@ class Listener:
         schema: The schema, which is checked, or installed, at each connect.
         health: Records whether the listener works.
         watched: The watched names.
-        pool: The pool whose unused connections the listener closes from time to time.
+        pool: The pool whose unused connections the listener closes from time to time,
+            and by which it finds out whether failed reads are possible again.
         stop: A descriptor that the listener owns from now on: it ends once that is
             readable.
-        is_home: Whether the pool's connections lead to the same address.
         is_late: Events that came before it listens must be announced, too.
     """
 
@@ -60,7 +63,6 @@ class Listener:
         pool: Pool,
         stop: int,
         *,
-        is_home: bool,
         is_late: bool,
     ) -> None:
         # No reference to the broker: dropping the broker must end the listener.
@@ -70,7 +72,6 @@ class Listener:
         self._watched = watched
         self._pool = pool
         self._stop = stop
-        self._is_home = is_home
         # Announcements may be lost: have the hub read all channels after the next look.
         self._is_behind = is_late
         self._place: tuple[int, int] | None = None  # seq and nonce of the last event
@@ -80,6 +81,7 @@ class Listener:
         # events that were stored since then.
         self._complete = 0
         self._has_warned = False
+        self._tries_at = -math.inf  # `time.monotonic` of the next attempt to read
         self._decided = Mark()  # set when it listens, or when its first attempt failed
         self._tail = Tail(f"schema {schema.name}", health, log)
 
@@ -188,9 +190,28 @@ class Listener:
                     " connections",
                 )
             self._pool.release()
+            self._try_to_read()
             # Jitter: listeners that began together must not look together for ever.
             pause = jitter(0.8, 1.2) * HEARTBEAT
             connection.wait(select.POLLIN, time.monotonic() + pause, is_needed=False)
+
+    def _try_to_read(self) -> None:
+        """If reading has failed, find out whether it is possible again.
+
+        The listener's own look does not show that: its connection is open already, and
+        its role may be allowed to execute ``tail``, but not ``read``.
+        """
+        health, now = self._health, time.monotonic()
+        is_failing = health.is_failing("connect") or health.is_failing("read")
+        if not is_failing or now < self._tries_at:
+            return
+        self._tries_at = now + HEARTBEAT
+        sql = f"SELECT * FROM {self._schema.name}.read('', -1, 0, 0, 0, NULL)"
+        began, deadline = health.moment(), now + _TRY
+        with suppress(BrokerError, Lost, Refused):  # still: that has been recorded
+            with self._pool.lent(deadline) as connection:
+                connection.run(sql, (), deadline=deadline)
+            health.works("connect", "read", since=began)
 
     def _tell(self, connection: Connection) -> bool:
         """Announce all new events; return whether there were any."""
@@ -234,8 +255,7 @@ class Listener:
                 if result.ntuples <= TAIL:
                     self._seen = max(self._place[0], deleted)
                     self._catch_up()
-                    others = ("connect", "read") if self._is_home else ()
-                    self._tail.serves(*others, since=began)
+                    self._tail.serves(since=began)
                     if found:  # some process could publish
                         health.works("publish", since=self._complete)
                     self._complete = began

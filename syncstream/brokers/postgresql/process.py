@@ -43,7 +43,6 @@ class Process:
     ) -> None:
         self.is_heir = is_heir
         self.pool = Pool(dsn, schema, health, connections)
-        self._dsn = dsn
         self._schema = schema
         self._health = health
         self._connections = connections
@@ -114,7 +113,6 @@ class Process:
                     watched,
                     self.pool,
                     stop,
-                    is_home=dsn == self._dsn,
                     is_late=self.is_heir,
                 )
                 listener.start()

@@ -85,6 +85,38 @@ def test_without_rights_it_says_so_once(server, schema, make):
     assert told.states == [False, True, False, True]
 
 
+@pytest.mark.parametrize(
+    ("denied", "granted"),
+    [
+        (
+            "REVOKE EXECUTE ON FUNCTION {0}.read FROM PUBLIC, {1}",
+            "GRANT EXECUTE ON FUNCTION {0}.read TO {1}",
+        ),
+        ("ALTER ROLE {1} CONNECTION LIMIT 1", "ALTER ROLE {1} CONNECTION LIMIT -1"),
+    ],
+    ids=["read", "connect"],
+)
+def test_what_the_listener_may_is_not_what_readers_may(
+    server, schema, make, denied, granted
+):
+    """It hears, and they fail: that is down, until what fails is possible again."""
+    other = make()
+    other.publish([("a", b"0")])
+    broker = make(_role(server, schema, "subscribe"))
+    told = listening(broker, "a")
+    server.execute(denied.format(schema, f"r{schema}_subscribe"))
+    with pytest.raises(Unavailable):
+        broker.read("a", None)
+    for payload in (b"1", b"2", b"3"):  # a look each, and all of them but the last end
+        other.publish([("a", payload)])
+        await_true(lambda payload=payload: payload in told.payloads)
+    assert told.states == [False]
+    server.execute(granted.format(schema, f"r{schema}_subscribe"))
+    await_true(lambda: told.states[1:])
+    assert told.states == [False, True]
+    broker.read("a", None)
+
+
 def test_a_policy_denies_one_name(server, schema, make):
     """Who publishes is told; others, and all that listen, go on."""
     make().publish([("a", b"1")])
