@@ -60,8 +60,7 @@ class Cursor:
     """A subscription's place in one channel.
 
     Attributes:
-        name: The channel's name.
-        record: The channel's window.
+        record: The channel, with its window.
         last: The id after which it goes on; ``None``: an id that no broker can have.
         place: The same place, in the window or in the store.
         origin: The cursor's origin, which decides the meaning of a gap.
@@ -70,7 +69,6 @@ class Cursor:
         sent: The id of the last event given out, which may be behind `last`.
     """
 
-    name: str
     record: Channel
     last: str | None
     origin: Origin = FROM_OUTSIDE
@@ -80,6 +78,11 @@ class Cursor:
 
     def __post_init__(self) -> None:
         self.sent = self.last
+
+    @property
+    def name(self) -> str:
+        """The channel's name."""
+        return self.record.name
 
     # Only the reader changes it. What looks at the window needs the hub's lock: all
     # methods but `mark` and `go_back`.

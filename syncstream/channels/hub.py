@@ -30,7 +30,7 @@ from ..runtime.waiting import say
 from . import limits
 from .control import Kick, attempt
 from .ids import composite
-from .options import Authorize, Options
+from .options import DEFAULTS, Authorize, Options
 from .payloads import Payloads
 from .sink import HubSink
 from .subscribers import Subscribers
@@ -294,13 +294,22 @@ class Hub:
                 closed.
         """
         self._check_open("subscribe")
-        options = Options(
-            after=after,
-            on_gap=on_gap,
-            conflate=conflate,
-            throttle=throttle,
-            authorize=authorize,
-        )
+        if (
+            after == "now"
+            and on_gap == "replay"
+            and conflate is None
+            and throttle is None
+            and authorize is None
+        ):
+            options = DEFAULTS
+        else:
+            options = Options(
+                after=after,
+                on_gap=on_gap,
+                conflate=conflate,
+                throttle=throttle,
+                authorize=authorize,
+            )
         return Subscription(
             self.subscribers, channels, options, tags=tags, who=who, announce=announce
         )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .subscription import Subscription
 
 __all__ = [
+    "DEFAULTS",
     "Authorize",
     "Failed",
     "NotShared",
@@ -133,6 +134,10 @@ class Options:
     def for_group(self) -> Options:
         """Return the options of a subscription that reads for a group."""
         return Options(on_gap=refuse_to_share if callable(self.on_gap) else self.on_gap)
+
+
+DEFAULTS = Options()
+"""Shared by all subscriptions that have no options, to save memory."""
 
 
 def check_channels(channels: tuple[str, ...]) -> None:

@@ -210,7 +210,7 @@ class Pages:
 
     def lost(self, name: str) -> list[Item]:
         """Return the reset of a pattern; its cursor stands for all its channels."""
-        cursor = Cursor(name, Channel(), NOWHERE)
+        cursor = Cursor(Channel(name), NOWHERE)
         return self._reset(cursor, "unknown", NOWHERE)
 
     def _reset(self, cursor: Cursor, reason: str, before: str) -> list[Item]:

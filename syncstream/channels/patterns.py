@@ -128,7 +128,7 @@ class Patterns:
             cursor = self._cursors.get(channel)
             record = windows.record(channel)
             if cursor is None:
-                cursor = Cursor(channel, record, prev, FOUND, since=sys.maxsize)
+                cursor = Cursor(record, prev, FOUND, since=sys.maxsize)
                 self._cursors[channel] = cursor
             elif cursor.record is not record:
                 cursor.record, cursor.place = record, UNREAD
@@ -153,5 +153,5 @@ class Patterns:
 
 def overheard_item(channel: str, fields: bytes) -> Item:
     """Return an item for a join or leave of a pattern's channel."""
-    cursor = Cursor(channel, Channel(), NOWHERE)
+    cursor = Cursor(Channel(channel), NOWHERE)
     return cursor, Entry(NOWHERE, NOWHERE, fields)

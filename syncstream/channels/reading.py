@@ -102,14 +102,14 @@ class Reading:
         if ids is not None:
             # The client chooses it: it may be any text.
             id = ids.get(name, "")
-            return Cursor(name, record, id if is_id(id) else None)
+            return Cursor(record, id if is_id(id) else None)
         after = self._options.after
         if after == "now":
             head = self.windows.read(name, None).head
-            return Cursor(name, record, head, FOUND)
+            return Cursor(record, head, FOUND)
         count = after if isinstance(after, int) else None
         last, head = self._pages().oldest(name, count)
-        return Cursor(name, record, last, Since(head))
+        return Cursor(record, last, Since(head))
 
     def copy(self, options: Options, tags: frozenset[str]) -> Reading:
         """Return a reading at the same place for another subscription; no patterns."""

@@ -51,17 +51,17 @@ class Attendance:
 
     Attributes:
         watched: How many of its channels the broker tells of, the first ones.
-        announced: Channels that were told that it has come, and will be that it left.
-        is_over: It has been undone.
+        announced: Channels that were told that it has come, and will be that it left;
+            ``None`` once it has been undone.
         is_listed: Kicks are listened for, for its sake.
     """
 
-    __slots__ = ("announced", "is_listed", "is_over", "watched")
+    __slots__ = ("announced", "is_listed", "watched")
 
     def __init__(self) -> None:
         self.watched = 0
-        self.announced: Sequence[str] = ()
-        self.is_listed = self.is_over = False
+        self.announced: Sequence[str] | None = ()
+        self.is_listed = False
 
 
 class Subscribers:
@@ -126,7 +126,7 @@ class Subscribers:
             self.announce(channels, data, "join")
         finally:  # only now: the "leave" must not overtake the "join"
             with self.windows.lock:
-                is_over = attendance.is_over
+                is_over = attendance.announced is None
                 if not is_over:
                     attendance.announced = channels
             if is_over:
@@ -159,9 +159,11 @@ class Subscribers:
             self.windows.unwatch(name)
         if attendance.is_listed:
             self.control.leave()
+        if data is None:
+            return
         with self.windows.lock:
-            attendance.is_over = True
-        self.announce(attendance.announced, data, "leave")
+            announced, attendance.announced = attendance.announced, None
+        self.announce(announced or (), data, "leave")
 
     def hear_presence(self) -> None:
         """Have the broker announce joins and leaves; at the first subscription.

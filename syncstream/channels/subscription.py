@@ -55,7 +55,7 @@ class Subscription:
     # Thousands may be idle: use `None` instead of empty containers.
     __slots__ = (
         *("__weakref__", "_attendance", "_authorization", "_delivered", "_given"),
-        *("_is_simple", "_options", "_subscribers", "_windows", "announcement"),
+        *("_options", "_subscribers", "announcement"),
         *("channels", "has_patterns", "kept", "reading", "reason", "tags", "waiter"),
         "who",
     )
@@ -73,7 +73,6 @@ class Subscription:
         check_channels(channels)
         options.check_fit(channels)
         self._subscribers = subscribers
-        self._windows = subscribers.windows
         self.channels = channels if len(channels) == 1 else (*dict.fromkeys(channels),)
         self.tags = frozenset(check_tags("tags", tags)) or NO_TAGS
         self.who = who
@@ -85,11 +84,10 @@ class Subscription:
         if options.authorize is not None:
             self._authorization = Authorization(options.authorize, options.recheck)
         self.has_patterns = any(map(is_pattern, self.channels))
-        self._is_simple = len(self.channels) == 1 and not self.has_patterns
         self._given: str | None = None  # the request's Last-Event-ID
         self._attendance: Attendance | None = None  # not begun, or left
         self.reading: Reading | None = None
-        self._delivered = 0.0
+        self._delivered = 0.0  # the last delivery's time, for ``throttle``
         self.waiter: Wakeable | None = None
         self.kept: list[Item] | None = None
         self.reason: str | None = None
@@ -144,6 +142,10 @@ class Subscription:
         return Frames(self, encode, is_shared, scope)
 
     @property
+    def _is_simple(self) -> bool:
+        return len(self.channels) == 1 and not self.has_patterns
+
+    @property
     def _ids(self) -> Ids:
         return None if self._is_simple else self._id_at
 
@@ -193,8 +195,9 @@ class Subscription:
                 except Unavailable:  # it stays, and asks again after a pause
                     items, pause = [], random.uniform(0.5, 1.5) * limits.RETRY
                 if items:
-                    self._delivered = time.monotonic()
-                    windows = self._windows
+                    if self._options.throttle is not None:
+                        self._delivered = time.monotonic()
+                    windows = self._subscribers.windows
                     with windows.lock:
                         windows.delivered += len(items)
                     return items
@@ -226,7 +229,7 @@ class Subscription:
     def _register(self, waiter: Wakeable) -> bool:
         """Have new events wake a waiter; ``False`` if some are waiting already."""
         assert self.reading is not None
-        with self._windows.lock:
+        with self._subscribers.windows.lock:
             return self.reason is None and self.reading.register(waiter)
 
     def _pause(self) -> float:
@@ -301,7 +304,7 @@ class Subscription:
         if scope is not None and scope.is_multiprocess:
             subscribers.warn_of_processes()
         reading = self.reading = Reading(
-            self._windows,
+            subscribers.windows,
             subscribers.payloads,
             self._options,
             self.tags,
@@ -329,8 +332,8 @@ class Subscription:
             raise
         if scope is not None:
             scope.has_resumed = True
-        with self._windows.lock:
-            if self._windows.is_closed and self.reason is None:
+        with subscribers.windows.lock:
+            if subscribers.windows.is_closed and self.reason is None:
                 self.reason = "closed"
             is_open = self.reason is None
             if is_open:  # from here on `close` has it leave
@@ -361,7 +364,7 @@ class Subscription:
             raise TypeError(f"reason must be str, got {reason!r}")
         if not reason:
             raise ValueError("reason must be a word, got ''")
-        with self._windows.lock:
+        with self._subscribers.windows.lock:
             if self.reason is None:
                 self.reason = reason
             attendance, self._attendance = self._attendance, None
@@ -588,7 +591,8 @@ class Subscription:
             items = [*reversed(self.kept or ())] or self._take()
             self.kept = None
             if items and self.reason is None:
-                self._delivered = time.monotonic()
+                if self._options.throttle is not None:
+                    self._delivered = time.monotonic()
                 ids = self._ids
                 return b"".join([framed(item, ids) for item in items]), len(items), None
             waiter = self.waiter  # its end may remove it at any time
@@ -597,7 +601,7 @@ class Subscription:
 
     def count(self, events: int) -> None:
         """Count events that were sent to clients at its place."""
-        windows = self._windows
+        windows = self._subscribers.windows
         with windows.lock:
             windows.delivered += events
 

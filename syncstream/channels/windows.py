@@ -36,14 +36,19 @@ log = logging.getLogger("syncstream.hub")
 
 
 class Channel:
-    """A channel that has subscribers, or had some a moment ago."""
+    """A channel that has subscribers, or had some a moment ago.
+
+    Args:
+        name: The channel's name.
+    """
 
     __slots__ = (
         *("_place", "aside", "counted", "held", "idle_since", "is_doubtful"),
-        *("is_watched", "limit", "log", "subscriptions", "tagged", "waiters"),
+        *("is_watched", "limit", "log", "name", "subscriptions", "tagged", "waiters"),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.log = Log(UNKNOWN)
         self.counted = 0  # its part of `Budget.size`, in bytes
         # Joins and leaves, until the event before them is known.
@@ -196,7 +201,7 @@ class Windows:
                     self.say_malformed(channel, "the channel's name is invalid")
                     return
                 self._forget_idle(time.monotonic(), is_watched=False)
-                record = self.channels[channel] = Channel()
+                record = self.channels[channel] = Channel(channel)
                 record.is_doubtful = False  # its listeners begin with this entry
             window = record.log
             if window.head != UNKNOWN and not follows(entry, window.head):
@@ -394,9 +399,11 @@ class Windows:
                     wake_all(self._restart(record, head))
 
     def record(self, name: str) -> Channel:
-        """Return a channel's window; make it if it is missing."""
-        with self.lock:
-            return self.channels.setdefault(name, Channel())
+        """Return a channel's window; make it if it is missing. Under the lock."""
+        record = self.channels.get(name)
+        if record is None:
+            record = self.channels[name] = Channel(name)
+        return record
 
     def watch(self, name: str) -> Channel | None:
         """Have the broker announce a channel, or the channels that match a pattern.
@@ -413,7 +420,7 @@ class Windows:
             if is_pattern(name):
                 self.patterns[name] = self.patterns.get(name, 0) + 1
             else:
-                record = self.channels.setdefault(name, Channel())
+                record = self.record(name)
                 record.subscriptions += 1
                 self.budget.trim(record, time.monotonic())
         # Another thread may be about to do the same: doing it twice does no harm.
