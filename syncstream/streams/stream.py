@@ -261,8 +261,15 @@ class Stream:
     def close(self) -> None:
         """End the stream and close its source, exactly once.
 
+        For the server and for whoever else iterates: all supported servers call it in
+        the thread or greenlet that iterates. Others call `stop`, which leaves the
+        closing to that thread.
+
         Called while the source is running, be it from another thread, this leaves
-        the closing to the thread that runs it. Calling it again does nothing.
+        the closing to the thread that runs it. Called between two steps, it closes the
+        source here, in whatever thread: no other thread may ever iterate again. So a
+        generator never gets a second caller, but its ``finally`` may run in a thread
+        that lacks its thread-locals. Calling it again does nothing.
         """
         closing = self._closing
         if self._departure is not None:

@@ -563,6 +563,37 @@ def test_close_from_another_thread_leaves_it_to_the_running_one():
     assert chunks == [b": ok\n\n"]
 
 
+@pytest.mark.parametrize("how", ["stop", "close"])
+def test_who_closes_a_source_between_two_steps(how):
+    """After stop() the thread that iterates; close() does, as nobody else may."""
+    waits, go, closed_in = threading.Event(), threading.Event(), []
+
+    def source():
+        try:
+            while True:
+                yield "a"
+        finally:
+            closed_in.append(threading.get_ident())
+
+    stream = stream_of(source())
+
+    def serve():
+        for chunk in stream:
+            if chunk.startswith(b"data"):
+                waits.set()
+                go.wait(10)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert waits.wait(10)
+    getattr(stream, how)()
+    before = [*closed_in]
+    go.set()
+    thread.join()
+    assert before == ([threading.get_ident()] if how == "close" else [])
+    assert closed_in == [threading.get_ident() if how == "close" else thread.ident]
+
+
 @pytest.fixture
 def hasty_threads():
     """Let threads change places a thousand times as often as they do."""
