@@ -13,6 +13,7 @@ for _room in ("support", "live", "fanout", "runtime"):
 
 from syncstream.runtime import process as process_module  # noqa: E402
 from syncstream.runtime.forks import process_key  # noqa: E402
+from syncstream.runtime.journal import journal  # noqa: E402
 from tests.support.live import TABLE  # noqa: E402
 
 # A machine that is busy makes no example wrong.
@@ -60,6 +61,14 @@ def own_record(monkeypatch):
     record = process_module.Process()
     monkeypatch.setattr(process_module, "processes", {process_key(): record})
     return record
+
+
+@pytest.fixture
+def caplog(caplog):
+    """pytest's, without what earlier tests have said and the journal logs later."""
+    journal().flush()
+    caplog.clear()
+    return caplog
 
 
 @pytest.fixture(autouse=True)

@@ -174,6 +174,7 @@ def test_dumps():
     hub.close()
 
 
+@pytest.mark.usefixtures("own_record")
 def test_many_processes_are_warned_of(hub, caplog):
     """A hub of one process, in a server that has several."""
 

@@ -1,7 +1,6 @@
 """The loop of this process, and clients of it."""
 
 import gc
-import os
 
 import pytest
 
@@ -9,6 +8,7 @@ from syncstream import Hub
 from syncstream.fanout.loop import fanout
 from syncstream.runtime.watch import watch
 from tests.fanout.peers import Peer, settle
+from tests.support.descriptors import open_files
 from tests.support.waits import await_true
 
 
@@ -25,13 +25,13 @@ def loop():
 def nothing_is_left_behind(loop):
     """No descriptor, no client, no group, no timer."""
     gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     yield
     settle(loop)
     assert (loop._clients, loop._lagging, loop.meeting.groups) == ({}, {}, {})
     assert not any(loop.wheel._buckets.values())
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() - before == {}
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ import sys
 import threading
 import time
 import tracemalloc
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 
 from syncstream.fanout import sender as sender_module
 from syncstream.fanout.sender import open_sender
+from tests.support.descriptors import open_files
 from tests.support.pairs import check_script, leave, tcp_pair
 from tests.support.programs import lack
 from tests.support.waits import TIMEOUT
@@ -133,15 +136,6 @@ def fill(near):
             while True:
                 total += near.send(b"." * size)
     return total
-
-
-def open_fds():
-    return sorted(os.readlink(f"/proc/self/fd/{n}") for n in fd_numbers())
-
-
-def fd_numbers():
-    numbers = os.listdir("/proc/self/fd")
-    return [n for n in numbers if os.path.lexists(f"/proc/self/fd/{n}")]
 
 
 # What is sent.
@@ -397,16 +391,20 @@ def test_like_a_model(name, states, steps):
 def test_no_descriptor_is_left(name):
     """Open, use, close: twice as well; also where nobody closes it."""
     OPENERS[name]().close()
-    before = open_fds(), contexts()
+    files, memory = open_files(), Counter(contexts())
+
+    def assert_nothing_is_left():
+        assert (open_files() - files, Counter(contexts()) - memory) == ({}, {})
+
     for _ in range(50):
         sender = OPENERS[name]()
         sender.send(to_all([NO_FD] * 40, b"data"))
         sender.close()
         sender.close()
-    assert (open_fds(), contexts()) == before
+    assert_nothing_is_left()
     sender = OPENERS[name]()
     del sender
-    assert (open_fds(), contexts()) == before
+    assert_nothing_is_left()
 
 
 @linux
@@ -430,11 +428,14 @@ def test_memory_is_stable(sender):
         try:
             tracemalloc.start()
             fans(2_200)  # as many tuples as the interpreter keeps for the next ones
-            size, pages = allocated_here(), mapped()
-            fans(2_000)
+            size, pages = allocated_here(), [mapped()]
+            for _ in range(2):
+                fans(1_000)
+                pages.append(mapped())
             grown = allocated_here() - size
             assert grown < 20_000  # the smallest object for each call has 24 bytes
-            assert mapped() - pages < 256  # of 4 KiB
+            # A thread of other tests may begin, or need an arena: but not each time.
+            assert min(b - a for a, b in pairwise(pages)) < 128  # of 4 KiB
         finally:
             tracemalloc.stop()
             gc.enable()

@@ -23,8 +23,9 @@ from syncstream import ClientDisconnected, current_stream, sleep
 from syncstream.process import stats
 from syncstream.runtime.journal import journal
 from syncstream.runtime.sockets import is_hung_up, is_unix
-from syncstream.runtime.watch import Watch, elsewhere, watch
+from syncstream.runtime.watch import elsewhere, watch
 from syncstream.streams.contract import Life
+from tests.support.descriptors import open_files
 from tests.support.pairs import (
     Greenlets,
     Line,
@@ -169,15 +170,15 @@ def test_bytes_do_not_wake_it(own_watches, monkeypatch):
     """A client that pipelines, or floods, costs the watch nothing."""
     for kind in PLACES:
         place, reads = place_of(kind, monkeypatch), []
-        read = Watch.read
-
-        def counted(self, timeout, read=read, reads=reads):
-            reads.append(timeout)
-            return read(self, timeout)
-
-        with monkeypatch.context() as patch, tcp_pair() as (server, client):
-            patch.setattr(Watch, "read", counted)
+        with tcp_pair() as (server, client):
             watch = place.watch()
+
+            def counted(timeout, read=watch.read, reads=reads):
+                reads.append(timeout)
+                return read(timeout)
+
+            # Of this watch alone: other tests' may have timers.
+            monkeypatch.setattr(watch, "read", counted)
             watch.add(server.fileno(), lambda: None)
             place.pause(0.02)
             del reads[:]
@@ -815,12 +816,11 @@ def test_no_thread_no_descriptor_is_lost(own_watches, monkeypatch, caplog):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", no_thread)
-    gc.collect()  # what other tests have left goes now, or it would be missed
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for _ in range(20):
         assert len(serve(stream_of(["a"], Line()))) == 2
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() - before == {}
     assert len(caplog.messages) == 20
 
 
@@ -845,7 +845,6 @@ def number_ended():
 def test_collected_streams_do_not_lock_up(own_watches, collector):
     """Wherever the collector strikes: in the watch's lock, in the counting."""
     ended, stop = [], threading.Event()
-    before = number_ended()
 
     def collect():
         while not stop.is_set():
@@ -856,8 +855,9 @@ def test_collected_streams_do_not_lock_up(own_watches, collector):
 
     thresholds = gc.get_threshold()
     thread = threading.Thread(target=collect, daemon=True)
-    gc.collect()
+    gc.collect()  # what other tests have left ends now, and does not count
     gc.freeze()  # the rest of the test run is not looked through
+    before = number_ended()
     try:
         if collector == "another thread's":
             thread.start()

@@ -22,6 +22,7 @@ from syncstream.servers.framing import read_back
 from syncstream.servers.swap import Refused, Swap
 from tests.apps.swap_app import JUNK, OPENING
 from tests.servers.environs import environ_of
+from tests.support.descriptors import open_files
 from tests.support.live import SERVERS, LiveServer, unique_key
 from tests.support.pairs import check_script, leave, tcp_pair
 from tests.support.programs import certificate
@@ -581,13 +582,13 @@ CLOSING = HEAD.replace(b"keep-alive", b"close")
 def pair():
     """A server's and a client's end; no descriptor is left."""
     gc.collect()
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_files()
     with tcp_pair() as (server, client):
         client.settimeout(TIMEOUT)
         yield server, client
     gc.collect()
     # The watch may have been looking at the swap: then it drops it, a little later.
-    await_true(lambda: len(os.listdir("/proc/self/fd")) == len(before))
+    await_true(lambda: not open_files() - before, lambda: open_files() - before)
 
 
 @pytest.fixture(autouse=True, scope="module")

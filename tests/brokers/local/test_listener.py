@@ -279,6 +279,7 @@ def test_a_sink_that_fails_is_told_that_some_are_missing(make, caplog):
     await_true(lambda: sink.resyncs)
     broker.publish([("a", b"2")])
     await_true(lambda: b"2" in sink.payloads)
+    assert journal().flush()
     assert "LookupError: broken" in caplog.text
 
 

@@ -12,6 +12,7 @@ from syncstream.errors import (
 )
 from tests.brokers.postgresql.waits import LIMIT, backends
 from tests.brokers.sinks import Told, listening
+from tests.support.descriptors import open_files
 from tests.support.pairs import check_script
 from tests.support.waits import await_true
 
@@ -74,7 +75,7 @@ def test_no_descriptor_is_left(make):
 def test_close_leaves_nothing(server, make):
     """No thread, no descriptor, no connection; and nothing can be done after it."""
     own = psutil.Process()
-    before = own.num_fds(), own.num_threads()
+    before, threads = open_files(), own.num_threads()
     for _ in range(3):
         broker = make()
         listening(broker, "a")
@@ -84,8 +85,9 @@ def test_close_leaves_nothing(server, make):
         with pytest.raises(Unavailable, match="closed"):
             broker.publish([("a", b"x")])
         broker.watch("b")
+    await_true(lambda: not open_files() - before, lambda: open_files() - before)
     # Fewer: what earlier tests have left may end meanwhile.
-    await_true(lambda: own.num_fds() <= before[0] and own.num_threads() <= before[1])
+    await_true(lambda: own.num_threads() <= threads)
     await_true(lambda: backends(server) == 0)
 
 

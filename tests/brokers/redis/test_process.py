@@ -15,6 +15,7 @@ from syncstream.errors import Unavailable, Uncertain
 from tests.brokers.redis.clients import Reader, at, hub_of, own
 from tests.brokers.redis_nodes import Nodes
 from tests.brokers.sinks import Told
+from tests.support.descriptors import open_files
 from tests.support.pairs import check_script
 from tests.support.tcp_proxy import Proxy
 from tests.support.waits import TIMEOUT, await_true
@@ -137,15 +138,11 @@ def test_a_pattern_waits_for_all_servers_at_once(shared, clock):
         broker.close()
 
 
-def descriptors():
-    return len(os.listdir("/proc/self/fd"))
-
-
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc")
 def test_nothing_is_left_behind(server):
     """No descriptor, whether it was in use, or never answered."""
     with Proxy(server.port) as proxy:
-        before = descriptors()
+        before = open_files()
         for is_silent in (False, True):
             broker = open_broker(at(proxy.port, "publish_timeout=0.4"))
             broker.attach(Told())
@@ -159,7 +156,7 @@ def test_nothing_is_left_behind(server):
                 broker.publish([("a", b"x")])
         proxy.is_silent = False
         proxy.cut()
-        await_true(lambda: descriptors() <= before)
+        await_true(lambda: not open_files() - before, lambda: open_files() - before)
 
 
 def test_publishers_that_are_killed(server):
