@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 
@@ -154,6 +155,36 @@ def test_a_sink_that_fails_harms_nobody(health, told, caplog):
     health.sink = told
     health.works("read", since=health.moment())
     assert told.states == [True]
+
+
+@pytest.mark.parametrize("is_up", [False, True])
+def test_changes_are_told_in_their_order(health, is_up):
+    """The sink is told of the next one when it has been told of the last."""
+    telling, told, states = threading.Event(), threading.Event(), []
+
+    class Slow:
+        def state(self, is_up, reason):
+            if not telling.is_set():
+                telling.set()
+                told.wait(0.2)
+            states.append(is_up)
+
+    def change(is_up):
+        if is_up:
+            health.works("read", since=health.moment())
+        else:
+            health.fails("read", "no answer")
+
+    if is_up:
+        health.fails("read", "no answer")
+    health.sink = Slow()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(change, is_up)
+        assert telling.wait(TIMEOUT)
+        change(not is_up)
+        told.set()
+        first.result(TIMEOUT)
+    assert states == [is_up, not is_up]
 
 
 FORKED = """

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncstream.brokers.ids import make_id, parse_id, spell_id
+from syncstream.brokers.ids import make_id, make_nonce, parse_id, spell_id
 from syncstream.brokers.memory import MemoryBroker
 
 
@@ -21,11 +21,23 @@ def test_ids_are_read_as_they_are_spelt(number, nonce):
 
 
 @pytest.mark.parametrize(
-    "id", ["", "-", "1-", "1-2", "1-DEADBEEF", "1" * 16 + "-0" * 8]
+    "id",
+    [
+        *("", "-", "1-", "1-2", "1-DEADBEEF", f"{'1' * 16}-00000000", "-00000000"),
+        *("1-0000000", "1-000000000", "1-0000000g", "g-00000000", "1_00000000"),
+    ],
 )
 def test_ids_of_others_are_none_of_ours(id):
     """They come from clients, and may be anything."""
     assert parse_id(id) is None
+
+
+def test_nonces_have_32_bits():
+    """All of them are used."""
+    found = [make_nonce() for _ in range(200)]
+    assert len(set(found)) > 190
+    assert max(found) < 1 << 32
+    assert max(found) >= 1 << 31
 
 
 def test_a_seed_makes_no_ids():

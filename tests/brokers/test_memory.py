@@ -1,10 +1,13 @@
 """``memory:``: the contract, by threads and by greenlets, and what it keeps."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from syncstream import Hub
+from syncstream.brokers import memory
+from syncstream.brokers.contract import LONGEST_KEPT, MOST_KEPT
 from syncstream.brokers.log import START
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.testing import check_broker
@@ -51,6 +54,79 @@ def test_memory_refuses_bounds_that_keep_nothing(bounds):
     """At its construction, in a sentence."""
     with pytest.raises(ValueError, match=f"{next(iter(bounds))} must be"):
         MemoryBroker(**bounds)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "kept"),
+    [
+        ({"capacity": 1}, 1),
+        ({"capacity": MOST_KEPT, "max_age": LONGEST_KEPT}, 3),
+        ({"max_size": 1}, 0),
+        ({"max_size": 8 * 252 * 2}, 2),  # an eighth is for one channel
+        ({"max_size": 8 * 252 * 2 - 1}, 1),
+        ({"max_age": None}, 3),
+    ],
+)
+def test_memory_keeps_what_its_bounds_allow(bounds, kept):
+    """The least and the most that they may be, and just what an event takes."""
+    broker = MemoryBroker(**bounds)
+    for _ in range(3):
+        broker.publish([("a", b"x")])
+    entries = broker.read("a", START).entries
+    assert len(entries) == kept
+    assert broker.size == 252 * kept
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of the broker: ``clock.now``, in seconds."""
+    clock = SimpleNamespace(now=1000.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(memory, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_the_newest_of_memory(count, clock):
+    """Of three; of none it is the head, before and after there were some."""
+    broker = MemoryBroker(max_age=8.0)
+    nothing = broker.newest("a", count)
+    assert nothing == (broker.read("a", None).head,) * 2
+    ids = [nothing[0], *broker.publish([("a", b"x")] * 3)]
+    clock.now += 8.0
+    assert broker.newest("a", count) == (ids[max(0, 3 - count)], ids[3])
+    clock.now += 0.5
+    assert broker.newest("a", count) == (ids[3], ids[3])
+    assert broker.size == 0
+
+
+def test_memory_keeps_what_is_just_as_old_as_it_may_be(clock):
+    """A moment later it is gone, and its head is known still."""
+    broker = MemoryBroker(max_age=8.0)
+    first, second = broker.publish([("a", b"1"), ("a", b"2")])
+    clock.now += 8.0
+    page = broker.read("a", first)
+    assert ([entry.id for entry in page.entries], page.complete) == ([second], True)
+    clock.now += 0.5
+    pages = [broker.read("a", after) for after in (START, first, second, None)]
+    assert [entry for page in pages for entry in page.entries] == []
+    assert [page.complete for page in pages] == [False, False, True, True]
+    assert {page.head for page in pages} == {second}
+    (third,) = broker.publish([("a", b"3")])
+    page = broker.read("a", second)
+    assert ([entry.id for entry in page.entries], page.complete) == ([third], True)
+
+
+@pytest.mark.parametrize("others", [998, 999])
+def test_memory_looks_for_old_channels_now_and_then(clock, others):
+    """With every thousandth event; one that is as old as it may be stays."""
+    broker = MemoryBroker(max_age=8.0)
+    broker.publish([("old", b"x")])
+    clock.now += 0.5
+    broker.publish([("kept", b"x")])
+    clock.now += 8.0
+    broker.publish([("new", b"x")] * (others - 1))
+    assert broker.channels == {"new", "kept"} | ({"old"} if others < 999 else set())
 
 
 def test_memory_keeps_nothing_of_what_is_read():

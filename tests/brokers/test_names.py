@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncstream.brokers.names import matches, patterns_of
+from syncstream.brokers.names import (
+    check_name,
+    is_name,
+    is_pattern,
+    matches,
+    patterns_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +32,44 @@ from syncstream.brokers.names import matches, patterns_of
 def test_matches(pattern, channel, expected):
     """One level by *, any number by #."""
     assert matches(pattern, channel) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "is_valid"),
+    [
+        *(("a", True), ("", False), ("x" * 200, True), ("x" * 201, False)),
+        *(("ü" * 200, True), ("a:b", True), (":", True), ("a b", False)),
+        *(("a\n", False), ("a\0", False), ("a\x1f", False), ("a\x7f", False)),
+        *(("a\x80", True), ("a*", False), ("#", False), ("\ud800", False)),
+        ("\udfff", False),
+    ],
+)
+def test_names(name, is_valid):
+    """1 to 200 characters, none of which is white space, a control or a wildcard."""
+    assert is_name(name) is is_valid
+    if is_valid:
+        check_name(name)
+    else:
+        with pytest.raises(ValueError, match="channel must be 1 to 200 characters"):
+            check_name(name)
+
+
+@pytest.mark.parametrize("name", [None, b"a", 1])
+def test_a_name_is_text(name):
+    with pytest.raises(TypeError, match="channel must be str"):
+        check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *(("*", True), ("#", True), ("a:*", True), ("a:#", True), ("a:b:*", True)),
+        *(("a*", False), ("*:a", False), ("#:a", False), ("a:*b", False), ("", False)),
+    ],
+)
+def test_patterns(name, expected):
+    """Their last level is a wildcard."""
+    assert is_pattern(name) is expected
 
 
 LEVEL = st.sampled_from(["", "a", "b", "a b", "*", "#"])

@@ -7,8 +7,11 @@ import re
 import pytest
 
 from syncstream import Closed, Denied, Gap, Hub, Unavailable
+from syncstream.brokers.log import Entry
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.channels import limits
+from syncstream.channels.cursor import Cursor
+from syncstream.channels.windows import Channel
 from syncstream.protocol import sse
 from tests.channels.readers import Line, data, read_all, resume
 from tests.support.pairs import serve, stream_of
@@ -247,3 +250,24 @@ def test_a_beginning_that_fails_keeps_the_id():
     serve(stream_of(source(), Line(first)))
     assert data(found) == ["1"]
     hub.close()
+
+
+@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_what_was_set_aside_before_a_beginning_is_not_for_it(count, place):
+    """Neither the last one before it is, nor is the first one after it passed over."""
+    record = Channel()
+    record.begin("1-1")
+    first = record.log.end
+    told = [b"join", b"leave", b"event", b"join again", b"leave again"][:count]
+    cursor = Cursor("a", record, "1-1", since=first + place)
+    for fields in told:
+        if fields == b"event":
+            record.log.append(Entry("2-2", "1-1", fields))
+        else:
+            record.set_aside(fields, 0.0)
+    assert cursor.find() == first
+    entries, end = cursor.read(first, 10)
+    wanted = [f for n, f in enumerate(told) if n >= place or f == b"event"]
+    assert [entry.payload for entry in entries] == wanted
+    assert end == first + count

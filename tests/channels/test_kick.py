@@ -221,13 +221,13 @@ def test_who_is_kicked_after_a_yes_is_ended(hub, broker, is_here):
 
 
 def test_a_kick_that_fails_for_one_reaches_the_others(broker):
-    """Not those alone who are asked first; nor is what came with it forgotten."""
+    """Not those alone who are asked first; what came with it, or later, is not forgotten."""
 
     def dumps(value):  # of whatever is neither text nor a number
         raise ZeroDivisionError
 
     with closing(Hub(broker=broker, dumps=dumps)) as hub:
-        others = [begun(hub, who=who) for who in (object(), "ann", "bob")]
+        others = [begun(hub, who=who) for who in (object(), "ann", "bob", "eve")]
         broker.is_mute = True
         broker.kick('"ann"')
         broker.kick('"bob"')
@@ -235,6 +235,18 @@ def test_a_kick_that_fails_for_one_reaches_the_others(broker):
         hub.sink.resync([CONTROL])
         await_end(others[1])
         await_end(others[2])
+        broker.kick('"eve"')
+        await_end(others[3])
+
+
+def test_a_name_that_is_no_json_is_named_by_no_kick(hub):
+    """It hinders no other one; by its tags it can be ended."""
+    strange, ann = begun(hub, who=object(), tags=["x"]), begun(hub, who="ann")
+    assert hub.kick(who="ann") == 1
+    assert ann.is_closed
+    assert hub.kick(tags=["x"], who="ann") == 0
+    assert hub.kick(tags=["x"]) == 1
+    assert strange.is_closed
 
 
 def test_a_kick_nested_too_deeply_hides_no_other(hub, broker):

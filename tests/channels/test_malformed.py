@@ -88,6 +88,55 @@ def malformed(hub):
     return [*entries, Entry("7-7", "7-7", b"data: x\n\n")]
 
 
+@pytest.mark.parametrize(
+    ("id", "prev", "payload"),
+    [
+        (f"{'7' * 38}-7", "0", b"data: x\n\n"),
+        ("7-7", f"{'7' * 38}-7", b"data: x\n\n"),
+        ("7-7", "6-6", b"data: \n\n"),
+        ("7-7", "6-6", b"event: x\nretry: 1\ndata: x\n\n"),
+        ("7-7", "6-6", b"data: x\nevent: x\n\n"),
+        ("7-7", "6-6", b"event: resets\ndata: x\n\n"),
+        ("7-7", "6-6", b"event: a reset\ndata: event: reset\n\n"),
+        ("7-7", "6-6", b"data: id: 7\n\n"),
+        ("7-7", "6-6", b"data: a\0b\nevent: x\n\n"),
+        ("7-7", "6-6", b"\0{}\ndata: x\n\n"),
+        ("7-7", "6-6", b'\0{"only": [], "in": ["a"]}\ndata: x\n\n'),
+        ("7-7", "6-6", "data: \u00fc\n\n".encode()),
+    ],
+)
+def test_what_is_just_sound_is_taken(id, prev, payload):
+    """It looks like something that is not."""
+    assert flaw(Entry(id, prev, payload)) is None
+
+
+@pytest.mark.parametrize(
+    ("id", "prev", "payload", "problem"),
+    [
+        (f"{'7' * 39}-7", "0", b"data: x\n\n", "its id is"),
+        ("7-7", f"{'7' * 39}-7", b"data: x\n\n", "its predecessor's id is"),
+        ("7-7", "7-7", b"data: x\n\n", "names itself"),
+        ("7-7", "6-6", b"\0{\ndata: x\n\n", "its tags are"),
+        ("7-7", "6-6", b'\0{"only": [1]}\ndata: x\n\n', "its tags are"),
+        ("7-7", "6-6", b'\0{"only": "x"}\ndata: x\n\n', "its tags are"),
+        ("7-7", "6-6", b"data: x\n\n\n", "exactly one"),
+        ("7-7", "6-6", b"\n\ndata: x\n\n", "exactly one"),
+        ("7-7", "6-6", b"data: x\r\n\n", "exactly one"),
+        ("7-7", "6-6", b"data: x", "exactly one"),
+        ("7-7", "6-6", b"data:x\n\n", "no data"),
+        ("7-7", "6-6", b"id\ndata: x\n\n", "second id"),
+        ("7-7", "6-6", b"data: x\nid: 1\n\n", "second id"),
+        ("7-7", "6-6", b"event: reset\ndata: x\n\n", "name is reset"),
+        ("7-7", "6-6", b"data: x\nevent:reset\n\n", "name is reset"),
+        ("7-7", "6-6", b"event: \0\ndata: x\n\n", "contains NUL"),
+        ("7-7", "6-6", b"data: \xff\n\n", "not UTF-8"),
+    ],
+)
+def test_a_flaw_is_named(id, prev, payload, problem):
+    """By the first rule that it breaks."""
+    assert problem in flaw(Entry(id, prev, payload))
+
+
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 TAGS = st.lists(TEXTS, max_size=2)
 

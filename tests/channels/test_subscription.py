@@ -359,3 +359,86 @@ def test_what_the_application_raises_is_not_the_brokers(hub, kind, option, how):
     assert not subscription.is_closed
     assert data(subscription.read(0))[-1] == "x"
     subscription.close()
+
+
+class Woken:
+    """A client's waiter; see `waiter.Wakeable`."""
+
+    gevent_hub = None
+
+    def __init__(self):
+        self.count = 0
+
+    def wake(self):
+        self.count += 1
+        return True
+
+
+def test_without_a_thread_an_end_is_told_before_what_waits(hub):
+    """Nothing is read for a client that has been kicked, by no way."""
+    subscription = hub.subscribe("a")
+    subscription.begin()
+    hub.publish("a", "x")
+    subscription.end("kicked")
+    assert subscription.poll() is None
+    with pytest.raises(Closed) as caught:
+        subscription.step()
+    assert caught.value.reason == "kicked"
+    assert subscription.reading.windows.open == {}
+
+
+def test_without_a_thread_it_is_read_by_steps(hub):
+    """Events, or a place among those who wait; of what is kept first."""
+    subscription = hub.subscribe("a", after="start")
+    ids = hub.publish_many("a", ["1", "2", "3"])
+    wire = [b"id: %b\ndata: %d\n\n" % (id.encode(), n) for n, id in enumerate(ids, 1)]
+    assert next(subscription).data == "1"
+    waiter = Woken()
+    subscription.detach(waiter)
+    assert subscription.step() == (b"".join(wire[1:]), 2, None)
+    assert subscription.kept is None
+    assert subscription.step() == (b"", 0, None)
+    assert waiter.count == 0
+    hub.publish("a", "4")
+    hub.publish("a", "5")
+    assert waiter.count == 1  # once, until it is read
+    chunk, count, is_registered = subscription.poll()
+    assert (chunk.count(b"data: "), count, is_registered) == (2, 2, False)
+    assert subscription.poll() == (b"", 0, True)
+    subscription.detach(None)
+    hub.publish("a", "6")
+    assert waiter.count == 1
+    subscription.close()
+
+
+def test_without_a_thread_a_throttle_is_a_time_to_come_back(hub):
+    """Until then nothing is read."""
+    subscription = hub.subscribe("a", throttle=60.0)
+    subscription.begin()
+    subscription.detach(Woken())
+    hub.publish("a", "1")
+    began = time.monotonic()
+    assert subscription.step()[1:] == (1, None)
+    hub.publish("a", "2")
+    chunk, count, when = subscription.step()
+    assert (chunk, count) == (b"", 0)
+    assert began + 60 <= when <= time.monotonic() + 60
+    subscription.close()
+
+
+def test_a_client_has_one_reader(hub):
+    """Another response is refused, whatever it wants to do."""
+    subscription = hub.subscribe("a")
+    subscription.begin()
+    subscription.detach(Woken())
+    for call in (
+        lambda: subscription.detach(Woken()),
+        lambda: subscription.read(0),
+        subscription.begin,
+        subscription.own_waiter,
+    ):
+        with pytest.raises(RuntimeError, match="has one reader"):
+            call()
+    subscription.detach(None)
+    assert subscription.read(0) == []
+    subscription.close()

@@ -3,6 +3,7 @@
 import json
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from syncstream import Gap, Hub, Unavailable
 from syncstream.brokers.log import START
 from syncstream.brokers.memory import MemoryBroker
-from syncstream.channels import limits
+from syncstream.channels import limits, windows
 from syncstream.channels.presence import PRESENCE
 from syncstream.runtime.journal import journal
 from tests.channels.readers import data, in_place, read_all
@@ -381,3 +382,72 @@ def test_who_waits_is_woken_where_a_head_was_missed(hub):
     hub.windows.settle(record, "9-9", record.log.end)
     assert woken == [1]
     hub.windows.unwatch("a")
+
+
+@pytest.mark.parametrize("name", ["a", "#"])
+def test_a_subscription_may_come_while_others_are_looked_through(hub, name):
+    """In the middle of any loop over them: a garbage collection may run code."""
+
+    def come():
+        newcomer = hub.subscribe(name)
+        newcomer.begin()
+        come_so_far.append(newcomer)
+
+    come_so_far = []
+    come()
+    hub.windows.open[-1] = come
+    for listeners in hub.windows.listeners.values():
+        listeners[-1] = come
+    assert hub.kick(lambda subscription: False) == 0
+    assert hub.presence("a") == [None] * (len(come_so_far) - 1)
+    hub.publish("a", "x")
+    hub.sink.resync(None)
+    hub.sink.resync(["a"])
+    hub.sink.deny("b", "no rights")
+    assert len(come_so_far) > 3
+    del hub.windows.open[-1]
+
+
+def test_a_window_is_doubted_after_it_was_left(hub):
+    """Of a name whose subscribers were ended, the next one asks the broker again."""
+    first = hub.subscribe("a")
+    first.read(0)
+    record = hub.windows.channels["a"]
+    assert (record.is_watched, record.is_doubtful) == (True, False)
+    hub.sink.deny("a", "no rights")
+    assert first.reason == "denied"
+    assert (record.is_watched, record.is_doubtful) == (False, True)
+    second = hub.subscribe("a")
+    hub.publish("a", "1")
+    assert second.read(0) == []
+    assert record.is_watched
+    hub.publish("a", "2")
+    assert [event.data for event in second.read(0)] == ["2"]
+
+
+@pytest.mark.parametrize("is_watched", [True, False])
+def test_an_idle_window_is_kept_for_its_time(is_watched, monkeypatch):
+    """Just as long; of those that nobody's name watches, the broker is not told."""
+    clock = SimpleNamespace(now=1000.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(windows, "time", clock)
+    hub = Hub()
+    if is_watched:
+        hub.windows.watch("a")
+        hub.windows.unwatch("a")
+    else:
+        listener = hub.subscribe("#")
+        listener.begin()
+        hub.publish("a", "x")
+    record = hub.windows.channels["a"]
+    clock.now += limits.IDLE
+    hub.windows.watch("b")
+    hub.windows.unwatch("b")
+    assert "a" in hub.windows.channels
+    clock.now += limits.IDLE / 4
+    hub.windows.watch("b")
+    hub.windows.unwatch("b")
+    assert set(hub.windows.channels) == {"b"}
+    assert hub.broker.watched.names - {PRESENCE} == {"b"}
+    assert len(record.log) == hub.windows.budget.size == 0
+    hub.close()

@@ -13,6 +13,7 @@ import pytest
 
 from syncstream.brokers.local import writer
 from syncstream.brokers.local.append import Appender
+from syncstream.brokers.local.files import Lock
 from syncstream.errors import Unavailable
 from tests.brokers.local.logs import kept, payloads, running
 from tests.support.pairs import check_script
@@ -386,3 +387,28 @@ def test_waiting_jobs_go_first(make, folder, monkeypatch):
             first.result(TIMEOUT)
             second.result(TIMEOUT)
     assert payloads(broker) == [b"1", b"2", b"3"]
+
+
+@pytest.mark.parametrize(("size", "commits"), [(523_288, [2, 1]), (523_287, [3])])
+def test_a_transaction_is_bounded(make, monkeypatch, size, commits):
+    """What waits is stored in groups, each up to the one that reaches 1 MiB."""
+    stored, store = [], Appender.store
+
+    def noted(self, items):
+        stored.append(len(items))
+        return store(self, items)
+
+    broker = make()
+    broker.publish([("a", b"0")])
+    monkeypatch.setattr(Appender, "store", noted)
+    lock = Lock(broker.path, False)
+    lock.acquire()
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            ids = [pool.submit(broker.publish, [("a", b"x" * size)]) for _ in range(3)]
+            await_true(lambda: broker.process.writer.waiting == 3)
+            lock.release()
+            assert len({id.result(TIMEOUT)[0] for id in ids}) == 3
+    finally:
+        lock.close()
+    assert stored == commits
