@@ -256,11 +256,11 @@ def test_a_beginning_that_fails_keeps_the_id():
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_what_was_set_aside_before_a_beginning_is_not_for_it(count, place):
     """Neither the last one before it is, nor is the first one after it passed over."""
-    record = Channel()
+    record = Channel("a")
     record.begin("1-1")
     first = record.log.end
     told = [b"join", b"leave", b"event", b"join again", b"leave again"][:count]
-    cursor = Cursor("a", record, "1-1", since=first + place)
+    cursor = Cursor(record, "1-1", since=first + place)
     for fields in told:
         if fields == b"event":
             record.log.append(Entry("2-2", "1-1", fields))

@@ -221,7 +221,7 @@ def test_who_is_kicked_after_a_yes_is_ended(hub, broker, is_here):
 
 
 def test_a_kick_that_fails_for_one_reaches_the_others(broker):
-    """Not those alone who are asked first; what came with it, or later, is not forgotten."""
+    """Whoever is asked first; what came with it, or later, is not forgotten."""
 
     def dumps(value):  # of whatever is neither text nor a number
         raise ZeroDivisionError
