@@ -15,6 +15,7 @@ import pytest
 from syncstream import Hub
 from syncstream.brokers.local import LocalBroker
 from syncstream.errors import PayloadTooLarge, Unavailable
+from syncstream.runtime.waiting import LONGEST
 from syncstream.testing import check_broker
 from tests.brokers.local.logs import kept
 from tests.brokers.processes import Node, Spread
@@ -258,3 +259,33 @@ def test_each_operation_judges(make, folder):
     broker.read("a", None)
     broker.watch("a")
     await_true(lambda: told.states == [False, True])
+
+
+@pytest.mark.parametrize(
+    ("given", "timeout"),
+    [(None, None), (0.5, 0.5), (LONGEST, LONGEST), (1e300, LONGEST)],
+)
+def test_a_publish_timeout_overflows_nothing(given, timeout):
+    """Of seconds, up to the longest that a system call takes."""
+    assert LocalBroker("local:", publish_timeout=given).timeout == timeout
+
+
+def test_what_is_just_not_too_large_is_stored(make):
+    """A quarter of ``max_size``, and of the least one a byte."""
+    for size in (1000, 1):
+        broker = make(f"log{size}", max_size=4 * size + 3)
+        broker.publish([("a", b"x" * size)])
+        with pytest.raises(
+            PayloadTooLarge, match=f"{size} bytes at most.*got {size + 1}"
+        ):
+            broker.publish([("a", b"x" * (size + 1))])
+
+
+def test_a_broker_of_no_use_any_more_watches_nothing(make):
+    """Closed, it is asked in vain, without an error: its hub may be ending."""
+    broker = make()
+    broker.close()
+    broker.watch("a")
+    assert broker.process is None
+    broker.unwatch("a")
+    assert not broker.watched

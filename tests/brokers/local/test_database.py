@@ -9,6 +9,8 @@ import sqlite3
 import pytest
 
 from syncstream import Gap, Hub
+from syncstream.brokers.local.database import Database
+from syncstream.brokers.local.files import Lock
 from syncstream.errors import Unavailable
 from tests.brokers.local.logs import kept, payloads, running
 from tests.brokers.sinks import Told
@@ -254,3 +256,50 @@ def test_files_that_are_replaced_while_they_are_opened(make, folder, monkeypatch
     monkeypatch.setattr(sqlite3, "connect", replacing)
     assert make().read("a", None).head == id
     assert replaced
+
+
+def test_logs_are_replaced_one_by_one(folder):
+    """A process that leaves the removed files of one has its others open still."""
+    paths = [f"{folder}/log{number}" for number in range(2)]
+    locks = [Lock(path, False) for path in paths]
+    with contextlib.ExitStack() as stack:
+        for lock in locks:
+            lock.acquire()
+            stack.callback(lock.close)
+        replaced, other, sibling = (Database(paths[n]) for n in (0, 1, 0))
+        for database in (replaced, other, sibling):
+            database.open()
+            stack.callback(database.close)
+        os.unlink(f"{paths[0]}/log.db")
+        assert [d.is_current() for d in (replaced, other, sibling)] == [
+            False,
+            True,
+            False,
+        ]
+        replaced.open()
+        assert [d.is_open for d in (replaced, other, sibling)] == [True, True, False]
+        assert replaced.is_current()
+        assert other.is_current()
+
+
+def test_a_connection_is_opened_to_read_if_all_is_there(folder):
+    """Not while files are missing, nor again while it is open."""
+    path = f"{folder}/log"
+    lock = Lock(path, False)
+    lock.acquire()
+    reader, writer = Database(path), Database(path)
+    assert not reader.open_to_read()
+    assert (reader.is_open, reader.is_current()) == (False, False)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed by a fork"):
+        reader.connection.execute("BEGIN")
+    writer.open()
+    assert reader.open_to_read()
+    assert not reader.open_to_read()
+    assert reader.is_current()
+    os.unlink(f"{path}/log.db-wal")
+    assert not reader.is_current()
+    for database in (reader, writer):
+        database.close()
+        assert (database.is_open, database.identity) == (False, None)
+    assert not reader.open_to_read()
+    lock.close()

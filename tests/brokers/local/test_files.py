@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -364,3 +365,83 @@ def test_another_user_is_told_what_to_do(make, folder):
     lines = check_script(REFUSED, f"local:{folder}/log", "12345").splitlines()
     assert "chmod 2770" in lines[0]
     assert lines[1] == "False"
+
+
+def test_a_lock_is_one_threads(folder):
+    """It is tried without waiting, waited for, and counts while its file is there."""
+    path = f"{folder}/log"
+    mine, theirs = (files_module.Lock(path, False) for _ in range(2))
+    assert not mine.try_acquire()  # it is not open
+    assert not mine.hold(1.0)
+    mine.open()
+    mine.open()
+    assert mine.try_acquire()
+    theirs.open()
+    assert not theirs.try_acquire()
+    assert not theirs.hold(0.01)
+    with pytest.raises(Unavailable, match="is held by another process"):
+        theirs.acquire(0.01)
+    mine.release()
+    assert theirs.try_acquire()
+    theirs.release()
+    os.unlink(f"{path}/lock")
+    assert not mine.try_acquire()  # of a removed file: it closes it
+    assert not mine.hold(1.0)
+    mine.acquire()
+    assert theirs.hold(0.01) is False  # it waits for the one of now
+    mine.release()
+    theirs.acquire(1.0)
+    assert not mine.try_acquire()
+    theirs.close()
+    assert mine.try_acquire()
+    os.unlink(f"{path}/lock")
+    mine.release()
+    assert mine.hold(1.0)  # to close files it is enough
+    mine.close()
+    assert not mine.try_acquire()
+
+
+def test_times_are_freshened_once_a_minute(folder, monkeypatch):
+    """Just then, and those of other files with them."""
+    clock = SimpleNamespace(now=1000.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(files_module, "time", clock)
+    path = f"{folder}/a/log"
+    os.makedirs(path)
+    names = ["..", ".", "lock", "log.db", "other"]
+    for name in names[2:]:
+        with open(f"{path}/{name}", "w"):
+            pass
+
+    def freshened(*others):
+        """Return the names of the files that are not old any more; make all old."""
+        for name in names:
+            os.utime(f"{path}/{name}", (1, 1))
+        times.freshen(*others)
+        return [name for name in names if os.stat(f"{path}/{name}").st_mtime > 1]
+
+    for is_private in (False, True):
+        times = files_module.FileTimes(path, is_private)
+        theirs = [".."] * is_private + [".", "lock", "log.db"]
+        assert freshened() == theirs
+        clock.now += files_module.FRESHEN - 0.5
+        assert freshened(f"{path}/other") == []
+        clock.now += 0.5
+        assert freshened(f"{path}/other", f"{path}/missing") == [*theirs, "other"]
+
+
+def test_names_and_paths_have_a_length(folder, monkeypatch):
+    """Just as long as they may be; their sockets' names are longer still."""
+    monkeypatch.setattr(tempfile, "tempdir", "/t")
+    path, is_private = files_module.path_of(f"local:{'x' * 40}")
+    assert path == f"/t/syncstream-{os.geteuid()}/{'x' * 40}"
+    assert is_private
+    assert files_module.path_of("local:")[0].endswith("/default")
+    for url in (f"local:{'x' * 41}", "local:a b", "local:.a", "local:-a"):
+        with pytest.raises(ValueError, match="at most 40 letters"):
+            files_module.path_of(url)
+    assert files_module.path_of(f"local:/{'x' * 79}") == (f"/{'x' * 79}", False)
+    with pytest.raises(ValueError, match="80 bytes at most"):
+        files_module.path_of(f"local:/{'x' * 80}")
+    with pytest.raises(ValueError, match="80 bytes at most"):
+        files_module.path_of(f"local:/{'ü' * 40}")

@@ -298,3 +298,78 @@ def test_a_listener_of_the_same_tick_is_woken(make, folder):
             os.utime(f"{path}/wake", ns=(before, before))
             others.wake()
             assert late.recv(16)
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000, 1001])
+def test_wakes_are_taken(count):
+    """As many as there are, up to a thousand: then it looks for their events."""
+    wakes = [b"\0"] * count
+
+    class Queue:
+        def recv(self, size):
+            if not wakes:
+                raise BlockingIOError
+            return wakes.pop()[:size]
+
+    listener_module.drain(Queue())
+    assert len(wakes) == max(0, count - 1000)
+
+
+def test_a_socket_that_nobody_has_open_is_removed(folder):
+    """Files of others stay, and whoever comes after it is woken all the same."""
+    wake = f"{folder}/wake"
+    os.mkdir(wake)
+    alive = []
+    try:
+        for number in range(6):
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            alive.append(sock)
+            sock.bind(f"{wake}/{number}")
+            sock.setblocking(False)
+        for sock in alive[::2]:
+            sock.close()
+        with open(f"{wake}/file", "w"):
+            pass
+        os.symlink("1", f"{wake}/link")
+        peers = Peers(folder)
+        for _ in range(2):
+            peers.wake()
+            assert sorted(os.listdir(wake)) == ["1", "3", "5", "file", "link"]
+            assert [sock.recv(16) for sock in alive[1::2]] == [b"\0"] * 3
+            for sock in alive[1::2]:
+                with pytest.raises(BlockingIOError):
+                    sock.recv(16)
+        peers.close()
+    finally:
+        for sock in alive:
+            sock.close()
+
+
+def test_a_full_queue_is_no_error(folder, caplog):
+    """Whoever is behind by much has been woken, and the next one is woken, too."""
+    caplog.set_level("DEBUG")
+    wake = f"{folder}/wake"
+    os.mkdir(wake)
+    with contextlib.ExitStack() as stack:
+        socks = [socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
+        for number, sock in enumerate(socks):
+            stack.callback(sock.close)
+            sock.bind(f"{wake}/{number}")
+            sock.setblocking(False)
+        peers = Peers(folder)
+        stack.callback(peers.close)
+        for _ in range(1000):  # the kernel's queue has a few hundred places at most
+            peers.wake()
+            assert socks[1].recv(16) == b"\0"
+        listener_module.drain(socks[0])
+        peers.wake()
+        assert [sock.recv(16) for sock in socks] == [b"\0"] * 2
+    journal().flush()
+    assert caplog.records == []
+
+
+def test_without_a_folder_nobody_is_woken(folder):
+    """No error: it was removed, or is a link to another one."""
+    Peers(folder).wake()
+    os.symlink("/tmp", f"{folder}/wake")
+    Peers(folder).wake()

@@ -3,12 +3,14 @@
 import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 
 import pytest
 
+from syncstream.brokers.local.database import Database
 from syncstream.errors import Unavailable
 from tests.brokers.local.logs import payloads, running
 from tests.brokers.sinks import Told
@@ -406,3 +408,50 @@ def test_brokers_that_are_dropped_leave_nothing(folder, kind):
         _, errors = process.communicate(timeout=4 * TIMEOUT)
         errors = [line for line in errors.splitlines() if "hubs" not in line]
         assert (process.returncode, errors) == (0, [])
+
+
+def test_a_file_that_cannot_be_closed_before_a_fork_is_named(
+    make, folder, monkeypatch, caplog
+):
+    """All others are, and the parent goes on."""
+    broker = make()
+    broker.publish([("a", b"1")])
+    assert payloads(broker) == [b"1"]
+    process, close, closed = broker.process, Database.close, []
+
+    def failing(database):
+        closed.append(database)
+        if len(closed) == 1:
+            raise sqlite3.OperationalError("disk I/O error")
+        close(database)
+
+    monkeypatch.setattr(Database, "close", failing)
+    process.pause()
+    try:
+        assert len(closed) == 3
+        (record,) = caplog.records
+        assert record.levelname == "ERROR"
+        assert f"{folder}/log could not be closed before a fork" in record.message
+    finally:
+        process.resume()
+    monkeypatch.undo()
+    broker.publish([("a", b"2")])
+    assert payloads(broker) == [b"1", b"2"]
+
+
+def test_no_file_is_open_while_a_fork_is_prepared(make):
+    """Whoever wants one waits until the fork is over."""
+    broker = make()
+    broker.publish([("a", b"1")])
+    process = broker.process
+    assert process.has_files
+    process.pause()
+    assert not process.has_files
+    waiting = threading.Thread(target=broker.publish, args=([("a", b"2")],))
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    assert not process.has_files
+    process.resume()
+    waiting.join(TIMEOUT)
+    assert payloads(broker) == [b"1", b"2"]
