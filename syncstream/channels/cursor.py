@@ -107,7 +107,7 @@ class Cursor:
             self.place = UNREAD  # the window was trimmed or restarted
         position = None if self.last is None else window.after(self.last)
         if position is not None:
-            self.place = self.record.place_at(position)
+            self.place = InWindow(position)
         return position
 
     def is_late(self, position: int) -> bool:
@@ -129,7 +129,10 @@ class Cursor:
     def advance(self, end: int) -> None:
         """Go on to a position in the window."""
         record, window = self.record, self.record.log
-        self.place = record.place_at(end)
+        # The readers at a window's end share one object.
+        if record.place.position != end:
+            record.place = InWindow(end)
+        self.place = record.place
         self.last = window.head if end == window.end else window.entry(end - 1).id
         self.origin = FOUND
 

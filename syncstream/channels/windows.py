@@ -24,7 +24,6 @@ from ..runtime.sockets import native
 from ..runtime.waiter import Wakeable, wake_all
 from ..runtime.waiting import say
 from . import limits
-from .chain import follows
 from .places import InWindow
 from .presence import PRESENCE
 from .presence import decoded as decoded_presence
@@ -43,8 +42,8 @@ class Channel:
     """
 
     __slots__ = (
-        *("_place", "aside", "counted", "held", "idle_since", "is_doubtful"),
-        *("is_watched", "limit", "log", "name", "subscriptions", "tagged", "waiters"),
+        *("aside", "counted", "held", "idle_since", "is_doubtful", "is_watched"),
+        *("limit", "log", "name", "place", "subscriptions", "tagged", "waiters"),
     )
 
     def __init__(self, name: str) -> None:
@@ -63,14 +62,7 @@ class Channel:
         self.tagged = -1  # the last position of an entry with tags
         self.aside = -1  # the last position of an entry that is set aside
         self.idle_since = time.monotonic()
-        self._place = InWindow(0)  # the last reader's place, for others at the same
-
-    def place_at(self, position: int) -> InWindow:
-        """Return a place in the window; all readers at its end share one object."""
-        place = self._place
-        if place.position != position:
-            place = self._place = InWindow(position)
-        return place
+        self.place = InWindow(0)  # the last reader's, for others at the same
 
     def begin(self, head: str) -> None:
         """Restart the window after an id, or after `UNKNOWN`."""
@@ -204,7 +196,9 @@ class Windows:
                 record = self.channels[channel] = Channel(channel)
                 record.is_doubtful = False  # its listeners begin with this entry
             window = record.log
-            if window.head != UNKNOWN and not follows(entry, window.head):
+            head = window.head
+            # `chain.follows` inlined: this runs for every event.
+            if head != UNKNOWN and entry.prev != head:
                 if window.after(entry.id) is not None:
                     return  # announced twice
                 window.restart(entry.prev)

@@ -56,7 +56,8 @@ def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
             if type(item) is Failure:
                 yield from run.fail(item)
                 return
-            take, refused = advance, None
+            if refused is not None:
+                take, refused = advance, None
             try:
                 chunk = encode(item)
             except BaseException as error:
