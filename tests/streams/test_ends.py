@@ -348,9 +348,10 @@ def test_a_stop_interrupts_no_cleaning_up(line, monkeypatch, tells):
     assert waits.wait(TIMEOUT)
     since = time.monotonic()
     stream.stop()
+    stopped = time.monotonic()
     with mine, upstream:
         if not tells:
-            await_true(lambda: time.monotonic() - since > 0.03)
+            await_true(lambda: time.monotonic() - stopped > 0.03)
             stream.shut_down(since, since + TIMEOUT)
             upstream.send(b"x")
         assert cleans.wait(TIMEOUT)

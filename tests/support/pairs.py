@@ -23,6 +23,7 @@ from syncstream.streams.stream import Stream
 from tests import ROOT
 from tests.support.waits import TIMEOUT, await_true
 
+WORK = 4 * TIMEOUT  # seconds that what runs beside a test may take, if it is much
 EVENTS = Format(sse.encoder(), sse.ends_blank, is_events=True)
 
 
@@ -153,7 +154,7 @@ class Threads:
         thread.start()
 
         def join() -> Any:
-            thread.join(TIMEOUT)
+            thread.join(WORK)
             value, error = outcome.get(timeout=0.1)
             if error is not None:
                 raise error
@@ -189,7 +190,7 @@ class Greenlets:
         greenlet = gevent.spawn(_outcome, function)
 
         def join() -> Any:
-            value, error = greenlet.get(timeout=TIMEOUT)
+            value, error = greenlet.get(timeout=WORK)
             if error is not None:
                 raise error
             return value
