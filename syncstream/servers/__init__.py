@@ -20,8 +20,9 @@ from . import (
     wsgiref,
 )
 from .contract import Environ, Server, connection_reset
+from .guard import guarded, say_failed
 
-__all__ = ["server_of"]
+__all__ = ["safe", "server_of"]
 
 SERVERS = (
     gunicorn.SERVER,
@@ -46,4 +47,18 @@ OTHER = Server(
 
 def server_of(environ: Environ) -> Server:
     """Return the server that made an environ."""
-    return next((server for server in SERVERS if server.runs(environ)), OTHER)
+    for server in SERVERS:
+        try:
+            if server.runs(environ):
+                return server
+        except Exception as error:
+            say_failed(server, error)
+    return OTHER
+
+
+_SAFE = {id(server): guarded(server, OTHER) for server in (*SERVERS, OTHER)}
+
+
+def safe(server: Server) -> Server:
+    """Return a server of `server_of` with functions that do not fail."""
+    return _SAFE[id(server)]

@@ -17,7 +17,7 @@ from ..runtime.journal import report
 from ..runtime.process import Stopping, process
 from ..runtime.sockets import hang_up, is_hung_up, is_unix, is_writable, release, reset
 from ..runtime.waiting import gevent_hub, say
-from . import server_of
+from . import safe, server_of
 from .contract import Counter, Server, SocketLike, connection_reset, takes_directly
 from .request import last_event_id, names_event_stream
 from .swap import Refused, Swap
@@ -205,7 +205,7 @@ class Connection:
 
     @functools.cached_property
     def server(self) -> Server:
-        return server_of(self.environ)
+        return safe(server_of(self.environ))
 
     @property
     def _given(self) -> WSGIEnvironment:

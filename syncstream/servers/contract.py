@@ -141,6 +141,7 @@ class Server:
             SystemError although it has accepted the call.
         is_known: The server's reaction to exceptions from ``next()`` is known.
         is_test: It is a test client's environ, whatever server it names.
+        exact: The server whose functions may fail, if these do not (see `guard`).
     """
 
     name: str
@@ -179,6 +180,7 @@ class Server:
     raises_system_error: bool = False
     is_known: bool = True
     is_test: bool = False
+    exact: Server | None = None
 
 
 def has_cipher(socket: SocketLike | None) -> bool:

@@ -67,6 +67,7 @@ from ..runtime.watch import Timer, watch
 from .contract import Environ, Server, SocketLike
 from .descriptors import duplicate, none_left
 from .framing import read_back
+from .guard import say_failed
 
 if sys.platform != "win32":
     import resource
@@ -146,7 +147,8 @@ class Swap:
         self._process = process_key()
         self._runner = runner()
         self._environ = environ
-        self._server = server
+        # Every fact is needed: the client's bytes would mix with the server's.
+        self._server = server = server.exact or server
         self._written = bytearray()
         # Native: the watch's thread takes it too, and everybody holds it only briefly.
         self._lock = native(_thread, "allocate_lock")()
@@ -154,16 +156,17 @@ class Swap:
             clock = watch()
         except (OSError, RuntimeError) as error:  # no descriptor or thread is left
             raise Refused(f"it cannot be watched: {error}") from error
-        with server.lock(environ):
-            if server.is_closing(environ):
-                raise Refused("the server is closing it", is_gone=True)
-            self._socket = _checked(environ, server)
-            if server.unsent(environ):
-                raise Refused(
-                    "the server has not sent the previous response yet",
-                    is_choice=True,
-                )
-            server.leave_body(environ)
+        try:
+            lock = server.lock(environ)
+        except Exception as error:
+            raise _unknown(server, error) from error
+        with lock:
+            try:
+                self._socket = _ready(environ, server)
+            except Refused:
+                raise
+            except Exception as error:
+                raise _unknown(server, error) from error
             try:
                 self._swap(self._socket.fileno())
             except ValueError as error:  # the hard limit has been lowered since
@@ -450,6 +453,24 @@ def _checked(environ: Environ, server: Server) -> SocketLike:
         raise Refused("the client has left", is_gone=True)
     check_descriptor(fd)
     return sock
+
+
+def _ready(environ: Environ, server: Server) -> SocketLike:
+    """Return the client's socket, which nobody is using; under the server's lock."""
+    if server.is_closing(environ):
+        raise Refused("the server is closing it", is_gone=True)
+    sock = _checked(environ, server)
+    if server.unsent(environ):
+        raise Refused(
+            "the server has not sent the previous response yet", is_choice=True
+        )
+    server.leave_body(environ)
+    return sock
+
+
+def _unknown(server: Server, error: Exception) -> Refused:
+    say_failed(server, error)
+    return Refused(f"its place in {server.name} is not known")
 
 
 def _told(text: object) -> str:

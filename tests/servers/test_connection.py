@@ -12,8 +12,11 @@ from dataclasses import replace
 
 import pytest
 from werkzeug.serving import make_server
+from werkzeug.test import create_environ, run_wsgi_app
 
 import syncstream.runtime.process
+from syncstream import Hub, SSEResponse
+from syncstream.runtime.journal import journal
 from syncstream.runtime.process import process
 from syncstream.runtime.sockets import acknowledged, give_up_after, is_hung_up, queued
 from syncstream.servers import server_of
@@ -315,3 +318,22 @@ def test_streams_that_hold_all_threads_are_warned_of(
     connection.server = replace(connection.server, threads=lambda environ: threads)
     connection.warn()
     assert ("streams occupy all" in caplog.text) == is_told
+
+
+@pytest.mark.parametrize("source", ["generator", "subscription"])
+def test_an_adapter_that_fails_ends_no_stream(source, own_record, caplog):
+    """A release of the server may differ from ours: then it is an unknown server."""
+    hub = Hub()
+    hub.publish("a", "1")
+    given = iter("1") if source == "generator" else hub.subscribe("a", after="start")
+    response = SSEResponse(given)
+    environ = create_environ("/events")
+    environ["waitress.client_disconnected"] = "none that its adapter knows"
+    chunks, status, _ = run_wsgi_app(response, environ)
+    assert status == "200 OK"
+    assert b"data: 1\n\n" in next(chunks) + next(chunks)
+    chunks.close()
+    hub.close()
+    journal().flush()
+    text = "the server has something that syncstream does not know of waitress"
+    assert [text in r.message for r in caplog.records if r.exc_info] == [True]

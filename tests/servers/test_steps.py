@@ -322,7 +322,8 @@ def test_who_would_block_the_only_thread_is_refused(own_record, connection, capl
     deque(map(server.sendall, map(HEAD.__add__, body)))
     body.close()
     odd = Connection(dict(connection))
-    odd.server = replace(odd.server, stays=lambda environ: "odd", threads=lambda e: 1)
+    exact = server_of(odd.environ)
+    odd.server = replace(exact, stays=lambda environ: "odd", threads=lambda e: 1)
     for _ in range(2):
         with pytest.raises(Full, match="the server has one thread, and odd"):
             odd.swap()
