@@ -18,6 +18,7 @@ __all__ = [
     "Authorize",
     "Failed",
     "NotShared",
+    "ONE_READER",
     "Options",
     "check_channels",
     "refuse_to_share",
@@ -25,6 +26,9 @@ __all__ = [
 
 # Tells whether a subscription may be read.
 Authorize: TypeAlias = "Callable[[Subscription], bool]"
+
+
+ONE_READER = "a subscription has one reader: call hub.subscribe() for each response"
 
 
 class Failed(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import weakref
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from . import limits
 from .authorization import Authorization
 from .cursor import Cursor, Item
 from .frames import Frames
-from .options import Failed, Options, check_channels
+from .options import ONE_READER, Failed, Options, check_channels
 from .patterns import Patterns
 from .reading import Reading
 from .subscribers import Attendance, Subscribers
@@ -56,8 +56,8 @@ class Subscription:
     __slots__ = (
         *("__weakref__", "_attendance", "_authorization", "_delivered", "_given"),
         *("_options", "_subscribers", "announcement"),
-        *("channels", "has_patterns", "kept", "reading", "reason", "tags", "waiter"),
-        "who",
+        *("channels", "has_patterns", "kept", "reader", "reading", "reason", "tags"),
+        *("waiter", "who"),
     )
 
     def __init__(
@@ -91,6 +91,7 @@ class Subscription:
         self.waiter: Wakeable | None = None
         self.kept: list[Item] | None = None
         self.reason: str | None = None
+        self.reader: Callable[[], object] | None = None  # the stream that sends it
 
     # Reading.
 
@@ -513,9 +514,7 @@ class Subscription:
 
     def _check_free(self) -> None:
         if self.waiter is not None and not isinstance(self.waiter, Waiter):
-            raise RuntimeError(
-                "a subscription has one reader: call hub.subscribe() for each response"
-            )
+            raise RuntimeError(ONE_READER)
 
     def twin(self) -> Subscription:
         """Return a plain subscription at the same place, which does not count."""

@@ -96,6 +96,7 @@ class Closing:
             scope: The stream, whose scope the closes run in.
         """
         self._outcome.is_closing = True
+        self._source.claim(scope.reference)  # not another response's
         # A link may have been closed by the source itself, with what it hangs on: a
         # sqlite3 cursor's close() fails after its connection's.
         links = self._outcome.links

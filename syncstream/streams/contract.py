@@ -110,7 +110,12 @@ class Feed(Protocol):
     """A source that needs no thread: it returns what is ready, and wakes for more.
 
     It is an iterable of its items, too. `Subscription` is one; see `is_feed`.
+
+    Attributes:
+        reader: A weak reference to the stream that sends it, ``None`` before.
     """
+
+    reader: Callable[[], object] | None
 
     @property
     def begins_with_user_code(self) -> bool:

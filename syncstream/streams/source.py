@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..protocol.sse import Event
@@ -39,6 +39,21 @@ class Source:
         if iterator is not given:
             self.to_close.append(iterator)
         return iterator
+
+    def claim(self, reader: Callable[[], object]) -> bool:
+        """Take a feed for one stream; ``False`` if it is another one's, to close, too.
+
+        Args:
+            reader: A weak reference to the stream.
+        """
+        feed = self.feed
+        if feed is None or feed.reader is reader:
+            return True
+        if feed.reader is not None and feed.reader() is not None:
+            self.to_close.clear()
+            return False
+        feed.reader = reader
+        return True
 
     def forget(self) -> None:
         """Drop the source: it is closed, or the loop closes it."""

@@ -26,6 +26,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
+from ..channels.options import ONE_READER
 from ..protocol import sse
 from ..runtime.process import process
 from ..runtime.waiter import Waiter
@@ -200,10 +201,13 @@ class Stream:
                 then the opening is left out.
 
         Raises:
-            RuntimeError: It goes to another connection already, or has ended.
+            RuntimeError: It goes to another connection already, or has ended, or
+                another response has its source.
         """
         if self._out.connection not in (None, connection) or self.reason:
             raise RuntimeError(ANSWERED)
+        if not self._source.claim(self.reference):
+            raise RuntimeError(ONE_READER)
         self._out.connect(connection, is_encoded=is_encoded, written=written)
 
     def leave(self) -> bool:

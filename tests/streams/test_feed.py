@@ -2,6 +2,7 @@
 
 import pytest
 
+from syncstream.channels.options import Failed
 from syncstream.errors import Closed, Unavailable
 from syncstream.streams.contract import is_feed
 from tests.support.pairs import Line, serve, stream_of
@@ -28,6 +29,7 @@ class Source:
     def __init__(self, chunks=(), begin=None):
         self.chunks, self.failure = chunks, begin
         self.begun = self.closed = 0
+        self.reader = None
 
     def begin(self):
         self.begun += 1
@@ -73,19 +75,39 @@ def test_a_feed_is_sent_from_its_thread(caplog):
     assert "3 events" in caplog.messages[-1]
 
 
-@pytest.mark.parametrize("failure", [Unavailable("down"), Closed("denied"), KeyError])
-def test_a_feed_that_cannot_begin(failure):
+@pytest.mark.parametrize(
+    "failure",
+    [Unavailable("down"), Closed("denied"), KeyError, Failed(Unavailable("theirs"))],
+)
+def test_a_feed_that_cannot_begin(failure, caplog):
     """It waits for its broker; or has ended, or failed, before its first chunk."""
     source = Source([b"data: a\n\n"], begin=failure)
     stream, chunks = stream_of(source, Line()), []
     try:
         chunks += serve(stream)
     except ConnectionResetError:
-        assert failure is KeyError
+        assert not isinstance(failure, Unavailable | Closed)
     begins = isinstance(failure, Unavailable)
     assert (b"data: a\n\n" in chunks) == begins
-    reasons = {True: "kicked", False: "denied" if failure is not KeyError else "error"}
-    assert (stream.reason, source.closed) == (reasons[begins], 1)
+    is_denied = isinstance(failure, Closed)
+    reason = "kicked" if begins else "denied" if is_denied else "error"
+    assert (stream.reason, source.closed) == (reason, 1)
+    # The application's own error is told as it was raised.
+    assert ("Unavailable: theirs" in caplog.text) == isinstance(failure, Failed)
+
+
+def test_a_feed_has_one_response():
+    """A second one is an error at once, and leaves it to the first, whatever it is."""
+    source = Source([b"data: a\n\n"])
+    first, second, third = (stream_of(source) for _ in range(3))
+    first.connect(Line())
+    with pytest.raises(RuntimeError, match="a subscription has one reader"):
+        second.connect(Line())
+    second.close()
+    third.close()  # as the answer to HEAD does
+    assert source.closed == 0
+    assert b"data: a\n\n" in serve(first)
+    assert source.closed == 1
 
 
 @pytest.mark.parametrize("closes", [False, True])
