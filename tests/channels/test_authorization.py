@@ -76,11 +76,13 @@ def test_an_authorize_that_hangs_ends_a_reader(
     hub, place, monkeypatch, caplog, is_first
 ):
     """In time, whoever waits there; the answer that comes late changes nothing."""
-    monkeypatch.setattr(limits, "ANSWER", 0.2)
+    if is_first:
+        monkeypatch.setattr(limits, "ANSWER", 0.2)
     asked = []
 
     def authorize(subscription):
         asked.append(1)
+        monkeypatch.setattr(limits, "ANSWER", 0.2)  # of the next one
         while not subscription.is_closed and (is_first or len(asked) > 1):
             place.pause()  # it hangs until that
         return True
@@ -95,7 +97,7 @@ def test_an_authorize_that_hangs_ends_a_reader(
     )
     with pytest.raises(Closed, match="denied"):
         place.start(read)()
-    assert len(asked) == 1 if is_first else 2
+    assert len(asked) == (1 if is_first else 2)
     place.await_true(lambda: hub.presence("a") == [])
     journal().flush()
     assert "has not answered" in caplog.text
