@@ -235,9 +235,25 @@ from syncstream.brokers.local import LocalBroker
 from syncstream.errors import Unavailable
 used, idle = LocalBroker(sys.argv[1]), LocalBroker(sys.argv[1])
 used.publish([("a", b"parent")])
+
+def threads():
+    # What the kernel counts of the others.
+    found = []
+    for number in {*os.listdir("/proc/self/task")} - {str(os.getpid())}:
+        with open(f"/proc/self/task/{number}/status") as status:
+            lines = status.read().splitlines()
+        found += sorted(line for line in lines if line.startswith(("State", "Pid")))
+        found += [line for line in lines if "ctxt_switches" in line]
+    return found
+
 # The writer's thread has to be idle: of one that is about to take the GIL the child
-# would have its mutex, locked. Nothing tells that it is.
+# would have its mutex, locked. It is if it slept on while it could have had the GIL.
 time.sleep(0.2)
+if sys.platform == "linux":
+    before = None
+    while (now := threads()) != before or "State:\\tR (running)" in now:
+        before = now
+        time.sleep(0.05)
 child = ctypes.PyDLL(None).fork()
 if not child:
     for each in (
