@@ -80,7 +80,7 @@ class Health:
                 self.is_well = self._is_up
 
     def is_failing(self, way: str, *, server: str = "") -> bool:
-        return (way, server) in self._here().failures
+        return not self.is_well and (way, server) in self._here().failures
 
     def _here(self) -> _Failing:
         return self._parts.get() or self._parts.begin(_Failing())

@@ -101,11 +101,14 @@ class Database:
 
     def _find(self) -> _Identity | None:
         """Return the identity of the present files, ``None`` unless all are there."""
+        found = []
         try:
-            found = [os.stat(self._file + suffix) for suffix in SUFFIXES]
+            for suffix in SUFFIXES:
+                file = os.stat(self._file + suffix)
+                found.append((file.st_dev, file.st_ino))
         except OSError:  # opening them again will raise the error
             return None
-        return tuple((file.st_dev, file.st_ino) for file in found)
+        return tuple(found)
 
     def _is_split(self) -> bool:
         """Tell whether this process has an older set of these files open.

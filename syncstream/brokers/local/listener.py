@@ -179,11 +179,12 @@ class Listener:
             if is_new:
                 self._position = newest(database.connection)
                 self._is_doubtful = True
-            # Read the place before `_watched`: events stored after a `watch` are behind
-            # it.
-            place = newest(database.connection)
             if not self._watched:
-                self._position = place
+                place = newest(database.connection)
+                # Look again, after the place was read: events stored after a `watch`
+                # are behind it.
+                if not self._watched:
+                    self._position = place
             # Before the events: those that come in between are found by the next look.
             place = newest(database.connection)
             self._process.try_to_store(database)
