@@ -68,9 +68,13 @@ def is_asleep(pid):
     for _ in range(10):
         time.sleep(0.02)
         for thread in psutil.Process(pid).threads():
-            with open(f"/proc/{pid}/task/{thread.id}/stat") as stat:
-                if stat.read().rpartition(")")[2].split()[0] != "S":
-                    return False
+            try:
+                with open(f"/proc/{pid}/task/{thread.id}/stat") as stat:
+                    state = stat.read().rpartition(")")[2].split()[0]
+            except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+                return False
+            if state != "S":
+                return False
     return True
 
 
