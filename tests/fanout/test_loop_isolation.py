@@ -89,7 +89,6 @@ def test_an_application_that_blocks_holds_up_nobody_else(hub, peers):
 @pytest.mark.parametrize("hung", [3, 100])
 def test_an_authorize_that_hangs_lets_nobody_go_on(hub, peers, loop, monkeypatch, hung):
     """Who gets no answer in time is denied; the others are asked all the same."""
-    monkeypatch.setattr(limits, "ANSWER", 1.0)
     go_on, answers = threading.Event(), {"revoked": True, "well": True}
     given_back = []
 
@@ -106,6 +105,7 @@ def test_an_authorize_that_hangs_lets_nobody_go_on(hub, peers, loop, monkeypatch
     stuck = [peers(hub, who="well", **asked) for _ in range(hung)]
     well = peers(hub, who="well", **asked)
     revoked = peers(hub, who="revoked", **asked)
+    monkeypatch.setattr(limits, "ANSWER", 1.0)
     for peer in stuck:
         peer.subscription.who = "hung"
     answers["revoked"] = False
@@ -127,7 +127,6 @@ def test_an_authorize_that_hangs_lets_nobody_go_on(hub, peers, loop, monkeypatch
 
 def test_who_cannot_be_asked_is_denied(hub, peers, monkeypatch):
     """When so many hang that there is nobody left to ask."""
-    monkeypatch.setattr(limits, "ANSWER", 0.4)
     monkeypatch.setattr(lanes_module, "MOST_ASKING", 1)
     go_on, are_here, asked = threading.Event(), threading.Event(), []
 
@@ -138,6 +137,7 @@ def test_who_cannot_be_asked_is_denied(hub, peers, monkeypatch):
         return True
 
     both = [peers(hub, who=n, authorize=(authorize, 0.1)) for n in range(2)]
+    monkeypatch.setattr(limits, "ANSWER", 0.4)
     are_here.set()
     try:
         assert [ended(peer)[0] for peer in both] == ["denied", "denied"]
