@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import repeat
 
 from syncstream.fanout.sender import Sender, open_sender
 
@@ -113,7 +112,7 @@ def measure(
 
 def fan(sender: Sender, fds: list[int], found: Found) -> None:
     wall, cpu = time.monotonic(), time.thread_time()
-    rest = sender.send(zip(fds, repeat(DATA)))
+    rest = sender.send_to_all(fds, DATA)
     found.cpu += time.thread_time() - cpu
     found.fans.append(time.monotonic() - wall)
     if rest:
@@ -158,7 +157,7 @@ def main() -> None:
             f"{verdict(ratio <= AIO_GOAL):11} aio to {most:,}: {ratio:.2f} of"
             f" write's CPU time, target {AIO_GOAL}"
         )
-    for name in senders.keys() - {"write"}:
+    for name in (name for name in senders if name != "write"):
         p99 = worst[most, True, name]
         print(
             f"{verdict(p99 <= SPIN_GOAL):11} {name} to {most:,} beside a thread that"

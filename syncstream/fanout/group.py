@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Hashable
 from functools import partial
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from ..channels.options import Failed, NotShared
@@ -205,7 +204,7 @@ class Group:
         self.leader.count(count * len(self.clients))
         loop = self._loop
         try:
-            rest = loop.sender.send(zip(self.clients, repeat(framed)))
+            rest = loop.sender.send_to_all(self.clients, framed)
         except BaseException as error:
             loop.cut(self, error)
             loop.replace_sender()

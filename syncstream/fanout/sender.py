@@ -30,7 +30,7 @@ import struct
 import sys
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing, suppress
 from itertools import islice
 from typing import Any, Protocol
@@ -62,6 +62,17 @@ class Sender(Protocol):
 
     name: str
 
+    def send_to_all(self, fds: Collection[int], data: bytes) -> Rest:
+        """Send all descriptors the same bytes, as `send` does; this is cheaper.
+
+        Args:
+            fds: Descriptors as for `send`. They must not change meanwhile.
+            data: The bytes.
+
+        Returns:
+            As `send`.
+        """
+
     def send(self, pairs: Iterable[Pair]) -> Rest:
         """Send each descriptor its bytes, without waiting for any peer.
 
@@ -69,9 +80,8 @@ class Sender(Protocol):
         it is then unknown which peers got their bytes.
 
         Args:
-            pairs: Descriptors of stream sockets with O_NONBLOCK, each with its bytes
-                (mostly the same object for all). Two pairs of one descriptor may be
-                sent in either order.
+            pairs: Descriptors of stream sockets with O_NONBLOCK, each with its bytes.
+                Two pairs of one descriptor may be sent in either order.
 
         Returns:
             The descriptors that did not accept all of their bytes, in any order, each
@@ -124,12 +134,26 @@ class WriteSender:
 
     name = "write"
 
+    def send_to_all(self, fds: Collection[int], data: bytes) -> Rest:
+        rest: Rest = []
+        each, fd, write, length = iter(fds), -1, os.write, len(data)
+        while True:
+            # Outside of the inner loop, so that only an error costs something: the loop
+            # is entered again, and continues where it stopped.
+            try:
+                for fd in each:
+                    taken = write(fd, data)
+                    if taken != length:
+                        rest.append((fd, taken))
+            except OSError as error:
+                rest.append((fd, _outcome(-(error.errno or errno.EIO))))
+            else:
+                return rest
+
     def send(self, pairs: Iterable[Pair]) -> Rest:
         rest: Rest = []
         each, fd, write = iter(pairs), -1, os.write
         while True:
-            # Outside of the inner loop, so that only an error costs something: the loop
-            # is entered again, and continues where it stopped.
             try:
                 for fd, data in each:
                     taken = write(fd, data)
@@ -241,6 +265,32 @@ class AioSender:
         release.atexit = False  # a daemon thread may be sending until the end
         self._release = release
 
+    def send_to_all(self, fds: Collection[int], data: bytes) -> Rest:
+        """Send all descriptors the same bytes; see `Sender`.
+
+        Raises:
+            ValueError, OSError: As `send`.
+        """
+        if self._state != "idle":
+            self._recover()
+        rest: Rest = []
+        length = len(data)
+        if len(fds) < _FEW:
+            write = self._quick_write
+            for fd in fds:
+                taken = write(fd, data, length)
+                if taken != length:
+                    rest += self._told(fd, data, taken)
+            return rest
+        each, item = iter(fds), (data,)
+        address, size = array("Q", (id(data) + _CONTENT,)), array("Q", (length,))
+        while batch := tuple(islice(each, _ENTRIES)):
+            count = len(batch)
+            if count < _FEW:
+                return rest + self.send_to_all(batch, data)
+            rest += self._send(batch, item * count, address * count, size * count)
+        return rest
+
     def send(self, pairs: Iterable[Pair]) -> Rest:
         """Send each descriptor its bytes; see `Sender`.
 
@@ -258,7 +308,8 @@ class AioSender:
                 rest += self._send_to_few(batch)
             else:
                 fds, chunks = zip(*batch, strict=True)
-                rest += self._send(fds, chunks)
+                addresses = array("Q", [id(chunk) + _CONTENT for chunk in chunks])
+                rest += self._send(fds, chunks, addresses, array("Q", map(len, chunks)))
         return rest
 
     def _send_to_few(self, pairs: Sequence[Pair]) -> Rest:
@@ -266,11 +317,13 @@ class AioSender:
         for fd, chunk in pairs:
             length = len(chunk)
             taken = write(fd, chunk, length)
-            if taken < 0:  # os.write tells why
-                rest += self._write.send([(fd, chunk)])
-            elif taken != length:
-                rest.append((fd, taken))
+            if taken != length:
+                rest += self._told(fd, chunk, taken)
         return rest
+
+    def _told(self, fd: int, chunk: bytes, taken: int) -> Rest:
+        """Return what is said of a write by ctypes; os.write tells why it failed."""
+        return [(fd, taken)] if taken >= 0 else self._write.send([(fd, chunk)])
 
     def _recover(self) -> None:
         if self._state == "closed":
@@ -281,14 +334,14 @@ class AioSender:
         self._open()
         self._state = "idle"
 
-    def _send(self, fds: tuple[int, ...], chunks: tuple[bytes, ...]) -> Rest:
-        count, first = len(fds), chunks[0]
-        if chunks.count(first) == count:  # one event for all
-            addresses = array("Q", (id(first) + _CONTENT,)) * count
-            sizes = array("Q", (len(first),)) * count
-        else:
-            addresses = array("Q", [id(chunk) + _CONTENT for chunk in chunks])
-            sizes = array("Q", map(len, chunks))
+    def _send(
+        self,
+        fds: tuple[int, ...],
+        chunks: tuple[bytes, ...],
+        addresses: array[int],
+        sizes: array[int],
+    ) -> Rest:
+        count = len(fds)
         self._fds[:count] = memoryview(array("i", fds))
         self._addresses[:count] = memoryview(addresses)
         self._sizes[:count] = memoryview(sizes)

@@ -400,7 +400,7 @@ def test_a_sender_that_raises(channel):
     settle(loop)
 
     class Failing:
-        def send(self, pairs):
+        def send_to_all(self, fds, data):
             raise MemoryError
 
         def close(self):

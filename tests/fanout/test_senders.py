@@ -72,6 +72,18 @@ def to_all(fds, data):
     return [(fd, data) for fd in fds]
 
 
+WAYS = {
+    "pairs": lambda sender, fds, data: sender.send(to_all(fds, data)),
+    "to all": lambda sender, fds, data: sender.send_to_all(fds, data),
+}
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS)
+def send(request):
+    """Each way to send many descriptors the same bytes."""
+    return request.param
+
+
 def contexts():
     """Return the process's AIO contexts, by their memory."""
     lines = Path("/proc/self/maps").read_text().splitlines()
@@ -141,13 +153,13 @@ def fill(near):
 # What is sent.
 
 
-def test_all_bytes_in_order_to_many(sender, room):
+def test_all_bytes_in_order_to_many(sender, room, send):
     """1,500 descriptors, more than a batch has: each gets each send whole, in order."""
     sent = [b"event %d;" % n for n in range(5)]
     with socket_pairs(MANY) as pairs:
         fds = [near.fileno() for near, _ in pairs]
         for data in sent:
-            assert sender.send(to_all(fds, data)) == []
+            assert send(sender, fds, data) == []
         assert {waiting(far) for _, far in pairs} == {b"".join(sent)}
 
 
@@ -161,13 +173,13 @@ def test_any_iterable_will_do(sender, kind):
         assert {waiting(far) for _, far in pairs} == {b"a"}
 
 
-def test_nothing_to_send(sender):
+def test_nothing_to_send(sender, send):
     """No descriptors, or no bytes: nothing happens, but that bad ones are told."""
     with socket_pairs(20) as pairs:
         fds = [near.fileno() for near, _ in pairs]
         assert sender.send([]) == []
-        assert sender.send(to_all(fds, b"")) == []
-        assert sender.send(to_all([*fds, NO_FD], b"")) == [(NO_FD, EBADF)]
+        assert send(sender, fds, b"") == []
+        assert send(sender, [*fds, NO_FD], b"") == [(NO_FD, EBADF)]
         assert {waiting(far) for _, far in pairs} == {b""}
 
 
@@ -205,7 +217,7 @@ def test_each_its_own_in_part(sender):
                 assert len(came) == taken
 
 
-def test_each_size_of_a_batch(sender, room):
+def test_each_size_of_a_batch(sender, room, send):
     """Around AIO's 8 and its 256, none is left out or doubled."""
     sizes = (1, 2, 6, 7, 8, 9, 63, 64, 255, 256, 257, 262, 263, 264, 511, 513, 3, 1500)
     with socket_pairs(MANY) as pairs:
@@ -213,24 +225,24 @@ def test_each_size_of_a_batch(sender, room):
             data = b"%d" % size
             some = pairs[-size:]
             fds = [near.fileno() for near, _ in some]
-            assert sender.send(to_all([*fds, NO_FD], data)) == [(NO_FD, EBADF)]
+            assert send(sender, [*fds, NO_FD], data) == [(NO_FD, EBADF)]
             assert {waiting(far) for _, far in some} == {data}
         assert {waiting(far) for _, far in pairs} == {b""}
 
 
-def test_a_descriptor_twice(sender):
+def test_a_descriptor_twice(sender, send):
     """It gets the bytes twice: nobody looks whether they are distinct."""
     with socket_pairs(1) as [(near, far)]:
-        assert sender.send(to_all([near.fileno()] * 40, b"ab")) == []
+        assert send(sender, [near.fileno()] * 40, b"ab") == []
         assert waiting(far) == b"ab" * 40
 
 
-def test_large_data(sender):
+def test_large_data(sender, send):
     """1 MiB: what each took is told, and is its beginning; the rest can follow."""
     data = os.urandom(1 << 20)
     with socket_pairs(40, size=50_000) as pairs:
         fds = {near.fileno(): far for near, far in pairs}
-        taken = dict(sender.send(to_all(fds, data)))
+        taken = dict(send(sender, fds, data))
         assert taken.keys() == fds.keys()
         for fd, far in fds.items():
             assert 0 < taken[fd] < len(data)
@@ -266,12 +278,12 @@ def read_all(client):
 # Peers that do not take it.
 
 
-def test_full_ones_are_told(sender):
+def test_full_ones_are_told(sender, send):
     """A full buffer: 0 bytes; one with some room: as many as went in."""
     data = b"x" * 100_000
     with socket_pairs(40, size=20_000) as pairs:
         full = {near.fileno(): fill(near) for near, _ in pairs[::2]}
-        rest = dict(sender.send(to_all([near.fileno() for near, _ in pairs], data)))
+        rest = dict(send(sender, [near.fileno() for near, _ in pairs], data))
         for near, far in pairs:
             taken = rest[near.fileno()]
             before = full.get(near.fileno())
@@ -282,7 +294,7 @@ def test_full_ones_are_told(sender):
             assert len(waiting(far)) == (before or 0) + taken
 
 
-def test_closed_and_gone_ones_are_told(sender):
+def test_closed_and_gone_ones_are_told(sender, send):
     """EBADF and EPIPE, ENOTSOCK or EBADF for what is no socket to send to."""
     with socket_pairs(40) as pairs:
         for _, far in pairs[::4]:
@@ -290,7 +302,7 @@ def test_closed_and_gone_ones_are_told(sender):
         fds = [near.fileno() for near, _ in pairs]
         gone = [(fd, EPIPE) for fd in fds[::4]]
         bad = [(-1, EBADF), (NO_FD, EBADF)]
-        rest = sender.send(to_all([-1, *fds, NO_FD], b"bytes"))
+        rest = send(sender, [-1, *fds, NO_FD], b"bytes")
         assert sorted(rest) == sorted(gone + bad)
         alive = [far for _, far in pairs if far.fileno() >= 0]
         assert [waiting(far) for far in alive] == [b"bytes"] * 30
@@ -300,14 +312,14 @@ PLACES = [(0,), (39,), (0, 39), (7, 8, 9), range(20), range(1, 40, 2), range(40)
 
 
 @pytest.mark.parametrize("places", PLACES, ids=str)
-def test_a_closed_descriptor_stops_nobody_else(sender, places):
+def test_a_closed_descriptor_stops_nobody_else(sender, places, send):
     """Wherever it is in a batch, the others get theirs, once."""
     with socket_pairs(40) as pairs:
         fds = [near.fileno() for near, _ in pairs]
         for place in places:
             pairs[place][0].close()
         for data in (b"one", b"two"):
-            assert sorted(sender.send(to_all(fds, data))) == [
+            assert sorted(send(sender, fds, data)) == [
                 (fds[place], EBADF) for place in places
             ]
             for n, (_, far) in enumerate(pairs):
@@ -315,7 +327,7 @@ def test_a_closed_descriptor_stops_nobody_else(sender, places):
 
 
 @pytest.mark.parametrize("how", ["RST", "FIN"])
-def test_reset_peers(sender, how):
+def test_reset_peers(sender, how, send):
     """A reset is told at once, then EPIPE; a plain end once its reset has come back."""
     with tcp_pair() as (near, client):
         near.setblocking(False)
@@ -325,16 +337,17 @@ def test_reset_peers(sender, how):
         poll.register(near, select.POLLRDHUP)
         assert poll.poll(TIMEOUT * 1000)
         if how == "FIN":
-            sender.send(to_all([near.fileno()], b"bytes"))
+            send(sender, [near.fileno()], b"bytes")
             poll.register(near, 0)
             assert poll.poll(TIMEOUT * 1000)  # POLLERR, POLLHUP
-        results = [result for _, result in sender.send(to_all(fds, b"bytes"))]
+        results = [result for _, result in send(sender, fds, b"bytes")]
         first = -errno.ECONNRESET if how == "RST" else EPIPE
         assert results == [first] + [EPIPE] * 39
 
 
 STATES = st.sampled_from(["ready", "full", "some", "gone", "bad"])
-STEPS = st.tuples(st.integers(1, 40_000), st.booleans())  # bytes; all read after it
+# bytes; how; whether all are read after it
+STEPS = st.tuples(st.integers(1, 40_000), st.sampled_from(list(WAYS)), st.booleans())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -355,9 +368,9 @@ def test_like_a_model(name, states, steps):
             fds.append(NO_FD + len(fds) if state == "bad" else near.fileno())
             streams.append(b"." * held)
         is_read = False
-        for size, reads in steps:
+        for size, way, reads in steps:
             data = os.urandom(size)
-            rest = sender.send(to_all(fds, data))
+            rest = WAYS[way](sender, fds, data)
             told = dict(rest)
             assert len(told) == len(rest)
             assert set(told) <= set(fds)
@@ -408,7 +421,7 @@ def test_no_descriptor_is_left(name):
 
 
 @linux
-def test_memory_is_stable(sender):
+def test_memory_is_stable(sender, send):
     """100,000 sends of different bytes leave nothing, without a garbage collection."""
     with socket_pairs(50) as pairs:
         fds = [near.fileno() for near, _ in pairs]
@@ -417,7 +430,7 @@ def test_memory_is_stable(sender):
         def fans(count):
             for n in range(count):
                 data = b"%d" % n * 500
-                assert sender.send(to_all(bad, data)) == [(NO_FD, EBADF)]
+                assert send(sender, bad, data) == [(NO_FD, EBADF)]
                 if not n % 20:
                     for _, far in pairs:
                         waiting(far)
@@ -454,12 +467,12 @@ def mapped():
 
 
 @aio
-def test_a_closed_one_says_so():
+def test_a_closed_one_says_so(send):
     """It does not send by a context that is another's now."""
     sender = open_sender("aio")
     sender.close()
     with pytest.raises(ValueError, match="the sender is closed"):
-        sender.send(to_all([0] * 8, b"data"))
+        send(sender, [0] * 8, b"data")
 
 
 # Threads, processes.
@@ -948,7 +961,7 @@ SHORT = ([], [errno.EINTR], [1] * 40, [0, errno.EINTR, 3, errno.EINTR, errno.EIN
 
 @aio
 @pytest.mark.parametrize("waits", SHORT, ids=str)
-def test_answers_that_come_late(queueing, waits):
+def test_answers_that_come_late(queueing, waits, send):
     """In another order, a few at a time, over signals: each is told of its own."""
     kernel, sender = queueing
     with socket_pairs(40, size=10_000) as pairs:
@@ -966,7 +979,7 @@ def test_answers_that_come_late(queueing, waits):
             if fd not in told:
                 assert waiting(far) == b"%d" % fd
         kernel.waits[:] = waits
-        assert sender.send(to_all(fds[1:4], b"few")) == []
+        assert send(sender, fds[1:4], b"few") == []
         assert [waiting(far) for _, far in pairs[1:4]] == [b"few"] * 3
 
 
@@ -990,7 +1003,23 @@ def test_bytes_are_kept_until_they_are_answered(queueing):
 
 
 @aio
-def test_a_kernel_that_answers_no_more(queueing):
+def test_the_same_bytes_are_kept_until_they_are_answered(queueing):
+    """Sent to all, and nobody else has them."""
+    kernel, sender = queueing
+    with socket_pairs(40) as pairs:
+        fds = [near.fileno() for near, _ in pairs]
+        kernel.waits[:] = [5, KeyboardInterrupt()]
+        with pytest.raises(KeyboardInterrupt):
+            sender.send_to_all(fds, b"%06d" % len(fds) * 50)
+        gc.collect()
+        noise = [b"bad %06d" % n * 30 for n in range(10_000)]
+        assert sender.send_to_all(fds, b"new") == []
+        assert len(noise) == 10_000
+        assert {waiting(far) for _, far in pairs} == {b"000040" * 50 + b"new"}
+
+
+@aio
+def test_a_kernel_that_answers_no_more(queueing, send):
     """It is an OSError, and nobody is told that they took it."""
     kernel, sender = queueing
     with socket_pairs(40) as pairs:
@@ -998,9 +1027,9 @@ def test_a_kernel_that_answers_no_more(queueing):
         kernel.getevents, getevents = lambda *_: -1, kernel.getevents
         ctypes.set_errno(errno.EINVAL)
         with pytest.raises(OSError, match="io_getevents: Invalid argument"):
-            sender.send(to_all(fds, b"lost"))
+            send(sender, fds, b"lost")
         kernel.getevents = getevents
-        assert sender.send(to_all(fds, b",data")) == []
+        assert send(sender, fds, b",data") == []
         assert {waiting(far) for _, far in pairs} == {b"lost,data"}
 
 
@@ -1088,7 +1117,7 @@ def has_gil():
 
 @aio
 @pytest.mark.skipif(not has_gil(), reason="without a GIL there is no convoy")
-def test_no_convoy():
+def test_no_convoy(send):
     """Beside a thread that computes the GIL is given up once a batch, not 250 times."""
     with contextlib.closing(open_sender("aio")) as sender, socket_pairs(250) as pairs:
         fds = [near.fileno() for near, _ in pairs]
@@ -1096,7 +1125,7 @@ def test_no_convoy():
         with computing():
             for _ in range(20):
                 began = time.monotonic()
-                assert sender.send(to_all(fds, b"data")) == []
+                assert send(sender, fds, b"data") == []
                 times.append(time.monotonic() - began)
                 assert {waiting(far) for _, far in pairs} == {b"data"}
         # By os.write it is 5 ms for each that the computing thread gets between.
