@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -346,7 +346,7 @@ class SSEResponse(_Streaming):
 
     def __init__(
         self,
-        source: Iterable[Any],
+        source: Iterable[Any] | AsyncIterable[Any],
         status: int = 200,
         headers: headers_module.HeaderSource | None = None,
         *,
@@ -384,7 +384,7 @@ class NDJSONResponse(_Streaming):
 
     def __init__(
         self,
-        source: Iterable[Any],
+        source: Iterable[Any] | AsyncIterable[Any],
         status: int = 200,
         headers: headers_module.HeaderSource | None = None,
         *,
@@ -412,7 +412,7 @@ class StreamResponse(_Streaming):
 
     def __init__(
         self,
-        source: Iterable[str | bytes | None],
+        source: Iterable[str | bytes | None] | AsyncIterable[str | bytes | None],
         status: int = 200,
         headers: headers_module.HeaderSource | None = None,
         *,

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from typing import Any
 
 from ..protocol.sse import Event
+from .async_source import AsyncItems, is_async
 from .contract import Feed, is_feed
 
 __all__ = ["Source", "check_source"]
@@ -19,19 +27,24 @@ class Source:
         given: The source, as the application gave it.
 
     Attributes:
-        given: The same; ``None`` once it is closed, or belongs to the loop.
+        given: The same, or the items of an asynchronous one; ``None`` once it is
+            closed, or belongs to the loop.
+        items: The items of an asynchronous source, else ``None``.
         feed: The same if it is a `Feed`, else ``None``.
         to_close: The objects to close, the first one last. Whoever pops one closes it.
     """
 
-    __slots__ = ("feed", "given", "to_close")
+    __slots__ = ("feed", "given", "items", "to_close")
 
-    def __init__(self, given: Iterable[Any]) -> None:
-        self.given: Iterable[Any] | None = given
+    def __init__(self, given: Iterable[Any] | AsyncIterable[Any]) -> None:
+        self.items: AsyncItems | None = None
+        self.given: Any = given
+        if is_async(given):
+            self.given = self.items = AsyncItems(given)
         self.feed: Feed | None = None
         if is_feed(given):
             self.feed = given
-        self.to_close: list[Any] = [given]
+        self.to_close: list[Any] = [self.given]
 
     def iterate(self, given: Iterable[Any]) -> Iterator[Any]:
         """Return the iterator of the source, which is closed before the source."""
@@ -57,12 +70,14 @@ class Source:
 
     def forget(self) -> None:
         """Drop the source: it is closed, or the loop closes it."""
-        self.given = self.feed = None
+        self.given = self.feed = self.items = None
 
     @property
     def name(self) -> str:
         """The source's name and place in the code, for the log; ``%`` is doubled."""
         given = self.given
+        if isinstance(given, AsyncItems):
+            return given.name.replace("%", "%%")
         name = getattr(given, "__qualname__", None) or type(given).__qualname__
         code = getattr(given, "gi_code", None)
         place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
@@ -78,9 +93,9 @@ def check_source(source: Any) -> None:
     if isinstance(source, Generator) or is_feed(source):
         return  # most are
     problem = None
-    if hasattr(source, "__aiter__") and not hasattr(source, "__iter__"):
-        problem = "an asynchronous one cannot be iterated here: make it a `def`"
-    elif hasattr(source, "__await__"):
+    if is_async(source) and not isinstance(source, type):
+        return
+    if hasattr(source, "__await__"):
         problem = "a coroutine is not awaited here: make it a generator"
     elif isinstance(source, type) or inspect.isroutine(source):
         problem = "it has not been called: add ()"
@@ -92,5 +107,6 @@ def check_source(source: Any) -> None:
         if inspect.iscoroutine(source):
             source.close()  # or Python warns that it was never awaited
         raise TypeError(
-            f"source must be a generator or another iterable, got {source!r}: {problem}"
+            "source must be a generator, another iterable or an asynchronous one, got"
+            f" {source!r}: {problem}"
         )

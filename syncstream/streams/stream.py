@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 from ..channels.options import ONE_READER
@@ -38,6 +38,7 @@ from ..runtime.waiting import (
     is_greenlet_exit,
     refuse_eventlet,
     sleep,
+    task_scope,
     wait,
 )
 from ..servers.connection import Connection
@@ -66,9 +67,13 @@ def current_stream() -> Stream | None:
     """Return the stream whose generator is running here.
 
     ``None`` outside of a stream's generator, and in threads and greenlets that the
-    generator has started: pass them the stream.
+    generator has started: pass them the stream. In an asynchronous source, and in the
+    tasks that it starts, it is that source's.
     """
-    return cast("Stream | None", current_scope())
+    scope = current_scope()
+    if scope is None and (reference := task_scope.get()) is not None:
+        scope = reference()
+    return cast("Stream | None", scope)
 
 
 def warn_unframed() -> None:
@@ -105,7 +110,7 @@ class Stream:
     Applications get streams from the response classes; they do not make them.
 
     Args:
-        source: A generator, another iterable or a `Feed`.
+        source: A generator, another iterable, an asynchronous one, or a `Feed`.
         format: How items become chunks.
         life: The durations; ``None`` for the defaults.
         retry: The client's reconnection time in milliseconds; ``None`` sends none.
@@ -128,7 +133,7 @@ class Stream:
 
     def __init__(
         self,
-        source: Iterable[Any],
+        source: Iterable[Any] | AsyncIterable[Any],
         format: Format,
         *,
         life: Life | None = None,
@@ -159,10 +164,10 @@ class Stream:
         self.has_waited = False  # since the last look
         self.has_resumed = False  # a subscription has taken the Last-Event-ID
         self.was_told = False  # of its end, by an exception; see waiting.py
-        self._source, self._out = (
-            made,
-            Output(format, retry, End.of(end, format.encode)),
-        )
+        if made.items is not None:
+            made.items.run_for(self.reference)
+        self._source = made
+        self._out = Output(format, retry, End.of(end, format.encode))
         self._outcome, life = Outcome(), life or Life()
         self._monitor = Monitor(self.reference, self._outcome, self._out, made, life)
         self._closing = Closing(self._outcome, self._out, self._monitor, made)

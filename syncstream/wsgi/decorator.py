@@ -131,9 +131,11 @@ def decorator(
         def decorate(view: Callable[P, Any]) -> Callable[P, Any]:
             if not callable(view):
                 raise TypeError(f"@sse takes a view function, got {view!r}")
-            if inspect.iscoroutinefunction(view) or inspect.isasyncgenfunction(view):
+            if inspect.iscoroutinefunction(view):
                 raise TypeError(
-                    f"@sse takes a synchronous view: make it a def, got {view!r}"
+                    "@sse takes a generator view, synchronous or asynchronous, got the"
+                    f" coroutine function {view!r}: yield the events, or make it a def"
+                    " that returns SSEResponse(...)"
                 )
 
             @functools.wraps(view)
@@ -141,6 +143,8 @@ def decorator(
                 if response is SSEResponse:
                     _check_framework(args, kwargs)
                 result = view(*args, **kwargs)
+                if inspect.isasyncgen(result):
+                    return finish(response(result, **options))
                 if not inspect.isgenerator(result):
                     return result
                 return finish(response(prepare(result), **options))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import is_hop_by_hop
 
@@ -336,7 +336,7 @@ class SSEResponse(_Streaming):
             compact JSON, by orjson with the ``fast`` extra.
 
     Raises:
-        TypeError: ``source`` cannot be iterated, or is asynchronous; ``status`` or a
+        TypeError: ``source`` cannot be iterated; ``status`` or a
             header has a wrong type.
         ValueError: ``status`` is not 200 to 599, a header cannot be sent (it has a line
             break, for example), ``retry`` is negative, ``end`` is another word, or
@@ -346,7 +346,7 @@ class SSEResponse(_Streaming):
 
     def __init__(
         self,
-        source: Iterable[Any],
+        source: Iterable[Any] | AsyncIterable[Any],
         status: int | str = 200,
         headers: HeaderSource | None = None,
         *,
@@ -397,12 +397,12 @@ class NDJSONResponse(_Streaming):
         dumps: The JSON encoder; returns ``str`` or ``bytes`` without line ends.
 
     Raises:
-        TypeError: ``source`` cannot be iterated, or is asynchronous.
+        TypeError: ``source`` cannot be iterated.
     """
 
     def __init__(
         self,
-        source: Iterable[Any],
+        source: Iterable[Any] | AsyncIterable[Any],
         status: int | str = 200,
         headers: HeaderSource | None = None,
         *,
@@ -435,14 +435,14 @@ class StreamResponse(_Streaming):
         content_type: The body's media type.
 
     Raises:
-        TypeError: ``source`` cannot be iterated, or is asynchronous.
+        TypeError: ``source`` cannot be iterated.
     """
 
     _may_have_length = True
 
     def __init__(
         self,
-        source: Iterable[str | bytes | None],
+        source: Iterable[str | bytes | None] | AsyncIterable[str | bytes | None],
         status: int | str = 200,
         headers: HeaderSource | None = None,
         *,

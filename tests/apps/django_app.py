@@ -62,6 +62,12 @@ def decorated(request, name):
     yield from SOURCES[name](request.GET["key"])
 
 
+@sse
+async def async_decorated(request, name):
+    async for item in SOURCES[name](request.GET["key"]):
+        yield item
+
+
 @sse(end="reconnect")
 def stream(request):
     yield type(current_stream()).__name__ + request.path
@@ -78,6 +84,7 @@ urlpatterns = [
     path("ndjson/<name>", ndjson),
     path("raw/<name>", raw),
     path("decorated/<name>", decorated),
+    path("async-decorated/<name>", async_decorated),
     path("stream", stream),
     path("handwritten/<name>", handwritten),
 ]

@@ -49,6 +49,12 @@ def make():
     def decorated(name):
         yield from SOURCES[name](flask.request.args["key"])
 
+    @app.get("/async-decorated/<name>")
+    @sse
+    async def async_decorated(name):
+        async for item in SOURCES[name](flask.request.args["key"]):
+            yield item
+
     @app.get("/stream")
     @sse(end="reconnect")
     def stream():

@@ -3,8 +3,10 @@
 Each tells the test what becomes of it, under the key that the request names.
 """
 
+import asyncio
 import os
 import threading
+from contextlib import asynccontextmanager
 
 from syncstream import sleep
 from tests.apps.control import gate, note
@@ -87,7 +89,101 @@ def raising(error):
     return source
 
 
+def noted_async(source):
+    """Note an asynchronous source's start, and its end after an await."""
+
+    @asynccontextmanager
+    async def told(key):
+        try:
+            yield
+        finally:
+            await asyncio.sleep(0)
+            note(f"{key}-left", "left")
+
+    async def run(key):
+        note(f"{key}-started", os.getpid())
+        how = "finished"
+        try:
+            async with told(key):
+                async for item in source(key):
+                    yield item
+        except BaseException as error:
+            how = type(error).__name__
+            raise
+        finally:
+            await asyncio.sleep(0.01)
+            note(f"{key}-ended", how)
+
+    return run
+
+
+@noted_async
+async def async_gated(key):
+    """Yield 0, 1, 2 …, each when the test opens the gate."""
+    n = 0
+    while True:
+        await asyncio.to_thread(gate, key)
+        yield n
+        n += 1
+
+
+@noted_async
+async def async_waiting(key):
+    """Yield once, and wait."""
+    yield 0
+    note(f"{key}-waiting", True)
+    await asyncio.sleep(60)
+
+
+@noted_async
+async def async_three(key):
+    """Yield three numbers."""
+    for n in range(3):
+        await asyncio.sleep(0.001)
+        yield n
+
+
+@noted_async
+async def async_broken(key):
+    """Fail before the first item."""
+    raise RuntimeError("MARK")
+    yield
+
+
+@noted_async
+async def async_failing(key):
+    """Fail after the first item."""
+    yield 0
+    raise RuntimeError("MARK")
+
+
+@noted_async
+async def async_looking_up(key):
+    """Use what an upstream's client uses: a host's address, a thread, a connection."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo("localhost", 80)
+    yield "found" if found else "not found"
+    yield await asyncio.to_thread(str, "a thread")
+
+    async def answer(reader, writer):
+        writer.write(await reader.readline())
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(b"an answer\n")
+        yield (await reader.readline()).decode().strip()
+        writer.close()
+
+
 SOURCES = {
+    "async-gated": async_gated,
+    "async-waiting": async_waiting,
+    "async-three": async_three,
+    "async-broken": async_broken,
+    "async-failing": async_failing,
+    "async-looking-up": async_looking_up,
     "gated": gated,
     "ticking": ticking,
     "waiting": waiting,

@@ -3,7 +3,7 @@
 LEFT = (["GeneratorExit", True], ["ClientDisconnected", True])
 
 
-def assert_gated(server, path, key, version="1.1", opened=0):
+def assert_gated(server, path, key, version="1.1", opened=0, left=LEFT):
     """Step a gated generator: each event arrives before the next is made."""
     server.control.open(key, opened)
     with server.get(f"{path}?key={key}", version=version) as client:
@@ -17,7 +17,7 @@ def assert_gated(server, path, key, version="1.1", opened=0):
                 server.control.open(key)
             assert client.block() == f"data: {n}\n\n".encode()
     server.control.open(key, 50)
-    assert server.control.next(f"{key}-ended") in LEFT
+    assert server.control.next(f"{key}-ended") in left
     return client
 
 

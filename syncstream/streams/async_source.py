@@ -1,0 +1,376 @@
+"""Asynchronous sources: each is a task of the process's event loop.
+
+The task makes one item at a time, when it is asked for one. What a generator would be
+told by its caller, it is told by its task: the client's leaving cancels the task, which
+raises CancelledError where the source awaits; at a ``yield`` it is closed, and gets
+GeneratorExit. Either way ``aclose()`` is awaited.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Generator
+from contextlib import suppress
+from contextvars import Context, copy_context
+from typing import Any, TypeGuard
+
+from ..runtime.clock import time
+from ..runtime.event_loop import EventLoop, event_loop
+from ..runtime.journal import journal
+from ..runtime.process import process
+from ..runtime.waiter import Turn, Waiter, Wakeable, wake_all
+from ..runtime.waiting import task_scope
+
+__all__ = ["AsyncItems", "is_async"]
+
+log = logging.getLogger("syncstream.stream")
+
+BLOCKED = 0.1  # seconds for which a source may keep the loop from the others
+CLOSE_WAIT = 5.0  # seconds in which a source should have ended after its cancel
+
+
+def is_async(source: object) -> TypeGuard[AsyncIterable[Any]]:
+    """Tell whether a source can be iterated by ``async for`` only."""
+    return hasattr(source, "__aiter__") and not hasattr(source, "__iter__")
+
+
+class AsyncItems:
+    """The items of an asynchronous source, for a thread or greenlet that waits.
+
+    It is an iterator like a generator: an error that is thrown is raised at the
+    source's ``yield``. ``close`` cancels the source's task and waits for its end, some
+    seconds at most.
+
+    Args:
+        source: The asynchronous source. Its task runs in a copy of the context that is
+            the current one now.
+
+    Attributes:
+        name: The source's name and place in the code, for the log.
+    """
+
+    def __init__(self, source: AsyncIterable[Any]) -> None:
+        self.name = _name_of(source)
+        self._source: AsyncIterable[Any] | None = source
+        self._context = copy_context()
+        self._task: _Task | None = None
+        self._waiter: Waiter | None = None
+        self._is_closed = False
+
+    def run_for(self, stream: Callable[[], Any]) -> None:
+        """Set the stream, by a weak reference, that the source finds as its own."""
+        self._context.run(task_scope.set, stream)
+
+    def __iter__(self) -> AsyncItems:
+        return self
+
+    def __next__(self) -> Any:
+        return self._get(None)
+
+    def throw(self, error: BaseException) -> Any:
+        """Raise an error at the source's ``yield``; return its next item."""
+        return self._get(error)
+
+    def _get(self, error: BaseException | None) -> Any:
+        if self._is_closed:
+            raise StopIteration
+        if self._waiter is None or not self._waiter.is_ours():
+            self._waiter = Waiter()
+        task = self._task or self._begin()
+        task.ask(error, self._waiter)
+        error = None
+        while not task.has_answered:
+            self._waiter.wait(None)
+        return task.take()
+
+    def _begin(self) -> _Task:
+        loop = event_loop()
+        source, self._source = self._source, None
+        assert source is not None
+        task = self._task = _Task(source, self.name, loop)
+        task.begin(self._context.copy())
+        return task
+
+    def close(self) -> None:
+        """Cancel the source, and wait until it has ended, some seconds at most."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._task is None and _is_unstarted(self._source):
+            self._source = None
+            return
+        # One that has not begun may be an upstream's response, with a connection.
+        task = self._task or self._begin()
+        turn = Turn()
+        task.end(turn.end)
+        if not turn.wait(time.monotonic() + CLOSE_WAIT):
+            text = (
+                "%s has not ended within %g s after its cancel: its stream has ended"
+                " without it"
+            )
+            journal().later(log, logging.WARNING, text, task.name, CLOSE_WAIT)
+            return
+        error = task.take_late()
+        if error is not None:
+            try:
+                raise error
+            finally:
+                error = None  # its traceback has this frame
+
+    def __del__(self) -> None:
+        if self._task is not None and not self._is_closed:
+            with suppress(RuntimeError):  # the loop has ended, with the process
+                self._task.end(lambda: None)
+
+
+class _Task:
+    """One source's task, and the answers that it gives.
+
+    Args:
+        source: The source.
+        name: Its name, for the log.
+        loop: The loop that runs it.
+    """
+
+    def __init__(self, source: AsyncIterable[Any], name: str, loop: EventLoop) -> None:
+        self.name = name
+        self._source = source
+        self._loop = loop
+        self._waiter: Wakeable | None = None
+        self.has_answered = False
+        self._item: Any = None
+        self._error: BaseException | None = None
+        self._thrown: BaseException | None = None
+        self._future: Any = None  # that the task awaits between two items
+        self._is_asked = False
+        self._is_over = False  # whether it is to end
+        self._has_ended = False
+        self._told: list[Callable[[], object]] = []  # called at its end
+        self._task: Any = None
+
+    # From the thread that reads.
+
+    def begin(self, context: Context) -> None:
+        self._loop.start(self._run(), context)
+
+    def ask(self, error: BaseException | None, waiter: Wakeable) -> None:
+        """Have the next item made; the waiter is woken when `has_answered`.
+
+        Args:
+            error: Raised in the source, instead of going on after its ``yield``.
+            waiter: Whom to wake.
+        """
+        self._thrown, self._waiter, self.has_answered = error, waiter, False
+        self._loop.call(self._asked)
+
+    def take(self) -> Any:
+        """Return the item, or raise what the source has raised.
+
+        Raises:
+            StopIteration: The source has finished.
+        """
+        item, self._item = self._item, None
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                error = None  # its traceback has this frame
+        if self._has_ended:
+            raise StopIteration
+        return item
+
+    def end(self, told: Callable[[], object]) -> None:
+        """Cancel it, and call a function, in the loop, when it has ended."""
+        self._loop.call(lambda: self._end(told))
+
+    def take_late(self) -> BaseException | None:
+        """Return what the source has raised at its end, ``None`` for nothing."""
+        error, self._error = self._error, None
+        return error
+
+    # In the loop's thread.
+
+    def _asked(self) -> None:
+        self._is_asked = True
+        if self._has_ended:  # before it was asked: others may cancel it, too
+            self._answer()
+        elif self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    def _end(self, told: Callable[[], object]) -> None:
+        if self._has_ended:
+            told()
+            return
+        self._told.append(told)
+        if not self._is_over:
+            self._is_over = True
+            self._error = None
+            if self._task is not None:
+                self._task.cancel()
+
+    def _answer(self) -> None:
+        self.has_answered = True
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            wake_all([waiter])
+
+    async def _run(self) -> None:
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        iterator: AsyncIterator[Any] | None = None
+        try:
+            while not self._is_over:
+                if not self._is_asked:
+                    self._future = loop.create_future()
+                    await self._future
+                self._is_asked = False
+                thrown, self._thrown = self._thrown, None
+                if iterator is None:
+                    iterator = self._source.__aiter__()
+                if thrown is None:
+                    step: Awaitable[Any] = iterator.__anext__()
+                else:
+                    step = _thrown_into(iterator, thrown)
+                    thrown = None
+                item = await _Timed(step, self)
+                if not self._is_over:
+                    self._item = item
+                    self._answer()
+                item = None
+        except StopAsyncIteration:
+            pass
+        except BaseException as error:
+            if not (self._is_over and isinstance(error, asyncio.CancelledError)):
+                self._error = error
+        try:
+            await self._aclose(iterator)
+        finally:
+            iterator = None
+            self._source = self._future = self._task = None  # type: ignore[assignment]
+            self._has_ended = True
+            self._answer()
+            for told in self._told:
+                told()
+
+    async def _aclose(self, iterator: AsyncIterator[Any] | None) -> None:
+        """Close the iterator, and what it was made of."""
+        closables = [iterator] if iterator is not None else []
+        if iterator is not self._source:
+            closables.append(self._source)  # type: ignore[arg-type]
+        for closable in closables:
+            try:
+                await _Timed(_closing(closable), self)
+            except BaseException as error:
+                # One that has yielded while it was closed cannot be closed again: it
+                # ends when it is freed.
+                is_silent = _has_yielded(error) or _is_cancel(error)
+                if self._error is None and not is_silent:
+                    self._error = error
+
+    def note_step(self, seconds: float) -> None:
+        """Say, once a process, that the source has held the loop up."""
+        process().say_once(
+            log,
+            logging.WARNING,
+            self.name.replace("%", "%%")
+            + " has blocked the event loop for %.2f s, before %s: all other"
+            " asynchronous sources had to wait. Await a coroutine instead of a call"
+            " that waits or computes, or use `await asyncio.to_thread(call)`",
+            seconds,
+            _place_of(self._source),
+        )
+
+
+class _Timed:
+    """Awaits an awaitable, and notes how long each of its steps keeps the loop."""
+
+    __slots__ = ("_awaitable", "_task")
+
+    def __init__(self, awaitable: Awaitable[Any], task: _Task) -> None:
+        self._awaitable, self._task = awaitable, task
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        steps: Any = self._awaitable.__await__()
+        monotonic, thrown = time.monotonic, None
+        while True:
+            began = monotonic()
+            try:
+                future = next(steps) if thrown is None else _throw(steps, thrown)
+            except StopIteration as stop:
+                return stop.value
+            finally:
+                thrown = None
+                seconds = monotonic() - began
+                if seconds > BLOCKED:
+                    self._task.note_step(seconds)
+            try:
+                yield future
+            except BaseException as error:
+                thrown = error
+
+
+def _throw(steps: Any, error: BaseException) -> Any:
+    if not hasattr(steps, "throw"):
+        raise error
+    return steps.throw(error)
+
+
+def _thrown_into(iterator: Any, error: BaseException) -> Awaitable[Any]:
+    athrow = getattr(iterator, "athrow", None)
+    if athrow is None:
+        raise error
+    found: Awaitable[Any] = athrow(error)
+    return found
+
+
+async def _closing(closable: Any) -> None:
+    close = getattr(closable, "aclose", None) or getattr(closable, "close", None)
+    if close is not None:
+        result = close()
+        if hasattr(result, "__await__"):
+            await result
+
+
+def _has_yielded(error: BaseException) -> bool:
+    return type(error) is RuntimeError and error.args == (
+        "async generator ignored GeneratorExit",
+    )
+
+
+def _is_cancel(error: BaseException) -> bool:
+    import asyncio
+
+    return isinstance(error, asyncio.CancelledError)
+
+
+def _is_unstarted(source: object) -> bool:
+    if not inspect.isasyncgen(source):
+        return False
+    return source.ag_frame is not None and source.ag_frame.f_lasti < 0
+
+
+def _name_of(source: object) -> str:
+    name = getattr(source, "__qualname__", None) or type(source).__qualname__
+    code = getattr(source, "ag_code", None)
+    place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+    return f"the asynchronous source {name}{place}"
+
+
+def _place_of(source: Any) -> str:
+    """Return the innermost line where a source stands now."""
+    frame, awaited = None, source
+    while awaited is not None:
+        found = getattr(awaited, "ag_frame", None) or getattr(awaited, "cr_frame", None)
+        if found is None:
+            break
+        frame = found
+        awaited = getattr(awaited, "ag_await", None) or getattr(
+            awaited, "cr_await", None
+        )
+    if frame is None:
+        return "its end"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
