@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from .clock import time
 from .journal import is_enabled, journal, report
 from .sockets import native
+from .tasks import refuse_in_task
 
 if TYPE_CHECKING:
     from .waiter import Waiter
@@ -49,7 +50,6 @@ __all__ = [
     "say",
     "sleep",
     "sleep_in_hub",
-    "task_scope",
     "wait",
 ]
 
@@ -125,11 +125,6 @@ Reference = Callable[[], Any]
 current: ContextVar[Reference | None] = ContextVar("syncstream_scope", default=None)
 """A weak reference to the scope last entered here, which may have stopped running or be
 gone. Call `current_scope` instead of reading this."""
-
-task_scope: ContextVar[Reference | None] = ContextVar(
-    "syncstream_task_scope", default=None
-)
-"""A weak reference to the stream whose asynchronous source runs in this context."""
 
 
 def runner() -> object:
@@ -290,7 +285,7 @@ def sleep(seconds: float) -> None:
         raise ValueError(f"seconds must be 0 or more, got {seconds!r}")
     scope = current_scope()
     if scope is None:
-        _refuse_in_task("await asyncio.sleep(seconds)")
+        refuse_in_task("await asyncio.sleep(seconds)")
         _sleep(seconds)
         return
     scope.check()
@@ -300,17 +295,6 @@ def sleep(seconds: float) -> None:
     else:
         _sleep(seconds)
         scope.check()
-
-
-def _refuse_in_task(cure: str) -> None:
-    """Refuse a wait that would hold up all asynchronous sources.
-
-    Raises:
-        RuntimeError: An asynchronous source is running here.
-    """
-    asyncio = sys.modules.get("asyncio") if task_scope.get() is not None else None
-    if asyncio is not None and asyncio._get_running_loop() is not None:
-        raise RuntimeError(f"an asynchronous source must not wait in this way: {cure}")
 
 
 def sleep_in_hub(seconds: float) -> None:
@@ -366,7 +350,7 @@ def wait(waitable: Any, timeout: float | None = None) -> Any:
         )
     scope = current_scope()
     if scope is None:
-        _refuse_in_task("await what asyncio has for it, such as an asyncio.Queue")
+        refuse_in_task("await what asyncio has for it, such as an asyncio.Queue")
         return _plain_wait(waitable, timeout)
     scope.check()
     if in_hub:

@@ -19,8 +19,8 @@ from ..runtime.clock import time
 from ..runtime.event_loop import EventLoop, event_loop
 from ..runtime.journal import journal
 from ..runtime.process import process
+from ..runtime.tasks import task_scope
 from ..runtime.waiter import Turn, Waiter, Wakeable, wake_all
-from ..runtime.waiting import task_scope
 
 __all__ = ["AsyncItems", "is_async"]
 

@@ -29,6 +29,7 @@ from typing import Any, TypeVar, cast
 from ..channels.options import ONE_READER
 from ..protocol import sse
 from ..runtime.process import process
+from ..runtime.tasks import task_scope
 from ..runtime.waiter import Waiter
 from ..runtime.waiting import (
     ThreadWait,
@@ -38,7 +39,6 @@ from ..runtime.waiting import (
     is_greenlet_exit,
     refuse_eventlet,
     sleep,
-    task_scope,
     wait,
 )
 from ..servers.connection import Connection

@@ -86,7 +86,7 @@ def decorator(
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> Any:
-        """Turn a generator view into a view that returns an SSEResponse.
+        """Turn a generator view, which may be asynchronous, into one that streams.
 
         Use it as ``@sse`` or ``@sse(retry=…, end=…)``, below the framework's own
         decorator. The view may yield the same items as the source of `SSEResponse`, and
@@ -100,8 +100,8 @@ def decorator(
         view that returns ``SSEResponse(...)``.
 
         Raises:
-            TypeError, ValueError: The view is asynchronous, or not a function; an
-                option is wrong.
+            TypeError, ValueError: The view is a coroutine function, or no function;
+                an option is wrong.
         """
         # Wrong options fail here, not in every request.
         SSEResponse(

@@ -287,7 +287,9 @@ class SSEResponse(_Streaming):
             `syncstream.protocol.sse.encoder` lists the items that it may yield. The
             source runs in the thread or greenlet of the request, and is closed exactly
             once, there, when it ends, fails, or the client has left. For HEAD, and for
-            a status without a body, it is closed without having run.
+            a status without a body, it is closed without having run. An asynchronous
+            generator or iterable runs in the process's event loop instead, and is
+            cancelled and closed there.
         status: The HTTP status.
         headers: Headers that override or extend the defaults (``Content-Type:
             text/event-stream; charset=utf-8``, ``Cache-Control: no-cache,
@@ -387,7 +389,8 @@ class NDJSONResponse(_Streaming):
     (``abort(404)``).
 
     Args:
-        source: A generator or another iterable of values, or a `Subscription`;
+        source: A generator or another iterable of values, which may be
+            asynchronous, or a `Subscription`;
             `syncstream.protocol.ndjson.encoder` says how each is written.
         status, headers: As for `SSEResponse`.
         send_timeout, max_duration, drain: As for `SSEResponse`, but they cut the
@@ -427,8 +430,8 @@ class StreamResponse(_Streaming):
     behind nginx, whose buffering helps there, remove the header ``X-Accel-Buffering``.
 
     Args:
-        source: A generator or another iterable of ``str`` (sent as UTF-8), bytes,
-            or ``None`` (a checkpoint: nothing is sent).
+        source: A generator or another iterable, which may be asynchronous, of ``str``
+            (sent as UTF-8), bytes, or ``None`` (a checkpoint: nothing is sent).
         status, headers: As for `SSEResponse`. With a Content-Length, clients can show
             the progress of a download.
         send_timeout, max_duration, drain: As for `NDJSONResponse`.

@@ -695,7 +695,6 @@ def generator():
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        (lambda: agen(), "make it a `def`"),
         (lambda: coro(), "make it a generator"),
         (lambda: generator, "has not been called"),
         (lambda: agen, "has not been called"),
