@@ -180,6 +180,8 @@ def told(key, query):
     note(f"{key}-waiting", True)
     gate(key)
     yield "woken"
+    gate(key)
+    yield "woken again"
 
 
 @lived
