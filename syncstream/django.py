@@ -8,6 +8,7 @@ That works even if this module was imported during the request.
 
 from __future__ import annotations
 
+import datetime
 import logging
 import threading
 import weakref
@@ -16,12 +17,13 @@ from contextvars import ContextVar
 from typing import Any
 
 from django.conf import settings
+from django.core.serializers.json import DjangoJSONEncoder
 from django.core.signals import request_finished, request_started
 from django.db import connections
 from django.db.backends.signals import connection_created
 from django.http import HttpRequest, StreamingHttpResponse
 
-from .protocol.json import Dumps
+from .protocol.json import Dumps, making_dumps
 from .runtime.process import process
 from .servers import connection as connection_module
 from .servers.contract import running
@@ -35,6 +37,16 @@ __all__ = ["NDJSONResponse", "SSEResponse", "StreamResponse", "sse"]
 Environ = dict[str, Any] | None
 
 log = logging.getLogger(__name__)
+
+_TIMES = (datetime.datetime, datetime.date, datetime.time, datetime.timedelta)
+
+
+def _plain(value: Any) -> Any:
+    """Return a time as JsonResponse would write it; other objects as they are."""
+    return DjangoJSONEncoder().default(value) if isinstance(value, _TIMES) else value
+
+
+_dumps = making_dumps(_plain)
 
 # The environ of the running request, and of the request around it (a view may use
 # Django's test client): for a body that a middleware has put into another response.
@@ -342,7 +354,10 @@ def _warn_of_compression() -> None:
 
 
 class SSEResponse(_Streaming):
-    """`syncstream.SSEResponse` for Django views; the same arguments."""
+    """`syncstream.SSEResponse` for Django views; the same arguments.
+
+    By default times are JSON as in Django's ``JsonResponse``.
+    """
 
     def __init__(
         self,
@@ -374,13 +389,16 @@ class SSEResponse(_Streaming):
             handover=handover,
             framed=framed,
             on_error=on_error,
-            dumps=dumps,
+            dumps=_dumps if dumps is None else dumps,
         )
         super().__init__(response)
 
 
 class NDJSONResponse(_Streaming):
-    """`syncstream.NDJSONResponse` for Django views; the same arguments."""
+    """`syncstream.NDJSONResponse` for Django views; the same arguments.
+
+    By default times are JSON as in Django's ``JsonResponse``.
+    """
 
     def __init__(
         self,
@@ -402,7 +420,7 @@ class NDJSONResponse(_Streaming):
             max_duration=max_duration,
             drain=drain,
             on_error=on_error,
-            dumps=dumps,
+            dumps=_dumps if dumps is None else dumps,
         )
         super().__init__(response)
 

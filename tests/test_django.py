@@ -1,20 +1,26 @@
 """Django: under ASGI a clear error, without a request a plain response."""
 
 import asyncio
+import datetime
+import decimal
 import io
+import json
 import types
+import uuid
 
 import pytest
 from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import request_finished, request_started
-from django.http import StreamingHttpResponse
+from django.http import JsonResponse, StreamingHttpResponse
 from django.test import Client, RequestFactory, override_settings
 from django.urls import path
+from django.utils.functional import lazystr
+from django.utils.timezone import get_fixed_timezone
 from django.views.decorators.gzip import gzip_page
 
 from syncstream import StreamMiddleware, current_stream
-from syncstream.django import SSEResponse, sse
+from syncstream.django import NDJSONResponse, SSEResponse, sse
 from syncstream.runtime.process import process
 from tests.apps import django_app
 
@@ -226,3 +232,45 @@ def test_who_compresses_a_stream_is_told(how, caplog):
     assert headers.get("Content-Encoding") == (None if how == "none" else "gzip")
     said = caplog.text.count("holds back the events of streams")
     assert said == (how in ("decorated", "middleware"))
+
+
+WHEN = datetime.datetime(2026, 1, 2, 3, 4, 5, 678901)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        WHEN,
+        WHEN.replace(tzinfo=datetime.timezone.utc),
+        WHEN.replace(tzinfo=get_fixed_timezone(90)),
+        WHEN.replace(microsecond=0),
+        WHEN.date(),
+        WHEN.time(),
+        datetime.timedelta(days=1, seconds=2, microseconds=3),
+        -datetime.timedelta(seconds=1),
+        decimal.Decimal("1.50"),
+        uuid.UUID(int=7),
+        lazystr("hello"),
+    ],
+    ids=repr,
+)
+def test_values_are_json_as_in_djangos_own_response(value):
+    """The same text that JsonResponse sends, in events and in lines."""
+    expected = json.loads(JsonResponse({"value": value}).content)
+    line = b"".join(NDJSONResponse([{"value": value}]).streaming_content)
+    assert json.loads(line) == expected
+    event = b"".join(SSEResponse([{"value": value}]).streaming_content)
+    assert json.loads(event.partition(b"data: ")[2]) == expected
+
+
+def test_a_time_with_a_zone_is_refused_as_by_django():
+    """JSON has no text for it: a clear error, at the yield."""
+    value = WHEN.time().replace(tzinfo=datetime.timezone.utc)
+    with pytest.raises(ValueError, match="can't represent timezone-aware times"):
+        list(NDJSONResponse([value]).streaming_content)
+
+
+def test_an_encoder_of_the_applications_is_used_alone():
+    """``dumps=`` decides about times, too."""
+    response = NDJSONResponse([WHEN], dumps=lambda value: f'"{value:%Y}"')
+    assert b"".join(response.streaming_content) == b'"2026"\n'

@@ -22,6 +22,7 @@ __all__ = [
     "RESERVED_IDS",
     "Event",
     "check_dispatched",
+    "json_text",
     "received",
     "with_lf",
 ]
@@ -218,7 +219,7 @@ class Event:
         if data is None:
             return f"{out}\n".encode()
         if not isinstance(data, str):
-            data = _json_text(data, dumps)
+            data = json_text(data, dumps)
         if "\n" in data or "\r" in data:
             data = with_lf(data).replace("\n", "\ndata: ")
         return f"{out}data: {data}\n\n".encode()
@@ -239,7 +240,7 @@ class Event:
             raise ValueError("the event has no data to read as JSON")
         data = self.data
         try:
-            return loads(data if isinstance(data, str) else _json_text(data, None))
+            return loads(data if isinstance(data, str) else json_text(data, None))
         except RecursionError:
             raise ValueError("the event's data is nested too deeply") from None
 
@@ -273,7 +274,12 @@ def received(data: str, event: str | None, id: str | None) -> Event:
     return found
 
 
-def _json_text(value: Any, dumps: Dumps | None) -> str:
+def json_text(value: Any, dumps: Dumps | None) -> str:
+    """Return a value as JSON text.
+
+    Raises:
+        TypeError, ValueError: ``dumps`` cannot encode it, or returns no text.
+    """
     text = (dumps or default_dumps)(value)
     if isinstance(text, (bytes, bytearray)):
         return text.decode()

@@ -24,7 +24,14 @@ try:
 except ImportError:
     orjson = None  # type: ignore[assignment]
 
-__all__ = ["Dumps", "as_mapping", "default_dumps", "dumps_or_default", "is_array"]
+__all__ = [
+    "Dumps",
+    "as_mapping",
+    "default_dumps",
+    "dumps_or_default",
+    "is_array",
+    "making_dumps",
+]
 
 Dumps = Callable[[Any], "str | bytes"]
 """A JSON encoder: it takes one value and returns its text."""
@@ -39,7 +46,8 @@ def as_mapping(value: Any) -> Any:
 
     Returns:
         A dict, or ``None`` for any other object. For a pydantic ``RootModel``, its
-        root, of any type.
+        root, of any type. Names are those of the JSON: pydantic's aliases, msgspec's
+        renamed fields.
     """
     kind = value.__class__  # not type(): a proxy shows the class of its object here
     # SQLAlchemy before pydantic: a SQLModel is both, and pydantic's dump of an expired
@@ -48,9 +56,9 @@ def as_mapping(value: Any) -> Any:
         names = [attribute.key for attribute in kind.__mapper__.column_attrs]
         return {name: getattr(value, name) for name in names}
     if hasattr(kind, "model_fields") and hasattr(kind, "model_dump"):  # pydantic 2
-        return value.model_dump(mode="json")
+        return value.model_dump(mode="json", by_alias=True)
     if hasattr(kind, "__fields_set__") and hasattr(kind, "__fields__"):  # pydantic 1
-        return json.loads(value.json())
+        return json.loads(value.json(by_alias=True))
     if hasattr(kind, "__struct_fields__"):  # msgspec, with its renamed fields
         if type(value) is not kind:  # msgspec refuses proxies
             encoded = kind.__struct_encode_fields__
@@ -129,22 +137,25 @@ def _plain(value: Any) -> Any:
     )
 
 
-_encode = json.JSONEncoder(
-    separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain
-).encode
-_encode_nan = json.JSONEncoder(ensure_ascii=False, default=_plain).encode
+def _standard(plain: Callable[[Any], Any]) -> Callable[[Any], str]:
+    encode = json.JSONEncoder(
+        separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=plain
+    ).encode
+    encode_nan = json.JSONEncoder(ensure_ascii=False, default=plain).encode
 
-
-def dumps_standard(value: Any) -> str:
-    try:
+    def dumps_standard(value: Any) -> str:
         try:
-            return _encode(value)
-        except ValueError:
-            # NaN or an infinity. (A circular structure fails again, with its error.)
-            text = _encode_nan(value)
-            return _encode(json.loads(text, parse_constant=lambda _: None))
-    except RecursionError:
-        raise ValueError("cannot encode as JSON: nested too deeply") from None
+            try:
+                return encode(value)
+            except ValueError:
+                # NaN or an infinity. (A circular structure fails again, with its
+                # error.)
+                text = encode_nan(value)
+                return encode(json.loads(text, parse_constant=lambda _: None))
+        except RecursionError:
+            raise ValueError("cannot encode as JSON: nested too deeply") from None
+
+    return dumps_standard
 
 
 # We encode these types ourselves, because orjson would write something else: it leaves
@@ -159,14 +170,35 @@ _OPTIONS = (
 )
 
 
-def dumps_orjson(value: Any) -> bytes:
-    try:
-        return orjson.dumps(value, _plain, _OPTIONS)
-    except TypeError:
-        return dumps_standard(value).encode()
+def _fast(plain: Callable[[Any], Any]) -> Callable[[Any], bytes]:
+    dumps, standard, options = orjson.dumps, _standard(plain), _OPTIONS
+
+    def dumps_orjson(value: Any) -> bytes:
+        try:
+            return dumps(value, plain, options)
+        except TypeError:
+            return standard(value).encode()
+
+    return dumps_orjson
 
 
-default_dumps: Dumps = dumps_standard if orjson is None else dumps_orjson
+def making_dumps(first: Callable[[Any], Any]) -> Dumps:
+    """Return a JSON encoder that asks a function first for what JSON has no type for.
+
+    Args:
+        first: Returns a value of JSON's types, or the object that it got.
+    """
+
+    def plain(value: Any) -> Any:
+        found = first(value)
+        return _plain(value) if found is value else found
+
+    return _standard(plain) if orjson is None else _fast(plain)
+
+
+dumps_standard = _standard(_plain)
+dumps_orjson: Dumps | None = None if orjson is None else _fast(_plain)
+default_dumps: Dumps = dumps_orjson or dumps_standard
 
 
 def dumps_or_default(dumps: Dumps | None) -> Dumps:

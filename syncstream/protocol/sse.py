@@ -19,6 +19,7 @@ from .event import (
     RESERVED_IDS,
     Event,
     check_dispatched,
+    json_text,
     received,
     with_lf,
 )
@@ -180,7 +181,10 @@ def encoder(
             return f"data: {item}\n\n".encode()
         if type(item) is dict and "data" not in item:
             if dumps is not None:
-                return Event(item).encode(dumps)
+                data = json_text(item, dumps)
+                if "\n" in data or "\r" in data:
+                    data = with_lf(data).replace("\n", "\ndata: ")
+                return f"data: {data}\n\n".encode()
             text = json(item)
             if type(text) is bytes:
                 return b"data: %b\n\n" % text

@@ -244,6 +244,42 @@ def test_dumps_gets_the_object_itself() -> None:
     assert event.data == "<Model>"
 
 
+def to_camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(word.title() for word in rest)
+
+
+class Camel(pydantic.BaseModel, alias_generator=to_camel, populate_by_name=True):
+    run_id: str
+    child: Any = None
+
+
+class Renamed(msgspec.Struct, rename="camel"):
+    run_id: str
+    child: Any = None
+
+
+@pytest.mark.parametrize("kind", [Camel, Renamed])
+def test_fields_have_their_names_of_json(kind: Any) -> None:
+    """Aliases of pydantic, renamed fields of msgspec; as their own encoders do."""
+    item = kind(run_id="r", child=kind(run_id="c"))
+    fields = {"runId": "r", "child": {"runId": "c", "child": None}}
+    assert sent(item).json() == fields
+    assert sent([item]).json() == [fields]
+    assert json.loads(ndjson.encoder()(item) or b"") == fields
+
+
+class Aliased(pydantic.BaseModel):
+    content: str = pydantic.Field(serialization_alias="data")
+    kind: str = pydantic.Field("e", serialization_alias="event")
+
+
+def test_an_alias_may_be_an_events_field() -> None:
+    """The rule for a record of an event's fields sees the names of the JSON."""
+    event = sent(Aliased(content="a"))
+    assert (event.data, event.event) == ("a", "e")
+
+
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="pydantic 1 ends with 3.13")
 def test_pydantic_1() -> None:
     """Models of pydantic 1, or of its kind within 2, are taken likewise."""
