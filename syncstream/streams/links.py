@@ -28,7 +28,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from ..runtime.clock import time
@@ -44,6 +45,7 @@ AGAIN = (
     0.25  # seconds until another try: a client that was connecting has a socket then
 )
 KILL_AFTER = 2.0  # seconds between terminating and killing a process
+UNANSWERED = 4.0  # seconds after which a server counts as lost that answers no cancel
 USELESS = 5.0  # seconds after which a link counts as without effect
 
 # Attributes that lead from responses, streams and connections to their socket, in
@@ -82,12 +84,16 @@ class Link:
         self.thread_id = threading.get_ident()
         self._thread: threading.Thread | None = None
         self._since = 0.0  # the time of the first try to unblock it
+        self._is_spared = False  # its connection is cancelled, but not shut down
         self._retries: list[tuple[Any, int]] = []
 
-    def unblock(self, *, is_waiting: bool = False) -> None:
+    def unblock(
+        self, is_there: Callable[[], bool] = lambda: True, *, is_waiting: bool = False
+    ) -> None:
         """End a call that a thread makes on the object; from another thread.
 
         Args:
+            is_there: Tells whether that thread is still where it is to be unblocked.
             is_waiting: The thread is in one of our waits, which ends anyway.
         """
         is_first = not self._since
@@ -97,9 +103,14 @@ class Link:
             self._end_process(kill=now - self._since >= KILL_AFTER)
         elif (cancelable := _cancelable(self.closable)) is not None:
             target, method = cancelable
+            if is_first:
+                self._is_spared = is_waiting or _runs_query(target)
+            is_mute = self._is_busy and now - self._since >= UNANSWERED
             # In a thread: cancelling may connect to the server, which takes time.
-            self._in_a_thread(method)
-            if not is_waiting and not (is_first and _runs_query(target)):
+            self._in_a_thread(partial(_cancel, target, method, is_there))
+            # A shutdown would leave no connection to a ``finally``: only if a cancel
+            # has not been answered for long, so that no query would be, either.
+            if not is_waiting and (is_mute or not self._is_spared):
                 self._hang_up(target)
         elif not self._hang_up(self.closable) and is_first:
             self._in_a_thread(self.closable.close)
@@ -129,8 +140,13 @@ class Link:
             found = True
         return found
 
+    @property
+    def _is_busy(self) -> bool:
+        """Whether the last call in a thread has not returned."""
+        return self._thread is not None and self._thread.is_alive()
+
     def _in_a_thread(self, function: Callable[[], object]) -> None:
-        if self._thread is not None and self._thread.is_alive():
+        if self._is_busy:
             return
 
         def run() -> None:
@@ -175,16 +191,64 @@ class Link:
                     pipe.close()
 
 
-def unblock(links: Sequence[Link], *, is_waiting: bool) -> None:
+def _cancel(
+    target: Any, cancel: Callable[[], object], is_there: Callable[[], bool]
+) -> None:
+    """Cancel a connection's query, but none that the generator's end has begun.
+
+    A cancel means a connection, not a query. So hold up psycopg's next query first,
+    then look where the generator is: the cancel can meet only the query that it is
+    for, or nothing. (The server has signalled its process before ``cancel`` returns,
+    and drops a signal that finds no query.) Other drivers cannot be held up.
+    """
+    with _held_up(target):
+        if is_there():
+            cancel()
+
+
+@contextmanager
+def _held_up(connection: Any) -> Iterator[None]:
+    """Let a connection of psycopg begin no query."""
+    psycopg = sys.modules.get("psycopg")
+    if psycopg is None or not isinstance(connection, psycopg.Connection):
+        yield
+        return
+    lock = connection.lock  # held by each query; whoever holds it releases this one
+    gate = connection.lock = _Gate(lock)
+    try:
+        yield
+    finally:
+        connection.lock = lock
+        gate.is_open.set()
+
+
+class _Gate:
+    """A lock that nobody gets before the gate is open."""
+
+    def __init__(self, lock: Any) -> None:
+        self._lock = lock
+        self.is_open = threading.Event()
+
+    def __enter__(self) -> None:
+        self.is_open.wait()
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+def unblock(
+    links: Sequence[Link], is_there: Callable[[], bool], *, is_waiting: bool
+) -> None:
     """End a thread's read, whichever of its links it reads from.
 
     Args:
         links: The links of its generator.
-        is_waiting: As for `Link.unblock`.
+        is_there, is_waiting: As for `Link.unblock`.
     """
     for link in links:
         try:
-            link.unblock(is_waiting=is_waiting)
+            link.unblock(is_there, is_waiting=is_waiting)
         except Exception as error:  # the other links and the wait must end, too
             say(log, logging.DEBUG, "a linked object could not be unblocked: %r", error)
 

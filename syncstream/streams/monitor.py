@@ -270,21 +270,24 @@ class Monitor:
         reference, outcome, output = self._scope, self._outcome, self._output
         self._unblocked = links, place
 
+        def is_there() -> bool:
+            return place_of(links) == place
+
         def unblock_again() -> float | None:
             now, stream = time.monotonic(), reference()
             if stream is None or not stream.is_running or outcome.is_closing:
                 return None
-            if place_of(links) != place:  # it cleans up, perhaps by these
+            if not is_there():  # it cleans up, perhaps by these
                 return None
             if stream.thread_wait is not None:
                 return now + AGAIN
             if now - began >= USELESS:
                 _say_useless(links, output)
                 return None
-            unblock(links, is_waiting=False)
+            unblock(links, is_there, is_waiting=False)
             return now + AGAIN
 
-        unblock(links, is_waiting=scope.thread_wait is not None)
+        unblock(links, is_there, is_waiting=scope.thread_wait is not None)
         if self.watch is not None:
             self.watch.call_at(began + AGAIN, unblock_again)
 

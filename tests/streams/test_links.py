@@ -277,6 +277,44 @@ def test_a_linked_connection_serves_a_finally(waits, postgresql):
     assert seen == [("",)]
 
 
+def test_a_second_cancel_hits_no_finally(postgresql, monkeypatch):
+    """However late it is: the query that it is for has ended, the next one waits."""
+    cancel, cancels, cleans, seen = psycopg.Connection.cancel, [], [], []
+    running = "SELECT query FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
+
+    def source():
+        with psycopg.connect(postgresql.url, autocommit=True) as connection:
+            current_stream().link(connection)
+            try:
+                yield "a"
+                connection.execute("SELECT pg_sleep(602)")
+            finally:
+                cleans.append(connection)
+                seen.extend(connection.execute("SELECT pg_sleep(0.5)::text"))
+
+    def cancel_late(connection):
+        cancels.append(connection)
+        if len(cancels) != 2:  # the first one comes before the query, and is lost
+            return
+        pid = connection.info.backend_pid
+        postgresql.execute("SELECT pg_cancel_backend(%s)", pid)
+        await_true(lambda: cleans)
+        # Long enough for the next query to begin, if nothing holds it up.
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until and not postgresql.execute(running, pid):
+            time.sleep(0.01)
+        cancel(connection)
+
+    def is_blocked():
+        query = "SELECT 1 FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(602)'"
+        return postgresql.execute(query + " AND state = 'active'")
+
+    monkeypatch.setattr(psycopg.Connection, "cancel", cancel_late)
+    ends_at_once(source(), is_blocked)
+    assert seen == [("",)]
+    assert len(cancels) == 2
+
+
 def test_a_redis_pubsub_ends(redis_server, caplog):
     """At once, though redis-py would connect again; its pool's next user may retry."""
     client = redis_server.client()
