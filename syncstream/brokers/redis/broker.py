@@ -78,7 +78,7 @@ class RedisBroker:
         self._ttl = b"%d" % round(ttl * 1000)
         self._is_closed = False
         self._parts = PerProcess(self, Process.let_go, RedisBroker._leave_to_parent)
-        self._inherited: list[str] = []  # the names that the parent watched
+        self._inherited: dict[str, None] = {}  # the names that the parent watched
 
     def _servers(self) -> list[Server]:
         return [
@@ -110,7 +110,7 @@ class RedisBroker:
 
     def _leave_to_parent(self, parents: Process | None) -> None:
         if parents is not None:
-            self._inherited = parents.abandon()
+            self._inherited = dict.fromkeys(parents.abandon())
 
     # Publishing and reading.
 
@@ -210,24 +210,17 @@ class RedisBroker:
                 raise
 
     def unwatch(self, channel: str) -> None:
-        with suppress(ValueError):
-            self._inherited.remove(channel)
+        self._inherited.pop(channel, None)
         with suppress(Unavailable):
             self._process().unwatch(channel)
 
     def _listening(self) -> Process:
         here = self._process()
-        # The hub, copied by the fork, relies on these names being watched.
-        while self._inherited:
-            try:
-                name = self._inherited.pop()
-            except IndexError:  # another thread took it
-                break
-            try:
-                here.watch(name, 0)
-            except Unavailable:
-                self._inherited.append(name)
-                raise
+        # The hub, copied by the fork, relies on these names being watched. Each thread
+        # watches them all before it goes on, whichever of them is the first.
+        for name in tuple(self._inherited):
+            here.watch(name, 0)
+            self._inherited.pop(name, None)
         return here
 
     def close(self, timeout: float = 5.0) -> None:

@@ -251,6 +251,40 @@ def test_a_child_has_its_own(server, kind):
     check_script(FORKED, server.url, kind)
 
 
+HEIRS = """
+import os, sys, threading
+from syncstream.brokers.redis import RedisBroker
+from syncstream.brokers.redis.process import Process
+from tests.brokers.sinks import Told
+broker = RedisBroker(sys.argv[1])
+broker.attach(Told())
+broker.watch("a")
+child = os.fork()
+if not child:
+    watch, both, done = Process.watch, threading.Barrier(2, timeout=20), []
+    def watch_together(self, name, timeout):
+        both.wait()
+        watch(self, name, timeout)
+    Process.watch = watch_together
+    def read():
+        broker.read("a", None)
+        done.append(True)
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os._exit(len(done) != 2)
+assert os.waitpid(child, 0)[1] == 0
+broker.close()
+"""
+
+
+def test_no_thread_of_a_child_reads_before_its_names_are_watched(shared):
+    """What its parent has watched, whichever thread began with that."""
+    check_script(HEIRS, own(shared.url))
+
+
 LATE = """
 from gevent import monkey
 monkey.patch_all()
