@@ -99,8 +99,8 @@ class PostgreSQLBroker:
         self._parts: PerProcess[PostgreSQLBroker, Process] = PerProcess(
             self, Process.drop
         )
-        self._is_closing = False  # no listener begins any more
-        self._is_closed = False
+        # "open"; "closing": no listener begins any more; "closed": nothing is done.
+        self._state: Literal["open", "closing", "closed"] = "open"
 
     # This process's part.
 
@@ -121,13 +121,13 @@ class PostgreSQLBroker:
 
     def _listener(self, here: Process) -> Listener | None:
         """Return this process's listener, ``None`` if the broker is closed."""
-        if self._is_closing:
+        if self._state != "open":
             return None
         return here.listen(self._listen_dsn, self.watched)
 
     def _call(self, here: Process, function: Callable[[], T], deadline: float) -> T:
         """Make a call that may block."""
-        if self._is_closed:
+        if self._state == "closed":
             raise Unavailable("the broker is closed")
         return here.call(function, deadline)
 
@@ -401,11 +401,13 @@ class PostgreSQLBroker:
         self.watched.discard(channel)
 
     def close(self, timeout: float = 5.0) -> None:
-        self._is_closing = True
+        if self._state == "closed":
+            return
+        self._state = "closing"
         here = self._parts.get()
-        if here is not None and not self._is_closed:
+        if here is not None:
             here.close(timeout)
-        self._is_closed = True
+        self._state = "closed"
 
 
 _UNNAMEABLE = "22P05", "22021"  # the database's encoding lacks such characters
