@@ -252,7 +252,7 @@ class _Streaming(StreamingHttpResponse):
             raise RuntimeError(ANSWERED)
         _prepare(environ, is_new=False)
         self._connection = connection = connection_module.Connection.of(environ)
-        if stream.is_over_for(connection):
+        if stream.ask_if_over(connection):
             self._status, self._reason_phrase = 204, None
             del self.headers["Content-Type"]
         if headers_module.has_body(connection, self._status):
@@ -332,7 +332,7 @@ def _body(stream: Stream) -> Iterator[bytes]:
     environ, _ = _environ.get()
     if environ is not None and not stream.has_connection and not stream.reason:
         connection = connection_module.Connection.of(environ)
-        if connection.is_head or stream.is_over_for(connection):
+        if connection.is_head or stream.ask_if_over(connection):
             stream.close()
         elif connection.stream is None:
             connection.take(stream)

@@ -56,7 +56,9 @@ class Departure:
         """Whether the client may leave as soon as its head is sent.
 
         The loop serves no feed but a `Subscription`. `begin` finds out whether the
-        connection can leave its server.
+        connection can leave its server: its method, ``syncstream.handover`` and many
+        other facts may forbid it. Until then a stream that will stay counts as one
+        that is about to leave, for the moment that other streams wait for a thread.
         """
         output = self._parts.output
         return (

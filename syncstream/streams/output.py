@@ -71,7 +71,7 @@ class Output:
         if format.is_events and retry is not None:
             self._retrying = Event(comment=OPENING, retry=retry).encode()
         self._end = end
-        self._is_asked = False  # see `is_over_for`
+        self._is_asked = False  # see `ask_if_over`
 
     def connect(
         self, connection: Connection, *, is_encoded: bool, written: bytes
@@ -90,10 +90,11 @@ class Output:
             self.opening = None
             self.format = Format(self.format.encode, lambda tail: False)
 
-    def is_over_for(self, connection: Connection) -> bool:
-        """Tell whether this client was told to stop, and has come back.
+    def ask_if_over(self, connection: Connection) -> bool:
+        """Ask whether this client was told to stop, and has come back.
 
-        The caller answers such a client with 204, so clients may be told to stop.
+        It notes that somebody asks, who answers such a client with 204: so this client
+        may be told to stop.
         """
         self._is_asked = True
         id = connection.last_event_id

@@ -236,13 +236,13 @@ class Stream:
             and self._out.is_event_stream == is_events
         )
 
-    def is_over_for(self, connection: Connection) -> bool:
-        """Tell whether this client has been told to stop, and came back.
+    def ask_if_over(self, connection: Connection) -> bool:
+        """Ask whether this client has been told to stop, and came back.
 
-        Whoever asks answers it with 204: the stream remembers that it was asked, and
-        may tell this client to stop.
+        Whoever asks answers it with 204: the stream notes that it was asked, and may
+        tell this client to stop.
         """
-        return self._out.is_over_for(connection)
+        return self._out.ask_if_over(connection)
 
     @property
     def may_leave(self) -> bool:

@@ -194,7 +194,7 @@ class _Head:
         if self.format is not None and self.has_body:
             found = self.connection.find_made(is_events=self.format.is_events)
             ours = cast("Stream | None", found)
-            if ours is not None and ours.is_over_for(self.connection):
+            if ours is not None and ours.ask_if_over(self.connection):
                 ours.close()
                 return self._stay_away(exc_info)
             if ours is not None:

@@ -229,7 +229,7 @@ class _Streaming(Response):
             # Also for HEAD, whose answer would close the other request's stream.
             raise RuntimeError(ANSWERED)
         self._connection = connection  # the environ has a weak reference only
-        if stream.is_over_for(connection):
+        if stream.ask_if_over(connection):
             self.status_code = 204
         is_sent = has_body(connection, self.status_code)
         if is_sent and self.response is stream:
