@@ -16,7 +16,7 @@ from syncstream.runtime.journal import journal
 from syncstream.runtime.process import process
 from syncstream.streams import monitor as monitor_module
 from syncstream.streams.contract import Format, Life
-from syncstream.streams.ends import CUT, REASONS
+from syncstream.streams.ends import CUT, REASONS, End
 from syncstream.streams.keepalive import Keepalive
 from syncstream.streams.monitor import Monitor, jittered
 from syncstream.streams.outcome import Outcome
@@ -129,7 +129,7 @@ class Watched:
             shut_down=None,
         )
         self.line, self.outcome = line, Outcome()
-        self.output = Output(format, None, "stop")
+        self.output = Output(format, None, End(stops=True))
         self.output.connect(line, is_encoded=False, written=b"")
         self.source = Source(source)
         self.monitor = Monitor(
@@ -279,7 +279,7 @@ def test_a_keepalive_at_its_time(clock, server):
 )
 def test_what_is_in_a_keepalives_way(clock, obstacle):
     """Each by itself."""
-    line, outcome, output = Client(), Outcome(), Output(EVENTS, None, "stop")
+    line, outcome, output = Client(), Outcome(), Output(EVENTS, None, End(stops=True))
     output.connect(line, is_encoded=False, written=b"data: a\n\n")
     output.moved = NOW
     scope = SimpleNamespace(is_running=True)
@@ -314,7 +314,7 @@ def test_what_is_in_a_keepalives_way(clock, obstacle):
 
 def test_when_a_keepalive_is_due(clock):
     """From the silence on; never without one, nor where there are no comments."""
-    output = Output(EVENTS, None, "stop")
+    output = Output(EVENTS, None, End(stops=True))
     output.moved = NOW
     keepalive = Keepalive(lambda: None, Outcome(), output, 8.0)
     assert not keepalive.is_due(NOW + 7.999)
@@ -324,7 +324,7 @@ def test_when_a_keepalive_is_due(clock):
     assert keepalive.next_time(NOW + 20) == NOW + 22
     for never in (
         Keepalive(lambda: None, Outcome(), output, None),
-        Keepalive(lambda: None, Outcome(), Output(RAW, None, "stop"), 8.0),
+        Keepalive(lambda: None, Outcome(), Output(RAW, None, End(stops=True)), 8.0),
     ):
         assert not never.is_due(NOW + 100)
         assert never.next_time(NOW) is None
@@ -333,7 +333,7 @@ def test_when_a_keepalive_is_due(clock):
 def test_a_keepalive_that_fails(clock, caplog):
     """Is logged for debugging; the next is written all the same."""
     caplog.set_level(logging.DEBUG)
-    line, output = Client(), Output(EVENTS, None, "stop")
+    line, output = Client(), Output(EVENTS, None, End(stops=True))
     output.connect(line, is_encoded=False, written=b"")
     write, line.write = line.write, lambda data: 1 / 0
     scope = SimpleNamespace(is_running=True)
@@ -699,7 +699,7 @@ class Sent:
     """A client that takes what we say, and the look at it."""
 
     def __init__(self, seconds=8.0):
-        self.line, self.output = Client(), Output(RAW, None, "stop")
+        self.line, self.output = Client(), Output(RAW, None, End(stops=True))
         self.output.connect(self.line, is_encoded=False, written=b"")
         self.look_of = SendTimeout(self.output, seconds)
 

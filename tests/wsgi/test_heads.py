@@ -10,6 +10,7 @@ from werkzeug.test import Client, create_environ, run_wsgi_app
 from syncstream import NDJSONResponse, SSEResponse, StreamMiddleware, StreamResponse
 from syncstream.runtime.process import stats
 from syncstream.servers.connection import Connection
+from syncstream.streams.contract import Life
 from syncstream.wsgi.headers import ends_line, has_body, merge_headers
 
 EVENTS = [("Content-Type", "text/event-stream")]
@@ -283,3 +284,45 @@ def test_a_session_that_was_not_written_to_is_not_warned_of(caplog):
 
     assert app.test_client().get("/").data
     assert "flask.session" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: SSEResponse([]), (15.0, 30.0, None, None)),
+        (lambda: NDJSONResponse([]), (None, 30.0, None, None)),
+        (lambda: StreamResponse([]), (None, 30.0, None, None)),
+        (lambda: StreamMiddleware(print), (15.0, 30.0, None, None)),
+        (
+            lambda: SSEResponse(
+                [], keepalive=1, send_timeout=2, max_duration=3, drain=4
+            ),
+            (1, 2, 3, 4),
+        ),
+        (
+            lambda: NDJSONResponse([], send_timeout=2, max_duration=3, drain=4),
+            (None, 2, 3, 4),
+        ),
+        (
+            lambda: StreamResponse([], send_timeout=2, max_duration=3, drain=4),
+            (None, 2, 3, 4),
+        ),
+        (
+            lambda: StreamMiddleware(
+                print, keepalive=1, send_timeout=2, max_duration=3, drain=4
+            ),
+            (1, 2, 3, 4),
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, tuple) else None,
+)
+def test_the_durations_of_a_stream(monkeypatch, make, expected):
+    """Those that the documentation says, unless others are given."""
+    given = []
+    for name in ("responses", "middleware"):
+        monkeypatch.setattr(
+            f"syncstream.wsgi.{name}.Life",
+            lambda *durations: given.append(durations) or Life(*durations),
+        )
+    make()
+    assert given == [expected]
