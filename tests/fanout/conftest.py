@@ -1,6 +1,8 @@
 """The loop of this process, and clients of it."""
 
+import contextlib
 import gc
+import resource
 
 import pytest
 
@@ -8,7 +10,9 @@ from syncstream import Hub
 from syncstream.fanout.loop import fanout
 from syncstream.runtime.watch import watch
 from tests.fanout.peers import Peer, settle
+from tests.fanout.sending import MANY, NAMES, OPENERS, WAYS
 from tests.support.descriptors import open_files
+from tests.support.programs import lack
 from tests.support.waits import await_true
 
 
@@ -55,3 +59,35 @@ def peers(loop):
     for peer in made:
         peer.leave()
         await_true(lambda peer=peer: peer.ends)
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS)
+def send(request):
+    """Each way to send many descriptors the same bytes."""
+    return request.param
+
+
+@pytest.fixture
+def no_variable(monkeypatch):
+    """The environment of the test run forces nothing."""
+    monkeypatch.delenv("SYNCSTREAM_SENDER", raising=False)
+
+
+@pytest.fixture(params=NAMES)
+def sender(request):
+    """Each sender, in the test's thread."""
+    sender = OPENERS[request.param]()
+    with contextlib.closing(sender):
+        yield sender
+
+
+@pytest.fixture
+def room():
+    """Descriptors for `MANY` pairs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MANY + 200
+    if 0 <= hard < wanted:
+        lack(f"ulimit -Hn is {hard}, this needs {wanted}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

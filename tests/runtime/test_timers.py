@@ -31,14 +31,7 @@ PLACE = Threads()
 FAR = 1000.0  # seconds: no test waits for it
 KEPT = 1000  # cancelled timers, before they are dropped
 
-
-@pytest.fixture(autouse=True)
-def own_watches(monkeypatch):
-    """A test with watches of its own, which end with it."""
-    own = Watches()
-    monkeypatch.setattr(syncstream.runtime.watch, "watches", own)
-    yield
-    own.close()
+pytestmark = pytest.mark.usefixtures("own_watches")
 
 
 @pytest.fixture(params=["epoll", "no epoll"])
