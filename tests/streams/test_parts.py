@@ -283,8 +283,8 @@ def test_who_is_told_to_stay_away():
         ("syncstream-refused", True),
     ):
         line.last_event_id = id
-        assert output.is_over_for(line) is is_over
-        assert output_of(line).is_over_for(line) is (is_over or id == sse.END_ID)
+        assert output.ask_if_over(line) is is_over
+        assert output_of(line).ask_if_over(line) is (is_over or id == sse.END_ID)
     assert output.refusal() == b"id: syncstream-refused\n\n"
     line.is_event_source = False
     assert output.refusal() == b""
@@ -594,8 +594,8 @@ def test_a_connection_behind_others_is_cancelled(depth):
 
 @pytest.mark.parametrize("is_waiting", [True, False])
 @pytest.mark.parametrize("status", [0, 1, None])
-def test_a_query_is_cancelled_before_its_connection_is_shut(status, is_waiting):
-    """The first time; a thread that waits elsewhere needs neither."""
+def test_a_connection_that_runs_a_query_is_not_shut(status, is_waiting):
+    """It is cancelled; nor is that of a thread that waits elsewhere."""
     with tcp_pair() as (server, client):
         info = SimpleNamespace(transaction_status=status)
         target = SimpleNamespace(
@@ -609,12 +609,6 @@ def test_a_query_is_cancelled_before_its_connection_is_shut(status, is_waiting):
             return
         with pytest.raises(TimeoutError):
             client.recv(1)
-        link.unblock(is_waiting=is_waiting)
-        if is_waiting:
-            with pytest.raises(TimeoutError):
-                client.recv(1)
-        else:
-            assert client.recv(1) == b""
 
 
 @pytest.mark.parametrize("depth", [0, 1, 7, 8])
@@ -694,11 +688,11 @@ def test_a_link_that_fails_keeps_no_other():
     """From being unblocked."""
     seen = []
     links = [
-        SimpleNamespace(unblock=lambda is_waiting: 1 / 0),
-        SimpleNamespace(unblock=lambda is_waiting: seen.append(is_waiting)),
+        SimpleNamespace(unblock=lambda is_there, is_waiting: 1 / 0),
+        SimpleNamespace(unblock=lambda *words, **names: seen.append((words, names))),
     ]
-    unblock(links, is_waiting=True)
-    assert seen == [True]
+    unblock(links, is_there := lambda: True, is_waiting=True)
+    assert seen == [((is_there,), {"is_waiting": True})]
 
 
 def test_the_place_of_a_generator():
