@@ -43,7 +43,7 @@ class Loop(Recorder):
     def __init__(self):
         super().__init__()
         self.ends, self.meeting = Recorder(), Recorder()
-        self.sender, self.wheel = Recorder(send=[]), Recorder()
+        self.sender, self.wheel = Recorder(send_to_all=[]), Recorder()
 
     def guard(self, owner, function):
         function()

@@ -248,11 +248,11 @@ def test_what_was_not_taken_is_sent_later(loop, clock, is_chunked):
     group, clients = group_of(loop, 5, is_chunked=is_chunked)
     framed = b"4\r\ndata\r\n" if is_chunked else b"data"
     rest = [(1, 3), (2, 0), (3, -errno.EAGAIN), (4, -errno.EPIPE)]
-    loop.sender.results["send"] = rest
+    loop.sender.results["send_to_all"] = rest
     clock.now = 1001.0
     group.send(b"data", 1)
-    ((_, pairs),) = loop.sender.calls
-    assert [*pairs] == [(fd, framed) for fd in range(1, 6)]
+    assert loop.sender.calls == [("send_to_all", group.clients, framed)]
+    assert [*group.clients] == [1, 2, 3, 4, 5]
     assert group.moved == 1001.0
     lags = [(name, one, bytes(left)) for name, one, left in loop.take()]
     assert lags == [
@@ -261,7 +261,7 @@ def test_what_was_not_taken_is_sent_later(loop, clock, is_chunked):
         ("lag", clients[2], framed),
     ]
     assert loop.ends.calls == [("hung_up", clients[3])]
-    loop.sender.results["send"] = [(1, -errno.ENOBUFS)]
+    loop.sender.results["send_to_all"] = [(1, -errno.ENOBUFS)]
     group.send(b"data")
     assert loop.take()[0][:2] == ("lag", clients[0])
     assert (group.events, group.bytes) == (1, 8)
@@ -271,7 +271,7 @@ def test_a_sender_that_raises_cuts_its_clients(loop):
     """What they got is unknown; another sender takes its place."""
     group, _ = group_of(loop, 2)
     error = OSError("no results")
-    loop.sender.results["send"] = error
+    loop.sender.results["send_to_all"] = error
     group.send(b"data", 1)
     assert loop.calls == [("cut", group, error), ("replace_sender",)]
 
@@ -279,7 +279,7 @@ def test_a_sender_that_raises_cuts_its_clients(loop):
 def test_a_client_that_cannot_be_moved_is_cut_alone(loop):
     group, clients = group_of(loop, 2)
     error = loop.ends.results["hung_up"] = MemoryError()
-    loop.sender.results["send"] = [(1, -errno.EPIPE), (2, -errno.EPIPE)]
+    loop.sender.results["send_to_all"] = [(1, -errno.EPIPE), (2, -errno.EPIPE)]
     group.send(b"data", 1)
     assert loop.calls == [("cut", one, error) for one in clients]
 
@@ -296,8 +296,7 @@ def test_a_keepalive_is_due_after_silence(loop, clock):
     assert loop.wheel.take() == [("add", group, 1010.0)]
     clock.now = 1010.0
     group.due(1010.0)
-    ((_, pairs),) = loop.sender.take()
-    assert [*pairs] == [(1, b":\n")]
+    assert loop.sender.take() == [("send_to_all", {1: one}, b":\n")]
     assert loop.wheel.take() == [("add", group, 1020.0)]
     one.rest = memoryview(b"x")  # no comment falls into a chunk
     group.due(1020.0)
