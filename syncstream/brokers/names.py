@@ -6,12 +6,25 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["NAME", "check_name", "is_name", "is_pattern", "matches", "patterns_of"]
+__all__ = [
+    "NAME",
+    "check_name",
+    "includes",
+    "is_name",
+    "is_pattern",
+    "matches",
+    "patterns_of",
+]
 
 
 def is_pattern(name: str) -> bool:
     """Tell a pattern from a channel: its last level is ``*`` or ``#``."""
     return name.rpartition(":")[2] in ("*", "#")
+
+
+def includes(name: str, channel: str) -> bool:
+    """Tell whether a name or a pattern stands for a channel."""
+    return matches(name, channel) if is_pattern(name) else name == channel
 
 
 def matches(pattern: str, channel: str) -> bool:

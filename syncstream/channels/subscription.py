@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from ..brokers.names import is_pattern, matches
+from ..brokers.names import includes, is_pattern
 from ..errors import Closed, Denied, Unavailable
 from ..protocol.json import Dumps
 from ..protocol.sse import Event
@@ -241,13 +241,8 @@ class Subscription:
 
     def _left(self, deadline: float | None, pause: float) -> float | None:
         """Return the seconds until a wait must end, ``None`` for no limit."""
-        now = time.monotonic()
-        ends = [self.ask_again_at - now]
-        if deadline is not None:
-            ends.append(deadline - now)
-        if pause:
-            ends.append(pause)
-        left = min(ends)
+        end = min(self.ask_again_at, math.inf if deadline is None else deadline)
+        left = min(end - time.monotonic(), pause or math.inf)
         return None if left == math.inf else max(0.0, left)
 
     def own_waiter(self) -> Waiter:
@@ -423,10 +418,7 @@ class Subscription:
 
     def hears(self, channel: str) -> bool:
         """Tell whether it is subscribed to a channel."""
-        return any(
-            matches(name, channel) if is_pattern(name) else name == channel
-            for name in self.channels
-        )
+        return any(includes(name, channel) for name in self.channels)
 
     def end(self, reason: str) -> dict[Wakeable, None]:
         """End it without waiting; return the waiters to wake.
@@ -448,12 +440,7 @@ class Subscription:
         return self._woken(patterns is not None and patterns.overhear(channel, fields))
 
     def lose(self, channel: str | None) -> dict[Wakeable, None]:
-        """Record that announcements may have been lost; return the waiters to wake.
-
-        Args:
-            channel: The channel's name, or a pattern for all of its channels; ``None``
-                for any channels.
-        """
+        """Record that announcements may have been lost; see `Reader.lose`."""
         patterns = self._patterns
         return self._woken(patterns is not None and patterns.lose(channel))
 

@@ -137,7 +137,13 @@ class Reader(Protocol):
 
     def overhear(self, channel: str, fields: bytes) -> dict[Wakeable, None]: ...
 
-    def lose(self, channel: str | None) -> dict[Wakeable, None]: ...
+    def lose(self, channel: str | None) -> dict[Wakeable, None]:
+        """Note that announcements may have been lost; return the waiters to wake.
+
+        Args:
+            channel: The channel's name, or a pattern for all of its channels; ``None``
+                for any channels.
+        """
 
 
 class Windows:
