@@ -12,7 +12,6 @@ at that time; `FOUND`, its id has been found in the channel's history.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
@@ -55,7 +54,6 @@ class Since:
 Origin = _Origin | Since
 
 
-@dataclass(slots=True)
 class Cursor:
     """A subscription's place in one channel.
 
@@ -69,15 +67,28 @@ class Cursor:
         sent: The id of the last event given out, which may be behind `last`.
     """
 
-    record: Channel
-    last: str | None
-    origin: Origin = FROM_OUTSIDE
-    since: int = 0
-    place: InWindow | InStore = UNREAD
-    sent: str | None = None
+    # Not a dataclass: to make one takes as long as to import seven small modules.
+    __slots__ = ("last", "origin", "place", "record", "sent", "since")
 
-    def __post_init__(self) -> None:
-        self.sent = self.last
+    def __init__(
+        self,
+        record: Channel,
+        last: str | None,
+        origin: Origin = FROM_OUTSIDE,
+        since: int = 0,
+    ) -> None:
+        self.record = record
+        self.last = last
+        self.origin = origin
+        self.since = since
+        self.place: InWindow | InStore = UNREAD
+        self.sent = last
+
+    def copy(self) -> Cursor:
+        """Return a cursor at the same place, with no event of its own given out."""
+        copy = Cursor(self.record, self.last, self.origin, self.since)
+        copy.place = self.place
+        return copy
 
     @property
     def name(self) -> str:

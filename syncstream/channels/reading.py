@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 
 from ..brokers.log import JOIN, UNKNOWN, Entry
 from ..errors import Unavailable
@@ -114,7 +113,7 @@ class Reading:
     def copy(self, options: Options, tags: frozenset[str]) -> Reading:
         """Return a reading at the same place for another subscription; no patterns."""
         copy = Reading(self.windows, self._payloads, options, tags)
-        copy.cursors = tuple(replace(cursor) for cursor in self.cursors)
+        copy.cursors = tuple(cursor.copy() for cursor in self.cursors)
         return copy
 
     def is_where(self, other: Reading) -> bool:

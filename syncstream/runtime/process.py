@@ -18,7 +18,6 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -81,14 +80,24 @@ class Parked(Protocol):
     def stop(self, reason: str = ...) -> None: ...
 
 
-@dataclass(slots=True)
 class Total:
     """The sums over all streams that ended for one reason."""
 
-    streams: int = 0
-    seconds: float = 0.0
-    events: int = 0
-    bytes: int = 0
+    __slots__ = ("bytes", "events", "seconds", "streams")
+
+    def __init__(self) -> None:
+        self.streams = 0
+        self.seconds = 0.0
+        self.events = 0
+        self.bytes = 0
+
+    def stats(self) -> dict[str, float]:
+        return {
+            "streams": self.streams,
+            "seconds": self.seconds,
+            "events": self.events,
+            "bytes": self.bytes,
+        }
 
 
 class Served:
@@ -355,7 +364,7 @@ class Process:
         with self.lock:
             self._add_up()
             totals = self._totals.copy()
-            ended = {reason: asdict(total) for reason, total in totals.items()}
+            ended = {reason: total.stats() for reason, total in totals.items()}
         return {"open": self.open_streams, "ended": ended}
 
 

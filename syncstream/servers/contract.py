@@ -61,7 +61,7 @@ def speaks_http_1_1(environ: Environ) -> bool:
     return environ.get("SERVER_PROTOCOL") not in ("HTTP/1.0", "HTTP/0.9", None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # there is one of each
 class Server:
     """One WSGI server, as seen from an application.
 

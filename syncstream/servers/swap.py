@@ -113,7 +113,7 @@ class Refused(Exception):
         self.is_full = is_full
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # of one connection
 class Taken:
     """A connection that belongs to the caller, who must close it.
 

@@ -30,7 +30,7 @@ FRAMED = (bytes, bytearray, memoryview)
 """The types whose items are sent as they are, in every format."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # functions have no equals
 class Format:
     """The way items become chunks, and the places where a new chunk may begin.
 

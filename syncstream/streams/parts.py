@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from .closing import Closing
 from .contract import Life
 from .monitor import Monitor
@@ -14,7 +12,6 @@ from .source import Source
 __all__ = ["Parts"]
 
 
-@dataclass(slots=True)  # not frozen: one is made for each stream
 class Parts:
     """One stream's parts. None of them refers to the stream, but weakly.
 
@@ -27,9 +24,20 @@ class Parts:
         closing: Closes the source, and finishes the stream.
     """
 
-    source: Source
-    output: Output
-    life: Life
-    outcome: Outcome
-    monitor: Monitor
-    closing: Closing
+    __slots__ = ("closing", "life", "monitor", "outcome", "output", "source")
+
+    def __init__(
+        self,
+        source: Source,
+        output: Output,
+        life: Life,
+        outcome: Outcome,
+        monitor: Monitor,
+        closing: Closing,
+    ) -> None:
+        self.source = source
+        self.output = output
+        self.life = life
+        self.outcome = outcome
+        self.monitor = monitor
+        self.closing = closing
