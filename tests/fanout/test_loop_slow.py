@@ -150,3 +150,14 @@ def test_who_may_lag_for_ever_shields_nobody(hub, peers):
         hub.publish("a", "x" * 500_000)
     await_true(lambda: timed.ends)
     assert (timed.ends, endless.ends) == (["send_timeout"], [])
+
+
+def test_a_lag_begins_when_a_client_takes_no_more(hub, peers):
+    """Not when it was last sent something, however long ago."""
+    peer = peers(hub, send_timeout=60.0)
+    texts = hub.publish("a", "1") and texts_until(peer, "1")
+    assert texts == ["1"]
+    time.sleep(0.05)
+    began = time.monotonic()
+    full(hub, peer)
+    assert began <= peer.client.since <= time.monotonic()

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import io
 import os
 import re
 import struct
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 
+from syncstream.fanout import sender as sender_module
 from syncstream.fanout.sender import open_sender
 from tests.fanout.sending import CALLED, aio
 from tests.support.pairs import check_script
@@ -183,3 +185,33 @@ forbid(425, 0)
 print(open_sender().name)
 """
     assert check_script(FORBID + script) == "aio\n"
+
+
+@aio
+@pytest.mark.parametrize(
+    ("status", "trials"),
+    [
+        (b"Seccomp:\t0\nSeccomp_filters:\t0\n", 0),
+        (b"Name:\tpython\n", 0),
+        (b"Seccomp:\t2\n", 4),
+        (None, 4),
+    ],
+    ids=["none", "an old kernel", "one", "no proc"],
+)
+def test_only_where_there_is_a_filter_a_child_tries_it(monkeypatch, status, trials):
+    """For each of the four calls; nobody is forked for nothing."""
+    waits = []
+
+    def opened(*args):
+        if status is None:
+            raise FileNotFoundError
+        return io.BytesIO(status)
+
+    def native(module, name):
+        waits.append(name)
+        return getattr(module, name)
+
+    monkeypatch.setattr(sender_module, "open", opened, raising=False)
+    monkeypatch.setattr(sender_module, "native", native)
+    open_sender("aio").close()
+    assert waits == ["waitpid"] * trials
