@@ -13,7 +13,10 @@ from syncstream.testing.brokers import bench, stored, told
 
 
 def remove(broker, channel, *ids):
-    """Remove events of a `MemoryBroker`, as an operator may from a database."""
+    """Remove events of a `MemoryBroker`, as an operator may from a database.
+
+    By private names: its users cannot remove single events.
+    """
     log = broker._logs[channel]
     entries = log._entries[log._skip :]
     log._entries = [entry for entry in entries if entry.id not in ids]

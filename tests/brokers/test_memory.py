@@ -365,7 +365,10 @@ def test_a_fork_is_another_life():
 
 
 def test_a_reader_takes_nothing_from_others():
-    """What is above the bound goes when something is published, not when it is read."""
+    """What is above the bound goes when something is published, not when it is read.
+
+    The bound is lowered by its private name: no user can have more than it allows.
+    """
     broker = MemoryBroker(max_size=100_000)
     for name in ("quiet", "noisy", "noisy", "noisy"):
         broker.publish([(name, b"x" * 1000)] * 3)

@@ -66,7 +66,7 @@ class Peer:
             fd = ours.detach()
         os.set_blocking(fd, False)
         self.socket.settimeout(TIMEOUT)
-        self.is_chunked = is_chunked
+        self.loop, self.is_chunked = loop, is_chunked
         self.data = b""
         self.ends = []
         self.subscription = hub.subscribe(*(channels or ("a",)), **options)
@@ -201,12 +201,12 @@ def is_shared(group):
 
 def full(hub, peer, channel="a"):
     """Publish until a client does not take any more."""
-    settle(peer.client._loop)  # it has its head
+    settle(peer.loop)  # it has its head
     n = 0
     while peer.client.rest is None:
         hub.publish(channel, f"{n} {'x' * 10_000}")
         n += 1
-        settle(peer.client._loop)
+        settle(peer.loop)
         assert n < 2000
     return n
 

@@ -203,7 +203,10 @@ class Scene:
         self.hub.close()
 
     def check_nothing_is_left(self):
-        """Nobody is counted, no group is kept, no timer."""
+        """Nobody is counted, no group is kept, no timer.
+
+        The loop's tables are private: what is left there is in no count of ``stats``.
+        """
         loop, left = self.loop, {}
 
         def is_clean():

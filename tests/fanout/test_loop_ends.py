@@ -106,11 +106,11 @@ def test_an_error_is_no_end_in_good_order(hub, peers, caplog, is_chunked):
         who="well",
         authorize=(authorize, 0.1),
     )
-    settle(peer.client._loop)
+    settle(peer.loop)
     peer.subscription.who = "broken"
     reason, _, is_whole, is_reset = ended(peer)
     assert (reason, is_whole, is_reset) == ("error", False, not is_chunked)
-    settle(peer.client._loop)  # its line comes later
+    settle(peer.loop)  # its line comes later
     (record,) = caplog.records
     assert record.exc_info[0] is ZeroDivisionError
 
@@ -172,7 +172,7 @@ def test_its_end_is_counted_and_logged_once(hub, peers, caplog):
         peer.client.stop(reason)
     reason, body, _, _ = ended(peer)
     assert reason == "kicked"
-    settle(peer.client._loop)
+    settle(peer.loop)
     (total,) = process.stats()["ended"].values()
     assert process.stats()["ended"].keys() == {"kicked"}
     assert (total["streams"], total["events"]) == (1, 3)

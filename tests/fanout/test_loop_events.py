@@ -88,7 +88,7 @@ def test_a_snapshot_by_a_callable(hub, peers):
 def test_several_channels_and_patterns(hub, peers):
     """Each channel's events in order; the ids hold all of the places."""
     two, wild = peers(hub, "a", "b"), peers(hub, "x:*")
-    settle(two.client._loop)
+    settle(two.loop)
     for n in range(50):
         hub.publish("ab"[n % 2], str(n))
         hub.publish(f"x:{n % 5}", str(n))

@@ -101,11 +101,11 @@ def test_an_application_that_exits_in_a_lane(hub, peers, error, caplog):
         raise error
 
     peer = peers(hub, authorize=(authorize, 0.1), callbacks=[callback])
-    settle(peer.client._loop)
+    settle(peer.loop)
     is_quiet.set()
     assert ended(peer)[0] == "error"
     other = peers(hub, "a", "b")
-    settle(other.client._loop)
+    settle(other.loop)
     hub.publish("a", "1")
     assert texts_until(other, "1") == ["1"]
 
@@ -171,9 +171,9 @@ def test_a_broker_that_is_down_for_a_while(peers, channels, monkeypatch):
         broker.is_down = True
         hub.sink.resync(None)
         hub.publish("a", "1")
-        settle(here[0].client._loop)
+        settle(here[0].loop)
         hub.publish("a", "2")
-        settle(here[0].client._loop)
+        settle(here[0].loop)
         broker.is_down = False
         for peer in here:
             assert texts_until(peer, "2") == ["0", "1", "2"]
@@ -190,7 +190,7 @@ def test_what_is_malformed_silences_nobody(hub, peers, channels):
         texts_until(peer, "0")
     for payload in (b"\0nope", b"", b"event: reset\ndata: {}\n\n"):
         hub.sink.deliver("a", Entry("7-7", hub.head("a"), payload))
-        settle(here[0].client._loop)
+        settle(here[0].loop)
     hub.publish("a", "1")
     for peer in here:
         assert texts_until(peer, "1") == ["0", "1"]
@@ -264,7 +264,7 @@ def test_a_lane_that_hangs_keeps_nobody_for_ever(peers, monkeypatch):
         for peer in (*hung, behind, other):
             texts_until(peer, "0")
         seen(other)  # at the end of its channel: nothing is to be read for it
-        settle(other.client._loop)
+        settle(other.loop)
         # Not before: on a busy machine any lane takes longer now and then.
         monkeypatch.setattr(group_module, "STUCK", 0.2)
         broker.hung = "a"

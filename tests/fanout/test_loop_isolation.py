@@ -64,7 +64,7 @@ def test_an_application_that_blocks_holds_up_nobody_else(hub, peers):
         "retried": peers(hub, "a", on_gap="live", after="now"),
     }
     leaver = peers(hub, "a", who="ann", place=place, process=process)
-    settle(leaver.client._loop)
+    settle(leaver.loop)
     slow = peers(hub, "x", who="early", authorize=(authorize, 0.1))
     slow.subscription.who = "slow"
     try:
@@ -171,7 +171,7 @@ def test_a_broker_that_is_slow_holds_up_no_place(peers):
             peers(hub, who=n, place=place, process=process, **more)
             for n, (place, more) in enumerate(zip(places, told, strict=True))
         ]
-        settle(here[0].client._loop)
+        settle(here[0].loop)
         for peer in here:
             peer.leave()
         assert broker.is_asked.wait(TIMEOUT)
@@ -228,7 +228,7 @@ def test_a_gap_of_many_at_one_place(peers):
         hub.sink.resync(None)
         for peer in here:
             peer.read_until(lambda events: any(e.event == "reset" for e in events))
-        settle(here[0].client._loop)
+        settle(here[0].loop)
         hub.publish("a", "last")
         found = [texts_until(peer, "last")[2:-1] for peer in here]
         assert found == [[], ["ann"], ["bob"], ["5", "6", "7", "8", "9"]]
@@ -296,7 +296,7 @@ def test_a_subscription_of_two_responses(hub, peers):
     """The second is told so, before anything is sent; the first goes on."""
     peer = peers(hub)
     second = Client(
-        peer.client._loop,
+        peer.loop,
         -1,
         peer.subscription,
         peer.client.terms,
@@ -318,7 +318,7 @@ def test_a_hub_that_closes_while_a_client_comes(hub, peers):
     """Its end is an end as others; nothing is subscribed any more by then."""
     peer = peers(hub, add=False)
     hub.windows.is_closed = True  # as in the midst of close()
-    peer.client._loop.add(peer.client, HEAD)
+    peer.loop.add(peer.client, HEAD)
     seen(peer)
     hub.windows.is_closed = False
     hub.close()

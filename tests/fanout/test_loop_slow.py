@@ -109,7 +109,7 @@ def test_who_reads_a_little_is_kept(hub, peers, is_tcp):
 def test_no_client_is_dropped_for_a_loop_that_stood_still(hub, peers):
     """Nobody has looked how much it takes: half of its time is left, at least."""
     peer = peers(hub, is_tcp=True, send_timeout=2.0)
-    loop = peer.client._loop
+    loop = peer.loop
     full(hub, peer)
 
     def stand_still():
@@ -133,7 +133,7 @@ def test_a_lag_is_told(peers, is_conflated):
     n = full(hub, peer)
     for k in range(400):  # more than the window has
         hub.publish("a", f"{n + k}")
-    settle(peer.client._loop)
+    settle(peer.loop)
     last = str(n + 399)
     found = texts_until(peer, last)
     resets = [e for e in peer.events() if e.event == "reset"]
