@@ -55,6 +55,9 @@ _DESCRIBES_BODY = re.compile(
 )
 
 
+_UNKNOWN: Any = object()
+
+
 class Full(Exception):
     """A stream must be refused although the limits allow it; the text says why."""
 
@@ -99,7 +102,8 @@ class Connection:
         self._input = environ.get("wsgi.input")
         # Weak references, here and in the environ: no cycle keeps either alive.
         self._stream: weakref.ref[Sent] | None = None
-        self._write: Callable[[bytes], object] | None = None
+        self._write: Callable[[bytes], object] | None = None  # the server's
+        self._usable: Any = _UNKNOWN  # what `write` returns
         self._is_encoded = False  # whether the application set Content-Encoding
         self._sent_before: int | None = None  # bytes of the body, before the stream
         self._counter: Counter | None = None
@@ -361,16 +365,16 @@ class Connection:
         server = self.server
         if self._write is None:
             self._write = server.own_write(self._given)
-            vars(self).pop("write", None)
+            self._usable = _UNKNOWN
         write = self.write
         if write is None:
             return
         self._sent_before = server.sent(write)
         if self._sent_before is None and hasattr(write, "__self__"):
             self._counter, self._sent_before = Counter(write), 0
-            vars(self)["write"] = self._counter
+            self._usable = self._counter
         elif self._sent_before is None and not takes_directly(server.write_module):
-            vars(self)["write"] = None
+            self._usable = None
             process().warn_once(
                 log,
                 "streams send no keepalive while their generators wait: a WSGI"
@@ -394,11 +398,18 @@ class Connection:
         sent = self.server.sent(self._write) if counter is None else counter.sent
         return sent is not None and sent - self._sent_before == size
 
-    @functools.cached_property
+    @property
     def write(self) -> Callable[[bytes], object] | None:
         """The server's own ``write``, if others than its thread may write by it, and
         what they write reaches the client as it is."""
-        # Cached: first read when there is a head, which no longer changes.
+        if self._usable is _UNKNOWN:
+            # Once: it is first read when there is a head, which no longer changes.
+            self._usable = self._unencoded()
+        found: Callable[[bytes], object] | None = self._usable
+        return found
+
+    def _unencoded(self) -> Callable[[bytes], object] | None:
+        """Return the server's ``write`` if nothing encodes what it writes."""
         write = self._write
         headers = self.server.headers(write) if write is not None else None
         if headers is None:
