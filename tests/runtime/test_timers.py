@@ -513,3 +513,27 @@ def test_a_worker_goes_on_after_a_failure():
     """In order, in one greenlet at a time, and again when there is more."""
     assert check_script(WORKER) == ""
     assert Worker(lambda job: None).begin() is None
+
+
+IN_A_HUB = """
+import gevent, threading
+from syncstream.runtime.watch import elsewhere, watch
+done, failed = [], []
+own = gevent.spawn(watch).get()
+def job():
+    gevent.sleep(0.001)  # it may wait, which a callback of the hub may not
+    done.append(threading.get_ident())
+elsewhere(own, job)
+own.run(lambda: done.append("runs"))
+own.spawn(lambda: (gevent.sleep(0.001), done.append("spawned")))
+with gevent.Timeout(10):
+    while len(done) < 3:
+        gevent.sleep(0.001)
+assert set(done) == {threading.get_ident(), "runs", "spawned"}, done
+assert own.is_home and not own.is_over
+"""
+
+
+def test_a_job_elsewhere_is_in_a_greenlet_of_the_main_hub():
+    """Where it may wait."""
+    assert check_script(IN_A_HUB) == ""

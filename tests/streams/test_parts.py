@@ -376,6 +376,23 @@ def test_how_often_a_busy_source_looks(monkeypatch):
     assert stats()["ended"]["finished"]["events"] == 12
 
 
+def test_a_stream_is_iterated_once():
+    """Whoever asks again goes on with the same body, and gets nothing after it."""
+    stream = stream_of(["a", "b"], Line())
+    chunks = iter(stream)
+    assert next(chunks) == b": ok\n\n"
+    assert iter(stream) is chunks
+    assert next(stream) == b"data: a\n\n"
+    assert list(stream) == [b"data: b\n\n"]
+    del chunks
+    assert list(stream) == []
+    stream.close()
+    assert list(stream) == []
+    dropped = stream_of(["a"], Line())
+    next(iter(dropped))  # and the iterator is gone
+    assert list(dropped) == []
+
+
 # Places.
 
 
