@@ -43,7 +43,7 @@ def ends_blank(tail: bytes) -> bool:
         tail: The last bytes written: 4 or more, or all if there were fewer (see
             `tail_after`); ``b""`` before the first byte.
     """
-    if not tail:
+    if not tail or tail.endswith(b"\n\n"):
         return True
     tail = tail.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     end = len(tail)

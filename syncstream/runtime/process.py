@@ -295,7 +295,9 @@ class Process:
                 reason, seconds, events, bytes = self._news.popleft()
             except IndexError:  # a call during a garbage collection took it
                 return
-            total = self._totals.setdefault(reason, Total())
+            total = self._totals.get(reason)
+            if total is None:
+                total = self._totals.setdefault(reason, Total())
             total.streams += 1
             total.seconds += seconds
             total.events += events

@@ -17,8 +17,8 @@ import logging
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from opcode import opmap
 from types import FrameType
@@ -154,18 +154,27 @@ def current_scope() -> Scope | None:
     return scope
 
 
-@contextmanager
-def entered(scope: Scope) -> Iterator[None]:
-    """Run a block in a scope, in this thread or greenlet."""
-    token = current.set(scope.reference)
-    was_running = scope.is_running
-    scope.runner = runner()
-    scope.is_running = True
-    try:
-        yield
-    finally:
-        scope.is_running = was_running
-        current.reset(token)
+class entered:
+    """Runs a block in a scope, in this thread or greenlet.
+
+    A class, as it costs a third of what `contextlib.contextmanager` does.
+    """
+
+    __slots__ = ("_scope", "_token", "_was_running")
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+
+    def __enter__(self) -> None:
+        scope = self._scope
+        self._token = current.set(scope.reference)
+        self._was_running = scope.is_running
+        scope.runner = runner()
+        scope.is_running = True
+
+    def __exit__(self, *_: object) -> None:
+        self._scope.is_running = self._was_running
+        current.reset(self._token)
 
 
 def gevent_hub() -> Any:

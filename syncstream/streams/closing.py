@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections import deque
 from collections.abc import Callable
+from types import GeneratorType
 from typing import Any
 
 from ..runtime.clock import time
+from ..runtime.journal import is_enabled
 from ..runtime.process import process
 from ..runtime.waiting import Scope, entered
 from .capacity import Place
@@ -17,7 +18,7 @@ from .exits import Exits
 from .links import Link
 from .monitor import Monitor
 from .outcome import Once, Outcome
-from .output import Output
+from .output import Output, log
 from .source import Source
 
 __all__ = ["Closing"]
@@ -117,7 +118,7 @@ class Closing:
             try:
                 close = getattr(closable, "close", None)
                 if close is not None:
-                    scope.was_told |= inspect.isgenerator(closable)
+                    scope.was_told |= isinstance(closable, GeneratorType)
                     close()
             except BaseException as error:
                 if self.exits.keep(error):
@@ -199,8 +200,9 @@ class Closing:
         if record is not None:
             seconds = time.monotonic() - self._monitor.began
         (record or process()).count(reason, seconds, output.events, output.bytes)
-        output.report(
-            logging.DEBUG,
-            f"%s ended: {reason}, {seconds:.3f} s, {output.events} events,"
-            f" {output.bytes} bytes",
-        )
+        if is_enabled(log, logging.DEBUG):  # before the line is put together
+            output.report(
+                logging.DEBUG,
+                f"%s ended: {reason}, {seconds:.3f} s, {output.events} events,"
+                f" {output.bytes} bytes",
+            )

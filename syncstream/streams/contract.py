@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeGuard
 
 from ..protocol.json import Dumps
@@ -21,6 +22,7 @@ __all__ = [
     "Frames",
     "Life",
     "is_feed",
+    "life_of",
 ]
 
 log = logging.getLogger("syncstream.stream")
@@ -30,7 +32,8 @@ FRAMED = (bytes, bytearray, memoryview)
 """The types whose items are sent as they are, in every format."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # functions have no equals
+# Functions have no equals. Not frozen: one is made for each stream.
+@dataclass(slots=True, eq=False)
 class Format:
     """The way items become chunks, and the places where a new chunk may begin.
 
@@ -63,6 +66,7 @@ class Life:
         drain: The time for which a generator continues after its server was told to
             stop; 0 for none. ``None``: as long as the server allows, but not at all
             for a client that reconnects.
+        soonest: The shortest of the first three; infinity without any.
 
     Raises:
         TypeError: A duration is not a number.
@@ -73,6 +77,7 @@ class Life:
     send_timeout: float | None = 30.0
     max_duration: float | None = None
     drain: float | None = None
+    soonest: float = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("keepalive", "send_timeout", "max_duration", "drain"):
@@ -90,6 +95,31 @@ class Life:
             if not 0 < seconds < math.inf:
                 least = "0 seconds or more" if name == "drain" else "above 0 seconds"
                 raise ValueError(f"{name} must be {least}, or None, got {value!r}")
+        limits = (self.keepalive, self.send_timeout, self.max_duration)
+        soonest = min(
+            (limit for limit in limits if limit is not None), default=math.inf
+        )
+        object.__setattr__(self, "soonest", soonest)  # it is frozen
+
+
+_checked_life = functools.lru_cache(maxsize=64, typed=True)(Life)
+
+
+def life_of(
+    keepalive: float | None,
+    send_timeout: float | None,
+    max_duration: float | None,
+    drain: float | None,
+) -> Life:
+    """Return the `Life` of these durations; equal ones are checked once.
+
+    Raises:
+        TypeError, ValueError: As `Life` does.
+    """
+    try:
+        return _checked_life(keepalive, send_timeout, max_duration, drain)
+    except TypeError:  # perhaps one has no hash: its own error names it
+        return Life(keepalive, send_timeout, max_duration, drain)
 
 
 class Frames(Protocol):

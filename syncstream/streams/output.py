@@ -110,7 +110,7 @@ class Output:
     def open(self) -> bytes:
         """Return the opening, and count it as sent."""
         assert self.opening is not None
-        self.tail = sse.tail_after(b"", self.opening)
+        self.tail = b"\n\n"  # behind its comment an event may begin
         self.bytes += len(self.opening)
         return self.opening
 

@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any
-from wsgiref.util import is_hop_by_hop
 
 from ..servers.connection import Connection
 
 __all__ = [
     "CONTROLS",
     "EVENT_HEADERS",
+    "HOP_BY_HOP",
     "LIVE",
     "NDJSON_HEADERS",
     "answering",
@@ -33,6 +33,12 @@ LIVE = {
 EVENT_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", **LIVE}
 NDJSON_HEADERS = {"Content-Type": "application/x-ndjson", **LIVE}
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+HOP_BY_HOP = frozenset(  # of RFC 2616 §13.5.1, as PEP 3333 refers to it
+    [
+        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization"),
+        *("te", "trailers", "transfer-encoding", "upgrade"),
+    ]
+)
 CONTROLS = re.compile(r"[\r\n\0]")
 
 HeaderSource = (
@@ -97,7 +103,7 @@ def _checked_header(item: Any) -> tuple[str, str | int | None]:
 
 
 def without_hop_by_hop(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(name, value) for name, value in headers if not is_hop_by_hop(name)]
+    return [(name, value) for name, value in headers if name.lower() not in HOP_BY_HOP]
 
 
 def ends_line(tail: bytes) -> bool:

@@ -13,7 +13,7 @@ from ..protocol import ndjson, raw, sse
 from ..runtime.journal import report
 from ..runtime.process import process
 from ..streams.capacity import Capacity, Place
-from ..streams.contract import Format, Life
+from ..streams.contract import Format, Life, life_of
 from ..streams.stream import Stream, warn_unframed
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class StreamMiddleware:
         if not callable(app):
             raise TypeError(f"app must be a WSGI application, got {app!r}")
         self.app = app
-        self._life = Life(keepalive, send_timeout, max_duration, drain)
+        self._life = life_of(keepalive, send_timeout, max_duration, drain)
         self.capacity = Capacity(
             max_streams,
             reserve_threads,

@@ -12,7 +12,6 @@ import logging
 import sys
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
-from wsgiref.util import is_hop_by_hop
 
 from werkzeug.datastructures import Headers
 from werkzeug.wrappers import Response
@@ -22,11 +21,12 @@ from ..protocol import ndjson, raw, sse
 from ..protocol.json import Dumps
 from ..runtime.process import process
 from ..servers.connection import Connection, warn_of_compression
-from ..streams.contract import FRAMED, Format, Life
+from ..streams.contract import FRAMED, Format, life_of
 from ..streams.stream import ANSWERED, Stream, warn_framed, warn_unframed
 from .headers import (
     CONTROLS,
     EVENT_HEADERS,
+    HOP_BY_HOP,
     LIVE,
     NDJSON_HEADERS,
     HeaderSource,
@@ -109,6 +109,7 @@ def _joined(ours: Any, theirs: Any) -> Any:
 
 
 _CLASS: Any = object.__dict__["__class__"]
+_PERHAPS_DROPPED = HOP_BY_HOP | {"content-type", "content-length"}
 
 
 class _Streaming(Response):
@@ -205,12 +206,14 @@ class _Streaming(Response):
 
     def get_wsgi_headers(self, environ: WSGIEnvironment) -> Headers:
         headers = super().get_wsgi_headers(environ)
-        for name in {name for name, _ in headers if is_hop_by_hop(name)}:
-            del headers[name]
-        if self.status_code == 204:
-            del headers["Content-Type"]
-        if self.response is self._stream and not self._may_have_length:
-            del headers["Content-Length"]
+        has_type = self.status_code != 204
+        has_length = self.response is not self._stream or self._may_have_length
+        for name in {name.lower() for name, _ in headers} & _PERHAPS_DROPPED:
+            if not (
+                (name == "content-type" and has_type)
+                or (name == "content-length" and has_length)
+            ):
+                del headers[name]
         return headers
 
     def get_wsgi_response(
@@ -366,7 +369,7 @@ class SSEResponse(_Streaming):
         if not isinstance(framed, bool):
             raise TypeError(f"framed must be True or False, got {framed!r}")
         format = _events(dumps, is_framed=framed)
-        life = Life(keepalive, send_timeout, max_duration, drain)
+        life = life_of(keepalive, send_timeout, max_duration, drain)
         stream = Stream(
             source,
             format,
@@ -416,7 +419,7 @@ class NDJSONResponse(_Streaming):
         dumps: Dumps | None = None,
     ) -> None:
         format = Format(ndjson.encoder(dumps), ends_line, dumps=dumps)
-        life = Life(None, send_timeout, max_duration, drain)
+        life = life_of(None, send_timeout, max_duration, drain)
         stream = Stream(source, format, life=life, on_error=on_error)
         super().__init__(stream, NDJSON_HEADERS, status, headers)
 
@@ -457,6 +460,6 @@ class StreamResponse(_Streaming):
         if not isinstance(content_type, str):
             raise TypeError(f"content_type must be str, got {content_type!r}")
         defaults = {"Content-Type": content_type, **LIVE}
-        life = Life(None, send_timeout, max_duration, drain)
+        life = life_of(None, send_timeout, max_duration, drain)
         stream = Stream(source, Format(raw.encode, lambda tail: False), life=life)
         super().__init__(stream, defaults, status, headers)

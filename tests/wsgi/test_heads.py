@@ -321,7 +321,7 @@ def test_the_durations_of_a_stream(monkeypatch, make, expected):
     given = []
     for name in ("responses", "middleware"):
         monkeypatch.setattr(
-            f"syncstream.wsgi.{name}.Life",
+            f"syncstream.wsgi.{name}.life_of",
             lambda *durations: given.append(durations) or Life(*durations),
         )
     make()
