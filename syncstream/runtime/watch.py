@@ -85,6 +85,8 @@ class Watch:
         self._order = itertools.count()
         self._cancelled = 0
         self._process = process_key()
+        self._later: deque[Callback] = deque()
+        self._is_later_due = False
         # Reentrant: a garbage collection while it is held may close a stream.
         self.lock = native(_thread, "RLock")()
         epoll = native_epoll()
@@ -119,7 +121,7 @@ class Watch:
         """Stop watching a socket, unless its number is watched by another owner now."""
         # A forked child shares the epoll with its parent, which keeps using it; and
         # the lock may be held by a thread that does not exist in the child.
-        if self._is_foreign:
+        if self.is_foreign:
             return
         with self.lock:
             if self.watched.get(fd) is not hung_up:
@@ -132,7 +134,7 @@ class Watch:
                 self._epoll.unregister(fd)
 
     @property
-    def _is_foreign(self) -> bool:
+    def is_foreign(self) -> bool:
         """Whether this is a forked child, so that the watch is its parent's."""
         return self._process is not process_key()
 
@@ -196,7 +198,7 @@ class Watch:
             callback: Returns the next time, ``None`` for never again.
         """
         timer = Timer(callback)
-        if self._is_foreign:  # no thread runs it, and its lock may stay held
+        if self.is_foreign:  # no thread runs it, and its lock may stay held
             return timer
         when = _shared(when)
         with self.lock:
@@ -211,7 +213,7 @@ class Watch:
         if timer.callback is None:
             return
         timer.callback = None
-        if self._is_foreign:
+        if self.is_foreign:
             return
         with self.lock:
             self._cancelled += 1
@@ -221,6 +223,31 @@ class Watch:
                 live = [t for t in timers if t[2].callback is not None]
                 self.timers += live  # a garbage collection may have added some
                 heapq.heapify(self.timers)
+
+    def later(self, callback: Callback) -> None:
+        """Call once: within `GRID`, or under gevent when the caller's hub runs next.
+
+        It costs less than a timer, or than a descriptor in epoll, and need not be
+        cancelled: it is for what is mostly over by then.
+        """
+        self._later.append(callback)
+        # Cleared before the calls are made: none is missed.
+        if self._is_later_due:
+            return
+        self._is_later_due = True
+        try:
+            self._begin_later()
+        except BaseException:
+            self._is_later_due = False  # the next call tries again
+            raise
+
+    def _begin_later(self) -> None:
+        self.call_at(on_grid(time.monotonic() + GRID / 2), self._call_later)
+
+    def _call_later(self) -> None:
+        self._is_later_due = False
+        for _ in range(len(self._later)):
+            self._guarded(self._later.popleft())
 
     def _run_timers(self) -> float | None:
         """Make the calls that are due; return the time of the next one."""
@@ -413,7 +440,7 @@ class _GeventWatch(Watch):
             self._io.start(self._read_now)
 
     def _read_now(self) -> None:
-        if self._is_foreign:  # a forked child: the event is the parent's
+        if self.is_foreign:  # a forked child: the event is the parent's
             self._io.stop()
             return
         try:
@@ -431,6 +458,10 @@ class _GeventWatch(Watch):
             return
         self._set_timer(hub, when)
 
+    def _begin_later(self) -> None:
+        hub: Any = self._gevent_hub()
+        hub.loop.run_callback(self._call_later)
+
     def _set_timer(self, hub: Any, when: float) -> None:
         if self._timer is not None:
             self._timer.stop()
@@ -444,7 +475,7 @@ class _GeventWatch(Watch):
     def _tick(self) -> None:
         self.ran_at = time.monotonic()
         self._timer_at = float("inf")
-        if self._is_foreign:
+        if self.is_foreign:
             return
         try:
             self._run_timers()

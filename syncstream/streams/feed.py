@@ -39,7 +39,7 @@ def chunks_of_feed(
         # The descriptor will soon be another file's, unless code of the application
         # runs before, which may take long.
         is_leaving = departure is not None and not feed.begins_with_user_code
-        monitor.begin(stream, is_leaving=is_leaving)
+        monitor.begin(stream, "never" if is_leaving else "now")
         # Before the client sees the stream open: it may publish as soon as it does.
         first, events = b"", 0
         try:
@@ -109,7 +109,7 @@ def _first_step(run: Iteration, feed: Feed, *, is_leaving: bool) -> tuple[bytes,
             feed.begin()
             if not is_leaving:
                 return b"", 0
-            run.stream.before_wait()
+            run.give_back()
             chunk, events, _ = feed.step()
         except Failed as failed:
             raise failed.error from None

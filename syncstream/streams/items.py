@@ -23,7 +23,7 @@ def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
     stream, parts = run.stream, run.parts
     output, monitor, ended = parts.output, parts.monitor, parts.outcome.ended
     try:
-        monitor.begin(stream)
+        monitor.begin(stream, "soon")
         if output.opening is not None and not ended:
             yield output.open()
         if ended:
@@ -33,7 +33,7 @@ def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
         failure = None
         try:
             with entered(stream):
-                stream.before_wait()
+                run.give_back()
                 iterator = parts.source.iterate(given)
                 advance: Callable[[], Any] = iterator.__next__
                 throw = getattr(iterator, "throw", None)
@@ -47,7 +47,9 @@ def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
             return
         # Local variables, because all of this is done for every event.
         step, take, encode = run.stepper(), advance, output.format.encode
-        monotonic, keepalive, look_at = time.monotonic, monitor.keepalive, 0.0
+        monotonic, keepalive = time.monotonic, monitor.keepalive
+        # A socket has just been written to.
+        look_at = monitor.began + LOOK_EVERY if monitor.shows_socket else 0.0
         item = refused = None
         while True:
             item = step(take)

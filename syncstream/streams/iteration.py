@@ -187,6 +187,11 @@ class Iteration:
         message = f"the source of %s failed at its end ({self._outcome.reason})"
         self._output.report(level, message, error)
 
+    def give_back(self) -> None:
+        """Give back, at the beginning, what the application should not hold."""
+        if self._output.connection is not None:
+            self._output.connection.before_wait()
+
     # The last chunks.
 
     def finish(self) -> Iterator[bytes]:

@@ -18,7 +18,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ..runtime.clock import time
 from ..runtime.process import Attached, Process, Served, process
@@ -43,6 +43,7 @@ log = logging.getLogger("syncstream.stream")
 WATCHED_LOOK_EVERY = 1.0
 """At most every so many seconds a busy stream that is watched looks by itself."""
 VANISH_EVERY = 0.1  # seconds between two looks whether the server has closed a socket
+SOON = 1.0  # seconds: a shorter time limit is watched from the first step on
 STARVED = 0.2  # seconds in which a hub has not run its watch
 STUCK = 1.0  # seconds that a write may block once the stream has ended
 # Seconds without progress, of a client whose server is to stop. TCP tells of one that
@@ -101,6 +102,7 @@ class Monitor:
         self._timer: Timer | None = None
         self._hung_up: Callable[[], object] | None = None
         self._fd = -1
+        self._is_awaiting = False  # `settle`
         self._kernel_timeout: float | None = None  # what held before ours
         self._thread = 0
         self._look_at = 0.0
@@ -111,13 +113,16 @@ class Monitor:
 
     # From its first step on, in the thread or greenlet that iterates.
 
-    def begin(self, stream: Attached, *, is_leaving: bool = False) -> None:
+    def begin(
+        self, stream: Attached, watching: Literal["now", "soon", "never"] = "now"
+    ) -> None:
         """Add the stream to its process's open streams, and have it watched.
 
         Args:
             stream: The stream.
-            is_leaving: Whether it leaves its server in a moment, so that neither its
-                descriptor nor its clock is watched.
+            watching: When its connection and its clock are watched: from now on; from
+                its source's first wait, or a moment later (see `settle`); never, as it
+                leaves its server in a moment.
         """
         self.began = self._output.moved = now = time.monotonic()
         self.in_hub = gevent_hub() is not None
@@ -133,7 +138,10 @@ class Monitor:
                 and self._output.format.is_events
             ):
                 connection.find_write()
-            self.observe(is_leaving=is_leaving)
+            if watching == "now":
+                self.observe()
+            else:
+                self._observe_later(is_ever=watching == "soon")
             self.served = record.opened(
                 stream,
                 self.watch,
@@ -144,35 +152,85 @@ class Monitor:
             self._leave_watch()
             raise
 
-    def observe(self, *, is_leaving: bool = False) -> None:
+    def observe(self) -> None:
         """Have the connection and the clock watched."""
-        connection = self._output.connection
         try:
             self.watch = watch()
-            if is_leaving:
-                return
-            fd = connection.fd if connection is not None else None
-            if fd is not None and fd >= 0:
-                # First: the client may have gone already, and we are told at once.
-                self._fd, self._hung_up = fd, _weakly(self._on_hang_up, None)
-                self.watch.add(fd, self._hung_up)
-            tick = self._next_tick(time.monotonic())
-            if tick < math.inf:
-                self._timer = self.watch.call_at(tick, _weakly(self._tick, None))
+            self._find_socket()
+            self._observe(self.watch)
         except (OSError, RuntimeError) as error:  # no descriptor or thread is left
-            self._output.report(
-                logging.WARNING, "%s is not watched for a hang-up", error
-            )
+            self._say_unwatched(error)
+
+    def _observe_later(self, *, is_ever: bool) -> None:
+        """Have the connection and the clock watched from `settle` on, if ever.
+
+        Most sources that do not wait have ended before.
+        """
+        connection = self._output.connection
+        may_vanish = connection is not None and connection.may_vanish
+        if is_ever and (may_vanish or self._life.soonest < SOON):
+            self.observe()
+            return
+        try:
+            self.watch = watch()
+            if is_ever:
+                self._find_socket()
+                self._is_awaiting = True
+                self.watch.later(_weakly(self.settle, None))
+        except (OSError, RuntimeError) as error:  # no descriptor or thread is left
+            self._say_unwatched(error)
+
+    def settle(self) -> None:
+        """Have the connection and the clock watched, unless they are, or it is over.
+
+        Called before the source's waits, in its thread or greenlet, and by the watch.
+        """
+        watch = self.watch
+        if not self._is_awaiting or watch is None or watch.is_foreign:
+            return
+        try:
+            with watch.lock:
+                if self._is_awaiting:
+                    self._is_awaiting = False
+                    self._observe(watch)
+        except (OSError, RuntimeError) as error:  # no descriptor is left
+            self._say_unwatched(error)
+
+    def _find_socket(self) -> None:
+        connection = self._output.connection
+        fd = connection.fd if connection is not None else None
+        self._fd = -1 if fd is None else fd
+
+    def _observe(self, watch: Watch) -> None:
+        if self._fd >= 0:
+            # First: the client may have gone already, and we are told at once.
+            self._hung_up = _weakly(self._on_hang_up, None)
+            watch.add(self._fd, self._hung_up)
+        tick = self._next_tick(time.monotonic())
+        if tick < math.inf:
+            self._timer = watch.call_at(tick, _weakly(self._tick, None))
+
+    def _say_unwatched(self, error: Exception) -> None:
+        self._output.report(logging.WARNING, "%s is not watched for a hang-up", error)
 
     def leave_connection(self) -> None:
         """Stop watching the connection: its descriptor will be another file's."""
-        watch = self.watch
-        if watch is not None and self._timer is not None:
-            watch.cancel(self._timer)
-        if watch is not None and self._hung_up is not None:
-            watch.remove(self._fd, self._hung_up)
-        self._timer = self._hung_up = None
+        if self.watch is not None:
+            self._stop_watching(self.watch)
         self._fd = -1
+
+    def _stop_watching(self, watch: Watch) -> None:
+        timer, hung_up = self._timer, self._hung_up
+        self._timer = self._hung_up = None
+        if timer is not None:
+            watch.cancel(timer)
+        if hung_up is not None:
+            watch.remove(self._fd, hung_up)
+
+    @property
+    def shows_socket(self) -> bool:
+        """Whether there is a socket that the watch looks at, now or soon."""
+        return self._fd >= 0
 
     @property
     def is_watching(self) -> bool:
@@ -319,11 +377,15 @@ class Monitor:
         fd = self._fd
         if self._output.connection is not None:
             self._output.connection.leave_write()
-        self.leave_connection()
+        watch, self.watch = self.watch, None
+        if watch is not None:
+            with watch.lock:  # `settle` may run in the watch
+                self._is_awaiting = False
+                self._stop_watching(watch)
+        self._fd = -1
         # The connection may serve other requests after this one.
         if self._send_timeout is not None and fd >= 0 and self._has_socket(fd):
             give_up_after(fd, self._kernel_timeout)
-        self.watch = None
 
     # Its connection.
 
@@ -539,10 +601,12 @@ def _run_handler_in(thread: int) -> None:
 
 def _weakly(method: Callable[[], R], default: R) -> Callable[[], R]:
     """Return a call of a method that does not keep its object alive."""
-    reference = weakref.WeakMethod(method)
+    # Not `weakref.WeakMethod`, which takes three times as long to make.
+    bound: Any = method
+    reference, function = weakref.ref(bound.__self__), bound.__func__
 
     def call() -> R:
         found = reference()
-        return default if found is None else found()
+        return default if found is None else function(found)
 
     return call

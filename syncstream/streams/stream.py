@@ -490,6 +490,7 @@ class Stream:
                 SQLAlchemy's): the message names what to link instead.
         """
         link = Link(closable)
+        self._monitor.settle()
         if self._client is not None:
             self._client.on_close(link.close)
             return closable
@@ -567,6 +568,7 @@ class Stream:
     def before_wait(self) -> None:
         """Give back what the application should not hold while the stream waits."""
         self.has_waited = True
+        self._monitor.settle()
         if self._out.connection is not None:
             self._out.connection.before_wait()
 

@@ -220,6 +220,26 @@ def test_timers_come_in_order(any_place):
     assert came == expected
 
 
+def test_what_comes_later_is_called_once(any_place, caplog):
+    """All of it, in its order, even if one fails; what is given meanwhile, too."""
+    watch, came = any_place.watch(), []
+
+    def last():
+        came.append("last")
+
+    def again():
+        came.append("again")
+        watch.later(last)
+
+    for callback in (lambda: came.append("first"), lambda: 1 / 0, again):
+        watch.later(callback)
+    assert came == []
+    any_place.await_true(lambda: len(came) >= 3)
+    any_place.pause(0.1)
+    assert came == ["first", "again", "last"]
+    any_place.await_true(lambda: "ZeroDivisionError" in caplog.text)
+
+
 def test_no_timer_comes_early(any_place):
     """The loop's clock is not ours."""
     watch, early = any_place.watch(), []

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import socket
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -36,7 +37,12 @@ NEVER = Life(None, None, None, None)
 class Clock:
     """A watch whose time is ours; what it is to run is run at once."""
 
+    is_foreign = False
+
     def __init__(self):
+        self.lock = threading.RLock()
+        self.given = []  # to be called later
+        self.later = self.given.append
         self.now = self.ran_at = NOW
         self.timers = {}
         self.watched = {}
@@ -195,7 +201,7 @@ def test_a_server_that_closes_early_is_looked_at(clock, server, life, expected):
 def test_who_is_about_to_leave_is_not_watched(clock, server):
     """Its descriptor is another's in a moment; it may be watched later."""
     watched = Watched(Client(server), Life(15, 30, 60), begin=False)
-    watched.monitor.begin(watched.stream, is_leaving=True)
+    watched.monitor.begin(watched.stream, "never")
     assert (clock.timers, clock.watched) == ({}, {})
     assert not watched.monitor.is_watching
     assert watched.monitor.deadline == NOW + 60
@@ -207,6 +213,54 @@ def test_who_is_about_to_leave_is_not_watched(clock, server):
     assert (clock.timers, clock.watched) == ({}, {})
     assert not watched.monitor.is_watching
     watched.monitor.leave_connection()
+
+
+@pytest.mark.parametrize("is_waiting", [True, False])
+def test_who_may_end_at_once_is_watched_later(clock, server, is_waiting):
+    """From the source's first wait on, or when the watch calls; once."""
+    watched = Watched(Client(server), Life(15, 30, 60), begin=False)
+    watched.monitor.begin(watched.stream, "soon")
+    assert (clock.timers, clock.watched) == ({}, {})
+    assert watched.monitor.shows_socket
+    assert not watched.monitor.is_watching
+    (call,) = clock.given
+    first, second = watched.monitor.settle, call
+    if not is_waiting:
+        first, second = second, first
+    first()
+    assert list(clock.watched) == [server.fileno()]
+    assert (clock.next(), watched.monitor.is_watching) == (7.5, True)
+    timers, told = dict(clock.timers), dict(clock.watched)
+    second()
+    assert (clock.timers, clock.watched) == (timers, told)
+    watched.monitor.forget(watched.stream)
+    assert (clock.timers, clock.watched) == ({}, {})
+
+
+def test_who_has_ended_is_not_watched_any_more(clock, server):
+    """The watch's call comes too late; or nobody is there for it."""
+    watched = Watched(Client(server), Life(15, 30, 60), begin=False)
+    watched.monitor.begin(watched.stream, "soon")
+    watched.monitor.forget(watched.stream)
+    (call,) = clock.given
+    call()
+    watched.monitor.settle()
+    assert (clock.timers, clock.watched) == ({}, {})
+    watched = None
+    gc.collect()
+    call()
+
+
+@pytest.mark.parametrize(
+    "life", [Life(0.99, 30, 60), Life(15, 0.99, 60), Life(15, 30, 0.99)]
+)
+def test_a_short_time_is_kept_from_the_first_step_on(clock, server, life):
+    """It would be over, or almost, before the watch begins."""
+    watched = Watched(Client(server), life, begin=False)
+    watched.monitor.begin(watched.stream, "soon")
+    assert list(clock.watched) == [server.fileno()]
+    assert len(clock.timers) == 1
+    assert clock.given == []
 
 
 def test_what_has_ended_is_forgotten_once(clock, server):

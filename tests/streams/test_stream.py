@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import gc
+import io
 import itertools
 import logging
 import os
@@ -33,7 +34,7 @@ from syncstream.protocol import raw, sse
 from syncstream.runtime.journal import journal
 from syncstream.runtime.process import AT_ONCE
 from syncstream.runtime.sockets import is_hung_up
-from syncstream.runtime.watch import Watch
+from syncstream.runtime.watch import Watch, watch
 from syncstream.servers.swap import Taken
 from syncstream.streams.closing import Closing as StreamClosing
 from syncstream.streams.contract import Format, Life
@@ -928,10 +929,50 @@ def test_the_watch_may_be_faster(line, monkeypatch):
         client.close()
         line.fd = server.fileno()
         source = Closing(["a"])
-        stream = stream_of(source, line)
+        # A short limit is watched from the first step on.
+        stream = stream_of(source, line, life=Life(send_timeout=0.9))
         assert list(stream) == []
         stream.close()
         assert (stream.reason, source.closed) == ("disconnected", 1)
+
+
+@pytest.mark.parametrize(
+    "pause",
+    [
+        pytest.param(lambda _: sleep(0), id="sleep"),
+        pytest.param(
+            lambda _: current_stream().wait(threading.Event(), 0.01), id="wait"
+        ),
+        pytest.param(lambda _: current_stream().link(io.BytesIO()), id="link"),
+        # It waits unknown to us.
+        pytest.param(lambda added: await_true(lambda: added), id="another wait"),
+    ],
+)
+def test_a_source_is_watched_from_its_first_wait_on(line, monkeypatch, pause):
+    """One that is over before costs the watch nothing."""
+    add, added = Watch.add, []
+
+    def counted(self, fd, hung_up):
+        added.append(fd)
+        add(self, fd, hung_up)
+
+    def source():
+        yield "a"
+        assert added == []
+        pause(added)
+        assert added == [line.fd]
+        yield "b"
+
+    monkeypatch.setattr(Watch, "add", counted)
+    server, client = socket.socketpair()
+    with server, client:
+        line.fd = server.fileno()
+        for given, expected in ((["a"], []), (source(), [line.fd])):
+            stream = stream_of(given, line)
+            list(stream)
+            stream.close()
+            assert (stream.reason, added) == ("finished", expected)
+            assert line.fd not in watch().watched
 
 
 class Sent:
