@@ -134,8 +134,16 @@ class Subscribers:
 
     def leave(self, subscription: Subscriber, attendance: Attendance) -> None:
         """Stop counting a subscription, and unwatch and announce for it."""
+        rest = self.part(subscription, attendance)
+        if rest is not None:
+            rest()
+
+    def part(
+        self, subscription: Subscriber, attendance: Attendance
+    ) -> Callable[[], None] | None:
+        """Do as `leave`, without the broker: return its part, ``None`` for nothing."""
         self.windows.leave(subscription)
-        self._undo(subscription.channels, attendance, subscription.announcement)
+        return self._undo(subscription.channels, attendance, subscription.announcement)
 
     def drop(self, subscription: Subscriber, attendance: Attendance) -> None:
         """Remember a subscription that was dropped without `close`; call no broker."""
@@ -150,20 +158,37 @@ class Subscribers:
                 dropped = self._dropped.popleft()
             except IndexError:  # another thread took it
                 return
-            self._undo(*dropped)
+            rest = self._undo(*dropped)
+            if rest is not None:
+                rest()
 
     def _undo(
         self, channels: Sequence[str], attendance: Attendance, data: str | None
-    ) -> None:
+    ) -> Callable[[], None] | None:
+        idle: list[str] = []
         for name in channels[: attendance.watched]:
-            self.windows.unwatch(name)
-        if attendance.is_listed:
+            idle += self.windows.release(name)
+        announced: Sequence[str] | None = ()
+        if data is not None:
+            with self.windows.lock:
+                announced, attendance.announced = attendance.announced, None
+        is_listed = attendance.is_listed
+        if not (idle or is_listed or announced):
+            return None
+        return partial(self._tell, idle, announced or (), data, is_listed=is_listed)
+
+    def _tell(
+        self,
+        idle: Sequence[str],
+        announced: Sequence[str],
+        data: str | None,
+        *,
+        is_listed: bool,
+    ) -> None:
+        self.windows.tell_idle(idle)
+        if is_listed:
             self.control.leave()
-        if data is None:
-            return
-        with self.windows.lock:
-            announced, attendance.announced = attendance.announced, None
-        self.announce(announced or (), data, "leave")
+        self.announce(announced, data, "leave")
 
     def hear_presence(self) -> None:
         """Have the broker announce joins and leaves; at the first subscription.

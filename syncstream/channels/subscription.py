@@ -360,6 +360,12 @@ class Subscription:
             raise TypeError(f"reason must be str, got {reason!r}")
         if not reason:
             raise ValueError("reason must be a word, got ''")
+        rest = self.part(reason)
+        if rest is not None:
+            rest()
+
+    def part(self, reason: str) -> Callable[[], None] | None:
+        """Do as `close`, without the broker: return its part, ``None`` for nothing."""
         with self._subscribers.windows.lock:
             if self.reason is None:
                 self.reason = reason
@@ -367,8 +373,10 @@ class Subscription:
             waiter = self.waiter
         if waiter is not None:
             wake_all([waiter])
-        if attendance is not None:
-            self._leave(attendance)
+        if attendance is None:
+            return None
+        self.withdraw()
+        return self._subscribers.part(self, attendance)
 
     def _check_open(self) -> None:
         if self.reason is not None:

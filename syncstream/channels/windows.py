@@ -438,6 +438,10 @@ class Windows:
 
     def unwatch(self, name: str) -> None:
         """Undo one `watch`; the broker is told later, together with idle names."""
+        self.tell_idle(self.release(name))
+
+    def release(self, name: str) -> list[str]:
+        """Undo one `watch` without the broker; return the names for `tell_idle`."""
         now = time.monotonic()
         idle: list[str] = []
         with self.lock:
@@ -455,7 +459,11 @@ class Windows:
                 if not record.subscriptions:
                     record.held = ()  # no subscriber is left
             idle += self._forget_idle(now)
-        for name in idle:
+        return idle
+
+    def tell_idle(self, names: Iterable[str]) -> None:
+        """Tell the broker that no announcements of these names are needed."""
+        for name in names:
             try:
                 self.broker.unwatch(name)
             except BrokerError as error:  # unneeded announcements do no harm

@@ -258,7 +258,10 @@ class Client:
             self.turn()
 
     def leave(self) -> None:
-        """Free its place, and count it; in the lane of ends."""
+        """Free its place, count it, and leave its channels; in the loop.
+
+        What calls the broker or the application is left to lanes.
+        """
         reason, terms = str(self.reason), self.terms
         seconds = time.monotonic() - self.began
         for step in (
@@ -274,21 +277,34 @@ class Client:
 
     def _part(self, reason: str, seconds: float) -> None:
         try:
-            close = partial(self._close, reason, seconds)
             if self.subscription.announcement is None:
-                close()
+                self._close(reason, seconds, self.terms.lanes.ends.do)
             else:  # its "leave" is published by a broker, which may be slow
+                close = partial(self._close, reason, seconds, lambda rest: rest())
                 job = Job(close, lambda error: self._forget(seconds))
                 self.terms.lanes.reads.do(job)
         except BaseException:  # otherwise it would count as open for ever
             self._forget(seconds)
             raise
 
-    def _close(self, reason: str, seconds: float) -> None:
+    def _close(
+        self,
+        reason: str,
+        seconds: float,
+        do: Callable[[Callable[[], object]], object],
+    ) -> None:
+        """Leave the channels.
+
+        Args:
+            reason, seconds: Why it has ended, and after how long.
+            do: Does the broker's part.
+        """
         is_left = True
         try:
             try:
-                self.subscription.close(reason)
+                rest = self.subscription.part(reason)
+                if rest is not None:
+                    do(rest)
             except BaseException as error:
                 text = "the subscription of %s could not be closed, it may seem present"
                 self.terms.lanes.say(logging.ERROR, text, self.label, error=error)

@@ -8,10 +8,10 @@ from typing import Any
 
 from ..errors import Closed
 from ..runtime.journal import journal
-from ..runtime.sockets import has_timed_out
+from ..runtime.sockets import has_timed_out, release
 from .client import Client
 from .connection import close, say_goodbye
-from .lanes import Job, say_failed
+from .lanes import say_failed
 from .meeting import Meeting
 from .wheel import Wheel
 
@@ -125,13 +125,15 @@ class Ends:
 
     def _close(self, client: Client) -> None:
         client.rest = None
-        close(client.fd)
+        if client.reason == "disconnected":  # it reads no more, and has said all
+            release(client.fd)
+        else:
+            close(client.fd)
 
     def _depart(self, client: Client) -> None:
         # If it fails, try again, and elsewhere: its place must not stay taken.
         try:
-            leave = Job(client.leave, lambda error: client.leave())
-            client.terms.lanes.ends.do(leave)
+            client.leave()
         except BaseException:
             journal().do(client.leave)
             raise

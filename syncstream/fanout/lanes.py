@@ -255,7 +255,7 @@ class Lanes:
     """The lanes for work that the loop must not do; none waits for another.
 
     Attributes:
-        ends: For ends: freeing places, counting. It calls no application code.
+        ends: For what a client's end asks of the broker. It calls no application code.
         reads: For calls of a broker, without application code.
         users: For application code, which may be slow.
         asks: For ``authorize``, which may never return.

@@ -50,10 +50,7 @@ from ..runtime.forks import process_key
 from ..runtime.journal import MOST, journal, report
 from ..runtime.process import EXIT_WAIT, Process, Served, process
 from ..runtime.signals import block_sigpipe
-from ..runtime.sockets import (
-    hold,
-    native,
-)
+from ..runtime.sockets import hold, is_hung_up, native
 from ..runtime.waiting import gevent_hub
 from ..runtime.watch import native_epoll, native_lock, watch
 from .client import Client, Terms
@@ -83,7 +80,7 @@ _ERROR: int = getattr(select, "EPOLLERR", 0)
 _GONE: int = _ERROR | sum(
     getattr(select, name, 0) for name in ("EPOLLRDHUP", "EPOLLHUP")
 )
-_ONCE: int = getattr(select, "EPOLLONESHOT", 0)
+_EDGE: int = getattr(select, "EPOLLET", 0)
 
 
 class Fanout:
@@ -112,7 +109,7 @@ class Fanout:
         self._burying = native(_thread, "RLock")()
         self._clients: dict[int, Client] = {}
         self._lagging: dict[int, Client] = {}
-        self._early: set[int] = set()  # descriptors with events, and without a client
+        self._early: dict[int, int] = {}  # events of descriptors without a client
         self._looked_at = 0.0
         self.meeting = Meeting(self)
         # Weak: keep neither the hooks of requests nor servers that are gone.
@@ -274,7 +271,8 @@ class Fanout:
         hold(fd)
         rest, problem = send_head(fd, head), None
         try:
-            self._epoll.register(fd, _GONE | _ONCE)
+            # Edge-triggered: until `_add` has run nobody can end it.
+            self._epoll.register(fd, _GONE | _EDGE)
         except (OSError, ValueError) as error:  # ValueError: the loop is dead
             problem = str(error)
         if terms.send_timeout is not None:
@@ -353,7 +351,7 @@ class Fanout:
                     else:
                         self._flush(client)
                 elif fd != self._event_fd:  # the client is on its way, or has ended
-                    self._early.add(fd)
+                    self._early[fd] = mask
             except BaseException as error:
                 self.cut(client, error)
 
@@ -436,7 +434,7 @@ class Fanout:
             self.ends.cut(client)
         if client.reason is not None:  # it was cut
             return
-        self._early.discard(client.fd)
+        early = self._early.pop(client.fd, 0)
         self._clients[client.fd] = client
         group = Group(self, client.subscription, client, moved=client.since)
         group.add(client)
@@ -448,7 +446,10 @@ class Fanout:
             text = "%s cannot be waited for: %s"
             client.terms.lanes.say(logging.WARNING, text, client.label, problem)
             return
-        self._epoll.modify(client.fd, _GONE)  # epoll reports again what it has reported
+        # epoll does not report it again; or it was an earlier owner of the number.
+        if early and is_hung_up(client.fd):
+            self.ends.hung_up(client, is_error=bool(early & _ERROR))
+            return
         self.wheel.add(client, client.next_time())
         client.rest = memoryview(rest)
         self._flush(client)

@@ -178,13 +178,13 @@ class Swap:
         # Weak: the clock must not keep a dropped swap alive.
         reference = weakref.ref(self)
 
-        def look() -> float | None:
+        def look() -> None:
             swap = reference()
-            return None if swap is None else swap._relieve()
+            if swap is not None:
+                swap._begin_to_look()
 
         try:
-            when = time.monotonic() + _LOOK_EVERY
-            self._timer = clock.call_at(when, look)
+            clock.later(look)  # mostly the connection has been taken by then
         except BaseException:
             self.undo()
             raise
@@ -326,7 +326,7 @@ class Swap:
             self._state = _CLOSED
             if self._server.closes_first and self._drop_pair_later():
                 return
-            self._drop_pair()
+            self._ours.close()  # its server reads an end of file since `_part`
 
     def __del__(self) -> None:
         # Nobody has closed the swap, and any thread may run this: it is too late to put
@@ -362,6 +362,17 @@ class Swap:
             self._written += data
             if len(data) < _FETCHED:  # that was all
                 return
+
+    def _begin_to_look(self) -> None:
+        """Drain the pair from now on, while the swap lasts."""
+        reference, when = weakref.ref(self), self._relieve()
+
+        def look() -> float | None:
+            swap = reference()
+            return None if swap is None else swap._relieve()
+
+        if when is not None:
+            self._timer = self._clock.call_at(when, look)
 
     def _relieve(self) -> float | None:
         """Drain the pair while the server writes more than it holds (200 KB).

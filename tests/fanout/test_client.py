@@ -252,7 +252,7 @@ def test_its_end_is_counted_and_told(loop, monkeypatch):
     lanes = one.terms.lanes
     assert place.calls == [("release",)]
     assert one.terms.process.calls == [("count", "kicked", 10.0, 3, 70)]
-    assert ended.calls == [("close", "kicked"), ("detach", None)]
+    assert ended.calls == [("part", "kicked"), ("detach", None)]
     assert one in one.terms.served.parked
     assert lanes.said == lanes.reads.calls == []
     ((_, job),) = lanes.users.take()
@@ -275,10 +275,26 @@ def test_a_leave_is_announced_by_a_lane(loop):
     assert one in one.terms.served.parked
     ((_, job),) = one.terms.lanes.reads.take()
     job()
-    assert one.subscription.calls == [("close", "closed"), ("detach", None)]
+    assert one.subscription.calls == [("part", "closed"), ("detach", None)]
     assert one not in one.terms.served.parked
     assert one.terms.lanes.users.calls == []
     assert len(one.terms.lanes.said) == 1
+
+
+@pytest.mark.parametrize("error", [None, MemoryError()])
+def test_what_the_broker_is_told_is_told_by_a_lane(loop, error):
+    """It may be slow, and holds up neither the loop nor the client's end."""
+    one, told = client(loop, subscription()), []
+    one.subscription.results["part"] = lambda: told.append("idle")
+    one.terms.lanes.ends.results["do"] = error
+    one.reason = "closed"
+    one.leave()
+    assert told == []
+    ((_, rest),) = one.terms.lanes.ends.take()
+    rest()
+    assert told == ["idle"]
+    assert one.terms.served.parked == set()
+    assert ("detach", None) in one.subscription.calls
 
 
 def broken(name, error):
@@ -301,7 +317,7 @@ def broken(name, error):
 
 @pytest.mark.parametrize("error", [MemoryError(), SystemExit()])
 @pytest.mark.parametrize(
-    "name", ["place", "process", "close", "detach", "reads", "users"]
+    "name", ["place", "process", "part", "detach", "reads", "users"]
 )
 def test_whatever_fails_it_has_left(name, error):
     """Its place is free, it is counted, and counts as open no more."""

@@ -2,11 +2,13 @@
 
 import os
 import socket
+import threading
 
 import pytest
 
 from syncstream.errors import Closed
 from syncstream.fanout import ends as ends_module
+from syncstream.fanout.client import Client
 from syncstream.fanout.ends import Ends
 from syncstream.runtime.journal import journal
 from tests.fanout.alone import Loop, Recorder, client, subscription
@@ -51,7 +53,7 @@ def is_over(world):
     assert world.wheel.calls == [("remove", world.client)]
     assert world.group.calls == [("left", world.client)]
     assert world.client.rest is None
-    assert [name for name, _ in world.client.terms.lanes.ends.calls] == ["do"]
+    assert [name for name, *_ in world.client.terms.process.calls] == ["count"]
     assert world.far.recv(1 << 16) in (b"", b"0\r\n\r\n")
     return True
 
@@ -65,8 +67,9 @@ def test_an_end_is_its_only_one(world):
     world.ends.cut(world.client)
     assert world.client.reason == "kicked"
     assert b"retry: " in world.far.recv(1 << 16)
-    assert world.client.terms.lanes.said == []
-    assert len(world.client.terms.lanes.ends.calls) == 1
+    (said,) = world.client.terms.lanes.said
+    assert said.startswith("GET '/a' ended: kicked, ")
+    assert len(world.client.terms.process.calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,9 @@ def test_what_it_fails_by_is_its_reason(world, error, reason, is_said):
     """The word of a `Closed`, if it is a known one."""
     world.ends.fail(world.client, error)
     assert world.client.reason == reason
-    assert world.client.terms.lanes.said == ["the source of GET '/a' failed"] * is_said
+    ended, *said = world.client.terms.lanes.said
+    assert ended.startswith(f"GET '/a' ended: {reason}, ")
+    assert said == ["the source of GET '/a' failed"] * is_said
 
 
 @pytest.mark.parametrize("is_error", [False, True])
@@ -121,7 +126,18 @@ def test_the_number_of_another_client_is_not_forgotten(world):
     assert world.clients == world.lagging == {fd: other}
 
 
-@pytest.mark.parametrize("part", ["epoll", "wheel", "group", "goodbye", "lane"])
+class FailsToLeave(Client):
+    """As out of memory, in the loop's thread."""
+
+    __slots__ = ()
+
+    def leave(self):
+        if threading.current_thread() is threading.main_thread():
+            raise MemoryError
+        super().leave()
+
+
+@pytest.mark.parametrize("part", ["epoll", "wheel", "group", "goodbye", "leave"])
 def test_a_step_that_fails_hinders_no_other(world, part, monkeypatch, caplog):
     """All are tried; an error of epoll's is none: it knows of closed descriptors."""
     one, error = world.client, MemoryError()
@@ -131,8 +147,8 @@ def test_a_step_that_fails_hinders_no_other(world, part, monkeypatch, caplog):
         world.wheel.results["remove"] = error
     elif part == "group":
         world.group.results["left"] = error
-    elif part == "lane":
-        one.terms.lanes.ends.results["do"] = error
+    elif part == "leave":
+        one.__class__ = FailsToLeave
     else:
         world.ends.end(one, "disconnected")  # says no goodbye
         assert is_over(world)
@@ -143,13 +159,14 @@ def test_a_step_that_fails_hinders_no_other(world, part, monkeypatch, caplog):
     assert world.wheel.calls == [("remove", one)]
     assert world.group.calls == [("left", one)]
     assert b"retry: " in world.far.recv(1 << 16)
-    assert len(one.terms.lanes.ends.calls) == 1
     journal().flush()
+    assert len(one.terms.process.calls) == 1
     said = ["the end of GET '/a' failed"] * (part != "epoll")
     assert [record.message for record in caplog.records] == said
     assert world.meeting.calls == []
-    if part == "lane":  # tried elsewhere
-        assert one.terms.process.calls[0][:2] == ("count", "max_duration")
+    # Its place must not stay taken: another thread has tried again.
+    assert one.terms.process.calls[0][:2] == ("count", "max_duration")
+    assert one.terms.served.parked == set()
 
 
 def test_an_empty_group_that_failed_is_forgotten(world):
@@ -157,12 +174,3 @@ def test_an_empty_group_that_failed_is_forgotten(world):
     del world.group.clients[-7]
     world.ends.end(world.client, "closed")
     assert world.meeting.calls == [("forget", world.group)]
-
-
-def test_a_departure_that_fails_is_tried_again(world):
-    """Its place must not stay taken."""
-    world.ends.end(world.client, "closed")
-    ((_, job),) = world.client.terms.lanes.ends.calls
-    job()
-    job.failed(MemoryError())
-    assert len(world.client.terms.process.calls) == 2
