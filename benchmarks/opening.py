@@ -18,7 +18,9 @@ one server take turns, round by round:
 What is compared is the CPU time of the server's process (system time and all its
 threads), as the server itself reads it before and after, when it has let go of all
 clients; medians, and ratios the median of each round's own. The targets are for the
-ratio to ``plain``.
+ratio to ``plain``, and are missed: what remains of a generator's opening is some 240
+calls of Python functions, none above a twentieth; what remains of a hand-over are its
+checks and its threads' turns, as its system calls alone are 1.15 times ``plain``.
 """
 
 from __future__ import annotations
