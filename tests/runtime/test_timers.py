@@ -24,6 +24,7 @@ from syncstream.runtime.watch import (
     on_grid,
     watch,
 )
+from tests.support.descriptors import open_files
 from tests.support.pairs import Threads, check_script, leave, tcp_pair
 from tests.support.waits import TIMEOUT, await_true
 
@@ -439,14 +440,14 @@ def test_a_system_without_eventfd(monkeypatch):
 
 def test_a_watch_that_ends_leaves_no_descriptor(monkeypatch):
     """And no thread."""
-    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    files, threads = open_files(), {*threading.enumerate()}
     for _ in range(3):
         own = Watches()
         monkeypatch.setattr(syncstream.runtime.watch, "watches", own)
         watch().call_at(later(), lambda: None)
         own.close()
     gc.collect()
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    assert (open_files() - files, {*threading.enumerate()} - threads) == ({}, set())
 
 
 def test_one_watch_for_all_threads(monkeypatch):

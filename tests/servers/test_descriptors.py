@@ -22,6 +22,7 @@ from syncstream.servers.descriptors import (
 )
 from syncstream.servers.swap import Refused, Swap
 from tests.servers.environs import environ_of
+from tests.support.descriptors import open_files
 from tests.support.pairs import Threads, tcp_pair
 from tests.support.waits import TIMEOUT, await_true
 
@@ -197,11 +198,11 @@ OPENING = b": ok\n\n"
 def connected():
     """A server's and a client's end; no descriptor is left."""
     watch()
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with tcp_pair() as (server, client):
         client.settimeout(TIMEOUT)
         yield server, client
-    await_true(lambda: len(os.listdir("/proc/self/fd")) == before)
+    await_true(lambda: not open_files() - before, lambda: open_files() - before)
 
 
 @pytest.mark.parametrize(
