@@ -96,3 +96,11 @@ def test_a_duty_that_fails_hinders_no_other(own, caplog):
     await_true(lambda: states)
     assert states == ["running"]
     epoll.events = []
+
+
+def test_what_is_guarded_raises_nothing(own, caplog):
+    """It concerns its owner alone, which is cut."""
+    loop, _ = own
+    loop.guard(None, lambda: 1 / 0)
+    text = "the loop of the subscribers failed: 0 of them are cut"
+    await_true(lambda: text in caplog.text)
