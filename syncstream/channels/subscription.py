@@ -513,14 +513,8 @@ class Subscription:
 
     def twin(self) -> Subscription:
         """Return a plain subscription at the same place, which does not count."""
-        twin = Subscription(
-            self._subscribers,
-            self.channels,
-            self._options.for_group(),
-            tags=self.tags,
-            who=None,
-            announce=False,
-        )
+        place = self._subscribers, self.channels, self._options.for_group()
+        twin = Subscription(*place, tags=self.tags, who=None, announce=False)
         twin.go_where(self)
         twin._attendance = Attendance()  # its end has nothing to undo
         return twin

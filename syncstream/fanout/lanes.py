@@ -16,7 +16,8 @@ from ..runtime.clock import time
 from ..runtime.journal import is_enabled, journal, report
 from ..runtime.signals import unblock_sigpipe
 from ..runtime.sockets import native
-from ..runtime.watch import Watch, Worker, native_lock
+from ..runtime.watch import Watch, native_lock
+from ..runtime.worker import Worker
 
 __all__ = ["HubCrew", "HubLane", "Job", "Lane", "Lanes", "run_safely", "say_failed"]
 

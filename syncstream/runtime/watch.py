@@ -33,12 +33,12 @@ from .clock import time
 from .forks import process_key
 from .sockets import is_hung_up, native
 from .waiting import gevent_hub, say
+from .worker import Callback, Worker
 
-__all__ = ["GRID", "Timer", "Watch", "Worker", "on_grid", "watch"]
+__all__ = ["GRID", "Timer", "Watch", "on_grid", "watch"]
 
 log = logging.getLogger("syncstream.watch")
 
-Callback = Callable[[], object]
 
 LOOK_EVERY = 0.05  # seconds, without epoll
 AGAIN = 1.0  # seconds until a failed timer is tried again
@@ -385,36 +385,6 @@ class _ThreadWatch(Watch):
         super().close()
         if self._event_fd >= 0:
             os.close(self._event_fd)
-
-
-class Worker:
-    """Runs callbacks one after the other, in one greenlet of a hub.
-
-    Args:
-        do: Runs one callback. If it raises, the greenlet ends and a new one continues.
-    """
-
-    def __init__(self, do: Callable[[Callback], object]) -> None:
-        self.jobs: deque[Callback] = deque()
-        self._do = do
-        self._is_working = False
-
-    def begin(self) -> None:
-        """Run the waiting callbacks soon."""
-        if self._is_working or not self.jobs:
-            return
-        import gevent
-
-        gevent.spawn(self._work)
-        self._is_working = True
-
-    def _work(self) -> None:
-        try:
-            while self.jobs:
-                self._do(self.jobs.popleft())
-        finally:
-            self._is_working = False
-            self.begin()  # the greenlet was killed before it ran all callbacks
 
 
 class _GeventWatch(Watch):

@@ -10,11 +10,9 @@ of the hub. The stream is referenced weakly: one that is dropped ends.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import random
-import signal
 import threading
 import weakref
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from ..runtime.waiting import Scope, gevent_hub, sleep_in_hub
 from ..runtime.watch import Timer, Watch, watch
 from .contract import Life
 from .ends import CUT
+from .interrupt import throw_into
 from .keepalive import Keepalive
 from .links import AGAIN, USELESS, Link, place_of, unblock
 from .outcome import Once, Outcome
@@ -518,7 +517,7 @@ class Monitor:
             self._stuck_since = 0.0
             if self._is_deaf(scope, now, until):
                 self.thrown_at = now
-                _throw_into(self._thread, lambda: scope.is_running)
+                throw_into(self._thread, lambda: scope.is_running)
             return
         if not self._is_full():
             self._stuck_since = 0.0
@@ -571,32 +570,6 @@ def _say_useless(links: tuple[Link, ...], output: Output) -> None:
         " the response or the process that it reads from"
     )
     process().say_once(log, logging.WARNING, text, output.label)
-
-
-def _throw_into(thread: int, is_due: Callable[[], bool]) -> None:
-    """Raise GeneratorExit in a thread, when it next runs Python code.
-
-    For the last seconds of a process only: it may hit a little later than meant, and
-    is then taken by the stream's body, or by the server.
-    """
-    if is_due():
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(thread), ctypes.py_object(GeneratorExit)
-        )
-        _run_handler_in(thread)
-
-
-def _run_handler_in(thread: int) -> None:
-    """Have the main thread run Python code now, though it is in a system call.
-
-    By a signal for which it has a handler that does nothing: gunicorn's workers log
-    that they ignore SIGWINCH. No other thread runs any.
-    """
-    number = getattr(signal, "SIGWINCH", None)
-    if number is None or thread != threading.main_thread().ident:
-        return
-    if callable(signal.getsignal(number)):
-        signal.pthread_kill(thread, number)
 
 
 def _weakly(method: Callable[[], R], default: R) -> Callable[[], R]:
