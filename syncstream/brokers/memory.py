@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 from ..runtime.clock import time
 from ..runtime.forks import process_key
+from ..runtime.living import Living
 from ..runtime.process import process
 from ..runtime.sockets import native
 from .contract import Sink, check_bounds
@@ -67,8 +69,7 @@ class MemoryBroker:
         self._capacity = capacity
         self._max_age = max_age
         self._max_size = max_size
-        # Reentrant: a garbage collection while it is held may publish.
-        self._lock = native(_thread, "RLock")()
+        self.renew_lock()
         # In the order of their last events, the oldest first.
         self._logs: OrderedDict[str, Log] = OrderedDict()
         self._size = 0
@@ -84,6 +85,15 @@ class MemoryBroker:
         self._empty = _empty()
         self._sink: Sink | None = None
         self.watched = Watched()
+        _all.add(self)
+
+    def renew_lock(self) -> None:
+        """Make the lock; again in a forked child, for a thread may have held it.
+
+        That thread's event may be stored in the child, or not.
+        """
+        # Reentrant: a garbage collection while it is held may publish.
+        self._lock = native(_thread, "RLock")()
 
     def publish(
         self, items: Sequence[tuple[str, bytes]], *, connection: Any = None
@@ -272,3 +282,15 @@ def _at_commit(connection: Any, publish: Callable[[], object]) -> None:
 
 def _empty() -> str:
     return make_id(0)
+
+
+_all: Living[MemoryBroker] = Living()
+
+
+def _forked() -> None:
+    for broker in _all.all():
+        broker.renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

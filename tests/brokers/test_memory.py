@@ -364,6 +364,38 @@ def test_a_fork_is_another_life():
     check_script(FORKED)
 
 
+FORKED_WHILE_PUBLISHING = """
+import os, threading
+from syncstream.brokers.memory import MemoryBroker
+broker, is_told, may_go = MemoryBroker(), threading.Event(), threading.Event()
+
+class Waits:
+    def deliver(self, channel, entry):
+        is_told.set()
+        may_go.wait()
+
+broker.attach(Waits())
+broker.watch("a")
+thread = threading.Thread(target=broker.publish, args=([("a", b"1")],))
+thread.start()
+is_told.wait()
+pid = os.fork()
+if not pid:
+    may_go.set()
+    broker.publish([("a", b"2")])
+    assert [e.payload for e in broker.read("a", "0").entries][-1] == b"2"
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+may_go.set()
+thread.join()
+"""
+
+
+def test_a_fork_while_another_thread_publishes():
+    """The child, which has not that thread, does not wait for its lock."""
+    check_script(FORKED_WHILE_PUBLISHING)
+
+
 def test_a_reader_takes_nothing_from_others():
     """What is above the bound goes when something is published, not when it is read.
 
