@@ -55,13 +55,15 @@ class Timer:
             no further call.
         has_failed: Whether the callback has raised before; only its first failure is
             logged.
+        is_queued: Whether it waits for its time, and has not been cancelled.
     """
 
-    __slots__ = ("callback", "has_failed")
+    __slots__ = ("callback", "has_failed", "is_queued")
 
     def __init__(self, callback: Callable[[], float | None]) -> None:
         self.callback: Callable[[], float | None] | None = callback
         self.has_failed = False
+        self.is_queued = True
 
 
 class Watch:
@@ -212,10 +214,14 @@ class Watch:
         """Cancel a timer."""
         if timer.callback is None:
             return
-        timer.callback = None
         if self.is_foreign:
+            timer.callback = None
             return
         with self.lock:
+            timer.callback = None
+            if not timer.is_queued:  # it has run, or is running
+                return
+            timer.is_queued = False
             self._cancelled += 1
             if self._cancelled > max(_COMPACT, len(self.timers) // 2):
                 self._cancelled = 0
@@ -265,16 +271,19 @@ class Watch:
                 if when > now:
                     return when
                 heapq.heappop(self.timers)
+                timer.is_queued = False
             again: float | None = now + AGAIN  # if even a BaseException ends the call
             try:
                 again = self._guarded(callback, timer)
             finally:
-                if again is not None and timer.callback is not None:
+                if again is not None:
                     # Not in this round: a time in the past would loop for ever.
                     again = max(again, time.monotonic())
                     with self.lock:
-                        entry = _shared(again), next(self._order), timer
-                        heapq.heappush(self.timers, entry)
+                        if timer.callback is not None:
+                            timer.is_queued = True
+                            entry = _shared(again), next(self._order), timer
+                            heapq.heappush(self.timers, entry)
 
     def _wake(self) -> None:
         """Wake the watch: its first timer has changed."""

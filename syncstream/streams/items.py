@@ -47,9 +47,7 @@ def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
             return
         # Local variables, because all of this is done for every event.
         step, take, encode = run.stepper(), advance, output.format.encode
-        monotonic, keepalive = time.monotonic, monitor.keepalive
-        # A socket has just been written to.
-        look_at = monitor.began + LOOK_EVERY if monitor.shows_socket else 0.0
+        monotonic, keepalive, look_at = time.monotonic, monitor.keepalive, 0.0
         item = refused = None
         while True:
             item = step(take)

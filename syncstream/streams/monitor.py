@@ -227,11 +227,6 @@ class Monitor:
             watch.remove(self._fd, hung_up)
 
     @property
-    def shows_socket(self) -> bool:
-        """Whether there is a socket that the watch looks at, now or soon."""
-        return self._fd >= 0
-
-    @property
     def is_watching(self) -> bool:
         """Whether the watch reports a hang-up."""
         return self._hung_up is not None

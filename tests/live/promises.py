@@ -1,5 +1,9 @@
 """What a stream promises, asked of a server that runs."""
 
+import time
+
+from tests.support.waits import TIMEOUT
+
 LEFT = (["GeneratorExit", True], ["ClientDisconnected", True])
 
 
@@ -16,9 +20,21 @@ def assert_gated(server, path, key, version="1.1", opened=0, left=LEFT):
             if n >= opened:
                 server.control.open(key)
             assert client.block() == f"data: {n}\n\n".encode()
-    server.control.open(key, 50)
-    assert server.control.next(f"{key}-ended") in left
+    assert end_of(server, key) in left
     return client
+
+
+def end_of(server, key):
+    """Return how a gated source has ended, whose client has left.
+
+    Its gate is opened until it has: servers take their time to notice.
+    """
+    deadline = time.monotonic() + TIMEOUT
+    while not (ended := server.control.pending(f"{key}-ended")):
+        assert time.monotonic() < deadline, "the source has not ended"
+        server.control.open(key)
+        time.sleep(0.005)
+    return ended[0]
 
 
 def assert_cut(server, path, key, version, record=lambda name, value: None):

@@ -5,7 +5,7 @@ The table of docs/servers.md is made from this file.
 
 import pytest
 
-from tests.live.promises import LEFT, assert_cut, assert_gated
+from tests.live.promises import LEFT, assert_cut, assert_gated, end_of
 from tests.support.live import GUNICORN, TABLE, UNMARKED, LiveServer, unique_key
 from tests.support.waits import await_true
 
@@ -64,8 +64,7 @@ def test_lazy_applications_get_the_same(wrapped, key, record_property):
         assert "connection" not in client.headers or (
             client.headers["connection"] in ("close", "keep-alive")
         )
-    wrapped.control.open(key, 50)
-    assert wrapped.control.next(f"{key}-ended") in LEFT
+    assert end_of(wrapped, key) in LEFT
 
 
 def test_ours_under_the_middleware_is_one_stream(wrapped, key):
@@ -104,8 +103,7 @@ def test_chunks_leave_one_at_a_time(server, key, path):
         for n in range(3):
             server.control.open(key)
             assert client.chunk() == f"{n}".encode() + end
-    server.control.open(key, 50)
-    assert server.control.next(f"{key}-ended") in LEFT
+    assert end_of(server, key) in LEFT
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import zlib
 import pytest
 
 from tests import ROOT
+from tests.live.promises import end_of
 from tests.support.live import LiveServer, unique_key
 from tests.support.nginx import Nginx, location
 from tests.support.programs import program
@@ -308,8 +309,7 @@ def test_ignoring_a_clients_leave_hides_it(gevent, key):
         with nginx.get("/health") as client:
             assert client.rest() == b"ok"
         assert gevent.control.pending(f"{key}-ended") == []
-        gevent.control.open(key, 50)
-        how, _ = gevent.control.next(f"{key}-ended")
+        how, _ = end_of(gevent, key)
         assert how in ("GeneratorExit", "ClientDisconnected")
 
 

@@ -7,6 +7,7 @@ import os
 import select
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -18,12 +19,12 @@ from syncstream.runtime.watch import (
     LOOK_EVERY,
     Timer,
     Watches,
-    Worker,
     elsewhere,
     native_epoll,
     on_grid,
     watch,
 )
+from syncstream.runtime.worker import Worker
 from tests.support.descriptors import open_files
 from tests.support.pairs import Threads, check_script, leave, tcp_pair
 from tests.support.waits import TIMEOUT, await_true
@@ -70,33 +71,53 @@ def test_how_many_cancelled_timers_are_kept(live):
         assert {timer for _, _, timer in one.timers} == kept
 
 
-def test_those_that_were_due_count_no_more():
-    """A cancelled timer whose time has come is dropped, and is not counted twice."""
+@pytest.mark.parametrize("when", ["before", "meanwhile", "after"])
+def test_those_that_were_due_count_no_more(when):
+    """A cancelled timer whose time has come is dropped, and is not counted twice.
+
+    Nor is one counted that is cancelled while it runs, or after it has run.
+    """
     one = watch()
     for _ in range(3):
-        for _ in range(KEPT // 2):
-            one.cancel(one.call_at(time.monotonic() + 0.03, lambda: None))
-        came = threading.Event()
-        one.call_at(time.monotonic() + 0.05, came.set)
+        timers, came = [], threading.Event()
+        with one.lock:  # nothing is due before all are there
+            due = time.monotonic()
+            for n in range(KEPT // 2):
+                call = partial(cancel_one, one, timers, n, when == "meanwhile")
+                timers.append(one.call_at(due, call))
+                if when == "before":
+                    one.cancel(timers[n])
+            one.call_at(due + 0.001, came.set)
         assert came.wait(TIMEOUT)
-    assert one.timers == []
+        for timer in timers:
+            one.cancel(timer)
+    await_true(lambda: one.timers == [])
+    # It comes before those that are cancelled, so that none of these is looked at.
+    kept = one.call_at(later() - FAR / 2, lambda: None)
     gone = [one.call_at(later(), lambda: None) for _ in range(KEPT + 1)]
     for timer in gone[:-1]:
         one.cancel(timer)
-    assert len(one.timers) == KEPT + 1
+    assert len(one.timers) == 1 + len(gone)
     one.cancel(gone[-1])
-    assert one.timers == []
+    assert [timer for _, _, timer in one.timers] == [kept]
+
+
+def cancel_one(one, timers, n, is_now):
+    """Be a timer's call: cancel it if it is time."""
+    if is_now:
+        one.cancel(timers[n])
 
 
 def test_what_is_dropped_keeps_the_order():
     """The others come at their times all the same."""
     one, came = watch(), []
-    begin = time.monotonic() + 0.3
-    for n in random_order(50):
-        one.call_at(begin + n / 1000, lambda n=n: came.append(n))
-    for _ in range(KEPT + 1):
-        one.cancel(one.call_at(later(), lambda: None))
-    assert len(one.timers) == 50
+    with one.lock:  # none comes before all are there
+        begin = time.monotonic()
+        for n in random_order(50):
+            one.call_at(begin + n / 1000, lambda n=n: came.append(n))
+        for _ in range(KEPT + 1):
+            one.cancel(one.call_at(later(), lambda: None))
+        assert len(one.timers) == 50
     await_true(lambda: len(came) == 50)
     assert came == list(range(50))
 

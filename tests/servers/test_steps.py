@@ -206,7 +206,8 @@ def test_a_step_of_the_stream_that_fails(
 ):
     """Whatever the stream begins with; and what was half done is tried again."""
     watch()
-    middleware = limited(app(["a"]))
+    # With such a limit it is watched from its first step on.
+    middleware = limited(app(["a"], send_timeout=0.9))
     with monkeypatch.context() as patch:
         patch.setattr(owner, step, fail)
         with pytest.raises(Failure):

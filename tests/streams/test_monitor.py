@@ -221,7 +221,6 @@ def test_who_may_end_at_once_is_watched_later(clock, server, is_waiting):
     watched = Watched(Client(server), Life(15, 30, 60), begin=False)
     watched.monitor.begin(watched.stream, "soon")
     assert (clock.timers, clock.watched) == ({}, {})
-    assert watched.monitor.shows_socket
     assert not watched.monitor.is_watching
     (call,) = clock.given
     first, second = watched.monitor.settle, call
