@@ -46,8 +46,8 @@ def as_mapping(value: Any) -> Any:
 
     Returns:
         A dict, or ``None`` for any other object. For a pydantic ``RootModel``, its
-        root, of any type. Names are those of the JSON: pydantic's aliases, msgspec's
-        renamed fields.
+        root, of any type. Names are those of the JSON: the aliases of pydantic's
+        models, msgspec's renamed fields.
     """
     kind = value.__class__  # not type(): a proxy shows the class of its object here
     # SQLAlchemy before pydantic: a SQLModel is both, and pydantic's dump of an expired

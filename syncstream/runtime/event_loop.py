@@ -47,6 +47,8 @@ class EventLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: BaseException | None = None
         self._is_quitting = False
+        self._process = process_key()
+        self._thread = 0
         # The loop itself refers to its tasks only weakly.
         self._tasks: set[asyncio.Task[None]] = set()
         self._started, self._ended = native_lock(), native_lock()
@@ -59,12 +61,19 @@ class EventLoop:
             raise RuntimeError(f"no event loop for asynchronous sources: {problem!r}")
         process().at_exit(self.quit)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the loop's thread."""
+        return bool(self._thread == native(_thread, "get_ident")())
+
     def call(self, function: Callable[[], object]) -> None:
         """Call a function in the loop's thread soon.
 
         Raises:
-            RuntimeError: The loop has ended, with the process.
+            RuntimeError: The loop has ended, with the process, or is a parent's.
         """
+        if self._is_quitting or self._process is not process_key():
+            raise RuntimeError("the event loop of asynchronous sources has ended")
         assert self._loop is not None
         self._loop.call_soon_threadsafe(function)
 
@@ -76,7 +85,7 @@ class EventLoop:
             context: The context, which no other thread is in.
 
         Raises:
-            RuntimeError: The loop has ended, with the process.
+            RuntimeError: As from `call`.
         """
         try:
             self.call(lambda: context.run(self._begin, coroutine))
@@ -100,6 +109,7 @@ class EventLoop:
 
     def _run(self) -> None:
         unblock_sigpipe()
+        self._thread = native(_thread, "get_ident")()
         try:
             loop = self._loop = self._new_loop()
             self._set_loop(loop)

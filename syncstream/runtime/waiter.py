@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from .clock import time
 from .sockets import native
+from .tasks import refuse_in_task
 from .waiting import (
     LONGEST,
     Scope,
@@ -63,6 +64,8 @@ class Waiter:
     )
 
     def __init__(self) -> None:
+        # This would block the thread of all asynchronous sources.
+        refuse_in_task("wait in a plain generator, or in `await asyncio.to_thread(…)`")
         self.scope = current_scope()
         self.gevent_hub = gevent_hub()
         self._running = runner_function()

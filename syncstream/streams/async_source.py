@@ -13,6 +13,8 @@ import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Generator
 from contextlib import suppress
 from contextvars import Context, copy_context
+from functools import partial
+from opcode import opmap
 from typing import Any, TypeGuard
 
 from ..runtime.clock import time
@@ -21,6 +23,7 @@ from ..runtime.journal import journal
 from ..runtime.process import process
 from ..runtime.tasks import task_scope
 from ..runtime.waiter import Turn, Waiter, Wakeable, wake_all
+from ..runtime.waiting import LONGEST, gevent_hub_of_thread, runner
 
 __all__ = ["AsyncItems", "is_async"]
 
@@ -81,7 +84,8 @@ class AsyncItems:
         task.ask(error, self._waiter)
         error = None
         while not task.has_answered:
-            self._waiter.wait(None)
+            # With a limit: its timer keeps a hub going in which nothing else waits.
+            self._waiter.wait(LONGEST)
         return task.take()
 
     def _begin(self) -> _Task:
@@ -100,16 +104,24 @@ class AsyncItems:
         if self._task is None and _is_unstarted(self._source):
             self._source = None
             return
-        # One that has not begun may be an upstream's response, with a connection.
-        task = self._task or self._begin()
-        turn = Turn()
-        task.end(turn.end)
+        try:
+            # One that has not begun may be an upstream's response, with a connection.
+            task = self._task or self._begin()
+            if task.must_not_wait():
+                task.leave()
+                return
+            turn = Turn()
+            task.end(turn.end)
+        except RuntimeError as problem:  # the loop has ended, with the process
+            journal().later(log, logging.DEBUG, "%s: %s", self.name, problem)
+            return
         if not turn.wait(time.monotonic() + CLOSE_WAIT):
             text = (
                 "%s has not ended within %g s after its cancel: its stream has ended"
                 " without it"
             )
             journal().later(log, logging.WARNING, text, task.name, CLOSE_WAIT)
+            task.leave()
             return
         error = task.take_late()
         if error is not None:
@@ -121,7 +133,7 @@ class AsyncItems:
     def __del__(self) -> None:
         if self._task is not None and not self._is_closed:
             with suppress(RuntimeError):  # the loop has ended, with the process
-                self._task.end(lambda: None)
+                self._task.leave()
 
 
 class _Task:
@@ -144,8 +156,9 @@ class _Task:
         self._thrown: BaseException | None = None
         self._future: Any = None  # that the task awaits between two items
         self._is_asked = False
-        self._is_over = False  # whether it is to end
+        self._is_over = False  # it is to end, or has no more items
         self._has_ended = False
+        self._is_left = False  # nobody waits for its end
         self._told: list[Callable[[], object]] = []  # called at its end
         self._task: Any = None
 
@@ -161,7 +174,9 @@ class _Task:
             error: Raised in the source, instead of going on after its ``yield``.
             waiter: Whom to wake.
         """
-        self._thrown, self._waiter, self.has_answered = error, waiter, False
+        # In this order: its end may come in between, and is seen by `_asked`.
+        self.has_answered = False
+        self._thrown, self._waiter = error, waiter
         self._loop.call(self._asked)
 
     def take(self) -> Any:
@@ -177,13 +192,22 @@ class _Task:
                 raise error
             finally:
                 error = None  # its traceback has this frame
-        if self._has_ended:
+        if self._is_over:
             raise StopIteration
         return item
 
     def end(self, told: Callable[[], object]) -> None:
         """Cancel it, and call a function, in the loop, when it has ended."""
-        self._loop.call(lambda: self._end(told))
+        self._loop.call(partial(self._end, told))
+
+    def leave(self) -> None:
+        """Cancel it; log what it raises at its end, for which nobody waits."""
+        self._loop.call(self._leave)
+
+    def must_not_wait(self) -> bool:
+        """Tell whether a wait for its end would hold up this thread's event loop."""
+        hub = gevent_hub_of_thread()
+        return self._loop.is_here or (hub is not None and runner() is hub)
 
     def take_late(self) -> BaseException | None:
         """Return what the source has raised at its end, ``None`` for nothing."""
@@ -194,7 +218,7 @@ class _Task:
 
     def _asked(self) -> None:
         self._is_asked = True
-        if self._has_ended:  # before it was asked: others may cancel it, too
+        if self._is_over:  # before it was asked: others may cancel it, too
             self._answer()
         elif self._future is not None and not self._future.done():
             self._future.set_result(None)
@@ -204,11 +228,25 @@ class _Task:
             told()
             return
         self._told.append(told)
+        self._cancel()
+
+    def _leave(self) -> None:
+        self._is_left = True
+        self._cancel()
+        if self._has_ended:
+            self._log_late()
+
+    def _cancel(self) -> None:
         if not self._is_over:
             self._is_over = True
-            self._error = None
             if self._task is not None:
                 self._task.cancel()
+
+    def _log_late(self) -> None:
+        error = self.take_late()
+        if error is not None:
+            text = "%s failed at its end"
+            journal().later(log, logging.ERROR, text, self.name, error=error)
 
     def _answer(self) -> None:
         self.has_answered = True
@@ -219,42 +257,66 @@ class _Task:
     async def _run(self) -> None:
         import asyncio
 
-        loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
         iterator: AsyncIterator[Any] | None = None
         try:
             while not self._is_over:
-                if not self._is_asked:
-                    self._future = loop.create_future()
-                    await self._future
-                self._is_asked = False
-                thrown, self._thrown = self._thrown, None
+                thrown = await self._await_ask() or self._thrown
+                self._thrown = None
                 if iterator is None:
                     iterator = self._source.__aiter__()
                 if thrown is None:
-                    step: Awaitable[Any] = iterator.__anext__()
+                    step: Any = iterator.__anext__()
                 else:
                     step = _thrown_into(iterator, thrown)
                     thrown = None
-                item = await _Timed(step, self)
+                item = await _Timed(step, self, iterator)
                 if not self._is_over:
                     self._item = item
                     self._answer()
                 item = None
         except StopAsyncIteration:
             pass
+        except StopIteration as error:  # which would end its reader's iteration
+            self._error = RuntimeError(f"{self.name} raised StopIteration")
+            self._error.__cause__ = error
         except BaseException as error:
             if not (self._is_over and isinstance(error, asyncio.CancelledError)):
                 self._error = error
+        # Told before it is closed, which may take long.
+        self._is_over = True
+        self._answer()
         try:
             await self._aclose(iterator)
         finally:
             iterator = None
             self._source = self._future = self._task = None  # type: ignore[assignment]
             self._has_ended = True
-            self._answer()
+            if self._is_left:
+                self._log_late()
             for told in self._told:
                 told()
+
+    async def _await_ask(self) -> BaseException | None:
+        """Wait until an item is asked for.
+
+        Returns:
+            The cancellation of a task group or a time-out of the source's, which are
+            not ours: it belongs to where the source stands, at its ``yield``.
+        """
+        import asyncio
+
+        found: BaseException | None = None
+        while not self._is_asked:
+            self._future = asyncio.get_running_loop().create_future()
+            try:
+                await self._future
+            except asyncio.CancelledError as error:
+                if self._is_over:
+                    raise
+                found = error
+        self._is_asked = False
+        return found
 
     async def _aclose(self, iterator: AsyncIterator[Any] | None) -> None:
         """Close the iterator, and what it was made of."""
@@ -263,7 +325,7 @@ class _Task:
             closables.append(self._source)  # type: ignore[arg-type]
         for closable in closables:
             try:
-                await _Timed(_closing(closable), self)
+                await _Timed(_closing(closable), self, closable)
             except BaseException as error:
                 # One that has yielded while it was closed cannot be closed again: it
                 # ends when it is freed.
@@ -271,8 +333,8 @@ class _Task:
                 if self._error is None and not is_silent:
                     self._error = error
 
-    def note_step(self, seconds: float) -> None:
-        """Say, once a process, that the source has held the loop up."""
+    def note_step(self, seconds: float, place: Any) -> None:
+        """Say, once a process, that the source has held the loop up, and where."""
         process().say_once(
             log,
             logging.WARNING,
@@ -281,20 +343,23 @@ class _Task:
             " asynchronous sources had to wait. Await a coroutine instead of a call"
             " that waits or computes, or use `await asyncio.to_thread(call)`",
             seconds,
-            _place_of(self._source),
+            _place_of(place),
         )
 
 
 class _Timed:
     """Awaits an awaitable, and notes how long each of its steps keeps the loop."""
 
-    __slots__ = ("_awaitable", "_task")
+    __slots__ = ("_awaitable", "_place", "_task")
 
-    def __init__(self, awaitable: Awaitable[Any], task: _Task) -> None:
-        self._awaitable, self._task = awaitable, task
+    def __init__(self, awaitable: Any, task: _Task, place: Any) -> None:
+        self._awaitable, self._task, self._place = awaitable, task, place
 
     def __await__(self) -> Generator[Any, None, Any]:
-        steps: Any = self._awaitable.__await__()
+        awaitable = self._awaitable
+        if not hasattr(awaitable, "__await__"):  # of `types.coroutine`
+            awaitable = _awaited(awaitable)
+        steps: Any = awaitable.__await__()
         monotonic, thrown = time.monotonic, None
         while True:
             began = monotonic()
@@ -306,7 +371,7 @@ class _Timed:
                 thrown = None
                 seconds = monotonic() - began
                 if seconds > BLOCKED:
-                    self._task.note_step(seconds)
+                    self._task.note_step(seconds, self._place)
             try:
                 yield future
             except BaseException as error:
@@ -327,11 +392,15 @@ def _thrown_into(iterator: Any, error: BaseException) -> Awaitable[Any]:
     return found
 
 
+async def _awaited(awaitable: Any) -> Any:
+    return await awaitable
+
+
 async def _closing(closable: Any) -> None:
     close = getattr(closable, "aclose", None) or getattr(closable, "close", None)
     if close is not None:
         result = close()
-        if hasattr(result, "__await__"):
+        if inspect.isawaitable(result):
             await result
 
 
@@ -348,9 +417,13 @@ def _is_cancel(error: BaseException) -> bool:
 
 
 def _is_unstarted(source: object) -> bool:
-    if not inspect.isasyncgen(source):
+    if not inspect.isasyncgen(source) or source.ag_frame is None:
         return False
-    return source.ag_frame is not None and source.ag_frame.f_lasti < 0
+    is_suspended: bool | None = getattr(source, "ag_suspended", None)
+    if is_suspended is not None:  # from Python 3.12 on
+        return not (is_suspended or source.ag_running)
+    last = source.ag_frame.f_lasti
+    return last < 0 or source.ag_code.co_code[last] == opmap.get("RETURN_GENERATOR")
 
 
 def _name_of(source: object) -> str:
@@ -362,7 +435,8 @@ def _name_of(source: object) -> str:
 
 def _place_of(source: Any) -> str:
     """Return the innermost line where a source stands now."""
-    frame, awaited = None, source
+    frame: Any = None
+    awaited = source
     while awaited is not None:
         found = getattr(awaited, "ag_frame", None) or getattr(awaited, "cr_frame", None)
         if found is None:
@@ -372,5 +446,5 @@ def _place_of(source: Any) -> str:
             awaited, "cr_await", None
         )
     if frame is None:
-        return "its end"
+        return "a place that is not known"
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

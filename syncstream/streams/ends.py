@@ -69,6 +69,15 @@ class End:
                     f"end must be 'stop', 'reconnect' or an event, got {given!r}: for"
                     f" an event of this text, use Event({given!r})"
                 )
+        if isinstance(given, bool):
+            raise TypeError(
+                f"end must be 'stop', 'reconnect' or an event, got {given!r}"
+            )
+        if isinstance(given, Event) and given.data is None:
+            raise ValueError(
+                "end must be an event with data: no client is told of one without,"
+                f" got {given!r}"
+            )
         event = encode(given)
         if not event:
             raise ValueError(

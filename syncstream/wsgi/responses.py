@@ -325,7 +325,8 @@ class SSEResponse(_Streaming):
             ``None``: "reconnect" for a `Subscription`, else "stop". An `Event`, or
             another item that the source may yield: it is sent last, and then all is as
             with "stop". So clients that are no EventSource can tell a finished stream,
-            too: one that was cut, or stopped, lacks it.
+            too: one that failed, was cut, or was stopped for another reason than
+            "finished" lacks it.
         handover: A `Subscription` needs no thread. With ``None``, its connection leaves
             the server where that is possible, and the request ends. ``False`` keeps it
             in the request's thread or greenlet. ``True`` is the same as ``None``, but
