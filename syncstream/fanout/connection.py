@@ -58,6 +58,7 @@ def say_goodbye(client: Client) -> None:
             words = chunked(words)
         if client.is_chunked and not is_cut:
             words += _END
+        is_whole = False
         with suppress(OSError):
             is_whole = os.write(client.fd, words) == len(words)
     if (not is_whole or is_cut) and not client.is_chunked:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import Closed
 from ..runtime.journal import journal
-from ..runtime.sockets import has_timed_out, release
+from ..runtime.sockets import has_timed_out
 from .client import Client
 from .connection import close, say_goodbye
 from .lanes import say_failed
@@ -125,10 +125,7 @@ class Ends:
 
     def _close(self, client: Client) -> None:
         client.rest = None
-        if client.reason == "disconnected":  # it reads no more, and has said all
-            release(client.fd)
-        else:
-            close(client.fd)
+        close(client.fd)  # one that writes no more may still read
 
     def _depart(self, client: Client) -> None:
         # If it fails, try again, and elsewhere: its place must not stay taken.

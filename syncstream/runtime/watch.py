@@ -251,6 +251,8 @@ class Watch:
         self.call_at(on_grid(time.monotonic() + GRID / 2), self._call_later)
 
     def _call_later(self) -> None:
+        if self.is_foreign:  # a forked child: the calls are the parent's
+            return
         self._is_later_due = False
         for _ in range(len(self._later)):
             self._guarded(self._later.popleft())

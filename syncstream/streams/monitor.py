@@ -10,6 +10,7 @@ of the hub. The stream is referenced weakly: one that is dropped ends.
 
 from __future__ import annotations
 
+import _thread
 import logging
 import math
 import random
@@ -20,7 +21,13 @@ from typing import Any, Literal, TypeVar
 
 from ..runtime.clock import time
 from ..runtime.process import Attached, Process, Served, process
-from ..runtime.sockets import GRACE, acknowledged, give_up_after, has_timed_out
+from ..runtime.sockets import (
+    GRACE,
+    acknowledged,
+    give_up_after,
+    has_timed_out,
+    native,
+)
 from ..runtime.waiting import Scope, gevent_hub, sleep_in_hub
 from ..runtime.watch import Timer, Watch, watch
 from .contract import Life
@@ -126,6 +133,8 @@ class Monitor:
         self.began = self._output.moved = now = time.monotonic()
         self.in_hub = gevent_hub() is not None
         self._thread = threading.get_ident()
+        if self.in_hub:  # where gevent has patched it to tell greenlets
+            self._thread = native(_thread, "get_ident")()
         record = self.process = process()
         connection, life = self._output.connection, self._life
         if life.max_duration is not None:
@@ -187,10 +196,15 @@ class Monitor:
         watch = self.watch
         if not self._is_awaiting or watch is None or watch.is_foreign:
             return
+        if self.in_hub and native(_thread, "get_ident")() != self._thread:
+            return  # the hub will do it: its loop is no other thread's to touch
         try:
             with watch.lock:
                 if self._is_awaiting:
                     self._is_awaiting = False
+                    # The server may have closed it, and another have its number.
+                    if self._fd >= 0 and not self._has_socket(self._fd):
+                        self._fd = -1
                     self._observe(watch)
         except (OSError, RuntimeError) as error:  # no descriptor is left
             self._say_unwatched(error)
@@ -206,11 +220,11 @@ class Monitor:
             self._hung_up = _weakly(self._on_hang_up, None)
             watch.add(self._fd, self._hung_up)
         tick = self._next_tick(time.monotonic())
-        if tick < math.inf:
+        if tick < math.inf and self._timer is None:  # an end may have set one
             self._timer = watch.call_at(tick, _weakly(self._tick, None))
 
     def _say_unwatched(self, error: Exception) -> None:
-        self._output.report(logging.WARNING, "%s is not watched for a hang-up", error)
+        self._output.say(logging.WARNING, "%s is not watched for a hang-up", error)
 
     def leave_connection(self) -> None:
         """Stop watching the connection: its descriptor will be another file's."""

@@ -1,5 +1,6 @@
 """How the loop's clients end: once, and told."""
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -154,6 +155,32 @@ def test_who_leaves(hub, peers, how):
     await_true(lambda: peer.ends)
     assert peer.ends == ["disconnected"]
     assert hub.presence("a") == []
+
+
+def test_who_writes_no_more_may_read_what_was_sent(hub, peers):
+    """A client closes its half, after bytes that nobody reads, and reads slowly."""
+    peer = peers(hub, is_tcp=True)
+    hub.publish_many("a", ["x" * 1000] * 40)
+    await_true(lambda: peer.client.events == 40 or peer.client.group.events == 40)
+    peer.socket.sendall(b"\r\n")
+    peer.socket.shutdown(socket.SHUT_WR)
+    await_true(lambda: peer.ends)
+    body, _, is_reset = peer.read_all()
+    assert (body.count(b"data: xxx"), is_reset) == (40, False)
+
+
+def test_a_last_event_that_cannot_be_written_is_no_whole_end(hub, peers):
+    """Without chunks only a reset tells: the kernel took none of it."""
+    peer = peers(hub, is_chunked=False, is_tcp=True, finish=b"data: [DONE]\n\n")
+    hub.publish("a", "1")
+    texts_until(peer, "1")
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(peer.client.fd, b": x\n\n" * 1000)
+    peer.client.stop("finished")
+    await_true(lambda: peer.ends)
+    _, _, is_reset = peer.read_all()
+    assert is_reset
 
 
 def test_its_end_is_counted_and_logged_once(hub, peers, caplog):

@@ -8,6 +8,7 @@ import pytest
 
 from syncstream import ClientDisconnected, current_stream, sleep
 from syncstream.process import stats
+from syncstream.runtime.journal import journal
 from tests.runtime.places import PLACES
 from tests.support.descriptors import open_files
 from tests.support.pairs import (
@@ -110,6 +111,7 @@ def test_an_unwatched_stream_is_stopped(monkeypatch, caplog):
     stream.stop("shutdown")
     join()
     assert stream.reason == "shutdown"
+    assert journal().flush()
     assert caplog.messages == ["GET '/test' is not watched for a hang-up"]
 
 
@@ -125,6 +127,7 @@ def test_no_thread_no_descriptor_is_lost(own_watches, monkeypatch, caplog):
         assert len(serve(stream_of(["a"], Line()))) == 2
     gc.collect()
     assert open_files() - before == {}
+    assert journal().flush()
     assert len(caplog.messages) == 20
 
 

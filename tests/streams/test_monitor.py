@@ -215,6 +215,40 @@ def test_who_is_about_to_leave_is_not_watched(clock, server):
     watched.monitor.leave_connection()
 
 
+def test_a_descriptor_of_somebody_else_is_not_watched(clock, server):
+    """Its server has closed it meanwhile: another connection may have the number."""
+    line = Client(server)
+    watched = Watched(line, Life(15, 30, 60), begin=False)
+    watched.monitor.begin(watched.stream, "soon")
+    line.sock = None
+    watched.monitor.settle()
+    assert clock.watched == {}
+    assert clock.next() == 15.0
+
+
+def test_a_hub_is_left_to_its_own_thread(clock, server):
+    """Its loop is not to be touched by another: the watch does it, in the hub."""
+    watched = Watched(Client(server), Life(15, 30, 60), begin=False)
+    watched.monitor.begin(watched.stream, "soon")
+    watched.monitor.in_hub = True
+    thread = threading.Thread(target=watched.monitor.settle)
+    thread.start()
+    thread.join()
+    assert (clock.timers, clock.watched) == ({}, {})
+    watched.monitor.settle()
+    assert list(clock.watched) == [server.fileno()]
+
+
+def test_an_end_before_it_is_watched_has_one_timer(clock, server):
+    """That of the end, which looks whether the source has heard."""
+    watched = Watched(Client(server), Life(15, 30, 60), begin=False)
+    watched.monitor.begin(watched.stream, "soon")
+    watched.monitor.in_hub = False
+    watched.monitor.end("closed")
+    watched.monitor.settle()
+    assert len(clock.timers) <= 1
+
+
 @pytest.mark.parametrize("is_waiting", [True, False])
 def test_who_may_end_at_once_is_watched_later(clock, server, is_waiting):
     """From the source's first wait on, or when the watch calls; once."""
