@@ -6,10 +6,9 @@ import logging
 import math
 import os
 import select
-from contextlib import suppress
 from functools import partial
 
-from ...errors import BrokerError, Unavailable
+from ...errors import Unavailable
 from ...runtime.clock import time
 from ...runtime.waiting import say
 from ..health import Health
@@ -35,7 +34,9 @@ __all__ = ["Listener"]
 log = logging.getLogger("syncstream.brokers.postgresql")
 HEARTBEAT = 2.0  # seconds between two looks without a notification
 TAIL = 500  # rows read at once
-_TRY = 0.5  # seconds that an attempt to read may hold up announcements
+# Seconds that the first attempt to read may hold up announcements; each that fails
+# doubles them, up to READ_TIMEOUT: on a slow line connecting alone takes that long.
+_TRY = 0.5
 _MAX_NAMES = 500  # names in a request; with more, the data of all channels is read
 
 
@@ -82,6 +83,7 @@ class Listener:
         self._complete = 0
         self._has_warned = False
         self._tries_at = -math.inf  # `time.monotonic` of the next attempt to read
+        self._patience = _TRY  # seconds for that attempt
         self._decided = Mark()  # set when it listens, or when its first attempt failed
         self._tail = Tail(f"schema {schema.name}", health, log)
 
@@ -202,16 +204,22 @@ class Listener:
         its role may be allowed to execute ``tail``, but not ``read``.
         """
         health, now = self._health, time.monotonic()
-        is_failing = health.is_failing("connect") or health.is_failing("read")
-        if not is_failing or now < self._tries_at:
+        if not (health.is_failing("connect") or health.is_failing("read")):
+            self._patience = _TRY
             return
-        self._tries_at = now + HEARTBEAT
+        if now < self._tries_at:
+            return
         sql = f"SELECT * FROM {self._schema.name}.read('', -1, 0, 0, 0, NULL)"
-        began, deadline = health.moment(), now + _TRY
-        with suppress(BrokerError, Lost, Refused):  # still: that has been recorded
-            with self._pool.lent(deadline) as connection:
-                connection.run(sql, (), deadline=deadline)
+        began = health.moment()
+        try:
+            self._pool.probe(sql, now + self._patience, self._stop)
+        except (Unavailable, Lost, Refused):  # still: that was noted when it began
+            self._patience = min(2 * self._patience, READ_TIMEOUT)
+        else:
             health.works("connect", "read", since=began)
+        # As long again for announcements alone.
+        end = time.monotonic()
+        self._tries_at = end + max(HEARTBEAT, end - now)
 
     def _tell(self, connection: Connection) -> bool:
         """Announce all new events; return whether there were any."""

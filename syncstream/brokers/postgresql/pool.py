@@ -96,6 +96,26 @@ class Pool:
             with self.lent(deadline):
                 pass
 
+    def probe(self, sql: str, deadline: float, stop: int) -> None:
+        """Run a statement as a new borrower would; record nothing if that fails.
+
+        The connection is its own, so that a stop can interrupt it.
+
+        Args:
+            sql: The statement.
+            deadline: The end of the attempt, `time.monotonic`.
+            stop: As for `Connection.open`.
+
+        Raises:
+            Lost, Refused, Unavailable: The server cannot be used.
+        """
+        connection = Connection.open(self._dsn, deadline, stop=stop)
+        try:
+            self._schema.ensure(connection, deadline)
+            connection.run(sql, (), deadline=deadline)
+        finally:
+            connection.close()
+
     def _ready(self, deadline: float) -> Connection:
         try:
             connection = self._living(deadline)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -139,6 +140,32 @@ def test_listen_dsn(server, make, line, caplog):
     line.mend()
     publish_until_it_works(broker, ("a", b"2"))
     await_true(lambda: told.states == [False, True])
+
+
+def test_a_slow_server_is_up_again(make, monkeypatch):
+    """However long a read takes, up to its time-out; attempts note no failures."""
+    monkeypatch.setattr(listener, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(listener, "_TRY", 1e-4)  # seconds: no connect takes less
+    broker = make()
+    told = listening(broker, "a")
+    broker.health.fails("read", "the time-out of a moment")
+    noted = broker.health.moment()
+    await_true(lambda: told.states == [False, True])
+    assert broker.health.moment() == noted
+
+
+def test_a_silent_server_does_not_delay_the_end(server, make, line, monkeypatch):
+    """Nothing answers the attempt to read, which may take as long as a read."""
+    monkeypatch.setattr(listener, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(listener, "_TRY", 3600.0)
+    broker = make(server.url_at(line.port), listen_dsn=server.url)
+    listening(broker, "a")
+    line.silence()
+    broker.health.fails("read", "the line is silent")
+    await_true(lambda: line.waiting)
+    began = time.monotonic()
+    broker.close(timeout=LIMIT)
+    assert time.monotonic() - began < LIMIT / 2
 
 
 def test_deaf_listeners_say_so(server, schema, make, monkeypatch, caplog):
