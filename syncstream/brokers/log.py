@@ -117,9 +117,13 @@ class Log:
         head: The id of the newest entry, kept or not.
         base: The id before the oldest kept entry.
         size: The sum of the entries' `Entry.size`, in bytes.
+        counted: The part of ``size`` that its owner has added to a sum of several logs.
     """
 
-    __slots__ = ("_entries", "_joined", "_skip", "base", "end", "first", "head", "size")
+    __slots__ = (
+        *("_entries", "_joined", "_skip", "base", "counted", "end", "first"),
+        *("head", "size"),
+    )
 
     def __init__(self, head: str = START) -> None:
         self._entries: list[Entry] = []
@@ -127,7 +131,7 @@ class Log:
         self._joined: tuple[int, int, bytes] | None = None
         self.first = self.end = 0
         self.head = self.base = head
-        self.size = 0
+        self.size = self.counted = 0
 
     def __len__(self) -> int:
         return len(self._entries) - self._skip

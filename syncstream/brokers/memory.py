@@ -125,11 +125,10 @@ class MemoryBroker:
                     head = self._heads.pop(channel, self._empty)
                     log = self._logs[channel] = Log(head)
                 entry = Entry(self._id(), log.head, payload, now)
-                before = log.size
                 log.append(entry)
                 # Each channel has its own bound: a noisy one must not displace all.
                 log.trim(self._capacity, since, most)
-                self._size += log.size - before
+                self._count(log)
                 self._logs.move_to_end(channel)
                 while self._size > self._max_size:
                     self._empty_oldest()
@@ -161,12 +160,13 @@ class MemoryBroker:
             return
         self._process = process_key()
         self._heads, self._empty = {}, _empty()
+        self._size = 0
         for channel, old in self._logs.items():
             log = self._logs[channel] = Log(self._empty)
             for position in range(old.first, old.end):
                 entry = old.entry(position)
                 log.append(Entry(self._id(), log.head, entry.payload, entry.time))
-        self._size = sum(log.size for log in self._logs.values())
+            self._count(log)
 
     @property
     def size(self) -> int:
@@ -182,14 +182,23 @@ class MemoryBroker:
         return now - self._max_age if self._max_age is not None else float("-inf")
 
     def _trim(self, log: Log, now: float, size: float) -> None:
-        before = log.size
         log.trim(self._capacity, self._since(now), size)
-        self._size += log.size - before
+        self._count(log)
+
+    def _count(self, log: Log) -> None:
+        """Update the sum after a log's size has changed.
+
+        By what was counted, not by the size before the change: a garbage collection
+        during the change may publish to the same log, which counts its part.
+        """
+        self._size += log.size - log.counted
+        log.counted = log.size
 
     def _empty_oldest(self) -> None:
         """Drop the events of the channel whose last event is the oldest."""
         channel, log = self._logs.popitem(last=False)
-        self._size -= log.size
+        self._size -= log.counted
+        log.counted = 0
         self._heads[channel] = log.head
         if len(self._heads) > self._room:
             # Keep the heads of watched channels: their subscribers go on from there.

@@ -8,7 +8,7 @@ import pytest
 from syncstream import Hub
 from syncstream.brokers import memory
 from syncstream.brokers.contract import LONGEST_KEPT, MOST_KEPT
-from syncstream.brokers.log import START
+from syncstream.brokers.log import START, Log
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.testing import check_broker
 from tests.brokers.test_contract import remove
@@ -219,6 +219,23 @@ def test_memory_counts_what_reads_trim():
     while broker.read("a", "0").entries:
         deadline.wait(0.01)
     assert broker.size == 0
+
+
+def test_memory_counts_what_a_garbage_collection_publishes(monkeypatch):
+    """A finalizer may run, and publish, while an event is being stored."""
+    broker, append = MemoryBroker(), Log.append
+    finalizers = [lambda: broker.publish([("a", b"of a finalizer")])]
+
+    def append_and_collect(self, entry):
+        append(self, entry)
+        if finalizers:
+            finalizers.pop()()
+
+    monkeypatch.setattr(Log, "append", append_and_collect)
+    broker.publish([("a", b"x")])
+    entries = broker.read("a", START).entries
+    assert len(entries) == 2
+    assert broker.size == sum(entry.size for entry in entries)
 
 
 def test_memory_forgets_idle_channels(monkeypatch):
