@@ -69,7 +69,8 @@ class MemoryBroker:
         self._capacity = capacity
         self._max_age = max_age
         self._max_size = max_size
-        self.renew_lock()
+        # Reentrant: a garbage collection while it is held may publish.
+        self._lock = native(_thread, "RLock")()
         # In the order of their last events, the oldest first.
         self._logs: OrderedDict[str, Log] = OrderedDict()
         self._size = 0
@@ -87,13 +88,16 @@ class MemoryBroker:
         self.watched = Watched()
         _all.add(self)
 
-    def renew_lock(self) -> None:
-        """Make the lock; again in a forked child, for a thread may have held it.
+    def forked(self) -> None:
+        """Begin without events in a forked child if a change may be half done.
 
-        That thread's event may be stored in the child, or not.
+        It is if another thread, which the child has not, was in the middle of one.
         """
-        # Reentrant: a garbage collection while it is held may publish.
+        if self._lock.acquire(False):
+            self._lock.release()
+            return
         self._lock = native(_thread, "RLock")()
+        self._logs, self._size = OrderedDict(), 0
 
     def publish(
         self, items: Sequence[tuple[str, bytes]], *, connection: Any = None
@@ -298,7 +302,7 @@ _all: Living[MemoryBroker] = Living()
 
 def _forked() -> None:
     for broker in _all.all():
-        broker.renew_lock()
+        broker.forked()
 
 
 if hasattr(os, "register_at_fork"):

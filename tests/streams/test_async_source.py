@@ -8,11 +8,13 @@ import os
 import sys
 import threading
 import time
+import types
 import weakref
 
 import pytest
 
 from syncstream import (
+    Hub,
     NDJSONResponse,
     SSEResponse,
     StreamResponse,
@@ -549,3 +551,192 @@ def test_what_is_no_source_is_refused():
 
     with pytest.raises(TypeError, match="a coroutine is not awaited"):
         SSEResponse(coroutine())
+
+
+# What reviewers have tried.
+
+
+def test_a_subscription_is_not_read_in_the_loop():
+    """It would block all asynchronous sources, until its next event."""
+    hub = Hub()
+
+    async def source():
+        with pytest.raises(RuntimeError, match="must not wait in this way"):
+            hub.subscribe("a").read(1)
+        yield "a"
+
+    assert get(SSEResponse(source())).data == b": ok\n\ndata: a\n\n"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="new in Python 3.11")
+@pytest.mark.parametrize("kind", ["group", "timeout"])
+def test_a_cancel_of_the_sources_own_reaches_its_yield(kind):
+    """A task group or a time-out around a ``yield``: its error is not lost."""
+    is_over = threading.Event()
+
+    async def fails():
+        try:
+            raise ValueError("MARK")
+        finally:
+            is_over.set()
+
+    async def source():
+        if kind == "group":
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fails())
+                yield "a"
+                yield "b"
+        else:
+            asyncio.get_running_loop().call_later(0.02, is_over.set)
+            async with asyncio.timeout(0.01):
+                yield "a"
+                yield "b"
+
+    response, chunks = chunks_of(source())
+    assert b"data: a" in next(chunks) + next(chunks)
+    assert is_over.wait(TIMEOUT)
+    time.sleep(0.02)  # the client is slow: the source stands at its yield
+    with pytest.raises(Exception) as info:  # noqa: PT011 (Python 3.10 lacks the group)
+        next(chunks)
+    name = "ExceptionGroup" if kind == "group" else "TimeoutError"
+    assert type(info.value).__name__ == name
+    response.close()
+    assert response.response.reason == "error"
+
+
+def test_an_end_while_it_is_closed_waits_for_that():
+    """And does not cancel the close; what it has raised is not lost."""
+    story, may_close = [], threading.Event()
+
+    class Failing(Upstream):
+        async def __anext__(self):
+            raise OSError("MARK")
+
+        async def _close(self):
+            while not may_close.is_set():
+                await asyncio.sleep(0.001)
+            story.append("closed")
+
+    response, chunks = chunks_of(Failing())
+    assert next(chunks) == b": ok\n\n"
+    threading.Timer(0.05, may_close.set).start()
+    with pytest.raises(OSError, match="MARK"):
+        next(chunks)
+    response.close()
+    assert story == ["closed"]
+
+
+def test_an_error_at_an_end_that_nobody_awaits_is_logged(caplog, monkeypatch):
+    """After the time for its close."""
+    monkeypatch.setattr(async_source, "CLOSE_WAIT", 0.02)
+    release, told = threading.Event(), threading.Event()
+
+    async def source():
+        try:
+            yield "a"
+        finally:
+            while not release.is_set():
+                await asyncio.sleep(0.001)
+            told.set()
+            raise ValueError("MARK")
+
+    response, chunks = chunks_of(source())
+    assert b"data: a" in next(chunks) + next(chunks)
+    response.close()
+    release.set()
+    assert told.wait(TIMEOUT)
+
+    def is_logged():
+        journal().flush()
+        return "ValueError: MARK" in caplog.text
+
+    await_true(is_logged)
+    assert "failed at its end" in caplog.text
+
+
+def test_a_close_in_the_loops_thread_does_not_wait(noted):
+    """A garbage collection may run there; it would wait for itself."""
+    response, chunks = chunks_of(noted.numbers())
+    assert b"data: 0" in next(chunks) + next(chunks)
+    took = []
+
+    async def other():
+        began = time.monotonic()
+        response.close()
+        took.append(time.monotonic() - began)
+        yield "a"
+
+    assert get(SSEResponse(other())).data
+    assert took[0] < async_source.CLOSE_WAIT / 2
+    await_true(lambda: noted.story == [0, "GeneratorExit", "closed"])
+
+
+@pytest.mark.parametrize("where", ["next", "iter"])
+def test_a_stop_iteration_is_an_error(where):
+    """In a plain ``def`` it would look like the end."""
+
+    class Stops:
+        def __aiter__(self):
+            if where == "iter":
+                raise StopIteration
+            return self
+
+        def __anext__(self):
+            raise StopIteration
+
+    response, chunks = chunks_of(Stops())
+    assert next(chunks) == b": ok\n\n"
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        next(chunks)
+    response.close()
+
+
+def test_every_awaitable_is_awaited():
+    """As ``async for`` does: coroutines of `types.coroutine` have no __await__."""
+    story = []
+
+    class Old:
+        items = iter("ab")
+
+        def __aiter__(self):
+            return self
+
+        @types.coroutine
+        def __anext__(self):
+            yield from asyncio.sleep(0).__await__()
+            for item in self.items:
+                return item
+            raise StopAsyncIteration
+
+        @types.coroutine
+        def aclose(self):
+            yield from asyncio.sleep(0).__await__()
+            story.append("closed")
+
+    assert get(SSEResponse(Old())).data == b": ok\n\ndata: a\n\ndata: b\n\n"
+    assert story == ["closed"]
+
+
+def test_a_head_starts_no_loop(monkeypatch):
+    """Nor does a response that is thrown away."""
+
+    def none():
+        raise AssertionError("the loop is not needed")
+
+    monkeypatch.setattr(async_source, "event_loop", none)
+    assert get(SSEResponse(letters("a")), "HEAD").status_code == 200
+    SSEResponse(letters("a")).close()
+
+
+def test_a_forked_child_does_not_wait_for_the_parents_loop(noted):
+    """A response that the parent has begun: its task is the parent's."""
+    response, chunks = chunks_of(noted.numbers())
+    assert b"data: 0" in next(chunks) + next(chunks)
+    pid = os.fork()
+    if not pid:
+        began = time.monotonic()
+        response.close()
+        os._exit(time.monotonic() - began > async_source.CLOSE_WAIT / 2)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert next(chunks) == b"data: 1\n\n"
+    response.close()
