@@ -201,24 +201,36 @@ def _cancel(
     for, or nothing. (The server has signalled its process before ``cancel`` returns,
     and drops a signal that finds no query.) Other drivers cannot be held up.
     """
-    with _held_up(target):
-        if is_there():
+    with _held_up(target) as is_ours:
+        if is_ours and is_there():
             cancel()
 
 
+_held: dict[Any, object] = {}  # connections that a cancel holds up, and its claim
+
+
 @contextmanager
-def _held_up(connection: Any) -> Iterator[None]:
-    """Let a connection of psycopg begin no query."""
+def _held_up(connection: Any) -> Iterator[bool]:
+    """Let a connection of psycopg begin no query.
+
+    Yields:
+        Whether to cancel it: false while another link of the connection does so.
+    """
     psycopg = sys.modules.get("psycopg")
     if psycopg is None or not isinstance(connection, psycopg.Connection):
-        yield
+        yield True
+        return
+    claim = object()
+    if _held.setdefault(connection, claim) is not claim:  # one step: no lock is needed
+        yield False
         return
     lock = connection.lock  # held by each query; whoever holds it releases this one
     gate = connection.lock = _Gate(lock)
     try:
-        yield
+        yield True
     finally:
         connection.lock = lock
+        del _held[connection]
         gate.is_open.set()
 
 

@@ -315,6 +315,33 @@ def test_a_second_cancel_hits_no_finally(postgresql, monkeypatch):
     assert len(cancels) == 2
 
 
+def test_two_links_of_a_connection_are_one_cancel(postgresql, monkeypatch):
+    """Its next query is held up once, however they overlap, and let go for good."""
+    before, cancels = set(threading.enumerate()), []
+
+    def cancel_later(connection):
+        cancels.append(threading.Event())
+        assert cancels[-1].wait(TIMEOUT)
+
+    def under_way():
+        return len(set(threading.enumerate()) - before)
+
+    monkeypatch.setattr(psycopg.Connection, "cancel", cancel_later)
+    with postgresql.connect() as connection:
+        lock = connection.lock
+        links.Link(connection).unblock(is_waiting=True)
+        await_true(lambda: cancels)
+        links.Link(connection.cursor()).unblock(is_waiting=True)
+        await_true(lambda: under_way() == 1 or len(cancels) == 2)
+        for go in cancels:
+            left = under_way() - 1
+            go.set()
+            await_true(lambda left=left: under_way() <= left)
+        assert connection.lock is lock
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+    assert len(cancels) == 1
+
+
 def test_a_redis_pubsub_ends(redis_server, caplog):
     """At once, though redis-py would connect again; its pool's next user may retry."""
     client = redis_server.client()
