@@ -235,14 +235,16 @@ def _held_up(connection: Any) -> Iterator[bool]:
 
 
 class _Gate:
-    """A lock that nobody gets before the gate is open."""
+    """A lock that nobody gets before the gate is open, or a time limit has passed."""
 
     def __init__(self, lock: Any) -> None:
         self._lock = lock
+        self._until = time.monotonic() + UNANSWERED
         self.is_open = threading.Event()
 
     def __enter__(self) -> None:
-        self.is_open.wait()
+        # Whatever waits for an answer to the cancel: the application does not.
+        self.is_open.wait(max(0.0, self._until - time.monotonic()))
         self._lock.acquire()
 
     def __exit__(self, *error: object) -> None:

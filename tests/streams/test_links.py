@@ -342,6 +342,27 @@ def test_two_links_of_a_connection_are_one_cancel(postgresql, monkeypatch):
     assert len(cancels) == 1
 
 
+def test_a_cancel_without_an_answer_holds_no_query_up_for_long(postgresql, monkeypatch):
+    """A server that is lost is not to keep a ``finally`` waiting, too."""
+    asked, go, answered = threading.Event(), threading.Event(), threading.Event()
+
+    def cancel_in_vain(connection):
+        asked.set()
+        go.wait(TIMEOUT)
+        answered.set()
+
+    monkeypatch.setattr(links, "UNANSWERED", 0.1)
+    monkeypatch.setattr(psycopg.Connection, "cancel", cancel_in_vain)
+    with postgresql.connect() as connection:
+        lock = connection.lock
+        links.Link(connection).unblock(is_waiting=True)
+        assert asked.wait(TIMEOUT)
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+        assert not answered.is_set()
+        go.set()
+        await_true(lambda: connection.lock is lock)
+
+
 def test_a_redis_pubsub_ends(redis_server, caplog):
     """At once, though redis-py would connect again; its pool's next user may retry."""
     client = redis_server.client()
