@@ -78,7 +78,7 @@ class RedisBroker:
         self._ttl = b"%d" % round(ttl * 1000)
         self._is_closed = False
         self._parts = PerProcess(self, Process.let_go, RedisBroker._leave_to_parent)
-        self._inherited: dict[str, None] = {}  # the names that the parent watched
+        self._inherited: dict[str, None] = {}  # the names that its parents watched
 
     def _servers(self) -> list[Server]:
         return [
@@ -110,7 +110,8 @@ class RedisBroker:
 
     def _leave_to_parent(self, parents: Process | None) -> None:
         if parents is not None:
-            self._inherited = dict.fromkeys(parents.abandon())
+            # Added: the parent may not have asked for all that it has inherited itself.
+            self._inherited.update(dict.fromkeys(parents.abandon()))
 
     # Publishing and reading.
 

@@ -285,6 +285,37 @@ def test_no_thread_of_a_child_reads_before_its_names_are_watched(shared):
     check_script(HEIRS, own(shared.url))
 
 
+GRANDCHILD = """
+import os, sys
+from syncstream.brokers.redis import RedisBroker
+from tests.brokers.sinks import Told
+from tests.support.waits import await_true
+told = Told()
+broker = RedisBroker(sys.argv[1])
+broker.attach(told)
+broker.watch("a")
+child = os.fork()
+if not child:
+    broker.publish([("b", b"the child's")])  # which listens to nothing
+    child = os.fork()
+    if not child:
+        broker.read("b", None)
+        await_true(lambda: told.lost == ["a"])  # from now on it listens
+        broker.publish([("a", b"the grandchild's")])
+        await_true(lambda: b"the grandchild's" in told.payloads)
+        broker.close()
+        os._exit(0)
+    os._exit(os.waitpid(child, 0)[1] != 0)
+assert os.waitpid(child, 0)[1] == 0
+broker.close()
+"""
+
+
+def test_a_grandchild_is_told_of_what_was_watched_before_both_forks(shared):
+    """Even if the child between them has only published."""
+    check_script(GRANDCHILD, own(shared.url))
+
+
 LATE = """
 from gevent import monkey
 monkey.patch_all()
