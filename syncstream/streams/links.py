@@ -216,8 +216,7 @@ def _held_up(connection: Any) -> Iterator[bool]:
     Yields:
         Whether to cancel it: false while another link of the connection does so.
     """
-    psycopg = sys.modules.get("psycopg")
-    if psycopg is None or not isinstance(connection, psycopg.Connection):
+    if not _is_psycopg(connection):
         yield True
         return
     claim = object()
@@ -400,9 +399,27 @@ def _cancelable(closable: Any) -> tuple[Any, Callable[[], object]] | None:
         for name in ("cancel", "interrupt"):
             method = getattr(target, name, None)
             if callable(method):
-                return target, method
+                return target, _cancel_safe(target) or method
         target = _connection_of(target)
     return None
+
+
+def _cancel_safe(connection: Any) -> Callable[[], object] | None:
+    """Return the cancel of psycopg 3.2 during which other threads run, if it has it.
+
+    Its ``cancel()`` keeps the interpreter's lock until the server has answered.
+    """
+    if not _is_psycopg(connection):
+        return None
+    capabilities = getattr(sys.modules["psycopg"], "capabilities", None)
+    if capabilities is None or not capabilities.has_cancel_safe():
+        return None
+    return partial(connection.cancel_safe, timeout=UNANSWERED)
+
+
+def _is_psycopg(connection: Any) -> bool:
+    psycopg = sys.modules.get("psycopg")
+    return psycopg is not None and isinstance(connection, psycopg.Connection)
 
 
 def _connection_of(target: Any) -> Any:

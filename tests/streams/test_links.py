@@ -279,7 +279,7 @@ def test_a_linked_connection_serves_a_finally(waits, postgresql):
 
 def test_a_second_cancel_hits_no_finally(postgresql, monkeypatch):
     """However late it is: the query that it is for has ended, the next one waits."""
-    cancel, cancels, cleans, seen = psycopg.Connection.cancel, [], [], []
+    cancel, cancels, cleans, seen = psycopg.Connection.cancel_safe, [], [], []
     running = "SELECT query FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
 
     def source():
@@ -292,7 +292,7 @@ def test_a_second_cancel_hits_no_finally(postgresql, monkeypatch):
                 cleans.append(connection)
                 seen.extend(connection.execute("SELECT pg_sleep(0.5)::text"))
 
-    def cancel_late(connection):
+    def cancel_late(connection, timeout):
         cancels.append(connection)
         if len(cancels) != 2:  # the first one comes before the query, and is lost
             return
@@ -303,13 +303,13 @@ def test_a_second_cancel_hits_no_finally(postgresql, monkeypatch):
         until = time.monotonic() + 0.3
         while time.monotonic() < until and not postgresql.execute(running, pid):
             time.sleep(0.01)
-        cancel(connection)
+        cancel(connection, timeout=timeout)
 
     def is_blocked():
         query = "SELECT 1 FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(602)'"
         return postgresql.execute(query + " AND state = 'active'")
 
-    monkeypatch.setattr(psycopg.Connection, "cancel", cancel_late)
+    monkeypatch.setattr(psycopg.Connection, "cancel_safe", cancel_late)
     ends_at_once(source(), is_blocked)
     assert seen == [("",)]
     assert len(cancels) == 2
@@ -319,14 +319,14 @@ def test_two_links_of_a_connection_are_one_cancel(postgresql, monkeypatch):
     """Its next query is held up once, however they overlap, and let go for good."""
     before, cancels = set(threading.enumerate()), []
 
-    def cancel_later(connection):
+    def cancel_later(connection, timeout):
         cancels.append(threading.Event())
         assert cancels[-1].wait(TIMEOUT)
 
     def under_way():
         return len(set(threading.enumerate()) - before)
 
-    monkeypatch.setattr(psycopg.Connection, "cancel", cancel_later)
+    monkeypatch.setattr(psycopg.Connection, "cancel_safe", cancel_later)
     with postgresql.connect() as connection:
         lock = connection.lock
         links.Link(connection).unblock(is_waiting=True)
@@ -346,13 +346,13 @@ def test_a_cancel_without_an_answer_holds_no_query_up_for_long(postgresql, monke
     """A server that is lost is not to keep a ``finally`` waiting, too."""
     asked, go, answered = threading.Event(), threading.Event(), threading.Event()
 
-    def cancel_in_vain(connection):
+    def cancel_in_vain(connection, timeout):
         asked.set()
         go.wait(TIMEOUT)
         answered.set()
 
     monkeypatch.setattr(links, "UNANSWERED", 0.1)
-    monkeypatch.setattr(psycopg.Connection, "cancel", cancel_in_vain)
+    monkeypatch.setattr(psycopg.Connection, "cancel_safe", cancel_in_vain)
     with postgresql.connect() as connection:
         lock = connection.lock
         links.Link(connection).unblock(is_waiting=True)
@@ -361,6 +361,29 @@ def test_a_cancel_without_an_answer_holds_no_query_up_for_long(postgresql, monke
         assert not answered.is_set()
         go.set()
         await_true(lambda: connection.lock is lock)
+
+
+def test_a_cancel_stops_no_other_thread(postgresql):
+    """Not even while the server does not answer it: here the other thread lets it."""
+    assert check_script(CANCEL_SLOWLY, str(postgresql.port)) == "accepted\n"
+
+
+CANCEL_SLOWLY = """
+import psycopg, sys
+from syncstream.streams.links import Link
+from tests.support.postgresql_server import Line
+from tests.support.waits import await_true
+
+url = "postgresql://postgres@127.0.0.1:%d/postgres"
+with Line(int(sys.argv[1])) as line, psycopg.connect(url % line.port) as connection:
+    lock = connection.lock
+    line.silence()
+    Link(connection).unblock(is_waiting=True)
+    await_true(lambda: line.waiting)  # a thread of this process has accepted it
+    print("accepted")
+    line.mend()
+    await_true(lambda: connection.lock is lock)
+"""
 
 
 def test_a_redis_pubsub_ends(redis_server, caplog):
