@@ -148,6 +148,10 @@ class Client:
         """Whether events or an end came before the loop had it."""
         return self.was_woken or self.early is not None
 
+    def __call__(self) -> Client | None:
+        """Return itself while it lives: it is the ``reader`` of its subscription."""
+        return self if self.reason is None else None
+
     def claim(self) -> bool:
         """Return ``True`` to one caller only: the loop, or code that failed to add it.
 
@@ -310,6 +314,7 @@ class Client:
                 self.terms.lanes.say(logging.ERROR, text, self.label, error=error)
             # Break the reference cycle, so that no garbage collection is needed.
             self.subscription.detach(None)
+            self.subscription.reader = None
             if self.callbacks:
                 finish = partial(self._finish, seconds)
                 job = Job(finish, lambda error: self._forget(seconds))

@@ -220,14 +220,14 @@ class Departure:
                 links.popleft()
             for _ in told:
                 theirs.popleft()
-            self.client = client
+            self.client = source.reader = client
             to_close.clear()
             self._parts.source.forget()
             loop.add(client, head)
         except BaseException:  # for example, from a signal handler
             if not client.is_given:  # it ends here, with all that it had
                 release(taken.fd)
-                self.client = None
+                self.client = source.reader = None
                 to_close[:] = [source]
                 closing.place = closing.place or client.place
                 links.clear()

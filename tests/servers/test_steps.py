@@ -8,6 +8,7 @@ import gc
 import os
 import resource
 import socket
+import weakref
 from collections import Counter, deque
 from dataclasses import replace
 
@@ -354,6 +355,32 @@ def test_a_second_reader_of_a_subscription(connection):
     hub.close()
     await_true(lambda: body.reason == "closed")
     settle(fanout())
+
+
+def test_a_second_reader_of_one_that_was_handed_over(connection):
+    """Its stream is gone, with its request; its client is not, and goes on."""
+    watch()
+    hub = Hub()
+    subscription, server = hub.subscribe("a"), connection["gunicorn.socket"]
+    body = SSEResponse(subscription)(dict(connection), start_response)
+    deque(map(server.sendall, map(HEAD.__add__, body)))
+    body.close()
+    stream = weakref.ref(body)
+    del body
+    gc.collect()
+    assert stream() is None
+    for _ in range(2):
+        second = SSEResponse(subscription)
+        with tcp_pair() as (other, _):
+            with pytest.raises(RuntimeError, match="a subscription has one reader"):
+                second({**connection, "gunicorn.socket": other}, start_response)
+            second.close()
+    settle(fanout())
+    assert hub.stats()["subscribers"] == 1
+    assert subscription.reason is None
+    hub.close()
+    settle(fanout())
+    await_true(lambda: subscription.reader is None)
 
 
 def test_a_refusal_is_logged_as_it_is(caplog):
