@@ -396,6 +396,8 @@ def _cancelable(closable: Any) -> tuple[Any, Callable[[], object]] | None:
     """Return the object to cancel, and its method: a connection, or a call."""
     target = closable
     for _ in range(3):  # SQLAlchemy's result, its connection, the driver's connection
+        # SQLAlchemy's pool lends a connection that passes `cancel` on.
+        target = getattr(target, "driver_connection", None) or target
         for name in ("cancel", "interrupt"):
             method = getattr(target, name, None)
             if callable(method):
@@ -431,7 +433,6 @@ def _connection_of(target: Any) -> Any:
 
 def _runs_query(connection: Any) -> bool:
     """Tell whether a connection of psycopg runs a query that can be cancelled."""
-    connection = getattr(connection, "driver_connection", connection)  # SQLAlchemy's
     status = getattr(getattr(connection, "info", None), "transaction_status", None)
     return status is not None and status == 1  # PQTRANS_ACTIVE
 

@@ -277,20 +277,31 @@ def test_a_linked_connection_serves_a_finally(waits, postgresql):
     assert seen == [("",)]
 
 
-def test_a_second_cancel_hits_no_finally(postgresql, monkeypatch):
+@pytest.mark.parametrize("of", ["psycopg", "SQLAlchemy"])
+def test_a_second_cancel_hits_no_finally(of, postgresql, monkeypatch):
     """However late it is: the query that it is for has ended, the next one waits."""
     cancel, cancels, cleans, seen = psycopg.Connection.cancel_safe, [], [], []
     running = "SELECT query FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
 
     def source():
-        with psycopg.connect(postgresql.url, autocommit=True) as connection:
-            current_stream().link(connection)
-            try:
-                yield "a"
-                connection.execute("SELECT pg_sleep(602)")
-            finally:
-                cleans.append(connection)
-                seen.extend(connection.execute("SELECT pg_sleep(0.5)::text"))
+        connection = postgresql.connect()  # closed by its link
+        link_as(of, connection)
+        try:
+            yield "a"
+            connection.execute("SELECT pg_sleep(602)")
+        finally:
+            cleans.append(connection)
+            seen.extend(connection.execute("SELECT pg_sleep(0.5)::text"))
+
+    def link_as(of, connection):
+        if of == "SQLAlchemy":
+            engine = sqlalchemy.create_engine(
+                "postgresql+psycopg://",
+                creator=lambda: connection,
+                poolclass=sqlalchemy.NullPool,
+            )
+            connection = engine.connect()
+        current_stream().link(connection)
 
     def cancel_late(connection, timeout):
         cancels.append(connection)
