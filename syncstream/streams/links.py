@@ -110,6 +110,7 @@ class Link:
             self._in_a_thread(partial(_cancel, target, method, is_there))
             # A shutdown would leave no connection to a ``finally``: only if a cancel
             # has not been answered for long, so that no query would be, either.
+            self._is_spared = self._is_spared or _is_idle(target)
             if not is_waiting and (is_mute or not self._is_spared):
                 self._hang_up(target)
         elif not self._hang_up(self.closable) and is_first:
@@ -248,6 +249,9 @@ class _Gate:
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
+
+    def locked(self) -> bool:
+        return bool(self._lock.locked())
 
 
 def unblock(
@@ -435,6 +439,11 @@ def _runs_query(connection: Any) -> bool:
     """Tell whether a connection of psycopg runs a query that can be cancelled."""
     status = getattr(getattr(connection, "info", None), "transaction_status", None)
     return status is not None and status == 1  # PQTRANS_ACTIVE
+
+
+def _is_idle(connection: Any) -> bool:
+    """Tell whether nobody is in a call of a connection of psycopg."""
+    return _is_psycopg(connection) and not connection.lock.locked()
 
 
 def _sockets(target: Any) -> list[tuple[int, Any]]:

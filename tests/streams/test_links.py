@@ -277,6 +277,28 @@ def test_a_linked_connection_serves_a_finally(waits, postgresql):
     assert seen == [("",)]
 
 
+def test_an_idle_connection_serves_a_finally(postgresql):
+    """It is not shut down while its generator waits for another link."""
+    began, seen = threading.Event(), []
+    ours, theirs = socket.socketpair()
+
+    def source():
+        with postgresql.connect() as connection, ours:
+            current_stream().link(connection)
+            current_stream().link(ours)
+            try:
+                began.set()
+                yield ours.recv(1)
+            finally:
+                # Longer than until the next look at a link that had no effect.
+                query = f"SELECT pg_sleep({links.AGAIN * 2})::text"
+                seen.extend(connection.execute(query))
+
+    with theirs:
+        ends_at_once(source(), began.is_set)
+    assert seen == [("",)]
+
+
 @pytest.mark.parametrize("of", ["psycopg", "SQLAlchemy"])
 def test_a_second_cancel_hits_no_finally(of, postgresql, monkeypatch):
     """However late it is: the query that it is for has ended, the next one waits."""
