@@ -21,6 +21,7 @@ from tests.support.programs import program
 from tests.support.waits import TIMEOUT, await_true
 
 FILES = sorted((ROOT / "examples").glob("*.py"))
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.py"))
 FAST = {"INTERVAL": "0.02", "PYTHONUNBUFFERED": "1"}  # prints reach the log at once
 EVENT_SOURCE = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
 
@@ -81,6 +82,18 @@ def test_every_example_is_short_and_names_its_commands(path):
     assert server.endswith(f" examples.{path.stem}:app")
     assert client.startswith("curl -N ")
     assert path_of(path.stem)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_described(path):
+    """At most 150 lines, with its command; its page names it, and a test serves it."""
+    assert len(path.read_text().splitlines()) <= 150
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert re.search(rf"^    .* examples\.recipes\.{path.stem}:app$", docstring, re.M)
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert f"(../examples/recipes/{path.name})" in page
+    tests = (ROOT / "tests").rglob("*.py")
+    assert any(f"recipes.{path.stem}" in test.read_text() for test in tests)
 
 
 def test_every_example_is_tested():

@@ -1,0 +1,44 @@
+"""The recipes of examples/recipes/ on one server, each under its file's name.
+
+Where a recipe calls a model, the one that asks says what it does: see `write`.
+"""
+
+import flask
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+
+import examples.recipes.completions as completions
+import examples.recipes.messages as messages
+from syncstream import sleep
+from tests.apps.control import note
+
+app = flask.Flask(__name__)
+recipes = {"completions": completions, "messages": messages}
+
+
+@app.get("/health")
+def health():
+    return "ok"
+
+
+def write(asked):
+    """Yield the words after the first, which is the key of the control line.
+
+    ``WAIT`` waits for long, and ``FAIL`` is an error.
+    """
+    key, *words = asked[-1]["content"].split()
+    try:
+        for word in words:
+            if word == "WAIT":
+                note(key, "waits")
+                sleep(600)
+            elif word == "FAIL":
+                raise RuntimeError("MARK")
+            yield word
+    finally:
+        note(key, "closed")
+
+
+completions.write = messages.write = write
+app.wsgi_app = DispatcherMiddleware(
+    app.wsgi_app, {f"/{name}": recipe.app for name, recipe in recipes.items()}
+)
