@@ -6,13 +6,14 @@ Where a recipe calls a model, the one that asks says what it does: see `write`.
 import flask
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
+import examples.recipes.ai_sdk as ai_sdk
 import examples.recipes.completions as completions
 import examples.recipes.messages as messages
-from syncstream import sleep
+from syncstream import current_stream, sleep
 from tests.apps.control import note
 
 app = flask.Flask(__name__)
-recipes = {"completions": completions, "messages": messages}
+recipes = {"ai_sdk": ai_sdk, "completions": completions, "messages": messages}
 
 
 @app.get("/health")
@@ -23,7 +24,7 @@ def health():
 def write(asked):
     """Yield the words after the first, which is the key of the control line.
 
-    ``WAIT`` waits for long, and ``FAIL`` is an error.
+    ``WAIT`` waits for long, ``FAIL`` is an error, and at ``CUT`` the server stops.
     """
     key, *words = asked[-1]["content"].split()
     try:
@@ -33,12 +34,15 @@ def write(asked):
                 sleep(600)
             elif word == "FAIL":
                 raise RuntimeError("MARK")
+            elif word == "CUT":
+                current_stream().stop("shutdown")
             yield word
     finally:
         note(key, "closed")
 
 
 completions.write = messages.write = write
+ai_sdk.write = lambda question: write([{"content": question}])
 app.wsgi_app = DispatcherMiddleware(
     app.wsgi_app, {f"/{name}": recipe.app for name, recipe in recipes.items()}
 )

@@ -129,7 +129,7 @@ def of_node(server: LiveServer) -> dict[tuple[str, str], Any]:
     """What the clients of Node have seen, by their names and paths."""
     node = program("node", "nodejs npm")
     if not (NODE / "node_modules").is_dir():
-        lack(f"no clients of Node: npm install --prefix {NODE}")
+        lack(f"no clients of Node: npm ci --prefix {NODE}")
     child = subprocess.run(
         [node, str(NODE / "clients.mjs"), server.url],
         capture_output=True,

@@ -1,6 +1,6 @@
 // What the clients of Node make of the streams of apps/clients_app.py, as JSON.
 //
-//     npm install; node clients.mjs URL
+//     npm ci; node clients.mjs URL
 //
 // For each client and path: its events, whether it saw a failure, and how it asked.
 

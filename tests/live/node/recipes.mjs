@@ -1,0 +1,49 @@
+// What npm's clients make of the recipes that are written for them, as JSON.
+//
+//     npm ci; node recipes.mjs URL KEY
+//
+// Each asks for four answers: a whole one, one that it cancels, one that fails, and one
+// that is cut; the words of the questions are those of apps/recipes_app.py.
+
+import { Chat } from "@ai-sdk/react";
+import { DefaultChatTransport } from "ai";
+
+const [base, key] = process.argv.slice(2);
+const QUESTIONS = {
+  end: "a b c",
+  cancel: "a b WAIT c",
+  error: "a b FAIL c",
+  cut: "a b CUT c",
+};
+
+async function until(isTrue) {
+  while (!isTrue()) await new Promise((resolve) => setTimeout(resolve, 5));
+}
+
+async function aiSDK(question, isCancelled) {
+  const seen = {};
+  const chat = new Chat({
+    transport: new DefaultChatTransport({ api: `${base}/ai_sdk/api/chat` }),
+    onFinish({ isAbort, isDisconnect, isError }) {
+      Object.assign(seen, { isAbort, isDisconnect, isError });
+    },
+  });
+  const text = () => chat.lastMessage.parts?.map(({ text }) => text).join("");
+  const sent = chat.sendMessage({ text: question });
+  if (isCancelled) {
+    await until(() => chat.messages.length === 2 && text() === "ab");
+    await chat.stop();
+  }
+  await sent;
+  return { ...seen, text: text(), status: chat.status, error: chat.error?.message };
+}
+
+const clients = { ai_sdk: aiSDK };
+const runs = [];
+for (const [name, ask] of Object.entries(clients)) {
+  for (const [how, words] of Object.entries(QUESTIONS)) {
+    const question = `${key}-${name}-${how} ${words}`;
+    runs.push(ask(question, how === "cancel").then((seen) => ({ name, how, seen })));
+  }
+}
+console.log(JSON.stringify(await Promise.all(runs)));
