@@ -6,6 +6,7 @@ Where a recipe calls a model, the one that asks says what it does: see `write`.
 import flask
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
+import examples.recipes.ag_ui as ag_ui
 import examples.recipes.ai_sdk as ai_sdk
 import examples.recipes.completions as completions
 import examples.recipes.messages as messages
@@ -13,7 +14,12 @@ from syncstream import current_stream, sleep
 from tests.apps.control import note
 
 app = flask.Flask(__name__)
-recipes = {"ai_sdk": ai_sdk, "completions": completions, "messages": messages}
+recipes = {
+    "ag_ui": ag_ui,
+    "ai_sdk": ai_sdk,
+    "completions": completions,
+    "messages": messages,
+}
 
 
 @app.get("/health")
@@ -42,7 +48,7 @@ def write(asked):
 
 
 completions.write = messages.write = write
-ai_sdk.write = lambda question: write([{"content": question}])
+ag_ui.write = ai_sdk.write = lambda question: write([{"content": question}])
 app.wsgi_app = DispatcherMiddleware(
     app.wsgi_app, {f"/{name}": recipe.app for name, recipe in recipes.items()}
 )

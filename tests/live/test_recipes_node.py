@@ -41,7 +41,7 @@ def asked(server):
     return {(run["name"], run["how"]): run["seen"] for run in runs}, key
 
 
-@pytest.mark.parametrize("name", ["ai_sdk"])
+@pytest.mark.parametrize("name", ["ag_ui", "ai_sdk"])
 def test_the_model_ends_once(server, asked, name):
     """However its stream ends; it waits for long when the client cancels."""
     _, key = asked
@@ -51,6 +51,27 @@ def test_the_model_ends_once(server, asked, name):
         assert found == notes
         assert server.control.pending(f"{key}-{name}-{how}") == []
     server.await_log("RuntimeError: MARK")
+
+
+def test_ag_ui(asked):
+    """`HttpAgent` keeps what has come; it takes an abort for an error, as it says."""
+    seen = {how: asked[0]["ag_ui", how] for how in HOWS}
+    for how in HOWS:
+        events = ["RUN_STARTED", "TEXT_MESSAGE_START"]
+        text = "abc" if how == "end" else "ab"
+        events += ["TEXT_MESSAGE_CONTENT"] * len(text)
+        events += {"end": ["TEXT_MESSAGE_END", "RUN_FINISHED"], "cut": []}.get(
+            how, ["RUN_ERROR"]
+        )
+        assert seen[how].pop("events") == events, how
+        assert seen[how].pop("text") == seen[how].pop("answer") == text
+        assert not seen[how].pop("isRunning")
+    assert seen == {
+        "end": {},
+        "cancel": {"error": "This operation was aborted"},
+        "error": {"error": "The model has failed."},
+        "cut": {"cut": "terminated"},
+    }
 
 
 def test_ai_sdk(asked):

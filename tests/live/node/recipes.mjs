@@ -5,6 +5,7 @@
 // Each asks for four answers: a whole one, one that it cancels, one that fails, and one
 // that is cut; the words of the questions are those of apps/recipes_app.py.
 
+import { HttpAgent } from "@ag-ui/client";
 import { Chat } from "@ai-sdk/react";
 import { DefaultChatTransport } from "ai";
 
@@ -15,6 +16,12 @@ const QUESTIONS = {
   error: "a b FAIL c",
   cut: "a b CUT c",
 };
+
+// @ag-ui/client 1.0.0 cancels its reader of a stream that was cut, and does not catch
+// what that throws again.
+process.on("unhandledRejection", (error) => {
+  if (error.message !== "terminated") throw error;
+});
 
 async function until(isTrue) {
   while (!isTrue()) await new Promise((resolve) => setTimeout(resolve, 5));
@@ -38,7 +45,25 @@ async function aiSDK(question, isCancelled) {
   return { ...seen, text: text(), status: chat.status, error: chat.error?.message };
 }
 
-const clients = { ai_sdk: aiSDK };
+async function agUI(question, isCancelled) {
+  const seen = { events: [], text: "" };
+  const agent = new HttpAgent({ url: `${base}/ag_ui/agent` });
+  agent.addMessage({ id: "question", role: "user", content: question });
+  const subscriber = {
+    onEvent({ event }) {
+      seen.events.push(event.type);
+      if (event.type === "RUN_ERROR") seen.error = event.message;
+      seen.text += event.delta ?? "";
+      if (isCancelled && seen.text === "ab") agent.abortRun();
+    },
+  };
+  // It rejects only if the stream was cut.
+  await agent.runAgent({}, subscriber).catch(({ message }) => (seen.cut = message));
+  const answer = agent.messages[1].content;
+  return { ...seen, answer, isRunning: agent.isRunning };
+}
+
+const clients = { ag_ui: agUI, ai_sdk: aiSDK };
 const runs = [];
 for (const [name, ask] of Object.entries(clients)) {
   for (const [how, words] of Object.entries(QUESTIONS)) {
