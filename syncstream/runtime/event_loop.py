@@ -12,6 +12,7 @@ from __future__ import annotations
 import _thread
 import logging
 import os
+import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import Context
@@ -109,6 +110,7 @@ class EventLoop:
 
     def _run(self) -> None:
         unblock_sigpipe()
+        threading.current_thread().name = "syncstream-asyncio"
         self._thread = native(_thread, "get_ident")()
         try:
             loop = self._loop = self._new_loop()
