@@ -4,7 +4,7 @@ It is asyncio's, in a native thread, started at the first use. Under gevent it i
 loop as gevent has patched it, in a native thread all the same, which gets a hub of its
 own: an unpatched loop would wait for ever for what patched modules do in other threads
 (a look-up of a host's address, ``to_thread``), and a loop in the server's hub would
-break others' ``asyncio.run`` there.
+break others' ``asyncio.run`` there. See `runtime.gevent_loop`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .journal import journal
 from .process import EXIT_WAIT, process
 from .signals import unblock_sigpipe
 from .sockets import native
+from .waiting import is_patched
 from .watch import native_lock
 
 if TYPE_CHECKING:
@@ -43,7 +44,11 @@ class EventLoop:
         # where it would wait for an import of this one.
         import asyncio
 
-        self._new_loop = asyncio.new_event_loop
+        self._new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+        if is_patched():
+            from .gevent_loop import GeventLoop
+
+            self._new_loop = GeventLoop
         self._set_loop = asyncio.set_event_loop
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: BaseException | None = None
@@ -107,6 +112,9 @@ class EventLoop:
         with suppress(RuntimeError):  # it has ended
             loop.call_soon_threadsafe(loop.stop)
         self._ended.acquire(True, EXIT_WAIT)
+        end_threads = getattr(loop, "end_threads", None)  # gevent's loop has it
+        if end_threads is not None:
+            end_threads(EXIT_WAIT)
 
     def _run(self) -> None:
         unblock_sigpipe()

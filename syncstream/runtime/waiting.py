@@ -43,6 +43,7 @@ __all__ = [
     "gevent_hub_of_thread",
     "insist",
     "is_greenlet_exit",
+    "is_patched",
     "make_lock",
     "refuse_eventlet",
     "runner",
@@ -188,13 +189,14 @@ def gevent_hub() -> Any:
     if gevent is None or getcurrent is None:
         return None
     greenlet = getcurrent()
-    if greenlet.parent is None and not _is_patched():
+    if greenlet.parent is None and not is_patched():
         return None
     hub = gevent.get_hub()
     return None if greenlet is hub else hub
 
 
-def _is_patched() -> bool:
+def is_patched() -> bool:
+    """Tell whether gevent has patched `threading`: its threads are greenlets."""
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched("threading"))
 
@@ -447,7 +449,7 @@ def _is_cooperative(waitable: Any) -> bool:
     if type(waitable).__module__.startswith("gevent."):
         return True
     # The standard library's classes cooperate only when gevent has patched them.
-    return _is_patched() and _condition_of(waitable) is not None
+    return is_patched() and _condition_of(waitable) is not None
 
 
 def make_lock() -> Any:
