@@ -12,12 +12,13 @@ from __future__ import annotations
 import _thread
 import asyncio
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from .clock import time
 from .signals import unblock_sigpipe
@@ -25,6 +26,8 @@ from .sockets import native
 from .waiter import Waiter
 
 __all__ = ["GeventLoop"]
+
+_CURE = "run gunicorn with -k gthread --threads N"
 
 
 class GeventLoop(asyncio.SelectorEventLoop):
@@ -48,7 +51,19 @@ class GeventLoop(asyncio.SelectorEventLoop):
     ):
         if executor is None and not self._has_executor:
             return self._threads.call(partial(func, *args))
+        if _is_asgirefs(executor):
+            raise RuntimeError(
+                "sync_to_async, which Django's asynchronous ORM uses too, cannot run in"
+                f" an asynchronous source under gevent: {_CURE}, or pass"
+                " thread_sensitive=False if any thread will do"
+            )
         return super().run_in_executor(executor, func, *args)
+
+    async def subprocess_exec(self, *args: Any, **options: Any) -> NoReturn:
+        _refuse_subprocess()
+
+    async def subprocess_shell(self, *args: Any, **options: Any) -> NoReturn:
+        _refuse_subprocess()
 
     def end_threads(self, limit: float) -> None:
         """End the executor's threads, from any thread, once the loop has stopped.
@@ -58,6 +73,24 @@ class GeventLoop(asyncio.SelectorEventLoop):
                 the end of the process.
         """
         self._threads.end(limit)
+
+
+def _refuse_subprocess() -> NoReturn:
+    # gevent: "child watchers are only available on the default loop"
+    raise RuntimeError(
+        f"an asynchronous source cannot start a process under gevent: {_CURE}"
+    )
+
+
+def _is_asgirefs(executor: Executor | None) -> bool:
+    """Tell whether it is the one thread of asgiref for all that is thread-sensitive.
+
+    It is a greenlet of the first hub that has used it, maybe the server's, and fails or
+    blocks when another hub does.
+    """
+    asgiref = sys.modules.get("asgiref.sync")
+    shared = getattr(getattr(asgiref, "SyncToAsync", None), "single_thread_executor", 0)
+    return executor is shared
 
 
 class _Call:

@@ -274,6 +274,43 @@ server.stop()
 """
 
 
+def test_gevent_what_cannot_work_names_the_cure():
+    """Processes, and asgiref's one thread, which is a greenlet of another hub's."""
+    pytest.importorskip("gevent")
+    pytest.importorskip("asgiref")
+    assert check_script(GEVENT + REFUSED) == ""
+
+
+REFUSED = """
+from asgiref.sync import sync_to_async
+
+async def exec():
+    await asyncio.create_subprocess_exec("true")
+
+async def shell():
+    await asyncio.create_subprocess_shell("true")
+
+async def sensitive():
+    await sync_to_async(str)(1)
+
+async def attempt(make):
+    try:
+        await make()
+    except RuntimeError as error:
+        return str(error)
+
+for make, what in ((exec, "start a process"), (shell, "start a process"),
+                   (sensitive, "sync_to_async")):
+    problem = run(lambda: attempt(make))
+    assert what in problem and "-k gthread" in problem, problem
+
+async def insensitive():
+    return await sync_to_async(str, thread_sensitive=False)(1)
+
+assert run(insensitive) == "1"
+"""
+
+
 def test_gevent_threads_end_with_the_process():
     """One whose call does not end holds nothing up."""
     pytest.importorskip("gevent")
