@@ -4,12 +4,16 @@ To the end of a stream, through a cancel, and through an error in the middle.
 """
 
 import contextlib
+import json
 import time
 
 import anthropic
 import openai
 import pytest
+from datastar_py import ServerSentEventGenerator
+from datastar_py.django import DatastarResponse
 
+import examples.recipes.datastar as datastar
 from tests.support.live import LiveServer, unique_key
 
 
@@ -134,3 +138,49 @@ def test_messages_fail(server, key):
         texts += stream.text_stream
     assert caught.value.body["error"]["type"] == "api_error"
     assert texts == ["a"]
+
+
+def run(server, task):
+    """Post a page's signals with the headers of Datastar's script."""
+    client, body = server.connect(), json.dumps({"task": task, "running": False})
+    accept = "text/event-stream, text/html, application/json"
+    headers = {"Accept": accept, "Datastar-Request": "true"}
+    headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    client.request("POST", "/datastar/run", headers=headers)
+    client.send(body)
+    return client
+
+
+OPENING = b": ok\n"
+
+
+def test_datastar_end(server, key, monkeypatch):
+    """The bytes are those of datastar-py's own response, after our comment."""
+    with run(server, f"{key} a <b> é") as client:
+        body = client.rest()
+    assert client.is_whole
+    assert client.headers["content-type"].startswith("text/event-stream")
+    monkeypatch.setattr(datastar, "INTERVAL", 0)
+    utf8 = {"Content-Type": "text/event-stream; charset=utf-8"}
+    theirs = DatastarResponse(datastar.events("a <b> é"), headers=utf8)
+    assert body == OPENING + b"".join(theirs)
+    assert body.count(b"&lt;b&gt;") == 1
+
+
+def test_datastar_cancel(server, key):
+    with run(server, f"{key} a WAIT") as client:
+        assert client.block() == OPENING
+        client.block()
+        client.block()
+        assert server.control.next(key) == "waits"
+    assert_closed(server, key, time.monotonic())
+
+
+def test_datastar_fail(server, key):
+    """It ends as a whole: after a cut Datastar would ask again."""
+    with run(server, f"{key} a FAIL") as client:
+        body = client.rest()
+    signals = {"running": False, "status": "It has failed."}
+    last = ServerSentEventGenerator.patch_signals(signals)
+    assert body.endswith(b"</li>\n\n" + last.encode())
+    assert client.is_whole
