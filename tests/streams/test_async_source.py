@@ -253,7 +253,7 @@ def test_an_error_is_logged_once_with_its_line(make, caplog):
     with pytest.raises(ValueError, match="MARK"):
         next(chunks)
     response.close()
-    (record,) = caplog.records
+    (record,) = (one for one in caplog.records if one.levelname == "ERROR")
     assert "the source of a stream failed" in record.message
     lines = [frame.f_code.co_name for frame, _ in frames_of(record.exc_info[2])]
     assert lines[-1] == "source"
