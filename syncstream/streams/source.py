@@ -19,6 +19,8 @@ from .contract import Feed, is_feed
 
 __all__ = ["Source", "check_source"]
 
+_claims: dict[Feed, Source] = {}  # the feeds that are being claimed now, and by whom
+
 
 class Source:
     """A stream's source, from its construction to its close.
@@ -62,11 +64,19 @@ class Source:
         feed = self.feed
         if feed is None or feed.reader is reader:
             return True
-        if feed.reader is not None and feed.reader() is not None:
-            self.to_close.clear()
-            return False
-        feed.reader = reader
-        return True
+        # One step, so that no lock is needed: of two responses that claim it at once,
+        # the second one loses.
+        is_first = _claims.setdefault(feed, self) is self
+        if is_first:
+            try:
+                other = feed.reader
+                if other is None or other() is None:
+                    feed.reader = reader
+                    return True
+            finally:
+                _claims.pop(feed, None)
+        self.to_close.clear()
+        return False
 
     def forget(self) -> None:
         """Drop the source: it is closed, or the loop closes it."""

@@ -1,5 +1,7 @@
 """Sources that need no thread: whatever is a `Feed`, not subscriptions alone."""
 
+import threading
+
 import pytest
 
 from syncstream.channels.options import Failed
@@ -105,6 +107,52 @@ def test_a_feed_has_one_response():
         second.connect(Line())
     second.close()
     third.close()  # as the answer to HEAD does
+    assert source.closed == 0
+    assert b"data: a\n\n" in serve(first)
+    assert source.closed == 1
+
+
+class Contended(Source):
+    """A feed whose second response comes just when the first one takes it."""
+
+    def __init__(self, *words):
+        self.between, self._reader = None, None
+        super().__init__(*words)
+
+    @property
+    def reader(self):
+        return self._reader
+
+    @reader.setter
+    def reader(self, reader):
+        between, self.between = self.between, None
+        if between is not None:
+            thread = threading.Thread(target=between)
+            thread.start()
+            thread.join()
+        self._reader = reader
+
+
+@pytest.mark.parametrize("second_one", ["is served", "is closed"])
+def test_a_feed_has_one_response_of_two_at_once(second_one):
+    """Whichever gets it, the other does nothing with it."""
+    source, story = Contended([b"data: a\n\n"]), []
+    first, second = stream_of(source), stream_of(source)
+
+    def comes_too():
+        if second_one == "is closed":
+            second.close()  # as the answer to HEAD does
+            return
+        try:
+            second.connect(Line())
+        except RuntimeError as error:
+            story.append(str(error))
+
+    source.between = comes_too
+    first.connect(Line())
+    assert source.closed == 0
+    assert len(story) == (second_one == "is served")
+    second.close()
     assert source.closed == 0
     assert b"data: a\n\n" in serve(first)
     assert source.closed == 1
