@@ -87,13 +87,12 @@ class Frames:
             if not self._is_registered:
                 if reading is None or subscription.reason is not None:
                     return None
-                found = reading.poll(waiter, is_eager=is_eager)
+                found = reading.poll(waiter, is_eager=is_eager, is_delivery=True)
                 if found is None:
                     return None
                 chunk, count, self._is_registered = found
                 if chunk:
                     self.events += count
-                    reading.windows.delivered += count
                     return chunk
             self._is_registered = False
             try:

@@ -178,7 +178,7 @@ class Reading:
     # Reading on.
 
     def poll(
-        self, waiter: Wakeable, *, is_eager: bool = False
+        self, waiter: Wakeable, *, is_eager: bool = False, is_delivery: bool = False
     ) -> tuple[bytes, int, bool] | None:
         """Return new events of a single named channel without asking the broker.
 
@@ -188,6 +188,8 @@ class Reading:
             waiter: The waiter that new events wake if there are none now.
             is_eager: Register the waiter also if all events are returned, which saves a
                 call for each event.
+            is_delivery: Count the events as delivered, once: under the lock that this
+                holds anyway.
 
         Returns:
             Bytes, which others at this place share; the number of their events; and
@@ -199,7 +201,8 @@ class Reading:
         (cursor,) = self.cursors
         record = cursor.record
         window = record.log
-        with self.windows.lock:
+        windows = self.windows
+        with windows.lock:
             position: int | None
             place = cursor.place
             if type(place) is InWindow and place.position >= window.first:
@@ -223,6 +226,8 @@ class Reading:
                     is_last = is_eager and end == window.end and not record.is_doubtful
                     if is_last:
                         record.waiters[waiter] = None
+                    if is_delivery:
+                        windows.delivered += count
                     return chunk, count, is_last
                 position = end
             if record.is_doubtful:

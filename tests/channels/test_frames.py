@@ -1,9 +1,12 @@
 """`Frames`: a subscription in a response."""
 
+import contextlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from syncstream.channels.windows import Windows
 from tests.channels.readers import Line
 from tests.support.pairs import Browser, serve, stream_of
 
@@ -21,6 +24,34 @@ def test_in_a_response(hub):
     wire = b"id: %b\ndata: 1\n\nid: %b\ndata: 2\n\n" % tuple(i.encode() for i in ids)
     assert chunks[0][1] == chunks[1][1] == wire
     assert hub.stats()["subscribers"] == 0
+
+
+def test_events_are_counted_under_the_lock(hub, monkeypatch):
+    """Two responses at once: without it, one's count could overwrite the other's."""
+    counts = []
+
+    def is_free(lock):
+        found = lock.acquire(blocking=False)
+        if found:
+            lock.release()
+        return found
+
+    def count(windows, value):
+        with ThreadPoolExecutor() as other:  # the lock is reentrant
+            counts.append((value, other.submit(is_free, windows.lock).result()))
+        vars(windows)["delivered"] = value
+
+    delivered = property(lambda windows: vars(windows)["delivered"], count)
+    monkeypatch.setattr(Windows, "delivered", delivered, raising=False)
+    hub.publish_many("a", "12")
+    stream = stream_of(hub.subscribe("a", after="start"), Line())
+    with contextlib.closing(stream):
+        next(stream)
+        next(stream)
+        hub.publish("a", "3")
+        next(stream)
+    assert counts == [(2, False), (3, False)]
+    assert hub.stats()["delivered"] == 3
 
 
 @pytest.mark.parametrize("is_generator", [False, True])
