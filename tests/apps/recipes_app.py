@@ -10,9 +10,10 @@ import examples.recipes.ag_ui as ag_ui
 import examples.recipes.ai_sdk as ai_sdk
 import examples.recipes.completions as completions
 import examples.recipes.datastar as datastar
+import examples.recipes.htmx as htmx
 import examples.recipes.messages as messages
-from syncstream import current_stream, sleep
-from tests.apps.control import note
+from syncstream import SSEResponse, current_stream, last_event_id, sleep
+from tests.apps.control import gate, note
 
 app = flask.Flask(__name__)
 recipes = {
@@ -20,6 +21,7 @@ recipes = {
     "ai_sdk": ai_sdk,
     "completions": completions,
     "datastar": datastar,
+    "htmx": htmx,
     "messages": messages,
 }
 
@@ -49,6 +51,49 @@ def say(text):
         note(key, "closed")
 
 
+def watched(work):
+    """Return a job that tells of each run, by the key in the address of its page.
+
+    The key's last word says what its first run does after two steps, for the end of
+    which ("error", "cut") the test opens a gate: what is on the way may be lost.
+    """
+
+    def run(last):
+        key = flask.request.referrer.partition("?")[2]
+        return steps(key, last, work(last))
+
+    def steps(key, last, work):
+        note(key, last)
+        try:
+            for number, step in enumerate(work):
+                if number == 2 and last is None:
+                    if key.endswith("-wait"):
+                        sleep(600)
+                    elif key.endswith("-error"):
+                        gate(key)
+                        raise RuntimeError("MARK")
+                    elif key.endswith("-cut"):
+                        gate(key)
+                        current_stream().stop("shutdown")
+                yield step
+        finally:
+            note(key, "closed")
+
+    return run
+
+
+@htmx.app.get("/<page>-endless")
+def endless_page(page):
+    return htmx.app.view_functions[page]().replace('"events"', '"endless"')
+
+
+@htmx.app.get("/endless")
+def endless():
+    """The recipe's events, without the one that closes their stream."""
+    return SSEResponse(htmx.work(last_event_id(flask.request)), retry=50)
+
+
+htmx.work = watched(htmx.work)
 completions.write = messages.write = lambda asked: say(asked[-1]["content"])
 ag_ui.write = ai_sdk.write = datastar.steps = say
 app.wsgi_app = DispatcherMiddleware(
