@@ -15,10 +15,10 @@ The map of the package, from the bottom to the top; each line may import those a
 ``servers/``          the WSGI servers: where each keeps the socket, how it ends
 ``streams/``          one response's life: iterate, encode, close, one reason
 ``fanout/``           the loop for connections that no thread and no greenlet serves
-``wsgi/``             the response classes, the middleware, ``@sse``
+``wsgi/``             the response classes, the middleware, the decorators
 ``publish process``   doors: publishing over HTTP (from a shell: ``__main__``), the
                       counters of a process
-``flask django``      what each framework needs on top: its responses, ``@sse``
+``flask django``      what each framework needs on top: responses, decorators
 ``bottle pyramid``
 ``falcon``
 ``migrations/``       Django's, which install the tables of ``postgresql:``
@@ -47,7 +47,7 @@ from .errors import (
     Unavailable,
     Uncertain,
 )
-from .flask import sse
+from .flask import sse, streaming
 from .protocol.sse import Event
 from .runtime.waiting import sleep
 from .servers.request import last_event_id
@@ -79,5 +79,6 @@ __all__ = [
     "last_event_id",
     "sleep",
     "sse",
+    "streaming",
 ]
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Bottle: `respond` turns a response of syncstream into one of Bottle's; ``@sse``.
+"""Bottle: `respond` turns a response of syncstream into one of Bottle's; decorators.
 
 Without it, Bottle converts a foreign response and answers 500.
 """
@@ -10,8 +10,9 @@ from bottle import HTTPResponse, request
 from .servers.connection import Connection
 from .wsgi.decorator import decorator
 from .wsgi.responses import NDJSONResponse, SSEResponse, StreamResponse
+from .wsgi.streaming import streaming_decorator
 
-__all__ = ["respond", "sse"]
+__all__ = ["respond", "sse", "streaming"]
 
 
 def respond(response: SSEResponse | NDJSONResponse | StreamResponse) -> HTTPResponse:
@@ -34,3 +35,6 @@ def respond(response: SSEResponse | NDJSONResponse | StreamResponse) -> HTTPResp
 
 
 sse = decorator(SSEResponse, finish=respond)
+streaming = streaming_decorator(
+    StreamResponse, SSEResponse, finish=lambda response, args: respond(response)
+)

@@ -1,4 +1,4 @@
-"""Django: the responses as StreamingHttpResponse, and ``@sse`` for its views.
+"""Django: the responses as StreamingHttpResponse, and decorators for its views.
 
 For WSGI. A view makes its response without the request, so the response has to find
 the request: after all middlewares and before anything is sent, Django's handler adds
@@ -31,8 +31,9 @@ from .streams.stream import ANSWERED, Stream
 from .wsgi import headers as headers_module
 from .wsgi import responses as wsgi
 from .wsgi.decorator import decorator
+from .wsgi.streaming import streaming_decorator
 
-__all__ = ["NDJSONResponse", "SSEResponse", "StreamResponse", "sse"]
+__all__ = ["NDJSONResponse", "SSEResponse", "StreamResponse", "sse", "streaming"]
 
 Environ = dict[str, Any] | None
 
@@ -452,3 +453,6 @@ class StreamResponse(_Streaming):
 
 
 sse = decorator(SSEResponse)
+streaming = streaming_decorator(
+    StreamResponse, SSEResponse, finish=lambda response, args: response
+)

@@ -1,4 +1,4 @@
-"""Falcon: `respond` copies a response of syncstream into Falcon's.
+"""Falcon: `respond` copies a response of syncstream into Falcon's; ``@streaming``.
 
 Falcon ignores the return values of responders.
 """
@@ -10,8 +10,9 @@ from typing import Any
 from falcon import Request, Response
 
 from .wsgi.responses import NDJSONResponse, SSEResponse, StreamResponse
+from .wsgi.streaming import streaming_decorator
 
-__all__ = ["respond"]
+__all__ = ["respond", "streaming"]
 
 
 def respond(
@@ -37,3 +38,13 @@ def respond(
             resp.append_header(name, value)
     stream: Any = body
     resp.stream = stream
+
+
+def _finish(response: Any, args: tuple[Any, ...]) -> None:
+    # A responder's arguments are (self, req, resp, …), a function's are (req, resp, …).
+    req = next(arg for arg in args if isinstance(arg, Request))
+    resp = next(arg for arg in args if isinstance(arg, Response))
+    respond(req, resp, response)
+
+
+streaming = streaming_decorator(StreamResponse, SSEResponse, finish=_finish)

@@ -1,4 +1,4 @@
-"""Flask: a decorator for generator views. The responses are syncstream's own."""
+"""Flask: decorators for views. The responses are syncstream's own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 from .streams.answers import checked_return
 from .wsgi.decorator import decorator
-from .wsgi.responses import SSEResponse
+from .wsgi.responses import SSEResponse, StreamResponse
+from .wsgi.streaming import finish_wsgi, streaming_decorator
 
-__all__ = ["sse"]
+__all__ = ["sse", "streaming"]
 
 
 def _checked(source: Generator[Any, Any, Any]) -> Iterator[Any]:
@@ -31,3 +32,6 @@ def _in_request(source: Generator[Any, Any, Any]) -> Iterable[Any]:
 
 
 sse = decorator(SSEResponse, prepare=_in_request)
+streaming = streaming_decorator(
+    StreamResponse, SSEResponse, prepare=_in_request, finish=finish_wsgi
+)

@@ -361,6 +361,27 @@ def test_keepalive_finds_out_who_has_left():
 
 
 @pytest.mark.parametrize("kind", ["gunicorn-gevent", "gunicorn-gthread"])
+def test_streaming_views(kind):
+    """Each line leaves alone; a client that leaves ends both kinds of body."""
+    with serve("streaming_views", kind) as server:
+        with server.get("/numbers") as client:
+            lines = [client.chunk() for _ in range(6)]
+        assert lines == [*(b"Number: %d\n" % i for i in range(5)), b""]
+        assert client.is_whole
+        assert client.headers["content-type"] == "text/html; charset=utf-8"
+        ends = {"/events": "Client disconnected", "/ticks": "Last tick"}
+        for path, last_words in ends.items():
+            with server.get(path) as client:
+                assert client.block() == b": ok\n\n"
+                assert client.headers["content-type"] == "text/event-stream"
+                assert client.block().startswith(b"data: ")
+                assert last_words not in server.log()
+            server.await_log(last_words)
+            assert server.log().count(last_words) == 1
+        assert "Traceback" not in server.log()
+
+
+@pytest.mark.parametrize("kind", ["gunicorn-gevent", "gunicorn-gthread"])
 def test_disconnect_counts_down(kind):
     """Each client that leaves runs its generator's finally: the count goes down."""
     with serve("disconnect", kind) as server, contextlib.ExitStack() as stack:

@@ -1,6 +1,6 @@
 """What a user may write, checked by mypy --strict and never run."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import flask
@@ -19,6 +19,7 @@ from syncstream import (
     last_event_id,
     sleep,
     sse,
+    streaming,
 )
 
 app = flask.Flask(__name__)
@@ -61,6 +62,22 @@ def c() -> Iterator[Any]:
         yield {"data": 1, "event": "number"}
     except ClientDisconnected:
         raise
+
+
+@app.get("/e")
+@streaming
+async def e() -> tuple[int, AsyncIterator[str], dict[str, str]]:
+    return 200, letters(), {"X-A": "1"}
+
+
+async def letters() -> AsyncIterator[str]:
+    yield "a"
+
+
+@app.get("/f")
+@streaming(content_type="text/csv", drain=5)
+def f() -> Iterator[str]:
+    yield "a,b"
 
 
 def may_read(subscription: Subscription) -> bool:

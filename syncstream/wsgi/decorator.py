@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, Protocol, overload
 from ..protocol.json import Dumps
 from .responses import SSEResponse
 
-__all__ = ["ViewDecorator", "decorator"]
+__all__ = ["ViewDecorator", "check_framework", "decorator"]
 
 P = ParamSpec("P")
 
@@ -38,8 +38,16 @@ class ViewDecorator(Protocol):
     ) -> Callable[[Callable[P, Any]], Callable[P, Any]]: ...
 
 
-def _check_framework(args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse requests of Django and REST framework: they need Django's responses."""
+def check_framework(name: str, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse requests of Django and REST framework: they need Django's responses.
+
+    Args:
+        name: The decorator's name.
+        args, kwargs: The view's arguments.
+
+    Raises:
+        TypeError: One of them is such a request.
+    """
     django = sys.modules.get("django.http")
     if django is None:
         return
@@ -49,8 +57,8 @@ def _check_framework(args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
     for argument in (*args, *kwargs.values()):
         if isinstance(argument, tuple(kinds)):
             raise TypeError(
-                "@sse of syncstream does not work in Django: use the one of"
-                " syncstream.django (from syncstream.django import sse)"
+                f"@{name} of syncstream does not work in Django: use the one of"
+                f" syncstream.django (from syncstream.django import {name})"
             )
 
 
@@ -141,7 +149,7 @@ def decorator(
             @functools.wraps(view)
             def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
                 if response is SSEResponse:
-                    _check_framework(args, kwargs)
+                    check_framework("sse", args, kwargs)
                 result = view(*args, **kwargs)
                 if inspect.isasyncgen(result):
                     return finish(response(result, **options))
