@@ -12,6 +12,7 @@ import examples.recipes.completions as completions
 import examples.recipes.datastar as datastar
 import examples.recipes.htmx as htmx
 import examples.recipes.messages as messages
+import examples.recipes.turbo as turbo
 from syncstream import SSEResponse, current_stream, last_event_id, sleep
 from tests.apps.control import gate, note
 
@@ -23,6 +24,7 @@ recipes = {
     "datastar": datastar,
     "htmx": htmx,
     "messages": messages,
+    "turbo": turbo,
 }
 
 
@@ -93,7 +95,7 @@ def endless():
     return SSEResponse(htmx.work(last_event_id(flask.request)), retry=50)
 
 
-htmx.work = watched(htmx.work)
+htmx.work, turbo.work = watched(htmx.work), watched(turbo.work)
 completions.write = messages.write = lambda asked: say(asked[-1]["content"])
 ag_ui.write = ai_sdk.write = datastar.steps = say
 app.wsgi_app = DispatcherMiddleware(

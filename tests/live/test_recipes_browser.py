@@ -15,7 +15,7 @@ from tests.support.live import LiveServer, unique_key
 from tests.support.programs import lack
 
 STEPS = ["Fetch", "Unpack", "Build", "Test", "Install"]
-PAGES = ["htmx/htmx2", "htmx/htmx4"]
+PAGES = ["htmx/htmx2", "htmx/htmx4", "turbo/"]
 BREAKS = ["cut", "error"]
 HOWS = ["end", "wait", *BREAKS]
 ENDLESS = ["htmx/htmx2-endless", "htmx/htmx4-endless"]
@@ -33,7 +33,7 @@ window.steps = (name) => select(name, "li").map((item) => item.textContent);
 
 @pytest.fixture(scope="module")
 def server():
-    if not (NODE / "node_modules" / "htmx4").is_dir():
+    if not (NODE / "node_modules" / "@hotwired").is_dir():
         lack(f"no scripts of npm: npm ci --prefix {NODE}")
     env = {"NODE_MODULES": str(NODE / "node_modules"), "INTERVAL": "0.02"}
     with LiveServer("gunicorn-gevent", "tests.apps.recipes_app:app", env=env) as server:
@@ -110,6 +110,12 @@ def test_an_end_is_the_end(server, driver, key_of, noted, page):
     await_page(driver, "performance.now() > ended + 4000")
     assert server.control.pending(key_of(name)) == []
     assert evaluate(driver, f"steps('{name}')") == STEPS
+
+
+def test_turbo_needs_no_last_event(driver, key_of):
+    """Its source is an EventSource: it comes back once, and a 204 ends it for good."""
+    source = "select('turbo/ end', 'turbo-stream-source')[0].streamSource"
+    await_page(driver, f"{source}.readyState === EventSource.CLOSED")
 
 
 @pytest.mark.parametrize("page", ENDLESS)
