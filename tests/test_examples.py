@@ -86,8 +86,8 @@ def test_every_example_is_short_and_names_its_commands(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_described(path):
-    """At most 150 lines, with its command; its page names it, and a test serves it."""
-    assert len(path.read_text().splitlines()) <= 150
+    """At most 160 lines, with its command; its page names it, and a test serves it."""
+    assert len(path.read_text().splitlines()) <= 160
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert re.search(rf"^    .* examples\.recipes\.{path.stem}:app$", docstring, re.M)
     page = (ROOT / "docs" / "recipes.md").read_text()

@@ -11,6 +11,7 @@ import examples.recipes.ai_sdk as ai_sdk
 import examples.recipes.completions as completions
 import examples.recipes.datastar as datastar
 import examples.recipes.htmx as htmx
+import examples.recipes.mcp_tools as mcp_tools
 import examples.recipes.messages as messages
 import examples.recipes.turbo as turbo
 from syncstream import SSEResponse, current_stream, last_event_id, sleep
@@ -23,6 +24,7 @@ recipes = {
     "completions": completions,
     "datastar": datastar,
     "htmx": htmx,
+    "mcp_tools": mcp_tools,
     "messages": messages,
     "turbo": turbo,
 }
@@ -98,6 +100,18 @@ def endless():
 htmx.work, turbo.work = watched(htmx.work), watched(turbo.work)
 completions.write = messages.write = lambda asked: say(asked[-1]["content"])
 ag_ui.write = ai_sdk.write = datastar.steps = say
+
+
+def count(key, to=3):
+    """Count as the recipe does, and say that it has ended."""
+    try:
+        return (yield from mcp_tools.count(to))
+    finally:
+        note(key, "closed")
+
+
+mcp_tools.INTERVAL = 0.02
+mcp_tools.TOOLS["count"] = count
 app.wsgi_app = DispatcherMiddleware(
     app.wsgi_app, {f"/{name}": recipe.app for name, recipe in recipes.items()}
 )

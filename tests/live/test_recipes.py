@@ -3,18 +3,25 @@
 To the end of a stream, through a cancel, and through an error in the middle.
 """
 
+import asyncio
 import contextlib
 import json
 import time
 
 import anthropic
+import httpx
+import httpx2
+import mcp
 import openai
 import pytest
 from datastar_py import ServerSentEventGenerator
 from datastar_py.django import DatastarResponse
+from mcp.client.streamable_http import streamable_http_client
 
 import examples.recipes.datastar as datastar
 from tests.support.live import LiveServer, unique_key
+from tests.support.tcp_proxy import Proxy
+from tests.support.waits import TIMEOUT
 
 
 @pytest.fixture(scope="module", params=["gunicorn-gevent", "gunicorn-gthread"])
@@ -184,3 +191,144 @@ def test_datastar_fail(server, key):
     last = ServerSentEventGenerator.patch_signals(signals)
     assert body.endswith(b"</li>\n\n" + last.encode())
     assert client.is_whole
+
+
+@contextlib.asynccontextmanager
+async def tools(port, **options):
+    """Connect MCP's client to the tools."""
+    url = f"http://127.0.0.1:{port}/mcp_tools/mcp"
+    async with (
+        httpx2.AsyncClient(trust_env=False, timeout=TIMEOUT) as http_client,
+        mcp.Client(
+            streamable_http_client(url, http_client=http_client), **options
+        ) as client,
+    ):
+        yield client
+
+
+class Seen:
+    """What a call's callbacks have been told."""
+
+    def __init__(self):
+        self.progress = []
+        self.logs = asyncio.Queue()
+
+    async def on_progress(self, progress, total, message):
+        self.progress.append((progress, total))
+
+    async def on_log(self, params):
+        await self.logs.put(params.data)
+
+    async def after(self, number):
+        while len(self.progress) < number:
+            await asyncio.sleep(0.005)
+
+
+def timed(test):
+    """Run a coroutine that may take so long."""
+    asyncio.run(asyncio.wait_for(test(), TIMEOUT))
+
+
+def test_mcp_end(server, key):
+    """A call's progress and its result; and what all clients are told."""
+
+    @timed
+    async def _():
+        seen = Seen()
+        async with tools(server.port, logging_callback=seen.on_log) as client:
+            assert [tool.name for tool in (await client.list_tools()).tools] == [
+                "count"
+            ]
+            words = {"key": key, "to": 3}
+            result = await client.call_tool(
+                "count", words, progress_callback=seen.on_progress
+            )
+            assert [content.text for content in result.content] == ["Counted to 3."]
+            assert not result.is_error
+            assert seen.progress == [(1, 3), (2, 3), (3, 3)]
+            while seen.logs.empty():  # until its GET has come
+                await client.call_tool("count", {"key": key, "to": 1})
+            assert (await seen.logs.get()).startswith("Somebody has counted to ")
+        assert server.control.next(key) == "closed"
+
+
+def test_mcp_cancel(server, key):
+    """By a notification, after which there is no response; and by the session's end."""
+
+    @timed
+    async def _():
+        seen, words = Seen(), {"key": key, "to": 10**6}
+        async with tools(server.port) as client:
+            for number in (3, 6):
+                call = asyncio.create_task(
+                    client.call_tool("count", words, progress_callback=seen.on_progress)
+                )
+                await seen.after(number)
+                if number == 3:
+                    call.cancel()
+                    assert await asyncio.to_thread(server.control.next, key) == "closed"
+                    result = await client.call_tool("count", {"key": f"{key}-2"})
+                    assert not result.is_error
+        assert server.control.next(key) == "closed"
+        with pytest.raises(mcp.MCPError):
+            await call
+
+
+def test_mcp_fail(server, key):
+    """A tool's error is a result; an error of the protocol is raised."""
+
+    @timed
+    async def _():
+        async with tools(server.port) as client:
+            result = await client.call_tool("count", {"key": key, "to": "x"})
+            assert [content.text for content in result.content] == [
+                "The tool has failed."
+            ]
+            assert result.is_error
+            with pytest.raises(mcp.MCPError, match="No such tool") as caught:
+                await client.call_tool("none", {})
+            assert caught.value.code == -32602
+
+
+def test_mcp_resumes(server, key):
+    """A connection that breaks in the middle costs neither progress nor result."""
+
+    @timed
+    async def _():
+        seen, to = Seen(), 60
+        with Proxy(server.port) as proxy:
+            async with tools(proxy.port) as client:
+                call = asyncio.create_task(
+                    client.call_tool(
+                        "count",
+                        {"key": key, "to": to},
+                        progress_callback=seen.on_progress,
+                    )
+                )
+                await seen.after(5)
+                proxy.cut()
+                result = await call
+        assert [content.text for content in result.content] == [f"Counted to {to}."]
+        assert seen.progress == [(n + 1, to) for n in range(to)]
+
+
+def test_mcp_sessions(server):
+    """A session's requests need its id, from its beginning to its end."""
+    asked = {"jsonrpc": "2.0", "id": 0, "method": "initialize"}
+    asked["params"] = {"protocolVersion": "2025-06-18"}
+    ping = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+    url = f"{server.url}/mcp_tools/mcp"
+    with httpx.Client(trust_env=False) as client:
+        answer = client.post(url, json=asked)
+        assert answer.json()["result"]["protocolVersion"] == "2025-06-18"
+        session = {"Mcp-Session-Id": answer.headers["Mcp-Session-Id"]}
+        told = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+        assert client.post(url, json=told, headers=session).status_code == 202
+        assert client.post(url, json=ping).status_code == 400
+        other = {"Mcp-Session-Id": "other"}
+        assert client.post(url, json=ping, headers=other).status_code == 404
+        foreign = {**session, "Origin": "https://example.com"}
+        assert client.post(url, json=ping, headers=foreign).status_code == 403
+        assert client.post(url, json=ping, headers=session).json()["result"] == {}
+        assert client.delete(url, headers=session).status_code == 204
+        assert client.post(url, json=ping, headers=session).status_code == 404
