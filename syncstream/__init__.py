@@ -19,6 +19,7 @@ The map of the package, from the bottom to the top; each line may import those a
 ``publish process``   doors: publishing over HTTP (from a shell: ``__main__``), the
                       counters of a process
 ``flask django``      what each framework needs on top: responses, decorators
+``rest_framework``
 ``bottle pyramid``
 ``falcon``
 ``migrations/``       Django's, which install the tables of ``postgresql:``

@@ -29,7 +29,10 @@ LAYERS = (
     ("fanout",),
     ("wsgi",),
     ("process", "publish"),
-    ("flask", "django", "migrations", "bottle", "pyramid", "falcon", "gunicorn"),
+    (
+        *("flask", "django", "rest_framework", "migrations"),
+        *("bottle", "pyramid", "falcon", "gunicorn"),
+    ),
     ("__init__",),
     ("demo", "doctor", "testing"),
     ("__main__",),

@@ -1,102 +1,135 @@
-"""Django REST framework: what docs/frameworks.md tells its users to write."""
+"""Django REST framework: our responses in its views, and its answers before them."""
 
 import json
 import re
 
 import pytest
-from django.conf import settings
-from django.test import Client, override_settings
-from django.urls import path
+from django.test import RequestFactory
+from werkzeug.middleware.lint import LintMiddleware
+from werkzeug.test import Client
 
 from syncstream import sse as in_flask
-from syncstream.django import SSEResponse, sse
-from tests.apps import django_app
+from tests import ROOT
+from tests.apps import rest_app
+from tests.support.live import EVENT_SOURCE, LiveServer, unique_key
 
-assert callable(django_app.app)  # it configures Django
-settings.REST_FRAMEWORK = {
-    "UNAUTHENTICATED_USER": None,
-    "DEFAULT_AUTHENTICATION_CLASSES": [],
-}
-
-# isort: split
-
-from rest_framework.decorators import api_view, renderer_classes  # noqa: E402
-from rest_framework.exceptions import PermissionDenied  # noqa: E402
-from rest_framework.renderers import JSONRenderer  # noqa: E402
-from rest_framework.views import APIView  # noqa: E402
-
-from tests import ROOT  # noqa: E402
-
-PAGE = (ROOT / "docs" / "frameworks.md").read_text()
-CODE = re.search(r"```python\n(class EventStream.*?)```", PAGE, re.DOTALL)[1]
-names = {
-    "__name__": __name__,
-    "JSONRenderer": JSONRenderer,
-    "api_view": api_view,
-    "renderer_classes": renderer_classes,
-    "sse": sse,
-}
-exec(CODE, names)
-
-
-class Events(APIView):
-    renderer_classes = [names["EventStream"], JSONRenderer]  # noqa: RUF012
-
-    def get(self, request):
-        if "forbidden" in request.query_params:
-            raise PermissionDenied
-        return SSEResponse(["hello"])
-
-
-@api_view(["GET"])
-@sse
-def without_renderer(request):
-    yield "hello"
-
-
-@api_view(["GET"])
-@in_flask
-def not_djangos(request):
-    yield "hello"
-
-
-urlpatterns = [
-    path("wrong", not_djangos),
-    path("function", names["events"]),
-    path("class", Events.as_view()),
-    path("without", without_renderer),
-]
-ACCEPT = {"Accept": "text/event-stream"}  # and nothing else: as a browser's
+EVENTS = {"Accept": "text/event-stream"}  # and nothing else: as a browser's
+LINES = {"Accept": "application/x-ndjson"}
+VIEWS = ("class", "function", "action", "decorated-action")
 
 
 @pytest.fixture(autouse=True)
-def _settings():
-    with override_settings(ROOT_URLCONF=__name__):
-        yield
+def _fresh():
+    rest_app.started.clear()
+    rest_app.Twice.seen.clear()
 
 
-@pytest.mark.parametrize("name", ["function", "class"])
-def test_a_view_has_a_renderer(name):
-    """An EventSource gets its stream."""
-    response = Client().get(f"/{name}", headers=ACCEPT)
-    assert response.status_code == 200
-    assert b"data: hello\n\n" in response.getvalue()
+def get(path, headers=EVENTS, **options):
+    return Client(LintMiddleware(rest_app.app)).open(path, headers=headers, **options)
 
 
-def test_errors_are_json():
-    """They go through the renderer."""
-    response = Client().get("/class?forbidden", headers=ACCEPT)
-    assert response.status_code == 403
-    assert set(json.loads(response.content)) == {"detail"}
+@pytest.mark.parametrize("name", VIEWS)
+def test_an_event_source_gets_its_stream(name):
+    """Of all kinds of view."""
+    with get(f"/{name}?word=a") as answer:
+        assert answer.status_code == 200
+        assert answer.content_type == "text/event-stream; charset=utf-8"
+        assert answer.headers["Vary"] == "Accept"
+        assert answer.data == b': ok\ndata: {"word":"a"}\n\n'
+
+
+@pytest.mark.parametrize("headers", [EVENTS, LINES, {"Accept": "*/*"}, {}])
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        *((f"/{name}", 403) for name in VIEWS),
+        *((f"/{name}?word=throttled", 429) for name in VIEWS),
+        ("/class?word=forbidden", 403),  # raised by the view itself
+    ],
+)
+def test_checks_come_before_the_stream(path, status, headers):
+    """Their answer is JSON, and says so; the source has not run."""
+    rest_app.Twice.seen["throttled"] = 2
+    with get(path, headers) as answer:
+        assert answer.status_code == status
+        assert answer.content_type == "application/json"
+        assert set(json.loads(answer.data)) == {"detail"}
+        assert answer.headers.get("Retry-After", "7") == "7"
+        assert ("Retry-After" in answer.headers) is (status == 429)
+    assert rest_app.started == []
+
+
+def test_an_ordinary_answer():
+    """It is JSON, whatever the client accepts; its media type is its own if it has."""
+    for headers in (EVENTS, LINES, {}):
+        with get("/set?word=a", headers) as answer:
+            assert answer.content_type == "application/json"
+            assert answer.json == [{"word": "a"}]
+            rest_app.Twice.seen.clear()
+    with get("/typed", EVENTS) as answer:
+        assert answer.content_type == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [("/class?word=a", LINES), ("/class?word=a&format=ndjson", {})],
+)
+def test_lines(path, headers):
+    """NDJSON is asked for by its media type, or by its format."""
+    with get(path, headers) as answer:
+        assert answer.content_type == "application/x-ndjson"
+        assert answer.data == b'{"word":"a"}\n'
+
+
+def test_a_post():
+    """The request's data are read in the view."""
+    with get("/class?word=a", LINES, method="POST", json={"said": "b"}) as answer:
+        assert answer.data == b'{"word":"b"}\n'
 
 
 def test_without_a_renderer():
-    """That is the 406 that is spoken of, whatever the view returns."""
-    assert Client().get("/without", headers=ACCEPT).status_code == 406
+    """That is the 406 that the renderers are for."""
+    assert get("/without").status_code == 406
 
 
-@override_settings(ROOT_URLCONF=__name__)
+def test_what_no_renderer_has():
+    """It is refused still."""
+    assert get("/class?word=a", {"Accept": "image/png"}).status_code == 406
+
+
+def test_what_the_page_says():
+    """Its code is a view that an EventSource gets events of."""
+    page = (ROOT / "docs" / "frameworks.md").read_text()
+    code = re.search(r"```python\n(from rest_framework.*?)```", page, re.DOTALL)[1]
+    names = {"__name__": __name__, "rows": lambda: iter(["hello"])}
+    exec(code, names)
+    response = names["Events"].as_view()(RequestFactory().get("/", headers=EVENTS))
+    assert response.status_code == 200
+    assert b"data: hello\n\n" in response.getvalue()
+    text = re.search(r'"(syncstream\.rest_framework\.\w+)"', page)[1]
+    module, _, name = text.rpartition(".")
+    assert getattr(__import__(module, fromlist=[name]), name).format == "sse"
+
+
 def test_a_decorator_that_is_not_djangos():
     """REST framework's request is none of Django's by its type."""
+    view = rest_app.api_view(["GET"])(in_flask(lambda request: iter("a")))
     with pytest.raises(TypeError, match=r"from syncstream\.django import sse"):
-        Client().get("/wrong")
+        view(RequestFactory().get("/"))
+
+
+def test_on_a_server():
+    """The stream and its end, and the answers before it, on the wire."""
+    key = unique_key()
+    with LiveServer("gunicorn-gthread", "tests.apps.rest_app:app") as server:
+        with server.get(f"/waiting?key={key}", headers=EVENT_SOURCE) as client:
+            assert (
+                client.block() + client.block() == b': ok\ndata: {"word":"first"}\n\n'
+            )
+        assert server.control.next(f"{key}-left") == key
+        for path, status in {"/class": 403, "/class?word=forbidden": 403}.items():
+            with server.get(path, headers=EVENT_SOURCE) as client:
+                assert set(json.loads(client.rest())) == {"detail"}
+                assert client.status == status
+                assert client.headers["content-type"] == "application/json"
+        assert server.tracebacks() == 0, server.log()
