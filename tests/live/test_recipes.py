@@ -95,6 +95,15 @@ def test_completions_fail(server, key):
     server.await_log("RuntimeError: MARK")
 
 
+def test_completions_cut(server, key):
+    """A stream that its server cuts is a broken connection, not a short answer."""
+    with completions(server, f"{key} a CUT b") as stream:
+        assert [next(stream).choices[0].delta.content for _ in range(2)] == ["", "a"]
+        with pytest.raises(openai.APIConnectionError):
+            list(stream)
+    assert server.control.next(key) == "closed"
+
+
 @contextlib.contextmanager
 def messages(server):
     with anthropic.Anthropic(
@@ -145,6 +154,18 @@ def test_messages_fail(server, key):
         texts += stream.text_stream
     assert caught.value.body["error"]["type"] == "api_error"
     assert texts == ["a"]
+
+
+def test_messages_cut(server, key):
+    """A stream that its server cuts is a broken connection, not a short answer."""
+    question = {"model": "m", "max_tokens": 9, "messages": asking(f"{key} a CUT b")}
+    with (
+        messages(server) as client,
+        client.stream(**question) as stream,
+        pytest.raises(httpx2.RemoteProtocolError),
+    ):
+        list(stream)
+    assert server.control.next(key) == "closed"
 
 
 def run(server, task):
