@@ -2,6 +2,10 @@
 
 Ids are ``<number>-<nonce>`` (see `ids`): the random nonce keeps this broker from taking
 the ids of an earlier run for its own.
+
+A finalizer or a signal handler may call it in the middle of a call by the same thread,
+whose lock is reentrant. What would change the events then waits until that call is
+through, so that each sees whole logs, and ids are stored and told in their order.
 """
 
 from __future__ import annotations
@@ -9,12 +13,13 @@ from __future__ import annotations
 import _thread
 import logging
 import os
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import iscoroutinefunction
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from ..errors import Unavailable
 from ..runtime.clock import time
 from ..runtime.forks import process_key
 from ..runtime.living import Living
@@ -28,6 +33,12 @@ from .watched import Watched
 __all__ = ["MemoryBroker"]
 
 log = logging.getLogger("syncstream.hub")
+
+T = TypeVar("T")
+
+# What a broker does while its lock is held: nothing; something during which its logs
+# are whole, and remain so; or it changes them.
+_IDLE, _STEADY, _CHANGING = range(3)
 
 _SWEEP = 1000  # events published between two searches for outdated channels
 _HEADS = 10_000  # the maximum of kept heads of forgotten channels that nobody watches
@@ -71,6 +82,8 @@ class MemoryBroker:
         self._max_size = max_size
         # Reentrant: a garbage collection while it is held may publish.
         self._lock = native(_thread, "RLock")()
+        self._state = _IDLE
+        self._interrupting: deque[Callable[[], object]] = deque()  # calls that wait
         # In the order of their last events, the oldest first.
         self._logs: OrderedDict[str, Log] = OrderedDict()
         self._size = 0
@@ -97,6 +110,8 @@ class MemoryBroker:
             self._lock.release()
             return
         self._lock = native(_thread, "RLock")()
+        self._state = _IDLE
+        self._interrupting.clear()
         self._logs, self._size = OrderedDict(), 0
 
     def publish(
@@ -111,18 +126,33 @@ class MemoryBroker:
                 commits (`transaction.on_commit`), and dropped when it rolls back. Other
                 connections do not report their commit: their events are stored at
                 once and stay after a rollback. A warning says so, once a process.
+
+        Returns:
+            As there; ``None`` for each event, too, from a finalizer or a signal handler
+            that interrupts another call: they are stored when that is through.
         """
         if connection is not None:
             _at_commit(connection, partial(self.publish, list(items)))
             return [None] * len(items)
-        ids: list[str | None] = []
-        now = time.monotonic()
-        since, most = self._since(now), self._max_size / 8
-        watched = self.watched
-        # Tell the sink under the lock, so that it gets the entries in order.
+        # The sink is told under the lock, so that it gets the entries in order.
         with self._lock:
+            if self._state != _IDLE:
+                self._interrupting.append(partial(self._store, tuple(items)))
+                return [None] * len(items)
+            try:
+                return self._store(items)
+            finally:
+                if self._interrupting:
+                    self._catch_up()
+
+    def _store(self, items: Sequence[tuple[str, bytes]]) -> list[str | None]:
+        ids: list[str | None] = []
+        try:
+            self._state = _CHANGING
+            now = time.monotonic()
+            since, most = self._since(now), self._max_size / 8
+            watched, sink = self.watched, self._sink
             self._live_here()
-            sink = self._sink
             for channel, payload in items:
                 log = self._logs.get(channel)
                 if log is None:
@@ -142,12 +172,25 @@ class MemoryBroker:
                     channel in watched.names
                     or (watched.patterns and channel in watched)
                 ):
+                    self._state = _STEADY
                     sink.deliver(channel, entry)
+                    self._state = _CHANGING
             self._published += len(items)
             if self._published >= _SWEEP:
                 self._published = 0
                 self._sweep(now)
+        finally:
+            self._state = _IDLE
         return ids
+
+    def _catch_up(self) -> None:
+        """Make the calls that have interrupted another one, which is through."""
+        while self._interrupting:
+            try:
+                call = self._interrupting.popleft()
+            except IndexError:  # one that has come only now has made it
+                return
+            call()
 
     def _id(self) -> str:
         id = make_id(self._next)
@@ -190,11 +233,7 @@ class MemoryBroker:
         self._count(log)
 
     def _count(self, log: Log) -> None:
-        """Update the sum after a log's size has changed.
-
-        By what was counted, not by the size before the change: a garbage collection
-        during the change may publish to the same log, which counts its part.
-        """
+        """Update the sum after a log's size has changed."""
         self._size += log.size - log.counted
         log.counted = log.size
 
@@ -225,13 +264,17 @@ class MemoryBroker:
             self._empty_oldest()
 
     def read(self, channel: str, after: str | None, limit: int = 1000) -> Page:
-        with self._lock:
-            self._live_here()
-            log = self._logs.get(channel)
+        """See `syncstream.brokers.Broker.read`.
+
+        Raises:
+            Unavailable: A finalizer or a signal handler reads, which has interrupted a
+                change of the events.
+        """
+
+        def page(log: Log | None) -> Page:
             if log is None:
                 head = self._head(channel)
                 return Page((), after in (None, head), head)
-            self._trim(log, time.monotonic(), float("inf"))
             if after is None:
                 return Page((), True, log.head)
             position = log.after(after)
@@ -240,23 +283,49 @@ class MemoryBroker:
             follows = entries[0].prev if entries else log.head
             return Page(entries, position is not None and follows == after, log.head)
 
+        return self._look(channel, page)
+
     def newest(self, channel: str, count: int) -> tuple[str, str]:
         """Return the id before a channel's newest events, and the head's id.
 
         Args:
             channel: The channel's name.
             count: The number of newest events; all kept ones if there are fewer.
+
+        Raises:
+            Unavailable: As from `read`.
         """
-        with self._lock:
-            self._live_here()
-            log = self._logs.get(channel)
-            if log is None:
-                head = self._head(channel)
+
+        def ids(log: Log | None) -> tuple[str, str]:
+            if log is None or not len(log):
+                head = self._head(channel) if log is None else log.head
                 return head, head
-            self._trim(log, time.monotonic(), float("inf"))
-            if not len(log):
-                return log.head, log.head
             return log.entry(max(log.first, log.end - count)).prev, log.head
+
+        return self._look(channel, ids)
+
+    def _look(self, channel: str, find: Callable[[Log | None], T]) -> T:
+        """Return what is found in a channel's log, after old events are dropped."""
+        with self._lock:
+            state = self._state
+            if state == _CHANGING:
+                raise Unavailable(
+                    "memory: cannot be read by a finalizer or a signal handler that has"
+                    " interrupted a change of it"
+                )
+            try:
+                if state == _IDLE:
+                    self._state = _CHANGING
+                    self._live_here()
+                    log = self._logs.get(channel)
+                    if log is not None:
+                        self._trim(log, time.monotonic(), float("inf"))
+                    self._state = _STEADY
+                return find(self._logs.get(channel))
+            finally:
+                self._state = state
+                if self._interrupting and state == _IDLE:
+                    self._catch_up()
 
     def attach(self, sink: Sink) -> None:
         self._sink = sink
@@ -273,9 +342,15 @@ class MemoryBroker:
     def close(self, timeout: float = 5.0) -> None:
         with self._lock:
             self._sink = None
-            self._logs.clear()
-            self._heads.clear()
-            self._size = 0
+            if self._state != _IDLE:
+                self._interrupting.append(self._clear)
+                return
+            self._clear()
+
+    def _clear(self) -> None:
+        self._logs.clear()
+        self._heads.clear()
+        self._size = 0
 
 
 def _at_commit(connection: Any, publish: Callable[[], object]) -> None:

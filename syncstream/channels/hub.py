@@ -176,7 +176,8 @@ class Hub:
                 follows Django's transactions. Other brokers raise ``ValueError``.
 
         Returns:
-            The event's id; ``None`` with a ``connection``.
+            The event's id; ``None`` with a ``connection``, and from a finalizer or a
+            signal handler that interrupts another call of a ``memory:`` hub.
 
         Raises:
             Unavailable: Nothing was stored.

@@ -1,14 +1,16 @@
 """``memory:``: the contract, by threads and by greenlets, and what it keeps."""
 
+import itertools
+import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
 
-from syncstream import Hub
-from syncstream.brokers import memory
+from syncstream import Hub, Unavailable
+from syncstream.brokers import log, memory
 from syncstream.brokers.contract import LONGEST_KEPT, MOST_KEPT
-from syncstream.brokers.log import START, Log
+from syncstream.brokers.log import START
 from syncstream.brokers.memory import MemoryBroker
 from syncstream.testing import check_broker
 from tests.brokers.test_contract import remove
@@ -221,21 +223,136 @@ def test_memory_counts_what_reads_trim():
     assert broker.size == 0
 
 
-def test_memory_counts_what_a_garbage_collection_publishes(monkeypatch):
-    """A finalizer may run, and publish, while an event is being stored."""
-    broker, append = MemoryBroker(), Log.append
-    finalizers = [lambda: broker.publish([("a", b"of a finalizer")])]
+class Interrupting:
+    """Makes a call between two lines of the broker, as a finalizer may.
 
-    def append_and_collect(self, entry):
-        append(self, entry)
-        if finalizers:
-            finalizers.pop()()
+    Args:
+        place: The number of lines, calls and returns before the call.
+        call: The call.
+    """
 
-    monkeypatch.setattr(Log, "append", append_and_collect)
-    broker.publish([("a", b"x")])
-    entries = broker.read("a", START).entries
-    assert len(entries) == 2
-    assert broker.size == sum(entry.size for entry in entries)
+    def __init__(self, place, call):
+        self.left, self.call = place, call
+        self.results = []
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+    def trace(self, frame, *_):
+        if frame.f_code.co_filename not in FILES:
+            return None
+        self.left -= 1
+        if self.left == 0:
+            sys.settrace(None)
+            self.results.append(self.call())
+        return self.trace
+
+
+FILES = {memory.__file__, log.__file__}
+
+
+class Told:
+    """A sink that keeps what it is told."""
+
+    def __init__(self):
+        self.entries = []
+
+    def deliver(self, channel, entry):
+        self.entries.append(entry)
+        len(self.entries)  # it may be interrupted, too
+
+
+def interrupted(name, call):
+    """Interrupt a publish or a read at each of its lines in turn.
+
+    Yields:
+        The broker, the entries that its sink was told, what the call has returned.
+    """
+    for place in itertools.count(1):
+        broker, told = MemoryBroker(capacity=2, max_age=8.0), Told()
+        broker.watch("a")
+        broker.attach(told)
+        broker.publish([("a", b"1"), ("b", b"1"), ("a", b"2")])
+        if name == "read":  # something is to be dropped
+            for entry in broker.read("a", START).entries:
+                entry.time -= 9.0
+        with Interrupting(place, lambda broker=broker: call(broker)) as interrupting:
+            if name == "publish":
+                broker.publish([("a", b"3"), ("a", b"4")])
+            else:
+                broker.read("a", START)
+        if not interrupting.results:
+            assert place > 30
+            return
+        yield broker, told.entries, interrupting.results[0]
+
+
+@pytest.mark.parametrize("name", ["publish", "read"])
+def test_memory_stores_what_a_finalizer_publishes_in_order(name, monkeypatch):
+    """Whenever it runs; the ids, the sum of sizes and what is told are right."""
+    monkeypatch.setattr("syncstream.brokers.memory._SWEEP", 4)
+    immediate = 0
+    items = [("a", b"of a finalizer"), ("new", b"of a finalizer")]
+    for broker, told, ids in interrupted(name, lambda broker: broker.publish(items)):
+        assert {entry.payload for entry in told} >= {b"1", b"2", b"of a finalizer"}
+        assert len(told) == (5 if name == "publish" else 3)
+        for one, following in itertools.pairwise(told):
+            assert following.prev == one.id
+            assert number_of(following) > number_of(one)
+        kept = broker.read("a", START).entries
+        assert kept == told[-len(kept) :]
+        (new,) = broker.read("new", START).entries
+        assert broker.size == sum(
+            entry.size
+            for name in broker.channels
+            for entry in broker.read(name, START).entries
+        )
+        immediate += ids[1] == new.id
+        assert ids == [None, None] or ids[1] == new.id
+    assert immediate  # before the change, and after it
+
+
+def number_of(entry):
+    return int(entry.id.partition("-")[0], 16)
+
+
+@pytest.mark.parametrize("name", ["publish", "read"])
+def test_memory_is_read_by_a_finalizer_as_a_whole(name):
+    """Or, in the middle of a change, not at all."""
+
+    def look(broker):
+        try:
+            return broker.read("a", START), broker.newest("a", 1)
+        except Unavailable:
+            return None
+
+    found = []
+    for _, told, pages in interrupted(name, look):
+        found.append(pages)
+        if pages is None:
+            continue
+        page, (_, head) = pages
+        assert page.head == head
+        if page.entries:
+            first = told.index(page.entries[0])
+            assert page.entries == told[first : first + len(page.entries)]
+            assert page.entries[-1].id == head
+    assert None in found
+    assert any(found)
+
+
+@pytest.mark.parametrize("name", ["publish", "read"])
+def test_memory_is_closed_by_a_finalizer(name):
+    """It is empty then."""
+    for broker, _, _ in interrupted(name, MemoryBroker.close):
+        assert broker.size == 0 or broker.read("a", START).entries
+        broker.close()
+        assert (broker.size, broker.channels) == (0, set())
 
 
 def test_memory_forgets_idle_channels(monkeypatch):
