@@ -215,11 +215,19 @@ def test_datastar_fail(server, key):
 
 
 @contextlib.asynccontextmanager
-async def tools(port, **options):
-    """Connect MCP's client to the tools."""
+async def tools(port, answers=None, **options):
+    """Connect MCP's client to the tools; note the HTTP status of each answer."""
     url = f"http://127.0.0.1:{port}/mcp_tools/mcp"
+
+    async def note(response):
+        if answers is not None:
+            answers.append((response.request.method, response.status_code))
+
+    hooks = {"response": [note]}
     async with (
-        httpx2.AsyncClient(trust_env=False, timeout=TIMEOUT) as http_client,
+        httpx2.AsyncClient(
+            trust_env=False, timeout=TIMEOUT, event_hooks=hooks
+        ) as http_client,
         mcp.Client(
             streamable_http_client(url, http_client=http_client), **options
         ) as client,
@@ -278,8 +286,8 @@ def test_mcp_cancel(server, key):
 
     @timed
     async def _():
-        seen, words = Seen(), {"key": key, "to": 10**6}
-        async with tools(server.port) as client:
+        seen, words, answers = Seen(), {"key": key, "to": 10**6}, []
+        async with tools(server.port, answers) as client:
             for number in (3, 6):
                 call = asyncio.create_task(
                     client.call_tool("count", words, progress_callback=seen.on_progress)
@@ -290,6 +298,8 @@ def test_mcp_cancel(server, key):
                     assert await asyncio.to_thread(server.control.next, key) == "closed"
                     result = await client.call_tool("count", {"key": f"{key}-2"})
                     assert not result.is_error
+                    while ("GET", 405) not in answers:  # it is told to stay away
+                        await asyncio.sleep(0.01)
         assert server.control.next(key) == "closed"
         with pytest.raises(mcp.MCPError):
             await call
