@@ -23,6 +23,7 @@ OTHERS = {
     "__main__.py": {"_SubParsersAction": "argparse has no other name for the type"},
     "brokers/redis/server.py": {"_sock": "redis-py's socket: to set its time-outs"},
     "protocol/json.py": {"_meta": "Django's mark of a model"},
+    "runtime/event_loop.py": {"_register_atexit": "concurrent.futures' exit has none"},
     "runtime/waiting.py": {
         "_cond": "an Event's condition: CPython tells no listener otherwise",
         "_waiters": "a Condition's waiters, among which ours is",

@@ -11,18 +11,23 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..channels import limits
-from ..channels.subscription import Subscription
+from ..errors import Closed
 from ..runtime.clock import time
 from ..runtime.process import Process, Served
 from ..runtime.sockets import GRACE, acknowledged, give_up_after, queued
+from ..streams.async_feed import AsyncFeed
 from ..streams.capacity import Place
+from .contract import Feed, Loop, subscription_of
 from .lanes import Job, Lanes, run_safely
 
 if TYPE_CHECKING:
-    from .contract import Loop
     from .group import Group
 
 __all__ = ["Client", "Terms"]
+
+
+LastWords = tuple[bytes, bool]
+"""As from `AsyncFeed.last_words`."""
 
 
 class _Referable:
@@ -45,6 +50,7 @@ class Terms(_Referable):
         before_wait: Hooks that release resources after application code has run.
         comment: The keepalive, in the form that these clients read.
         finish: The last bytes of a finished stream, unframed.
+        drain: Seconds for which they may go on when their server is to stop.
     """
 
     lanes: Lanes
@@ -58,6 +64,7 @@ class Terms(_Referable):
     before_wait: tuple[Callable[[], object], ...] = ()
     comment: bytes = b": keepalive\n\n"
     finish: bytes = b""
+    drain: float = 0.0
 
     def give_back(self) -> None:
         """Call the hooks; a failure of one does not affect the others."""
@@ -70,15 +77,15 @@ class Terms(_Referable):
 
 
 class Client:
-    """One connection, and the subscription that is sent to it.
+    """One connection, and the feed that is sent to it.
 
-    It takes the place of a waiting thread: new events, and the end of the subscription,
-    wake it (see `waiter.Wakeable`).
+    It takes the place of a waiting thread: new events, and the end of the feed, wake it
+    (see `waiter.Wakeable`).
 
     Args:
         loop: The loop that will serve it.
         fd: The connection's descriptor, which the loop owns from now on.
-        subscription: The subscription, which has begun.
+        feed: A subscription that has begun, or an asynchronous source.
         terms: From `Fanout.prepare`.
         label: The method and path, for the log.
         is_chunked: Whether the response is chunked.
@@ -91,8 +98,8 @@ class Client:
     __slots__ = (
         *("_loop", "_offer", "acknowledged", "answer_by", "began", "bucket"),
         *("bytes", "callbacks"),
-        *("deadline", "early", "events", "fd", "group", "is_chunked", "label"),
-        *("place", "reason", "rest", "settles_at", "since", "subscription", "terms"),
+        *("deadline", "early", "events", "fd", "feed", "group", "is_chunked", "label"),
+        *("last", "place", "reason", "rest", "settles_at", "since", "terms"),
         "was_woken",
     )
 
@@ -103,7 +110,7 @@ class Client:
         self,
         loop: Loop,
         fd: int,
-        subscription: Subscription,
+        feed: Feed,
         terms: Terms,
         *,
         label: str,
@@ -118,7 +125,7 @@ class Client:
         self._loop = loop
         self._offer = [loop]  # see `claim`
         self.fd = fd
-        self.subscription = subscription
+        self.feed = feed
         self.terms = terms
         self.label = label
         self.is_chunked = is_chunked
@@ -129,6 +136,8 @@ class Client:
         self.events, self.bytes = events, bytes  # without its group's: see Group
         self.reason: str | None = None
         self.early: str | None = None  # an end that came before the loop had it
+        # After a failure: the last bytes, and whether the end is in order behind them.
+        self.last: LastWords | None = None
         self.was_woken = False  # before the loop had it
         self.group: Group | None = None  # always, from `_add` to its end
         self.rest: memoryview | None = None  # the part of a chunk still to be written
@@ -149,7 +158,7 @@ class Client:
         return self.was_woken or self.early is not None
 
     def __call__(self) -> Client | None:
-        """Return itself while it lives: it is the ``reader`` of its subscription."""
+        """Return itself while it lives: it is the ``reader`` of its feed."""
         return self if self.reason is None else None
 
     def claim(self) -> bool:
@@ -171,7 +180,7 @@ class Client:
         """Look for an end or new events, in the loop."""
         if self.reason is not None:
             return
-        reason = self.subscription.reason
+        reason = self.feed.reason
         if reason is not None:
             self._loop.ends.end(
                 self, reason if reason in self.terms.reasons else "closed"
@@ -184,6 +193,11 @@ class Client:
     def stop(self, reason: str = "closed") -> None:
         """End it, from any thread."""
         self._loop.call(partial(self._loop.ends.end, self, reason), self)
+
+    def shut_down(self, since: float, until: float) -> None:
+        """End it, or let finite work go on, as its server stops; from any thread."""
+        if time.monotonic() >= min(until, since + self.terms.drain):
+            self.stop("shutdown")
 
     def on_close(self, callback: Callable[[], object]) -> None:
         """Add a callback for its end; from any thread."""
@@ -213,7 +227,7 @@ class Client:
     # Its times: see `Wheel`.
 
     def next_time(self) -> float:
-        return min(self.deadline, self.subscription.ask_again_at, self.settles_at)
+        return min(self.deadline, self.feed.ask_again_at, self.settles_at)
 
     def due(self, now: float) -> None:
         if self.reason is not None:
@@ -235,7 +249,7 @@ class Client:
                 self.terms.lanes.asks.hurry()
                 again = min(self.answer_by, now + limits.ANSWER / 4)
                 self._loop.wheel.add(self, min(self.deadline, again))
-        elif now >= self.subscription.ask_again_at:
+        elif now >= self.feed.ask_again_at:
             self.answer_by = now + limits.ANSWER
             self._loop.do(self.terms.lanes.asks, self._ask_again, self)
             self._loop.wheel.add(self, min(self.deadline, now + limits.ANSWER / 4))
@@ -247,9 +261,9 @@ class Client:
         if self.reason is not None:  # it has ended meanwhile
             return
         try:
-            self.subscription.ask()
+            subscription_of(self.feed).ask()
         except BaseException as error:  # a sys.exit() ends nobody else
-            self._loop.call(partial(self._loop.ends.fail, self, error), self)
+            self._loop.call(partial(self.fail, error), self)
         else:
             self._loop.call(self._again, self)
         finally:
@@ -260,6 +274,32 @@ class Client:
             self.answer_by = None
             self._loop.wheel.add(self, self.next_time())
             self.turn()
+
+    # Its end.
+
+    def fail(self, error: BaseException) -> None:
+        """End it because its feed has ended or failed; in the loop."""
+        if not isinstance(self.feed, AsyncFeed) or isinstance(error, Closed):
+            self._loop.ends.fail(self, error)
+            return
+        message = self.feed.describe(error)
+        self.terms.lanes.say(logging.ERROR, message, self.label, error=error)
+        if self.feed.words_are_users:
+            words = partial(self._find_last_words, error)
+            self._loop.do(self.terms.lanes.users, words, self)
+        else:
+            self._end_failed(self.feed.last_words(error))
+
+    def _find_last_words(self, error: BaseException) -> None:
+        """Call ``on_error``; in the lane of application code."""
+        assert isinstance(self.feed, AsyncFeed)
+        last = self.feed.last_words(error)
+        self.terms.give_back()
+        self._loop.call(partial(self._end_failed, last), self)
+
+    def _end_failed(self, last: LastWords) -> None:
+        self.last = last
+        self._loop.ends.end(self, "error")
 
     def leave(self) -> None:
         """Free its place, count it, and leave its channels; in the loop.
@@ -281,7 +321,10 @@ class Client:
 
     def _part(self, reason: str, seconds: float) -> None:
         try:
-            if self.subscription.announcement is None:
+            if isinstance(self.feed, AsyncFeed):  # callbacks come after its end
+                do = self.terms.lanes.ends.do
+                self.feed.cancel(partial(self._close, reason, seconds, do))
+            elif self.feed.announcement is None:
                 self._close(reason, seconds, self.terms.lanes.ends.do)
             else:  # its "leave" is published by a broker, which may be slow
                 close = partial(self._close, reason, seconds, lambda rest: rest())
@@ -306,15 +349,16 @@ class Client:
         is_left = True
         try:
             try:
-                rest = self.subscription.part(reason)
-                if rest is not None:
-                    do(rest)
+                if not isinstance(self.feed, AsyncFeed):
+                    rest = self.feed.part(reason)
+                    if rest is not None:
+                        do(rest)
             except BaseException as error:
                 text = "the subscription of %s could not be closed, it may seem present"
                 self.terms.lanes.say(logging.ERROR, text, self.label, error=error)
             # Break the reference cycle, so that no garbage collection is needed.
-            self.subscription.detach(None)
-            self.subscription.reader = None
+            self.feed.detach(None)
+            self.feed.reader = None
             if self.callbacks:
                 finish = partial(self._finish, seconds)
                 job = Job(finish, lambda error: self._forget(seconds))

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..runtime.sockets import borrowed, release, reset
+from ..streams.async_feed import AsyncFeed
 from ..streams.ends import GONE, WHOLE, come_back
 
 if TYPE_CHECKING:
@@ -45,15 +46,13 @@ def say_goodbye(client: Client) -> None:
             reset(client.fd)  # otherwise it may read on later, and find a normal end
         return
     # To clients that do not come back, an orderly end would look complete.
-    is_partial = reason not in WHOLE
-    is_cut = reason == "error" or (is_partial and not terms.comes_back)
+    is_partial = reason not in WHOLE and not terms.comes_back
+    is_cut = is_partial or reason == "error"
+    if client.last is not None and client.last[1]:
+        is_cut = False
     is_whole = client.rest is None  # not in the middle of a chunk
     if is_whole:
-        words = b""
-        if reason == "finished":
-            words = terms.finish
-        elif terms.comes_back:
-            words = come_back(str(reason), terms.retry)
+        words = _last_words(client)
         if client.is_chunked and words:
             words = chunked(words)
         if client.is_chunked and not is_cut:
@@ -63,6 +62,18 @@ def say_goodbye(client: Client) -> None:
             is_whole = os.write(client.fd, words) == len(words)
     if (not is_whole or is_cut) and not client.is_chunked:
         reset(client.fd)  # without chunks, only a reset shows the truncation
+
+
+def _last_words(client: Client) -> bytes:
+    feed = client.feed
+    if isinstance(feed, AsyncFeed) and not feed.is_whole:
+        return b""  # in the middle of an event
+    if client.last is not None:
+        return client.last[0]
+    reason, terms = client.reason, client.terms
+    if reason == "finished":
+        return terms.finish
+    return come_back(str(reason), terms.retry) if terms.comes_back else b""
 
 
 def close(fd: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
+from ..channels.subscription import Subscription
+from ..streams.async_feed import AsyncFeed
 from .lanes import Doer
 from .sender import Sender
 from .wheel import Wheel
@@ -15,7 +17,15 @@ if TYPE_CHECKING:
     from .group import Group
     from .meeting import Meeting
 
-__all__ = ["Loop"]
+__all__ = ["Feed", "Loop", "subscription_of"]
+
+Feed = Subscription | AsyncFeed
+"""What the loop serves: it reads both without waiting."""
+
+
+def subscription_of(feed: Feed) -> Subscription:
+    """Return a feed that is no `AsyncFeed`, as what it is."""
+    return cast("Subscription", feed)
 
 
 class Loop(Protocol):

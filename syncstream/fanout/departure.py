@@ -1,8 +1,9 @@
 """`Departure`: a client's way from its server to the loop.
 
-A response whose source is a subscription needs no thread once its head is sent. The
-connection is withheld from its server while the server writes the head and the opening,
-which are read back. Then the connection goes to the loop, with the links, the callbacks
+A response whose source is a subscription, or asynchronous, needs no thread once its
+head is sent. The connection is withheld from its server while the server writes the
+head and the opening (or, in a format without one, the first chunk), which are read
+back. Then the connection goes to the loop, with the links, the callbacks
 and the place of its stream. If the connection is `Refused`, if the server has written
 something else, or if there is no loop, the client stays, and is served in the thread or
 greenlet of its request.
@@ -23,10 +24,13 @@ from ..runtime.sockets import release
 from ..runtime.watch import native_epoll
 from ..servers.connection import Full
 from ..servers.swap import Swap, Taken
+from ..streams.async_feed import AsyncFeed
 from ..streams.ends import REASONS
+from ..streams.iteration import Iteration
 from ..streams.parts import Parts
 from .client import Client
 from .connection import chunked
+from .contract import Feed
 from .loop import Fanout, fanout
 
 __all__ = ["Departure"]
@@ -55,19 +59,21 @@ class Departure:
     def is_possible(self) -> bool:
         """Whether the client may leave as soon as its head is sent.
 
-        The loop serves no feed but a `Subscription`. `begin` finds out whether the
-        connection can leave its server: its method, ``syncstream.handover`` and many
-        other facts may forbid it. Until then a stream that will stay counts as one
-        that is about to leave, for the moment that other streams wait for a thread.
+        The loop serves no feed but a `Subscription`, and asynchronous sources. `begin`
+        finds out whether the connection can leave its server: its method,
+        ``syncstream.handover`` and many other facts may forbid it. Until then a stream
+        that will stay counts as one that is about to leave, for the moment that other
+        streams wait for a thread.
         """
-        output = self._parts.output
-        return (
-            isinstance(self._parts.source.feed, Subscription)
-            and native_epoll() is not None  # without it there is no loop
-            and output.is_event_stream
-            and output.opening is not None
-            and output.connection is not None
-        )
+        output, source = self._parts.output, self._parts.source
+        if native_epoll() is None or output.connection is None:
+            return False  # without epoll there is no loop
+        is_opened = output.opening is not None
+        if source.items is None:
+            return isinstance(source.feed, Subscription) and is_opened
+        # A source may use its request to its end.
+        is_kept = not output.connection.server.clears_environ
+        return is_kept and (is_opened or not (output.is_event_stream or output.tail))
 
     @property
     def is_begun(self) -> bool:
@@ -111,20 +117,22 @@ class Departure:
         if swap is not None:
             swap.close()
 
-    def finish(self, first: bytes, events: int) -> bool:
+    def finish(
+        self, run: Iteration, opening: bytes, first: bytes = b"", events: int = 0
+    ) -> bool:
         """Take the connection for good; return whether the loop has the client.
 
         Args:
+            run: The iteration of the source.
+            opening: The bytes that were sent since `begin`.
             first: The unframed bytes after the opening; may be empty.
             events: The number of events in ``first``.
         """
-        swap, parts = self._swap, self._parts
+        swap, parts, taken = self._swap, self._parts, None
         if swap is None:
             return False
-        source, opening, taken = parts.source.feed, parts.output.opening, None
-        assert isinstance(source, Subscription)
-        assert opening is not None
-        ready = self._prepare(source, opening, first, events)
+        source = self._feed(run)
+        ready = self._prepare(source, first, events)
         if ready is not None and not parts.outcome.ended:
             taken = swap.take(opening)
         if ready is None or taken is None:
@@ -141,8 +149,17 @@ class Departure:
             ready[1].stop(reason)
         return True
 
+    def _feed(self, run: Iteration) -> Feed:
+        """Return what the loop reads."""
+        source = self._parts.source
+        if isinstance(source.feed, Subscription):
+            return source.feed
+        assert source.items is not None
+        assert source.items.task is not None
+        return AsyncFeed(source.items.task, run)
+
     def _prepare(
-        self, source: Subscription, opening: bytes, first: bytes, events: int
+        self, source: Feed, first: bytes, events: int
     ) -> tuple[Fanout, Client] | None:
         """Do all that may fail before the connection is taken; ``None`` if it fails."""
         parts, output = self._parts, self._parts.output
@@ -164,6 +181,7 @@ class Departure:
                 before_wait=connection.hooks,
                 comment=output.comment,
                 finish=output.last_block("finished"),
+                drain=parts.monitor.drain,
             )
             client = Client(
                 loop,
@@ -173,8 +191,8 @@ class Departure:
                 label=process.shared_label(output.label),
                 began=parts.monitor.began,
                 deadline=parts.monitor.deadline,
-                events=events,
-                bytes=len(opening) + len(first),
+                events=output.events + events,
+                bytes=output.bytes + len(first),
             )
         except (OSError, RuntimeError, MemoryError) as error:
             text = (
@@ -196,7 +214,7 @@ class Departure:
         self,
         loop: Fanout,
         client: Client,
-        source: Subscription,
+        source: Feed,
         taken: Taken,
         first: bytes,
     ) -> None:
@@ -222,6 +240,8 @@ class Departure:
                 theirs.popleft()
             self.client = source.reader = client
             to_close.clear()
+            if self._parts.source.items is not None:
+                self._parts.source.items.part()
             self._parts.source.forget()
             loop.add(client, head)
         except BaseException:  # for example, from a signal handler

@@ -13,12 +13,13 @@ from ..channels.options import Failed, NotShared
 from ..channels.subscription import Subscription
 from ..errors import Unavailable
 from ..runtime.clock import time
+from ..streams.async_feed import AsyncFeed
 from .connection import chunked
+from .contract import Feed, Loop, subscription_of
 from .lanes import Lane
 
 if TYPE_CHECKING:
     from .client import Client
-    from .contract import Loop
 
 __all__ = ["Group"]
 STUCK = 60.0  # seconds for one job of a lane; then the clients that wait are ended
@@ -48,7 +49,7 @@ class Group:
     def __init__(
         self,
         loop: Loop,
-        leader: Subscription,
+        leader: Feed,
         client: Client,
         key: Hashable = None,
         *,
@@ -72,7 +73,7 @@ class Group:
 
     def is_at(self, other: Subscription) -> bool:
         """Tell whether a plain subscription is at its clients' place for certain."""
-        return self._may_send() and other.is_where(self.leader)
+        return self._may_send() and other.is_where(subscription_of(self.leader))
 
     @property
     def is_empty(self) -> bool:
@@ -118,7 +119,16 @@ class Group:
         self.is_woken = True
         if not self._may_send() or time.monotonic() < self.retry_at:
             return
-        found = self.leader.poll() if self.leader.is_plain else None
+        leader = self.leader
+        found: tuple[bytes, int, bool] | None = None
+        if isinstance(leader, AsyncFeed):
+            try:
+                found = leader.poll()
+            except BaseException as error:
+                self._fail(error)
+                return
+        elif leader.is_plain:
+            found = leader.poll()
         if found is None:
             lanes = self.terms.lanes
             lane = lanes.users if self.leader.has_user_code else lanes.reads
@@ -128,10 +138,11 @@ class Group:
             self.lane, self.asked = lane, time.monotonic()
             self._loop.wheel.add(self, self.next_time())
             return
-        chunk, count, _ = found
+        chunk, count, is_last = found
         if chunk:
             self.send(chunk, count)
-            self._loop.again(self.turn, self)
+            if not is_last:
+                self._loop.again(self.turn, self)
         elif not self.is_shared:
             self._loop.meeting.join(self)
 
@@ -148,7 +159,7 @@ class Group:
         """Read, which may call the broker and the application; in a lane."""
         told: Any
         try:
-            told = self.leader.step()
+            told = subscription_of(self.leader).step()
         except BaseException as error:
             told = error
         if self.leader.has_user_code:
@@ -173,8 +184,7 @@ class Group:
         if isinstance(told, Failed):
             told = told.error
         if isinstance(told, BaseException):
-            for client in tuple(self.clients.values()):
-                self._loop.guard(client, partial(self._loop.ends.fail, client, told))
+            self._fail(told)
             return
         chunk, count, when = told
         if chunk:
@@ -186,6 +196,10 @@ class Group:
             self.turn()
         elif not self.is_shared:
             self._loop.meeting.join(self)
+
+    def _fail(self, error: BaseException) -> None:
+        for client in tuple(self.clients.values()):
+            self._loop.guard(client, partial(client.fail, error))
 
     def _leave_group(self, client: Client) -> None:
         alone = self._loop.meeting.part(client)
@@ -255,7 +269,9 @@ class Group:
             self.turn()
         keepalive = self.terms.keepalive
         if keepalive is not None and now - self.moved >= keepalive:
-            if self._may_send():
+            leader = self.leader
+            is_whole = not isinstance(leader, AsyncFeed) or leader.is_whole
+            if self._may_send() and is_whole:
                 self.send(self.terms.comment)
             self.moved = now
         if self.clients:

@@ -233,13 +233,14 @@ class Fanout:
         before_wait: tuple[Callable[[], object], ...] = (),
         comment: bytes = b": keepalive\n\n",
         finish: bytes = b"",
+        drain: float = 0.0,
     ) -> Terms:
         """Make everything that a client needs and that can fail, before it is taken.
 
         Args:
             counted_in: The ``process`` of `Terms`.
             served, keepalive, send_timeout, retry, comes_back, reasons, before_wait,
-                comment, finish: As for `Terms`.
+                comment, finish, drain: As for `Terms`.
 
         Raises:
             RuntimeError: No thread can be started.
@@ -248,6 +249,7 @@ class Fanout:
         values = (
             *(lanes, counted_in, served, *life, reasons, before_wait, comment),
             finish,
+            drain,
         )
         try:
             found = self._terms.get(values)
@@ -278,7 +280,7 @@ class Fanout:
         if terms.send_timeout is not None:
             client.settles_at = now + min(SETTLE, terms.send_timeout / 4)
         by = -math.inf
-        if not rest and client.subscription.awaits(client):
+        if not rest and client.feed.awaits(client):
             by = min(client.next_time(), now + (terms.keepalive or math.inf))
         parked = terms.served.parked
         try:
@@ -436,7 +438,7 @@ class Fanout:
             return
         early = self._early.pop(client.fd, 0)
         self._clients[client.fd] = client
-        group = Group(self, client.subscription, client, moved=client.since)
+        group = Group(self, client.feed, client, moved=client.since)
         group.add(client)
         # A write to a blocking descriptor would stop the loop for all clients.
         if os.get_blocking(client.fd):

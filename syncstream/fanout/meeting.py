@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+from ..streams.async_feed import AsyncFeed
 from .client import Client
-from .contract import Loop
+from .contract import Loop, subscription_of
 from .group import Group
 
 __all__ = ["Meeting"]
@@ -30,7 +31,9 @@ class Meeting:
         shared group: a client that is alone at its place needs no leader.
         """
         (client,) = group.clients.values()
-        mine = client.subscription
+        if isinstance(client.feed, AsyncFeed):
+            return
+        mine = client.feed
         if not mine.is_plain or client.rest is not None:
             return
         terms = client.terms
@@ -56,7 +59,7 @@ class Meeting:
     def _share(self, first: Group, key: Hashable) -> Group:
         """Make a shared group at the place of a client, with that client."""
         (client,) = first.clients.values()
-        leader = client.subscription.twin()
+        leader = subscription_of(client.feed).twin()
         shared = Group(self._loop, leader, client, key)
         leader.detach(shared)
         self.groups[key] = shared
@@ -72,7 +75,8 @@ class Meeting:
         (client,) = group.clients.values()
         try:
             group.remove(client)
-            client.subscription.lean_on(shared.leader)
+            mine = subscription_of(client.feed)
+            mine.lean_on(subscription_of(shared.leader))
             shared.add(client)
         except BaseException as error:  # the client may be in neither group
             self._loop.cut(client, error)
@@ -91,8 +95,9 @@ class Meeting:
         """Move a client of a shared group into its own group, at the same place."""
         group = client.group
         assert group is not None
-        client.subscription.go_where(group.leader)
+        mine = subscription_of(client.feed)
+        mine.go_where(subscription_of(group.leader))
         group.remove(client)
-        alone = Group(self._loop, client.subscription, client)
+        alone = Group(self._loop, mine, client)
         alone.add(client)
         return alone

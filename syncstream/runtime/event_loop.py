@@ -10,6 +10,7 @@ break others' ``asyncio.run`` there. See `runtime.gevent_loop`.
 from __future__ import annotations
 
 import _thread
+import importlib
 import logging
 import os
 import threading
@@ -66,6 +67,7 @@ class EventLoop:
             problem = self._failure or f"not within {_START_WAIT:g} s"
             raise RuntimeError(f"no event loop for asynchronous sources: {problem!r}")
         process().at_exit(self.quit)
+        _drain_first()
 
     @property
     def is_here(self) -> bool:
@@ -159,6 +161,18 @@ def event_loop() -> EventLoop:
             if found is None:
                 found = _loops[key] = EventLoop()
     return found
+
+
+def _drain_first() -> None:
+    """Have the exit wait for finite work before it ends the threads of executors.
+
+    Sources may need those to their ends. What was registered first is called last.
+    """
+    importlib.import_module("concurrent.futures.thread")
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        with suppress(RuntimeError):  # the interpreter is ending
+            register(lambda: process().drain())  # a child that ends has its own
 
 
 def _forked() -> None:

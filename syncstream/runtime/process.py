@@ -4,7 +4,9 @@ A server that is told to stop does not tell its applications: streams would run 
 kills them. So while there are streams, the server's own flag is checked 12 times a
 second. Once it is set, every check asks each stream to end: a stream whose client
 reconnects ends at once, finite work continues until it is done or its time is over. At
-the interpreter's exit all streams are told to end, and get one second.
+the interpreter's exit all streams are told to end, and get one second; finite work
+whose client has left a server that stops is waited for before, as servers wait for
+theirs.
 """
 
 from __future__ import annotations
@@ -75,9 +77,17 @@ class Attached(Protocol):
 
 
 class Parked(Protocol):
-    """A client whose connection has left its server."""
+    """A client whose connection has left its server.
 
-    def stop(self, reason: str = ...) -> None: ...
+    Attributes:
+        reason: Why its stream has ended, ``None`` while it lives.
+    """
+
+    @property
+    def reason(self) -> str | None: ...
+
+    def shut_down(self, since: float, until: float) -> None:
+        """Do as `Attached.shut_down`."""
 
 
 class Total:
@@ -134,7 +144,7 @@ class Served:
             if stream is not None:
                 _try(partial(stream.shut_down, self.since, until), complaint)
         for parked in tuple(self.parked):
-            _try(partial(parked.stop, "shutdown"), complaint)
+            _try(partial(parked.shut_down, self.since, until), complaint)
 
     def count(self) -> int:
         """Return the number of its streams."""
@@ -349,13 +359,33 @@ class Process:
             self.is_looking = True
         return on_grid(time.monotonic() + GRID / 2)
 
+    def drain(self) -> None:
+        """Wait for finite work whose client has left a server that stops.
+
+        Its server does not wait for it, as it does for what is attached.
+        """
+        for served in list(self._all.values()):
+            until = self.until(served)
+            if until is not None:
+                served.stop(until)
+        while time.monotonic() < self._drained_at():
+            _sleep(0.01)
+
+    def _drained_at(self) -> float:
+        """Return when work whose client has left must end; in the past for none."""
+        times = [AT_ONCE]
+        for served in list(self._all.values()):
+            if any(parked.reason is None for parked in tuple(served.parked)):
+                until = self.until(served)
+                times.append(AT_ONCE if until is None else until)
+        return max(times)
+
     def end(self, limit: float) -> None:
         """Tell all streams to end, and wait for them, at most ``limit`` seconds."""
         self.stop()
         deadline = time.monotonic() + limit
-        gevent: Any = sys.modules.get("gevent")
         while self.open_streams and time.monotonic() < deadline:
-            (gevent or time).sleep(0.01)
+            _sleep(0.01)
 
     def leave(self) -> None:
         """Make the calls registered by `at_exit`."""
@@ -390,6 +420,11 @@ def _try(function: Callable[[], object], complaint: str) -> None:
         say(log, logging.ERROR, complaint, error=error)
 
 
+def _sleep(seconds: float) -> None:
+    gevent: Any = sys.modules.get("gevent")
+    (gevent or time).sleep(seconds)
+
+
 def _asked(stopping: Stopping | None) -> float | None:
     """Return the result of a `Stopping`; ``None`` if there is none or it fails."""
     if stopping is None:
@@ -416,6 +451,7 @@ def stats() -> dict[str, Any]:
 
 def _at_exit() -> None:
     record = process()
+    record.drain()
     record.end(EXIT_WAIT)
     record.leave()
     journal().flush()  # lines about these ends

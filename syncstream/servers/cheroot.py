@@ -12,6 +12,7 @@ from .contract import (
     SocketLike,
     Write,
     at_once,
+    body_length,
     connection_reset,
     decoded,
     drop_buffered,
@@ -98,6 +99,14 @@ def _leave_body(environ: Environ) -> None:
         request.close_connection = True
 
 
+def _unread(environ: Environ) -> int | None:
+    request: Any = getattr(running("cheroot.wsgi", "req"), "req", None)
+    body: Any = getattr(request, "rfile", None)
+    if hasattr(body, "remaining"):
+        return int(body.remaining)
+    return 0 if getattr(body, "closed", False) else body_length(environ)
+
+
 SERVER = Server(
     "cheroot",
     runs=lambda environ: "Cheroot" in environ.get("SERVER_SOFTWARE", ""),
@@ -115,6 +124,7 @@ SERVER = Server(
     threads=_threads,
     key=lambda environ: _server(),
     drop_read_ahead=lambda environ: drop_buffered(_reader(environ)),
+    unread=_unread,
     leave_body=_leave_body,
     closes_first=True,  # and Python 3.13 warns about bytes that cannot be written then
 )

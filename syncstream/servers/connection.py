@@ -220,7 +220,16 @@ class Connection:
             return environ
         return {**environ, "wsgi.input": given}
 
-    @property
+    def forget_request(self) -> None:
+        """Let go of the request: its client has left the server, and stays known."""
+        known = "is_event_source", "is_multiprocess", "label", "last_event_id"
+        for name in (*known, "parses_events"):
+            getattr(self, name)  # it is kept from now on
+        self.environ, self._input, self._begun = {}, None, None
+        self._write, self._usable, self._counter = None, None, None
+        vars(self)["_socket"] = None
+
+    @cached
     def label(self) -> str:
         """Method and path, for the log."""
         # The client chose it: keep escape sequences and endless lines out of the log.
@@ -257,7 +266,7 @@ class Connection:
             environ.get("HTTP_ACCEPT", "")
         )
 
-    @property
+    @cached
     def is_multiprocess(self) -> bool:
         """The server has other processes that answer requests."""
         is_claimed = bool(self.environ.get("wsgi.multiprocess"))

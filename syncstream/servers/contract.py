@@ -21,6 +21,7 @@ __all__ = [
     "SocketLike",
     "Write",
     "at_once",
+    "body_length",
     "connection_reset",
     "decoded",
     "drop_buffered",
@@ -59,6 +60,14 @@ def at_once(is_told: Callable[[], bool]) -> Stopping:
 def speaks_http_1_1(environ: Environ) -> bool:
     """Return whether the client speaks HTTP/1.1, so that servers send it chunks."""
     return environ.get("SERVER_PROTOCOL") not in ("HTTP/1.0", "HTTP/0.9", None)
+
+
+def body_length(environ: Environ) -> int | None:
+    """Return the length of a request's body, ``None`` if it is unknown."""
+    if "HTTP_TRANSFER_ENCODING" in environ or environ.get("wsgi.input_terminated"):
+        return None
+    length = environ.get("CONTENT_LENGTH") or "0"
+    return int(length) if length.isdecimal() else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # there is one of each
@@ -123,8 +132,12 @@ class Server:
         key: An object that identifies the server among others of its kind in this
             process, never taken from the client; ``None`` if there is only one. In the
             thread or greenlet of the request.
+        unread: The number of bytes of the request's body that the application has not
+            read, ``None`` if it is unknown. In the thread or greenlet of the request.
         leave_body: Makes the server send a head without reading the rest of the
             request's body first, and close the connection after the response.
+        clears_environ: The server empties a request's environ when its response has
+            ended: what goes on after that cannot use its request.
         closes_first: The server calls the response's ``close()`` before it writes the
             end mark of the response.
         start_response: The server's own start_response, found from within ``next()``;
@@ -171,7 +184,9 @@ class Server:
     is_closing: Callable[[Environ], bool] = lambda environ: False
     drop_read_ahead: Callable[[Environ], object] = lambda environ: None
     key: Callable[[Environ], object] = lambda environ: None
+    unread: Callable[[Environ], int | None] = body_length
     leave_body: Callable[[Environ], object] = lambda environ: None
+    clears_environ: bool = False
     closes_first: bool = False
     start_response: Callable[[Environ], Any] = lambda environ: None
     forget_head: Callable[[Environ, Write | None], bool] = lambda environ, write: True

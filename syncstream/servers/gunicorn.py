@@ -21,6 +21,7 @@ from .contract import (
     Server,
     SocketLike,
     Write,
+    body_length,
     has_cipher,
     running,
 )
@@ -230,6 +231,16 @@ def _drop_read_ahead(environ: Environ) -> None:
             reader.parser, reader.length = None, 0
 
 
+def _unread(environ: Environ) -> int | None:
+    # Body -> its reader, of a known length or of chunks (22 to 27).
+    body: Any = getattr(getattr(_response(), "req", None), "body", None)
+    reader: Any = getattr(body, "reader", None)
+    if hasattr(reader, "length"):
+        return int(reader.length)
+    is_read = reader is not None and getattr(reader, "parser", reader) is None
+    return 0 if is_read else body_length(environ)
+
+
 def _warnings(environ: Environ) -> Iterator[str]:
     if _is_http_2(environ):
         # 27.0: handle_http2 runs one WSGI call after the other.
@@ -272,5 +283,6 @@ SERVER = Server(
     warnings=_warnings,
     stays=_stays,
     drop_read_ahead=_drop_read_ahead,
+    unread=_unread,
     lets_exits_through=True,  # its sync worker
 )

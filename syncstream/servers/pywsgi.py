@@ -13,6 +13,7 @@ from .contract import (
     SocketLike,
     Write,
     at_once,
+    body_length,
     decoded,
     drop_buffered,
     has_cipher,
@@ -67,6 +68,15 @@ def _threads(environ: Environ) -> int | None:
     return size
 
 
+def _unread(environ: Environ) -> int | None:
+    body: Any = environ.get("wsgi.input")
+    if getattr(body, "chunked_input", False):
+        return 0 if body.chunk_length == 0 else None
+    if not hasattr(body, "position"):  # an application has replaced it
+        return body_length(environ)
+    return int(body.content_length or 0) - int(body.position)
+
+
 SERVER = Server(
     "pywsgi",
     runs=lambda environ: environ.get("SERVER_SOFTWARE", "").startswith("gevent/"),
@@ -79,5 +89,6 @@ SERVER = Server(
     threads=_threads,
     key=lambda environ: _server(),
     warnings=lambda environ: unpatched(),
+    unread=_unread,
     drop_read_ahead=lambda environ: drop_buffered(_reader(environ)),
 )

@@ -27,8 +27,9 @@ exactly one owner at any time; only the owner writes to it and closes it:
 
 Nobody may watch the server's descriptor during a swap. Unread bytes from the client
 stay in the kernel and belong to the new owner. A pipelined request is not answered
-(RFC 9112 §9.6: the head says ``Connection: close``), and an unread request body stays
-unread. So a client that announces a body delays nothing, even if it never sends it.
+(RFC 9112 §9.6: the head says ``Connection: close``), and the rest of a POST's body
+is dropped as far as it is there. So a client that announces a body delays nothing,
+even if it never sends it.
 
 Deliberately not used: SO_SNDTIMEO on the pair. A blocking send that times out ends with
 EAGAIN, for which gunicorn logs a traceback. Instead we drain the pair when it is full.
@@ -79,6 +80,7 @@ log = logging.getLogger("syncstream.servers.handover")
 _LOOK_EVERY = 0.25  # seconds: the server may write more than a pair holds
 _LOOK_AGAIN = 0.005  # seconds, while it does
 MOST_WRITTEN = 16 << 20
+MOST_UNREAD = 1 << 16  # bytes of a request's body
 _FETCHED = 1 << 16  # bytes per read; for more, malloc would map memory each time
 SEND_TIMEOUT = 10.0  # seconds, for bytes sent after `undo`
 
@@ -271,6 +273,8 @@ class Swap:
             self._ours.shutdown(socket.SHUT_WR)
         # Otherwise the server answers requests that it has read ahead (pywsgi did).
         self._server.drop_read_ahead(self._environ)
+        if self._environ.get("REQUEST_METHOD") != "GET":
+            _drain(fd)
         if type(self._socket) not in self._server.plain_sockets:
             _handed_over.add(self._socket)
         if self._is_blocking:
@@ -434,11 +438,11 @@ def _checked(environ: Environ, server: Server) -> SocketLike:
     if sys.platform == "win32":
         raise Refused("Windows does not let us")
     method = environ.get("REQUEST_METHOD")
-    if method != "GET":
-        # An application may POST with fetch(). Other methods reach a stream only
-        # because some views, such as Django's, accept any method.
-        is_choice = method not in ("HEAD", "POST")
-        raise Refused(f"the method is {_told(method)}, not GET", is_choice=is_choice)
+    if method not in ("GET", "POST", "QUERY"):
+        # Other methods reach a stream only because some views, such as Django's,
+        # accept any method.
+        text = f"the method is {_told(method)}, not GET, POST or QUERY"
+        raise Refused(text, is_choice=method != "HEAD")
     protocol = environ.get("SERVER_PROTOCOL")
     # A client may announce HTTP/1.9; the answer is 1.1 (RFC 9110 §2.5).
     if not _HTTP_1.fullmatch(str(protocol)):
@@ -448,6 +452,12 @@ def _checked(environ: Environ, server: Server) -> SocketLike:
         raise Refused(f"{server.name} does not show its socket")
     if server.is_tls(environ):
         raise Refused("the server speaks TLS")
+    if method != "GET":
+        # More than the kernel keeps for us would stop a client that is sending it.
+        unread = server.unread(environ)
+        if unread is None or unread > MOST_UNREAD:
+            told = "an unknown number of" if unread is None else str(unread)
+            raise Refused(f"{told} bytes of the request's body are unread")
     reason = server.stays(environ)
     if reason is not None:
         raise Refused(reason)
@@ -477,6 +487,14 @@ def _ready(environ: Environ, server: Server) -> SocketLike:
         )
     server.leave_body(environ)
     return sock
+
+
+def _drain(fd: int) -> None:
+    """Drop what the client has sent of its request's body, for as much as is there."""
+    with suppress(OSError), borrowed(fd) as sock:
+        for _ in range(2):  # whoever sends more has left the rules
+            if len(sock.recv(MOST_UNREAD, socket.MSG_DONTWAIT)) < MOST_UNREAD:
+                return
 
 
 def _unknown(server: Server, error: Exception) -> Refused:

@@ -69,6 +69,7 @@ SERVER = Server(
     socket=_socket,
     # uWSGI never sends chunks.
     marks_end=lambda environ: False,
+    clears_environ=True,
     answers_errors=False,  # it sends the head from start_response, 200 (2.0.30)
     raises_system_error=True,  # it leaves the error of exc_info set (2.0.30)
     is_tls=_is_tls,

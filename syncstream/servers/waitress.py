@@ -83,6 +83,7 @@ SERVER = Server(
     runs=lambda environ: "waitress.client_disconnected" in environ,
     socket=_socket,
     is_tls=lambda environ: False,
+    unread=lambda environ: 0,  # it has received all before it calls the application
     write_module="waitress.task",
     headers=_headers,
     own_write=_own_write,

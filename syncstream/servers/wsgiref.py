@@ -18,6 +18,7 @@ from .contract import (
     SocketLike,
     Write,
     at_once,
+    body_length,
     drop_buffered,
     has_cipher,
     running,
@@ -96,6 +97,14 @@ def _warnings(environ: Environ) -> Iterator[str]:
         )
 
 
+def _unread(environ: Environ) -> int | None:
+    given = environ.get("wsgi.input")  # Django's limited stream knows
+    limit, position = (getattr(given, name, None) for name in ("limit", "_pos"))
+    if isinstance(limit, int) and isinstance(position, int):
+        return limit - position
+    return body_length(environ)
+
+
 SERVER = Server(
     "wsgiref",
     runs=lambda environ: environ.get("SERVER_SOFTWARE", "").startswith("WSGIServer/"),
@@ -111,6 +120,7 @@ SERVER = Server(
     threads=_threads,
     warnings=_warnings,
     key=lambda environ: _server(),
+    unread=_unread,
     drop_read_ahead=lambda environ: drop_buffered(_reader(environ)),
     lets_exits_through=True,  # without threads
 )

@@ -7,11 +7,14 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from ..protocol.json import Dumps
 from ..runtime.waiter import Wakeable
 from ..runtime.waiting import Scope
+
+if TYPE_CHECKING:
+    from .iteration import Iteration
 
 __all__ = [
     "FRAMED",
@@ -206,12 +209,15 @@ class Departed(Protocol):
     def stop(self, reason: str = ...) -> None:
         """End its stream, from any thread."""
 
+    def shut_down(self, since: float, until: float) -> None:
+        """End it, or let finite work go on: see `process.Attached`."""
+
     def on_close(self, callback: Callable[[], object]) -> None:
         """Register a callback for its end, from any thread."""
 
 
 class Departure(Protocol):
-    """Takes a feed's client from its server, so that it holds no thread.
+    """Takes a client from its server, so that it holds no thread.
 
     Attributes:
         client: The client once it has left, ``None`` before.
@@ -222,7 +228,7 @@ class Departure(Protocol):
 
     @property
     def is_possible(self) -> bool:
-        """Whether the client may leave as soon as its head is sent."""
+        """Whether the client may leave as soon as its head and a chunk are sent."""
 
     @property
     def is_begun(self) -> bool:
@@ -234,10 +240,14 @@ class Departure(Protocol):
         If that is impossible the client stays, or its stream's end is decided.
         """
 
-    def finish(self, first: bytes, events: int) -> bool:
+    def finish(
+        self, run: Iteration, opening: bytes, first: bytes = b"", events: int = 0
+    ) -> bool:
         """Take the connection for good; tell whether it goes on elsewhere.
 
         Args:
+            run: The iteration of the source.
+            opening: The bytes that were sent since `begin`.
             first: The unframed bytes after the opening; may be empty.
             events: The number of events in ``first``.
         """

@@ -51,7 +51,9 @@ def chunks_of_feed(
             if departure is not None and failure is None:
                 departure.begin()
             yield output.open()
-            if departure is not None and departure.finish(first, events):
+            if departure is not None and departure.finish(
+                run, output.opening, first, events
+            ):
                 return
         if failure is not None:
             if not ended:

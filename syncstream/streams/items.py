@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 from ..runtime.clock import time
 from ..runtime.waiting import entered
+from .contract import Departure
 from .iteration import LOOK_EVERY, Failure, Iteration
 from .output import PIECE
 
 __all__ = ["chunks_of_items"]
 
 
-def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
+def chunks_of_items(
+    run: Iteration, given: Iterable[Any], departure: Departure | None = None
+) -> Iterator[bytes]:
     """Yield the response's chunks: each item of a source makes one.
 
     Args:
         run: Runs the source.
         given: The source, as the application gave it.
+        departure: Takes the client to the loop, as soon as a chunk has left with the
+            head; ``None``: the client stays.
     """
     stream, parts = run.stream, run.parts
     output, monitor, ended = parts.output, parts.monitor, parts.outcome.ended
     try:
-        monitor.begin(stream, "soon")
-        if output.opening is not None and not ended:
+        if departure is not None and not departure.is_possible:
+            departure = None
+        opening = output.opening
+        # The descriptor will soon be another file's.
+        is_leaving = departure is not None and opening is not None
+        monitor.begin(stream, "never" if is_leaving else "soon")
+        if opening is not None and not ended:
+            if departure is not None:
+                departure.begin()
             yield output.open()
+            if departure is not None and departure.finish(run, opening):
+                return
+            departure = None
         if ended:
             yield from run.finish()
             return
-        output.warn()
+        if departure is None:
+            output.warn()
         failure = None
         try:
             with entered(stream):
@@ -77,6 +93,15 @@ def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
                 monitor.look(now)
                 if ended:
                     break
+                if departure is not None:
+                    if chunk is None:
+                        look_at = 0.0
+                    elif (yield from _leave(run, item, chunk, departure)):
+                        return
+                    else:
+                        departure = None
+                        output.warn()
+                        continue
             if chunk is not None:
                 # What begins with neither a colon nor a line end says by itself
                 # how it ends; most begin with a letter.
@@ -106,6 +131,24 @@ def chunks_of_items(run: Iteration, given: Iterable[Any]) -> Iterator[bytes]:
         raised = parts.closing.cut()
         if raised is not None:
             raise raised from None
+
+
+def _leave(
+    run: Iteration, item: Any, chunk: bytes, departure: Departure
+) -> Generator[bytes, None, bool]:
+    """Send the first chunk with the head, and then leave; tell whether that was so."""
+    output = run.parts.output
+    chunk = output.note(item, chunk)
+    output.moved = time.monotonic()
+    output.events += 1
+    opening, rest = chunk[:PIECE], chunk[PIECE:]
+    departure.begin()
+    output.bytes += len(opening)
+    yield opening
+    if departure.finish(run, opening, rest):
+        return True
+    yield from output.pieces(rest, run.parts.monitor.piece(len(chunk)))
+    return False
 
 
 def _thrown(throw: Callable[[BaseException], Any], failure: Failure) -> Any:

@@ -194,6 +194,31 @@ class Iteration:
 
     # The last chunks.
 
+    @property
+    def has_on_error(self) -> bool:
+        """Whether the application chooses what is sent after a failure."""
+        return self._on_error is not None
+
+    def describe(self, error: BaseException) -> str:
+        """Return the log's message for a source's error."""
+        message, output = "the source of %s failed", self._output
+        if output.is_event_stream and (is_answer(error) or isinstance(error, Returned)):
+            message += _TOO_LATE
+        return message
+
+    def last_words(self, error: BaseException) -> tuple[bytes, bool]:
+        """Return the last bytes after a source's error; it may call ``on_error``.
+
+        Returns:
+            The bytes, and whether the response ends in order behind them: some are the
+            application's own, or keep the client from coming back.
+        """
+        refusal = b""
+        if is_answer(error) or isinstance(error, Returned):
+            refusal = self._output.refusal()
+        last, is_told = self._last_words(error, refusal)
+        return last, is_told or bool(refusal and last.endswith(refusal))
+
     def finish(self) -> Iterator[bytes]:
         """Close the source; yield the last bytes, or cut the response."""
         self._closing.close_source(self.stream)
@@ -230,15 +255,11 @@ class Iteration:
             if not self._output.is_out and not is_greenlet_exit(error):
                 yield from self._fail_unsent(Failure(error))
                 return
-            block = b""
-            if is_answer(error) or isinstance(error, Returned):
-                block = self._output.refusal()
-            last, is_told = self._bury(error, block)
+            last, is_told = self._bury(error)
             if last:
                 self._output.bytes += len(last)
                 yield last
-            # With one of those the end behind it is whole.
-            if not (is_told or (block and last.endswith(block))):
+            if not is_told:
                 raised = self._closing.cut()
             else:
                 error = None
@@ -303,16 +324,8 @@ class Iteration:
         is_exit = isinstance(error, GeneratorExit) or is_greenlet_exit(error)
         return not is_exit and (connection is None or connection.shows_errors)
 
-    def _bury(self, error: BaseException, refusal: bytes) -> tuple[bytes, bool]:
-        """Log a source's error, and close the source.
-
-        Args:
-            error: The error.
-            refusal: The bytes to send last, instead of a ``retry:``.
-
-        Returns:
-            The last bytes, and whether some are the application's own.
-        """
+    def _bury(self, error: BaseException) -> tuple[bytes, bool]:
+        """Log a source's error, and close the source; return as `last_words`."""
         if is_greenlet_exit(error):
             # gevent ends this greenlet, or the source ends itself in that way.
             self._outcome.decide("shutdown")
@@ -321,14 +334,9 @@ class Iteration:
             return b"", False
         is_first = isinstance(error, Returned) and not self._output.events
         self._outcome.decide("refused" if is_first else "error")
-        message, is_answered = "the source of %s failed", is_answer(error)
-        if self._output.is_event_stream and (
-            is_answered or isinstance(error, Returned)
-        ):
-            message += _TOO_LATE
         self._closing.close_source(self.stream)
-        self._output.report(logging.ERROR, message, error)
-        return self._last_words(error, refusal)
+        self._output.report(logging.ERROR, self.describe(error), error)
+        return self.last_words(error)
 
     def _last_words(
         self, error: BaseException, refusal: bytes = b""

@@ -509,12 +509,16 @@ class Monitor:
 
     def _drained_at(self, since: float, until: float) -> float:
         """Return when this stream must end, if its server is stopping."""
-        drain = self._life.drain
+        return min(until, since + self.drain)
+
+    @property
+    def drain(self) -> float:
+        """The seconds for which the source may go on when its server is to stop."""
         if self._source.feed is not None:
-            return since  # it never ends by itself
-        if drain is None:
-            drain = 0.0 if self._output.comes_back else math.inf
-        return min(until, since + drain)
+            return 0.0  # it never ends by itself
+        if self._life.drain is not None:
+            return self._life.drain
+        return 0.0 if self._output.comes_back else math.inf
 
     def _hurry(self, now: float, until: float) -> None:
         """Keep a stopping server from waiting for this stream.

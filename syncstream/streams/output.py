@@ -114,6 +114,11 @@ class Output:
         self.bytes += len(self.opening)
         return self.opening
 
+    def encode(self, item: Any) -> bytes | None:
+        """Encode an item, and record its chunk; ``None`` for a checkpoint."""
+        chunk = self.format.encode(item)
+        return None if chunk is None else self.note(item, chunk)
+
     def note(self, item: Any, chunk: bytes) -> bytes:
         """Record a chunk that is short or a comment; return the bytes to send.
 

@@ -97,7 +97,7 @@ def warn_framed() -> None:
 
 def _warn_of_framing(what: str, key: str) -> None:
     # Not `current_stream`: the generator has just yielded, and does not run.
-    reference = current.get()
+    reference = current.get() or task_scope.get()
     stream = cast("Stream | None", reference() if reference is not None else None)
     # In a Content-Encoding of the application's no bytes are an event as they are.
     if stream is not None and stream._out.format.is_events:
@@ -117,9 +117,9 @@ class Stream:
         end: "stop" or "reconnect": what the client does after a normal end; or the
             item to send last, then as "stop". ``None``: "stop", for a feed "reconnect".
         handover: ``False``: the client keeps its thread. ``True``: the source must be
-            a feed. ``None``: a feed's client leaves if it can.
+            a feed or asynchronous. ``None``: such a source's client leaves if it can.
         on_error: Returns the item to send after a failure, ``None`` for nothing.
-        departure: Makes what takes a feed's client to the loop; ``None``: it stays.
+        departure: Makes what takes a client to the loop; ``None``: it stays.
 
     Many methods: it has a side for each of those who use it, the generator, the waits
     inside the generator, the response and the process. Each method does little: the
@@ -152,10 +152,11 @@ class Stream:
             raise TypeError(f"on_error must be callable, got {on_error!r}")
         if handover is not None and not isinstance(handover, bool):
             raise TypeError(f"handover must be True, False or None, got {handover!r}")
-        if handover and made.feed is None:
+        needs_thread = made.feed is None and made.items is None
+        if handover and needs_thread:
             raise ValueError(
-                "handover=True needs a Subscription as the source: others need the"
-                f" thread of their request, got {type(source).__name__}"
+                "handover=True needs a Subscription or an asynchronous source: others"
+                f" need the thread of their request, got {type(source).__name__}"
             )
         self.runner: Any = None  # see waiting.py
         self.reference: Callable[[], Any] = weakref.ref(self)
@@ -164,8 +165,8 @@ class Stream:
         self.has_waited = False  # since the last look
         self.has_resumed = False  # a subscription has taken the Last-Event-ID
         self.was_told = False  # of its end, by an exception; see waiting.py
-        if made.items is not None:
-            made.items.run_for(self.reference)
+        if made.items is not None and made.items.task is not None:
+            made.items.task.run_for(self.reference)
         self._source = made
         self._out = Output(format, retry, End.of(end, format.encode))
         self._outcome, life = Outcome(), life or Life()
@@ -176,7 +177,7 @@ class Stream:
         )
         self._on_error = on_error
         self._departure: Departure | None = None
-        if departure is not None and made.feed is not None and handover is not False:
+        if departure is not None and not needs_thread and handover is not False:
             self._departure = departure(self._parts)
         # Weak, for its frame refers to us: who drops both ends the stream.
         self._body: weakref.ref[Iterator[bytes]] | None = None
@@ -247,14 +248,18 @@ class Stream:
     @property
     def may_leave(self) -> bool:
         """Whether its thread may be given back as soon as its head is out."""
-        return self._departure is not None and self._departure.is_possible
+        # Without an opening, the head waits for the source's first item.
+        has_opening = self._out.opening is not None
+        return (
+            has_opening and self._departure is not None and self._departure.is_possible
+        )
 
     def __iter__(self) -> Iterator[bytes]:
         given, feed = self._source.given, self._source.feed
         if self._body is None and given is not None:
             run = Iteration(self, self._parts, self._on_error)
             if feed is None:
-                body = chunks_of_items(run, given)
+                body = chunks_of_items(run, given, self._departure)
             else:
                 body = chunks_of_feed(run, feed, self._departure)
             self._body = weakref.ref(body)
@@ -286,6 +291,8 @@ class Stream:
             if self._departure.client is not None:  # it goes on, without this response
                 closing.settle_response()
                 self._monitor.forget(self)
+                if self._out.connection is not None:
+                    self._out.connection.forget_request()
                 closing.exits.raise_kept()
                 return
         if isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit)):
@@ -370,7 +377,7 @@ class Stream:
             until: When a generator may run no longer.
         """
         if self._client is not None:
-            self._client.stop("shutdown")
+            self._client.shut_down(since, until)
             return
         self._monitor.shut_down(since, until)
 

@@ -291,8 +291,8 @@ class SSEResponse(_Streaming):
             source runs in the thread or greenlet of the request, and is closed exactly
             once, there, when it ends, fails, or the client has left. For HEAD, and for
             a status without a body, it is closed without having run. An asynchronous
-            generator or iterable runs in the process's event loop instead, and is
-            cancelled and closed there.
+            generator or iterable runs in the process's event loop instead, where it is
+            cancelled and closed, and needs no thread of the server's.
         status: The HTTP status.
         headers: Headers that override or extend the defaults (``Content-Type:
             text/event-stream; charset=utf-8``, ``Cache-Control: no-cache,
@@ -327,10 +327,11 @@ class SSEResponse(_Streaming):
             with "stop". So clients that are no EventSource can tell a finished stream,
             too: one that failed, was cut, or was stopped for another reason than
             "finished" lacks it.
-        handover: A `Subscription` needs no thread. With ``None``, its connection leaves
-            the server where that is possible, and the request ends. ``False`` keeps it
-            in the request's thread or greenlet. ``True`` is the same as ``None``, but
-            raises for other sources, which need their thread. See docs/handover.md.
+        handover: A `Subscription` and an asynchronous source need no thread. With
+            ``None``, their connections leave the server where that is possible, and the
+            request ends. ``False`` keeps them in the request's thread or greenlet.
+            ``True`` is the same as ``None``, but raises for other sources, which need
+            their thread. See docs/handover.md.
         framed: Whether the source's ``str`` is event-stream text, like its bytes:
             both are sent unchanged, and other items as ever.
         on_error: Called with the exception when the source has failed with an
@@ -347,7 +348,7 @@ class SSEResponse(_Streaming):
         ValueError: ``status`` is not 200 to 599, a header cannot be sent (it has a line
             break, for example), ``retry`` is negative, ``end`` is another word, or
             nothing is sent for it, a number of seconds is not above 0, ``handover`` is
-            true without a `Subscription`.
+            true for a source that needs its thread.
     """
 
     def __init__(
@@ -421,7 +422,9 @@ class NDJSONResponse(_Streaming):
     ) -> None:
         format = Format(ndjson.encoder(dumps), ends_line, dumps=dumps)
         life = life_of(None, send_timeout, max_duration, drain)
-        stream = Stream(source, format, life=life, on_error=on_error)
+        stream = Stream(
+            source, format, life=life, on_error=on_error, departure=Departure
+        )
         super().__init__(stream, NDJSON_HEADERS, status, headers)
 
 
@@ -462,5 +465,6 @@ class StreamResponse(_Streaming):
             raise TypeError(f"content_type must be str, got {content_type!r}")
         defaults = {"Content-Type": content_type, **LIVE}
         life = life_of(None, send_timeout, max_duration, drain)
-        stream = Stream(source, Format(raw.encode, lambda tail: False), life=life)
+        format = Format(raw.encode, lambda tail: False)
+        stream = Stream(source, format, life=life, departure=Departure)
         super().__init__(stream, defaults, status, headers)

@@ -22,7 +22,7 @@ def make():
     def health():
         return "ok"
 
-    @app.get("/sse/<name>")
+    @app.route("/sse/<name>", methods=["GET", "POST"])
     def events(name):
         key = flask.request.args["key"]
 
@@ -32,17 +32,23 @@ def make():
             return response
 
         flask.session["user"] = "alice"
-        response = SSEResponse(SOURCES[name](key))
+        options = {}
+        if "keepalive" in flask.request.args:
+            options["keepalive"] = float(flask.request.args["keepalive"])
+        if "tells" in flask.request.args:
+            options["on_error"] = lambda error: f"told: {error}"
+        response = SSEResponse(SOURCES[name](key), **options)
         response.call_on_close(lambda: note(f"{key}-closed", "closed"))
         return response
 
-    @app.get("/ndjson/<name>")
+    @app.route("/ndjson/<name>", methods=["GET", "POST"])
     def ndjson(name):
         return NDJSONResponse(SOURCES[name](flask.request.args["key"]))
 
     @app.get("/raw/<name>")
     def raw(name):
-        return StreamResponse(map(str, SOURCES[name](flask.request.args["key"])))
+        source = SOURCES[name](flask.request.args["key"])
+        return StreamResponse(source if name == "async-text" else map(str, source))
 
     @app.get("/decorated/<name>")
     @sse

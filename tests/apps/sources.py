@@ -8,7 +8,7 @@ import os
 import threading
 from contextlib import asynccontextmanager
 
-from syncstream import sleep
+from syncstream import current_stream, sleep
 from tests.apps.control import gate, note
 
 
@@ -135,6 +135,61 @@ async def async_waiting(key):
     await asyncio.sleep(60)
 
 
+async def async_unencodable(key):
+    """Yield what is no JSON; a handler at the yield sees why."""
+    try:
+        yield {1, 2}
+    except TypeError as error:
+        yield f"thrown: {type(error).__name__}"
+
+
+@noted_async
+async def async_checkpoints(key):
+    """Yield nothing for a while, without an await; others have their turns."""
+    await asyncio.to_thread(gate, key)
+    for _ in range(1000):
+        yield None
+    yield "something"
+
+
+@noted_async
+async def async_half(key):
+    """Yield half an event, wait, and yield its rest."""
+    yield b"data: a"
+    await asyncio.to_thread(gate, key)
+    yield b"b\n\n"
+    await asyncio.to_thread(gate, key)
+
+
+@noted_async
+async def async_aborted(key):
+    """Answer by a status, too late."""
+    yield 0
+    from werkzeug.exceptions import NotFound
+
+    raise NotFound
+
+
+@noted_async
+async def async_own(key):
+    """Use its own stream, which has left its server."""
+    stream = current_stream()
+    await asyncio.to_thread(gate, key)
+    stream.on_close(lambda: note(f"{key}-told", stream.reason))
+    yield [stream is current_stream(), stream.connected, stream.last_event_id]
+    stream.stop("finished")
+    await asyncio.sleep(60)
+
+
+@noted_async
+async def async_text(key):
+    """Yield text, and wait."""
+    yield None
+    yield "some text"
+    note(f"{key}-waiting", True)
+    await asyncio.sleep(60)
+
+
 @noted_async
 async def async_three(key):
     """Yield three numbers."""
@@ -180,7 +235,13 @@ async def async_looking_up(key):
 SOURCES = {
     "async-gated": async_gated,
     "async-waiting": async_waiting,
+    "async-text": async_text,
+    "async-aborted": async_aborted,
+    "async-checkpoints": async_checkpoints,
+    "async-half": async_half,
+    "async-own": async_own,
     "async-three": async_three,
+    "async-unencodable": async_unencodable,
     "async-broken": async_broken,
     "async-failing": async_failing,
     "async-looking-up": async_looking_up,

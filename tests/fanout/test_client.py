@@ -271,11 +271,11 @@ def test_a_leave_is_announced_by_a_lane(loop):
     one = client(loop, subscription(announcement="{}"))
     one.reason = "closed"
     one.leave()
-    assert one.subscription.calls == []
+    assert one.feed.calls == []
     assert one in one.terms.served.parked
     ((_, job),) = one.terms.lanes.reads.take()
     job()
-    assert one.subscription.calls == [("part", "closed"), ("detach", None)]
+    assert one.feed.calls == [("part", "closed"), ("detach", None)]
     assert one not in one.terms.served.parked
     assert one.terms.lanes.users.calls == []
     assert len(one.terms.lanes.said) == 1
@@ -285,7 +285,7 @@ def test_a_leave_is_announced_by_a_lane(loop):
 def test_what_the_broker_is_told_is_told_by_a_lane(loop, error):
     """It may be slow, and holds up neither the loop nor the client's end."""
     one, told = client(loop, subscription()), []
-    one.subscription.results["part"] = lambda: told.append("idle")
+    one.feed.results["part"] = lambda: told.append("idle")
     one.terms.lanes.ends.results["do"] = error
     one.reason = "closed"
     one.leave()
@@ -294,7 +294,7 @@ def test_what_the_broker_is_told_is_told_by_a_lane(loop, error):
     rest()
     assert told == ["idle"]
     assert one.terms.served.parked == set()
-    assert ("detach", None) in one.subscription.calls
+    assert ("detach", None) in one.feed.calls
 
 
 def broken(name, error):

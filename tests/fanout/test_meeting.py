@@ -63,9 +63,7 @@ def test_who_is_at_one_place_is_one_group(loop):
     (shared,) = loop.meeting.groups.values()
     assert shared.is_shared
     assert {one.group for one in clients} == {shared}
-    assert [one.subscription.calls[-1] for one in clients] == [
-        ("lean_on", shared.leader)
-    ] * 3
+    assert [one.feed.calls[-1] for one in clients] == [("lean_on", shared.leader)] * 3
     assert shared.leader.calls[0] == ("detach", shared)
     assert all(group.is_empty for group in made)
 
@@ -108,10 +106,10 @@ def test_who_lags_or_is_of_a_kind_of_its_own_stays_alone(loop):
     (one,) = group.clients.values()
     one.rest = memoryview(b"x")
     loop.meeting.join(group)
-    one.rest, one.subscription.is_plain = None, False
+    one.rest, one.feed.is_plain = None, False
     loop.meeting.join(group)
     assert groups(loop) == []
-    one.subscription.is_plain = True
+    one.feed.is_plain = True
     loop.meeting.join(group)
     assert groups(loop) == [[1]]
 
@@ -127,8 +125,8 @@ def test_who_parts_goes_on_from_the_same_place(loop):
         own = loop.meeting.part(one)
         assert one.group is own
         assert not own.is_shared
-        assert own.leader is one.subscription
-        assert one.subscription.calls[-1] == ("go_where", shared.leader)
+        assert own.leader is one.feed
+        assert one.feed.calls[-1] == ("go_where", shared.leader)
     assert groups(loop) == []
     assert shared.leader.calls[-1] == ("detach", None)
     assert loop.wheel.calls.count(("remove", shared)) == 1
@@ -170,7 +168,7 @@ def test_a_move_that_fails_cuts_its_client(loop):
     """The others go on; a group that nobody has come to is forgotten."""
     first, second = alone(loop, 1), alone(loop, 2)
     (one,) = second.clients.values()
-    error = one.subscription.results["lean_on"] = MemoryError()
+    error = one.feed.results["lean_on"] = MemoryError()
     loop.meeting.join(first)
     loop.meeting.join(second)
     assert groups(loop) == [[1]]
@@ -180,7 +178,7 @@ def test_a_move_that_fails_cuts_its_client(loop):
 def test_the_first_that_cannot_be_moved_leaves_no_group(loop):
     first, second = alone(loop, 1), alone(loop, 2)
     (one,) = first.clients.values()
-    error = one.subscription.results["lean_on"] = MemoryError()
+    error = one.feed.results["lean_on"] = MemoryError()
     loop.meeting.join(first)
     loop.meeting.join(second)
     assert ("cut", one, error) in loop.calls

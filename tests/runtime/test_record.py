@@ -42,8 +42,7 @@ class Stream:
 class Parked(Stream):
     """One that has left its server."""
 
-    def stop(self, reason="closed"):
-        self.told.append(reason)
+    reason = None
 
 
 class Clock:
@@ -214,7 +213,7 @@ def test_a_stop_of_the_program_is_at_once(own_record):
     for stream, served in ((first, one), (second, two)):
         [(since, until)] = stream.told
         assert (since, until) == (served.since, -math.inf)
-    assert parked.told == ["shutdown"]
+    assert parked.told == first.told
     since = one.since
     own_record.stop()
     assert one.since == since
@@ -228,13 +227,13 @@ def test_a_stream_that_cannot_be_told(own_record, caplog):
     one, two = Parked(), Parked()
     held[0][1].parked.update((one, two))
     for parked in (one, two):
-        parked.stop = lambda reason, parked=parked: (
-            parked.told.append(reason),
+        parked.shut_down = lambda since, until, parked=parked: (
+            parked.told.append(until),
             1 / 0,
         )
     own_record.stop()
     assert [len(stream.told) for stream, _ in held] == [0, 1, 1]
-    assert one.told == two.told == ["shutdown"]
+    assert one.told == two.told == [-math.inf]
     assert journal().flush()
     text = "a stream could not be told that the server stops: it goes on"
     assert caplog.messages == [text] * 3

@@ -5,6 +5,7 @@ import socket
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -359,21 +360,49 @@ def test_tls_stays(kind, certificates, tag):
 
 
 def test_other_methods_stay(server, before, tag):
-    """HEAD has no body to go on with, and what a POST has sent is still to be read."""
+    """HEAD has no body to go on with, and nobody knows what else is meant."""
     with server.connect() as client:
         client.send(request("/events", method="HEAD", Connection="close"))
         everything(client)
     with server.connect() as client:
-        client.send(request(f"/events?tag={tag}", method="POST", Content_Length=3))
-        client.send("abc")
+        client.send(request(f"/events?tag={tag}", method="PUT"))
         assert client.rest() == b"".join([OPENING, *events(tag, "attached")])
     now = state(server)
-    refusals = {
-        "the method is HEAD, not GET",
-        "the method is POST, not GET",
-    }
-    for refusal in refusals:
+    for method in ("HEAD", "PUT"):
+        refusal = f"the method is {method}, not GET, POST or QUERY"
         assert now[refusal] == before.get(refusal, 0) + 1
+
+
+@pytest.mark.parametrize("method", ["POST", "QUERY"])
+@pytest.mark.parametrize("sent", ["abc", "", "a" * 65536])
+def test_a_body_that_is_not_read(server, tag, method, sent):
+    """It leaves, and its end is none of a reset; also if the rest never comes."""
+    length = 1000 if not sent else len(sent)
+    path = f"/events?tag={tag}"
+    with server.connect() as client:
+        client.send(request(path, method=method, Content_Length=length))
+        client.send(sent)
+        if server.kind == "waitress" and not sent:  # it waits for all of it
+            return
+        assert client.rest() == b"".join([OPENING, *events(tag, "handed")])
+
+
+def test_a_body_that_is_too_long_stays(server, before, tag):
+    """More than that might stop the client that is sending it."""
+    length = 65537
+    with server.connect() as client:
+        path = f"/events?tag={tag}"
+        client.send(request(path, method="POST", Content_Length=length))
+        client.send("a" * length)
+        how = "handed" if server.kind == "waitress" else "attached"
+        if server.kind == "uwsgi":  # its close, with bytes unread, is a reset
+            with suppress(ConnectionResetError):
+                client.rest()
+        else:
+            assert client.rest() == b"".join([OPENING, *events(tag, how)])
+    if how == "attached":
+        refusal = f"{length} bytes of the request's body are unread"
+        assert state(server)[refusal] == before.get(refusal, 0) + 1
 
 
 WAITRESS = """

@@ -267,7 +267,14 @@ def test_a_second_request_has_nobody_to_answer(pair):
 
 REFUSED = [
     ({"REQUEST_METHOD": "HEAD"}, "the method is HEAD"),
-    ({"REQUEST_METHOD": "POST"}, "the method is POST"),
+    (
+        {"REQUEST_METHOD": "POST", "CONTENT_LENGTH": "65537"},
+        "65537 bytes of the request's body are unread",
+    ),
+    (
+        {"REQUEST_METHOD": "QUERY", "HTTP_TRANSFER_ENCODING": "chunked"},
+        "an unknown number of bytes of the request's body",
+    ),
     ({"SERVER_PROTOCOL": "HTTP/2"}, "the protocol is HTTP/2"),
     ({"SERVER_PROTOCOL": "HTTP/0.9"}, "the protocol is HTTP/0.9"),
     ({"SERVER_PROTOCOL": None}, "the protocol is None"),

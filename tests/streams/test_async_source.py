@@ -23,7 +23,7 @@ from syncstream import (
     sse,
 )
 from syncstream.runtime.journal import journal
-from syncstream.streams import async_source
+from syncstream.streams import async_source, async_task
 from tests.support.waits import TIMEOUT, await_true
 from tests.wsgi.asking import ASK, get
 
@@ -451,7 +451,7 @@ def test_a_wait_that_would_hold_the_loop_up_is_refused(wait, cure):
 def test_a_source_that_blocks_the_loop_is_named_once(caplog, own_record, monkeypatch):
     """With the line before which it did."""
     caplog.set_level(logging.WARNING, "syncstream")
-    monkeypatch.setattr(async_source, "BLOCKED", 0.01)
+    monkeypatch.setattr(async_task, "BLOCKED", 0.01)
 
     async def blocker():
         for _ in range(2):
@@ -724,7 +724,7 @@ def test_a_head_starts_no_loop(monkeypatch):
     def none():
         raise AssertionError("the loop is not needed")
 
-    monkeypatch.setattr(async_source, "event_loop", none)
+    monkeypatch.setattr(async_task, "event_loop", none)
     assert get(SSEResponse(letters("a")), "HEAD").status_code == 200
     SSEResponse(letters("a")).close()
 

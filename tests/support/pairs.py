@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from syncstream.fanout.departure import Departure
@@ -45,6 +46,11 @@ class Line:
 
     def __init__(self, sock: socket.socket | None = None) -> None:
         self.sock = sock
+
+    server = SimpleNamespace(clears_environ=False)
+
+    def forget_request(self) -> None:
+        pass
 
     @property
     def fd(self) -> int | None:

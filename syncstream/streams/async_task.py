@@ -1,0 +1,423 @@
+"""One asynchronous source's task, in the process's event loop.
+
+The task makes one item at a time, when it is asked for one. What a generator would be
+told by its caller, it is told by its task: the client's leaving cancels the task, which
+raises CancelledError where the source awaits; at a ``yield`` it is closed, and gets
+GeneratorExit. Either way ``aclose()`` is awaited.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Generator
+from contextvars import copy_context
+from functools import partial
+from opcode import opmap
+from typing import Any
+
+from ..runtime.clock import time
+from ..runtime.event_loop import EventLoop, event_loop
+from ..runtime.journal import journal
+from ..runtime.process import process
+from ..runtime.tasks import task_scope
+from ..runtime.waiter import Wakeable, wake_all
+from ..runtime.waiting import gevent_hub_of_thread, runner
+
+__all__ = ["CLOSE_WAIT", "SourceTask"]
+
+log = logging.getLogger("syncstream.stream")
+
+BLOCKED = 0.1  # seconds for which a source may keep the loop from the others
+CLOSE_WAIT = 5.0  # seconds in which a source should have ended after its cancel
+
+
+class SourceTask:
+    """One source's task, and the answers that it gives.
+
+    Its reader asks for an item, and is woken when there is an answer; the task of a
+    source that is never asked is begun by its end, unless that cannot matter. One
+    thread at a time reads, the rest may come from any.
+
+    Args:
+        source: The source. Its task runs in a copy of the context that is the current
+            one now.
+
+    Attributes:
+        name: The source's name and place in the code, for the log.
+        has_begun: Whether the task was started.
+        has_answered: Whether there is an answer to `take`.
+        encode: Turns an item into the answer, ``None`` for no answer yet. What it
+            raises is thrown into the source. ``None``: items are answers themselves.
+    """
+
+    def __init__(self, source: AsyncIterable[Any]) -> None:
+        self.name = _name_of(source)
+        self._source: AsyncIterable[Any] | None = source
+        self._context = copy_context()
+        self._running: EventLoop | None = None
+        self._waiter: Wakeable | None = None
+        self.has_answered = False
+        self.encode: Callable[[Any], Any] | None = None
+        self._item: Any = None
+        self._error: BaseException | None = None
+        self._thrown: BaseException | None = None
+        self._future: Any = None  # that the task awaits between two items
+        self._is_asked = False
+        self._is_over = False  # it is to end, or has no more items
+        self._has_ended = False
+        self._is_left = False  # nobody waits for its end
+        self._told: list[Callable[[], object]] = []  # called at its end
+        self._task: Any = None
+
+    # From the thread that reads.
+
+    def run_for(self, stream: Callable[[], Any]) -> None:
+        """Set the stream, by a weak reference, that the source finds as its own."""
+        self._context.run(task_scope.set, stream)
+
+    @property
+    def has_begun(self) -> bool:
+        return self._running is not None
+
+    @property
+    def is_unstarted(self) -> bool:
+        """Whether no code of the source has run, so that nothing is to be closed."""
+        return not self.has_begun and _is_unstarted(self._source)
+
+    @property
+    def _loop(self) -> EventLoop:
+        """The loop that runs it, which it is begun in now if it was in none."""
+        loop = self._running
+        if loop is None:
+            loop = self._running = event_loop()
+            loop.start(self._run(), self._context.copy())
+        return loop
+
+    def ask(self, error: BaseException | None, waiter: Wakeable) -> None:
+        """Have the next item made; the waiter is woken when `has_answered`.
+
+        Args:
+            error: Raised in the source, instead of going on after its ``yield``.
+            waiter: Whom to wake.
+
+        Raises:
+            RuntimeError: No loop can be started, or it has ended with the process.
+        """
+        # In this order: its end may come in between, and is seen by `_asked`.
+        self.has_answered = False
+        self._thrown, self._waiter = error, waiter
+        self._loop.call(self._asked)
+
+    def take(self) -> Any:
+        """Return the item, or raise what the source has raised.
+
+        Raises:
+            StopIteration: The source has finished.
+        """
+        item, self._item = self._item, None
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                error = None  # its traceback has this frame
+        if self._is_over:
+            raise StopIteration
+        return item
+
+    def end(self, told: Callable[[], object], within: float | None = None) -> None:
+        """Cancel it, and call a function, in the loop, when it has ended.
+
+        Args:
+            told: The function, which is called once.
+            within: Call it after so many seconds at the latest; ``None``: no limit.
+
+        Raises:
+            RuntimeError: As from `ask`.
+        """
+        self._loop.call(partial(self._end, told, within))
+
+    def leave(self) -> None:
+        """Cancel it; log what it raises at its end, for which nobody waits."""
+        self._loop.call(self._leave)
+
+    def must_not_wait(self) -> bool:
+        """Tell whether a wait for its end would hold up this thread's event loop."""
+        hub = gevent_hub_of_thread()
+        return self._loop.is_here or (hub is not None and runner() is hub)
+
+    def take_late(self) -> BaseException | None:
+        """Return what the source has raised at its end, ``None`` for nothing."""
+        error, self._error = self._error, None
+        return error
+
+    def say_late(self, seconds: float) -> None:
+        """Log that it goes on, so many seconds after its cancel."""
+        text = (
+            "%s has not ended within %g s after its cancel: its stream has ended"
+            " without it"
+        )
+        journal().later(log, logging.WARNING, text, self.name, seconds)
+
+    # In the loop's thread.
+
+    def _asked(self) -> None:
+        self._is_asked = True
+        if self._is_over:  # before it was asked: others may cancel it, too
+            self._answer()
+        elif self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    def _end(self, told: Callable[[], object], within: float | None) -> None:
+        if self._has_ended:
+            told()
+            return
+        self._told.append(told)
+        self._cancel()
+        if within is not None:
+            import asyncio
+
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(within, self._end_late, told, within)
+            self._told.append(timer.cancel)
+
+    def _end_late(self, told: Callable[[], object], seconds: float) -> None:
+        """Handle that it has not ended in time."""
+        self._told.remove(told)
+        self.say_late(seconds)
+        told()
+        self._is_left = True
+
+    def _leave(self) -> None:
+        self._is_left = True
+        self._cancel()
+        if self._has_ended:
+            self._log_late()
+
+    def _cancel(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            if self._task is not None:
+                self._task.cancel()
+
+    def _log_late(self) -> None:
+        error = self.take_late()
+        if error is not None:
+            text = "%s failed at its end"
+            journal().later(log, logging.ERROR, text, self.name, error=error)
+
+    def _answer(self) -> None:
+        self.has_answered = True
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            wake_all([waiter])
+
+    async def _run(self) -> None:
+        import asyncio
+
+        self._task = asyncio.current_task()
+        iterator: AsyncIterator[Any] | None = None
+        thrown: BaseException | None = None
+        source = self._source
+        assert source is not None
+        try:
+            while not self._is_over:
+                if thrown is None:
+                    thrown = await self._await_ask() or self._thrown
+                    self._thrown = None
+                if iterator is None:
+                    iterator = source.__aiter__()
+                if thrown is None:
+                    step: Any = iterator.__anext__()
+                else:
+                    step = _thrown_into(iterator, thrown)
+                    thrown = None
+                item = await _Timed(step, self, iterator)
+                if self.encode is not None and not self._is_over:
+                    try:
+                        item = self.encode(item)
+                    except BaseException as error:
+                        # Thrown at the yield, the user's line is in its traceback.
+                        thrown = error
+                        continue
+                    if item is None:  # a checkpoint: others have their turn
+                        asyncio.get_running_loop().call_soon(self._asked)
+                        continue
+                if not self._is_over:
+                    self._item = item
+                    self._answer()
+                item = None
+        except StopAsyncIteration:
+            pass
+        except StopIteration as error:  # which would end its reader's iteration
+            self._error = RuntimeError(f"{self.name} raised StopIteration")
+            self._error.__cause__ = error
+        except BaseException as error:
+            if not (self._is_over and isinstance(error, asyncio.CancelledError)):
+                self._error = error
+        # Told before it is closed, which may take long.
+        self._is_over = True
+        self._answer()
+        try:
+            await self._aclose(iterator)
+        finally:
+            iterator = source = thrown = None
+            self._source = self._future = self._task = None
+            self._has_ended = True
+            if self._is_left:
+                self._log_late()
+            for told in self._told:
+                told()
+
+    async def _await_ask(self) -> BaseException | None:
+        """Wait until an item is asked for.
+
+        Returns:
+            The cancellation of a task group or a time-out of the source's, which are
+            not ours: it belongs to where the source stands, at its ``yield``.
+        """
+        import asyncio
+
+        found: BaseException | None = None
+        while not self._is_asked:
+            self._future = asyncio.get_running_loop().create_future()
+            try:
+                await self._future
+            except asyncio.CancelledError as error:
+                if self._is_over:
+                    raise
+                found = error
+        self._is_asked = False
+        return found
+
+    async def _aclose(self, iterator: AsyncIterator[Any] | None) -> None:
+        """Close the iterator, and what it was made of."""
+        closables: list[Any] = [iterator] if iterator is not None else []
+        if iterator is not self._source:
+            closables.append(self._source)
+        for closable in closables:
+            try:
+                await _Timed(_closing(closable), self, closable)
+            except BaseException as error:
+                # One that has yielded while it was closed cannot be closed again: it
+                # ends when it is freed.
+                is_silent = _has_yielded(error) or _is_cancel(error)
+                if self._error is None and not is_silent:
+                    self._error = error
+
+    def note_step(self, seconds: float, place: Any) -> None:
+        """Say, once a process, that the source has held the loop up, and where."""
+        process().say_once(
+            log,
+            logging.WARNING,
+            self.name.replace("%", "%%")
+            + " has blocked the event loop for %.2f s, before %s: all other"
+            " asynchronous sources had to wait. Await a coroutine instead of a call"
+            " that waits or computes, or use `await asyncio.to_thread(call)`",
+            seconds,
+            _place_of(place),
+        )
+
+
+class _Timed:
+    """Awaits an awaitable, and notes how long each of its steps keeps the loop."""
+
+    __slots__ = ("_awaitable", "_place", "_task")
+
+    def __init__(self, awaitable: Any, task: SourceTask, place: Any) -> None:
+        self._awaitable, self._task, self._place = awaitable, task, place
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        awaitable = self._awaitable
+        if not hasattr(awaitable, "__await__"):  # of `types.coroutine`
+            awaitable = _awaited(awaitable)
+        steps: Any = awaitable.__await__()
+        monotonic, thrown = time.monotonic, None
+        while True:
+            began = monotonic()
+            try:
+                future = next(steps) if thrown is None else _throw(steps, thrown)
+            except StopIteration as stop:
+                return stop.value
+            finally:
+                thrown = None
+                seconds = monotonic() - began
+                if seconds > BLOCKED:
+                    self._task.note_step(seconds, self._place)
+            try:
+                yield future
+            except BaseException as error:
+                thrown = error
+
+
+def _throw(steps: Any, error: BaseException) -> Any:
+    if not hasattr(steps, "throw"):
+        raise error
+    return steps.throw(error)
+
+
+def _thrown_into(iterator: Any, error: BaseException) -> Awaitable[Any]:
+    athrow = getattr(iterator, "athrow", None)
+    if athrow is None:
+        raise error
+    found: Awaitable[Any] = athrow(error)
+    return found
+
+
+async def _awaited(awaitable: Any) -> Any:
+    return await awaitable
+
+
+async def _closing(closable: Any) -> None:
+    close = getattr(closable, "aclose", None) or getattr(closable, "close", None)
+    if close is not None:
+        result = close()
+        if inspect.isawaitable(result):
+            await result
+
+
+def _has_yielded(error: BaseException) -> bool:
+    return type(error) is RuntimeError and error.args == (
+        "async generator ignored GeneratorExit",
+    )
+
+
+def _is_cancel(error: BaseException) -> bool:
+    import asyncio
+
+    return isinstance(error, asyncio.CancelledError)
+
+
+def _is_unstarted(source: object) -> bool:
+    if not inspect.isasyncgen(source) or source.ag_frame is None:
+        return False
+    is_suspended: bool | None = getattr(source, "ag_suspended", None)
+    if is_suspended is not None:  # from Python 3.12 on
+        return not (is_suspended or source.ag_running)
+    last = source.ag_frame.f_lasti
+    return last < 0 or source.ag_code.co_code[last] == opmap.get("RETURN_GENERATOR")
+
+
+def _name_of(source: object) -> str:
+    name = getattr(source, "__qualname__", None) or type(source).__qualname__
+    code = getattr(source, "ag_code", None)
+    place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+    return f"the asynchronous source {name}{place}"
+
+
+def _place_of(source: Any) -> str:
+    """Return the innermost line where a source stands now."""
+    frame: Any = None
+    awaited = source
+    while awaited is not None:
+        found = getattr(awaited, "ag_frame", None) or getattr(awaited, "cr_frame", None)
+        if found is None:
+            break
+        frame = found
+        awaited = getattr(awaited, "ag_await", None) or getattr(
+            awaited, "cr_await", None
+        )
+    if frame is None:
+        return "a place that is not known"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

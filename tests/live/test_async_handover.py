@@ -1,0 +1,173 @@
+"""Asynchronous sources whose clients have left their server: no thread serves them."""
+
+import re
+import signal
+import time
+
+import pytest
+
+from tests.live.promises import end_of
+from tests.support.live import EVENT_SOURCE, GUNICORN, LiveServer, unique_key
+from tests.support.waits import await_true
+
+APP = "tests.apps.flask_app:app"
+BODY = {"Content-Type": "application/json", "Content-Length": "2"}
+
+
+@pytest.fixture(scope="module")
+def sync():
+    """A server of one thread: what holds it is seen by all others."""
+    with LiveServer("gunicorn-sync", APP) as server:
+        yield server
+
+
+@pytest.fixture
+def key():
+    return unique_key()
+
+
+def ask(server, method, path, **options):
+    """Return a client that has sent a request, a POST's with its body."""
+    client = server.connect()
+    if method == "POST":
+        options["headers"] = {**options.get("headers", {}), **BODY}
+    client.request(method, path, **options)
+    if method == "POST":
+        client.send("{}")
+    return client
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("way", ["sse", "ndjson", "raw"])
+def test_it_holds_no_thread(sync, key, way, method, version):
+    """Others are answered while it waits; a leave ends it, and runs its ``finally``."""
+    if (way, method) == ("raw", "POST"):
+        way = "sse"
+    name = "async-text" if way == "raw" else "async-waiting"
+    path = f"/{way}/{name}?key={key}"
+    with ask(sync, method, path, version=version) as client:
+        assert client.chunk()
+        sync.control.next(f"{key}-waiting")
+        for _ in range(3):
+            with sync.get("/health") as other:
+                assert other.rest() == b"ok"
+        left = time.monotonic()
+    assert sync.control.next(f"{key}-ended") == "CancelledError"
+    assert time.monotonic() - left < 5  # benchmarks/leave.py has the figures
+    assert sync.control.next(f"{key}-left") == "left"
+    assert sync.tracebacks() == 0, sync.log()
+
+
+def test_what_a_browser_is_told_at_its_end(sync, key):
+    """Not to come back: by GET; whoever has posted is no EventSource."""
+    for method, end in ("GET", b"id: syncstream-end\n\n"), ("POST", b""):
+        path = f"/sse/async-three?key={key}"
+        with ask(sync, method, path, headers=EVENT_SOURCE) as client:
+            assert client.rest() == b": ok\ndata: 0\n\ndata: 1\n\ndata: 2\n\n" + end
+            assert client.is_whole
+        assert sync.control.next(f"{key}-ended") == "finished"
+
+
+@pytest.mark.parametrize("kind", GUNICORN)
+@pytest.mark.parametrize("way", ["sse", "ndjson"])
+def test_finite_work_goes_on_while_its_server_stops(kind, key, way):
+    """Whole, in its executor's threads, too; then the process ends."""
+    with LiveServer(kind, APP, "--graceful-timeout", "20") as server:
+        server.control.open(key)
+        with ask(server, "POST", f"/{way}/async-gated?key={key}") as client:
+            assert client.chunk()
+            server.control.next(f"{key}-started")
+            server.signal_one(signal.SIGTERM)
+            time.sleep(0.5)  # the server has nothing else to wait for
+            for _ in range(2):
+                server.control.open(key)
+                assert client.chunk()
+        assert end_of(server, key) in ("CancelledError", "GeneratorExit")
+        await_true(lambda: not server.is_running(), server.log)
+        assert server.tracebacks() == 0, server.log()
+
+
+def test_an_end_of_the_drain_cuts(key):
+    """Its ``finally`` runs, and its client sees that something is missing."""
+    with LiveServer("gunicorn-sync", APP, env={"SYNCSTREAM_DRAIN": "0.5"}) as server:
+        with ask(server, "POST", f"/sse/async-waiting?key={key}") as client:
+            assert client.chunk()
+            server.control.next(f"{key}-waiting")
+            server.signal_one(signal.SIGTERM)
+            assert b"retry" not in client.rest()
+            assert not client.is_whole
+        assert server.control.next(f"{key}-ended") == "CancelledError"
+        await_true(lambda: not server.is_running(), server.log)
+
+
+def body_of(server, key, name, query="", **options):
+    """Return the body of a browser's stream, and whether its end is marked."""
+    path = f"/sse/async-{name}?key={key}{query}"
+    with server.get(path, headers={**EVENT_SOURCE, **options}) as client:
+        body = b""
+        while chunk := client.chunk():
+            body += chunk
+        return body.removeprefix(b": ok\n"), client.is_whole
+
+
+def test_what_cannot_be_encoded_is_thrown_at_the_yield(sync, key):
+    body, is_whole = body_of(sync, key, "unencodable")
+    assert body == b"data: thrown: TypeError\n\nid: syncstream-end\n\n"
+    assert is_whole
+
+
+def test_a_failure_is_told(sync, key):
+    """By ``on_error``, whose event the end in order follows; or by a cut."""
+    before = len(sync.log())
+    body, is_whole = body_of(sync, key, "failing", "&tells=1")
+    assert re.fullmatch(rb"data: 0\n\ndata: told: MARK\n\nretry: \d+\n\n", body)
+    assert is_whole
+    body, is_whole = body_of(sync, key, "failing")
+    assert re.fullmatch(rb"data: 0\n\nretry: \d+\n\n", body)
+    assert not is_whole
+    await_true(lambda: sync.log()[before:].count("Error: MARK") == 2, sync.log)
+
+
+def test_an_answer_that_comes_too_late(sync, key):
+    """A browser does not come back for it, and the log says why."""
+    before = len(sync.log())
+    body, is_whole = body_of(sync, key, "aborted")
+    assert body == b"data: 0\n\nid: syncstream-end\n\n"
+    assert is_whole
+    said = "the response's head has left before the generator began"
+    await_true(lambda: said in sync.log()[before:], sync.log)
+
+
+def test_keepalives_come_between_events(sync, key):
+    """None in the middle of one that is yielded in parts."""
+    path = f"/sse/async-half?key={key}&keepalive=0.05"
+    with sync.get(path, headers=EVENT_SOURCE) as client:
+        assert client.block() == b": ok\n"
+        sync.control.next(f"{key}-started")
+        time.sleep(0.3)
+        sync.control.open(key)
+        text = b""
+        while b"\n\n: keepalive\n" not in text:
+            text += client.chunk()
+    assert text.startswith(b"data: ab\n\n: keepalive\n")
+
+
+def test_checkpoints_keep_nobody_else_waiting(sync, key):
+    other = unique_key()
+    path = f"/sse/async-checkpoints?key={key}"
+    with sync.get(path, headers=EVENT_SOURCE) as client:
+        assert client.block() == b": ok\n"
+        sync.control.open(key)
+        assert body_of(sync, other, "three")[1]
+        assert client.rest() == b"data: something\n\nid: syncstream-end\n\n"
+
+
+def test_its_stream_is_its_own(sync, key):
+    """It lives as long as its source, and knows its client, and its end."""
+    sync.control.open(key)
+    body, is_whole = body_of(sync, key, "own", **{"Last-Event-ID": "7"})
+    assert body == b'data: [true,true,"7"]\n\nid: syncstream-end\n\n'
+    assert is_whole
+    assert sync.control.next(f"{key}-ended") == "CancelledError"
+    assert sync.control.next(f"{key}-told") == "finished"
