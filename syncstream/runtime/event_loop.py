@@ -47,8 +47,9 @@ class EventLoop:
 
         self._new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
         if is_patched():
-            from .gevent_loop import GeventLoop
+            from .gevent_loop import GeventLoop, prepare
 
+            prepare()
             self._new_loop = GeventLoop
         self._set_loop = asyncio.set_event_loop
         self._loop: asyncio.AbstractEventLoop | None = None

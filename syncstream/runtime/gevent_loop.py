@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import _thread
 import asyncio
+import importlib.util
+import logging
 import os
 import sys
 import threading
@@ -21,13 +23,30 @@ from functools import partial
 from typing import Any, NoReturn
 
 from .clock import time
+from .journal import journal
 from .signals import unblock_sigpipe
 from .sockets import native
 from .waiter import Waiter
 
-__all__ = ["GeventLoop"]
+__all__ = ["GeventLoop", "prepare"]
+
+log = logging.getLogger("syncstream.stream")
 
 _CURE = "run gunicorn with -k gthread --threads N"
+
+
+def prepare() -> None:
+    """Import, in the request's hub, what the loop's thread could not import.
+
+    httpx imports trio where that is installed, and trio starts a process, which only
+    the first hub can.
+    """
+    if "trio" in sys.modules or importlib.util.find_spec("trio") is None:
+        return
+    try:
+        importlib.import_module("trio")
+    except Exception as error:  # whoever needs it gets its own
+        journal().later(log, logging.DEBUG, "trio cannot be imported: %r", error)
 
 
 class GeventLoop(asyncio.SelectorEventLoop):

@@ -214,22 +214,25 @@ async def async_failing(key):
 
 @noted_async
 async def async_looking_up(key):
-    """Use what an upstream's client uses: a host's address, a thread, a connection."""
+    """Use what an upstream's client uses: a host's address, a thread, httpx."""
+    import httpx
+
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo("localhost", 80)
     yield "found" if found else "not found"
     yield await asyncio.to_thread(str, "a thread")
 
     async def answer(reader, writer):
-        writer.write(await reader.readline())
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nan answer\n")
         writer.close()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    async with server:
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        writer.write(b"an answer\n")
-        yield (await reader.readline()).decode().strip()
-        writer.close()
+    async with server, httpx.AsyncClient(trust_env=False) as client:
+        port = server.sockets[0].getsockname()[1]
+        async with client.stream("GET", f"http://localhost:{port}/") as response:
+            async for line in response.aiter_lines():
+                yield line
 
 
 SOURCES = {
