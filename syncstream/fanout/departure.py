@@ -240,8 +240,11 @@ class Departure:
                 theirs.popleft()
             self.client = source.reader = client
             to_close.clear()
-            if self._parts.source.items is not None:
-                self._parts.source.items.part()
+            items, connection = self._parts.source.items, self._parts.output.connection
+            if items is not None and connection is not None:
+                items.part()
+                # Its stream lives as long as the source, which may ask for it.
+                closing.on_response_close(connection.forget_request)
             self._parts.source.forget()
             loop.add(client, head)
         except BaseException:  # for example, from a signal handler

@@ -225,8 +225,9 @@ class Connection:
         known = "is_event_source", "is_multiprocess", "label", "last_event_id"
         for name in (*known, "parses_events"):
             getattr(self, name)  # it is kept from now on
+        self.leave_write()
         self.environ, self._input, self._begun = {}, None, None
-        self._write, self._usable, self._counter = None, None, None
+        self._write, self._usable = None, None
         vars(self)["_socket"] = None
 
     @cached

@@ -233,12 +233,14 @@ class Monitor:
         self._fd = -1
 
     def _stop_watching(self, watch: Watch) -> None:
-        timer, hung_up = self._timer, self._hung_up
-        self._timer = self._hung_up = None
-        if timer is not None:
-            watch.cancel(timer)
-        if hung_up is not None:
-            watch.remove(self._fd, hung_up)
+        with watch.lock:  # `settle` may run in the watch
+            self._is_awaiting = False
+            timer, hung_up = self._timer, self._hung_up
+            self._timer = self._hung_up = None
+            if timer is not None:
+                watch.cancel(timer)
+            if hung_up is not None:
+                watch.remove(self._fd, hung_up)
 
     @property
     def is_watching(self) -> bool:
@@ -387,9 +389,7 @@ class Monitor:
             self._output.connection.leave_write()
         watch, self.watch = self.watch, None
         if watch is not None:
-            with watch.lock:  # `settle` may run in the watch
-                self._is_awaiting = False
-                self._stop_watching(watch)
+            self._stop_watching(watch)
         self._fd = -1
         # The connection may serve other requests after this one.
         if self._send_timeout is not None and fd >= 0 and self._has_socket(fd):

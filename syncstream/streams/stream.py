@@ -291,8 +291,6 @@ class Stream:
             if self._departure.client is not None:  # it goes on, without this response
                 closing.settle_response()
                 self._monitor.forget(self)
-                if self._out.connection is not None:
-                    self._out.connection.forget_request()
                 closing.exits.raise_kept()
                 return
         if isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit)):

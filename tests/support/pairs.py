@@ -49,9 +49,6 @@ class Line:
 
     server = SimpleNamespace(clears_environ=False)
 
-    def forget_request(self) -> None:
-        pass
-
     @property
     def fd(self) -> int | None:
         return None if self.sock is None else self.sock.fileno()
