@@ -15,7 +15,9 @@ FILES = {
 # Other people's names that begin with an underscore, and why they are read.
 PUBLIC = {
     **dict.fromkeys(("_fields", "_replace"), "named tuples' documented names"),
-    **dict.fromkeys(("_getframe", "_current_frames"), "documented of `sys`"),
+    **dict.fromkeys(
+        ("_getframe", "_current_frames", "_current_exceptions"), "documented of `sys`"
+    ),
     "_get_current_object": "documented of Werkzeug's LocalProxy",
     "_mapping": "documented of SQLAlchemy's rows",
 }

@@ -274,17 +274,44 @@ def place_of(links: Sequence[Link]) -> tuple[object, ...]:
     """Return the positions of the links' threads in the code of their generators.
 
     A position stays the same while a statement of a generator runs, and differs in a
-    ``finally``, whose use of the links must not be disturbed.
+    ``finally``, whose use of the links must not be disturbed: its own, and that of a
+    function below, which handles an exception then.
     """
     frames = sys._current_frames()
-    place = []
+    packages = {_package_of(type(link.closable).__module__) for link in links}
+    place: list[tuple[int, ...]] = []
     for thread_id in {link.thread_id for link in links}:
         frame = frames.get(thread_id)
         while frame is not None:
             if frame.f_code.co_flags & inspect.CO_GENERATOR:
                 place.append((thread_id, id(frame), frame.f_lasti))
             frame = frame.f_back
+        place += _handlers(thread_id, packages)
     return tuple(place)
+
+
+def _handlers(thread_id: int, packages: set[str]) -> Iterator[tuple[int, int]]:
+    """Yield which functions of a thread handle an exception now, and which exception.
+
+    Args:
+        thread_id: The thread's ident.
+        packages: Those of the linked objects, which may wait in handlers of their own.
+    """
+    found: Any = sys._current_exceptions().get(thread_id)
+    error = found[1] if isinstance(found, tuple) else found  # before Python 3.12
+    for _ in range(_MOST):  # an application may have made a circle of them
+        if error is None:
+            return
+        trace = error.__traceback__
+        if trace is not None:  # its first frame is the one that handles it
+            module = str(trace.tb_frame.f_globals.get("__name__"))
+            if _package_of(module) not in packages:
+                yield id(trace.tb_frame), id(error)
+        error = error.__context__
+
+
+def _package_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _of_this_thread(closable: Any) -> Any:

@@ -345,11 +345,12 @@ class Monitor:
             now, stream = time.monotonic(), reference()
             if stream is None or not stream.is_running or outcome.is_closing:
                 return None
+            is_late = now - began >= USELESS
             if not is_there():  # it cleans up, perhaps by these
-                return None
+                return None if is_late else now + AGAIN
             if stream.thread_wait is not None:
                 return now + AGAIN
-            if now - began >= USELESS:
+            if is_late:
                 _say_useless(links, output)
                 return None
             unblock(links, is_there, is_waiting=False)

@@ -299,8 +299,15 @@ def test_an_idle_connection_serves_a_finally(postgresql):
     assert seen == [("",)]
 
 
-@pytest.mark.parametrize("of", ["psycopg", "SQLAlchemy"])
-def test_a_second_cancel_hits_no_finally(of, postgresql, monkeypatch):
+@pytest.mark.parametrize(
+    ("of", "place"),
+    [
+        ("psycopg", "generator"),
+        ("SQLAlchemy", "generator"),
+        ("psycopg", "function"),
+    ],
+)
+def test_a_second_cancel_hits_no_finally(of, place, postgresql, monkeypatch):
     """However late it is: the query that it is for has ended, the next one waits."""
     cancel, cancels, cleans, seen = psycopg.Connection.cancel_safe, [], [], []
     running = "SELECT query FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
@@ -308,12 +315,25 @@ def test_a_second_cancel_hits_no_finally(of, postgresql, monkeypatch):
     def source():
         connection = postgresql.connect()  # closed by its link
         link_as(of, connection)
+        if place == "function":
+            yield "a"
+            query(connection)
+            return
         try:
             yield "a"
             connection.execute("SELECT pg_sleep(602)")
         finally:
-            cleans.append(connection)
-            seen.extend(connection.execute("SELECT pg_sleep(0.5)::text"))
+            clean_up(connection)
+
+    def query(connection):
+        try:
+            connection.execute("SELECT pg_sleep(602)")
+        finally:
+            clean_up(connection)
+
+    def clean_up(connection):
+        cleans.append(connection)
+        seen.extend(connection.execute("SELECT pg_sleep(0.5)::text"))
 
     def link_as(of, connection):
         if of == "SQLAlchemy":

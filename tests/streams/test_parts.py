@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import werkzeug
@@ -727,6 +727,52 @@ def test_the_place_of_a_generator():
     assert places[0] == places[1] != places[2]
     assert len(places[0]) == 1
     assert place_of([]) == ()
+
+
+class Client:
+    """A linked object that waits in a handler of its own, too."""
+
+    def __init__(self, look):
+        self.look = look
+
+    def read(self):
+        self.look("reads")
+        try:
+            raise OSError
+        except OSError:
+            self.look("connects again")
+        raise ValueError("MARK")
+
+    def close(self):
+        pass
+
+
+# As if it were of a package of its own.
+Client.__module__ = "package.client"
+Client.read = FunctionType(Client.read.__code__, {"__name__": "package.connection"})
+
+
+def test_the_place_of_a_function_that_cleans_up():
+    """Its ``finally`` is another one; a handler of the linked object's is not."""
+    places = []
+    client = Client(lambda name: places.append((name, place_of([link]))))
+    link = Link(client)
+
+    def function():
+        try:
+            client.read()
+        finally:
+            client.read()
+
+    def source():
+        with pytest.raises(ValueError, match="MARK"):
+            function()
+        yield
+
+    list(source())
+    (_, reads), (_, connects_again), (_, cleans_up), (name, last) = places
+    assert name == "connects again"
+    assert reads == connects_again != cleans_up == last
 
 
 @pytest.mark.parametrize(
