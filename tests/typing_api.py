@@ -29,6 +29,8 @@ hub = Hub()
 def numbers() -> Iterator[int | str | Event | dict[str, int] | None]:
     stream: Stream | None = current_stream()
     if stream is not None and stream.connected:
+        length: int = stream.run(len, "word") + stream.run(int, "5", base=8)
+        print(length)
         stream.on_close(lambda: print(stream.reason, stream.last_event_id))
     yield Event({"n": 1}, event="number", id=1, retry=3000)
     yield Event(comment="keepalive")

@@ -157,7 +157,8 @@ class Process:
     Attributes:
         said: The keys of the lines that are logged once and have been.
         is_looking: Whether a watch calls `look`: while there are streams.
-        lock: Held while ends are added up.
+        left_calls: The number of calls that go on without their streams.
+        lock: Held while ends are added up, and calls are counted.
     """
 
     def __init__(self) -> None:
@@ -175,6 +176,7 @@ class Process:
         self._news: deque[tuple[str, float, int, int]] = deque()
         self._stopping: Stopping | None = None
         self.is_looking = False
+        self.left_calls = 0
         self._has_exit = False
         self._last: list[Callable[[], object]] = []
 

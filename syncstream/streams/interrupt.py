@@ -1,13 +1,16 @@
-"""Interrupting a source in a thread that does not wait in a way that can be woken."""
+"""Interrupting a source, also where it does not wait in a way that can be woken."""
 
 from __future__ import annotations
 
 import ctypes
 import signal
+import sys
 import threading
 from collections.abc import Callable
 
-__all__ = ["throw_into"]
+from ..runtime.waiting import is_greenlet_exit
+
+__all__ = ["is_unwinding", "throw_into"]
 
 
 def throw_into(thread: int, is_due: Callable[[], bool]) -> None:
@@ -34,3 +37,17 @@ def _run_handler_in(thread: int) -> None:
         return
     if callable(signal.getsignal(number)):
         signal.pthread_kill(thread, number)
+
+
+def is_unwinding() -> bool:
+    """Tell whether what runs here does so because a generator is being ended.
+
+    In a ``finally``, or in an ``except`` for the end, and in what these call, the
+    exception is being handled; behind an ``except`` that has swallowed it, it is not.
+    """
+    error = sys.exc_info()[1]
+    while error is not None:
+        if isinstance(error, GeneratorExit) or is_greenlet_exit(error):
+            return True
+        error = error.__context__
+    return False

@@ -24,7 +24,8 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, ParamSpec, TypeVar, cast
 
 from ..channels.options import ONE_READER
 from ..protocol import sse
@@ -36,17 +37,18 @@ from ..runtime.waiting import (
     current,
     current_scope,
     insist,
-    is_greenlet_exit,
     refuse_eventlet,
     sleep,
     wait,
 )
 from ..servers.connection import Connection
+from .calls import nothing, run
 from .capacity import Place
 from .closing import Closing
 from .contract import Departed, Departure, Format, Life
 from .ends import REASONS, End
 from .feed import chunks_of_feed
+from .interrupt import is_unwinding
 from .items import chunks_of_items
 from .iteration import Iteration
 from .links import Link
@@ -58,6 +60,7 @@ from .source import Source, check_source
 
 __all__ = ["ANSWERED", "Stream", "current_stream", "warn_framed", "warn_unframed"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 ANSWERED = "a stream answers one request: make a new response for each"
@@ -459,6 +462,22 @@ class Stream:
         """
         return wait(waitable, timeout)
 
+    def run(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a call that blocks, and wait for it as `wait` does; return its result.
+
+        It runs in a thread of its own, in a copy of the context. A stream that ends
+        does not wait for it: what it returns later is closed, if it has a ``close()``,
+        and what it raises is logged at level DEBUG. Under gevent it runs in the
+        stream's greenlet, and is interrupted.
+
+        Raises:
+            ClientDisconnected, GeneratorExit: As from `wait`.
+            BaseException: What the call raises.
+        """
+        connection = self._out.connection
+        release = connection.before_wait if connection is not None else nothing
+        return run(partial(call, *args, **kwargs), release)
+
     def link(self, closable: T) -> T:
         """Close this when the stream ends, and at once when the client leaves.
 
@@ -558,7 +577,7 @@ class Stream:
         Again where the source has swallowed that, and goes on: it would never end.
         """
         if self._outcome.is_closing:
-            if self.was_told and not _is_unwinding():
+            if self.was_told and not is_unwinding():
                 self._monitor.name_source(
                     "swallows the end of its waits, and is ended there"
                 )
@@ -576,17 +595,3 @@ class Stream:
         self._monitor.settle()
         if self._out.connection is not None:
             self._out.connection.before_wait()
-
-
-def _is_unwinding() -> bool:
-    """Tell whether what runs here does so because a generator is being ended.
-
-    In a ``finally``, or in an ``except`` for the end, and in what these call, the
-    exception is being handled; behind an ``except`` that has swallowed it, it is not.
-    """
-    error = sys.exc_info()[1]
-    while error is not None:
-        if isinstance(error, GeneratorExit) or is_greenlet_exit(error):
-            return True
-        error = error.__context__
-    return False

@@ -258,6 +258,7 @@ SOURCES = {
     "time.sleep": waits(lambda: time.sleep(30)),
     "blocked": blocked,
     "told": told,
+    "run": waits(lambda: current_stream().run(time.sleep, 30)),
     "linked": linked,
     "ticking": ticking,
     "flood": flood,

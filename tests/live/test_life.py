@@ -33,7 +33,7 @@ from tests.support.waits import await_true
 
 GEVENT = ("gunicorn-gevent", "pywsgi")
 LEAVES = ("FIN", "RST", "bytes, FIN")
-WAITS = ("sleep", "queue", "event", "condition", "linked")
+WAITS = ("sleep", "queue", "event", "condition", "run", "linked")
 
 
 @pytest.fixture(scope="module", params=TABLE)
