@@ -8,12 +8,12 @@ About a minute; --quick about a fifth of one.
 Every server of tests/support/live.py, one worker each, by the application
 tests/apps/life.py, whose generators wait in `syncstream.sleep`, in
 ``stream.wait(queue)``, or for an upstream read by requests and given to
-``stream.link``; under gevent also in a plain
-``time.sleep``. And for subscribers that were handed over: when does their ``on_close``
-run? 100 clients leave each wait in each way: by closing (FIN), by a reset, and by
-closing behind a pipelined request that nobody reads. A server is started once. Where
-it serves several at once, seven clients at a time come and wait; but they leave one
-after the other, each when the last one's `finally` has run, so that no time is
+``stream.link``; under gevent also in a plain ``time.sleep``. Asynchronous sources wait
+in ``asyncio.sleep``. And for subscribers that were handed over: when does their
+``on_close`` run? 100 clients leave each wait in each way: by closing (FIN), by a reset,
+and by closing behind a pipelined request that nobody reads. A server is started once.
+Where it serves several at once, seven clients at a time come and wait; but they leave
+one after the other, each when the last one's `finally` has run, so that no time is
 another's. Two servers are measured at a time, gunicorn's sync worker beside all of the
 others. Both ends read the same monotonic clock: before the client's close(), and first
 thing in the `finally`.
@@ -54,6 +54,7 @@ WAITS = {
     "queue": "wait(Queue())",
     "linked": "linked upstream",
     "time.sleep": "time.sleep(30)",
+    "async": "asyncio.sleep(30)",
     "sub": "handed over",
 }
 GEVENT = ("gunicorn-gevent", "pywsgi")

@@ -47,9 +47,8 @@ class EventLoop:
 
         self._new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
         if is_patched():
-            from .gevent_loop import GeventLoop, prepare
+            from .gevent_loop import GeventLoop
 
-            prepare()
             self._new_loop = GeventLoop
         self._set_loop = asyncio.set_event_loop
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -157,6 +156,10 @@ def event_loop() -> EventLoop:
     key = process_key()
     found = _loops.get(key)
     if found is None:
+        if is_patched():
+            from .gevent_loop import prepare
+
+            prepare()  # it lets other greenlets run, which must not meet the lock
         with _lock:
             found = _loops.get(key)
             if found is None:

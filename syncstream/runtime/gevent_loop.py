@@ -41,7 +41,7 @@ def prepare() -> None:
     httpx imports trio where that is installed, and trio starts a process, which only
     the first hub can.
     """
-    if "trio" in sys.modules or importlib.util.find_spec("trio") is None:
+    if importlib.util.find_spec("trio") is None:
         return
     try:
         importlib.import_module("trio")

@@ -7,6 +7,7 @@ its own thread]. So does a subscriber, /sub?key=KEY; the last is then: it had be
 handed over.
 """
 
+import asyncio
 import os
 import queue
 import signal
@@ -86,6 +87,21 @@ def wait_for_condition():
     condition = threading.Condition()
     with condition:
         current_stream().wait(condition)
+
+
+async def asynchronous(key, query):
+    """Yield once, then wait in the event loop."""
+    how = "finished"
+    try:
+        yield "waiting"
+        asyncio.get_running_loop().call_later(0.02, note, f"{key}-waiting", True)
+        await asyncio.sleep(30)
+    except BaseException as error:
+        how = type(error).__name__
+        raise
+    finally:
+        now, is_parked = time.monotonic(), process().parked_streams > 0
+        note(f"{key}-ended", [now, how, is_parked])
 
 
 @lived
@@ -259,6 +275,7 @@ SOURCES = {
     "blocked": blocked,
     "told": told,
     "run": waits(lambda: current_stream().run(time.sleep, 30)),
+    "async": asynchronous,
     "linked": linked,
     "ticking": ticking,
     "flood": flood,

@@ -3,6 +3,7 @@
 import re
 import signal
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -171,3 +172,14 @@ def test_its_stream_is_its_own(sync, key):
     assert is_whole
     assert sync.control.next(f"{key}-ended") == "CancelledError"
     assert sync.control.next(f"{key}-told") == "finished"
+
+
+@pytest.mark.parametrize("kind", ["gunicorn-gthread", "gunicorn-gevent"])
+def test_the_first_ones_may_come_together(kind, key):
+    """One of them starts the loop; under gevent others run while it imports."""
+    with LiveServer(kind, APP) as server, ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(8)]
+        for client in clients:
+            client.request("GET", f"/sse/async-waiting?key={key}")
+        for client in clients:
+            assert client.block() + client.block() == b": ok\n\ndata: 0\n\n"
