@@ -47,7 +47,7 @@ def as_mapping(value: Any) -> Any:
     Returns:
         A dict, or ``None`` for any other object. For a pydantic ``RootModel``, its
         root, of any type. Names are those of the JSON: the aliases of pydantic's
-        models, msgspec's renamed fields.
+        models and dataclasses, msgspec's renamed fields.
     """
     kind = value.__class__  # not type(): a proxy shows the class of its object here
     # SQLAlchemy before pydantic: a SQLModel is both, and pydantic's dump of an expired
@@ -67,6 +67,9 @@ def as_mapping(value: Any) -> Any:
         return sys.modules["msgspec"].to_builtins(value, enc_hook=_plain)
     if hasattr(kind, "__attrs_attrs__"):
         return {f.name: getattr(value, f.name) for f in kind.__attrs_attrs__}
+    serializer: Any = getattr(kind, "__pydantic_serializer__", None)
+    if serializer is not None and type(value) is kind:  # its dataclasses: no proxies
+        return serializer.to_python(value, mode="json", by_alias=True)
     if dataclasses.is_dataclass(kind) and not isinstance(value, type):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(kind)}
     options: Any = getattr(kind, "_meta", None)

@@ -14,7 +14,11 @@ def encode(item: Any) -> bytes | None:
     """
     if isinstance(item, str):
         return item.encode() or None
-    return _passed(item, "str, bytes or None")
+    return _passed(
+        item,
+        "str, bytes or None",
+        ": yield its text, or return an NDJSONResponse, which sends JSON",
+    )
 
 
 def encode_bytes(item: Any) -> bytes | None:
@@ -25,14 +29,16 @@ def encode_bytes(item: Any) -> bytes | None:
     return _passed(item, "bytes")
 
 
-def _passed(item: Any, expected: str) -> bytes | None:
+def _passed(item: Any, expected: str, cure: str = "") -> bytes | None:
     if type(item) is bytes:
         return item or None
     if item is None:
         return None
     if isinstance(item, (bytes, bytearray, memoryview)):
         return as_bytes(item) or None
-    raise TypeError(f"a chunk must be {expected}, got {item!r}")
+    # A lazy string of Django's looks like text, but for its type.
+    kind = type(item).__qualname__
+    raise TypeError(f"a chunk must be {expected}, got {item!r} ({kind}){cure}")
 
 
 def as_bytes(item: bytes | bytearray | memoryview) -> bytes:
