@@ -37,7 +37,7 @@ class AsyncFeed:
             announced to nobody, and calls no application code when it is read.
     """
 
-    __slots__ = ("_run", "_task", "_waiter", "reader")
+    __slots__ = ("_has_asked", "_run", "_task", "_waiter", "reader")
 
     reason: None = None
     ask_again_at = math.inf
@@ -48,6 +48,7 @@ class AsyncFeed:
         self._task: SourceTask | None = task
         self._run: Iteration | None = run
         self._waiter: Wakeable | None = None
+        self._has_asked = False
         self.reader: Callable[[], object] | None = None
 
     def detach(self, waiter: Wakeable | None) -> None:
@@ -74,6 +75,7 @@ class AsyncFeed:
     def awaits(self, waiter: Wakeable) -> bool:
         """Have the first item wake a waiter; return whether it will."""
         assert self._task is not None
+        self._has_asked = True
         self._task.ask(None, waiter)
         return True
 
@@ -99,16 +101,16 @@ class AsyncFeed:
         task, waiter = self._task, self._waiter
         if task is None or waiter is None:
             return b"", 0, True
-        if task.has_answered:
-            try:
-                chunk = task.take()
-            except StopIteration:
-                raise Closed("finished") from None
-            task.ask(None, waiter)
-            return chunk, 1, True
-        if not task.has_begun:
-            task.ask(None, waiter)
-        return b"", 0, True
+        if not self._has_asked:  # the client had to take its head first
+            self.awaits(waiter)
+        if not task.has_answered:
+            return b"", 0, True
+        try:
+            chunk = task.take()
+        except StopIteration:
+            raise Closed("finished") from None
+        task.ask(None, waiter)
+        return chunk, 1, True
 
     def cancel(self, done: Callable[[], object]) -> None:
         """Cancel the source.

@@ -115,6 +115,7 @@ class SourceTask:
         Raises:
             StopIteration: The source has finished.
         """
+        self.has_answered = False
         item, self._item = self._item, None
         error, self._error = self._error, None
         if error is not None:

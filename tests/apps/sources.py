@@ -182,6 +182,13 @@ async def async_own(key):
 
 
 @noted_async
+async def async_large(key):
+    """Yield more at once than a connection takes, twice."""
+    yield "a" * 3_000_000
+    yield "b" * 3_000_000
+
+
+@noted_async
 async def async_text(key):
     """Yield text, and wait."""
     yield None
@@ -242,6 +249,7 @@ SOURCES = {
     "async-aborted": async_aborted,
     "async-checkpoints": async_checkpoints,
     "async-half": async_half,
+    "async-large": async_large,
     "async-own": async_own,
     "async-three": async_three,
     "async-unencodable": async_unencodable,

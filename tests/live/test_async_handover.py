@@ -174,6 +174,20 @@ def test_its_stream_is_its_own(sync, key):
     assert sync.control.next(f"{key}-told") == "finished"
 
 
+@pytest.mark.parametrize("way", ["sse", "ndjson"])
+def test_a_client_that_lags_gets_all(sync, key, way):
+    """Nothing is asked of its source before it has taken what there is."""
+    with sync.get(f"/{way}/async-large?key={key}") as client:
+        client.read_head()
+        sync.control.next(f"{key}-started")
+        time.sleep(0.2)
+        assert sync.control.pending(f"{key}-ended") == []
+        body = client.rest()
+        assert client.is_whole
+    assert body.count(b"a" * 3_000_000) == body.count(b"b" * 3_000_000) == 1
+    assert sync.control.next(f"{key}-ended") == "finished"
+
+
 @pytest.mark.parametrize("kind", ["gunicorn-gthread", "gunicorn-gevent"])
 def test_the_first_ones_may_come_together(kind, key):
     """One of them starts the loop; under gevent others run while it imports."""
