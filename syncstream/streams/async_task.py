@@ -408,17 +408,17 @@ def _name_of(source: object) -> str:
 
 
 def _place_of(source: Any) -> str:
-    """Return the innermost line where a source stands now."""
-    frame: Any = None
+    """Return the source's own line where it stands now, and what it awaits there."""
+    places = []
     awaited = source
     while awaited is not None:
-        found = getattr(awaited, "ag_frame", None) or getattr(awaited, "cr_frame", None)
-        if found is None:
+        frame = getattr(awaited, "ag_frame", None) or getattr(awaited, "cr_frame", None)
+        if frame is None:
             break
-        frame = found
+        places.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
         awaited = getattr(awaited, "ag_await", None) or getattr(
             awaited, "cr_await", None
         )
-    if frame is None:
+    if not places:
         return "a place that is not known"
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return places[0] if len(places) == 1 else f"{places[0]} (in {places[-1]})"

@@ -467,6 +467,28 @@ def test_a_source_that_blocks_the_loop_is_named_once(caplog, own_record, monkeyp
     assert f"before {__file__}:{blocker.__code__.co_firstlineno + 3}" in line
 
 
+@pytest.mark.usefixtures("own_record")
+def test_a_call_that_blocks_is_named_by_the_sources_line(caplog, monkeypatch):
+    """And by the innermost one, which may be a library's."""
+    caplog.set_level(logging.WARNING, "syncstream")
+    monkeypatch.setattr(async_task, "BLOCKED", 0.01)
+
+    async def library():
+        time.sleep(0.02)
+        await asyncio.sleep(0)
+
+    async def source():
+        await library()
+        yield "a"
+
+    assert get(SSEResponse(source())).data
+    assert journal().flush()
+    (line,) = [r.getMessage() for r in caplog.records if "blocked" in r.getMessage()]
+    own = f"{__file__}:{source.__code__.co_firstlineno + 1}"
+    inner = f"{asyncio.tasks.__file__}:"
+    assert f"before {own} (in {inner}" in line
+
+
 def test_a_task_that_exits_does_not_end_the_loop(caplog):
     """It is one of the application's, beside a source; the others go on."""
 
