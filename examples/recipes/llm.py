@@ -18,7 +18,7 @@ from syncstream import Event, SSEResponse, current_stream
 
 app = Flask(__name__)
 app.before_request(same_site_only)
-llm = openai.AsyncOpenAI()
+llm = openai.AsyncOpenAI().chat.completions
 
 
 def asking(question):
@@ -30,7 +30,7 @@ def asking(question):
 
 
 async def tokens(question):
-    async with await llm.chat.completions.create(**asking(question)) as chunks:
+    async with await llm.create(**asking(question)) as chunks:
         async for chunk in chunks:
             if chunk.choices and chunk.choices[0].delta.content:
                 yield {"token": chunk.choices[0].delta.content}
@@ -56,9 +56,9 @@ def answers():
 
 def blocking_tokens(question):
     """Yield the same by the synchronous client, which `link` interrupts."""
-    with openai.OpenAI() as llm:
-        current_stream().link(llm)  # before it connects
-        for chunk in llm.chat.completions.create(**asking(question)):
+    with openai.OpenAI() as client:
+        current_stream().link(client)  # before it connects
+        for chunk in client.chat.completions.create(**asking(question)):
             if chunk.choices and chunk.choices[0].delta.content:
                 yield {"token": chunk.choices[0].delta.content}
 

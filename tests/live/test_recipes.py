@@ -28,6 +28,9 @@ from tests.support.waits import TIMEOUT
 def server(request):
     with LiveServer(request.param, "tests.apps.recipes_app:app") as server:
         yield server
+        raised = server.log().count("RuntimeError: MARK")
+        raised += server.log().count("TypeError: can only concatenate")
+        assert server.tracebacks() == raised, server.log()
 
 
 @pytest.fixture
