@@ -17,7 +17,9 @@ def throw_into(thread: int, is_due: Callable[[], bool]) -> None:
     """Raise GeneratorExit in a thread, when it next runs Python code.
 
     For the last seconds of a process only: it may hit a little later than meant, and
-    is then taken by the stream's body, or by the server.
+    is then taken by the stream's body, or by the server. Before Python 3.12 it hits a
+    thread that this one has just started instead, if that has not run yet: until then
+    that has the ident of this one.
     """
     if is_due():
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
