@@ -107,8 +107,13 @@ class AsyncFeed:
             return b"", 0, True
         try:
             chunk = task.take()
-        except StopIteration:
-            raise Closed("finished") from None
+        except BaseException as error:
+            # A wake that comes now must not find a failed source finished: its last
+            # words may take a moment.
+            self._waiter = None
+            if isinstance(error, StopIteration):
+                raise Closed("finished") from None
+            raise
         task.ask(None, waiter)
         return chunk, 1, True
 
