@@ -89,12 +89,14 @@ def test_a_post():
 
 def test_without_a_renderer():
     """That is the 406 that the renderers are for."""
-    assert get("/without").status_code == 406
+    with get("/without") as answer:
+        assert answer.status_code == 406
 
 
 def test_what_no_renderer_has():
     """It is refused still."""
-    assert get("/class?word=a", {"Accept": "image/png"}).status_code == 406
+    with get("/class?word=a", {"Accept": "image/png"}) as answer:
+        assert answer.status_code == 406
 
 
 def test_what_the_page_says():
