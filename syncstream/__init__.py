@@ -48,7 +48,7 @@ from .errors import (
     Unavailable,
     Uncertain,
 )
-from .flask import sse, streaming
+from .flask import sse, streaming, with_sse
 from .protocol.sse import Event
 from .runtime.waiting import sleep
 from .servers.request import last_event_id
@@ -81,5 +81,6 @@ __all__ = [
     "sleep",
     "sse",
     "streaming",
+    "with_sse",
 ]
 __version__ = "0.1.0"

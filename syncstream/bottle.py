@@ -8,11 +8,11 @@ from __future__ import annotations
 from bottle import HTTPResponse, request
 
 from .servers.connection import Connection
-from .wsgi.decorator import decorator
+from .wsgi.decorator import decorator, push_decorator
 from .wsgi.responses import NDJSONResponse, SSEResponse, StreamResponse
 from .wsgi.streaming import streaming_decorator
 
-__all__ = ["respond", "sse", "streaming"]
+__all__ = ["respond", "sse", "streaming", "with_sse"]
 
 
 def respond(response: SSEResponse | NDJSONResponse | StreamResponse) -> HTTPResponse:
@@ -35,6 +35,7 @@ def respond(response: SSEResponse | NDJSONResponse | StreamResponse) -> HTTPResp
 
 
 sse = decorator(SSEResponse, finish=respond)
+with_sse = push_decorator(SSEResponse, finish=respond)
 streaming = streaming_decorator(
     StreamResponse, SSEResponse, finish=lambda response, args: respond(response)
 )

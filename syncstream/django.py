@@ -30,10 +30,17 @@ from .servers.contract import running
 from .streams.stream import ANSWERED, Stream
 from .wsgi import headers as headers_module
 from .wsgi import responses as wsgi
-from .wsgi.decorator import decorator
+from .wsgi.decorator import decorator, push_decorator
 from .wsgi.streaming import streaming_decorator
 
-__all__ = ["NDJSONResponse", "SSEResponse", "StreamResponse", "sse", "streaming"]
+__all__ = [
+    "NDJSONResponse",
+    "SSEResponse",
+    "StreamResponse",
+    "sse",
+    "streaming",
+    "with_sse",
+]
 
 Environ = dict[str, Any] | None
 
@@ -453,6 +460,7 @@ class StreamResponse(_Streaming):
 
 
 sse = decorator(SSEResponse)
+with_sse = push_decorator(SSEResponse)
 streaming = streaming_decorator(
     StreamResponse, SSEResponse, finish=lambda response, args: response
 )

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .streams.answers import checked_return
-from .wsgi.decorator import decorator
+from .wsgi.decorator import decorator, push_decorator
 from .wsgi.responses import SSEResponse, StreamResponse
 from .wsgi.streaming import finish_wsgi, streaming_decorator
 
-__all__ = ["sse", "streaming"]
+__all__ = ["sse", "streaming", "with_sse"]
 
 
-def _checked(source: Generator[Any, Any, Any]) -> Iterator[Any]:
-    """Keep a generator's return value, which Flask's wrapper drops."""
+def _checked(source: Any) -> Iterator[Any]:
+    """Keep the return value of a generator or a view: Flask's wrapper drops it."""
     returned = checked_return((yield from source))
     if returned is not None:
         raise returned
 
 
-def _in_request(source: Generator[Any, Any, Any]) -> Iterable[Any]:
+def _in_request(source: Iterable[Any]) -> Iterable[Any]:
     # Flask's request context ends before the generator starts, and a generator view
     # reads `request`.
     flask = sys.modules.get("flask")
@@ -32,6 +32,7 @@ def _in_request(source: Generator[Any, Any, Any]) -> Iterable[Any]:
 
 
 sse = decorator(SSEResponse, prepare=_in_request)
+with_sse = push_decorator(SSEResponse, prepare=_in_request)
 streaming = streaming_decorator(
     StreamResponse, SSEResponse, prepare=_in_request, finish=finish_wsgi
 )

@@ -241,6 +241,21 @@ def test_event_kinds():
             )
 
 
+@pytest.mark.parametrize("kind", ["gunicorn-gevent", "waitress"])
+def test_pushed(kind):
+    """A callback sends; so does a coroutine."""
+    with serve("pushed", kind) as server:
+        with server.get("/copy", headers=EVENT_SOURCE) as client:
+            events = events_of(client.rest())
+        assert [e.event for e in events[:6]] == ["progress"] * 5 + ["done"]
+        assert events[1].json() == {"file": "2.txt", "part": 0.4}
+        with server.get("/counter") as client:
+            events = events_of(client.rest())
+        assert [e.json()["counter"] for e in events] == [0, 1, 2, 3, 4]
+        assert [e.id for e in events] == [*"01234"]
+        assert server.tracebacks() == 0, server.log()
+
+
 def test_live_sensor():
     """Readings have a name, ids that count, and JSON for data."""
     started = time.time()

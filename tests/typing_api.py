@@ -20,6 +20,7 @@ from syncstream import (
     sleep,
     sse,
     streaming,
+    with_sse,
 )
 
 app = flask.Flask(__name__)
@@ -80,6 +81,18 @@ async def letters() -> AsyncIterator[str]:
 @streaming(content_type="text/csv", drain=5)
 def f() -> Iterator[str]:
     yield "a,b"
+
+
+@app.get("/pushed")
+@with_sse
+def pushed(sse: Any) -> None:
+    sse.send("a", event="b", id=1, retry=1000)
+
+
+@app.get("/awaited")
+@with_sse(retry=1000, end="reconnect")
+async def awaited(sse: Any) -> None:
+    await sse.send(Event("a"))
 
 
 def may_read(subscription: Subscription) -> bool:

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from .clock import time
+from .greenlets import outermost
 from .journal import is_enabled, journal, report
 from .sockets import native
 from .tasks import refuse_in_task
@@ -120,6 +121,9 @@ class Scope(Protocol):
     def before_wait(self) -> None:
         """Release what must not be held during a wait, such as database connections."""
 
+    def ending(self) -> GeneratorExit:
+        """Return the exception that tells the source of its end."""
+
 
 Reference = Callable[[], Any]
 
@@ -188,7 +192,7 @@ def gevent_hub() -> Any:
     getcurrent = getattr(gevent, "getcurrent", None)
     if gevent is None or getcurrent is None:
         return None
-    greenlet = getcurrent()
+    greenlet = outermost(getcurrent())
     if greenlet.parent is None and not is_patched():
         return None
     hub = gevent.get_hub()

@@ -24,7 +24,7 @@ from ..runtime.tasks import task_scope
 from ..runtime.waiter import Wakeable, wake_all
 from ..runtime.waiting import gevent_hub_of_thread, runner
 
-__all__ = ["CLOSE_WAIT", "SourceTask"]
+__all__ = ["CLOSE_WAIT", "SourceTask", "Timed"]
 
 log = logging.getLogger("syncstream.stream")
 
@@ -234,7 +234,7 @@ class SourceTask:
                 else:
                     step = _thrown_into(iterator, thrown)
                     thrown = None
-                item = await _Timed(step, self, iterator)
+                item = await Timed(step, self.name, iterator)
                 if self.encode is not None and not self._is_over:
                     try:
                         item = self.encode(item)
@@ -299,7 +299,7 @@ class SourceTask:
             closables.append(self._source)
         for closable in closables:
             try:
-                await _Timed(_closing(closable), self, closable)
+                await Timed(_closing(closable), self.name, closable)
             except BaseException as error:
                 # One that has yielded while it was closed cannot be closed again: it
                 # ends when it is freed.
@@ -307,27 +307,20 @@ class SourceTask:
                 if self._error is None and not is_silent:
                     self._error = error
 
-    def note_step(self, seconds: float, place: Any) -> None:
-        """Say, once a process, that the source has held the loop up, and where."""
-        process().say_once(
-            log,
-            logging.WARNING,
-            self.name.replace("%", "%%")
-            + " has blocked the event loop for %.2f s, before %s: all other"
-            " asynchronous sources had to wait. Await a coroutine instead of a call"
-            " that waits or computes, or use `await asyncio.to_thread(call)`",
-            seconds,
-            _place_of(place),
-        )
 
+class Timed:
+    """Awaits an awaitable, and logs a step of it that keeps the loop for long.
 
-class _Timed:
-    """Awaits an awaitable, and notes how long each of its steps keeps the loop."""
+    Args:
+        awaitable: The awaitable.
+        name: The name of the source that it is of, for the log.
+        place: The generator or coroutine whose line is logged.
+    """
 
-    __slots__ = ("_awaitable", "_place", "_task")
+    __slots__ = ("_awaitable", "_name", "_place")
 
-    def __init__(self, awaitable: Any, task: SourceTask, place: Any) -> None:
-        self._awaitable, self._task, self._place = awaitable, task, place
+    def __init__(self, awaitable: Any, name: str, place: Any) -> None:
+        self._awaitable, self._name, self._place = awaitable, name, place
 
     def __await__(self) -> Generator[Any, None, Any]:
         awaitable = self._awaitable
@@ -345,11 +338,25 @@ class _Timed:
                 thrown = None
                 seconds = monotonic() - began
                 if seconds > BLOCKED:
-                    self._task.note_step(seconds, self._place)
+                    _note_step(self._name, seconds, self._place)
             try:
                 yield future
             except BaseException as error:
                 thrown = error
+
+
+def _note_step(name: str, seconds: float, place: Any) -> None:
+    """Say, once a process, that a source has held the loop up, and where."""
+    process().say_once(
+        log,
+        logging.WARNING,
+        name.replace("%", "%%")
+        + " has blocked the event loop for %.2f s, before %s: all other"
+        " asynchronous sources had to wait. Await a coroutine instead of a call"
+        " that waits or computes, or use `await asyncio.to_thread(call)`",
+        seconds,
+        _place_of(place),
+    )
 
 
 def _throw(steps: Any, error: BaseException) -> Any:
@@ -391,6 +398,8 @@ def _is_cancel(error: BaseException) -> bool:
 
 
 def _is_unstarted(source: object) -> bool:
+    if getattr(source, "is_unstarted", False):  # a view's, of `async_push`
+        return True
     if not inspect.isasyncgen(source) or source.ag_frame is None:
         return False
     is_suspended: bool | None = getattr(source, "ag_suspended", None)

@@ -36,6 +36,7 @@ from ..runtime.clock import time
 from ..runtime.journal import report
 from ..runtime.sockets import hang_up, is_socket
 from ..runtime.waiting import say, sleep
+from .push import run_view
 
 __all__ = ["AGAIN", "USELESS", "Link", "place_of", "unblock"]
 
@@ -271,11 +272,12 @@ def unblock(
 
 
 def place_of(links: Sequence[Link]) -> tuple[object, ...]:
-    """Return the positions of the links' threads in the code of their generators.
+    """Return the positions of the links' threads in their generators and views.
 
     A position stays the same while a statement of a generator runs, and differs in a
     ``finally``, whose use of the links must not be disturbed: its own, and that of a
-    function below, which handles an exception then.
+    function below, which handles an exception then. Views that send are the same as
+    generators.
     """
     frames = sys._current_frames()
     packages = {_package_of(type(link.closable).__module__) for link in links}
@@ -283,9 +285,11 @@ def place_of(links: Sequence[Link]) -> tuple[object, ...]:
     for thread_id in {link.thread_id for link in links}:
         frame = frames.get(thread_id)
         while frame is not None:
-            if frame.f_code.co_flags & inspect.CO_GENERATOR:
+            caller = frame.f_back
+            is_view = caller is not None and caller.f_code is run_view.__code__
+            if is_view or frame.f_code.co_flags & inspect.CO_GENERATOR:
                 place.append((thread_id, id(frame), frame.f_lasti))
-            frame = frame.f_back
+            frame = caller
         place += _handlers(thread_id, packages)
     return tuple(place)
 

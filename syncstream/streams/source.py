@@ -16,6 +16,7 @@ from typing import Any
 from ..protocol.sse import Event
 from .async_source import AsyncItems, is_async
 from .contract import Feed, is_feed
+from .push import Pushed
 
 __all__ = ["Source", "check_source"]
 
@@ -86,7 +87,7 @@ class Source:
     def name(self) -> str:
         """The source's name and place in the code, for the log; ``%`` is doubled."""
         given = self.given
-        if isinstance(given, AsyncItems):
+        if isinstance(given, (AsyncItems, Pushed)):
             return given.name.replace("%", "%%")
         name = getattr(given, "__qualname__", None) or type(given).__qualname__
         code = getattr(given, "gi_code", None)

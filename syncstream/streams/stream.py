@@ -173,6 +173,7 @@ class Stream:
         self._source = made
         self._out = Output(format, retry, End.of(end, format.encode))
         self._outcome, life = Outcome(), life or Life()
+        self.ending = self._outcome.error  # see waiting.py
         self._monitor = Monitor(self.reference, self._outcome, self._out, made, life)
         self._closing = Closing(self._outcome, self._out, self._monitor, made)
         self._parts = Parts(

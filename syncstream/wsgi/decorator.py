@@ -1,4 +1,4 @@
-"""The common part of the frameworks' ``@sse`` decorators."""
+"""The common part of the frameworks' decorators ``@sse`` and ``@with_sse``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,29 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, ParamSpec, Protocol, overload
 
 from ..protocol.json import Dumps
+from ..runtime.greenlets import check_greenlets
+from ..streams.async_push import AsyncPushed
+from ..streams.push import Pushed, name_of_view
 from .responses import SSEResponse
 
-__all__ = ["ViewDecorator", "check_framework", "decorator"]
+__all__ = [
+    "PushDecorator",
+    "ViewDecorator",
+    "check_framework",
+    "decorator",
+    "push_decorator",
+]
 
 P = ParamSpec("P")
+
+Args = tuple[Any, ...]
+Options = dict[str, Any]
+
+_BY_POSITION = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+)
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class ViewDecorator(Protocol):
@@ -36,6 +54,28 @@ class ViewDecorator(Protocol):
         on_error: Callable[[Exception], Any] | None = None,
         dumps: Dumps | None = None,
     ) -> Callable[[Callable[P, Any]], Callable[P, Any]]: ...
+
+
+class PushDecorator(Protocol):
+    """``@with_sse``, and ``@with_sse(…)`` with the options of `SSEResponse`."""
+
+    @overload
+    def __call__(self, view: Callable[..., Any], /) -> Callable[..., Any]: ...
+
+    @overload
+    def __call__(
+        self,
+        *,
+        keepalive: float | None = 15.0,
+        retry: int | None = None,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
+        drain: float | None = None,
+        end: Any = None,
+        framed: bool = False,
+        on_error: Callable[[Exception], Any] | None = None,
+        dumps: Dumps | None = None,
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
 
 
 def check_framework(name: str, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
@@ -80,20 +120,31 @@ def decorator(
         finish: Called with the response; returns the view's result.
     """
 
-    def sse(
-        view: Callable[P, Any] | None = None,
-        /,
-        *,
-        keepalive: float | None = 15.0,
-        retry: int | None = None,
-        send_timeout: float | None = 30.0,
-        max_duration: float | None = None,
-        drain: float | None = None,
-        end: Any = None,
-        framed: bool = False,
-        on_error: Callable[[Exception], Any] | None = None,
-        dumps: Dumps | None = None,
-    ) -> Any:
+    def decorate(view: Callable[P, Any], options: Options) -> Callable[P, Any]:
+        if inspect.iscoroutinefunction(view):
+            raise TypeError(
+                "@sse takes a generator view, synchronous or asynchronous, got the"
+                f" coroutine function {view!r}: yield the events, or make it a def"
+                " that returns SSEResponse(...), or use @with_sse, which gives it an"
+                " object to send with"
+            )
+
+        @functools.wraps(view)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
+            if response is SSEResponse:
+                check_framework("sse", args, kwargs)
+            result = view(*args, **kwargs)
+            if inspect.isasyncgen(result):
+                return finish(response(result, **options))
+            if not inspect.isgenerator(result):
+                return result
+            return finish(response(prepare(result), **options))
+
+        return wrapper
+
+    found: ViewDecorator = _with_options(
+        "sse",
+        decorate,
         """Turn a generator view, which may be asynchronous, into one that streams.
 
         Use it as ``@sse`` or ``@sse(retry=…, end=…)``, below the framework's own
@@ -110,21 +161,157 @@ def decorator(
         Raises:
             TypeError, ValueError: The view is a coroutine function, or no function;
                 an option is wrong.
+        """,
+    )
+    return found
+
+
+def push_decorator(
+    response: Callable[..., Any],
+    *,
+    prepare: Callable[[Any], Iterable[Any]] = _same,
+    finish: Callable[[Any], Any] = _same,
+) -> PushDecorator:
+    """Return the decorator that turns a view which sends into an event stream.
+
+    Args:
+        response, finish: As for `decorator`.
+        prepare: Called with the items of a plain view; returns the response's source.
+    """
+
+    def decorate(view: Callable[..., Any], options: Options) -> Callable[..., Any]:
+        if inspect.isgeneratorfunction(view) or inspect.isasyncgenfunction(view):
+            raise TypeError(
+                f"@with_sse takes a view that sends, got {view!r}, which yields: use"
+                " @sse, or sse.send(…) instead of yield"
+            )
+        is_async = inspect.iscoroutinefunction(view)
+        if not is_async:
+            check_greenlets("a plain view of @with_sse")
+        call, name, framed = _Call(view), name_of_view(view), options["framed"]
+
+        @functools.wraps(view)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if response is SSEResponse:
+                check_framework("with_sse", args, kwargs)
+            call.check(args, kwargs)
+            bind = functools.partial(call.bind, args, kwargs)
+            if is_async:
+                source: Any = AsyncPushed(bind, name, framed=framed)
+            else:
+                source = prepare(Pushed(bind, name, framed=framed))
+            return finish(response(source, **options))
+
+        # For frameworks that look at a view's arguments: this one takes no sse.
+        wrapper.__signature__ = call.outer  # type: ignore[attr-defined]
+        return wrapper
+
+    found: PushDecorator = _with_options(
+        "with_sse",
+        decorate,
+        """Turn a view that sends events into one that streams.
+
+        Use it as ``@with_sse`` or ``@with_sse(retry=…, end=…)``, below the framework's
+        own decorator. The options are those of `SSEResponse`. The view gets one more
+        argument, by its name ``sse`` if it has one of that name, else after the
+        positional ones, with the methods ``send(data, event=None, id=None,
+        retry=None)``, ``comment(text)`` and ``close()``. The stream ends when the view
+        returns.
+
+        Each ``send`` waits until the server has written the event. When the client has
+        left, a plain view gets `ClientDisconnected` there, and where it waits; one that
+        is a coroutine function awaits ``sse.send(…)``, and is cancelled. A plain view
+        needs the package greenlet (the extra ``push``).
+
+        A view cannot choose the response's status: see ``@sse``.
+
+        Raises:
+            ImportError: The view is plain, and greenlet is not installed.
+            TypeError, ValueError: The view yields, takes no argument, or is no
+                function; an option is wrong.
+        """,
+    )
+    return found
+
+
+class _Call:
+    """How a view is called with its sender.
+
+    Attributes:
+        outer: The view's signature without the sender.
+    """
+
+    def __init__(self, view: Callable[..., Any]) -> None:
+        self._view = view
+        try:
+            self._signature = inspect.signature(view)
+        except ValueError:  # a callable written in C
+            self._signature = inspect.signature(lambda *args, **kwargs: None)
+        parameters = [*self._signature.parameters.values()]
+        kinds = {parameter.kind for parameter in parameters}
+        named = [
+            parameter
+            for parameter in parameters
+            if parameter.name == "sse" and parameter.kind in _BY_NAME
+        ]
+        self._is_named = bool(named) or kinds == {inspect.Parameter.VAR_KEYWORD}
+        if not kinds - {inspect.Parameter.KEYWORD_ONLY} and not named:
+            raise TypeError(
+                f"@with_sse gives the view one more argument, and {view!r} takes none:"
+                " add sse to its arguments"
+            )
+        taken = named or [p for p in parameters if p.kind in _BY_POSITION][-1:]
+        rest = [parameter for parameter in parameters if parameter not in taken]
+        self.outer = self._signature.replace(parameters=rest)
+
+    def check(self, args: Args, kwargs: Mapping[str, Any]) -> None:
+        """Check the arguments now, as a call of the view would.
+
+        Raises:
+            TypeError: The view takes others.
         """
-        # Wrong options fail here, not in every request.
-        SSEResponse(
-            [],
-            keepalive=keepalive,
-            retry=retry,
-            send_timeout=send_timeout,
-            max_duration=max_duration,
-            drain=drain,
-            end=end,
-            framed=framed,
-            on_error=on_error,
-            dumps=dumps,
-        )
-        options = {
+        args, kwargs = self._all(args, kwargs, None)
+        self._signature.bind(*args, **kwargs)
+
+    def bind(
+        self, args: Args, kwargs: Mapping[str, Any], sender: object
+    ) -> Callable[[], Any]:
+        """Return the view with all of its arguments."""
+        args, kwargs = self._all(args, kwargs, sender)
+        return functools.partial(self._view, *args, **kwargs)
+
+    def _all(
+        self, args: Args, kwargs: Mapping[str, Any], sender: object
+    ) -> tuple[Args, Mapping[str, Any]]:
+        if self._is_named:
+            return args, {**kwargs, "sse": sender}
+        return (*args, sender), kwargs
+
+
+def _with_options(name: str, decorate: Callable[[Any, Options], Any], text: str) -> Any:
+    """Return a decorator that may be given options first, those of `SSEResponse`.
+
+    Args:
+        name: The decorator's name.
+        decorate: Decorates a view, with the options.
+        text: The decorator's docstring.
+    """
+
+    def named(
+        view: Callable[..., Any] | None = None,
+        /,
+        *,
+        keepalive: float | None = 15.0,
+        retry: int | None = None,
+        send_timeout: float | None = 30.0,
+        max_duration: float | None = None,
+        drain: float | None = None,
+        end: Any = None,
+        framed: bool = False,
+        on_error: Callable[[Exception], Any] | None = None,
+        dumps: Dumps | None = None,
+    ) -> Any:
+        options: Options = {
             "keepalive": keepalive,
             "retry": retry,
             "send_timeout": send_timeout,
@@ -135,30 +322,16 @@ def decorator(
             "on_error": on_error,
             "dumps": dumps,
         }
+        # Wrong options fail here, not in every request.
+        SSEResponse([], **options)
 
-        def decorate(view: Callable[P, Any]) -> Callable[P, Any]:
+        def checked(view: Callable[..., Any]) -> Any:
             if not callable(view):
-                raise TypeError(f"@sse takes a view function, got {view!r}")
-            if inspect.iscoroutinefunction(view):
-                raise TypeError(
-                    "@sse takes a generator view, synchronous or asynchronous, got the"
-                    f" coroutine function {view!r}: yield the events, or make it a def"
-                    " that returns SSEResponse(...)"
-                )
+                raise TypeError(f"@{name} takes a view function, got {view!r}")
+            return decorate(view, options)
 
-            @functools.wraps(view)
-            def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
-                if response is SSEResponse:
-                    check_framework("sse", args, kwargs)
-                result = view(*args, **kwargs)
-                if inspect.isasyncgen(result):
-                    return finish(response(result, **options))
-                if not inspect.isgenerator(result):
-                    return result
-                return finish(response(prepare(result), **options))
+        return checked if view is None else checked(view)
 
-            return wrapper
-
-        return decorate if view is None else decorate(view)
-
-    return sse
+    named.__name__ = named.__qualname__ = name
+    named.__doc__ = inspect.cleandoc(text)
+    return named

@@ -1,4 +1,4 @@
-"""Django in one file, with our responses, ``@sse``, and views written by hand."""
+"""Django in one file, with our responses, our decorators, and views written by hand."""
 
 import django
 from django.conf import settings
@@ -7,7 +7,7 @@ from django.http import HttpResponse, StreamingHttpResponse
 from django.urls import path
 
 from tests.apps.control import note
-from tests.apps.sources import SOURCES, as_sse
+from tests.apps.sources import ASYNC_PUSHED, PUSHED, SOURCES, as_sse
 
 settings.configure(
     ROOT_URLCONF=__name__,
@@ -27,6 +27,7 @@ from syncstream.django import (  # noqa: E402 (after setup())
     SSEResponse,
     StreamResponse,
     sse,
+    with_sse,
 )
 
 
@@ -68,6 +69,16 @@ async def async_decorated(request, name):
         yield item
 
 
+@with_sse
+def pushed(request, sse, name):
+    PUSHED[name](sse, request.GET["key"])
+
+
+@with_sse
+async def async_pushed(request, sse, name):
+    await ASYNC_PUSHED[name](sse, request.GET["key"])
+
+
 @sse(end="reconnect")
 def stream(request):
     yield type(current_stream()).__name__ + request.path
@@ -85,6 +96,8 @@ urlpatterns = [
     path("raw/<name>", raw),
     path("decorated/<name>", decorated),
     path("async-decorated/<name>", async_decorated),
+    path("pushed/<name>", pushed),
+    path("async-pushed/<name>", async_pushed),
     path("stream", stream),
     path("handwritten/<name>", handwritten),
 ]

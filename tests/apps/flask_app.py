@@ -1,4 +1,4 @@
-"""Flask, with our responses, ``@sse``, and views written by hand."""
+"""Flask, with our responses, ``@sse``, ``@with_sse``, and views written by hand."""
 
 import flask
 
@@ -9,9 +9,10 @@ from syncstream import (
     StreamResponse,
     current_stream,
     sse,
+    with_sse,
 )
 from tests.apps.control import note
-from tests.apps.sources import SOURCES, as_sse
+from tests.apps.sources import ASYNC_PUSHED, PUSHED, SOURCES, as_sse
 
 
 def make():
@@ -60,6 +61,16 @@ def make():
     async def async_decorated(name):
         async for item in SOURCES[name](flask.request.args["key"]):
             yield item
+
+    @app.get("/pushed/<name>")
+    @with_sse
+    def pushed(name, sse):
+        PUSHED[name](sse, flask.request.args["key"])
+
+    @app.get("/async-pushed/<name>")
+    @with_sse
+    async def async_pushed(name, sse):
+        await ASYNC_PUSHED[name](sse, flask.request.args["key"])
 
     @app.get("/stream")
     @sse(end="reconnect")

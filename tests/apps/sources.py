@@ -5,7 +5,10 @@ Each tells the test what becomes of it, under the key that the request names.
 
 import asyncio
 import os
+import queue
+import socket
 import threading
+import time
 from contextlib import asynccontextmanager
 
 from syncstream import current_stream, sleep
@@ -43,8 +46,6 @@ def gated(key):
 @noted
 def ticking(key):
     """Yield numbers without an end, pausing as a plain program would."""
-    import time
-
     n = 0
     while True:
         yield n
@@ -266,6 +267,146 @@ SOURCES = {
         f"raise-{error.__name__}": raising(error)
         for error in (GeneratorExit, SystemExit, KeyboardInterrupt, RuntimeError)
     },
+}
+
+
+def noted_push(view):
+    """Note a pushing view's start, its end, and the thread of both."""
+
+    def run(sse, key):
+        note(f"{key}-started", os.getpid())
+        thread = threading.get_ident()
+        how = "finished"
+        try:
+            view(sse, key)
+        except BaseException as error:
+            how = type(error).__name__
+            raise
+        finally:
+            sleep(0.001)
+            note(f"{key}-ended", [how, threading.get_ident() == thread])
+
+    return run
+
+
+@noted_push
+def push_gated(sse, key):
+    """Send 0, 1, 2 …, each when the test opens the gate."""
+    n = 0
+    while True:
+        gate(key)
+        sse.send(n)
+        n += 1
+
+
+@noted_push
+def push_three(sse, key):
+    """Send three numbers."""
+    for n in range(3):
+        sse.send(n)
+
+
+@noted_push
+def push_failing(sse, key):
+    """Fail after the first event."""
+    sse.send(0)
+    raise RuntimeError("MARK")
+
+
+def push_waiting(wait):
+    """Return a view that sends once, and waits."""
+
+    @noted_push
+    def view(sse, key):
+        sse.send(0)
+        note(f"{key}-waiting", True)
+        wait()
+
+    return view
+
+
+def receive():
+    """Wait in a socket for what never comes."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.accept()
+
+
+def noted_async_push(view):
+    """Note a pushing coroutine's start, and its end after an await."""
+
+    @asynccontextmanager
+    async def told(key):
+        try:
+            yield
+        finally:
+            await asyncio.sleep(0)
+            note(f"{key}-left", "left")
+
+    async def run(sse, key):
+        note(f"{key}-started", os.getpid())
+        how = "finished"
+        try:
+            async with told(key):
+                await view(sse, key)
+        except BaseException as error:
+            how = type(error).__name__
+            raise
+        finally:
+            await asyncio.sleep(0.01)
+            note(f"{key}-ended", how)
+
+    return run
+
+
+@noted_async_push
+async def async_push_gated(sse, key):
+    """Send 0, 1, 2 …, each when the test opens the gate."""
+    n = 0
+    while True:
+        await asyncio.to_thread(gate, key)
+        await sse.send(n)
+        n += 1
+
+
+@noted_async_push
+async def async_push_waiting(sse, key):
+    """Send once, and wait."""
+    await sse.send(0)
+    note(f"{key}-waiting", True)
+    await asyncio.sleep(60)
+
+
+@noted_async_push
+async def async_push_three(sse, key):
+    """Send three numbers."""
+    for n in range(3):
+        await asyncio.sleep(0.001)
+        await sse.send(n)
+
+
+@noted_async_push
+async def async_push_failing(sse, key):
+    """Fail after the first event."""
+    await sse.send(0)
+    raise RuntimeError("MARK")
+
+
+PUSHED = {
+    "gated": push_gated,
+    "three": push_three,
+    "failing": push_failing,
+    "waiting": push_waiting(lambda: sleep(60)),
+    "waiting-stream": push_waiting(lambda: current_stream().wait(queue.Queue())),
+    # These are interrupted where gevent has patched them.
+    "waiting-time": push_waiting(lambda: time.sleep(60)),
+    "waiting-queue": push_waiting(lambda: queue.Queue().get()),
+    "waiting-socket": push_waiting(receive),
+}
+ASYNC_PUSHED = {
+    "gated": async_push_gated,
+    "three": async_push_three,
+    "failing": async_push_failing,
+    "waiting": async_push_waiting,
 }
 
 
