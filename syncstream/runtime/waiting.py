@@ -586,7 +586,7 @@ def say(
     # The hub, which runs callbacks, is a greenlet with a parent, too.
     if gevent is not None and gevent_hub_of_thread() is not None:
         try:
-            if gevent.getcurrent().parent is not None:
+            if outermost(gevent.getcurrent()).parent is not None:
                 gevent.spawn(report, log, level, message, *args, error=error)
                 return
         except Exception as problem:  # the hub has been destroyed
