@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from syncstream.brokers.postgresql import PostgreSQLBroker
+from tests.brokers.postgresql.waits import LIMIT
 from tests.support.postgresql_server import Line, PostgreSQL
 
 _numbers = itertools.count()
@@ -24,11 +25,16 @@ def schema():
 
 @pytest.fixture
 def make(server, schema):
-    """What makes brokers of one schema; they are closed in the end."""
+    """What makes brokers of one schema; they are closed in the end.
+
+    They are patient: a test's first publish also connects and installs, which takes
+    seconds on a busy machine. Tests of what has to end in time give `SHORT`.
+    """
     made = []
 
-    def make(url=None, **options):
-        broker = PostgreSQLBroker(url or server.url, schema=schema, **options)
+    def make(url=None, *, publish_timeout=LIMIT, **options):
+        options.update(schema=schema, publish_timeout=publish_timeout)
+        broker = PostgreSQLBroker(url or server.url, **options)
         made.append(broker)
         return broker
 

@@ -279,9 +279,9 @@ def database(server, schema, encoding):
 
 
 @pytest.mark.parametrize("encoding", ["LATIN1"])
-def test_a_name_that_the_encoding_has_not_is_denied(database):
+def test_a_name_that_the_encoding_has_not_is_denied(database, make):
     """It deafens nobody else: clients may choose names."""
-    with contextlib.closing(Hub(database)) as hub:
+    with contextlib.closing(Hub(broker=make(database))) as hub:
         heard = hub.subscribe("\xe9")
         assert heard.read(0) == []
         for name in ("\u65e5", "\u65e5:*"):
@@ -296,15 +296,15 @@ def test_a_name_that_the_encoding_has_not_is_denied(database):
 
 
 @pytest.mark.parametrize("encoding", ["SQL_ASCII"])
-def test_a_name_that_is_not_utf8_silences_nobody(database):
+def test_a_name_that_is_not_utf8_silences_nobody(database, schema, make):
     """A server without an encoding has names of any bytes."""
-    with contextlib.closing(Hub(database)) as hub:
+    with contextlib.closing(Hub(broker=make(database))) as hub:
         heard = hub.subscribe("\xe9"), hub.subscribe("#")
         assert [s.read(0) for s in heard] == [[], []]
         with psycopg.connect(database, autocommit=True) as connection:
             for text in ("data: x\n\n", "no event"):
                 connection.execute(
-                    "SELECT syncstream.append(E'\\377', %s::text::bytea, 9, 9)", [text]
+                    f"SELECT {schema}.append(E'\\377', %s::text::bytea, 9, 9)", [text]
                 )
         hub.publish("\xe9", "1")
         for subscription in heard:

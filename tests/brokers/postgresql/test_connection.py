@@ -13,7 +13,7 @@ from syncstream.errors import (
     Unavailable,
     Uncertain,
 )
-from tests.brokers.postgresql.waits import LIMIT, publish_until_it_works
+from tests.brokers.postgresql.waits import LIMIT, SHORT, publish_until_it_works
 from tests.brokers.sinks import listening
 from tests.support.clock import Clock
 from tests.support.tcp_proxy import Proxy
@@ -28,7 +28,9 @@ def clock():
 
 def test_a_dead_server_is_told_of_in_time(make, line, clock):
     """Nothing was sent: Unavailable, within publish_timeout, and it comes back."""
-    broker = make(f"postgresql://postgres@127.0.0.1:{line.port}/postgres")
+    make().read("a", None)  # installs, however long that takes
+    url = f"postgresql://postgres@127.0.0.1:{line.port}/postgres"
+    broker = make(url, publish_timeout=SHORT)
     told = listening(broker, "a")
     broker.publish([("a", b"1")])
     await_true(lambda: told.payloads == [b"1"])
@@ -49,7 +51,9 @@ def test_a_dead_server_is_told_of_in_time(make, line, clock):
 
 def test_a_silent_server_is_told_of_in_time(make, line, clock, monkeypatch):
     """A black hole: kept connections are asked first, so nothing was sent."""
-    broker = make(f"postgresql://postgres@127.0.0.1:{line.port}/postgres")
+    make().read("a", None)  # installs, however long that takes
+    url = f"postgresql://postgres@127.0.0.1:{line.port}/postgres"
+    broker = make(url, publish_timeout=SHORT)
     monkeypatch.setattr(pool, "FRESH", 0.0)
     broker.publish([("a", b"1")])
     line.silence()
@@ -66,7 +70,9 @@ def test_a_silent_server_is_told_of_in_time(make, line, clock, monkeypatch):
 
 def test_a_lost_answer_is_uncertain(make, line, monkeypatch):
     """It was sent and not confirmed: it is stored once, and nobody tries again."""
-    broker = make(f"postgresql://postgres@127.0.0.1:{line.port}/postgres")
+    make().read("a", None)  # installs, however long that takes
+    url = f"postgresql://postgres@127.0.0.1:{line.port}/postgres"
+    broker = make(url, publish_timeout=SHORT)
     monkeypatch.setattr(pool, "FRESH", LIMIT)  # it is not asked whether it lives
     broker.publish([("a", b"1")])
     line.silence("out")
@@ -81,7 +87,8 @@ def test_a_lost_answer_is_uncertain(make, line, monkeypatch):
 
 def test_who_waits_for_the_lock_is_told_that_nothing_was_stored(make, server, schema):
     """Somebody appends by himself, and stays in his transaction."""
-    broker = make()
+    make().read("a", None)  # installs, however long that takes
+    broker = make(publish_timeout=SHORT)
     broker.publish([("a", b"1")])
     with server.connect() as other, other.transaction():
         other.execute(f"SELECT {schema}.append('a', '2', 1000, NULL)")
@@ -158,7 +165,8 @@ def test_a_firewall_forgets_idle_connections(server, make, clock, monkeypatch):
     """The next publish is stored, within its time; what listens goes on, too."""
     make().publish([("a", b"1")])
     with Proxy(server.port) as proxy:
-        broker = make(server.url_at(proxy.port), connections=2)
+        url = server.url_at(proxy.port)
+        broker = make(url, connections=2, publish_timeout=SHORT)
         told = listening(broker, "a")
         broker.publish([("a", b"2")])
         # Until the listener takes no answer for an end.

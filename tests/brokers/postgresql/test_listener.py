@@ -230,7 +230,8 @@ import json, sys
 from syncstream import Gap, Hub
 from syncstream.brokers.postgresql import PostgreSQLBroker
 _, url, schema, names = sys.argv
-hub = Hub(broker=PostgreSQLBroker(url, schema=schema))
+broker = PostgreSQLBroker(url, schema=schema, publish_timeout=20.0)
+hub = Hub(broker=broker)
 subscriptions = {name: hub.subscribe(name) for name in names.split(",")}
 for subscription in subscriptions.values():
     subscription.read(0)

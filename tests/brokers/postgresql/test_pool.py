@@ -12,14 +12,15 @@ from syncstream.errors import (
     Unavailable,
     Uncertain,
 )
-from tests.brokers.postgresql.waits import LIMIT, backends, waiting
+from tests.brokers.postgresql.waits import LIMIT, SHORT, backends, waiting
 from tests.brokers.sinks import listening
 from tests.support.waits import await_true
 
 
 def test_busy_connections_are_waited_for(make, server, schema):
     """No more than allowed are opened; who gets none in time is told."""
-    broker = make(connections=2)
+    make().read("a", None)  # installs, however long that takes
+    broker = make(connections=2, publish_timeout=SHORT)
     broker.publish([("a", b"1")])
     with server.connect() as other, other.transaction():
         other.execute(f"LOCK TABLE {schema}.channel")

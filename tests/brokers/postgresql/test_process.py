@@ -100,7 +100,7 @@ if mode == "gevent":
 import threading
 from syncstream import Hub
 from syncstream.brokers.postgresql import PostgreSQLBroker
-hub = Hub(broker=PostgreSQLBroker(url, schema=schema))
+hub = Hub(broker=PostgreSQLBroker(url, schema=schema, publish_timeout=20.0))
 mine = hub.subscribe("a")
 mine.read(0)
 hub.publish("a", "before")
@@ -145,7 +145,8 @@ IDLE = """
 import sys, threading, time
 from syncstream import Hub
 from syncstream.brokers.postgresql import PostgreSQLBroker
-hub = Hub(broker=PostgreSQLBroker(sys.argv[1], schema=sys.argv[2]))
+_, url, schema = sys.argv
+hub = Hub(broker=PostgreSQLBroker(url, schema=schema, publish_timeout=20.0))
 subscription = hub.subscribe("a")
 subscription.read(0)
 hub.publish("a", "x")
@@ -174,7 +175,7 @@ import psutil, psycopg
 from syncstream import Hub
 from syncstream.brokers.postgresql import PostgreSQLBroker
 def call():
-    hub = Hub(broker=PostgreSQLBroker(url, schema=schema))
+    hub = Hub(broker=PostgreSQLBroker(url, schema=schema, publish_timeout=20.0))
     hub.publish("a", "x")
     hub.subscribe("a").read(0)
     hub.publish("a", "y")

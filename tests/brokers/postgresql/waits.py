@@ -11,6 +11,7 @@ FORMATS = Path(__file__).parents[1] / "formats"
 
 
 LIMIT = 20.0  # seconds for what must happen; not what it may take
+SHORT = 2.0  # the default of ``publish_timeout``, for what has to end in time
 
 
 def read_until(subscription, data):
