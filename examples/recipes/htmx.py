@@ -44,6 +44,7 @@ def cancel():
 @app.get("/htmx2")
 def htmx2():
     return """<!doctype html><title>htmx 2</title>
+<meta name="viewport" content="width=device-width">
 <script src="scripts/htmx.org/dist/htmx.min.js"></script>
 <script src="scripts/htmx-ext-sse/dist/sse.min.js"></script>
 <main>
@@ -56,6 +57,7 @@ def htmx2():
 @app.get("/htmx4")
 def htmx4():
     return """<!doctype html><title>htmx 4</title>
+<meta name="viewport" content="width=device-width">
 <script src="scripts/htmx4/dist/htmx.min.js"></script>
 <script src="scripts/htmx4/dist/ext/hx-sse.min.js"></script>
 <main>

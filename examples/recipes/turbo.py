@@ -52,6 +52,7 @@ def cancel():
 @app.get("/")
 def page():
     return """<!doctype html><title>Turbo Streams</title>
+<meta name="viewport" content="width=device-width">
 <script type="module" src="scripts/@hotwired/turbo/dist/turbo.es2017-esm.js"></script>
 <main id="job">
   <turbo-stream-source src="events"></turbo-stream-source>

@@ -38,7 +38,8 @@ def health():
 def say(text):
     """Yield the words after the first, which is the key of the control line.
 
-    ``WAIT`` waits for long, ``FAIL`` is an error, and at ``CUT`` the server stops.
+    ``WAIT`` waits for long, ``GATE`` for the test, ``FAIL`` is an error, and at ``CUT``
+    the server stops.
     """
     key, *words = text.split()
     try:
@@ -48,6 +49,9 @@ def say(text):
                 sleep(600)
             elif word == "FAIL":
                 raise RuntimeError("MARK")
+            elif word == "GATE":
+                gate(key)
+                continue
             elif word == "CUT":
                 current_stream().stop("shutdown")
             yield word
