@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import threading
 import types
 import warnings
 
@@ -19,8 +20,17 @@ import syncstream
 import syncstream.bottle
 import syncstream.django
 import syncstream.falcon
-from syncstream import NDJSONResponse, SSEResponse, StreamResponse, streaming
+from syncstream import (
+    NDJSONResponse,
+    SSEResponse,
+    StreamResponse,
+    sleep,
+    streaming,
+)
 from tests.apps import django_app
+from tests.support import pairs as in_pairs
+from tests.support.pairs import Line, Threads, leave, tcp_pair
+from tests.support.waits import TIMEOUT
 from tests.wsgi.asking import ASK, get
 
 assert callable(django_app.app)  # it configures Django
@@ -386,6 +396,109 @@ def test_an_asynchronous_view_returns_a_response():
 
     with get(by_flask(view), headers=ASK) as answer:
         assert b"data: 1\n\ndata: 2\n\n" in answer.data
+
+
+# MicroPie's handlers, as its documentation has them, and without ``async``.
+
+
+class AsyncApp:
+    async def numbers(self, *request):
+        async def generator():
+            for i in range(5):
+                yield f"Number: {i}\n"
+                await asyncio.sleep(0)
+
+        return generator()
+
+    async def events(self, *request):
+        async def event_generator():
+            for i in range(2):
+                yield f"data: Random number: {i}\n\n".encode()
+                await asyncio.sleep(0)
+
+        return 200, event_generator(), [("Content-Type", "text/event-stream")]
+
+    async def missing(self, *request):
+        return 404, "404 Not Found"
+
+
+class PlainApp:
+    def numbers(self, *request):
+        def generator():
+            for i in range(5):
+                yield f"Number: {i}\n"
+                sleep(0)
+
+        return generator()
+
+    def events(self, *request):
+        def event_generator():
+            for i in range(2):
+                yield f"data: Random number: {i}\n\n".encode()
+                sleep(0)
+
+        return 200, event_generator(), [("Content-Type", "text/event-stream")]
+
+    def missing(self, *request):
+        return 404, "404 Not Found"
+
+
+@pytest.mark.parametrize("app", [AsyncApp, PlainApp])
+def test_micropies_handlers(serve, app):
+    """They are methods, and do in each framework what they do there."""
+    with get(serve(app().numbers)) as answer:
+        assert answer.data == b"".join(b"Number: %d\n" % i for i in range(5))
+        assert answer.content_type == "text/html; charset=utf-8"
+    with get(serve(app().events)) as answer:
+        numbers = b"data: Random number: 0\n\ndata: Random number: 1\n\n"
+        assert answer.data == b": ok\n\n" + numbers
+        assert answer.content_type == "text/event-stream"
+    with get(serve(app().missing)) as answer:
+        assert (answer.status_code, answer.data) == (404, b"404 Not Found")
+
+
+@pytest.mark.parametrize("decorate", [streaming, syncstream.django.streaming])
+def test_a_method_is_decorated_in_its_class(decorate):
+    """``self`` is an argument like others."""
+
+    class App:
+        word = "method"
+
+        @decorate
+        async def view(self):
+            return 200, iter([self.word]), [("Content-Type", "text/plain")]
+
+    response = contextvars.Context().run(App().view)
+    body = getattr(response, "streaming_content", None) or response.response
+    assert b"".join(body) == b"method"
+    response.close()
+
+
+def test_micropies_generator_is_cancelled():
+    """It may swallow that, and end."""
+    story, waits = [], threading.Event()
+
+    @streaming
+    async def events():
+        async def event_generator():
+            try:
+                while True:
+                    yield "data: a\n\n"
+                    asyncio.get_running_loop().call_soon(waits.set)
+                    await asyncio.sleep(TIMEOUT)
+            except asyncio.CancelledError:
+                story.append("Client disconnected")
+
+        return 200, event_generator(), [("Content-Type", "text/event-stream")]
+
+    with tcp_pair() as (server, client):
+        stream = events().response
+        stream.connect(Line(server))
+        join = Threads().start(lambda: in_pairs.serve(stream))
+        assert waits.wait(TIMEOUT)
+        leave(client)
+        assert join() == [b": ok\n\n", b"data: a\n\n"]
+    assert story == ["Client disconnected"]
 
 
 # Flask's own order, for responses.
