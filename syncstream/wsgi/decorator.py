@@ -20,6 +20,8 @@ __all__ = [
     "check_framework",
     "decorator",
     "push_decorator",
+    "show_signature",
+    "signature_of",
 ]
 
 P = ParamSpec("P")
@@ -102,6 +104,23 @@ def check_framework(name: str, args: Iterable[Any], kwargs: Mapping[str, Any]) -
             )
 
 
+def signature_of(view: Callable[..., Any]) -> inspect.Signature:
+    """Return a view's signature; that of any arguments if it does not tell."""
+    try:
+        return inspect.signature(view)
+    except ValueError:  # a callable written in C
+        return inspect.signature(lambda *args, **kwargs: None)
+
+
+def show_signature(wrapper: Any, signature: inspect.Signature) -> None:
+    """Have a decorated view show its arguments.
+
+    Pyramid asks whether a view takes the request alone or a context, too, and does not
+    follow ``__wrapped__``.
+    """
+    wrapper.__signature__ = signature
+
+
 def _same(value: Any) -> Any:
     return value
 
@@ -140,6 +159,7 @@ def decorator(
                 return result
             return finish(response(prepare(result), **options))
 
+        show_signature(wrapper, signature_of(view))
         return wrapper
 
     found: ViewDecorator = _with_options(
@@ -202,8 +222,7 @@ def push_decorator(
                 source = prepare(Pushed(bind, name, framed=framed))
             return finish(response(source, **options))
 
-        # For frameworks that look at a view's arguments: this one takes no sse.
-        wrapper.__signature__ = call.outer  # type: ignore[attr-defined]
+        show_signature(wrapper, call.outer)
         return wrapper
 
     found: PushDecorator = _with_options(
@@ -243,10 +262,7 @@ class _Call:
 
     def __init__(self, view: Callable[..., Any]) -> None:
         self._view = view
-        try:
-            self._signature = inspect.signature(view)
-        except ValueError:  # a callable written in C
-            self._signature = inspect.signature(lambda *args, **kwargs: None)
+        self._signature = signature_of(view)
         parameters = [*self._signature.parameters.values()]
         kinds = {parameter.kind for parameter in parameters}
         named = [

@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, Protocol, overload
 from ..runtime.coroutines import run_coroutine
 from ..servers.request import EVENT_TYPE
 from ..streams.async_source import is_async
-from .decorator import check_framework
+from .decorator import check_framework, show_signature, signature_of
 from .responses import StreamResponse
 
 __all__ = ["StreamingDecorator", "finish_wsgi", "streaming_decorator"]
@@ -200,6 +200,7 @@ def streaming_decorator(
                 answer = answer_of(result)
                 return result if answer is None else finish(respond(answer), args)
 
+            show_signature(wrapper, signature_of(view))
             return wrapper
 
         return decorate if view is None else decorate(view)

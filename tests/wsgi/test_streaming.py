@@ -25,6 +25,7 @@ from syncstream import (
     SSEResponse,
     StreamResponse,
     sleep,
+    sse,
     streaming,
 )
 from tests.apps import django_app
@@ -98,10 +99,7 @@ def serve(request):
     mount, decorate = FRAMEWORKS[request.param]
 
     def serve(view, **options):
-        decorated = decorate(**options)(view) if options else decorate(view)
-        if request.param == "pyramid":  # which looks at the view's signature
-            return mount(lambda request: decorated(request))
-        return mount(decorated)
+        return mount(decorate(**options)(view) if options else decorate(view))
 
     return serve
 
@@ -396,6 +394,23 @@ def test_an_asynchronous_view_returns_a_response():
 
     with get(by_flask(view), headers=ASK) as answer:
         assert b"data: 1\n\ndata: 2\n\n" in answer.data
+
+
+def of_the_request(request):
+    yield request.path
+
+
+def of_the_context(context, request):
+    yield request.path
+
+
+@pytest.mark.parametrize("decorate", [sse, streaming])
+@pytest.mark.parametrize("view", [of_the_request, of_the_context])
+def test_pyramid_sees_a_views_arguments(decorate, view):
+    """It calls each with those that it takes."""
+    with get(by_pyramid(decorate(view))) as answer:
+        assert answer.status_code == 200
+        assert b"/" in answer.data
 
 
 # MicroPie's handlers, as its documentation has them, and without ``async``.
