@@ -165,6 +165,8 @@ class AsyncPushed:
         self._written: asyncio.Future[None] | None = None  # of the item that was taken
         self._raised: list[BaseException] = []
 
+    must_be_asked = True  # its `send` waits until then
+
     @property
     def is_unstarted(self) -> bool:
         """Whether nothing has been run, so that there is nothing to close."""

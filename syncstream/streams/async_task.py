@@ -4,6 +4,11 @@ The task makes one item at a time, when it is asked for one. What a generator wo
 told by its caller, it is told by its task: the client's leaving cancels the task, which
 raises CancelledError where the source awaits; at a ``yield`` it is closed, and gets
 GeneratorExit. Either way ``aclose()`` is awaited.
+
+For the loop of `fanout` the source goes on before its last item was taken, unless it
+has made that without waiting for anything, or is a view that waits for what it sends;
+one item waits until it is taken, and with the next one the source waits, too. To wake
+the event loop for each item costs more than to send it.
 """
 
 from __future__ import annotations
@@ -27,6 +32,8 @@ from ..runtime.waiting import gevent_hub_of_thread, runner
 __all__ = ["CLOSE_WAIT", "SourceTask", "Timed"]
 
 log = logging.getLogger("syncstream.stream")
+
+_NOTHING = object()  # where there may be an item
 
 BLOCKED = 0.1  # seconds for which a source may keep the loop from the others
 CLOSE_WAIT = 5.0  # seconds in which a source should have ended after its cancel
@@ -59,7 +66,7 @@ class SourceTask:
         self._waiter: Wakeable | None = None
         self.has_answered = False
         self.encode: Callable[[Any], Any] | None = None
-        self._item: Any = None
+        self._item: Any = _NOTHING
         self._error: BaseException | None = None
         self._thrown: BaseException | None = None
         self._future: Any = None  # that the task awaits between two items
@@ -104,10 +111,13 @@ class SourceTask:
         Raises:
             RuntimeError: No loop can be started, or it has ended with the process.
         """
-        # In this order: its end may come in between, and is seen by `_asked`.
-        self.has_answered = False
         self._thrown, self._waiter = error, waiter
-        self._loop.call(self._asked)
+        self.has_answered = False
+        # In this order: a task that is about to wait says so, and then looks at this.
+        self._is_asked = True
+        if self._future is not None or self._is_over or not self.has_begun:
+            self._waiter = waiter  # an end in between has forgotten it
+            self._loop.call(self._asked)
 
     def take(self) -> Any:
         """Return the item, or raise what the source has raised.
@@ -116,16 +126,16 @@ class SourceTask:
             StopIteration: The source has finished.
         """
         self.has_answered = False
-        item, self._item = self._item, None
+        item, self._item = self._item, _NOTHING
+        if item is not _NOTHING:  # the end may have come since
+            return item
         error, self._error = self._error, None
         if error is not None:
             try:
                 raise error
             finally:
                 error = None  # its traceback has this frame
-        if self._is_over:
-            raise StopIteration
-        return item
+        raise StopIteration
 
     def end(self, told: Callable[[], object], within: float | None = None) -> None:
         """Cancel it, and call a function, in the loop, when it has ended.
@@ -164,11 +174,15 @@ class SourceTask:
     # In the loop's thread.
 
     def _asked(self) -> None:
-        self._is_asked = True
         if self._is_over:  # before it was asked: others may cancel it, too
             self._answer()
         elif self._future is not None and not self._future.done():
             self._future.set_result(None)
+
+    def _go_on(self) -> None:
+        """Go on after a checkpoint; others have had their turn."""
+        self._is_asked = True
+        self._asked()
 
     def _end(self, told: Callable[[], object], within: float | None) -> None:
         if self._has_ended:
@@ -219,34 +233,44 @@ class SourceTask:
 
         self._task = asyncio.current_task()
         iterator: AsyncIterator[Any] | None = None
+        step: Any
+        timed: Timed | None
         thrown: BaseException | None = None
+        is_asked = is_ahead = False  # for an item; it may be made before
         source = self._source
         assert source is not None
+        may_go_ahead = not getattr(source, "must_be_asked", False)
         try:
             while not self._is_over:
-                if thrown is None:
-                    thrown = await self._await_ask() or self._thrown
-                    self._thrown = None
+                if thrown is None and not (is_asked or is_ahead):
+                    thrown, is_asked = await self._await_ask(), True
                 if iterator is None:
                     iterator = source.__aiter__()
                 if thrown is None:
-                    step: Any = iterator.__anext__()
+                    step = iterator.__anext__()
                 else:
                     step = _thrown_into(iterator, thrown)
                     thrown = None
-                item = await Timed(step, self.name, iterator)
+                timed = Timed(step, self.name, iterator)
+                item = await timed
+                # Otherwise others would never have their turn.
+                is_ahead = may_go_ahead and timed.has_waited and self.encode is not None
+                step = timed = None
+                if not is_asked:  # the item before is still to be taken
+                    thrown, is_asked = await self._await_ask(), True
                 if self.encode is not None and not self._is_over:
                     try:
                         item = self.encode(item)
                     except BaseException as error:
                         # Thrown at the yield, the user's line is in its traceback.
-                        thrown = error
+                        thrown = thrown or error
                         continue
-                    if item is None:  # a checkpoint: others have their turn
-                        asyncio.get_running_loop().call_soon(self._asked)
+                    if item is None:  # a checkpoint
+                        is_asked = is_ahead = False
+                        asyncio.get_running_loop().call_soon(self._go_on)
                         continue
                 if not self._is_over:
-                    self._item = item
+                    self._item, is_asked = item, False
                     self._answer()
                 item = None
         except StopAsyncIteration:
@@ -263,7 +287,7 @@ class SourceTask:
         try:
             await self._aclose(iterator)
         finally:
-            iterator = source = thrown = None
+            iterator = source = step = timed = thrown = None
             self._source = self._future = self._task = None
             self._has_ended = True
             if self._is_left:
@@ -275,22 +299,28 @@ class SourceTask:
         """Wait until an item is asked for.
 
         Returns:
-            The cancellation of a task group or a time-out of the source's, which are
-            not ours: it belongs to where the source stands, at its ``yield``.
+            What to throw into the source at its ``yield``, where it stands: the
+            asker's error, or the cancellation of a task group or a time-out of the
+            source's, which are not ours.
         """
         import asyncio
 
         found: BaseException | None = None
-        while not self._is_asked:
-            self._future = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        while True:
+            # Before it looks: see `ask`.
+            future = self._future = loop.create_future()
+            if self._is_asked:
+                break
             try:
-                await self._future
+                await future
             except asyncio.CancelledError as error:
                 if self._is_over:
                     raise
                 found = error
-        self._is_asked = False
-        return found
+        self._future, self._is_asked = None, False
+        thrown, self._thrown = self._thrown, None
+        return found or thrown
 
     async def _aclose(self, iterator: AsyncIterator[Any] | None) -> None:
         """Close the iterator, and what it was made of."""
@@ -315,12 +345,16 @@ class Timed:
         awaitable: The awaitable.
         name: The name of the source that it is of, for the log.
         place: The generator or coroutine whose line is logged.
+
+    Attributes:
+        has_waited: Whether others of the loop have had their turn meanwhile.
     """
 
-    __slots__ = ("_awaitable", "_name", "_place")
+    __slots__ = ("_awaitable", "_name", "_place", "has_waited")
 
     def __init__(self, awaitable: Any, name: str, place: Any) -> None:
         self._awaitable, self._name, self._place = awaitable, name, place
+        self.has_waited = False
 
     def __await__(self) -> Generator[Any, None, Any]:
         awaitable = self._awaitable
@@ -339,6 +373,7 @@ class Timed:
                 seconds = monotonic() - began
                 if seconds > BLOCKED:
                     _note_step(self._name, seconds, self._place)
+            self.has_waited = True
             try:
                 yield future
             except BaseException as error:
