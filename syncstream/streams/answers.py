@@ -28,7 +28,7 @@ _DJANGO["BadRequest"] = 400
 
 
 class Returned(TypeError):
-    """A generator has returned a response, which only a plain view can return."""
+    """A source has returned a response, which only plain views can return."""
 
 
 def is_answer(value: object) -> bool:
@@ -61,7 +61,7 @@ def checked_return(value: Any) -> Returned | None:
     status = value[1] if is_pair else getattr(value, "status_code", "?")
     what = f"a {type(value).__name__} of status {status}"
     return Returned(
-        f"a stream's generator returned {what}, which no client receives: return it"
+        f"a stream's source returned {what}, which no client receives: return it"
         " from a plain view, before the stream"
     )
 

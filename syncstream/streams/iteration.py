@@ -31,7 +31,7 @@ LOOK_EVERY = 0.1
 OnError = Callable[[Exception], Any]
 
 _TOO_LATE = (
-    ": the response's head has left before the generator began, and the status with it."
+    ": the response's head has left before the source began, and the status with it."
     " Decide in a plain view, which returns SSEResponse(...) or another response"
 )
 

@@ -83,6 +83,9 @@ def test_a_leave_ends_a_view_that_sends(server, key):
         with server.get(f"/{path}?key={key}") as client:
             assert client.chunk()
             server.control.next(f"{key}-waiting")
+            if path.startswith("async"):  # it holds no thread: sync workers have one
+                with server.get("/health") as other:
+                    assert other.rest() == b"ok"
         left = time.monotonic()
         how = server.control.next(f"{key}-ended")
         assert time.monotonic() - left < 5, path

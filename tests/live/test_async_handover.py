@@ -136,7 +136,7 @@ def test_an_answer_that_comes_too_late(sync, key):
     body, is_whole = body_of(sync, key, "aborted")
     assert body == b"data: 0\n\nid: syncstream-end\n\n"
     assert is_whole
-    said = "the response's head has left before the generator began"
+    said = "the response's head has left before the source began"
     await_true(lambda: said in sync.log()[before:], sync.log)
 
 
