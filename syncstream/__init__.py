@@ -25,7 +25,7 @@ The map of the package, from the bottom to the top; each line may import those a
 ``migrations/``       Django's, which install the tables of ``postgresql:``
 ``gunicorn``          a hook for gunicorn's configuration
 ``doctor/ demo/``     two commands; buffering is found by ``doctor/timing``
-``testing/``          what tests of brokers need
+``testing/``          what tests of applications and of brokers need
 ``__main__``          the command line: ``doctor``, ``demo`` and ``publish``
 ====================  ==========================================================
 

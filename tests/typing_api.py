@@ -22,6 +22,7 @@ from syncstream import (
     streaming,
     with_sse,
 )
+from syncstream.testing import chunks, events, lines, reading
 
 app = flask.Flask(__name__)
 hub = Hub()
@@ -117,3 +118,17 @@ app.wsgi_app = StreamMiddleware(  # type: ignore[method-assign]
     app.wsgi_app, handover=False
 )
 encoded: bytes = Event("a").encode()
+
+
+def test_with_a_client() -> None:
+    client = app.test_client()
+    found: list[Event] = events(client.get("/e"), 3, timeout=1.5)
+    text: list[str] = lines(client.get("/e"), 3)
+    pieces: list[bytes] = chunks(client.get("/e"))
+    with reading(client.get("/e")) as stream:
+        found += stream.events(1, timeout=1)
+        found += stream
+        text += stream.lines(2)
+        pieces += [stream.bytes(), *stream.iter_bytes()]
+        last: str | None = stream.last_event_id
+        assert last is None

@@ -236,6 +236,12 @@ class Process:
         """The number of streams that occupy a thread or greenlet of their server."""
         return sum(len(served.open) for served in list(self._all.values()))
 
+    def attached(self) -> list[Attached]:
+        """Return the streams that their servers still serve."""
+        served = list(self._all.values())
+        found = [reference() for one in served for reference in list(one.open.values())]
+        return [stream for stream in found if stream is not None]
+
     @property
     def parked_streams(self) -> int:
         """The number of streams that have left their server."""

@@ -1,0 +1,165 @@
+"""`Limit`: ends what a test waits for when its time is over, whatever that waits in.
+
+It runs in the thread or greenlet of the test, for there a source has its thread-locals:
+Django's connections, whose transaction a TestCase rolls back. A native thread beside it
+keeps the time. When that is over, the stream that the test reads is told to end, which
+wakes all waits of this package. A source that blocks in something else is interrupted
+by an exception: in a greenlet by the hub, in the main thread by a signal. SIGURG, for
+nothing happens if it comes late: it is ignored by default. In other threads Python has
+no way to interrupt a system call.
+"""
+
+from __future__ import annotations
+
+import _thread
+import signal
+import sys
+import sysconfig
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+from ..runtime.process import process
+from ..runtime.sockets import native
+from ..runtime.waiting import gevent_hub, runner_function
+from ..streams.stream import Stream
+
+__all__ = ["Late", "Limit"]
+
+T = TypeVar("T")
+
+GRACE = 0.3  # seconds that a source gets for its clean-up before it is interrupted
+_LIBRARIES = tuple({sysconfig.get_path(n) for n in ("stdlib", "purelib", "platlib")})
+_SIGNAL: int | None = getattr(signal, "SIGURG", None)  # Windows has none
+
+
+class Late(Exception):
+    """The time is over; the text says where the source waited, if that is known."""
+
+
+class _TimeIsOver(BaseException):
+    """Interrupts a source. No `Exception`: it shall not be handled as an error."""
+
+
+class Limit:
+    """A time limit for calls of one thread or greenlet. Not for two at once.
+
+    Args:
+        seconds: How long all calls may take together.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._is_inside = False  # a call of ours
+        self._is_over = False
+        self._place = ""
+
+    def __enter__(self) -> Limit:
+        self._hub = gevent_hub()
+        self._runner: Any = runner_function()()
+        self._thread: int = native(_thread, "get_ident")()
+        is_main = self._thread == threading.main_thread().ident
+        self._number = _SIGNAL if is_main and self._hub is None else None
+        if self._number is not None:
+            self._before = signal.signal(self._number, self._interrupt)
+        self._done, self._ended = (native(_thread, "allocate_lock")() for _ in "12")
+        self._done.acquire()
+        self._ended.acquire()
+        native(_thread, "start_new_thread")(self._keep_time, ())
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._done.release()
+        self._ended.acquire()
+        if self._number is not None:
+            signal.signal(self._number, self._before)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call a function, and return what it returns.
+
+        Raises:
+            Late: The time is over. The function has been interrupted.
+        """
+        error: BaseException | None = None
+        try:
+            try:
+                self._is_inside = True
+                return_value = function()
+            finally:
+                self._is_inside = False
+        except _TimeIsOver as raised:
+            error = raised
+        except BaseException as raised:
+            if not self._is_over:
+                raise
+            error = raised
+        if self._is_over:
+            cause = None if isinstance(error, (_TimeIsOver, StopIteration)) else error
+            raise Late(self._place) from cause
+        return return_value
+
+    # In the thread that keeps the time.
+
+    def _keep_time(self) -> None:
+        try:
+            if self._done.acquire(True, self._seconds):
+                return
+            self._place = self._find_place()
+            self._is_over = True
+            for stream in self._streams():
+                stream.stop()
+            while not self._done.acquire(True, GRACE):
+                self._force()
+        finally:
+            self._ended.release()
+
+    def _streams(self) -> list[Stream]:
+        """Return the streams whose sources run here, in the test's thread."""
+        ours = self._runner, self._thread
+        attached = process().attached()
+        streams = [stream for stream in attached if isinstance(stream, Stream)]
+        return [one for one in streams if one.is_running and one.runner in ours]
+
+    def _force(self) -> None:
+        if self._hub is not None:
+            self._hub.loop.run_callback_threadsafe(self._throw)
+        elif self._number is not None:
+            signal.pthread_kill(self._thread, self._number)
+
+    def _throw(self) -> None:
+        if self._is_inside:
+            self._runner.throw(_TimeIsOver())
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Handle the signal, in the main thread."""
+        if self._is_inside and self._is_over:
+            raise _TimeIsOver
+
+    def _find_place(self) -> str:
+        """Return where the application's code is, "" if it is not in any."""
+        frame: FrameType | None
+        if self._hub is not None:
+            frame = self._runner.gr_frame
+        else:
+            frame = sys._current_frames().get(self._thread)
+        return place(frame)
+
+
+def place(frame: FrameType | None) -> str:
+    """Describe where a thread is in an application, from its innermost frame on.
+
+    Returns:
+        ``"app.py, line 12, in ticks"``; "" if nobody else's code runs below ours.
+    """
+    package = __name__.partition(".")[0]
+    while frame is not None:
+        name = frame.f_globals.get("__name__") or ""
+        if name == __name__:  # what is above it is the test
+            return ""
+        file = frame.f_code.co_filename
+        is_ours = name == package or name.startswith(f"{package}.")
+        if not is_ours and not file.startswith((*_LIBRARIES, "<")):
+            return f"{file}, line {frame.f_lineno}, in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return ""
