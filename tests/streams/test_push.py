@@ -395,6 +395,30 @@ def test_a_plain_view_waits_for_a_queue(place):
     assert b"".join(join()).startswith(b": ok\n\ndata: a\n\ndata: b\n\n")
 
 
+def test_a_linked_read_of_a_plain_view_ends_with_its_client():
+    """In a thread, as a generator's; its ``finally`` may use the link."""
+    story = []
+
+    def view(sse):
+        current_stream().link(upstream)
+        sse.send("a")
+        try:
+            story.append("reads")
+            upstream.recv(1)
+        finally:
+            story.append(upstream.fileno() >= 0)
+        sse.send("not sent")
+
+    with tcp_pair() as (server, client), tcp_pair() as (upstream, _):
+        stream = stream_of(pushed(view), Line(server))
+        join = Threads().start(lambda: serve(stream))
+        await_true(lambda: story == ["reads"])
+        hang_up(client)
+        assert join() == [OPENED, b"data: a\n\n"]
+    assert story == ["reads", True]
+    assert stream.reason == "disconnected"
+
+
 # Views that do as they please.
 
 
