@@ -433,7 +433,7 @@ def _is_cancel(error: BaseException) -> bool:
 
 
 def _is_unstarted(source: object) -> bool:
-    if getattr(source, "is_unstarted", False):  # a view's, of `async_push`
+    if getattr(source, "is_unstarted", False) is True:  # a view's, of `async_push`
         return True
     if not inspect.isasyncgen(source) or source.ag_frame is None:
         return False
