@@ -9,12 +9,17 @@
  *                          than the response's head; "ok" when all heads are there
  *     collect EVENTS       "ready"; then, when each that reads has got so many:
  *                          READS FIRST LAST P50 P99 MAX CPU
+ *     meet COUNT           connect so many whose streams have events of their own;
+ *                          when each has one: P50 P99 MAX, from its connect()
+ *     stay MILLISECONDS    "ready"; then what came to those in that time:
+ *                          EVENTS FEWEST MOST READS P50 P99 MAX CPU
  *
  * Times are CLOCK_MONOTONIC's nanoseconds; FIRST is the first event's own time, the
- * percentiles are of the latencies of all deliveries, CPU is this process's. An event
- * is {"n":NUMBER,"t":TIME,...}, numbered from 0 in each collect, with no further
- * braces. What comes twice, or out of order, or not within `LIMIT` seconds, ends the
- * program, as does the end of its input.
+ * percentiles are of the latencies of all deliveries, CPU is this process's; FEWEST and
+ * MOST are one client's events. An event is {"n":NUMBER,"t":TIME,...}, with no further
+ * braces; numbered from 0 in each collect, or in each stream that has its own. What is
+ * lost, or comes twice, or out of order, or not within `LIMIT` seconds, ends the
+ * program, as does the end of its input. Its clients are of one kind.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -40,13 +45,17 @@ struct client {
   int state, matched; /* characters of what the state waits for */
   int is_stopped;
   int64_t n, t, next;
+  int64_t since, got; /* its connect(); events of this stay */
 };
+
+/* What the program is at. */
+static enum { COLLECT, MEET, STAY } at;
 
 static struct client *clients;
 static int count, epoll, left;
 static int64_t expected, reads, first, now;
 static int64_t *latencies;
-static size_t delivered;
+static size_t delivered, room;
 static struct sockaddr_in address = {.sin_family = AF_INET};
 static char request[1024], buffer[1 << 18];
 
@@ -61,11 +70,28 @@ static int64_t clock_of(clockid_t id) {
   return at.tv_sec * 1000000000LL + at.tv_nsec;
 }
 
+static void note(int64_t latency) {
+  if (delivered == room) {
+    room = room ? 2 * room : 1 << 16;
+    latencies = realloc(latencies, room * sizeof *latencies);
+    if (!latencies) fail("realloc");
+  }
+  latencies[delivered++] = latency;
+}
+
 static void event(struct client *c) {
   if (c->n != c->next) {
     fprintf(stderr, "event %lld came where %lld was to come\n", (long long)c->n,
             (long long)c->next);
     exit(1);
+  }
+  if (at == MEET) {
+    if (!c->next++) left--, note(now - c->since);
+    return;
+  }
+  if (at == STAY) {
+    c->next++, c->got++, note(now - c->t);
+    return;
   }
   if (c->next++ == expected) {
     fprintf(stderr, "an event too many came\n");
@@ -128,17 +154,20 @@ static void join(struct client *c, int is_stopped) {
   int small = SMALL;
   *c = (struct client){.fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)};
   if (c->fd < 0) fail("socket");
+  int64_t since = clock_of(CLOCK_MONOTONIC);
   if (is_stopped) setsockopt(c->fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
   c->is_stopped = is_stopped;
   if (connect(c->fd, (struct sockaddr *)&address, sizeof address)) fail("connect");
   if (send(c->fd, request, strlen(request), MSG_NOSIGNAL) < 0) fail("send");
+  c->since = since;
   if (epoll_ctl(epoll, EPOLL_CTL_ADD, c->fd, &what)) fail("epoll_ctl");
 }
 
-/* Waits for what comes; takes it. */
-static void take(void) {
+/* Waits for what comes, so many milliseconds at most, -1: for ever; takes it. Returns
+ * whether there was something. */
+static int take(int limit) {
   static struct epoll_event events[1024];
-  int got = epoll_wait(epoll, events, 1024, -1);
+  int got = epoll_wait(epoll, events, 1024, limit);
   for (int i = 0; i < got; i++) {
     struct client *c = clients + events[i].data.u32;
     /* Of a head no more than itself is wanted from one that stops then. */
@@ -153,21 +182,27 @@ static void take(void) {
     int has_ended = feed(c, buffer, (size_t)size);
     if (was != HEAD) reads += has_ended;
     else if (c->state != HEAD) {
-      left--;
+      if (at != MEET) left--;
       if (c->is_stopped) epoll_ctl(epoll, EPOLL_CTL_DEL, c->fd, NULL);
     }
   }
+  return got > 0;
 }
 
-static void come(int readers, int stopped) {
+static void connect_all(int readers, int stopped) {
   int total = count + readers + stopped;
   clients = realloc(clients, (size_t)total * sizeof *clients);
   if (!clients) fail("realloc");
   while (count < total) {
     for (left = 0; left < AT_ONCE && count < total; left++, count++)
       join(clients + count, total - count <= stopped);
-    while (left) take();
+    while (left) take(-1);
   }
+}
+
+static void come(int readers, int stopped) {
+  at = COLLECT;
+  connect_all(readers, stopped);
   puts("ok");
 }
 
@@ -176,25 +211,63 @@ static int compare(const void *a, const void *b) {
   return (x > y) - (x < y);
 }
 
+/* Sorts the latencies; prints P50 P99 MAX. */
+static void print_latencies(void) {
+  if (!delivered) note(0);
+  qsort(latencies, delivered, sizeof *latencies, compare);
+  printf("%lld %lld %lld", (long long)latencies[delivered / 2],
+         (long long)latencies[delivered * 99 / 100],
+         (long long)latencies[delivered - 1]);
+}
+
+static void meet(int readers) {
+  at = MEET, delivered = 0;
+  connect_all(readers, 0);
+  print_latencies();
+  puts("");
+}
+
+static void stay(int64_t milliseconds) {
+  at = MEET; /* what came while nobody read is late by our own fault */
+  while (take(0)) continue;
+  at = STAY, reads = 0, delivered = 0;
+  for (int i = 0; i < count; i++) clients[i].got = 0;
+  puts("ready");
+  int64_t cpu = clock_of(CLOCK_PROCESS_CPUTIME_ID);
+  int64_t end = clock_of(CLOCK_MONOTONIC) + milliseconds * 1000000;
+  for (int64_t rest; (rest = end - clock_of(CLOCK_MONOTONIC)) > 0;)
+    take((int)((rest + 999999) / 1000000));
+  cpu = clock_of(CLOCK_PROCESS_CPUTIME_ID) - cpu;
+  int64_t fewest = INT64_MAX, most = 0;
+  for (int i = 0; i < count; i++) {
+    if (clients[i].got < fewest) fewest = clients[i].got;
+    if (clients[i].got > most) most = clients[i].got;
+  }
+  printf("%zu %lld %lld %lld ", delivered, (long long)fewest, (long long)most,
+         (long long)reads);
+  print_latencies();
+  printf(" %lld\n", (long long)cpu);
+  at = MEET;
+}
+
 static void collect(int64_t events) {
   left = 0;
   for (int i = 0; i < count; i++)
     if (!clients[i].is_stopped) clients[i].next = 0, left++;
-  latencies = realloc(latencies, (size_t)left * (size_t)events * sizeof *latencies);
+  room = (size_t)left * (size_t)events;
+  latencies = realloc(latencies, room * sizeof *latencies);
   if (!latencies) fail("realloc");
   /* Its pages are not to be made while it measures. */
-  memset(latencies, 1, (size_t)left * (size_t)events * sizeof *latencies);
+  memset(latencies, 1, room * sizeof *latencies);
   expected = events, reads = first = 0, delivered = 0;
   puts("ready");
   int64_t cpu = clock_of(CLOCK_PROCESS_CPUTIME_ID);
-  while (left) take();
+  while (left) take(-1);
   cpu = clock_of(CLOCK_PROCESS_CPUTIME_ID) - cpu;
   int64_t last = now;
-  qsort(latencies, delivered, sizeof *latencies, compare);
-  printf("%lld %lld %lld %lld %lld %lld %lld\n", (long long)reads, (long long)first,
-         (long long)last, (long long)latencies[delivered / 2],
-         (long long)latencies[delivered * 99 / 100],
-         (long long)latencies[delivered - 1], (long long)cpu);
+  printf("%lld %lld %lld ", (long long)reads, (long long)first, (long long)last);
+  print_latencies();
+  printf(" %lld\n", (long long)cpu);
 }
 
 int main(int argc, char **argv) {
@@ -218,6 +291,8 @@ int main(int argc, char **argv) {
     alarm(LIMIT);
     if (sscanf(line, "come %d %d", &readers, &stopped) == 2) come(readers, stopped);
     else if (sscanf(line, "collect %lld", &events) == 1) collect(events);
+    else if (sscanf(line, "meet %d", &readers) == 1) meet(readers);
+    else if (sscanf(line, "stay %lld", &events) == 1) stay(events);
     else return 2;
     alarm(0);
   }

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Came", "Clients", "compiled", "ended", "pauses", "payload"]
+__all__ = ["Came", "Clients", "Met", "Stayed", "compiled", "ended", "pauses", "payload"]
 
 _HERE = Path(__file__).parent
 
@@ -89,6 +89,37 @@ class Came:
     share: float
 
 
+@dataclass(frozen=True)
+class Met:
+    """How soon streams had their first events, from connect() on: seconds."""
+
+    p50: float
+    p99: float
+    most: float
+
+
+@dataclass(frozen=True)
+class Stayed:
+    """What has come by streams that have events of their own.
+
+    Attributes:
+        deliveries: Events of all streams.
+        fewest, highest: Events of one stream.
+        reads: In so many pieces they came.
+        p50, p99, most: Latencies, seconds.
+        share: The clients' CPU time, by the time.
+    """
+
+    deliveries: int
+    fewest: int
+    highest: int
+    reads: int
+    p50: float
+    p99: float
+    most: float
+    share: float
+
+
 class Clients:
     """Open streams, and what comes by them; a context manager.
 
@@ -148,6 +179,34 @@ class Clients:
             cpu=cpu / 1e9,
             share=cpu / 1e9 / waited,
         )
+
+    def meet(self, readers: int) -> Met:
+        """Open so many streams that have events of their own; await one by each."""
+        self._say(f"meet {readers}")
+        self._readers += readers
+        p50, p99, most = (int(number) / 1e9 for number in self._answer().split())
+        return Met(p50, p99, most)
+
+    def stay(self, seconds: float, meanwhile: Callable[[], object]) -> Stayed:
+        """Return what those streams have got in this time.
+
+        Args:
+            seconds: So long they are read.
+            meanwhile: Called when that has begun.
+        """
+        self._say(f"stay {round(seconds * 1000)}")
+        assert self._answer() == "ready"
+        meanwhile()
+        events, fewest, highest, reads, *times = map(int, self._answer().split())
+        p50, p99, most, cpu = (one / 1e9 for one in times)
+        return Stayed(events, fewest, highest, reads, p50, p99, most, cpu / seconds)
+
+    def leave(self) -> float:
+        """Close all connections at once; return the time before that."""
+        now = time.monotonic()
+        self._process.kill()
+        self._process.wait()
+        return now
 
     def __enter__(self) -> Clients:
         return self
