@@ -22,7 +22,7 @@ from syncstream import (
     streaming,
     with_sse,
 )
-from syncstream.testing import chunks, events, lines, reading
+from syncstream.testing import EVENT_SOURCE, Client, chunks, events, lines, reading
 
 app = flask.Flask(__name__)
 hub = Hub()
@@ -132,3 +132,15 @@ def test_with_a_client() -> None:
         pieces += [stream.bytes(), *stream.iter_bytes()]
         last: str | None = stream.last_event_id
         assert last is None
+
+
+def test_with_ours() -> None:
+    client = Client(app)
+    with client.stream("GET", "/e", headers=EVENT_SOURCE) as stream:
+        assert stream.status_code == 200
+        kind: str | None = stream.headers.get("Content-Type")
+        found: list[Event] = stream.events(3)
+        stream.disconnect()
+        why: str | None = stream.reason
+        print(kind, found, why)
+    client.stream("POST", "/e", json={}, last_event_id=stream.last_event_id).close()

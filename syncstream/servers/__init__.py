@@ -33,6 +33,7 @@ SERVERS = (
     cheroot.SERVER,
     wsgiref.SERVER,
     asgi.SERVER,
+    testing.IN_PROCESS,
     testing.SERVER,
 )
 OTHER = Server(

@@ -47,10 +47,15 @@ class Limit:
 
     Args:
         seconds: How long all calls may take together.
+        interrupt: Ends what the calls wait for, in a native thread, and returns where
+            the source is; ``None``: the source runs here, and is looked for.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(
+        self, seconds: float, interrupt: Callable[[], str] | None = None
+    ) -> None:
         self._seconds = seconds
+        self._end = self._end_source if interrupt is None else interrupt
         self._is_inside = False  # a call of ours
         self._is_over = False
         self._place = ""
@@ -105,21 +110,23 @@ class Limit:
         try:
             if self._done.acquire(True, self._seconds):
                 return
-            self._place = self._find_place()
             self._is_over = True
-            for stream in self._streams():
-                stream.stop()
+            self._place = self._end()
             while not self._done.acquire(True, GRACE):
                 self._force()
         finally:
             self._ended.release()
 
-    def _streams(self) -> list[Stream]:
-        """Return the streams whose sources run here, in the test's thread."""
+    def _end_source(self) -> str:
+        """Stop the streams whose sources run in the test's thread."""
+        found = self._find_place()
         ours = self._runner, self._thread
         attached = process().attached()
         streams = [stream for stream in attached if isinstance(stream, Stream)]
-        return [one for one in streams if one.is_running and one.runner in ours]
+        for stream in streams:
+            if stream.is_running and stream.runner in ours:
+                stream.stop()
+        return found
 
     def _force(self) -> None:
         if self._hub is not None:

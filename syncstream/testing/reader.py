@@ -11,6 +11,7 @@ from .limit import Late, Limit
 
 __all__ = ["TIMEOUT", "Body", "Reader", "check_count", "check_timeout"]
 
+R = TypeVar("R", bound="Reader")
 T = TypeVar("T")
 
 TIMEOUT = 2.0
@@ -25,16 +26,24 @@ class Body(Protocol):
 
     Attributes:
         label: Names the response in messages.
+        interrupt: As for `Limit`.
     """
 
     @property
     def label(self) -> str: ...
 
+    @property
+    def interrupt(self) -> Callable[[], str] | None: ...
+
     def read(self) -> bytes:
         """Return the next piece, ``b""`` at the end; raise what the source raises."""
 
     def close(self) -> None:
-        """End the response, and wait until its source has cleaned up."""
+        """End the response, and wait until its source has cleaned up.
+
+        Raises:
+            Late: It takes longer than `TIMEOUT`.
+        """
 
 
 class Reader:
@@ -110,7 +119,8 @@ class Reader:
         if self._is_closed:
             return
         self._is_closed = True
-        with Limit(TIMEOUT) as limit:
+        # A body that waits for another thread has the same limit.
+        with Limit(TIMEOUT + 1, self._body.interrupt) as limit:
             try:
                 limit.call(self._body.close)
             except Late as late:
@@ -119,7 +129,7 @@ class Reader:
                     f" {TIMEOUT:g} s of its close{_at(late)}"
                 ) from late.__cause__
 
-    def __enter__(self) -> Reader:
+    def __enter__(self: R) -> R:
         return self
 
     def __exit__(self, kind: type | None, *exc_info: object) -> None:
@@ -181,7 +191,7 @@ class Reader:
         check_count(n)
         check_timeout(timeout)
         found: list[T] = []
-        with Limit(timeout) as limit:
+        with Limit(timeout, self._body.interrupt) as limit:
             while n is None or len(found) < n:
                 try:
                     item = limit.call(step)
@@ -215,7 +225,7 @@ class Reader:
 
     def _iterate(self, what: str, step: Callable[[], T | None]) -> Iterator[T]:
         while True:
-            with Limit(TIMEOUT) as limit:
+            with Limit(TIMEOUT, self._body.interrupt) as limit:
                 try:
                     item = limit.call(step)
                 except Late as late:

@@ -89,6 +89,8 @@ def reading(response: Any) -> Reader:
 class _Response:
     """A response of a test client, as a `Body`."""
 
+    interrupt: None = None  # the source runs in the test's thread
+
     def __init__(self, response: Any) -> None:
         self._response = response
         self._chunks = iter(_body_of(response))

@@ -38,6 +38,16 @@ def busy():
         sum(range(100))
 
 
+def told():
+    """Wait for ever, and say how it ends."""
+    try:
+        yield "first"
+        syncstream.sleep(60)
+    except BaseException as error:
+        ended.put((type(error).__name__, threading.get_ident()))
+        raise
+
+
 async def asleep():
     yield "first"
     await asyncio.sleep(60)
@@ -59,6 +69,7 @@ SOURCES = {
     "three": lambda: iter("abc"),
     "ticks": ticks,
     "failing": failing,
+    "told": told,
     "asleep": asleep,
     "news": lambda: hub.subscribe("news"),
     "waits": lambda: then(lambda: syncstream.sleep(60)),
@@ -80,6 +91,66 @@ flask_app = flask.Flask(__name__)
 @flask_app.get("/<name>")
 def stream(name):
     return syncstream.SSEResponse(SOURCES[name]())
+
+
+@flask_app.get("/from/<int:first>")
+def resumable(first):
+    """Count on from the id that the client has."""
+    last = syncstream.last_event_id(flask.request)
+    first = first if last is None else int(last) + 1
+    return syncstream.SSEResponse(
+        syncstream.Event(n, id=n) for n in range(first, first + 3)
+    )
+
+
+@flask_app.get("/raw")
+def raw():
+    return flask.Response(b"x" * size for size in (1, 100_000, 3, 1_000_000))
+
+
+@flask_app.get("/echoed-id")
+def echoed_id():
+    return syncstream.last_event_id(flask.request)
+
+
+@flask_app.post("/login")
+def login():
+    flask.session["who"] = flask.request.get_json()["who"]
+    return "", 204
+
+
+@flask_app.get("/whoami")
+def whoami():
+    return syncstream.SSEResponse([flask.session["who"], flask.request.args["q"]])
+
+
+@flask_app.get("/quiet")
+def quiet():
+    return syncstream.SSEResponse(then(lambda: syncstream.sleep(60)), keepalive=0.05)
+
+
+@flask_app.get("/slow")
+def slow():
+    time.sleep(60)
+
+
+@flask_app.get("/broken")
+def broken():
+    raise LookupError("no such view")
+
+
+@flask_app.get("/untidy")
+def untidy():
+    def rows():
+        try:
+            yield b"data: 1\n\n"
+        finally:
+            raise LookupError("no such file")
+
+    return flask.Response(rows(), mimetype="text/event-stream")
+
+
+flask_app.secret_key = "tests"
 
 
 @flask_app.get("/plain/<name>")
