@@ -18,6 +18,7 @@ The map of the package, from the bottom to the top; each line may import those a
 ``wsgi/``             the response classes, the middleware, the decorators
 ``publish process``   doors: publishing over HTTP (from a shell: ``__main__``), the
                       counters of a process
+``client/``           reading event streams: a client that reconnects and resumes
 ``flask django``      what each framework needs on top: responses, decorators
 ``rest_framework``
 ``bottle pyramid``
@@ -40,6 +41,7 @@ from .errors import (
     BrokerError,
     ClientDisconnected,
     Closed,
+    ConnectError,
     Denied,
     PayloadTooLarge,
     ProtocolError,
@@ -60,6 +62,7 @@ __all__ = [
     "BrokerError",
     "ClientDisconnected",
     "Closed",
+    "ConnectError",
     "Denied",
     "Event",
     "Gap",

@@ -6,6 +6,7 @@
     ├── ProtocolError
     │   └── RemoteProtocolError      the peer violated its format, or sent too much
     ├── Closed                       a subscription has ended; `reason` says why
+    ├── ConnectError                 a client has no event stream to read
     └── BrokerError                  the broker failed
         ├── Unavailable              nothing was stored: retry
         │   └── Denied               the engine denies access to a channel: do not retry
@@ -27,6 +28,7 @@ __all__ = [
     "BrokerError",
     "ClientDisconnected",
     "Closed",
+    "ConnectError",
     "Denied",
     "PayloadTooLarge",
     "ProtocolError",
@@ -60,6 +62,18 @@ class Closed(SyncStreamError):
     def __init__(self, reason: str) -> None:
         super().__init__(f"the subscription has ended: {reason}")
         self.reason = reason
+
+
+class ConnectError(SyncStreamError):
+    """A client gets no event stream, or no more of it.
+
+    Attributes:
+        status: The HTTP status of the answer, if that is the reason; else ``None``.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class BrokerError(SyncStreamError):

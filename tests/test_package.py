@@ -28,7 +28,7 @@ LAYERS = (
     ("streams",),
     ("fanout",),
     ("wsgi",),
-    ("process", "publish"),
+    ("process", "publish", "client"),
     (
         *("flask", "django", "rest_framework", "migrations"),
         *("bottle", "pyramid", "falcon", "gunicorn"),

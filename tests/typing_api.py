@@ -4,9 +4,11 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import flask
+import requests
 
 from syncstream import (
     ClientDisconnected,
+    ConnectError,
     Event,
     Hub,
     NDJSONResponse,
@@ -15,6 +17,7 @@ from syncstream import (
     StreamMiddleware,
     StreamResponse,
     Subscription,
+    client,
     current_stream,
     last_event_id,
     sleep,
@@ -144,3 +147,36 @@ def test_with_ours() -> None:
         why: str | None = stream.reason
         print(kind, found, why)
     client.stream("POST", "/e", json={}, last_event_id=stream.last_event_id).close()
+
+
+def give_up(error: ConnectError) -> None:
+    status: int | None = error.status
+    print(status)
+    raise error
+
+
+def read_stream(session: requests.Session) -> str | None:
+    with client.EventSource(
+        "https://example.com/",
+        session=session,
+        method="POST",
+        headers={"X-A": "1"},
+        json={"a": 1},
+        last_event_id="7",
+        read_timeout=None,
+        backoff=(1, 30),
+        on_open=lambda response: print(response.headers),
+        on_error=give_up,
+    ) as source:
+        for event in source:
+            print(event.data, event.json())
+            if source.state == "open":
+                source.reconnect()
+        return source.last_event_id
+
+
+def read_response(response: requests.Response) -> None:
+    for event in client.events(response, last_event_id="7"):
+        print(event.id)
+    text: list[str] = list(client.lines(response))
+    print(text)
