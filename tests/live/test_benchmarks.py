@@ -11,7 +11,10 @@ from tests.support.programs import program
 
 @pytest.mark.matrix
 def test_asynchronous_sources():
-    """Every event arrives, and no stream needs a thread, on one sync worker."""
+    """It ends with an error unless each event comes once, in order, without threads.
+
+    Its figures are those of a busy machine here: they are not looked at.
+    """
     program("cc", "gcc libc6-dev")  # for the clients
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.async_sources", "--quick"],
@@ -21,6 +24,5 @@ def test_asynchronous_sources():
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    met = [line for line in done.stdout.splitlines() if line.startswith("PASS")]
-    for what in ("threads", "an ordinary request", "events arrived in time"):
-        assert any(what in line for line in met), done.stdout
+    for name in ("syncstream | gunicorn sync", "Starlette | uvicorn: asyncio, h11"):
+        assert f"| {name} | text |" in done.stdout, done.stdout
