@@ -20,6 +20,7 @@ class Request:
 
     Attributes:
         number: 0 for the server's first request.
+        earlier: So many requests came for the same path before.
         headers: By lower-case names.
     """
 
@@ -28,6 +29,7 @@ class Request:
     path: str
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
+    earlier: int = 0
 
 
 def answer(
@@ -105,6 +107,7 @@ class RawServer:
         request.body = file.read(int(request.headers.get("content-length", 0)))
         with self.received:
             request.number = len(self.requests)
+            request.earlier = sum(r.path == request.path for r in self.requests)
             self.requests.append(request)
             self.received.notify_all()
         return request
