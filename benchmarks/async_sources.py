@@ -71,7 +71,7 @@ ASKED = 5  # ordinary requests a second
 TIMEOUT = 60.0
 PADDING = "x" * 80
 COST_GOAL, MEMORY_GOAL = 1.0, 1.0  # of the base's, on asyncio and h11
-THREADS_GOAL = 5  # the worker's, the watch's, two loops', and one for clients' ends
+THREADS_GOAL = 4  # the worker's, the watch's and those of the two loops
 ASK_GOAL = 50.0  # ms, the median
 ARRIVED_GOAL = 0.99
 

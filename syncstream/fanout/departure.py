@@ -182,6 +182,7 @@ class Departure:
                 comment=output.comment,
                 finish=output.last_block("finished"),
                 drain=parts.monitor.drain,
+                has_broker=not isinstance(source, AsyncFeed),
             )
             client = Client(
                 loop,

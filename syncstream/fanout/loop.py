@@ -190,8 +190,11 @@ class Fanout:
         # Handle its failure: the loop would wait for it for ever.
         lane.do(Job(job, lambda error: self.call(partial(self.cut, owner, error))))
 
-    def lanes(self) -> Lanes:
+    def lanes(self, *, has_broker: bool = True) -> Lanes:
         """Return the lanes for this thread, or for its gevent hub.
+
+        Args:
+            has_broker: Whether a broker will be told of their clients' ends.
 
         Raises:
             RuntimeError: No thread can be started.
@@ -217,7 +220,8 @@ class Fanout:
                         HubLane(own, threads.logs, MOST),
                     ),
                 )
-        found.ends.start()
+        if has_broker:
+            found.ends.start()
         return found
 
     def prepare(
@@ -234,6 +238,7 @@ class Fanout:
         comment: bytes = b": keepalive\n\n",
         finish: bytes = b"",
         drain: float = 0.0,
+        has_broker: bool = True,
     ) -> Terms:
         """Make everything that a client needs and that can fail, before it is taken.
 
@@ -241,11 +246,13 @@ class Fanout:
             counted_in: The ``process`` of `Terms`.
             served, keepalive, send_timeout, retry, comes_back, reasons, before_wait,
                 comment, finish, drain: As for `Terms`.
+            has_broker: As for `lanes`.
 
         Raises:
             RuntimeError: No thread can be started.
         """
-        lanes, life = self.lanes(), (keepalive, send_timeout, retry, comes_back)
+        lanes = self.lanes(has_broker=has_broker)
+        life = (keepalive, send_timeout, retry, comes_back)
         values = (
             *(lanes, counted_in, served, *life, reasons, before_wait, comment),
             finish,
