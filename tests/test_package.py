@@ -201,7 +201,8 @@ def wheel(tmp_path_factory):
     source = folder / "source"
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(PACKAGE, source / "syncstream", ignore=ignored)
-    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+    plugin = "_syncstream_pytestplugin.py"
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE", plugin):
         shutil.copy(ROOT / name, source / name)
     build = "from setuptools import build_meta; build_meta.build_wheel('..')"
     command = [sys.executable, "-W", "ignore", "-c", build]
@@ -216,7 +217,9 @@ def test_the_wheel_has_all_files(wheel):
     files = {str(path.relative_to(ROOT)) for path in folders if path.is_file()}
     assert any(name.endswith(".lua") for name in files)
     with zipfile.ZipFile(wheel) as archive:
-        assert files <= set(archive.namelist())
+        assert {*files, "_syncstream_pytestplugin.py"} <= set(archive.namelist())
+        (name,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
+        assert b"[pytest11]\nsyncstream = _sync" in archive.read(name)
 
 
 @pytest.mark.parametrize(

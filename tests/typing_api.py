@@ -36,7 +36,9 @@ def numbers() -> Iterator[int | str | Event | dict[str, int] | None]:
     if stream is not None and stream.connected:
         length: int = stream.run(len, "word") + stream.run(int, "5", base=8)
         print(length)
-        stream.on_close(lambda: print(stream.reason, stream.last_event_id))
+        stream.on_close(
+            lambda: print(stream.label, stream.reason, stream.last_event_id)
+        )
     yield Event({"n": 1}, event="number", id=1, retry=3000)
     yield Event(comment="keepalive")
     sleep(0.5)

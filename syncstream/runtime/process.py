@@ -65,7 +65,14 @@ def drain_of_environment() -> float | None:
 
 
 class Attached(Protocol):
-    """A stream that its server still serves, as far as this module is concerned."""
+    """A stream that its server still serves, as far as this module is concerned.
+
+    Attributes:
+        label: Method and path of its request.
+    """
+
+    @property
+    def label(self) -> str: ...
 
     def shut_down(self, since: float, until: float) -> None:
         """End, or continue finite work for a while; called repeatedly.
@@ -81,7 +88,10 @@ class Parked(Protocol):
 
     Attributes:
         reason: Why its stream has ended, ``None`` while it lives.
+        label: Method and path of its request.
     """
+
+    label: str
 
     @property
     def reason(self) -> str | None: ...
@@ -159,6 +169,8 @@ class Process:
         is_looking: Whether a watch calls `look`: while there are streams.
         left_calls: The number of calls that go on without their streams.
         lock: Held while ends are added up, and calls are counted.
+        on_open: Called with each stream that begins, in its thread or greenlet; for
+            tests, ``None`` otherwise.
     """
 
     def __init__(self) -> None:
@@ -176,6 +188,7 @@ class Process:
         self._news: deque[tuple[str, float, int, int]] = deque()
         self._stopping: Stopping | None = None
         self.is_looking = False
+        self.on_open: Callable[[Attached], object] | None = None
         self.left_calls = 0
         self._has_exit = False
         self._last: list[Callable[[], object]] = []
@@ -242,6 +255,10 @@ class Process:
         found = [reference() for one in served for reference in list(one.open.values())]
         return [stream for stream in found if stream is not None]
 
+    def parked(self) -> list[Parked]:
+        """Return the clients that have left their servers."""
+        return [one for served in list(self._all.values()) for one in served.parked]
+
     @property
     def parked_streams(self) -> int:
         """The number of streams that have left their server."""
@@ -270,6 +287,8 @@ class Process:
         key = id(stream)
         served.open[key] = weakref.ref(stream, partial(served.open.pop, key))
         self._all[id(served)] = served
+        if self.on_open is not None:
+            self.on_open(stream)
         is_told = served.stopping is not None or self._stopping is not None
         if watch is not None and is_told and not self.is_looking:
             self.is_looking = True

@@ -253,10 +253,8 @@ class Stream:
     def may_leave(self) -> bool:
         """Whether its thread may be given back as soon as its head is out."""
         # Without an opening, the head waits for the source's first item.
-        has_opening = self._out.opening is not None
-        return (
-            has_opening and self._departure is not None and self._departure.is_possible
-        )
+        has_opening, departure = self._out.opening is not None, self._departure
+        return has_opening and departure is not None and departure.is_possible
 
     def __iter__(self) -> Iterator[bytes]:
         given, feed = self._source.given, self._source.feed
@@ -391,6 +389,11 @@ class Stream:
     # For the generator.
 
     @property
+    def label(self) -> str:
+        """Method and path of its request, for messages: ``GET '/events'``."""
+        return self._out.label
+
+    @property
     def reason(self) -> str | None:
         """Why the stream has ended, one word; ``None`` while it lives."""
         if self._client is not None:
@@ -413,7 +416,6 @@ class Stream:
         if not (self._outcome.is_gone or self._out.is_hung_up):
             return True
         if current_scope() is self:
-            # Its generator knows now, and may clean up: it is not interrupted.
             self._outcome.decide(self._monitor.how_gone())
             self._outcome.is_closing = True
         return False

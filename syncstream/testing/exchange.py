@@ -20,7 +20,8 @@ from ..runtime.waiting import gevent_hub
 from ..servers.connection import CONNECTION
 from ..servers.testing import EXCHANGE
 from ..streams.stream import Stream
-from .limit import Late, place
+from .leaks import opened_at
+from .limit import Late, place, place_of_test
 from .reader import TIMEOUT
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Exchange:
         self.sent = self._chunks = 0
         self._error: BaseException | None = None  # what the test has not seen yet
         self.has_head = threading.Event()
+        self._opened_at = place_of_test(sys._getframe())
         self._stream: Stream | None = None
         self._is_left = False
         self._is_whole = False  # the end's mark has been read
@@ -71,6 +73,7 @@ class Exchange:
     # The server's side, in its thread.
 
     def _serve(self) -> None:
+        opened_at.set(self._opened_at)
         try:
             self._run()
         except BaseException as error:

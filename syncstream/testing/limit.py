@@ -16,7 +16,7 @@ import signal
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -25,12 +25,13 @@ from ..runtime.sockets import native
 from ..runtime.waiting import gevent_hub, runner_function
 from ..streams.stream import Stream
 
-__all__ = ["Late", "Limit"]
+__all__ = ["Late", "Limit", "place", "place_of_test"]
 
 T = TypeVar("T")
 
 GRACE = 0.3  # seconds that a source gets for its clean-up before it is interrupted
-_LIBRARIES = tuple({sysconfig.get_path(n) for n in ("stdlib", "purelib", "platlib")})
+_PATHS = "stdlib", "purelib", "platlib", "scripts"
+_LIBRARIES = (*{sysconfig.get_path(name) for name in _PATHS}, "<")
 _SIGNAL: int | None = getattr(signal, "SIGURG", None)  # Windows has none
 
 
@@ -159,14 +160,33 @@ def place(frame: FrameType | None) -> str:
     Returns:
         ``"app.py, line 12, in ticks"``; "" if nobody else's code runs below ours.
     """
+    for found in _foreign(frame):
+        return "" if found.f_globals.get("__name__") == __name__ else _said(found)
+    return ""
+
+
+def place_of_test(frame: FrameType | None) -> str:
+    """Describe, from a frame on, which line of a test has called; "" for no test."""
+    found = [
+        _said(one)
+        for one in _foreign(frame)
+        if one.f_code.co_name != "<module>" and one.f_globals["__name__"] != __name__
+    ]
+    return found[-1] if found else ""
+
+
+def _foreign(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield the frames of code that is no library's, and `Limit`'s own."""
     package = __name__.partition(".")[0]
     while frame is not None:
         name = frame.f_globals.get("__name__") or ""
-        if name == __name__:  # what is above it is the test
-            return ""
-        file = frame.f_code.co_filename
         is_ours = name == package or name.startswith(f"{package}.")
-        if not is_ours and not file.startswith((*_LIBRARIES, "<")):
-            return f"{file}, line {frame.f_lineno}, in {frame.f_code.co_name}"
+        is_library = is_ours or frame.f_code.co_filename.startswith(_LIBRARIES)
+        if name == __name__ or not is_library:
+            yield frame
         frame = frame.f_back
-    return ""
+
+
+def _said(frame: FrameType) -> str:
+    code = frame.f_code
+    return f"{code.co_filename}, line {frame.f_lineno}, in {code.co_name}"
