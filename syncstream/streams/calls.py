@@ -145,15 +145,15 @@ class _Call:
             self._error = error
         self._release()
         with self._process.lock:
-            is_left = self._state == "left"
-            if is_left:
+            waiter: Waiter | None = None
+            if self._state == "left":
                 self._process.left_calls -= 1
             else:
-                self._state = "done"
-        if is_left:
+                waiter, self._state = self._waiter, "done"
+        if waiter is None:
             self._drop()
         else:
-            wake_all([self._waiter])
+            wake_all([waiter])
 
     def _drop(self) -> None:
         result, self._result = self._result, None

@@ -186,6 +186,52 @@ def test_an_end_leaves_it_behind(end, outcome, slow, caplog):
     )
 
 
+def test_an_end_may_come_just_as_it_returns(monkeypatch):
+    """The stream leaves while the call's thread is about to wake it."""
+    result, begun, left = Closable(), threading.Event(), threading.Event()
+
+    class Lock:
+        """Ends the stream when the call's thread has said that it is done."""
+
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def __enter__(self):
+            self.lock.acquire()
+
+        def __exit__(self, *_):
+            self.lock.release()
+            if threading.current_thread().name.startswith("syncstream-run"):
+                stream.stop("closed")
+                assert left.wait(TIMEOUT)
+
+    class Process:
+        lock, left_calls = Lock(), 0
+
+    monkeypatch.setattr(calls, "process", Process)
+
+    def call():
+        assert begun.wait(TIMEOUT)
+        return result
+
+    def source():
+        try:
+            current_stream().run(call)
+        finally:
+            left.set()
+        yield "never"
+
+    stream = stream_of(source(), Line())
+    join = Threads().start(lambda: serve(stream))
+    await_true(lambda: stream.thread_wait)
+    begun.set()
+    assert b"never" not in b"".join(join())
+    await_true(lambda: result.closed == 1)
+    for thread in threading.enumerate():
+        if thread.name.startswith("syncstream-run"):
+            thread.join(TIMEOUT)
+
+
 def test_a_class_that_is_returned_is_not_closed(slow):
     """Its ``close`` is its instances'."""
     slow.outcome = Closable
