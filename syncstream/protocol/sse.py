@@ -6,7 +6,11 @@ Spec: https://html.spec.whatwg.org/multipage/server-sent-events.html, §9.2.5
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import enum
 import re
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,46 +50,55 @@ __all__ = [
 _FIELDS = frozenset(("data", "event", "id", "retry", "comment"))
 
 
+_NOTHING: Any = object()
+
 # Objects of these exact types are never records of fields.
 _VALUES = frozenset((list, tuple, int, float, bool))
+
+# Nor are those of these types: what their classes define besides is no field.
+_KINDS: tuple[type, ...] = (list, int, float, decimal.Decimal, uuid.UUID)
+_KINDS += (datetime.date, datetime.time, datetime.timedelta)
 
 
 def _event_of(item: object, has_dumps: bool) -> Event:
     """Return an event made of an object's fields, else one with it as JSON data."""
-    if type(item) in _VALUES or isinstance(item, type):
+    # A member of an enumeration shows the others as its attributes.
+    if type(item) in _VALUES or isinstance(item, (type, enum.Enum)):
         return Event(item)
     if isinstance(item, tuple):
         names = getattr(item, "_fields", ())
         if "data" in names and _FIELDS.issuperset(names):
-            return _fields(item)
+            return _record(item, {name: getattr(item, name) for name in names})
         return Event(item)
     fields = as_mapping(item)
     if fields is None:
-        if hasattr(item, "data") and not is_array(item):
-            return _fields(item)
-        return Event(item)
+        return Event(item) if isinstance(item, _KINDS) else _attributes(item)
     if not isinstance(fields, dict):
         return Event(item)
     if "data" in fields and fields.keys() <= _FIELDS:
-        if fields["data"] is None:  # a row with a null: no client would dispatch it
-            raise ValueError(
-                f"data of a {type(item).__qualname__} is None, and a browser dispatches"
-                " nothing without data: yield Event(id=…) for an id alone, or a dict"
-                " with the field under another name"
-            )
-        return Event(**fields)
+        return _record(item, fields)
     return Event(item if has_dumps else fields)  # dumps= may encode the object better
 
 
-def _fields(item: object) -> Event:
+def _record(item: object, fields: dict[str, Any]) -> Event:
+    """Return an event of a record's fields, all of which are an event's."""
+    if fields["data"] is None:  # a row with a null: no client would dispatch it
+        raise ValueError(
+            f"data of a {type(item).__qualname__} is None, and a browser dispatches"
+            " nothing without data: yield Event(id=…) for an id alone, or a dict"
+            " with the field under another name"
+        )
+    return Event(**fields)
+
+
+def _attributes(item: object) -> Event:
     """Return an event made of the attributes of an object that has ``.data``."""
-    return Event(
-        item.data,  # type: ignore[attr-defined]
-        event=getattr(item, "event", None),
-        id=getattr(item, "id", None),
-        retry=getattr(item, "retry", None),
-        comment=getattr(item, "comment", None),
-    )
+    data = getattr(item, "data", _NOTHING)
+    if data is _NOTHING or callable(data) or is_array(item):
+        return Event(item)
+    others = {name: getattr(item, name, None) for name in _FIELDS - {"data"}}
+    # Its methods, such as the retry() of a job, are no fields.
+    return Event(data, **{n: None if callable(v) else v for n, v in others.items()})
 
 
 # The beginning of any line of an event stream; the last line may be incomplete. A blank

@@ -10,12 +10,14 @@ import collections
 import ctypes
 import dataclasses
 import datetime
+import decimal
+import enum
 import json
 import subprocess
 import sys
 import uuid
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import attrs
 import msgspec
@@ -191,6 +193,95 @@ def test_named_tuples() -> None:
     assert sent(Tuple("a", 1.5)).json() == ["a", 1.5]
     event = sent(TupleEvent("a", "e"))
     assert (event.data, event.event, event.id) == ("a", "e", "7")
+
+
+class Part(enum.Enum):
+    text = "text"
+    data = "data"
+    error = "error"
+    id = 7
+
+
+class Bits(enum.Flag):
+    data = 1
+    event = 2
+
+
+class Level(enum.IntEnum):
+    data = 1
+    retry = 2
+
+
+class OfClass(NamedTuple):
+    data: str
+    if not TYPE_CHECKING:
+        event = "class's"
+
+        def comment(self) -> None: ...
+
+
+class Degrees(float):
+    data = "class's"
+
+
+class Price(decimal.Decimal):
+    data = "class's"
+
+
+class Rows(list[int]):
+    data = "class's"
+
+
+class Day(datetime.date):
+    data = "class's"
+
+
+@pytest.mark.parametrize(
+    ("item", "value"),
+    [
+        *((member, member.value) for member in (*Part, *Bits, *Level)),
+        (Bits.data | Bits.event, 3),
+        (LocalProxy(lambda: Part.error), "error"),
+        (Degrees(1.5), 1.5),
+        (Price("1.5"), "1.5"),
+        (Rows([1, 2]), [1, 2]),
+        (Day(2026, 1, 2), "2026-01-02"),
+    ],
+)
+def test_what_a_class_defines_is_no_field(item: Any, value: Any) -> None:
+    """A value is its JSON, also if a member or an attribute is called data."""
+    event = sent(item)
+    assert (event.json(), event.event, event.id) == (value, None, None)
+    assert json.loads(ndjson.encoder()(item) or b"") == value
+    assert sent(item, lambda item: f"<{item!r}>").data == f"<{item!r}>"
+
+
+def test_a_named_tuple_has_the_fields_that_it_names() -> None:
+    """No others, and a null is not lost."""
+    assert encoder()(OfClass("a")) == b"data: a\n\n"
+    with pytest.raises(ValueError, match="data of a TupleEvent is None"):
+        encoder()(TupleEvent(None, "e"))
+
+
+def test_methods_are_no_fields() -> None:
+    """Such as the retry() of a job; data() makes an object no event."""
+
+    class Job:
+        data = "a"
+        id = "7"
+
+        def retry(self) -> None: ...
+
+        event = comment = retry
+
+    class Table:
+        def data(self) -> None: ...
+
+    event = sent(Job())
+    assert (event.data, event.event, event.id) == ("a", None, "7")
+    with pytest.raises(TypeError, match=r"cannot encode .*Table as JSON"):
+        encoder()(Table())
+    assert sent(Table(), lambda item: "table").data == "table"
 
 
 def test_an_object_without_data_is_json() -> None:
