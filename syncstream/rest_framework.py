@@ -24,8 +24,10 @@ class _StreamRenderer(JSONRenderer):
         accepted_media_type: str | None = None,
         renderer_context: Mapping[str, Any] | None = None,
     ) -> bytes:
-        response = (renderer_context or {}).get("response")
-        if response is not None and response.content_type is None:
+        response: Any = (renderer_context or {}).get("response")
+        # A page of the browsable API shows what we render, and is HTML all the same.
+        is_ours = getattr(response, "accepted_renderer", None) is self
+        if is_ours and response.content_type is None:
             response["Content-Type"] = JSONRenderer.media_type
         found: bytes = super().render(data, accepted_media_type, renderer_context)
         return found

@@ -93,6 +93,26 @@ def test_without_a_renderer():
         assert answer.status_code == 406
 
 
+@pytest.mark.parametrize("name", ["events-first", "page-first"])
+def test_the_browsable_api(name):
+    """A page that shows what a renderer of ours has rendered is HTML all the same."""
+    page, events = "text/html; charset=utf-8", "application/json"
+    with rest_app.templates():
+        for path in (name, f"{name}?format=api"):
+            with get(f"/{path}", {"Accept": "text/html"}) as answer:
+                assert (answer.status_code, answer.content_type) == (200, page)
+                assert "hello" in answer.text
+        with get(f"/{name}?forbidden", {"Accept": "text/html"}) as answer:
+            assert (answer.status_code, answer.content_type) == (403, page)
+            assert "You do not have permission" in answer.text
+        with get(f"/{name}", {"Accept": "image/png"}) as answer:
+            is_page = not name.startswith("events")  # the first renderer answers
+            assert answer.status_code == 406
+            assert answer.content_type == (page if is_page else events)
+        with get(f"/{name}", EVENTS) as answer:
+            assert (answer.content_type, answer.json) == (events, {"word": "hello"})
+
+
 def test_what_no_renderer_has():
     """It is refused still."""
     with get("/class?word=a", {"Accept": "image/png"}) as answer:

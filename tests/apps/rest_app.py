@@ -1,10 +1,12 @@
 """Django REST framework's views, with our responses and renderers."""
 
+import pathlib
 import threading
 
 from django.conf import settings
 from django.core.handlers.wsgi import WSGIHandler, WSGIRequest
 from django.http import HttpResponse
+from django.test import override_settings
 from django.urls import path
 
 from syncstream import sleep
@@ -20,6 +22,7 @@ settings.REST_FRAMEWORK = {
 
 # isort: split
 
+import rest_framework  # noqa: E402
 from rest_framework.decorators import (  # noqa: E402 (after the settings)
     action,
     api_view,
@@ -29,7 +32,10 @@ from rest_framework.decorators import (  # noqa: E402 (after the settings)
 )
 from rest_framework.exceptions import PermissionDenied  # noqa: E402
 from rest_framework.permissions import BasePermission  # noqa: E402
-from rest_framework.renderers import JSONRenderer  # noqa: E402
+from rest_framework.renderers import (  # noqa: E402
+    BrowsableAPIRenderer,
+    JSONRenderer,
+)
 from rest_framework.response import Response  # noqa: E402
 from rest_framework.throttling import BaseThrottle  # noqa: E402
 from rest_framework.views import APIView  # noqa: E402
@@ -40,6 +46,7 @@ from syncstream.rest_framework import (  # noqa: E402
     NDJSONRenderer,
 )
 
+TAGS = "rest_framework.templatetags"
 RENDERERS = [JSONRenderer, EventStreamRenderer, NDJSONRenderer]
 started = []
 
@@ -68,6 +75,28 @@ class Twice(BaseThrottle):
 
     def wait(self):
         return 7
+
+
+def templates():
+    """Return a context in which REST framework finds the templates of its pages."""
+    path = pathlib.Path(rest_framework.__file__).parent / "templates"
+    options = {"libraries": {"rest_framework": f"{TAGS}.rest_framework"}}
+    engine = {"BACKEND": "django.template.backends.django.DjangoTemplates"}
+    engine |= {"DIRS": [path], "OPTIONS": options}
+    return override_settings(TEMPLATES=[engine], STATIC_URL="/static/")
+
+
+class Browsable(APIView):
+    renderer_classes = [EventStreamRenderer, BrowsableAPIRenderer]  # noqa: RUF012
+
+    def get(self, request):
+        if "forbidden" in request.query_params:
+            raise PermissionDenied
+        return Response({"word": "hello"})
+
+
+class PageFirst(Browsable):
+    renderer_classes = [BrowsableAPIRenderer, EventStreamRenderer]  # noqa: RUF012
 
 
 class Class(APIView):
@@ -144,6 +173,8 @@ def without_renderer(request):
 
 
 urlpatterns = [
+    path("events-first", Browsable.as_view()),
+    path("page-first", PageFirst.as_view()),
     path("health", lambda request: HttpResponse("ok")),
     path("class", Class.as_view()),
     path("function", function),
