@@ -29,6 +29,7 @@ from ..runtime.waiting import (
     gevent_hub_of_thread,
     runner,
 )
+from .contract import FRAMED
 
 __all__ = ["CLOSED", "Pushed", "Sender", "item_of", "name_of_view", "run_view"]
 
@@ -57,7 +58,7 @@ def item_of(
             )
         return data
     is_plain = event is None and id is None and retry is None
-    if is_plain and (isinstance(data, str) or (framed and isinstance(data, bytes))):
+    if is_plain and (isinstance(data, str) or (framed and isinstance(data, FRAMED))):
         return data
     return Event(data, event=event, id=id, retry=retry)
 

@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, Protocol, overload
 from ..runtime.coroutines import run_coroutine
 from ..servers.request import EVENT_TYPE
 from ..streams.async_source import is_async
+from ..streams.contract import FRAMED
 from .decorator import check_framework, show_signature, signature_of
 from .responses import StreamResponse
 
@@ -93,7 +94,7 @@ def answer_of(result: Any) -> Answer | None:
         return Answer(second, first, _kept(third))
     if not isinstance(first, int) or isinstance(first, bool):
         return None
-    if isinstance(second, (str, bytes)):
+    if isinstance(second, (str, *FRAMED)):
         return Answer([second], first, _kept(third))
     if not _is_stream(second):
         raise TypeError(

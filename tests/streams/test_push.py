@@ -139,7 +139,8 @@ def test_the_responses_rules_are_the_views(kind):
     async def view(sse):
         await sse.send([1])
         await sse.send("data: framed\n\n")
-        await sse.send(b"data: framed\n\n")
+        for kind in (bytes, bytearray, memoryview):
+            await sse.send(kind(b"data: framed\n\n"))
         await sse.send("a", id=1)
         raise ValueError("MARK")
 
@@ -152,8 +153,9 @@ def test_the_responses_rules_are_the_views(kind):
     decorated = with_sse(dumps=dumps, framed=True, on_error=told, retry=9)(kind(view))
     body = get(decorated(), headers=ASK).data
     expected = (
-        b": ok\nretry: 9\n\ndata: <[1]>\n\ndata: framed\n\ndata: framed\n\n"
-        b"id: 1\ndata: a\n\nevent: error\ndata: MARK\n\n"
+        b": ok\nretry: 9\n\ndata: <[1]>\n\n"
+        + b"data: framed\n\n" * 4
+        + b"id: 1\ndata: a\n\nevent: error\ndata: MARK\n\n"
     )
     assert body.startswith(expected)
 
