@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-__all__ = ["Returned", "checked_return", "is_answer", "status_of"]
+__all__ = ["Returned", "checked_return", "failure_of", "is_answer", "status_of"]
 
 # By the modules that define them, none of which is imported for this.
 _ANSWERS = {
@@ -64,6 +64,23 @@ def checked_return(value: Any) -> Returned | None:
         f"a stream's source returned {what}, which no client receives: return it"
         " from a plain view, before the stream"
     )
+
+
+def failure_of(error: BaseException, name: str) -> BaseException:
+    """Return an error of a view or a source as one that ends no iteration.
+
+    One that leaks from a ``next()`` would pass for the end of the items: as for
+    generators (https://peps.python.org/pep-0479/), it is a RuntimeError.
+
+    Args:
+        error: What it has raised.
+        name: What the log calls it.
+    """
+    if not isinstance(error, (StopIteration, StopAsyncIteration)):
+        return error
+    found = RuntimeError(f"{name} raised {type(error).__name__}")
+    found.__cause__ = error
+    return found
 
 
 def status_of(error: BaseException) -> int:

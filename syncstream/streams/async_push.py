@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ClientDisconnected
 from ..protocol.sse import Event
-from .answers import checked_return
+from .answers import checked_return, failure_of
 from .async_task import Timed
 from .push import CLOSED, item_of
 
@@ -192,7 +192,8 @@ class AsyncPushed:
             if error is None:
                 written.set_result(None)
             else:
-                written.set_exception(error)
+                # No future takes a StopIteration, of ``dumps``.
+                written.set_exception(failure_of(error, "the encoding of an item"))
         elif error is not None:  # its sender was cancelled
             raise error
         error = None
@@ -226,7 +227,7 @@ class AsyncPushed:
     def _raise_end(self) -> None:
         """Raise what the view has raised, if anything."""
         if self._raised:
-            raise self._raised.pop()
+            raise failure_of(self._raised.pop(), f"the view {self.__qualname__}")
 
     async def aclose(self) -> None:
         """Cancel the view, and wait until it has ended.

@@ -28,6 +28,7 @@ from ..runtime.process import process
 from ..runtime.tasks import task_scope
 from ..runtime.waiter import Wakeable, wake_all
 from ..runtime.waiting import gevent_hub_of_thread, runner
+from .answers import failure_of
 
 __all__ = ["CLOSE_WAIT", "SourceTask", "Timed"]
 
@@ -245,7 +246,7 @@ class SourceTask:
                 if thrown is None and not (is_asked or is_ahead):
                     thrown, is_asked = await self._await_ask(), True
                 if iterator is None:
-                    iterator = source.__aiter__()
+                    iterator = _iterator_of(source, self.name)
                 if thrown is None:
                     step = iterator.__anext__()
                 else:
@@ -275,12 +276,9 @@ class SourceTask:
                 item = None
         except StopAsyncIteration:
             pass
-        except StopIteration as error:  # which would end its reader's iteration
-            self._error = RuntimeError(f"{self.name} raised StopIteration")
-            self._error.__cause__ = error
         except BaseException as error:
             if not (self._is_over and isinstance(error, asyncio.CancelledError)):
-                self._error = error
+                self._error = failure_of(error, self.name)
         # Told before it is closed, which may take long.
         self._is_over = True
         self._answer()
@@ -400,10 +398,17 @@ def _throw(steps: Any, error: BaseException) -> Any:
     return steps.throw(error)
 
 
+def _iterator_of(source: AsyncIterable[Any], name: str) -> AsyncIterator[Any]:
+    try:
+        return source.__aiter__()
+    except StopAsyncIteration as error:
+        raise failure_of(error, name) from error
+
+
 def _thrown_into(iterator: Any, error: BaseException) -> Awaitable[Any]:
     athrow = getattr(iterator, "athrow", None)
     if athrow is None:
-        raise error
+        raise failure_of(error, "the encoding of an item")
     found: Awaitable[Any] = athrow(error)
     return found
 

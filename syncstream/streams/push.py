@@ -29,6 +29,7 @@ from ..runtime.waiting import (
     gevent_hub_of_thread,
     runner,
 )
+from .answers import failure_of
 from .contract import FRAMED
 
 __all__ = ["CLOSED", "Pushed", "Sender", "item_of", "name_of_view", "run_view"]
@@ -277,7 +278,7 @@ class Pushed:
     def _raise_end(self) -> None:
         """Raise what the view has raised, if anything."""
         if self._turns.raised:
-            raise self._turns.raised.pop()
+            raise failure_of(self._turns.raised.pop(), self.name)
 
     def _begin(self) -> None:
         view, self._view = self._view, None

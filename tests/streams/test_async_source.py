@@ -714,6 +714,28 @@ def test_a_stop_iteration_is_an_error(where):
     response.close()
 
 
+@pytest.mark.parametrize("where", ["aiter", "dumps"])
+def test_a_stop_async_iteration_is_the_end_of_a_step_only(where):
+    """Where the iterator is made, or an item encoded, it is an error."""
+
+    def stop(_):
+        raise StopAsyncIteration
+
+    class Iterator:
+        async def __anext__(self):
+            return ["a"]
+
+    class Stops:
+        __aiter__ = stop if where == "aiter" else lambda self: Iterator()
+
+    response, chunks = chunks_of(Stops(), dumps=stop, end={"data": "done"})
+    assert next(chunks) == b": ok\n\n"
+    with pytest.raises(RuntimeError, match="raised StopAsyncIteration"):
+        next(chunks)
+    response.close()
+    assert response.response.reason == "error"
+
+
 def test_every_awaitable_is_awaited():
     """As ``async for`` does: coroutines of `types.coroutine` have no __await__."""
     story = []

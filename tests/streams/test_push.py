@@ -511,6 +511,55 @@ def test_an_error_is_logged_once_with_its_line(kind, caplog):
     assert inspect.getinnerframes(record.exc_info[2])[-1].function == "view"
 
 
+def leak_plainly(sse):
+    rows = iter(["a"])
+    while True:
+        sse.send(next(rows))
+
+
+async def leak_later(sse):
+    async def rows():
+        yield "a"
+
+    found = rows()
+    while True:
+        await sse.send(await anext(found))
+
+
+@pytest.mark.parametrize(
+    ("view", "error"),
+    [(leak_plainly, StopIteration), (leak_later, StopAsyncIteration)],
+    ids=["plain", "coroutine"],
+)
+def test_a_leaked_end_of_an_iterator_is_an_error(view, error, caplog):
+    """As in a generator: no client is told of an end in order."""
+    response, chunks = chunks_of(view, end=Event("[DONE]"))
+    assert next(chunks) + next(chunks) == b": ok\n\ndata: a\n\n"
+    with pytest.raises(RuntimeError, match=f"{view.__name__} .* {error.__name__}"):
+        next(chunks)
+    response.close()
+    assert response.response.reason == "error"
+    assert caplog.text.count("the source of a stream failed") == 1
+
+
+@pytest.mark.parametrize("error", [StopIteration, StopAsyncIteration])
+def test_an_end_that_dumps_leaks_is_an_error(kind, error):
+    """It is raised at the ``send``."""
+
+    def dumps(value):
+        raise error
+
+    async def view(sse):
+        await sse.send([1])
+
+    response, chunks = chunks_of(kind(view), dumps=dumps)
+    assert next(chunks) == OPENED
+    with pytest.raises((RuntimeError, StopAsyncIteration)):
+        next(chunks)
+    response.close()
+    assert response.response.reason == "error"
+
+
 def test_an_error_at_its_end_is_logged(kind, caplog):
     """In a ``finally``, after the client has left."""
 
