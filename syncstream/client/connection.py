@@ -15,7 +15,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import ContextVar
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from typing import Any
 
 import requests
@@ -25,6 +25,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from ..errors import ConnectError
 from ..runtime.sockets import hang_up, native
+from .chunked import ChunkedBody
 from .responses import READ_SIZE
 
 __all__ = ["Connection", "Requests", "Response", "Session"]
@@ -166,6 +167,30 @@ def _name(error: BaseException) -> str:
     return type(error).__name__
 
 
+class _Response(HTTPResponse):
+    """A response that reads all the chunks that have come, and not one at a time."""
+
+    _chunks: ChunkedBody | None = None
+
+    def read1(self, size: int = -1) -> bytes:
+        if not self.chunked or self.fp is None:
+            return super().read1(size)
+        if self._chunks is None:
+            self._chunks = ChunkedBody()
+        while not self._chunks.is_complete:
+            received = self.fp.read1(size)
+            if not received:
+                raise IncompleteRead(b"")
+            try:
+                data = self._chunks.feed(received)
+            except ValueError as error:
+                raise HTTPException(str(error)) from error
+            if data:
+                return data
+        self.close()  # the connection is free for another request
+        return b""
+
+
 class _Watched:
     """A connection of urllib3 that tells its socket before it waits for an answer."""
 
@@ -179,11 +204,11 @@ class _Watched:
 
 
 class _WatchedHTTP(_Watched, HTTPConnection):
-    pass
+    response_class = _Response
 
 
 class _WatchedHTTPS(_Watched, HTTPSConnection):
-    pass
+    response_class = _Response
 
 
 class _HTTPPool(urllib3.HTTPConnectionPool):

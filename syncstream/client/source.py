@@ -120,6 +120,7 @@ class EventSource:
         self._lock: Any = native(_thread, "allocate_lock")()
         self._state: State = "connecting"
         self._attempt: Connection | None = None
+        self._pending: list[Event] = []  # those of the last read, being iterated
         self._waiter: Waiter | None = None  # of the wait for the next attempt
         self._is_asked = False  # `reconnect` was called since the last attempt began
         self._events = self._run()
@@ -159,6 +160,7 @@ class EventSource:
         """
         with self._lock:
             self._state = "closed"
+            self._pending.clear()
             attempt, waiter = self._attempt, self._waiter
         self._interrupt(attempt, waiter)
         self._requests.close()
@@ -193,13 +195,12 @@ class EventSource:
                     if self._open(attempt):
                         decoder = Decoder(last_event_id=self.last_event_id)
                         while chunk := attempt.read():
-                            events = decoder.feed(chunk)
-                            self._note_life(decoder.retry)
-                            for event in events:
+                            events = self._decode(decoder, chunk)
+                            for event in events:  # `close` empties the list
                                 self.last_event_id = event.id
                                 yield event
-                                if self._state == "closed":
-                                    return
+                            if self._is_over():
+                                return
                             self.last_event_id = decoder.last_event_id
                         decoder.close()
                     error = None
@@ -244,11 +245,17 @@ class EventSource:
             self._on_open(response)
         return True
 
-    def _note_life(self, retry: int | None) -> None:
-        """Note that bytes have come, and the reconnection time in milliseconds."""
+    def _decode(self, decoder: Decoder, chunk: bytes) -> list[Event]:
+        """Return the events that a read completes, none after the end."""
+        events = decoder.feed(chunk)
         self._backoff.reset()
-        if retry is not None:
-            self._backoff.reconnection_time = retry / 1000
+        if decoder.retry is not None:
+            self._backoff.reconnection_time = decoder.retry / 1000
+        with self._lock:
+            if self._state == "closed":
+                return []
+            self._pending = events
+        return events
 
     def _goes_on(self, error: ConnectError | None) -> bool:
         """Wait for the time of the next attempt; ``False`` if there is none.

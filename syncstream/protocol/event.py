@@ -21,6 +21,7 @@ __all__ = [
     "REFUSED_ID",
     "RESERVED_IDS",
     "Event",
+    "Received",
     "check_dispatched",
     "json_text",
     "received",
@@ -260,18 +261,33 @@ def _make_comment(kind: type[Event], text: str) -> Event:
     return kind(comment=text)
 
 
+class Received:
+    """Becomes an `Event` once its slots are set: see `received`."""
+
+    __slots__ = ("comment", "data", "event", "id", "retry")
+
+    comment: str | None
+    data: Any
+    event: str | None
+    id: str | None
+    retry: int | None
+
+
 def received(data: str, event: str | None, id: str | None) -> Event:
     """Return an event of a decoder, whatever it holds.
 
     Its name may contain NUL, and its id be reserved.
     """
-    found = object.__new__(Event)
-    _set_data(found, data)
-    _set_event(found, event)
-    _set_id(found, id)
-    _set_retry(found, None)
-    _set_comment(found, None)
-    return found
+    # Plain assignments to slots, and then another class with the same ones, take half
+    # the time of five calls of an Event's own slots.
+    found = Received()
+    found.data = data
+    found.event = event
+    found.id = id
+    found.retry = None
+    found.comment = None
+    found.__class__ = Event  # type: ignore[assignment]
+    return found  # type: ignore[return-value]
 
 
 def json_text(value: Any, dumps: Dumps | None) -> str:

@@ -22,6 +22,7 @@ from .event import (
     REFUSED_ID,
     RESERVED_IDS,
     Event,
+    Received,
     check_dispatched,
     json_text,
     received,
@@ -244,6 +245,12 @@ def framed_encoder(
 
 _BOM = b"\xef\xbb\xbf"
 
+# The usual event, whole: an id, a name, one line of data. The last group is any other
+# block, so that matches follow one another without a hole.
+_BLOCKS = re.compile(
+    r"(?:id: ?([^ \n].*)\n)?(?:event: ?([^ \n].*)\n)?data: ?(.*)\n\n|((?:.+\n)*\n)"
+)
+
 
 class Decoder:
     """Turns the bytes of an event stream into events, chunk by chunk.
@@ -306,10 +313,14 @@ class Decoder:
             raise self._error
         events: list[Event] = []
         try:
-            for line in self._complete_lines(bytes(chunk)):
-                event = self._take(line)
-                if event is not None:
-                    events.append(event)
+            chunk = self._with_lf(bytes(chunk))
+            first = chunk.find(b"\n\n") + 2
+            last = chunk.rfind(b"\n\n") + 2
+            if first < last and self._are_small(chunk):
+                self._take_lines(chunk[:first], events)
+                self._take_blocks(chunk[first:last], events)
+                chunk = chunk[last:]
+            self._take_lines(chunk, events)
         except RemoteProtocolError as error:
             self._error = error
             if not events:
@@ -326,8 +337,8 @@ class Decoder:
         if self._error is not None:
             raise self._error
 
-    def _complete_lines(self, chunk: bytes) -> list[bytes]:
-        """Return the lines that end in this chunk, without their line ends."""
+    def _with_lf(self, chunk: bytes) -> bytes:
+        """Return the chunk with LF for all line ends."""
         if self._after_cr and chunk:
             self._after_cr = False
             if chunk[:1] == b"\n":
@@ -335,10 +346,53 @@ class Decoder:
         if b"\r" in chunk:
             self._after_cr = chunk.endswith(b"\r")
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        return chunk
+
+    def _are_small(self, chunk: bytes) -> bool:
+        """Tell whether nothing that begins in the chunk exceeds a limit."""
+        size = len(chunk)
+        return (self._max_line is None or size <= self._max_line) and (
+            self._max_event is None or size <= self._max_event
+        )
+
+    def _take_blocks(self, blocks: bytes, events: list[Event]) -> None:
+        """Process whole blocks that follow a blank line; append their events."""
+        try:
+            text = blocks.decode()
+        except UnicodeDecodeError:
+            text = "\0"
+        if "\0" in text:  # an id with one does not count
+            self._take_lines(blocks, events)
+            return
+        last = self._id
+        for id, name, data, other in _BLOCKS.findall(text):
+            if other:
+                self._id = last
+                self._take_lines(other.encode(), events)
+                last = self._id
+                continue
+            if id:
+                last = id
+            # `received`, inlined
+            found = Received()
+            found.data = data
+            found.event = name or None
+            found.id = last
+            found.retry = None
+            found.comment = None
+            found.__class__ = Event  # type: ignore[assignment]
+            events.append(found)  # type: ignore[arg-type]
+        self._id = self.last_event_id = last
+
+    def _take_lines(self, chunk: bytes, events: list[Event]) -> None:
+        """Process the lines that end in this chunk; append their events."""
         lines = self._buffer.split(chunk)
         if self._max_line is not None and self._buffer.size > self._max_line:
             lines.append(self._buffer.rest())  # _take refuses it after the others
-        return lines
+        for line in lines:
+            event = self._take(line)
+            if event is not None:
+                events.append(event)
 
     def _take(self, line: bytes) -> Event | None:
         """Process one line; return an event if the line dispatches one."""
