@@ -246,9 +246,10 @@ def framed_encoder(
 _BOM = b"\xef\xbb\xbf"
 
 # The usual event, whole: an id, a name, one line of data. The last group is any other
-# block, so that matches follow one another without a hole.
+# block, so that matches follow one another without a hole. ("(?:x|)" is faster than
+# "(?:x)?".)
 _BLOCKS = re.compile(
-    r"(?:id: ?([^ \n].*)\n)?(?:event: ?([^ \n].*)\n)?data: ?(.*)\n\n|((?:.+\n)*\n)"
+    r"(?:id: ?([^ \n].*)\n|)(?:event: ?([^ \n].*)\n|)data: ?(.*)\n\n|((?:.+\n)*\n)"
 )
 
 
