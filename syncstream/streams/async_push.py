@@ -124,6 +124,12 @@ class Queue:
                 self.waiting.remove(entry)
             raise
 
+    def has_items(self) -> bool:
+        """Tell whether there is an item to take; one of a cancelled task is none."""
+        while self.waiting and self.waiting[0][1].cancelled():
+            self.waiting.popleft()
+        return bool(self.waiting)
+
     def change(self, *_: object) -> None:
         """Wake the taker."""
         if self.changed is not None and not self.changed.done():
@@ -197,7 +203,7 @@ class AsyncPushed:
         elif error is not None:  # its sender was cancelled
             raise error
         error = None
-        while not (queue.waiting or task.done()):
+        while not (queue.has_items() or task.done()):
             await queue.wait()
         if task.done():
             queue.end()
