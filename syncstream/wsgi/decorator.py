@@ -105,9 +105,12 @@ def check_framework(name: str, args: Iterable[Any], kwargs: Mapping[str, Any]) -
 
 
 def signature_of(view: Callable[..., Any]) -> inspect.Signature:
-    """Return a view's signature; that of any arguments if it does not tell."""
+    """Return a view's signature, as it is called; of any arguments if it tells none.
+
+    That of a function which it wraps may be another: decorators add arguments.
+    """
     try:
-        return inspect.signature(view)
+        return inspect.signature(view, follow_wrapped=False)
     except ValueError:  # a callable written in C
         return inspect.signature(lambda *args, **kwargs: None)
 
@@ -265,20 +268,23 @@ class _Call:
         self._signature = signature_of(view)
         parameters = [*self._signature.parameters.values()]
         kinds = {parameter.kind for parameter in parameters}
-        named = [
-            parameter
-            for parameter in parameters
-            if parameter.name == "sse" and parameter.kind in _BY_NAME
-        ]
-        self._is_named = bool(named) or kinds == {inspect.Parameter.VAR_KEYWORD}
-        if not kinds - {inspect.Parameter.KEYWORD_ONLY} and not named:
+        if not kinds - {inspect.Parameter.KEYWORD_ONLY} and not _named(parameters):
             raise TypeError(
                 f"@with_sse gives the view one more argument, and {view!r} takes none:"
                 " add sse to its arguments"
             )
-        taken = named or [p for p in parameters if p.kind in _BY_POSITION][-1:]
-        rest = [parameter for parameter in parameters if parameter not in taken]
+        taken = _named(parameters) or [p for p in parameters if p.kind in _BY_POSITION]
+        rest = [parameter for parameter in parameters if parameter not in taken[-1:]]
         self.outer = self._signature.replace(parameters=rest)
+        # A decorator in between passes on what it does not know.
+        if not _named(parameters) and inspect.Parameter.VAR_KEYWORD in kinds:
+            parameters = _inner_parameters(view) or parameters
+            kinds = {parameter.kind for parameter in parameters}
+        named = _named(parameters)
+        self._is_named = bool(named) or kinds == {inspect.Parameter.VAR_KEYWORD}
+        self._index: int | None = None
+        if named and named[0].kind in _BY_POSITION:
+            self._index = parameters.index(named[0])
 
     def check(self, args: Args, kwargs: Mapping[str, Any]) -> None:
         """Check the arguments now, as a call of the view would.
@@ -299,9 +305,27 @@ class _Call:
     def _all(
         self, args: Args, kwargs: Mapping[str, Any], sender: object
     ) -> tuple[Args, Mapping[str, Any]]:
-        if self._is_named:
-            return args, {**kwargs, "sse": sender}
-        return (*args, sender), kwargs
+        if not self._is_named:
+            return (*args, sender), kwargs
+        index = self._index
+        if index is not None and len(args) > index:  # by position, they reach it
+            return (*args[:index], sender, *args[index:]), kwargs
+        return args, {**kwargs, "sse": sender}
+
+
+def _named(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    """Return the parameter ``sse`` that can be given by that name, if there is one."""
+    return [p for p in parameters if p.name == "sse" and p.kind in _BY_NAME]
+
+
+def _inner_parameters(view: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of the view that a decorator's function wraps.
+
+    It may be empty: there is none, or it takes no ``sse`` by name.
+    """
+    inner = inspect.unwrap(view)
+    parameters = [*signature_of(inner).parameters.values()]
+    return parameters if _named(parameters) else []
 
 
 def _with_options(name: str, decorate: Callable[[Any, Options], Any], text: str) -> Any:

@@ -11,8 +11,9 @@ import werkzeug
 from django.http import HttpResponse
 from django.test import Client as DjangoClient
 from django.test import override_settings
-from django.urls import path
+from django.urls import path, re_path
 from django.utils import translation
+from django.utils.decorators import method_decorator
 from werkzeug.test import Client
 
 import syncstream.bottle
@@ -152,6 +153,24 @@ def test_a_method_may_be_a_view(kind):
     with override_settings(ROOT_URLCONF=urls):
         response = DjangoClient().get("/")
         assert b"".join(response) == b": ok\n\ndata: Events\n\n"
+
+
+def test_djangos_decorators_of_methods():
+    """``method_decorator`` calls it with a bound method, and groups are positional."""
+    from django.views import View
+
+    class Events(View):
+        def get(self, request, sse, name):
+            sse.send([request.path, name])
+
+    decorate = method_decorator(syncstream.django.with_sse, name="get")
+    view = decorate(Events).as_view()
+    urls = (re_path(r"^pos/(\w+)$", view), re_path(r"^named/(?P<name>\w+)$", view))
+    for url in ("/pos/a", "/named/a"):
+        with override_settings(ROOT_URLCONF=urls):
+            response = DjangoClient().get(url)
+            sent = f': ok\n\ndata: ["{url}","a"]\n\n'.encode()
+            assert b"".join(response) == sent
 
 
 def test_flasks_contexts_are_the_requests():
