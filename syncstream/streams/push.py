@@ -24,6 +24,7 @@ from ..runtime.greenlets import make_inner
 from ..runtime.sockets import native
 from ..runtime.waiting import (
     Scope,
+    current,
     current_scope,
     gevent_hub,
     gevent_hub_of_thread,
@@ -220,6 +221,8 @@ class Pushed:
     error that is thrown is raised at the view's `send`; `close` raises the stream's end
     there, and waits for the view's end.
 
+    The view runs in a copy of the context that is the current one now.
+
     Args:
         bind: Returns the view with all of its arguments, of which it gets the sender.
         name: The view's name, from `name_of_view`.
@@ -239,6 +242,9 @@ class Pushed:
         self._scope: Any = None  # a weak reference to the stream
         self._turns = Turns()
         self._view: View | None = bind(Sender(self._turns, framed))
+        # The request's: that of the first turn is the server's, which has left the
+        # application's middleware.
+        self._context = copy_context()
 
     def __iter__(self) -> Pushed:
         return self
@@ -286,11 +292,11 @@ class Pushed:
         self._greenlet = made = make_inner(run_view)
         self._thread = native(_thread, "get_ident")()
         self._turns.view = weakref.ref(made)
-        # The view finds its request there; a new greenlet has a context without any.
-        made.gr_context = copy_context()
         self._first = (view, self._turns)
         scope = current_scope()
         self._scope = None if scope is None else scope.reference
+        self._context.run(current.set, self._scope)
+        made.gr_context = self._context
 
     def _stream(self) -> Scope | None:
         """Return the stream, if that is what runs the view now."""

@@ -638,10 +638,30 @@ def test_context_variables_are_the_requests(kind):
         seen.append(VARIABLE.get())
 
     token = VARIABLE.set("the request's")
-    assert body_of(kind(view)) == b"data: a\n\n"
-    assert VARIABLE.get() == "the request's"
-    VARIABLE.reset(token)
+    response, chunks = chunks_of(kind(view))
+    VARIABLE.reset(token)  # as a middleware does that the response has left
+    assert list(chunks) == [OPENED, b"data: a\n\n"]
+    assert VARIABLE.get() == "none"
+    response.close()
     assert seen == ["the request's", "the view's"]
+
+
+def test_the_request_of_another_stream_is_not_its_own():
+    """A view whose response is made in another one's, and read behind that."""
+    made, seen = [], []
+
+    @with_sse
+    def inner(sse):
+        seen.append(current_stream())
+        sse.send("b")
+
+    def view(sse):
+        made.append(inner())
+        sse.send("a")
+
+    assert body_of(view) == b"data: a\n\n"
+    assert get(made[0]).data == b": ok\n\ndata: b\n\n"
+    assert seen == [made[0].response]
 
 
 def test_its_stream_is_the_current_one(kind):
