@@ -167,10 +167,42 @@ def _name(error: BaseException) -> str:
     return type(error).__name__
 
 
+class _Lines:
+    """A head's lines, and the last one that was read."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.last = b""
+
+    def readline(self, limit: int = -1) -> bytes:
+        self.last = self._file.readline(limit)
+        return self.last
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class _Response(HTTPResponse):
-    """A response that reads all the chunks that have come, and not one at a time."""
+    """A response with a whole head, which reads all chunks that have come at once.
+
+    ``http.client`` takes a head that breaks off for one that is complete: a 200 without
+    a Content-Type, say.
+    """
 
     _chunks: ChunkedBody | None = None
+    fp: Any
+
+    def begin(self) -> None:
+        file = self.fp
+        self.fp = lines = _Lines(file)
+        try:
+            super().begin()
+        finally:
+            if self.fp is lines:  # it is not closed
+                self.fp = file
+        if not lines.last:
+            self.close()
+            raise IncompleteRead(b"")
 
     def read1(self, size: int = -1) -> bytes:
         if not self.chunked or self.fp is None:

@@ -360,3 +360,14 @@ def test_an_event_comes_when_it_is_sent():
                 for number in range(3):
                     assert next(source).data == str(number)
                     going.release()
+
+
+def test_a_head_that_breaks_off_is_no_answer():
+    """It is tried again, wherever it ends: also after the status of a refusal."""
+    whole = answer(404, b"x")
+    for head in (whole, body(Event("a"))):
+        size = head.index(b"\r\n\r\n") + 4
+        for end in range(0, size, 5):
+            with RawServer([head[:end], END]) as server:
+                assert read(server) == []
+                assert len(server.requests) == 2
