@@ -17,6 +17,7 @@ from ..runtime.process import Process, Served
 from ..runtime.sockets import GRACE, acknowledged, give_up_after, queued
 from ..streams.async_feed import AsyncFeed
 from ..streams.capacity import Place
+from ..streams.links import Link
 from .contract import Feed, Loop, subscription_of
 from .lanes import Job, Lanes, run_safely
 
@@ -81,6 +82,9 @@ class Client:
 
     It takes the place of a waiting thread: new events, and the end of the feed, wake it
     (see `waiter.Wakeable`).
+
+    Many methods: it is what the loop serves, and for those who have its stream it is
+    that stream.
 
     Args:
         loop: The loop that will serve it.
@@ -203,6 +207,18 @@ class Client:
         """Add a callback for its end; from any thread."""
         self._loop.call(partial(self._add_callback, callback), self)
 
+    def link(self, link: Link) -> None:
+        """Have a link closed at its end; from any thread."""
+        if isinstance(self.feed, AsyncFeed):
+            self.feed.link(link)
+        else:
+            self.on_close(link.close)
+
+    @property
+    def is_finishing(self) -> bool:
+        """Whether it has ended, and its source has yet to."""
+        return self.reason is not None and isinstance(self.feed, AsyncFeed)
+
     def _add_callback(self, callback: Callable[[], object]) -> None:
         if self.reason is None:
             self.callbacks = (*self.callbacks, callback)
@@ -308,8 +324,9 @@ class Client:
         """
         reason, terms = str(self.reason), self.terms
         seconds = time.monotonic() - self.began
+        if not isinstance(self.feed, AsyncFeed):  # its source still has it
+            run_safely(self._leave_place)
         for step in (
-            self._leave_place,
             partial(terms.process.count, reason, seconds, self.events, self.bytes),
             partial(self._part, reason, seconds),
         ):
@@ -321,10 +338,10 @@ class Client:
 
     def _part(self, reason: str, seconds: float) -> None:
         try:
-            if isinstance(self.feed, AsyncFeed):  # callbacks come after its end
-                do = self.terms.lanes.ends.do
-                self.feed.cancel(partial(self._close, reason, seconds, do))
-            elif self.feed.announcement is None:
+            if isinstance(self.feed, AsyncFeed):  # all else comes after its end
+                self.feed.cancel(partial(self._source_ended, reason, seconds))
+                return
+            if self.feed.announcement is None:
                 self._close(reason, seconds, self.terms.lanes.ends.do)
             else:  # its "leave" is published by a broker, which may be slow
                 close = partial(self._close, reason, seconds, lambda rest: rest())
@@ -333,6 +350,10 @@ class Client:
         except BaseException:  # otherwise it would count as open for ever
             self._forget(seconds)
             raise
+
+    def _source_ended(self, reason: str, seconds: float) -> None:
+        run_safely(self._leave_place)
+        self._close(reason, seconds, self.terms.lanes.ends.do)
 
     def _close(
         self,

@@ -224,7 +224,9 @@ class Departure:
         links, theirs = self._parts.outcome.links, closing.callbacks
         linked, told = tuple(links), tuple(theirs)
         # In the order of `Closing`: ``authorize`` may have linked something.
-        callbacks = (*(link.close for link in linked[::-1]), *told)
+        callbacks = told
+        if not isinstance(source, AsyncFeed):
+            callbacks = (*(link.close for link in linked[::-1]), *told)
         try:
             client.fd, client.is_chunked = taken.fd, taken.is_chunked
             head = taken.head
@@ -235,8 +237,10 @@ class Departure:
                 client.place.leave_thread()
             client.callbacks = callbacks
             # Only those: others may come meanwhile, see `Closing.hand_on`.
-            for _ in linked:
+            for link in linked:
                 links.popleft()
+                if isinstance(source, AsyncFeed):
+                    source.link(link)
             for _ in told:
                 theirs.popleft()
             self.client = source.reader = client

@@ -35,7 +35,9 @@ __all__ = ["Process", "Served", "Stopping", "process", "stats"]
 log = logging.getLogger("syncstream.process")
 
 EXIT_WAIT = 1.0  # seconds
+SOURCES_WAIT = 5.5  # seconds; a source that has not ended after 5 is named in the log
 _MOST_KEPT = 200  # entries of each cache
+_UNTOLD = "a stream could not be told that the server stops: it goes on"
 
 Stopping = Callable[[], "float | None"]
 """Returns ``None`` until the server has been told to stop, then the time until which
@@ -88,6 +90,7 @@ class Parked(Protocol):
 
     Attributes:
         reason: Why its stream has ended, ``None`` while it lives.
+        is_finishing: Whether it has ended, but its source has not yet.
         label: Method and path of its request.
     """
 
@@ -95,6 +98,9 @@ class Parked(Protocol):
 
     @property
     def reason(self) -> str | None: ...
+
+    @property
+    def is_finishing(self) -> bool: ...
 
     def shut_down(self, since: float, until: float) -> None:
         """Do as `Attached.shut_down`."""
@@ -148,13 +154,17 @@ class Served:
         """
         if self.since is None:
             self.since = time.monotonic()
-        complaint = "a stream could not be told that the server stops: it goes on"
         for reference in list(self.open.values()):
             stream = reference()
             if stream is not None:
-                _try(partial(stream.shut_down, self.since, until), complaint)
+                _try(partial(stream.shut_down, self.since, until), _UNTOLD)
+        self.stop_parked(until)
+
+    def stop_parked(self, until: float) -> None:
+        """Do as `stop` for those that have left the server."""
+        since = self.since = self.since or time.monotonic()
         for parked in tuple(self.parked):
-            _try(partial(parked.shut_down, self.since, until), complaint)
+            _try(partial(parked.shut_down, since, until), _UNTOLD)
 
     def count(self) -> int:
         """Return the number of its streams."""
@@ -389,13 +399,25 @@ class Process:
     def drain(self) -> None:
         """Wait for finite work whose client has left a server that stops.
 
-        Its server does not wait for it, as it does for what is attached.
+        Its server does not wait for it, as it does for what is attached. Then its time
+        is over, and sources have theirs to end.
         """
+        stopping = []
         for served in list(self._all.values()):
             until = self.until(served)
             if until is not None:
                 served.stop(until)
+                stopping.append(served)
         while time.monotonic() < self._drained_at():
+            _sleep(0.01)
+        for served in stopping:
+            served.stop_parked(AT_ONCE)
+        deadline = time.monotonic() + SOURCES_WAIT
+        while time.monotonic() < deadline and any(
+            parked.reason is None or parked.is_finishing
+            for served in stopping
+            for parked in tuple(served.parked)
+        ):
             _sleep(0.01)
 
     def _drained_at(self) -> float:

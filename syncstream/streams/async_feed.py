@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from ..errors import Closed
 from ..runtime.event_loop import event_loop
@@ -14,6 +17,7 @@ from ..runtime.journal import journal
 from ..runtime.waiter import Wakeable
 from .async_task import CLOSE_WAIT, SourceTask
 from .iteration import Iteration
+from .links import Link
 
 __all__ = ["AsyncFeed"]
 
@@ -32,12 +36,15 @@ class AsyncFeed:
 
     Attributes:
         reader: The client that reads it, ``None`` before and after.
+        is_whole: Whether all that was given out ends where words of ours may follow.
         reason, ask_again_at, announcement, has_user_code: What it has in common with a
             `Subscription`, as the loop sees that: it ends by itself, asks nobody, is
             announced to nobody, and calls no application code when it is read.
     """
 
-    __slots__ = ("_has_asked", "_run", "_task", "_waiter", "reader")
+    __slots__ = (
+        *("_has_asked", "_links", "_run", "_task", "_waiter", "is_whole", "reader"),
+    )
 
     reason: None = None
     ask_again_at = math.inf
@@ -49,6 +56,8 @@ class AsyncFeed:
         self._run: Iteration | None = run
         self._waiter: Wakeable | None = None
         self._has_asked = False
+        self._links: deque[Link] = deque()
+        self.is_whole = run.parts.output.is_whole
         self.reader: Callable[[], object] | None = None
 
     def detach(self, waiter: Wakeable | None) -> None:
@@ -62,7 +71,7 @@ class AsyncFeed:
             event_loop()
             assert task is not None
             assert run is not None
-            task.encode = run.parts.output.encode
+            task.encode = self._encode
         else:
             if task is not None:
                 task.encode = None
@@ -82,10 +91,12 @@ class AsyncFeed:
     def count(self, events: int) -> None:
         """Count events as sent: only channels count them."""
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether all that was given out ends where words of ours may follow."""
-        return self._run is not None and self._run.parts.output.is_whole
+    def _encode(self, item: Any) -> tuple[bytes, bool] | None:
+        """Encode an item, in its task; tell whether words of ours may follow it."""
+        assert self._run is not None
+        output = self._run.parts.output
+        chunk = output.encode(item)
+        return None if chunk is None else (chunk, output.is_whole)
 
     def poll(self) -> tuple[bytes, int, bool]:
         """Return the next item, without waiting.
@@ -106,7 +117,7 @@ class AsyncFeed:
         if not task.has_answered:
             return b"", 0, True
         try:
-            chunk = task.take()
+            chunk, self.is_whole = task.take()
         except BaseException as error:
             # A wake that comes now must not find a failed source finished: its last
             # words may take a moment.
@@ -118,22 +129,27 @@ class AsyncFeed:
         return chunk, 1, True
 
     def cancel(self, done: Callable[[], object]) -> None:
-        """Cancel the source.
+        """Cancel the source, and end the reads of what it has linked.
 
         Args:
             done: Called once, from another thread, when the source has ended or has
-                had its time for that.
+                had its time for that, and its links are closed.
         """
         task, self._task, self._waiter = self._task, None, None
         if task is None or task.is_unstarted:
             done()
             return
-        task.encode = None
         try:
-            task.end(partial(self._ended, task, done), CLOSE_WAIT)
+            task.end(partial(self._ended, task, done), CLOSE_WAIT, self._links)
         except RuntimeError as problem:  # the loop has ended, with the process
             journal().later(log, logging.DEBUG, "%s: %s", task.name, problem)
             done()
+
+    def link(self, link: Link) -> None:
+        """Have a link's reads ended with the source, and the link closed."""
+        self._links.append(link)
+        if self._run is None:  # it has ended
+            _close_all(self._links)
 
     def close(self) -> None:
         """Cancel the source, without waiting for its end."""
@@ -143,9 +159,20 @@ class AsyncFeed:
         error, run, self._run = task.take_late(), self._run, None
         if error is not None and run is not None:
             text = "the source of %s failed at its end (%s)"
+            # What a link that was cut makes the source raise is not its fault.
+            level = logging.DEBUG if self._links else logging.ERROR
             output, reason = run.parts.output, getattr(run.stream, "reason", None)
-            journal().later(log, logging.ERROR, text, output.label, reason, error=error)
-        done()
+            journal().later(log, level, text, output.label, reason, error=error)
+        if not self._links:
+            done()
+            return
+
+        def close() -> None:
+            _close_all(self._links)
+            done()
+
+        # Not in a lane: a close may wait for what the link reads from.
+        threading.Thread(target=close, name="syncstream-link", daemon=True).start()
 
     def describe(self, error: BaseException) -> str:
         """Return the log's message for the source's error."""
@@ -170,3 +197,17 @@ class AsyncFeed:
         if task is not None and self._waiter is not None and task.has_begun:
             with suppress(RuntimeError):  # the loop has ended, with the process
                 task.leave()
+
+
+def _close_all(links: deque[Link]) -> None:
+    """Close links, the last first."""
+    while links:
+        try:
+            link = links.pop()
+        except IndexError:  # another thread was faster
+            return
+        try:
+            link.close()
+        except Exception as error:
+            text = "a linked object could not be closed: %r"
+            journal().later(log, logging.DEBUG, text, error)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Generator
 from contextvars import copy_context
 from functools import partial
@@ -29,6 +30,7 @@ from ..runtime.tasks import task_scope
 from ..runtime.waiter import Wakeable, wake_all
 from ..runtime.waiting import gevent_hub_of_thread, runner
 from .answers import failure_of
+from .links import AGAIN, Link, unblock
 
 __all__ = ["CLOSE_WAIT", "SourceTask", "Timed"]
 
@@ -138,16 +140,24 @@ class SourceTask:
                 error = None  # its traceback has this frame
         raise StopIteration
 
-    def end(self, told: Callable[[], object], within: float | None = None) -> None:
+    def end(
+        self,
+        told: Callable[[], object],
+        within: float | None = None,
+        links: deque[Link] | None = None,
+    ) -> None:
         """Cancel it, and call a function, in the loop, when it has ended.
 
         Args:
             told: The function, which is called once.
             within: Call it after so many seconds at the latest; ``None``: no limit.
+            links: What the source has linked: reads of these are ended, until then.
 
         Raises:
             RuntimeError: As from `ask`.
         """
+        if links is not None:
+            self._loop.call(partial(self._cut, links))
         self._loop.call(partial(self._end, told, within))
 
     def leave(self) -> None:
@@ -197,6 +207,16 @@ class SourceTask:
             loop = asyncio.get_running_loop()
             timer = loop.call_later(within, self._end_late, told, within)
             self._told.append(timer.cancel)
+
+    def _cut(self, links: deque[Link]) -> None:
+        """Unblock the threads that read for the source, again and again."""
+        self.encode = None
+        if self._has_ended or self._is_left or not links:
+            return
+        import asyncio
+
+        unblock(links.copy(), lambda: not self._has_ended, is_waiting=False)
+        asyncio.get_running_loop().call_later(AGAIN, self._cut, links)
 
     def _end_late(self, told: Callable[[], object], seconds: float) -> None:
         """Handle that it has not ended in time."""
@@ -261,7 +281,7 @@ class SourceTask:
                     thrown, is_asked = await self._await_ask(), True
                 if self.encode is not None and not self._is_over:
                     try:
-                        item = self.encode(item)
+                        item = self._encoded(item, iterator)
                     except BaseException as error:
                         # Thrown at the yield, the user's line is in its traceback.
                         thrown = thrown or error
@@ -292,6 +312,16 @@ class SourceTask:
                 self._log_late()
             for told in self._told:
                 told()
+
+    def _encoded(self, item: Any, place: Any) -> Any:
+        assert self.encode is not None
+        began = time.monotonic()
+        try:
+            return self.encode(item)
+        finally:
+            seconds = time.monotonic() - began
+            if seconds > BLOCKED:
+                _note_step(self.name, seconds, place)
 
     async def _await_ask(self) -> BaseException | None:
         """Wait until an item is asked for.

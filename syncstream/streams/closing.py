@@ -86,7 +86,10 @@ class Closing:
                     given = rest.popleft()
                 except IndexError:  # another thread was faster
                     break
-                client.on_close(given.close if isinstance(given, Link) else given)
+                if isinstance(given, Link):
+                    client.link(given)
+                else:
+                    client.on_close(given)
 
     # The source.
 

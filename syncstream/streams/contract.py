@@ -15,6 +15,7 @@ from ..runtime.waiting import Scope
 
 if TYPE_CHECKING:
     from .iteration import Iteration
+    from .links import Link
 
 __all__ = [
     "FRAMED",
@@ -214,6 +215,9 @@ class Departed(Protocol):
 
     def on_close(self, callback: Callable[[], object]) -> None:
         """Register a callback for its end, from any thread."""
+
+    def link(self, link: Link) -> None:
+        """Have a link closed at its end, from any thread."""
 
 
 class Departure(Protocol):

@@ -519,7 +519,7 @@ class Stream:
         link = Link(closable)
         self._monitor.settle()
         if self._client is not None:
-            self._client.on_close(link.close)
+            self._client.link(link)
             return closable
         self._outcome.links.append(link)
         self._hand_on()

@@ -93,3 +93,5 @@ def make():
 app = make()
 wrapped = make()
 wrapped.wsgi_app = StreamMiddleware(wrapped.wsgi_app)
+single = make()
+single.wsgi_app = StreamMiddleware(single.wsgi_app, max_streams=1)

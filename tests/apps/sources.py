@@ -183,6 +183,34 @@ async def async_own(key):
 
 
 @noted_async
+async def async_linked(key):
+    """Read in a thread from what never answers; it is linked."""
+    ours, theirs = socket.socketpair()
+
+    def read():
+        ours.recv(1)
+        note(f"{key}-read", "ended")
+
+    current_stream().link(ours)
+    with theirs:
+        yield 0
+        note(f"{key}-waiting", True)
+        await asyncio.to_thread(read)
+
+
+async def async_slow_end(key):
+    """Yield, wait, and take long to end."""
+    try:
+        yield 0
+        note(f"{key}-waiting", True)
+        await asyncio.sleep(60)
+    finally:
+        note(f"{key}-ending", True)
+        await asyncio.sleep(2)
+        note(f"{key}-ended", "in time")
+
+
+@noted_async
 async def async_large(key):
     """Yield more at once than a connection takes, twice."""
     yield "a" * 3_000_000
@@ -251,6 +279,8 @@ SOURCES = {
     "async-checkpoints": async_checkpoints,
     "async-half": async_half,
     "async-large": async_large,
+    "async-linked": async_linked,
+    "async-slow-end": async_slow_end,
     "async-own": async_own,
     "async-three": async_three,
     "async-unencodable": async_unencodable,

@@ -197,3 +197,52 @@ def test_the_first_ones_may_come_together(kind, key):
             client.request("GET", f"/sse/async-waiting?key={key}")
         for client in clients:
             assert client.block() + client.block() == b": ok\n\ndata: 0\n\n"
+
+
+def test_a_read_of_what_is_linked_ends_with_its_client(sync, key):
+    """In whatever thread it is; and others' ends wait for none of it."""
+    for _ in range(2):
+        with sync.get(f"/sse/async-linked?key={key}") as client:
+            assert client.block() + client.block() == b": ok\n\ndata: 0\n\n"
+            sync.control.next(f"{key}-waiting")
+        assert sync.control.next(f"{key}-read") == "ended"
+        assert sync.control.next(f"{key}-ended") == "CancelledError"
+
+
+def test_a_place_is_free_when_the_source_has_ended(key):
+    """Not before: who comes and leaves could start any number of sources."""
+    path = f"/sse/async-slow-end?key={key}"
+    with LiveServer("gunicorn-sync", "tests.apps.flask_app:single") as server:
+        with server.get(path) as client:
+            assert client.block() + client.block() == b": ok\n\ndata: 0\n\n"
+        server.control.next(f"{key}-ending")
+        with server.get(path) as client:
+            client.read_head()
+            assert client.status == 503
+        assert server.control.next(f"{key}-ended") == "in time"
+        await_true(lambda: status_of(server, path) == 200, server.log)
+
+
+def status_of(server, path):
+    with server.get(path) as client:
+        client.read_head()
+        return client.status
+
+
+@pytest.mark.parametrize("kind", ["gunicorn-sync", "gunicorn-gevent"])
+def test_a_stop_waits_for_the_ends_of_sources(kind, key):
+    """Of those whose clients have left before, too."""
+    options = ("--graceful-timeout", "20")
+    with (
+        LiveServer(kind, APP, *options, env={"SYNCSTREAM_DRAIN": "0"}) as server,
+        ask(server, "POST", f"/sse/async-slow-end?key={key}") as client,
+    ):
+        with ask(server, "POST", f"/sse/async-slow-end?key={key}") as other:
+            for one in (client, other):
+                assert one.block() + one.block() == b": ok\n\ndata: 0\n\n"
+                server.control.next(f"{key}-waiting")
+        server.control.next(f"{key}-ending")
+        server.signal_one(signal.SIGTERM)
+        for _ in range(2):
+            assert server.control.next(f"{key}-ended") == "in time"
+        await_true(lambda: not server.is_running(), server.log)

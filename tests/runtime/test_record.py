@@ -43,6 +43,7 @@ class Parked(Stream):
     """One that has left its server."""
 
     reason = None
+    is_finishing = False
 
 
 class Clock:
