@@ -268,10 +268,22 @@ class _Streaming(StreamingHttpResponse):
             if is_replaced and "Content-Encoding" in self.headers:
                 _warn_of_compression()  # a decorator such as gzip_page compresses
             connection.take(stream, self.headers.items())
+            self._note_head(connection)
             if not stream.may_leave:
                 _watch_session(request, stream)
         else:
             stream.close()
+
+    def _note_head(self, connection: connection_module.Connection) -> None:
+        """Have an error before the first item answered with its own status."""
+        handler = "django.core.handlers.wsgi"
+        if running(handler, "keys", name="environ") is not connection.environ:
+            return  # a test client, perhaps in a view of another request
+        start_response = running(handler, "__call__", name="start_response")
+        headers = headers_module.without_hop_by_hop(super().items())
+        cookies = [cookie.OutputString() for cookie in self.cookies.values()]
+        headers += [("Set-Cookie", cookie) for cookie in cookies]
+        connection.note_head(start_response, headers)
 
     # The handler adds the closer, then reads the status, then the headers.
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
-
-from werkzeug.http import HTTP_STATUS_CODES
 
 from ..errors import ClientDisconnected
 from ..runtime.journal import report
@@ -19,6 +16,7 @@ from ..runtime.waiting import gevent_hub, say
 from . import safe, server_of
 from .cached import cached
 from .contract import Counter, Server, SocketLike, connection_reset, takes_directly
+from .head import error_head, find_head
 from .request import last_event_id, names_event_stream
 from .swap import Refused, Swap
 
@@ -45,15 +43,6 @@ connections, before a stream begins and whenever it waits."""
 
 HANDOVER = "syncstream.handover"
 """The environ key that is ``False`` if the connection must stay with its server."""
-
-# By name: Content-Security-Policy protects every answer.
-_DESCRIBES_BODY = re.compile(
-    r"(content-(type|length|encoding|disposition|range|language|location|digest|md5)"
-    r"|(repr-)?digest|x-accel-.*|etag|last-modified|expires|cache-control"
-    r"|accept-ranges)$",
-    re.I,
-)
-
 
 _UNKNOWN: Any = object()
 
@@ -322,19 +311,14 @@ class Connection:
             The body to send, all of it; ``None`` if the response has to stay.
         """
         server, environ = self.server, self.environ
-        start_response, headers = self._begun or (server.start_response(environ), [])
-        if start_response is None or not server.forget_head(environ, self._write):
+        start_response, headers = self._begun or find_head(server, self._given)
+        # What encodes the body would encode the answer, too, which does not say so.
+        is_encoded = "content-encoding" in [name.lower() for name, _ in headers]
+        if start_response is None or is_encoded:
             return None
-        line = f"{status} {HTTP_STATUS_CODES.get(status, 'Error')}"
-        kinds = [value for name, value in headers if name.lower() == "content-type"]
-        if not (body and kinds):
-            body, kinds = f"{line}\n".encode(), ["text/plain; charset=utf-8"]
-        headers = [pair for pair in headers if not _DESCRIBES_BODY.match(pair[0])]
-        headers += [
-            ("Content-Type", kinds[0]),
-            ("Content-Length", str(len(body))),
-            ("Cache-Control", "no-store"),
-        ]
+        if not server.forget_head(environ, self._write):
+            return None
+        line, headers, body = error_head(status, headers, body)
         self.is_answering = True
         try:
             exc_info: Any = (type(error), error, error.__traceback__)

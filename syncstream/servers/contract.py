@@ -140,8 +140,8 @@ class Server:
             ended: what goes on after that cannot use its request.
         closes_first: The server calls the response's ``close()`` before it writes the
             end mark of the response.
-        start_response: The server's own start_response, found from within ``next()``;
-            needed only if ``answers_errors`` is false.
+        start_response: The server's own start_response, found in its frames from
+            within ``next()``: for frameworks that do not pass it on.
         forget_head: Makes the server forget a head that start_response received but
             that has not been sent, given the server's ``write`` (``None`` if unknown),
             so that start_response can be called again with an error. Returns whether

@@ -207,6 +207,10 @@ def _response() -> Any:
     return running("gunicorn.workers", "req", name="resp")
 
 
+def _start_response(environ: Environ) -> Any:
+    return getattr(_response(), "start_response", None)
+
+
 def _own_write(environ: Environ) -> Write | None:
     write: Write | None = getattr(_response(), "write", None)
     return write
@@ -277,6 +281,7 @@ SERVER = Server(
     headers=_headers,
     own_write=_own_write,
     sent=_sent,
+    start_response=_start_response,
     forget_head=_forget_head,
     stopping=_stopping,
     threads=_threads,

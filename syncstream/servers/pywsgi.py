@@ -44,6 +44,11 @@ def _headers(write: Write) -> Headers | None:
     return None if headers is None else decoded(headers)
 
 
+def _start_response(environ: Environ) -> Any:
+    handler = running("gevent.pywsgi", "response_headers")
+    return getattr(handler, "start_response", None)
+
+
 def _own_write(environ: Environ) -> Write | None:
     handler = running("gevent.pywsgi", "response_headers")
     write: Write | None = getattr(handler, "write", None)
@@ -85,6 +90,7 @@ SERVER = Server(
     write_module="gevent.pywsgi",
     headers=_headers,
     own_write=_own_write,
+    start_response=_start_response,
     stopping=_stopping,
     threads=_threads,
     key=lambda environ: _server(),

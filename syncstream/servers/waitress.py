@@ -27,6 +27,10 @@ def _headers(write: Write) -> Headers | None:
     return headers
 
 
+def _start_response(environ: Environ) -> Any:
+    return running("waitress.task", "__closure__", name="start_response")
+
+
 def _own_write(environ: Environ) -> Write | None:
     task = running("waitress.task", "response_headers")
     write: Write | None = getattr(task, "write", None)
@@ -87,6 +91,7 @@ SERVER = Server(
     write_module="waitress.task",
     headers=_headers,
     own_write=_own_write,
+    start_response=_start_response,
     unsent=_unsent,
     drop=_drop,
     closes_early=True,  # if a send fails in its main thread

@@ -37,6 +37,10 @@ def _headers(write: Write) -> Headers | None:
     return headers
 
 
+def _start_response(environ: Environ) -> Any:
+    return running("werkzeug.serving", "__closure__", name="start_response")
+
+
 def _own_write(environ: Environ) -> Write | None:
     write: Write | None = running("werkzeug.serving", "__closure__", name="write")
     return write
@@ -73,6 +77,7 @@ SERVER = Server(
     write_module="werkzeug.serving",
     headers=_headers,
     own_write=_own_write,
+    start_response=_start_response,
     stopping=_stopping,
     threads=_threads,
     key=lambda environ: _server(),

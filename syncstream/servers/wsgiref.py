@@ -58,11 +58,15 @@ def _headers(write: Write) -> Headers | None:
     return None if headers is None else headers.items()
 
 
-def _own_write(environ: Environ) -> Write | None:
-    found = running("django.core.servers", "bytes_sent") or running(
+def _response() -> Any:
+    """Return the `wsgiref.handlers` handler of the running request."""
+    return running("django.core.servers", "bytes_sent") or running(
         "wsgiref.handlers", "bytes_sent"
     )
-    write: Write | None = getattr(found, "write", None)
+
+
+def _own_write(environ: Environ) -> Write | None:
+    write: Write | None = getattr(_response(), "write", None)
     return write
 
 
@@ -115,6 +119,7 @@ SERVER = Server(
     write_module="wsgiref.handlers",
     headers=_headers,
     own_write=_own_write,
+    start_response=lambda environ: getattr(_response(), "start_response", None),
     sent=_sent,
     stopping=_stopping,
     threads=_threads,

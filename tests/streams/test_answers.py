@@ -244,3 +244,11 @@ def test_no_place_is_kept_by_what_fails_first(is_lazy):
         for _ in range(3):
             assert Server(limited).heads[-1][0].startswith("500 ")
             assert process().open_streams <= before  # others may have been collected
+
+
+def test_what_encodes_a_body_keeps_its_head(logged):
+    """The answer would be encoded, too, and its new head would not say so."""
+    response = NDJSONResponse(raising(ValueError("x")))
+    response.headers["Content-Encoding"] = "gzip"
+    with pytest.raises(ValueError, match="x"):
+        Server(response)
