@@ -96,7 +96,7 @@ def _chunks(response: Any) -> Iterator[bytes]:
     if raw is not None and hasattr(response, "iter_content"):
         if getattr(raw, "closed", False) or not hasattr(raw, "read1"):
             return iter(response.iter_content(READ_SIZE))  # it has been read already
-        return _reads(raw)
+        return _reads(raw, decode_content=True)  # which requests switches off
     if hasattr(response, "read1"):  # urllib3's, http.client's
         return _reads(response)
     if hasattr(response, "content") and not callable(response.content):
@@ -111,8 +111,8 @@ def _chunks(response: Any) -> Iterator[bytes]:
     )
 
 
-def _reads(body: Any) -> Iterator[bytes]:
-    while chunk := body.read1(READ_SIZE):
+def _reads(body: Any, **options: bool) -> Iterator[bytes]:
+    while chunk := body.read1(READ_SIZE, **options):
         yield chunk
 
 
