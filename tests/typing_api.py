@@ -25,7 +25,16 @@ from syncstream import (
     streaming,
     with_sse,
 )
-from syncstream.testing import EVENT_SOURCE, Client, chunks, events, lines, reading
+from syncstream.testing import (
+    EVENT_SOURCE,
+    Client,
+    advance,
+    assert_no_open_streams,
+    chunks,
+    events,
+    lines,
+    reading,
+)
 
 app = flask.Flask(__name__)
 hub = Hub()
@@ -145,7 +154,9 @@ def test_with_ours() -> None:
         assert stream.status_code == 200
         kind: str | None = stream.headers.get("Content-Type")
         found: list[Event] = stream.events(3)
+        advance(15)
         stream.disconnect()
+        assert_no_open_streams(timeout=1)
         why: str | None = stream.reason
         print(kind, found, why)
     client.stream("POST", "/e", json={}, last_event_id=stream.last_event_id).close()

@@ -29,7 +29,8 @@ def _monotonic() -> Callable[[], float]:
 
 
 class _Time:
-    monotonic = staticmethod(_monotonic())
+    def __init__(self) -> None:
+        self.monotonic = _monotonic()  # `syncstream.testing` has another
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_time, name)

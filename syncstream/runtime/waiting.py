@@ -546,26 +546,26 @@ def _wait_in_thread(
 ) -> bool:
     """Wait; return whether a notification ended it, not a time-out; check the scope.
 
-    Args:
-        passes_on: Pass the notification on to the next waiter if the scope has ended.
+    If the scope has ended, the notification is passed on to the next (``passes_on``).
     """
-    place = ThreadWait(condition)
-    scope.thread_wait = place
-    notified = False
-    try:
-        if not scope.is_over():
-            notified = place.wait(timeout) and not place.is_woken
-    finally:
-        scope.thread_wait = None
-    try:
-        # Check while the condition is held: an end noticed later would lose the
-        # notification.
-        scope.check()
-    except BaseException:
-        if notified and passes_on:
-            place.pass_on()
-        raise
-    return notified
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        scope.thread_wait = place = ThreadWait(condition)
+        try:
+            is_over = scope.is_over()
+            notified = not is_over and place.wait(timeout) and not place.is_woken
+        finally:
+            scope.thread_wait = None
+        try:  # while the condition is held: later, the notification would be lost
+            scope.check()
+        except BaseException:
+            if notified and passes_on:
+                place.pass_on()
+            raise
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        # Woken without an end: a test has moved the clock.
+        if notified or not place.is_woken or timeout == 0:
+            return notified
 
 
 def say(

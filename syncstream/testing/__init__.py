@@ -2,6 +2,7 @@
 
 from .brokers import check_broker
 from .client import EVENT_SOURCE, Client, ClientStream
+from .clock import advance
 from .leaks import assert_no_open_streams
 from .reader import Reader
 from .responses import chunks, events, lines, reading
@@ -11,6 +12,7 @@ __all__ = [
     "Client",
     "ClientStream",
     "Reader",
+    "advance",
     "assert_no_open_streams",
     "check_broker",
     "chunks",

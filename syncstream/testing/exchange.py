@@ -8,6 +8,7 @@ as one.
 
 from __future__ import annotations
 
+import math
 import socket
 import struct
 import sys
@@ -31,7 +32,7 @@ __all__ = ["Exchange"]
 
 _LENGTH = struct.Struct("!I")
 _LOOK_EVERY = 0.001  # seconds
-_SETTLES = 0.5  # seconds that a source may compute before its first event
+_SETTLES = 1.0  # seconds that a source gets at most to begin its wait
 
 
 class Exchange:
@@ -63,7 +64,7 @@ class Exchange:
         self.has_head = threading.Event()
         self._opened_at = place_of_test(sys._getframe())
         self._stream: Stream | None = None
-        self._is_left = False
+        self._is_left = self._is_writing = False
         self._is_whole = False  # the end's mark has been read
         self._name = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}"
         self._thread = threading.Thread(
@@ -130,7 +131,11 @@ class Exchange:
             self.has_head.set()
         self.sent += len(data)
         self._chunks += 1
-        self.socket.sendall(_LENGTH.pack(len(data)) + data)
+        self._is_writing = True
+        try:
+            self.socket.sendall(_LENGTH.pack(len(data)) + data)
+        finally:
+            self._is_writing = False
 
     def _find_stream(self) -> None:
         reference = self._environ.get(CONNECTION)
@@ -171,13 +176,19 @@ class Exchange:
             self._hang_up()
             self._client.close()
             raise
+        self._settle(2)
+
+    def _settle(self, chunks: float = math.inf) -> None:
+        """Wait until the source waits, for whatever it is, or has sent that many."""
         until = time.monotonic() + _SETTLES
-        while self._is_busy() and time.monotonic() < until:
+        while self._is_busy() and self._chunks < chunks and time.monotonic() < until:
             time.sleep(_LOOK_EVERY)
 
     def _is_busy(self) -> bool:
         stream = self._stream
-        if stream is None or self._chunks > 1 or not self._thread.is_alive():
+        if stream is None or stream.reason or not self._thread.is_alive():
+            return False
+        if self._is_writing:  # it waits for the test to read
             return False
         in_hub = gevent_hub() is not None
         return not (stream.has_waited if in_hub else stream.thread_wait is not None)
@@ -219,10 +230,14 @@ class Exchange:
     def close(self) -> None:
         """Leave, and wait until the application has noticed.
 
+        A source that is about to wait begins to: how it is told is no matter of chance.
+
         Raises:
             Late: It has not, within `TIMEOUT`.
             BaseException: What has left the application.
         """
+        if not self._is_left:
+            self._settle()
         self._hang_up()
         self._client.close()
         self._thread.join(TIMEOUT)

@@ -69,9 +69,10 @@ class Limit:
         self._number = _SIGNAL if is_main and self._hub is None else None
         if self._number is not None:
             self._before = signal.signal(self._number, self._interrupt)
-        self._done, self._ended = (native(_thread, "allocate_lock")() for _ in "12")
-        self._done.acquire()
-        self._ended.acquire()
+        locks = [native(_thread, "allocate_lock")() for _ in range(3)]
+        self._done, self._told, self._ended = locks
+        for lock in locks:
+            lock.acquire()
         native(_thread, "start_new_thread")(self._keep_time, ())
         return self
 
@@ -101,6 +102,8 @@ class Limit:
                 raise
             error = raised
         if self._is_over:
+            with self._told:  # the place is known
+                pass
             cause = None if isinstance(error, (_TimeIsOver, StopIteration)) else error
             raise Late(self._place) from cause
         return return_value
@@ -112,7 +115,10 @@ class Limit:
             if self._done.acquire(True, self._seconds):
                 return
             self._is_over = True
-            self._place = self._end()
+            try:
+                self._place = self._end()
+            finally:
+                self._told.release()
             while not self._done.acquire(True, GRACE):
                 self._force()
         finally:
