@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.sockets import hang_up
+from ..runtime.sockets import hang_up, is_writable
 from ..runtime.waiting import gevent_hub
 from ..servers.connection import CONNECTION
 from ..servers.testing import EXCHANGE
@@ -64,7 +64,7 @@ class Exchange:
         self.has_head = threading.Event()
         self._opened_at = place_of_test(sys._getframe())
         self._stream: Stream | None = None
-        self._is_left = self._is_writing = False
+        self._is_left = False
         self._is_whole = False  # the end's mark has been read
         self._name = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}"
         self._thread = threading.Thread(
@@ -131,11 +131,7 @@ class Exchange:
             self.has_head.set()
         self.sent += len(data)
         self._chunks += 1
-        self._is_writing = True
-        try:
-            self.socket.sendall(_LENGTH.pack(len(data)) + data)
-        finally:
-            self._is_writing = False
+        self.socket.sendall(_LENGTH.pack(len(data)) + data)
 
     def _find_stream(self) -> None:
         reference = self._environ.get(CONNECTION)
@@ -188,7 +184,8 @@ class Exchange:
         stream = self._stream
         if stream is None or stream.reason or not self._thread.is_alive():
             return False
-        if self._is_writing:  # it waits for the test to read
+        fd = self.socket.fileno()
+        if fd < 0 or not is_writable(fd):  # it waits for the test to read
             return False
         in_hub = gevent_hub() is not None
         return not (stream.has_waited if in_hub else stream.thread_wait is not None)
