@@ -89,12 +89,14 @@ def answer_of(result: Any) -> Answer | None:
     if _is_stream(first):  # Flask's order
         if len(result) == 2 and not isinstance(second, (int, str)):
             return Answer(first, headers=_kept(second))
-        return Answer(first, second, _kept(third))
-    if isinstance(first, str) and _STATUS.fullmatch(first) and _is_stream(second):
-        return Answer(second, first, _kept(third))
+        return Answer(first, 200 if second is None else second, _kept(third))
+    if isinstance(first, str) and _STATUS.fullmatch(first):
+        if _is_text(second) and not _is_other_line(first, second):
+            return Answer([second], first, _kept(third))
+        return Answer(second, first, _kept(third)) if _is_stream(second) else None
     if not isinstance(first, int) or isinstance(first, bool):
         return None
-    if isinstance(second, (str, *FRAMED)):
+    if _is_text(second):
         return Answer([second], first, _kept(third))
     if not _is_stream(second):
         raise TypeError(
@@ -109,6 +111,16 @@ def _is_stream(value: Any) -> bool:
     return isinstance(value, Iterator) or (
         is_async(value) and not isinstance(value, type)
     )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, (str, *FRAMED))
+
+
+def _is_other_line(first: str, second: Any) -> bool:
+    """Tell whether the second of two status lines says that the first is a body."""
+    is_line = isinstance(second, str) and _STATUS.fullmatch(second) is not None
+    return is_line and second != first
 
 
 def _kept(headers: Any) -> Any:
@@ -151,8 +163,8 @@ def streaming_decorator(
         decorator. The view returns a body, ``(status, body)`` or ``(status, body,
         headers)``, or is a generator itself. The body is a generator or another
         iterator of ``str`` and bytes, which may be asynchronous. Behind a status, a
-        number, it may also be ``str`` or bytes. The status is a number or a line such
-        as ``"200 OK"``, the headers are a mapping or pairs. Flask's order ``(body,
+        it may also be ``str`` or bytes. The status is a number or a line such as
+        ``"200 OK"``, the headers are a mapping or pairs. Flask's order ``(body,
         status, headers)`` is understood, too, if the body is an iterator. Anything else
         that the view returns is left to the framework.
 
