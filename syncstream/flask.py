@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from types import GeneratorType
 from typing import Any
 
 from .streams.answers import checked_return
+from .streams.source import name_as
 from .wsgi.decorator import decorator, push_decorator
 from .wsgi.responses import SSEResponse, StreamResponse
 from .wsgi.streaming import finish_wsgi, streaming_decorator
@@ -28,6 +30,8 @@ def _in_request(source: Iterable[Any]) -> Iterable[Any]:
     if flask is None or not flask.has_request_context():
         return source
     wrapped: Iterable[Any] = flask.stream_with_context(_checked(source))
+    if isinstance(wrapped, GeneratorType):
+        name_as(wrapped, source)
     return wrapped
 
 

@@ -114,8 +114,8 @@ class Scope(Protocol):
     def check(self) -> None:
         """Raise `ClientDisconnected` or another `GeneratorExit` if the stream is over.
 
-        It is raised once, and again in a source that has swallowed it and waits again.
-        It is not raised while the source is being closed: its ``finally`` may wait.
+        It is raised once, and again in a source that swallows it and waits again, which
+        `insist` ends at last; never while that is closed: its ``finally`` may wait.
         """
 
     def before_wait(self) -> None:
@@ -239,7 +239,7 @@ def insist(error: BaseException) -> NoReturn:
     while frame is not None:
         name = str(frame.f_globals.get("__name__"))
         is_ours = name == package or name.startswith(f"{package}.")
-        if is_ours and frames:  # the stream, which called the source
+        if frames and (is_ours or name == "asyncio.events"):  # what called the source
             break
         if not is_ours:
             frames.append(frame)

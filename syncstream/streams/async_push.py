@@ -7,21 +7,27 @@ is asked for. The end of the stream cancels the view's task.
 
 from __future__ import annotations
 
-from collections import deque
+import logging
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import ClientDisconnected
 from ..protocol.sse import Event
+from ..runtime.journal import journal
+from ..runtime.waiting import insist
 from .answers import checked_return, failure_of
 from .async_task import Timed
+from .interrupt import MOST_REMINDERS
 from .push import CLOSED, item_of
 
 if TYPE_CHECKING:
     import asyncio
 
 __all__ = ["AsyncPushed", "AsyncSender"]
+
+log = logging.getLogger("syncstream.stream")
 
 View = Callable[[], Coroutine[Any, Any, Any]]
 
@@ -81,6 +87,9 @@ class AsyncSender:
 class Queue:
     """The items that wait to be taken, each with a future of its sender.
 
+    Args:
+        name: What the log calls the view.
+
     Attributes:
         waiting: The items and the futures, oldest first.
         loop: The view's event loop; ``None`` before it has begun.
@@ -89,9 +98,15 @@ class Queue:
         is_over: Whether the stream has ended.
     """
 
-    __slots__ = ("changed", "is_closed", "is_over", "loop", "waiting")
+    __slots__ = (
+        *("_is_named", "_name", "_refused"),
+        *("changed", "is_closed", "is_over", "loop", "waiting"),
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._is_named = False
+        self._refused: Counter[int] = Counter()  # by a task's id
         self.waiting: deque[tuple[Any, asyncio.Future[None]]] = deque()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.changed: asyncio.Future[None] | None = None
@@ -110,7 +125,7 @@ class Queue:
                 " what asyncio.get_running_loop() returns in the view"
             )
         if self.is_over:
-            raise ClientDisconnected("the stream has ended")
+            self._refuse()
         if self.is_closed:
             raise RuntimeError(CLOSED)
         written: asyncio.Future[None] = loop.create_future()
@@ -123,6 +138,24 @@ class Queue:
             if entry in self.waiting:
                 self.waiting.remove(entry)
             raise
+
+    def _refuse(self) -> NoReturn:
+        """Raise the end in a task that sends after it.
+
+        A loop that swallows that never awaits anything, and no other task of the
+        process has its turn: it is ended.
+        """
+        import asyncio
+
+        ended, task = ClientDisconnected("the stream has ended"), asyncio.current_task()
+        self._refused[id(task)] += 1
+        if self._refused[id(task)] <= MOST_REMINDERS:
+            raise ended
+        if not self._is_named:
+            self._is_named = True
+            text = "%s swallows the end of its stream, and is ended there"
+            journal().later(log, logging.WARNING, text, self._name)
+        insist(ended)
 
     def has_items(self) -> bool:
         """Tell whether there is an item to take; one of a cancelled task is none."""
@@ -165,7 +198,7 @@ class AsyncPushed:
         self, bind: Callable[[AsyncSender], View], name: str, *, framed: bool = False
     ) -> None:
         self.__qualname__ = name  # for the log, as generators have it
-        self._queue = Queue()
+        self._queue = Queue(f"the view {name}")
         self._view = bind(AsyncSender(self._queue, framed))
         self._task: asyncio.Task[None] | None = None
         self._written: asyncio.Future[None] | None = None  # of the item that was taken

@@ -10,7 +10,13 @@ from collections.abc import Callable
 
 from ..runtime.waiting import is_greenlet_exit
 
-__all__ = ["is_unwinding", "throw_into"]
+__all__ = ["MOST_REMINDERS", "is_unwinding", "throw_into"]
+
+MOST_REMINDERS = 10
+"""So often a source that has swallowed its end, and goes on, is told again.
+
+Its cleanup may wait and send in ``try`` blocks of its own, but a loop of them must end.
+"""
 
 
 def throw_into(thread: int, is_due: Callable[[], bool]) -> None:

@@ -28,6 +28,7 @@ from collections import deque
 from ..errors import ClientDisconnected
 from ..runtime.clock import time
 from .ends import GONE
+from .interrupt import MOST_REMINDERS
 from .links import Link
 
 __all__ = ["Once", "Outcome"]
@@ -70,16 +71,22 @@ class Outcome:
         links: The objects that may block the source.
     """
 
-    __slots__ = ("ended", "is_closing", "links")
+    __slots__ = ("_reminders", "ended", "is_closing", "links")
 
     def __init__(self) -> None:
         self.ended = Once()
+        self._reminders = 0
         self.is_closing = False
         self.links: deque[Link] = deque()
 
     def decide(self, reason: str) -> bool:
         """Set the reason; tell whether it is the first one, which stays."""
         return self.ended.set(reason)
+
+    def remind(self) -> bool:
+        """Count that the source is told again; ``False``: it was told often enough."""
+        self._reminders += 1
+        return self._reminders <= MOST_REMINDERS
 
     @property
     def at(self) -> float:

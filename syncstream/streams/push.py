@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import _thread
 import inspect
+import logging
 import sys
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typing import Any
 
 from ..protocol.sse import Event
 from ..runtime.greenlets import make_inner
+from ..runtime.journal import journal
 from ..runtime.sockets import native
 from ..runtime.waiting import (
     Scope,
@@ -28,12 +30,16 @@ from ..runtime.waiting import (
     current_scope,
     gevent_hub,
     gevent_hub_of_thread,
+    insist,
     runner,
 )
 from .answers import failure_of
 from .contract import FRAMED
+from .interrupt import MOST_REMINDERS
 
 __all__ = ["CLOSED", "Pushed", "Sender", "item_of", "name_of_view", "run_view"]
+
+log = logging.getLogger("syncstream.stream")
 
 CLOSED = "nothing can be sent after close()"
 
@@ -132,6 +138,9 @@ class Turns:
     It does not refer to the view's greenlet: what a suspended one refers to is hidden
     from the garbage collector.
 
+    Args:
+        name: What the log calls the view.
+
     Attributes:
         view: A weak reference to the view's greenlet.
         taker: The greenlet that has resumed the view.
@@ -142,14 +151,16 @@ class Turns:
         returned: What the view has returned.
         is_closed: Whether the view has said that it sends no more.
         is_over: Whether the view was told that the stream has ended.
+        refused: How often it has sent since.
     """
 
     __slots__ = (
-        *("is_closed", "is_over", "is_resumed", "items", "raised", "returned"),
-        *("taker", "view"),
+        *("_name", "is_closed", "is_over", "is_resumed", "items", "raised", "refused"),
+        *("returned", "taker", "view"),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self.view: Callable[[], object] = object
         self.taker: Any = None
         self.is_resumed = False
@@ -158,6 +169,7 @@ class Turns:
         self.returned: Any = None
         self.is_closed = False
         self.is_over = False
+        self.refused = 0
 
     def give(self, item: object) -> None:
         """Give the taker an item, and wait for the view's next turn; in the view."""
@@ -173,7 +185,13 @@ class Turns:
         if scope is not None and (self.is_over or scope.is_over()):
             scope.check()
         if self.is_over:
-            raise scope.ending() if scope is not None else GeneratorExit()
+            ending = scope.ending() if scope is not None else GeneratorExit()
+            self.refused += 1
+            if self.refused > MOST_REMINDERS:  # a loop in a handler
+                text = "%s swallows the end of its waits, and is ended there"
+                journal().later(log, logging.WARNING, text, self._name)
+                insist(ending)
+            raise ending
         self.items.append(item)
         self.is_resumed = False
         self._switch(self.taker)
@@ -240,7 +258,7 @@ class Pushed:
         self._thread = 0
         self._first: tuple[Any, ...] = ()  # what its first turn takes
         self._scope: Any = None  # a weak reference to the stream
-        self._turns = Turns()
+        self._turns = Turns(self.name)
         self._view: View | None = bind(Sender(self._turns, framed))
         # The request's: that of the first turn is the server's, which has left the
         # application's middleware.

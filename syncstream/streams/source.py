@@ -11,6 +11,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
+from types import GeneratorType
 from typing import Any
 
 from ..protocol.sse import Event
@@ -18,7 +19,7 @@ from .async_source import AsyncItems, is_async
 from .contract import Feed, is_feed
 from .push import Pushed
 
-__all__ = ["Source", "check_source"]
+__all__ = ["Source", "check_source", "name_as", "name_of_source"]
 
 _claims: dict[Feed, Source] = {}  # the feeds that are being claimed now, and by whom
 
@@ -86,13 +87,24 @@ class Source:
     @property
     def name(self) -> str:
         """The source's name and place in the code, for the log; ``%`` is doubled."""
-        given = self.given
-        if isinstance(given, (AsyncItems, Pushed)):
-            return given.name.replace("%", "%%")
-        name = getattr(given, "__qualname__", None) or type(given).__qualname__
-        code = getattr(given, "gi_code", None)
-        place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
-        return f"the generator {name}{place}".replace("%", "%%")
+        return name_of_source(self.given).replace("%", "%%")
+
+
+def name_of_source(source: Any) -> str:
+    """Return a source's name and place in the code, for the log."""
+    if isinstance(source, (AsyncItems, Pushed)):
+        return source.name
+    name = getattr(source, "__qualname__", None) or type(source).__qualname__
+    if " " in name:  # of `name_as`
+        return str(name)
+    code = getattr(source, "gi_code", None)
+    place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+    return f"the generator {name}{place}"
+
+
+def name_as(wrapper: GeneratorType[Any, Any, Any], source: Any) -> None:
+    """Have the log call a framework's generator by the source that it wraps."""
+    wrapper.__qualname__ = name_of_source(source)
 
 
 def check_source(source: Any) -> None:

@@ -575,15 +575,13 @@ class Stream:
         return bool(self._outcome.ended) and not self._outcome.is_closing
 
     def check(self) -> None:
-        """Raise the end of the stream, once, if it is known by now.
-
-        Again where the source has swallowed that, and goes on: it would never end.
-        """
+        """Raise the stream's end, if it is known by now; see `Scope.check`."""
         if self._outcome.is_closing:
             if self.was_told and not is_unwinding():
-                self._monitor.name_source(
-                    "swallows the end of its waits, and is ended there"
-                )
+                if self._outcome.remind():
+                    raise self._outcome.error()
+                said = "swallows the end of its waits, and is ended there"
+                self._monitor.name_source(said)
                 insist(self._outcome.error())
             return
         if not self._outcome.ended and self._out.is_hung_up:

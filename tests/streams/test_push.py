@@ -26,6 +26,7 @@ from syncstream import (
 )
 from syncstream.runtime.journal import journal
 from syncstream.streams import async_task
+from syncstream.streams.interrupt import MOST_REMINDERS
 from syncstream.streams.links import Link, place_of
 from syncstream.streams.push import Pushed
 from tests import ROOT
@@ -444,7 +445,7 @@ def test_a_plain_view_that_swallows_its_end(caught, caplog):
     response, chunks = chunks_of(view)
     assert next(chunks) + next(chunks) == b": ok\n\ndata: a\n\n"
     response.close()
-    assert 0 < len(story) < 4
+    assert 0 < len(story) <= MOST_REMINDERS + 1
     assert journal().flush()
     assert "swallows the end of its waits, and is ended there" in caplog.text
     assert f"the view {view.__qualname__} ({__file__}:" in caplog.text
@@ -471,6 +472,110 @@ def test_a_plain_view_that_swallows_the_end_of_a_wait(place):
     stream.stop("closed")
     assert join()[:2] == [OPENED, b"data: a\n\n"]
     assert story == ["swallowed", "ended"]
+
+
+@pytest.mark.parametrize("where", ["send", "wait", "handler"])
+def test_a_plain_view_that_swallows_some_ends_cleans_up(where):
+    """Of a few calls, each in a ``try`` of its own; then it goes on to its end."""
+    story = []
+
+    def call_thrice(call):
+        for _ in range(3):
+            try:
+                call()
+            except BaseException as error:
+                story.append(type(error))
+
+    def view(sse):
+        try:
+            sse.send("a")
+        except BaseException as error:
+            story.append(type(error))
+            if where == "handler":
+                call_thrice(lambda: sse.send("b"))
+        if where != "handler":
+            call_thrice(lambda: sse.send("b") if where == "send" else sleep(TIMEOUT))
+        story.append("cleaned up")
+
+    response, chunks = chunks_of(view)
+    assert next(chunks) + next(chunks) == b": ok\n\ndata: a\n\n"
+    response.close()
+    assert story == [GeneratorExit] * 4 + ["cleaned up"]
+
+
+def test_a_plain_view_that_loops_in_a_handler_is_ended():
+    """Where its end is being handled, and swallowed again and again."""
+    story = []
+
+    def view(sse):
+        try:
+            sse.send("a")
+        except GeneratorExit:
+            while True:
+                try:
+                    sse.send("b")
+                except GeneratorExit:
+                    story.append("swallowed")
+
+    response, chunks = chunks_of(view)
+    assert next(chunks) + next(chunks) == b": ok\n\ndata: a\n\n"
+    response.close()
+    assert len(story) <= MOST_REMINDERS + 1
+
+
+@pytest.mark.parametrize("is_task", [False, True])
+def test_a_coroutine_that_swallows_its_end_holds_up_nobody(is_task, caplog):
+    """A loop of sends awaits nothing, and would keep the event loop for ever."""
+    story, tasks = [], []
+
+    async def send(sse, data):
+        for n in range(10**9):
+            try:
+                await sse.send(data)
+            except BaseException:
+                story.append(n)
+
+    async def view(sse):
+        if is_task:
+            tasks.append(asyncio.create_task(send(sse, "a")))
+            await asyncio.wait(tasks)
+        else:
+            await send(sse, "a")
+
+    response, chunks = chunks_of(view)
+    assert next(chunks) + next(chunks) == b": ok\n\ndata: a\n\n"
+    response.close()
+    await_true(lambda: len(story) >= MOST_REMINDERS)
+
+    async def other(sse):
+        if is_task:
+            await asyncio.wait(tasks)
+            assert isinstance(tasks.pop().exception(), ClientDisconnected)
+        await sse.send(sys.gettrace() is None)
+
+    assert body_of(other) == b"data: true\n\n"
+    assert len(story) <= MOST_REMINDERS + 2
+    assert journal().flush()
+    assert caplog.text.count("swallows the end of its stream, and is ended there") == 1
+
+
+def test_a_coroutine_that_swallows_some_ends_cleans_up():
+    """Of a few sends, each in a ``try`` of its own."""
+    story = []
+
+    async def view(sse):
+        for _ in range(4):
+            try:
+                await sse.send("a")
+            except BaseException as error:
+                story.append(type(error))
+        story.append("cleaned up")
+
+    response, chunks = chunks_of(view)
+    assert next(chunks) + next(chunks) == b": ok\n\ndata: a\n\n"
+    response.close()
+    told = [ClientDisconnected] * 3
+    assert story == [asyncio.CancelledError, *told, "cleaned up"]
 
 
 def test_a_coroutine_that_swallows_its_cancel():

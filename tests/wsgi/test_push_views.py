@@ -1,6 +1,7 @@
 """Views that send, in each framework: their arguments, and what they find there."""
 
 import asyncio
+import contextlib
 import warnings
 
 import bottle
@@ -19,7 +20,8 @@ from werkzeug.test import Client
 import syncstream.bottle
 import syncstream.django
 import syncstream.falcon
-from syncstream import with_sse
+from syncstream import current_stream, sleep, sse, with_sse
+from syncstream.runtime.journal import journal
 from tests.apps import django_app
 from tests.support.pairs import check_script
 
@@ -198,6 +200,37 @@ def test_flasks_contexts_are_the_requests():
     body = Client(app).get("/").data
     assert body == f": ok\n\ndata: ann\n\ndata: bob\n\ndata: {__name__}\n\n".encode()
     assert story[-2:] == ["returns", "teardown"]
+
+
+@pytest.mark.parametrize("decorate", [with_sse, sse])
+def test_flasks_wrapper_is_not_named(decorate, caplog):
+    """The log names the view, or its generator."""
+    app = flask.Flask(__name__)
+
+    def loop():
+        current_stream().stop("closed")
+        while True:
+            with contextlib.suppress(GeneratorExit):
+                sleep(0)
+
+    def sends(sse):
+        sse.send("a")
+        loop()
+
+    def yields():
+        yield "a"
+        loop()
+
+    view = sends if decorate is with_sse else yields
+    app.add_url_rule("/", view_func=decorate(view))
+    response = Client(app).get("/", buffered=False)
+    chunks = iter(response.response)
+    assert next(chunks) + next(chunks) == b": ok\n\ndata: a\n\n"
+    list(chunks)
+    response.close()
+    assert journal().flush()
+    line = view.__code__.co_firstlineno
+    assert f"{view.__qualname__} ({__file__}:{line}) of GET '/' swallows" in caplog.text
 
 
 def test_an_abort_comes_too_late(caplog):
