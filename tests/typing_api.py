@@ -28,6 +28,7 @@ from syncstream import (
 from syncstream.testing import (
     EVENT_SOURCE,
     Client,
+    LiveServer,
     advance,
     assert_no_open_streams,
     chunks,
@@ -193,3 +194,5 @@ def read_response(response: requests.Response) -> None:
         print(event.id)
     text: list[str] = list(client.lines(response))
     print(text)
+    with LiveServer("a:app", worker="gevent", env={"A": "b"}, timeout=5) as server:
+        print(server.url, server.log())
