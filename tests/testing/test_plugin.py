@@ -37,7 +37,9 @@ def run(pytester, monkeypatch):
         pytester.makeconftest(conftest)
         pytester.makepyfile(test_app=tests)
         return pytester.runpytest_subprocess(
-            *("-p", "_syncstream_pytestplugin", "-p", "no:cacheprovider")
+            # By its module, whether it is installed or not.
+            *("-p", "no:syncstream", "-p", "_syncstream_pytestplugin"),
+            *("-p", "no:cacheprovider"),
         )
 
     return run
