@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -79,9 +79,22 @@ class AsyncSender:
         """
         await self._queue.give(Event(comment=text))
 
-    async def close(self) -> None:
-        """Send nothing more: the stream ends when the view returns."""
+    def close(self) -> Awaitable[None]:
+        """Send nothing more: the stream ends when the view returns.
+
+        It is done at once, whether the result is awaited or not.
+        """
         self._queue.is_closed = True
+        return _Done()
+
+
+class _Done:
+    """Nothing to wait for; may be awaited as the other methods' results must be."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from ()
 
 
 class Queue:

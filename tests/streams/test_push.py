@@ -203,6 +203,18 @@ def test_nothing_is_sent_after_close(kind):
     assert seen == [None]
 
 
+def test_a_coroutines_close_need_not_be_awaited():
+    """It is no coroutine that does nothing then, and only warns."""
+
+    async def view(sse):
+        await sse.send("a")
+        sse.close()
+        with pytest.raises(RuntimeError, match="nothing can be sent after close"):
+            await sse.send("b")
+
+    assert body_of(view) == b"data: a\n\n"
+
+
 # When it runs.
 
 
