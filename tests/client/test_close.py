@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 import requests
 
-from syncstream import current_stream
+from syncstream import SSEResponse, current_stream
 from syncstream.client import EventSource
 from syncstream.streams.links import Link
+from syncstream.testing import Client
 from tests import ROOT
 from tests.support.raw_server import HEAD, RawServer, Request, answer
 
@@ -312,3 +313,25 @@ def test_with_gevent(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+def test_a_wait_ends_with_the_stream():
+    """In a stream's generator, the departure of its client ends a wait between."""
+    waiting, closed = threading.Event(), threading.Event()
+
+    def relay(url: str) -> Iterator[Any]:
+        try:
+            with EventSource(
+                url, backoff=(100, 100), on_error=lambda _: waiting.set()
+            ) as source:
+                yield from source
+        finally:
+            closed.set()
+
+    with RawServer([answer(body=EVENT)]) as server:
+        app = SSEResponse(relay(server.url))
+        with Client(app).stream("GET", "/") as stream:
+            assert stream.events(1)[0].data == "a"
+            assert waiting.wait(15)
+            stream.disconnect()
+            assert closed.wait(15)
