@@ -65,15 +65,17 @@ def say_goodbye(client: Client) -> None:
 
 
 def _last_words(client: Client) -> bytes:
-    feed = client.feed
+    feed, missing = client.feed, b""
     if isinstance(feed, AsyncFeed) and not feed.is_whole:
-        return b""  # in the middle of an event
+        missing = feed.missing
+        if not missing:
+            return b""  # in the middle of an event
     if client.last is not None:
         return client.last[0]
     reason, terms = client.reason, client.terms
     if reason == "finished":
-        return terms.finish
-    return come_back(str(reason), terms.retry) if terms.comes_back else b""
+        return missing + terms.finish
+    return missing + (come_back(str(reason), terms.retry) if terms.comes_back else b"")
 
 
 def close(fd: int) -> None:

@@ -6,7 +6,7 @@ within an event is ignored by the standard, and cuts the event in many a parser.
 
 from __future__ import annotations
 
-__all__ = ["comment", "ends_blank", "tail_after", "without_blank"]
+__all__ = ["comment", "completion", "ends_blank", "tail_after", "without_blank"]
 
 
 def comment(text: str, *, is_line: bool) -> bytes:
@@ -54,6 +54,18 @@ def ends_blank(tail: bytes) -> bool:
         if tail[end : end + 1] != b":":
             return False
     return False
+
+
+def completion(tail: bytes) -> bytes:
+    """Return the line ends that complete the last event; ``b""`` if it is complete.
+
+    Args:
+        tail: As for `ends_blank`.
+    """
+    if ends_blank(tail):
+        return b""
+    # A CR at the end may be the first half of a line end.
+    return b"\n" if tail.endswith(b"\n") else b"\n\n"
 
 
 def tail_after(tail: bytes, chunk: bytes) -> bytes:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import RemoteProtocolError
-from .comments import comment, ends_blank, tail_after, without_blank
+from .comments import comment, completion, ends_blank, tail_after, without_blank
 from .event import (
     END_ID,
     MAX_RETRY_DIGITS,
@@ -40,6 +40,7 @@ __all__ = [
     "Event",
     "check_dispatched",
     "comment",
+    "completion",
     "encoder",
     "ends_blank",
     "framed_encoder",

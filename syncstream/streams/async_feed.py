@@ -98,6 +98,11 @@ class AsyncFeed:
         chunk = output.encode(item)
         return None if chunk is None else (chunk, output.is_whole)
 
+    @property
+    def missing(self) -> bytes:
+        """What completes the last event of a source that has ended by itself."""
+        return b"" if self._run is None else self._run.parts.output.missing
+
     def poll(self) -> tuple[bytes, int, bool]:
         """Return the next item, without waiting.
 
@@ -123,6 +128,8 @@ class AsyncFeed:
             # words may take a moment.
             self._waiter = None
             if isinstance(error, StopIteration):
+                if self._run is not None:
+                    self._run.parts.output.end_source()
                 raise Closed("finished") from None
             raise
         task.ask(None, waiter)

@@ -50,6 +50,8 @@ class Format:
         is_whole: Tells from the last bytes written (4 or more, or all if there were
             fewer) whether a new event or value may begin.
         is_events: Whether this format has comments, ``retry:`` and ids.
+        completion: Returns what completes the last item of a source that has ended,
+            from the same bytes as for ``is_whole``. Most formats add nothing.
     """
 
     encode: Callable[[Any], bytes | None]
@@ -57,6 +59,7 @@ class Format:
     is_events: bool = False
     framed: tuple[type, ...] = FRAMED
     dumps: Dumps | None = None
+    completion: Callable[[bytes], bytes] = lambda tail: b""
 
 
 @dataclass(frozen=True, slots=True)

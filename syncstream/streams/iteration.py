@@ -128,6 +128,8 @@ class Iteration:
         returned = None if value is None else checked_return(value)
         if returned is not None:
             return Failure(returned)
+        if not self._ended:
+            self._output.end_source()
         self._outcome.decide("finished")
         return None
 
@@ -353,6 +355,7 @@ class Iteration:
                 if not self._closing.exits.keep(second):
                     output.report(logging.ERROR, "on_error of %s failed", second)
         is_told = bool(words)
+        words += output.complete(words)
         if output.format.is_events and output.format.is_whole(words):
             words += refusal or output.come_back("error")
         return words, is_told

@@ -55,6 +55,7 @@ class Output:
         events, bytes: The numbers of events and bytes sent.
         moved: When the last chunk was sent, `time.monotonic`.
         retry: The reconnection time in milliseconds, 0 for none.
+        missing: What completes the last event of a source that has ended by itself.
     """
 
     def __init__(self, format: Format, retry: int | None, end: End) -> None:
@@ -66,6 +67,7 @@ class Output:
         self.tail = b""
         self.events = self.bytes = 0
         self.moved = 0.0
+        self.missing = b""
         self.retry = retry or 0
         self._retrying: bytes | None = None
         if format.is_events and retry is not None:
@@ -158,6 +160,28 @@ class Output:
 
     # Its end.
 
+    def end_source(self) -> None:
+        """Note that the source has ended by itself: nothing more comes of its event."""
+        self.missing = self.complete(self.tail)
+
+    def complete(self, tail: bytes) -> bytes:
+        """Return what completes the application's last event, and say so; never waits.
+
+        Args:
+            tail: As for ``Format.is_whole``.
+        """
+        missing = self.format.completion(tail)
+        if missing:
+            process().say_once(
+                log,
+                logging.WARNING,
+                "%s ends with an event that has no blank line behind it, so that"
+                " clients would drop it: it gets one. End the text of each event with"
+                " one ('data: ...\\n\\n')",
+                self.label,
+            )
+        return missing
+
     @property
     def comes_back(self) -> bool:
         """Whether the client takes an orderly end for a break, and reconnects."""
@@ -173,11 +197,11 @@ class Output:
 
     def last_block(self, reason: str) -> bytes:
         """Return the last bytes of a response that ends in order."""
-        if not (self.format.is_events and self.is_whole):
+        if not (self.format.is_events and (self.is_whole or self.missing)):
             return b""
         if reason != "finished":
-            return self.come_back(reason)
-        return self._end.event + self._end_block()
+            return self.missing + self.come_back(reason)
+        return self.missing + self._end.event + self._end_block()
 
     def refusal(self) -> bytes:
         """Return the bytes that keep a browser from reconnecting after an error."""

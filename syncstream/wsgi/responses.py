@@ -274,9 +274,17 @@ def _events(dumps: Dumps | None, *, is_framed: bool) -> Format:
     """Return the format of event streams."""
     if is_framed:
         encode = sse.framed_encoder(dumps, warn_unframed)
-        return Format(encode, sse.ends_blank, is_events=True, framed=(str, *FRAMED))
-    encode = sse.encoder(dumps, warn_unframed, warn_framed)
-    return Format(encode, sse.ends_blank, is_events=True)
+        framed: tuple[type, ...] = (str, *FRAMED)
+    else:
+        encode = sse.encoder(dumps, warn_unframed, warn_framed)
+        framed = FRAMED
+    return Format(
+        encode,
+        sse.ends_blank,
+        is_events=True,
+        framed=framed,
+        completion=sse.completion,
+    )
 
 
 class SSEResponse(_Streaming):
@@ -333,7 +341,8 @@ class SSEResponse(_Streaming):
             ``True`` is the same as ``None``, but raises for other sources, which need
             their thread. See docs/handover.md.
         framed: Whether the source's ``str`` is event-stream text, like its bytes:
-            both are sent unchanged, and other items as ever.
+            both are sent unchanged, and other items as ever. An event that lacks its
+            blank line when the source has finished gets one, and a warning is logged.
         on_error: Called with the exception when the source has failed with an
             ``Exception`` (not with ``SystemExit`` and the like). Its result is encoded
             and sent as the last event, and then the response ends normally: the event

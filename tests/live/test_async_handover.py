@@ -154,6 +154,14 @@ def test_keepalives_come_between_events(sync, key):
     assert text.startswith(b"data: ab\n\n: keepalive\n")
 
 
+def test_a_last_event_is_completed(sync, key):
+    """One without its blank line, after which clients would not see the end, either."""
+    body, is_whole = body_of(sync, key, "incomplete")
+    assert body == b"data: a\n\nid: syncstream-end\n\n"
+    assert is_whole
+    await_true(lambda: "no blank line behind it" in sync.log(), sync.log)
+
+
 def test_checkpoints_keep_nobody_else_waiting(sync, key):
     other = unique_key()
     path = f"/sse/async-checkpoints?key={key}"

@@ -36,7 +36,7 @@ def read():
     feeds = []
 
     def read(source, encode=str.encode):
-        output = SimpleNamespace(is_whole=True)
+        output = SimpleNamespace(is_whole=True, end_source=lambda: None)
 
         def encoded(item):
             output.is_whole = item.endswith("\n")

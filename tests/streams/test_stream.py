@@ -670,8 +670,6 @@ def test_the_end_block(line, stops):
     body = b"".join(stream_of(["a"], line, end="stop"))
     assert body.endswith(b"id: syncstream-end\n\n") is stops
     assert b"syncstream-end" not in b"".join(stream_of(["a"], line, end="reconnect"))
-    half = b"".join(stream_of([b"data: half\n"], line, end="stop"))
-    assert half.endswith(b"data: half\n")
 
 
 def test_split_framing_is_whole_again(line):

@@ -5,6 +5,9 @@ import logging
 import pytest
 
 from syncstream import Event, Hub, SSEResponse, current_stream, sse
+from syncstream.protocol.sse import Decoder
+from syncstream.runtime.process import process
+from tests.support.waits import await_true
 from tests.wsgi.asking import ASK, get
 
 BACK = {**ASK, "Last-Event-ID": "syncstream-end"}
@@ -69,11 +72,75 @@ def test_only_a_normal_end_has_it(reason):
     assert (b"DONE" in answer.data) is (reason == "finished")
 
 
-def test_half_an_event_is_not_followed_by_it():
-    """It would become a part of that event."""
-    source = [b"data: half\n"]
-    answer = get(SSEResponse(source, end=Event("[DONE]")))
-    assert answer.data == b": ok\n\ndata: half\n"
+WHOLE = "data: 1\n\n"
+INCOMPLETE = [
+    *("data: x", "data: x\n", "data: x\r", "data: x\r\n", "data:x\n: note\n"),
+    *("data: x\n: no", "da|ta: x|\n", "data: x\r|\n", "data: x\n|: note\n"),
+]
+
+
+async def later(items):
+    for item in items:
+        yield item
+
+
+@pytest.mark.parametrize("text", INCOMPLETE)
+@pytest.mark.parametrize("kind", ["text", "bytes"])
+@pytest.mark.parametrize("source", [iter, later])
+def test_a_last_event_without_its_blank_line_gets_one(source, kind, text, caplog):
+    """So that clients have it, and the end behind it; the log says so, once."""
+    process().said.clear()
+    items = [WHOLE, *text.split("|")]
+    if kind == "bytes":
+        items = [item.encode() for item in items]
+    for headers in (ASK, {}):
+        options = {"framed": kind == "text", "end": Event("[DONE]")}
+        answer = get(SSEResponse(source(items), **options), headers=headers)
+        assert b"".join(i.encode() if kind == "text" else i for i in items) in (
+            answer.data
+        )
+        decoder = Decoder()
+        events = decoder.feed(answer.data)
+        assert [event.data for event in events] == ["1", "x", "[DONE]"]
+        assert decoder.last_event_id == ("syncstream-end" if headers else None)
+    said = "GET '/' ends with an event that has no blank line behind it"
+    await_true(lambda: said in caplog.text)
+    assert caplog.text.count(said) == 1
+
+
+@pytest.mark.parametrize("text", [WHOLE, WHOLE + ": a\n", "data: x\r\r", ""])
+def test_a_whole_event_gets_no_other_blank_line(text, caplog):
+    """Nor a word in the log."""
+    answer = get(SSEResponse([text], framed=True, end=Event("[DONE]")))
+    assert answer.data == b": ok\n\n" + text.encode() + b"data: [DONE]\n\n"
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("reason", ["finished", "closed", "shutdown"])
+def test_half_an_event_of_a_source_that_is_stopped_stays_half(reason):
+    """Its rest would have come: nothing of ours makes an event of it."""
+
+    def source():
+        yield "data: ha"
+        current_stream().stop(reason)
+        yield "lf\n\n"
+
+    response = SSEResponse(source(), framed=True, end=Event("[DONE]"))
+    answer = get(response, headers=ASK)
+    assert answer.data == b": ok\ndata: ha"
+
+
+def test_what_on_error_says_is_completed_too():
+    """Text of the application's that lacks its blank line."""
+
+    def source():
+        yield WHOLE
+        raise RuntimeError("broken")
+
+    framed = {"framed": True, "on_error": lambda error: "event: error\ndata: x\n"}
+    answer = get(SSEResponse(source(), **framed), headers=ASK)
+    events = Decoder().feed(answer.data)
+    assert [(event.data, event.event) for event in events][1:] == [("x", "error")]
 
 
 @pytest.mark.parametrize(
