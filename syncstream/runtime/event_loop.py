@@ -19,6 +19,7 @@ from contextlib import suppress
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
+from .ending import is_cut_short
 from .forks import process_key
 from .journal import journal
 from .process import EXIT_WAIT, process
@@ -176,7 +177,13 @@ def _drain_first() -> None:
     register = getattr(threading, "_register_atexit", None)
     if register is not None:
         with suppress(RuntimeError):  # the interpreter is ending
-            register(lambda: process().drain())  # a child that ends has its own
+            register(_drain)
+
+
+def _drain() -> None:
+    record = process()  # a child that ends has its own
+    if is_cut_short(record.drain):
+        record.stop()
 
 
 def _forked() -> None:

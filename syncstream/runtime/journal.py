@@ -25,6 +25,7 @@ from functools import partial
 from typing import Any
 
 from .clock import time
+from .ending import is_cut_short
 from .forks import process_key
 from .signals import unblock_sigpipe
 from .sockets import native
@@ -189,6 +190,10 @@ def journal() -> Journal:
 
 
 def _at_exit() -> None:
+    is_cut_short(_flush)
+
+
+def _flush() -> None:
     found = _journals.get(process_key())
     if found is not None and not found.flush():
         _print(
