@@ -133,6 +133,8 @@ class Departure:
             return False
         source = self._feed(run)
         ready = self._prepare(source, first, events)
+        if parts.monitor.drain > 0 and parts.output.connection is not None:
+            parts.output.connection.warn_of_stop()
         if ready is not None and not parts.outcome.ended:
             taken = swap.take(opening)
         if ready is None or taken is None:

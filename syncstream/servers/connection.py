@@ -14,6 +14,7 @@ from ..runtime.process import Stopping, process
 from ..runtime.sockets import hang_up, is_hung_up, is_unix, is_writable, release, reset
 from ..runtime.waiting import gevent_hub, say
 from . import safe, server_of
+from .advice import advise, log, warn_of_compression
 from .cached import cached
 from .contract import Counter, Server, SocketLike, connection_reset, takes_directly
 from .head import error_head, find_head
@@ -27,12 +28,7 @@ __all__ = [
     "Connection",
     "Full",
     "Sent",
-    "warn_of_compression",
 ]
-
-# The logger of `syncstream.wsgi`, as before this was a module of its own: applications
-# may have configured it.
-log = logging.getLogger("syncstream.wsgi")
 
 CONNECTION = "syncstream.connection"
 """The environ key of the connection: a weak reference to it."""
@@ -160,13 +156,8 @@ class Connection:
             head = server.headers(write) or ()
             if any(name.lower() == "content-encoding" for name, _ in head):
                 warn_of_compression()
-        # The key contains nothing from the client but whether it speaks HTTP/2.
         protocol = str(environ.get("SERVER_PROTOCOL"))
-        is_http_2 = protocol.startswith("HTTP/2")
-        key = ("warning", server.name, is_http_2)
-        warnings = record.memo(key, lambda: tuple(server.warnings(environ)))
-        for warning in warnings:
-            record.warn_once(log, warning)
+        warnings = advise(server, environ, "warnings")
         # The test clients of frameworks name no server.
         software, fd = environ.get("SERVER_SOFTWARE"), self.fd
         if fd is None and software and not warnings and not server.is_test:
@@ -196,6 +187,10 @@ class Connection:
                 " process, so other requests wait: give it more threads (or greenlets),"
                 " or set StreamMiddleware(app, reserve_threads=…)",
             )
+
+    def warn_of_stop(self) -> None:
+        """Log advice about finite work that leaves its server, once a process."""
+        advise(self.server, self._given, "stop_warnings")
 
     @cached
     def server(self) -> Server:
@@ -564,16 +559,6 @@ class Connection:
             )
             # Not `report`: this may be the thread of the watch.
             say(log, logging.WARNING, text, self.label)
-
-
-def warn_of_compression() -> None:
-    process().warn_once(
-        log,
-        "a middleware compresses streams, which holds back their events, perhaps to the"
-        " end of the stream: exempt streams (Flask-Compress: COMPRESS_STREAMS = False),"
-        " and let the proxy compress",
-        "compressed",
-    )
 
 
 def _short(text: str, length: int) -> str:

@@ -117,6 +117,8 @@ class Server:
             greenlet of the request.
         warnings: Advice for the operator if streams are served in this way, one
             sentence for each log line. In the thread or greenlet of the request.
+        stop_warnings: Those of the ``warnings`` that hold for finite work whose client
+            has left this server, too: the server's end waits for it.
         stays: The reason why a connection cannot leave this server, in plain words;
             ``None`` if it can (see `swap`). The method, the protocol, TLS and the
             socket's type are checked elsewhere.
@@ -176,6 +178,7 @@ class Server:
     lets_exits_through: bool = False
     threads: Callable[[Environ], int | None] = lambda environ: None
     warnings: Callable[[Environ], Iterable[str]] = lambda environ: ()
+    stop_warnings: Callable[[Environ], Iterable[str]] = lambda environ: ()
     stays: Callable[[Environ], str | None] = lambda environ: None
     plain_sockets: tuple[type, ...] = ()
     lock: Callable[[Environ], AbstractContextManager[Any]] = lambda environ: (

@@ -7,7 +7,7 @@ middleware may have replaced a part of the environ. A stream works without most 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -40,8 +40,8 @@ def guarded(server: Server, other: Server) -> Server:
         return call
 
     facts = {field.name: getattr(server, field.name) for field in fields(server)}
-    warnings = facts["warnings"]
-    facts["warnings"] = lambda environ: tuple(warnings(environ))
+    for name in ("warnings", "stop_warnings"):
+        facts[name] = _at_once(facts[name])
     functions = {name: fact for name, fact in facts.items() if callable(fact)}
     fallbacks = {name: getattr(other, name) for name in functions}
     # If that fails, the server may add the new headers to the old ones.
@@ -50,6 +50,11 @@ def guarded(server: Server, other: Server) -> Server:
         name: safe(function, fallbacks[name]) for name, function in functions.items()
     }
     return replace(server, exact=server, **changes)
+
+
+def _at_once(warnings: Callable[..., Iterable[str]]) -> Callable[..., tuple[str, ...]]:
+    """Have a generator fail when it is called."""
+    return lambda environ: tuple(warnings(environ))
 
 
 def say_failed(server: Server, error: Exception) -> None:

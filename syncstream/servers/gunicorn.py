@@ -6,6 +6,7 @@ With gevent_pywsgi, the environ is `pywsgi`'s, which finds its worker here.
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import sys
@@ -88,38 +89,50 @@ class _WorkerStopping:
     SIGINT, SIGQUIT, SIGABRT, a reload, and as soon as the last request of max_requests
     *begins*. It stays true if the master is killed: gthread then waits for its streams
     forever. So this also compares the parent's pid, as workers do.
+
+    A worker that exits closes its heartbeat's file before the interpreter ends, but the
+    master has a descriptor of its own, and kills a worker that takes longer than
+    ``timeout`` from its last heartbeat to its very end. (27 does not kill during SIGHUP
+    and SIGTERM to itself, until its graceful timeout; a worker cannot tell these from
+    others.)
     """
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._until: float | None = None
         self.is_quitting = False
+        self._heard = math.inf  # the last heartbeat
+        self._killed_at()  # it may have closed the file when it is next asked
 
     def __call__(self) -> float | None:
         worker = self._worker
+        killed_at = self._killed_at()
         if self.is_quitting or worker.ppid != os.getppid():
             return AT_ONCE
         if worker.alive:
             return None
         if worker.reloader is not None:  # development: do not wait
             return AT_ONCE
+        drain = drain_of_environment()
         if self._until is None:
-            self._until = time.monotonic() + self._left()
-        return self._until
+            seconds = max(0.0, worker.cfg.graceful_timeout - _HEADROOM)
+            self._until = time.monotonic() + (seconds if drain is None else drain)
+        return min(self._until, killed_at) if drain is None else self._until
 
-    def _left(self) -> float:
-        """Return the seconds left for finite work."""
-        cfg = self._worker.cfg
-        left = drain_of_environment()
-        if left is None:
-            left = max(0.0, cfg.graceful_timeout - _HEADROOM)
-            if _is_sync(self._worker) and cfg.timeout:
-                # A sync worker sends no heartbeat while it serves a request. When it
-                # exits it closes the heartbeat's file; no request is running then.
-                with suppress(ValueError):
-                    silent = time.monotonic() - self._worker.tmp.last_update()
-                    left = max(0.0, min(left, cfg.timeout - silent - _NOTIFIED))
-        return left
+    def _killed_at(self) -> float:
+        """Return when the master would kill it, less a second; infinite for never.
+
+        A sync worker sends no heartbeat while it serves a request, and no worker sends
+        any while the interpreter ends.
+        """
+        worker, is_exiting = self._worker, False
+        try:
+            self._heard = worker.tmp.last_update()
+        except ValueError:  # closed
+            is_exiting = True
+        if worker.cfg.timeout and (is_exiting or _is_sync(worker)):
+            return float(self._heard + worker.cfg.timeout - _NOTIFIED)
+        return math.inf
 
 
 def _is_sync(worker: Any) -> bool:
@@ -245,6 +258,17 @@ def _unread(environ: Environ) -> int | None:
     return 0 if is_read else body_length(environ)
 
 
+def _stop_warnings(environ: Environ) -> Iterator[str]:
+    found = worker()
+    if found is not None and found.cfg.max_requests and found.cfg.workers == 1:
+        yield (
+            "gunicorn replaces a worker that has served its max_requests only after "
+            "the worker has exited, and an open stream delays the exit by up to "
+            f"{found.cfg.graceful_timeout} s, during which no worker serves: run "
+            "gunicorn with two workers or more, or without --max-requests"
+        )
+
+
 def _warnings(environ: Environ) -> Iterator[str]:
     if _is_http_2(environ):
         # 27.0: handle_http2 runs one WSGI call after the other.
@@ -254,16 +278,10 @@ def _warnings(environ: Environ) -> Iterator[str]:
             "--http-protocols h1, and leave HTTP/2 to the proxy"
         )
         return
-    found = worker()
-    if found is not None and found.cfg.max_requests and found.cfg.workers == 1:
-        yield (
-            "gunicorn replaces a worker that has served its max_requests only after "
-            "the worker has exited, and an open stream delays the exit by up to "
-            f"{found.cfg.graceful_timeout} s, during which no worker serves: run "
-            "gunicorn with two workers or more, or without --max-requests"
-        )
+    yield from _stop_warnings(environ)
     if environ["wsgi.multithread"]:
         return
+    found = worker()
     timeout = None if found is None else found.cfg.timeout
     ends = f", and --timeout kills it after {timeout} s" if timeout else ""
     yield (
@@ -286,6 +304,7 @@ SERVER = Server(
     stopping=_stopping,
     threads=_threads,
     warnings=_warnings,
+    stop_warnings=_stop_warnings,
     stays=_stays,
     drop_read_ahead=_drop_read_ahead,
     unread=_unread,

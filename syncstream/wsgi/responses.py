@@ -20,7 +20,8 @@ from ..fanout.departure import Departure
 from ..protocol import ndjson, raw, sse
 from ..protocol.json import Dumps
 from ..runtime.process import process
-from ..servers.connection import Connection, warn_of_compression
+from ..servers.advice import warn_of_compression
+from ..servers.connection import Connection
 from ..streams.contract import FRAMED, Format, life_of
 from ..streams.stream import ANSWERED, Stream, warn_framed, warn_unframed
 from .headers import (

@@ -1,5 +1,6 @@
 """Asynchronous sources whose clients have left their server: no thread serves them."""
 
+import os
 import re
 import signal
 import time
@@ -19,6 +20,14 @@ BODY = {"Content-Type": "application/json", "Content-Length": "2"}
 def sync():
     """A server of one thread: what holds it is seen by all others."""
     with LiveServer("gunicorn-sync", APP) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def impatient():
+    """A server whose master kills a worker that is silent for 3 s."""
+    options = ("--timeout", "3", "--graceful-timeout", "20")
+    with LiveServer("gunicorn-sync", APP, *options, "--max-requests", "1000") as server:
         yield server
 
 
@@ -100,6 +109,50 @@ def test_an_end_of_the_drain_cuts(key):
             assert not client.is_whole
         assert server.control.next(f"{key}-ended") == "CancelledError"
         await_true(lambda: not server.is_running(), server.log)
+
+
+def test_what_may_delay_a_worker_s_successor_is_said(impatient, key):
+    """By finite work alone, of what has left; it does not hold the worker's thread."""
+    line = "gunicorn replaces a worker that has served its max_requests only after"
+    for method, count in ("GET", 0), ("POST", 1), ("POST", 1):
+        path = f"/sse/async-three?key={key}"
+        with ask(impatient, method, path, headers=EVENT_SOURCE) as client:
+            client.rest()
+        assert impatient.log().count(line) == count
+    assert "serves nothing else" not in impatient.log()
+
+
+def test_a_worker_that_waits_for_finite_work_is_not_killed(impatient, key):
+    """The work is cut before, though the worker sends no heartbeats any more."""
+    with ask(impatient, "POST", f"/ndjson/async-waiting?key={key}") as client:
+        assert client.chunk()
+        impatient.control.next(f"{key}-waiting")
+        os.kill(impatient.control.next(f"{key}-started"), signal.SIGTERM)
+        client.rest()
+        assert not client.is_whole
+    assert impatient.control.next(f"{key}-ended") == "CancelledError"
+    with impatient.get("/health") as client:  # another worker, so this one has ended
+        assert client.rest() == b"ok"
+    assert "TIMEOUT" not in impatient.log()
+
+
+def test_a_drain_ends_at_once(impatient, key):
+    """In silence, though the interpreter is at its end."""
+    with ask(impatient, "POST", f"/ndjson/async-waiting?key={key}") as client:
+        assert client.chunk()
+        impatient.control.next(f"{key}-waiting")
+        pid = impatient.control.next(f"{key}-started")
+        os.kill(pid, signal.SIGTERM)
+        exiting = f"Worker exiting (pid: {pid})"
+        await_true(lambda: exiting in impatient.log(), impatient.log)
+        time.sleep(0.2)  # it drains
+        os.kill(pid, signal.SIGQUIT)
+        client.rest()
+        assert not client.is_whole
+    assert impatient.control.next(f"{key}-ended") == "CancelledError"
+    await_true(lambda: not os.path.exists(f"/proc/{pid}"), impatient.log)
+    assert "Exception ignored" not in impatient.log()
+    assert impatient.tracebacks() == 0, impatient.log()
 
 
 def body_of(server, key, name, query="", **options):

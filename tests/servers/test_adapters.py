@@ -532,7 +532,7 @@ def test_gunicorns_worker():
         ("gunicorn.workers.gthread", {"timeout": 5}, 0, 27.5),
         ("gunicorn.workers.sync", {"timeout": 5}, 0, 4),
         ("gunicorn.workers.sync", {"timeout": 5}, 3, 1),
-        ("gunicorn.workers.sync", {"timeout": 5}, 10, 0),
+        ("gunicorn.workers.sync", {"timeout": 5}, 10, -6),
         ("gunicorn.workers.sync", {"timeout": 0}, 10, 27.5),
         ("gunicorn.workers.sync", {"timeout": 300}, 0, 27.5),
     ],
@@ -541,7 +541,8 @@ def test_how_long_gunicorns_worker_may_go_on(monkeypatch, module, cfg, silent, l
     """Its graceful timeout less 2.5 s; a sync one until 1 s before it is killed."""
     monkeypatch.delenv("SYNCSTREAM_DRAIN", raising=False)
     found = worker(module, **cfg)
-    found.tmp.last_update = lambda: time.monotonic() - silent
+    heard = time.monotonic() - silent
+    found.tmp.last_update = lambda: heard
     stop = gunicorn.stopping(found)
     assert stop() is None
     found.alive = False
@@ -553,6 +554,24 @@ def test_how_long_gunicorns_worker_may_go_on(monkeypatch, module, cfg, silent, l
     other.alive = False
     until = gunicorn.stopping(other)()
     assert until - time.monotonic() == pytest.approx(50, abs=0.5)
+
+
+@pytest.mark.parametrize("kind", ["sync", "gthread"])
+@pytest.mark.parametrize(("timeout", "left"), [(5, 3), (0, 27.5), (300, 27.5)])
+def test_how_long_gunicorns_worker_may_take_to_exit(kind, timeout, left):
+    """It has closed the file of its heartbeats, which its master still looks at."""
+
+    def closed():
+        raise ValueError("I/O operation on closed file")
+
+    found = worker(f"gunicorn.workers.{kind}", timeout=timeout)
+    heard = time.monotonic() - 1
+    found.tmp.last_update = lambda: heard
+    stop = gunicorn.stopping(found)
+    assert stop() is None
+    found.tmp.last_update = closed
+    found.alive = False
+    assert stop() - time.monotonic() == pytest.approx(left, abs=0.5)
 
 
 @pytest.mark.parametrize("hook", ["worker_int", "worker_abort"])
@@ -625,5 +644,12 @@ def test_what_gunicorn_is_warned_of(cfg, threads, words):
     warnings = asked(ask, environ, "gunicorn.workers.x", worker(**cfg))
     assert len(warnings) == len(words)
     assert all(word in text for word, text in zip(words, warnings, strict=True))
+    stops = asked(
+        lambda environ: list(GUNICORN.stop_warnings(environ)),
+        environ,
+        "gunicorn.workers.x",
+        worker(**cfg),
+    )
+    assert stops == [text for text in warnings if "max_requests" in text]
     alone = list(GUNICORN.warnings(environ))
     assert ["kills" in text for text in alone] == [False] * (not threads)
