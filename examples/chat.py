@@ -34,7 +34,7 @@ def say():
 
 @app.get("/")
 def page():
-    return """<!doctype html>
+    return """<!doctype html><meta name="viewport" content="width=device-width">
 <title>Chat</title>
 <form><input autofocus autocomplete="off"> <button>Say</button></form>
 <ul></ul>

@@ -45,7 +45,7 @@ def page(name):
     return PAGE.replace("HEAD", hub.head(channel_of(name)))
 
 
-PAGE = """<!doctype html>
+PAGE = """<!doctype html><meta name="viewport" content="width=device-width">
 <title>Notifications</title>
 <ol></ol>
 <script>

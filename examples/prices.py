@@ -47,7 +47,7 @@ def prices():
 
 @app.get("/")
 def page():
-    return """<!doctype html>
+    return """<!doctype html><meta name="viewport" content="width=device-width">
 <title>Prices</title>
 <table></table>
 <script>

@@ -46,8 +46,8 @@ def events(job):
 @app.get("/")
 @app.get("/jobs/<int:job>")
 def page(job=0):
-    return """<!doctype html><title>Progress</title>
-<form method="post" action="/jobs"><button>Start a job</button></form>
+    return """<!doctype html><meta name="viewport" content="width=device-width">
+<title>Progress</title><form method="post" action="/jobs"><button>Start</button></form>
 <progress max="100" value="0"></progress> <output></output>
 <script>
   const [bar, output] = document.querySelectorAll("progress, output")

@@ -32,7 +32,7 @@ def events():
 
 @app.get("/")
 def page():
-    return """<!doctype html>
+    return """<!doctype html><meta name="viewport" content="width=device-width">
 <title>Reconnection</title>
 <pre id="log"></pre>
 <script>

@@ -42,8 +42,8 @@ def answer(id):
 
 @app.get("/")
 def page():
-    return """<!doctype html><title>Tokens</title>
-<form><input> <button>Ask</button></form><p></p>
+    return """<!doctype html><meta name="viewport" content="width=device-width">
+<title>Tokens</title><form><input> <button>Ask</button></form><p></p>
 <script>
   const [form, input, answer] = document.querySelectorAll("form, input, p")
   const id = location.hash.slice(1) || Math.floor(Math.random() * 2 ** 53)

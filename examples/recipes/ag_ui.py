@@ -11,12 +11,23 @@ r"""An agent for AG-UI: npm's @ag-ui/client, and so CopilotKit, reads its stream
 import os
 import uuid
 
-from flask import Flask, request
+from flask import Flask, abort, request
 
 from syncstream import SSEResponse, sleep
 
 INTERVAL = float(os.environ.get("INTERVAL", 0.1))
 app = Flask(__name__)
+
+
+def question_in(asked):
+    """Return the last message's text; a content may be a list of parts, as images."""
+    try:
+        content = asked["messages"][-1]["content"]
+        if isinstance(content, str):
+            return content
+        return " ".join(part["text"] for part in content if part["type"] == "text")
+    except (LookupError, TypeError):
+        abort(400, "There must be messages, the last with a content.")
 
 
 def write(question):
@@ -42,8 +53,9 @@ def failure(error):
 
 @app.post("/agent")
 def agent():
-    asked = request.get_json()
-    ids = {name: asked[name] for name in ("threadId", "runId")}
-    source = events(ids, asked["messages"][-1]["content"])
+    asked = request.get_json(silent=True)
+    question = question_in(asked)
+    ids = {name: asked.get(name) for name in ("threadId", "runId")}
+    source = events(ids, question)
     finished = {"type": "RUN_FINISHED", **ids}
     return SSEResponse(source, end=finished, on_error=failure)

@@ -10,12 +10,21 @@ user presses Stop. docs/recipes.md has a component for React.
 
 import os
 
-from flask import Flask, request
+from flask import Flask, abort, request
 
 from syncstream import Event, SSEResponse, sleep
 
 INTERVAL = float(os.environ.get("INTERVAL", 0.1))
 app = Flask(__name__)
+
+
+def question_in(asked):
+    """Return the last message's text; other parts are files, for example."""
+    try:
+        parts = asked["messages"][-1]["parts"]
+        return " ".join(part["text"] for part in parts if part["type"] == "text")
+    except (LookupError, TypeError):
+        abort(400, "There must be messages, the last with its parts.")
 
 
 def write(question):
@@ -41,8 +50,7 @@ def failure(error):
 
 @app.post("/api/chat")
 def chat():
-    *_, message = request.get_json()["messages"]
-    texts = [part["text"] for part in message["parts"] if part["type"] == "text"]
+    question = question_in(request.get_json(silent=True))
     headers = {"x-vercel-ai-ui-message-stream": "v1"}
-    source = parts("".join(texts))
+    source = parts(question)
     return SSEResponse(source, 200, headers, end=Event("[DONE]"), on_error=failure)

@@ -8,17 +8,26 @@ The page needs Datastar's own script as ``static/datastar.js``, beside this file
 """
 
 import os
+import re
 
 from datastar_py import ServerSentEventGenerator as Events
-from flask import Flask, request
+from flask import Flask, abort, request
 from markupsafe import escape
 
-from examples.shared.same_site import same_site_only
 from syncstream import SSEResponse, sleep
 
 INTERVAL = float(os.environ.get("INTERVAL", 0.5))
+HOSTS = {"localhost", "127.0.0.1", "[::1]", *os.environ.get("HOSTS", "").split()}
 app = Flask(__name__)
-app.before_request(same_site_only)
+
+
+@app.before_request
+def same_site_only():
+    """Refuse other sites' pages, also one whose own name leads to this machine."""
+    origin = request.origin or f"//{request.host}"
+    is_ours = re.sub(r":\d+$", "", request.host) in HOSTS
+    if not is_ours or origin.partition("//")[2] != request.host:
+        abort(403, "HOSTS does not name this host, or it is another site's page.")
 
 
 def steps(task):
@@ -43,14 +52,17 @@ def failure(error):
 
 @app.post("/run")
 def run():
-    source = events(request.get_json()["task"])  # Datastar posts its signals
-    return SSEResponse(source, framed=True, on_error=failure)
+    signals = request.get_json(silent=True)  # Datastar posts the page's
+    if not isinstance(signals, dict) or not isinstance(signals.get("task"), str):
+        abort(400, "There must be a signal `task`.")
+    return SSEResponse(events(signals["task"]), framed=True, on_error=failure)
 
 
 @app.get("/")
 def page():
     return """<!doctype html>
 <title>Steps</title>
+<meta name="viewport" content="width=device-width">
 <script type="module" src="/static/datastar.js"></script>
 <form data-signals="{task: 'Bake a cake', running: false, status: ''}"
       data-on:submit="@post('/run')">

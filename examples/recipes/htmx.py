@@ -1,6 +1,6 @@
 """The steps of a job in htmx 2 and in htmx 4, without a line of JavaScript.
 
-    npm install --no-save htmx.org@2 htmx-ext-sse htmx4@npm:htmx.org@4
+    npm install htmx.org@2 htmx-ext-sse htmx4@npm:htmx.org@4
     gunicorn -k gevent -w 4 examples.recipes.htmx:app
     curl -N http://127.0.0.1:8000/events
 

@@ -9,15 +9,15 @@ service of the same API, such as completions.py.
 """
 
 import os
+import re
 
 import openai
-from flask import Flask, request
+from flask import Flask, abort, request
 
-from examples.shared.same_site import same_site_only
 from syncstream import Event, SSEResponse, current_stream
 
+HOSTS = {"localhost", "127.0.0.1", "[::1]", *os.environ.get("HOSTS", "").split()}
 app = Flask(__name__)
-app.before_request(same_site_only)
 llm = openai.AsyncOpenAI().chat.completions
 
 
@@ -49,6 +49,15 @@ def is_limit(error):
     return isinstance(error, openai.RateLimitError)
 
 
+@app.before_request
+def same_site_only():
+    """Refuse other sites' pages, also one whose own name leads to this machine."""
+    origin = request.origin or f"//{request.host}"
+    is_ours = re.sub(r":\d+$", "", request.host) in HOSTS
+    if not is_ours or origin.partition("//")[2] != request.host:
+        abort(403, "HOSTS does not name this host, or it is another site's page.")
+
+
 @app.post("/answers")
 def answers():
     return answer(tokens(request.get_data(as_text=True)))
@@ -56,7 +65,9 @@ def answers():
 
 def blocking_tokens(question):
     """Yield the same by the synchronous client, which `link` interrupts."""
-    with openai.OpenAI() as client:
+    # A client that tries again takes the end of its link for one of its connection, and
+    # has the model write for nobody. It also sleeps in between, which nothing ends.
+    with openai.OpenAI(max_retries=0) as client:
         current_stream().link(client)  # before it connects
         for chunk in client.chat.completions.create(**asking(question)):
             if chunk.choices and chunk.choices[0].delta.content:
@@ -100,7 +111,8 @@ def page():
       const blocks = (text + part.value).split("\\n\\n")
       text = blocks.pop()
       for (const block of blocks) {  // a comment's field has the name ""
-        const fields = block.split("\\n").map((line) => line.split(/: ?(.*)/))
+        // Without `s`, a line would end at U+2028 and U+2029, too.
+        const fields = block.split("\\n").map((line) => line.split(/: ?(.*)/s))
         yield Object.fromEntries(fields)
       }
     }

@@ -11,7 +11,7 @@ is its type. The end is ``message_stop``, or ``error``, which the SDK raises.
 import os
 import uuid
 
-from flask import Flask, request
+from flask import Flask, abort, request
 
 from syncstream import Event, SSEResponse, sleep
 
@@ -19,9 +19,20 @@ INTERVAL = float(os.environ.get("INTERVAL", 0.1))
 app = Flask(__name__)
 
 
-def write(messages):
+def question_in(asked):
+    """Return the last message's text; a content may be a list of parts, as images."""
+    try:
+        content = asked["messages"][-1]["content"]
+        if isinstance(content, str):
+            return content
+        return " ".join(part["text"] for part in content if part["type"] == "text")
+    except (LookupError, TypeError):
+        abort(400, "There must be messages, the last with a content.")
+
+
+def write(question):
     """Yield an answer, piece by piece: your model's place."""
-    for word in f"You ask: {messages[-1]['content']} That depends.".split():
+    for word in f"You ask: {question} That depends.".split():
         yield f"{word} "
         sleep(INTERVAL)
 
@@ -44,12 +55,12 @@ def message(model, **fields):
     }
 
 
-def events(model, messages):
+def events(model, question):
     yield named("message_start", message=message(model))
     block = {"type": "text", "text": ""}
     yield named("content_block_start", index=0, content_block=block)
     count = 0
-    for text in write(messages):
+    for text in write(question):
         delta = {"type": "text_delta", "text": text}
         yield named("content_block_delta", index=0, delta=delta)
         count += 1
@@ -64,12 +75,19 @@ def failure(error):
     return named("error", error=about)
 
 
+@app.errorhandler(400)
+def refusal(error):
+    about = {"type": "invalid_request_error", "message": error.description}
+    return {"type": "error", "error": about}, 400
+
+
 @app.post("/v1/messages")
 def messages():
-    asked = request.get_json()
+    asked = request.get_json(silent=True)
+    question = question_in(asked)
     model = asked.get("model", "echo")
     if asked.get("stream"):
-        source = events(model, asked["messages"])
+        source = events(model, question)
         return SSEResponse(source, end=named("message_stop"), on_error=failure)
-    block = {"type": "text", "text": "".join(write(asked["messages"]))}
+    block = {"type": "text", "text": "".join(write(question))}
     return message(model, content=[block], stop_reason="end_turn")

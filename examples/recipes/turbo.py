@@ -1,6 +1,6 @@
 """The steps of a job by Turbo Streams, which npm's @hotwired/turbo makes of events.
 
-    npm install --no-save @hotwired/turbo@8
+    npm install @hotwired/turbo@8
     gunicorn -k gevent -w 4 examples.recipes.turbo:app
     curl -N http://127.0.0.1:8000/events
 

@@ -102,8 +102,8 @@ def endless():
 
 
 htmx.work, turbo.work = watched(htmx.work), watched(turbo.work)
-completions.write = messages.write = lambda asked: say(asked[-1]["content"])
-ag_ui.write = ai_sdk.write = datastar.steps = say
+completions.write = messages.write = ag_ui.write = ai_sdk.write = say
+datastar.steps = say
 
 
 def count(key, to=3):
