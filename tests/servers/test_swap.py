@@ -278,6 +278,29 @@ def test_a_body_keeps_no_stream(server, before, which, view, tag):
     assert f"plain {tag}" not in state(server)
 
 
+@pytest.mark.parametrize("view", ["", "read/"])
+@pytest.mark.parametrize("expects", [False, True], ids=["sent", "expected"])
+def test_a_posted_body_and_what_is_behind_it(server, before, expects, view, tag):
+    """The stream leaves; a body that comes late, and requests, are not answered."""
+    headers = {"Content_Length": 3, **({"Expect": "100-continue"} if expects else {})}
+    is_late = expects and not view and server.kind != "waitress"
+    with server.connect() as client:
+        rest = "abc" + 2 * request(f"/plain?tag={tag}")
+        head = request(f"/{view}events?tag={tag}", method="POST", **headers)
+        client.send(head + (rest if not is_late else ""))
+        answer = b""
+        if is_late:
+            while OPENING not in answer:  # it has not left
+                data = client.socket.recv(65536)
+                assert data
+                answer += data
+            client.send(rest)
+        answer = (answer + everything(client)).replace(CONTINUE, b"")
+        assert_handed_over(answer, tag, framed=server.kind != "uwsgi")
+    await_true(lambda: state(server)["fds"] <= before["fds"])
+    assert f"plain {tag}" not in state(server)
+
+
 def test_what_is_sent_during_a_stream_is_ignored(server, before, tag):
     """A second request, a third: the events go on, and nothing is executed."""
     with server.get(f"/events?tag={tag}&n=30") as client:
