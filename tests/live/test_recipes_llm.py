@@ -28,7 +28,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Sends the words after the first, which is the question's key.
 
     ``WAIT`` waits until the client has left; as the first word it does so before the
-    head. ``FAIL`` is an error in the service's form, ``CUT`` a broken connection, and
+    head. ``LATER`` is the status 503, for 50 s. ``LINES`` has U+2028 and U+2029.
+    ``FAIL`` is an error in the service's form, ``CUT`` a broken connection, and
     ``BUSY`` the status 429.
     """
 
@@ -39,6 +40,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         key, *words = json.loads(body)["messages"][0]["content"].split()
         if words[0] == "WAIT":
             return self.wait(key)
+        if words[0] == "LATER":
+            self.server.waits[key].put(None)
+            self.send_response(503)
+            self.send_header("Retry-After", "50")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if words[0] == "BUSY":
             self.send_response(429)
             self.send_header("x-should-retry", "false")
@@ -56,6 +63,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.end({"error": {"message": "internal", "type": "x"}})
             if word == "WAIT":
                 return self.wait(key)
+            if word == "LINES":
+                word = "a\u2028b\u2029c"
             self.say({"choices": [{"index": 0, "delta": {"content": f"{word} "}}]})
         return self.end("[DONE]")
 
@@ -157,6 +166,24 @@ def test_the_page_shows_an_answer(page, key):
     ask(page, f"{key} Four.")
     await_answer(page, "Four. ", "")
     assert [e for e in page.get_log("browser") if e["source"] != "network"] == []
+
+
+@on_gevent
+def test_the_page_shows_all_characters(page, key):
+    """U+2028 and U+2029 are no ends of lines."""
+    ask(page, f"{key} LINES end")
+    await_answer(page, "a\u2028b\u2029c end ", "")
+
+
+@on_gevent
+def test_the_page_shows_a_short_answer(page, key):
+    """A whole response without its last event is no whole answer."""
+    token = 'data: {"token":"One "}\n\n'
+    page.execute_script(
+        "const [text] = arguments; window.fetch = async () => new Response(text)", token
+    )
+    ask(page, key)
+    await_answer(page, "One ", "The answer has broken off.")
 
 
 @on_gevent
@@ -268,3 +295,26 @@ def test_both_sources_fail(post, key):
     with post(f"{key} One CUT") as client:
         *_, last = sse.Decoder().feed(client.rest())
     assert (last.event, last.json()) == ("error", {"message": "The model has failed."})
+
+
+def ask_blocking(server, question):
+    client = server.connect()
+    length = {"Content-Length": str(len(question))}
+    client.request("POST", "/answers/blocking", headers=length)
+    client.send(question)
+    return client
+
+
+def test_the_linked_client_asks_once(server, upstream, key):
+    """Whether its user leaves or the service is busy: it neither retries nor sleeps."""
+    with ask_blocking(server, f"{key} WAIT"):
+        upstream.waits[key].get(timeout=TIMEOUT)
+    upstream.left[key].get(timeout=TIMEOUT)
+    with pytest.raises(queue.Empty):
+        upstream.waits[key].get(timeout=0.7)  # the SDK would wait for 0.5 s
+    busy, began = f"{key}-2", time.monotonic()
+    with ask_blocking(server, f"{busy} LATER") as client:
+        *_, last = sse.Decoder().feed(client.rest())
+    assert last.event == "error"
+    assert time.monotonic() - began < 10  # mostly 10 ms
+    assert upstream.waits[busy].qsize() == 1
