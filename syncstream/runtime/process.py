@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from .clock import time
+from .ending import is_cut_short
 from .forks import process_key
 from .journal import journal, report
 from .sockets import native
@@ -500,7 +501,7 @@ def stats() -> dict[str, Any]:
 
 def _at_exit() -> None:
     record = process()
-    record.drain()
-    record.end(EXIT_WAIT)
+    if not is_cut_short(record.drain):
+        is_cut_short(partial(record.end, EXIT_WAIT))
     record.leave()
     journal().flush()  # lines about these ends
