@@ -5,6 +5,7 @@ The map of the package, from the bottom to the top; each line may import those a
 ====================  ==========================================================
 ``errors``            every public exception, as a tree
 ``arguments``         parsing of commands' arguments; it never shows a URL in an error
+``terminal``          what commands print: errors, colours, to closed pipes
 ``protocol/``         bytes <-> values, pure: event streams, NDJSON, JSON
 ``runtime/``          this process: waits (of threads and of greenlets), the watch for
                       hang-ups, sockets, streams, log lines
@@ -26,8 +27,9 @@ The map of the package, from the bottom to the top; each line may import those a
 ``migrations/``       Django's, which install the tables of ``postgresql:``
 ``gunicorn``          a hook for gunicorn's configuration
 ``doctor/ demo/``     two commands; buffering is found by ``doctor/timing``
+``listen``            the command that prints a stream's events
 ``testing/``          what tests of applications and of brokers need
-``__main__``          the command line: ``doctor``, ``demo`` and ``publish``
+``__main__``          the command line: ``demo``, ``listen``, ``publish``, ``doctor``
 ====================  ==========================================================
 
 Importing the package starts no thread, sets no signal handler, patches nothing and

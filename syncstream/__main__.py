@@ -1,4 +1,4 @@
-"""The command line, ``syncstream``: the commands doctor, demo and publish."""
+"""The command line, ``syncstream``: the commands demo, listen, publish and doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from . import Hub, __version__
 from .arguments import Parser
 from .doctor import checks, listen, report, request
 from .errors import BrokerError, Uncertain
+from .listen import listen_to
+from .terminal import discard, fail
 
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[Parser]
@@ -50,54 +52,116 @@ def _parser() -> Parser:
     parser = Parser(
         prog="syncstream",
         description="Live streams (SSE, NDJSON) from synchronous Python web apps.",
+        epilog="""examples:
+  syncstream demo
+  syncstream listen http://127.0.0.1:8000/events
+  syncstream publish local: news 'Hello'
+  syncstream doctor https://example.com/events
+
+Each command has more: syncstream listen --help
+Exit status of all: 0 success, 1 failure, 2 wrong arguments, 130 Ctrl-C; doctor and
+publish have more.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--version", action="version", version=f"syncstream {__version__}"
     )
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="")
-    demo = commands.add_parser(
-        "demo",
-        help="serve a page with a live chart, and its stream",
-        description="Serve a page with a live chart with one gunicorn gevent worker.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    demo.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on, and accepted host name; 0.0.0.0: all addresses",
-    )
-    demo.add_argument(
-        "--port", type=_port, default=8000, help="port to listen on; 0: any free port"
-    )
-    demo.set_defaults(run=_demo)
-    _add_doctor(commands)
+    _add_demo(commands)
+    _add_listen(commands)
     _add_publish(commands)
+    _add_doctor(commands)
     return parser
 
 
-def _add_doctor(commands: _Commands) -> None:
+def _add_demo(commands: _Commands) -> None:
     command = commands.add_parser(
-        "doctor",
-        help="listen to a stream, and diagnose it",
-        description="Listen to a stream as a browser would, and report its faults:"
-        " late heads, buffering, compression, wrong headers, cuts.",
-        epilog="Exit status: 0 healthy, 1 faults, 2 no connection.",
+        "demo",
+        help="serve a page with a live chart, and its stream",
+        description="Serve a page with a live chart with one gunicorn gevent worker.",
+        epilog="""examples:
+  syncstream demo
+  syncstream demo --port 0                    any free port; it is printed
+  syncstream demo --host 0.0.0.0 --port 80    for other machines, too
+
+Its stream, in a second terminal:
+  syncstream listen http://127.0.0.1:8000/events
+
+Exit status: 0 stopped (Ctrl-C), 1 cannot listen, or a package is missing, 2 wrong
+arguments.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    command.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on, and accepted host name; 0.0.0.0: all addresses"
+        " (default: 127.0.0.1)",
+    )
+    command.add_argument(
+        "--port",
+        type=_port,
+        default=8000,
+        help="port to listen on; 0: any free port (default: 8000)",
+    )
+    command.set_defaults(run=_demo)
+
+
+def _add_listen(commands: _Commands) -> None:
+    command = commands.add_parser(
+        "listen",
+        help="print a stream's events, and reconnect as a browser does",
+        description="Print the events of a stream. It reconnects and resumes as a"
+        " browser does. Events go to\nthe standard output; connections, retries and"
+        " gaps go to the standard error.",
+        epilog="""examples:
+  syncstream listen http://127.0.0.1:8000/events
+  syncstream listen https://example.com/events -H 'Cookie: session=abc'
+  syncstream listen https://example.com/events --last-event-id 42
+  syncstream listen https://example.com/events --json | jq -r .data
+  syncstream listen https://example.com/events --raw > stream.txt
+  syncstream listen https://example.com/chat --once --data '{"prompt": "Hi"}'
+
+Colours appear on a terminal only, and not if NO_COLOR is set.
+
+Exit status: 0 the stream ended, or a pipe was closed; 1 it failed: the server refused,
+or with --once the response broke off; 2 wrong arguments; 130 Ctrl-C.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_request(command)
+    forms = command.add_mutually_exclusive_group()
+    forms.add_argument(
+        "--json",
+        dest="form",
+        action="store_const",
+        const="json",
+        default="pretty",
+        help="print a line of JSON for each event: its id, event and data (text)",
+    )
+    forms.add_argument(
+        "--raw",
+        dest="form",
+        action="store_const",
+        const="raw",
+        help="print the stream as it comes, with its comments",
+    )
+    command.add_argument(
+        "--once",
+        action="store_true",
+        help="read one response, and do not reconnect: for streams that end",
+    )
+    command.set_defaults(run=_listen)
+
+
+def _add_request(command: argparse.ArgumentParser) -> None:
+    """Add the arguments that make a request."""
     command.add_argument(
         "url",
         type=_checked(request.parse_url),
         help="http or https address of a stream",
     )
     command.add_argument(
-        "--seconds",
-        type=_seconds,
-        default=20.0,
-        metavar="N",
-        help="how long to listen (default: 20)",
-    )
-    command.add_argument(
-        "--header",
+        *("-H", "--header"),
         type=_checked(request.parse_header),
         action="append",
         default=[],
@@ -111,7 +175,32 @@ def _add_doctor(commands: _Commands) -> None:
         "--data",
         metavar="BODY",
         help="send a POST with this body: JSON, a form's fields, or the type given by"
-        " --header 'Content-Type: …'",
+        " -H 'Content-Type: …'",
+    )
+
+
+def _add_doctor(commands: _Commands) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="listen to a stream, and diagnose it",
+        description="Listen to a stream as a browser would, and report its faults:"
+        " late heads, buffering,\ncompression, wrong headers, cuts.",
+        epilog="""examples:
+  syncstream doctor http://127.0.0.1:8000/events
+  syncstream doctor https://example.com/events --seconds 90 -H 'Cookie: session=abc'
+  syncstream doctor https://localhost/events --insecure
+  syncstream doctor https://example.com/chat --data '{"prompt": "Hi"}'
+
+Exit status: 0 healthy; 1 faults; 2 no connection, or wrong arguments; 130 Ctrl-C.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_request(command)
+    command.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=20.0,
+        metavar="N",
+        help="how long to listen (default: 20)",
     )
     command.add_argument(
         "--insecure", action="store_true", help="accept any TLS certificate"
@@ -124,9 +213,16 @@ def _add_publish(commands: _Commands) -> None:
         "publish",
         help="send an event to a channel",
         description="Send an event to all subscribers of a channel; print its id.",
-        epilog="Exit status: 0 stored, 1 not stored, 2 the arguments or the data are"
-        " wrong, 3 perhaps stored. With --lines, the status and the error are about the"
-        " last line read; the lines before it are stored.",
+        epilog="""examples:
+  syncstream publish local: news 'Hello from cron'
+  syncstream publish redis://127.0.0.1 jobs:7 '{"percent": 40}' --event progress
+  syncstream publish postgresql:///app news - < article.json
+  tail -F access.log | syncstream publish local: log --lines -
+
+Exit status: 0 stored; 1 not stored; 2 the arguments or the data are wrong; 3 perhaps
+stored; 130 Ctrl-C. With --lines, the status and the error are about the last line
+read; the lines before it are stored.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("url", help="the hub's URL: local:, redis://…, postgresql://…")
     command.add_argument("channel", help="the channel's name")
@@ -164,6 +260,46 @@ def _seconds(text: str) -> float:
     )
 
 
+def _listen(options: argparse.Namespace) -> int:
+    """Print events until the stream ends."""
+    data = None if options.data is None else os.fsencode(options.data)
+    try:
+        headers = _merged(options.header)
+    except ValueError as error:
+        return fail(str(error), 2)
+    names = {name.lower() for name in headers}
+    if data is not None and "content-type" not in names:
+        headers["Content-Type"] = request.type_of(data)
+    if "user-agent" not in names:
+        headers["User-Agent"] = f"syncstream-listen/{__version__}"
+    return listen_to(
+        options.url,
+        form=options.form,
+        headers=headers,
+        data=data,
+        last_event_id=options.last_event_id,
+        once=options.once,
+    )
+
+
+def _merged(pairs: Sequence[tuple[str, str]]) -> dict[str, str | bytes]:
+    """Return headers by name, in UTF-8.
+
+    Raises:
+        ValueError: A name comes twice, or is that of an option.
+    """
+    headers: dict[str, str | bytes] = {}
+    names: set[str] = set()
+    for name, value in pairs:
+        if name.lower() in names:
+            raise ValueError(f"the header {name} must be given once")
+        if name.lower() == "last-event-id":
+            raise ValueError("the header Last-Event-ID needs --last-event-id instead")
+        names.add(name.lower())
+        headers[name] = value.encode()
+    return headers
+
+
 def _doctor(options: argparse.Namespace) -> int:
     """Listen, and print the report."""
     print(f"syncstream: listening for {options.seconds:g} s", file=sys.stderr)
@@ -177,12 +313,12 @@ def _doctor(options: argparse.Namespace) -> int:
             data=None if options.data is None else os.fsencode(options.data),
         )
     except ValueError as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2)
     findings = checks.judge(seen)
     try:
         print(report.report(seen, findings), end="", flush=True)
-    except BrokenPipeError:  # `| head` has exited; avoid a second error at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `| head` has exited
+        discard(sys.stdout)
     return checks.exit_status(seen, findings)
 
 
@@ -204,13 +340,13 @@ def _publish(options: argparse.Namespace) -> int:
                 id = hub.publish(options.channel, text, event=options.event)
                 if not _printed(id):
                     text = "the event is stored, but its id cannot be printed"
-                    return _fail(_at(line, text), 3)
+                    return fail(_at(line, text), 3)
     except (ValueError, TypeError, ImportError) as error:
-        return _fail(_at(line, str(error)), 2)
+        return fail(_at(line, str(error)), 2)
     except Uncertain as error:
-        return _fail(_at(line, f"the event may have been stored: {error}"), 3)
+        return fail(_at(line, f"the event may have been stored: {error}"), 3)
     except (BrokerError, OSError) as error:
-        return _fail(_at(line, str(error)))
+        return fail(_at(line, str(error)))
     return 0
 
 
@@ -248,8 +384,8 @@ def _decoded(data: bytes) -> str:
 def _printed(id: str | None) -> bool:
     try:
         print(id, flush=True)
-    except OSError:  # `| head` has exited; avoid a second error at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:  # `| head` has exited
+        discard(sys.stdout)
         return False
     return True
 
@@ -264,7 +400,7 @@ def _demo(options: argparse.Namespace) -> int:
     """Become the demo's server, or print why that is not possible."""
     missing = [n for n in ("flask", "gevent", "gunicorn") if find_spec(n) is None]
     if missing:
-        return _fail(
+        return fail(
             f"the demo needs {', '.join(missing)}: pip install 'syncstream-wsgi[demo]'"
         )
     try:
@@ -272,7 +408,7 @@ def _demo(options: argparse.Namespace) -> int:
     except OSError as error:
         where = f"port {options.port} of {options.host}"
         text = f"cannot listen on {where}: {error.strerror}; use --host or --port"
-        return _fail(text)
+        return fail(text)
     print(f"syncstream demo: open {_url(sock)} (Ctrl-C stops it)", flush=True)
     # Replace this process: gevent must patch modules before they are imported.
     settings = Path(__file__).with_name("demo") / "settings.py"
@@ -310,15 +446,6 @@ def _url(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
-
-
-def _fail(message: str, status: int = 1) -> int:
-    # The message may quote a server: keep escape sequences off the terminal.
-    shown = "".join(
-        c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message
-    )
-    print(f"syncstream: {shown}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "syncstream"
 # From the bottom to the top; a module may import what stands before its own layer,
 # and its own folder.
 LAYERS = (
-    ("arguments", "errors"),
+    ("arguments", "errors", "terminal"),
     ("protocol",),
     ("runtime",),
     ("brokers",),
@@ -34,7 +34,7 @@ LAYERS = (
         *("bottle", "pyramid", "falcon", "gunicorn"),
     ),
     ("__init__",),
-    ("demo", "doctor", "testing"),
+    ("demo", "doctor", "listen", "testing"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -186,6 +186,8 @@ def read_stream(session: requests.Session) -> str | None:
             print(event.data, event.json())
             if source.state == "open":
                 source.reconnect()
+        milliseconds: int | None = source.retry
+        print(milliseconds)
         return source.last_event_id
 
 

@@ -6,7 +6,7 @@ import json
 
 from ..protocol.sse import Event
 
-__all__ = ["Gap", "gap"]
+__all__ = ["GAP_EVENT", "Gap", "gap"]
 
 GAP_EVENT = "reset"
 

@@ -78,6 +78,7 @@ class EventSource:
 
     Attributes:
         last_event_id: The id in force after the last event that was iterated.
+        retry: The server's last ``retry:``, milliseconds; ``None`` before the first.
 
     Raises:
         ImportError: requests is not installed.
@@ -107,6 +108,7 @@ class EventSource:
         if read_timeout is not None:
             read_timeout = _checked_seconds("read_timeout", read_timeout)
         self.last_event_id = _checked_id(last_event_id)
+        self.retry: int | None = None
         self._backoff = Backoff(first, longest)
         connection = _requests()
         self._new_connection: Callable[[], Connection] = connection.Connection
@@ -250,6 +252,7 @@ class EventSource:
         events = decoder.feed(chunk)
         self._backoff.reset()
         if decoder.retry is not None:
+            self.retry = decoder.retry
             self._backoff.reconnection_time = decoder.retry / 1000
         with self._lock:
             if self._state == "closed":

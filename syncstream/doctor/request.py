@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, quote, urlsplit
 from .. import __version__
 from ..brokers import shown
 
-__all__ = ["Request", "is_sendable", "parse_header", "parse_url"]
+__all__ = ["Request", "is_sendable", "parse_header", "parse_url", "type_of"]
 
 
 def parse_url(text: str) -> str:
@@ -88,7 +88,7 @@ class Request:
             "User-Agent": f"syncstream-doctor/{__version__}",
         }
         if self.data is not None:
-            fields["Content-Type"] = _type_of(self.data)
+            fields["Content-Type"] = type_of(self.data)
             fields["Content-Length"] = str(len(self.data))
         own = {name.lower() for name, _ in self.headers}
         pairs = [(n, v) for n, v in fields.items() if n.lower() not in own]
@@ -106,7 +106,8 @@ class Request:
         return replace(self, url=url, headers=(), data=None)
 
 
-def _type_of(data: bytes) -> str:
+def type_of(data: bytes) -> str:
+    """Return the media type of a body: that of JSON, or else of a form's fields."""
     try:
         json.loads(data)
     except RecursionError:  # only JSON nests

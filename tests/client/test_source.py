@@ -80,6 +80,18 @@ def test_a_given_id_is_sent_and_kept():
     assert ids == ["7", "7", None]
 
 
+def test_the_reconnection_time_is_told():
+    """As `retry`, also one that comes without an event, and over connections."""
+    seen = []
+    wires = [body(Event(retry=1), Event("a")), body(Event("b"), Event(retry=2)), END]
+    with RawServer(wires) as server, EventSource(server.url, backoff=FAST) as source:
+        assert source.retry is None
+        seen = [(event.data, source.retry) for event in source]
+        assert source.retry == 2
+    assert seen[0] == ("a", 1)
+    assert seen[1][0] == "b"
+
+
 @pytest.mark.parametrize("id", [" x", "x ", "\x0b", "\u3000", "\x01\x7f"], ids=ascii)
 def test_any_id_can_be_sent(id):
     """Whatever an event stream can hold is sent as HTTP can carry it."""

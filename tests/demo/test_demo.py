@@ -291,6 +291,32 @@ def test_samples(demo):
         assert all(0 <= value <= 100 for value in sample.values())
 
 
+def test_listening_in_a_shell(demo):
+    """`listen` prints each event once, over a drop; Ctrl-C ends it in silence."""
+    command = [*COMMAND, "listen", f"{demo.url}events?client=shell", "--json"]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, env=ENV) as process:
+        events = [json.loads(process.stdout.readline()) for _ in range(4)]
+        with demo.get("/drop?client=shell", method="POST") as other:
+            other.read_head()
+            assert other.status == 204
+        while events[-1]["event"] != "hello":
+            events.append(json.loads(process.stdout.readline()))
+        process.send_signal(signal.SIGINT)
+        notes = process.stderr.read().decode().splitlines()
+        assert process.wait(TIMEOUT) == 130
+    assert [int(event["id"]) for event in events] == [*range(1, len(events) + 1)]
+    assert events[0]["event"] == "hello"
+    *_, last = events
+    assert json.loads(last["data"])["after"] == len(events) - 1
+    assert notes == [
+        "-- connected to gunicorn",
+        "-- retry: 1000 ms",
+        "-- the server has ended the response;"
+        f" reconnecting after id {len(events) - 1}",
+        "-- connected again to gunicorn",
+    ]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_it(tmp_path, number):
     """Ctrl-C and SIGTERM end the server, its streams too, in good order."""
