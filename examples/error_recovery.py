@@ -4,7 +4,8 @@
     curl -N http://127.0.0.1:8000/events
 
 ``curl -X POST http://127.0.0.1:8000/source/down`` breaks the source, ``…/source/up``
-repairs it. The delays are 2 and 4 seconds; then the client gets an error event.
+repairs it. The delays are 2 and 4 seconds; then the client gets an error event. For a
+source that can resume, `syncstream.sources.retrying` does this, with random delays.
 """
 
 import os

@@ -20,6 +20,7 @@ The map of the package, from the bottom to the top; each line may import those a
 ``publish process``   doors: publishing over HTTP (from a shell: ``__main__``), the
                       counters of a process
 ``client/``           reading event streams: a client that reconnects and resumes
+``sources/``          sources made of others: attempts at one, batches of its events
 ``flask django``      what each framework needs on top: responses, decorators
 ``rest_framework``
 ``bottle pyramid``

@@ -28,7 +28,7 @@ LAYERS = (
     ("streams",),
     ("fanout",),
     ("wsgi",),
-    ("process", "publish", "client"),
+    ("process", "publish", "client", "sources"),
     (
         *("flask", "django", "rest_framework", "migrations"),
         *("bottle", "pyramid", "falcon", "gunicorn"),

@@ -1,6 +1,8 @@
 """What a user may write, checked by mypy --strict and never run."""
 
+import queue
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from typing import Any
 
 import flask
@@ -25,6 +27,7 @@ from syncstream import (
     streaming,
     with_sse,
 )
+from syncstream.sources import batched, retrying
 from syncstream.testing import (
     EVENT_SOURCE,
     Client,
@@ -198,3 +201,38 @@ def read_response(response: requests.Response) -> None:
     print(text)
     with LiveServer("a:app", worker="gevent", env={"A": "b"}, timeout=5) as server:
         print(server.url, server.log())
+
+
+def rows(last_event_id: str | None) -> Iterator[Event]:
+    yield Event(last_event_id or "0")
+
+
+async def arows(last_event_id: str | None) -> AsyncIterator[int]:
+    yield 1
+
+
+async def opened(last_event_id: str | None) -> AsyncIterator[int]:
+    return arows(last_event_id)
+
+
+def made_of_others() -> SSEResponse:
+    items: Iterator[Event] = retrying(rows, on=ConnectionError, last_event_id="7")
+    lists: Iterator[list[Event]] = batched(items, max=10)
+    print(list(lists))
+    waiting: queue.Queue[str] = queue.Queue()
+    with closing(batched(waiting, max=10, within=0.5)) as texts:
+        words: list[str] = next(texts)
+        print(words)
+    numbers: AsyncIterator[int] = retrying(
+        opened,
+        on=(ConnectionError, TimeoutError),
+        attempts=None,
+        backoff=(0.5, 5),
+        on_error=lambda error: print(error.args),
+    )
+    found: AsyncIterator[list[int]] = batched(numbers, max=10, within=1)
+    if flask.request.args:
+        return SSEResponse(retrying(arows, on=OSError))
+    if flask.request.data:
+        return SSEResponse(batched(hub.subscribe("a"), max=10, within=1))
+    return SSEResponse(found)

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConnectError
 from ..protocol.sse import Decoder, Event
+from ..runtime.backoff import Backoff, checked_seconds, checked_waits
 from ..runtime.clock import time
 from ..runtime.sockets import native
 from ..runtime.waiter import Waiter, wake_all
-from .backoff import Backoff
 
 if TYPE_CHECKING:
     from .connection import Connection, Requests, Response, Session
@@ -104,9 +104,9 @@ class EventSource:
         if not isinstance(url, str):
             raise TypeError(f"url must be a str, got {url!r}")
         _check_body(method, data, json)
-        first, longest = _checked_waits(backoff)
+        first, longest = checked_waits(backoff)
         if read_timeout is not None:
-            read_timeout = _checked_seconds("read_timeout", read_timeout)
+            read_timeout = checked_seconds("read_timeout", read_timeout)
         self.last_event_id = _checked_id(last_event_id)
         self.retry: int | None = None
         self._backoff = Backoff(first, longest)
@@ -387,22 +387,3 @@ def _checked_id(last_event_id: str | None) -> str | None:
             f"last_event_id must not contain CR, LF or NUL, got {last_event_id!r}"
         )
     return last_event_id
-
-
-def _checked_seconds(name: str, seconds: Any) -> float:
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise TypeError(f"{name} must be a number of seconds, got {seconds!r}")
-    if not seconds > 0:
-        raise ValueError(f"{name} must be positive, got {seconds!r}")
-    return float(seconds)
-
-
-def _checked_waits(backoff: tuple[float, float]) -> tuple[float, float]:
-    if not isinstance(backoff, (tuple, list)) or len(backoff) != 2:
-        raise TypeError(
-            f"backoff must be (first wait, longest wait) in seconds, got {backoff!r}"
-        )
-    first, longest = (_checked_seconds("a wait of backoff", wait) for wait in backoff)
-    if first > longest:
-        raise ValueError(f"backoff must be (first wait, longest wait), got {backoff!r}")
-    return first, longest

@@ -44,6 +44,7 @@ __all__ = [
     "encoder",
     "ends_blank",
     "framed_encoder",
+    "id_of",
     "passer",
     "tail_after",
     "without_blank",
@@ -101,6 +102,24 @@ def _attributes(item: object) -> Event:
     others = {name: getattr(item, name, None) for name in _FIELDS - {"data"}}
     # Its methods, such as the retry() of a job, are no fields.
     return Event(data, **{n: None if callable(v) else v for n, v in others.items()})
+
+
+def id_of(item: object) -> str | None:
+    """Return the id that an item has as an event; ``None``: it changes no id.
+
+    Text and bytes have none; ``""`` is the id that has a client forget its own.
+    """
+    if type(item) in _VALUES or isinstance(item, (type, enum.Enum)):
+        return None
+    fields = item if isinstance(item, Mapping) else as_mapping(item)
+    if isinstance(fields, Mapping):
+        is_event = "data" in fields and fields.keys() <= _FIELDS
+        id = fields.get("id") if is_event else None
+    else:
+        id = getattr(item, "id", None) if hasattr(item, "data") else None
+    if isinstance(id, int) and not isinstance(id, bool):
+        return int.__repr__(id)
+    return id if isinstance(id, str) else None
 
 
 # The beginning of any line of an event stream; the last line may be incomplete. A blank
