@@ -5,13 +5,11 @@
 
 import time
 
-import django.test
 import pytest
 
 from examples import (
     chat,
     disconnect,
-    django_app,
     error_recovery,
     keepalive,
     ndjson_rows,
@@ -21,6 +19,7 @@ from examples import (
 )
 from syncstream import Hub
 from syncstream.testing import EVENT_SOURCE, Client, advance, events, lines
+from tests.support.pairs import check_script
 
 
 @pytest.fixture
@@ -57,12 +56,20 @@ def test_a_line_that_cannot_be_read(monkeypatch):
     assert last.startswith('{"error":')
 
 
+DJANGO = """
+from examples import django_app
+import django.test
+from syncstream.testing import events
+
+response = django.test.Client().get("/countdown/3")
+assert response["X-Start"] == "3"
+assert events(response, 1)[0].data == "3"
+"""
+
+
 def test_a_django_view():
-    """Django's own client works, too."""
-    with django.test.override_settings(ROOT_URLCONF=django_app):
-        response = django.test.Client().get("/countdown/3")
-        assert response["X-Start"] == "3"
-        assert events(response, 1)[0].data == "3"
+    """Django's own client works, too; a process has one Django's settings."""
+    check_script(DJANGO)
 
 
 def test_a_client_that_leaves():
