@@ -17,7 +17,7 @@ from syncstream.protocol.sse import Decoder
 from tests.protocol.test_sse_decoder import CASES
 from tests.support.raw_server import HEAD, RawServer, Request, answer, one_by_one
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = [pytest.mark.timeout(30), pytest.mark.matrix]
 
 CHUNKED = HEAD[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
 WIRES = [param.values[0] for param in CASES]

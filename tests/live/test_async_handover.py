@@ -12,6 +12,8 @@ from tests.live.promises import end_of
 from tests.support.live import EVENT_SOURCE, GUNICORN, LiveServer, unique_key
 from tests.support.waits import await_true
 
+pytestmark = pytest.mark.matrix
+
 APP = "tests.apps.flask_app:app"
 BODY = {"Content-Type": "application/json", "Content-Length": "2"}
 
