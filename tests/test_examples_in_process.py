@@ -1,6 +1,7 @@
 """How to test streams: the examples' own tests, by `syncstream.testing`.
 
-`test_examples` serves each example on real servers; these need none.
+`test_examples` serves each example on real servers; these need none. Those in which
+time passes are in ``testing/clock_cases.py``.
 """
 
 import time
@@ -10,15 +11,13 @@ import pytest
 from examples import (
     chat,
     disconnect,
-    error_recovery,
-    keepalive,
     ndjson_rows,
     notifications,
     number_stream,
     reconnection,
 )
 from syncstream import Hub
-from syncstream.testing import EVENT_SOURCE, Client, advance, events, lines
+from syncstream.testing import EVENT_SOURCE, Client, events, lines
 from tests.support.pairs import check_script
 
 
@@ -91,32 +90,6 @@ def test_reconnecting():
     last = stream.last_event_id
     with client.stream("GET", "/events", last_event_id=last) as stream:
         assert stream.events(1)[0].data == "Number 2"
-
-
-def test_silence():
-    """A comment comes after 15 s without a message, for which the test does not wait.
-
-    `lines` shows comments, which are no events.
-    """
-    client = Client(keepalive.app)
-    with client.stream("GET", "/events") as stream:
-        assert stream.lines(2) == [": ok", ""]
-        advance(15)
-        assert stream.lines(2) == [": keepalive", ""]
-        client.stream("POST", "/say/hello").close()
-        (event,) = stream.events(1)
-        assert (event.event, event.json()) == ("update", {"text": "hello"})
-
-
-def test_a_source_that_recovers(monkeypatch):
-    """It retries after 2 s and after 4 s more, and then gives up."""
-    monkeypatch.setitem(error_recovery.source, "state", "down")
-    with Client(error_recovery.app).stream("GET", "/events") as stream:
-        advance(2)
-        advance(4)
-        (event,) = stream.events()
-        assert event.event == "error"
-        assert stream.reason == "finished"
 
 
 def test_a_chat_room(hub):
