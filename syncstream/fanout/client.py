@@ -18,6 +18,7 @@ from ..runtime.sockets import GRACE, acknowledged, give_up_after, queued
 from ..streams.async_feed import AsyncFeed
 from ..streams.capacity import Place
 from ..streams.links import Link
+from ..streams.monitor import FROZEN
 from .contract import Feed, Loop, subscription_of
 from .lanes import Job, Lanes, run_safely
 
@@ -199,8 +200,13 @@ class Client:
         self._loop.call(partial(self._loop.ends.end, self, reason), self)
 
     def shut_down(self, since: float, until: float) -> None:
-        """End it, or let finite work go on, as its server stops; from any thread."""
-        if time.monotonic() >= min(until, since + self.terms.drain):
+        """End it, or let finite work go on, as its server stops; from any thread.
+
+        A client that takes nothing ends soon: its server must not wait for it.
+        """
+        now = time.monotonic()
+        is_frozen = self.rest is not None and now - max(self.since, since) >= FROZEN
+        if is_frozen or now >= min(until, since + self.terms.drain):
             self.stop("shutdown")
 
     def on_close(self, callback: Callable[[], object]) -> None:
@@ -228,17 +234,15 @@ class Client:
     def is_stuck(self, now: float) -> bool:
         """Tell whether it lags, and has taken nothing for its send timeout."""
         limit = self.terms.send_timeout
-        if limit is None:
-            return False
         # A Unix socket acknowledges nothing: its queue, that we fill, is read.
         taken = acknowledged(self.fd) or queued(self.fd)
         if taken is not None and taken != self.acknowledged:
             if self.acknowledged is not None:
                 self.since = now
-            else:  # if it was long ago, we were stopped ourselves
+            elif limit is not None:  # if it was long ago, we were stopped ourselves
                 self.since = max(self.since, now - limit / 2)
             self.acknowledged = taken
-        return now - self.since >= limit
+        return limit is not None and now - self.since >= limit
 
     # Its times: see `Wheel`.
 

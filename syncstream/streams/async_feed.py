@@ -179,7 +179,11 @@ class AsyncFeed:
             done()
 
         # Not in a lane: a close may wait for what the link reads from.
-        threading.Thread(target=close, name="syncstream-link", daemon=True).start()
+        thread = threading.Thread(target=close, name="syncstream-link", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # there can be no more threads
+            close()
 
     def describe(self, error: BaseException) -> str:
         """Return the log's message for the source's error."""

@@ -309,3 +309,16 @@ def test_a_stop_waits_for_the_ends_of_sources(kind, key):
         for _ in range(2):
             assert server.control.next(f"{key}-ended") == "in time"
         await_true(lambda: not server.is_running(), server.log)
+
+
+def test_a_frozen_reader_does_not_keep_its_worker(key):
+    """Of finite work: it is cut long before the server's own time is over."""
+    with (
+        LiveServer("gunicorn-sync", APP, "--graceful-timeout", "40") as server,
+        ask(server, "POST", f"/ndjson/async-large?key={key}") as client,
+    ):
+        client.read_head()
+        server.control.next(f"{key}-started")
+        server.signal_one(signal.SIGTERM)
+        assert server.wait(15) == 0  # its --timeout would end it after 29
+        assert server.control.next(f"{key}-ended") != "finished"
